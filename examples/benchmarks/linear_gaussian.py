@@ -1,0 +1,230 @@
+"""Filters against the Kalman filter in the linear-Gaussian state-space model.
+
+x' = A x + N(0, Q), A = 0.95 x a random rotation, Q_ij = qs^2 exp(-|i - j| / 3); every second component is observed with
+error rs. For each filter, means over seeds (a new rotation, truth and observations each) with their standard errors:
+
+- mean error: RMS over steps and components of (particle mean - Kalman mean) / Kalman standard deviation;
+- variance ratio: particle variance / Kalman variance, averaged the same way;
+- log evidence: the filter's minus the Kalman filter's, over all steps. With inflation it is no estimate of the
+  evidence; equal weights and the ensemble Kalman filter give none.
+
+The first steps are left out of the first two: the filters start from the stationary distribution, far wider than what
+they then hold, and an RMS would be that of the first steps.
+
+    python examples/benchmarks/linear_gaussian.py --out linear_gaussian.json              # transitions in closed form
+    python examples/benchmarks/linear_gaussian.py --diffusion --dims 20                   # the same through a diffusion
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro
+import numpyro.distributions as dist
+import scipy.linalg
+import typer
+from numpyro.contrib.control_flow import scan
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+import numpyro_diffusion_da as ndda
+
+
+class Setting(NamedTuple):
+    """One row group of the table: dimension, spread of the transition, error of the observations."""
+
+    d: int
+    qs: float
+    rs: float
+
+    @property
+    def covariance(self) -> np.ndarray:
+        """Q."""
+        i = np.arange(self.d)
+        return self.qs**2 * np.exp(-np.abs(i[:, None] - i[None]) / 3)
+
+
+SETTINGS = (Setting(4, 0.5, 0.5), Setting(20, 0.5, 0.5), Setting(20, 0.5, 0.2), Setting(100, 0.5, 0.5))
+
+FILTERS: dict[str, Callable[[Any], ndda.Algorithm]] = {
+    "bootstrap": ndda.Bootstrap,
+    "exact weights": lambda model: ndda.FAAPF(model, weight=ndda.Moment(), target_ess=0.0),
+    "Dirac": lambda model: ndda.FAAPF(model, weight=ndda.Dirac(), target_ess=0.0),
+    "Dirac + inflation": lambda model: ndda.FAAPF(model, weight=ndda.Dirac()),
+    "exact weights + inflation": lambda model: ndda.FAAPF(model, weight=ndda.Moment()),
+    "equal weights": lambda model: ndda.FAAPF(model, weight=ndda.Equal()),
+    "ensemble Kalman": ndda.EnKF,
+}
+WITHOUT_EVIDENCE = ("equal weights", "ensemble Kalman")
+
+
+class Twin(NamedTuple):
+    """One experiment: the program's arguments, and what the Kalman filter makes of them."""
+
+    y: np.ndarray
+    transition: np.ndarray
+    initial_factor: np.ndarray
+    mean: np.ndarray
+    variance: np.ndarray
+    log_evidence: float
+
+
+def experiment(setting: Setting, seed: int, steps: int) -> Twin:
+    """A truth and its observations, from the stationary distribution, and the Kalman filter's answer."""
+    rng = np.random.default_rng(seed)
+    d, q, r = setting.d, setting.covariance, setting.rs**2
+    a = 0.95 * np.linalg.qr(rng.normal(size=(d, d)))[0]
+    h = np.eye(d)[::2]
+    initial_factor = np.linalg.cholesky(scipy.linalg.solve_discrete_lyapunov(a, q))
+    root = np.linalg.cholesky(q)
+    x = initial_factor @ rng.normal(size=d)
+    mean, covariance, log_evidence = np.zeros(d), initial_factor @ initial_factor.T, 0.0
+    ys, means, variances = [], [], []
+    for _ in range(steps):
+        x = a @ x + root @ rng.normal(size=d)
+        y = h @ x + setting.rs * rng.normal(size=len(h))
+        mean, covariance = a @ mean, a @ covariance @ a.T + q
+        predicted = h @ covariance @ h.T + r * np.eye(len(h))
+        innovation = y - h @ mean
+        gain = np.linalg.solve(predicted, h @ covariance).T
+        log_evidence -= 0.5 * (innovation @ np.linalg.solve(predicted, innovation))
+        log_evidence -= 0.5 * np.linalg.slogdet(2 * np.pi * predicted)[1]
+        mean, covariance = mean + gain @ innovation, covariance - gain @ h @ covariance
+        ys.append(y)
+        means.append(mean)
+        variances.append(np.diagonal(covariance))
+    return Twin(np.array(ys), a, initial_factor, np.array(means), np.array(variances), float(log_evidence))
+
+
+def program(setting: Setting, diffusion: bool) -> Callable[..., None]:
+    """The state-space model, its transition in closed form or a diffusion; the matrix A is an argument."""
+    if diffusion:
+        # The prior knows only Q, and A is applied in the program: a new rotation compiles nothing.
+        prior = ndda.GaussianPrior(np.eye(setting.d), setting.covariance)
+
+        def transition(mean: jax.Array) -> dist.Distribution:
+            return ndda.DiffusionTransition(prior, mean)
+    else:
+        factor = jnp.asarray(np.linalg.cholesky(setting.covariance))
+
+        def transition(mean: jax.Array) -> dist.Distribution:
+            return dist.MultivariateNormal(mean, scale_tril=factor)
+
+    def model(y: jax.Array, a: jax.Array, initial_factor: jax.Array) -> None:
+        x0 = numpyro.sample("x0", dist.MultivariateNormal(jnp.zeros(setting.d), scale_tril=initial_factor))
+
+        def step(x: jax.Array, y_t: jax.Array) -> tuple[jax.Array, None]:
+            x = numpyro.sample("x", transition(a @ x))
+            numpyro.sample("y", dist.Normal(x[::2], setting.rs).to_event(1), obs=y_t)
+            return x, None
+
+        scan(step, x0, y)
+
+    return model
+
+
+def run(
+    setting: Setting, name: str, *, diffusion: bool, seeds: int, steps: int, spin_up: int, particles: int
+) -> dict[str, Any]:
+    """One row of the table."""
+    filter_ = ndda.ParticleFilter(
+        FILTERS[name](program(setting, diffusion)), num_particles=particles, progress_bar=False
+    )
+    scores = []
+    for seed in range(seeds):
+        twin = experiment(setting, seed, steps)
+        filter_.run(jax.random.key(seed), *map(jnp.asarray, twin[:3]))
+        result = filter_.result
+        x, stats = result.posterior["x"][0], result.sample_stats
+        passes = sum(v.mean() for v in result.network_passes.values())
+        mean_error = np.sqrt(np.mean(((x.mean(0) - twin.mean) ** 2 / twin.variance)[spin_up:]))
+        variance_ratio = np.mean((x.var(0, ddof=1) / twin.variance)[spin_up:])
+        evidence = stats["log_evidence_increment"].sum() - twin.log_evidence
+        scores.append([mean_error, variance_ratio, evidence, stats["inflation"].mean(), passes])
+    table = np.array(scores)
+    mean = table.mean(0)
+    row: dict[str, Any] = {**setting._asdict(), "filter": name}
+    for i, column in enumerate(("mean error", "variance ratio", "log evidence")):
+        known = column != "log evidence" or name not in WITHOUT_EVIDENCE
+        row[column] = float(mean[i]) if known else None
+        # One seed says nothing about its own error.
+        row[f"{column} SE"] = float(table[:, i].std(ddof=1) / np.sqrt(seeds)) if known and seeds > 1 else None
+    row["inflation"], row["passes"] = float(mean[3]), float(mean[4])
+    return row
+
+
+def show(console: Console, title: str, rows: list[dict[str, Any]]) -> None:
+    """The table on the terminal."""
+    table = Table(title=title)
+    for name in ("d, qs, rs", "filter"):
+        table.add_column(name)
+    for name in ("mean error", "variance ratio", "log evidence", "inflation", "passes"):
+        table.add_column(name, justify="right")
+    previous = None
+    for row in rows:
+        setting = f"{row['d']}, {row['qs']:g}, {row['rs']:g}"
+
+        def cell(name: str, digits: int, row: dict[str, Any] = row) -> str:
+            value, se = row[name], row[f"{name} SE"]
+            if value is None:
+                return "-"
+            return f"{value:.{digits}f}" + ("" if se is None else f" ± {se:.{digits}f}")
+
+        table.add_row(
+            "" if setting == previous else setting,
+            row["filter"],
+            cell("mean error", 2),
+            cell("variance ratio", 2),
+            cell("log evidence", 1),
+            f"{row['inflation']:.2f}",
+            f"{row['passes']:.0f}",
+        )
+        previous = setting
+    console.print(table)
+
+
+def main(
+    out: Annotated[Path | None, typer.Option(help="Write the table to this JSON file.")] = None,
+    dims: Annotated[list[int] | None, typer.Option(help="Only settings of this dimension; may be repeated.")] = None,
+    filters: Annotated[list[str] | None, typer.Option(help="Only this filter; may be repeated.")] = None,
+    seeds: Annotated[int, typer.Option(help="Experiments of each setting.", min=1)] = 8,
+    steps: Annotated[int, typer.Option(help="Steps of each experiment.", min=1)] = 40,
+    spin_up: Annotated[
+        int | None, typer.Option(help="First steps left out of the scores; a quarter of them by default.", min=0)
+    ] = None,
+    particles: Annotated[int, typer.Option(help="Particles N.", min=2)] = 256,
+    diffusion: Annotated[bool, typer.Option(help="Transition from a diffusion prior, not in closed form.")] = False,
+) -> None:
+    """Mean error, variance and evidence of the filters against the Kalman filter."""
+    settings = [s for s in SETTINGS if not dims or s.d in dims]
+    names = list(filters or FILTERS)
+    unknown = sorted(set(names) - set(FILTERS))
+    if unknown:
+        raise typer.BadParameter(f"no filter called {', '.join(unknown)}; there are {', '.join(FILTERS)}.")
+    spin_up = steps // 4 if spin_up is None else spin_up
+    if spin_up >= steps:
+        raise typer.BadParameter(f"spin-up of {spin_up} steps leaves none of {steps} to score.")
+    if not settings:
+        raise typer.BadParameter(f"no setting of dimension {dims}; there are {sorted({s.d for s in SETTINGS})}.")
+    console = Console()
+    arguments = {"diffusion": diffusion, "seeds": seeds, "steps": steps, "spin_up": spin_up, "particles": particles}
+    work = [(setting, name) for setting in settings for name in names]
+    rows = [
+        run(setting, name, **arguments) for setting, name in track(work, "filtering", console=console, transient=True)
+    ]
+    kind = "diffusion" if diffusion else "closed form"
+    show(console, f"{kind}, N = {particles}, {steps} steps, {seeds} seeds", rows)
+    if out is not None:
+        out.write_text(json.dumps({"version": ndda.__version__, "settings": arguments, "rows": rows}, indent=2) + "\n")
+        console.print(f"wrote {out}")
+
+
+if __name__ == "__main__":
+    typer.run(main)

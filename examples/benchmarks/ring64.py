@@ -1,0 +1,292 @@
+"""How far a guided reverse diffusion is from the exact posterior, and what it costs: the ring of 64 points.
+
+The prior is exact and Gaussian (64 points on a ring, covariance exp(-(distance / 4)^1.5) + 0.001 I; every fourth point
+observed with error 0.1), so all the error is the sampler's. Two tables:
+
+1. Samplers, with exact linear solves. Error: 2-Wasserstein distance between the sampler's Gaussian and the exact
+   posterior, over sqrt(trace of the posterior covariance). No Monte Carlo: with exact solves a sample is an affine
+   function of the noise that was drawn, and the law follows from that function.
+2. Solves, with DPM-Solver++(2M). With inexact solves a sample is no longer affine in the noise. Error: RMS distance,
+   path by path, to the exact flow from the same noise, over the same number: an upper bound on the first error.
+
+"passes" counts every pass through the network of one draw, one vjp as one forward. With exact solves that is one vjp
+for each of the 16 observations at each level: what a table of samplers compares is evaluations.
+
+    python examples/benchmarks/ring64.py --out ring64.json
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import scipy.linalg
+import typer
+from jax.flatten_util import ravel_pytree
+from rich.console import Console
+from rich.table import Table
+
+import numpyro_diffusion_da as ndda
+from numpyro_diffusion_da.denoiser import Memory, PriorDenoiser
+from numpyro_diffusion_da.linear_solve import LinearSolver, Product, Solution, relative_residual
+from numpyro_diffusion_da.sampler import StepInputs
+
+
+class DiagonalSolve(LinearSolver):
+    """v = r / diag(I + B): no solve at all. The one product is that of the answer, whose image guidance needs."""
+
+    def init(self, size: int, dtype: Any) -> Any:
+        """No warm start."""
+        return ()
+
+    def __call__(self, product: Product, rhs: jax.Array, warm_start: Any) -> tuple[Solution, Any]:
+        """Divide by the diagonal, taken as known (an emulator's variance would be tabulated beforehand)."""
+        columns, _ = jax.vmap(product)(jnp.eye(len(rhs), dtype=rhs.dtype))
+        answer = rhs / jnp.diagonal(columns)
+        back, image = product(answer)
+        return Solution(answer, image, relative_residual(rhs, back), jnp.asarray(1)), warm_start
+
+
+class GivenNoise(ndda.Noise):
+    """Noise whose one draw is known: makes a stochastic step a function of it, to be differentiated."""
+
+    draw: jax.Array
+
+    def sample(self, rng_key: Any, shape: Any, dtype: Any) -> jax.Array:
+        """The given draw."""
+        return self.draw
+
+    def covariance_product(self, v: jax.Array) -> jax.Array:
+        """`v` itself: the draws stand for white noise."""
+        return v
+
+
+class Ring:
+    """The problem: prior, likelihood and exact posterior."""
+
+    def __init__(self, points: int) -> None:
+        i = np.arange(points)
+        distance = np.abs(i[:, None] - i[None])
+        distance = np.minimum(distance, points - distance)
+        covariance = np.exp(-((distance / 4.0) ** 1.5)) + 1e-3 * np.eye(points)
+        observed = i[::4]
+        h, error = np.eye(points)[observed], 0.1
+        gain = covariance @ h.T @ np.linalg.inv(h @ covariance @ h.T + error**2 * np.eye(len(observed)))
+        rng = np.random.default_rng(0)
+        truth = np.linalg.cholesky(covariance) @ rng.normal(size=points)
+        y = truth[observed] + error * rng.normal(size=len(observed))
+        self.points, self.observations = points, len(observed)
+        self.mean, self.covariance = gain @ y, covariance - gain @ h @ covariance
+        self.spread = float(np.sqrt(np.trace(self.covariance)))
+        self.prior = ndda.GaussianPrior(np.zeros((points, points)), covariance)
+        self.likelihood = ndda.GaussianLikelihood(
+            lambda x: [
+                ndda.GaussianObservation(x[::4], jnp.full(len(y), error), jnp.asarray(y), jnp.ones(len(y), bool))
+            ]
+        )
+
+    def denoiser(self, solver: LinearSolver) -> Any:
+        """The posterior's denoiser."""
+        conditioning = self.prior.condition(jnp.zeros(self.points))
+        return ndda.MMPS(solver)(PriorDenoiser(self.prior, conditioning), self.likelihood)
+
+    def flow(self, sampler: ndda.Sampler, solver: LinearSolver) -> Callable[[jax.Array], tuple[jax.Array, Memory]]:
+        """The map from the starting noise to the sample, for a deterministic sampler."""
+        denoiser, prior = self.denoiser(solver), self.prior
+
+        def draw(z: jax.Array) -> tuple[jax.Array, Memory]:
+            z, memory = sampler(jax.random.key(0), denoiser, prior.noise, prior.noise_range, z)
+            return prior.latent_scale * z, memory
+
+        return jax.jit(draw)
+
+    def wasserstein(self, mean: np.ndarray, covariance: np.ndarray) -> float:
+        """Distance of N(mean, covariance) to the posterior, relative to the posterior's spread."""
+        root = scipy.linalg.sqrtm(self.covariance).real
+        cross = scipy.linalg.sqrtm(root @ covariance @ root).real
+        squared = np.sum((mean - self.mean) ** 2) + np.trace(covariance + self.covariance - 2 * cross)
+        return float(np.sqrt(max(squared, 0.0))) / self.spread
+
+
+def affine(fn: Callable[[jax.Array], jax.Array], size: int) -> tuple[jax.Array, jax.Array]:
+    """(b, M) of fn(v) = b + M v, from its values at 0 and at the unit vectors."""
+    values = jax.vmap(fn)(jnp.concatenate([jnp.zeros((1, size)), jnp.eye(size)]))
+    return values[0], (values[1:] - values[0]).T
+
+
+def law_of_flow(ring: Ring, sampler: ndda.Sampler) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and covariance of a deterministic sampler's draws, from its own affine map."""
+    flow = ring.flow(sampler, ndda.DirectSolve())
+    b, m = affine(lambda z: flow(z)[0], ring.points)
+    highest = sampler.schedule.levels(ring.prior.noise_range)[0]
+    return np.asarray(b), highest**2 * np.asarray(m @ m.T)
+
+
+def law_of_langevin(ring: Ring, sampler: ndda.Sampler) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and covariance of the draws of a deterministic step with Langevin corrections, level by level.
+
+    Every move is an affine function of (z, the step's history) and of the noise drawn in it.
+    """
+    denoiser, prior, step, corrector = ring.denoiser(ndda.DirectSolve()), ring.prior, sampler.step, sampler.corrector
+    levels = sampler.schedule.levels(prior.noise_range)
+    start, stop = levels[:-1], levels[1:]
+    constants = jax.tree.map(jnp.asarray, step.coefficients(start, stop))
+    memory, key, d = denoiser.init(), jax.random.key(0), ring.points
+    zero, unravel = ravel_pytree((jnp.zeros(d), step.init(jnp.zeros(d))))
+    move = ndda.LangevinCorrector(1, corrector.tau)
+
+    def advance(v: jax.Array, start: jax.Array, stop: jax.Array, constants: Any) -> jax.Array:
+        z, history = unravel(v)
+        given = StepInputs(key, denoiser, prior.noise, z, start, stop, constants)
+        z, history, _ = step(given, history, memory)
+        return ravel_pytree((z, history))[0]
+
+    def correct(v: jax.Array, level: jax.Array) -> jax.Array:
+        (z, history), e = unravel(v[:-d]), v[-d:]
+        z, _ = move(key, denoiser, GivenNoise(e), z, level, memory)
+        return ravel_pytree((z, history))[0]
+
+    @jax.jit
+    def one_level(
+        mean: jax.Array, covariance: jax.Array, start: jax.Array, stop: jax.Array, constants: Any
+    ) -> tuple[jax.Array, jax.Array]:
+        b, m = affine(lambda v: advance(v, start, stop, constants), len(zero))
+        mean, covariance = b + m @ mean, m @ covariance @ m.T
+        b, m = affine(lambda v: correct(v, stop), len(zero) + d)
+        of_state, of_noise = m[:, :-d], m[:, -d:]
+        for _ in range(corrector.steps):
+            mean, covariance = b + of_state @ mean, of_state @ covariance @ of_state.T + of_noise @ of_noise.T
+        return mean, covariance
+
+    mean = zero
+    covariance = jnp.zeros((len(zero), len(zero))).at[:d, :d].set(levels[0] ** 2 * jnp.eye(d))
+    for i in range(len(start)):
+        now = jax.tree.map(lambda x, i=i: x[i], constants)
+        mean, covariance = one_level(mean, covariance, jnp.asarray(start[i]), jnp.asarray(stop[i]), now)
+    b, m = affine(lambda z: denoiser(z, jnp.asarray(levels[-1]), memory)[0], d)
+    scale = np.asarray(prior.latent_scale)
+    return scale * np.asarray(b + m @ mean[:d]), scale**2 * np.asarray(m @ covariance[:d, :d] @ m.T)
+
+
+def describe(schedule: ndda.KarrasSchedule) -> str:
+    """The noise levels in words."""
+    return f"{schedule.num_levels}, rho {schedule.rho:g}, {schedule.lowest:g}..{schedule.highest:g}"
+
+
+def sampler_rows(ring: Ring) -> list[dict[str, Any]]:
+    """Table 1."""
+
+    def edm(levels: int) -> ndda.KarrasSchedule:
+        return ndda.KarrasSchedule(levels, 7.0, 2e-3, 80.0)
+
+    published = ndda.KarrasSchedule(32, 6.0, 2e-5, 80.0)
+    third = ndda.AdamsBashforth(3)
+    default = ndda.KarrasSchedule(lowest=2e-2, highest=80.0)
+    entries = [
+        *[
+            (
+                f"Adams-Bashforth 3 + 2 Langevin corrections, tau {tau:g}",
+                ndda.Sampler(third, published, corrector=ndda.LangevinCorrector(2, tau)),
+            )
+            for tau in (0.1, 0.5)
+        ],
+        ("the same without corrections", ndda.Sampler(third, published)),
+        ("Adams-Bashforth 3", ndda.Sampler(third, edm(20))),
+        ("DPM-Solver++(2M)", ndda.Sampler(ndda.DPMSolverPP2M(), edm(20))),
+        ("DPM-Solver++(2S)", ndda.Sampler(ndda.DPMSolverPP2S(), edm(12))),
+        ("Heun", ndda.Sampler(ndda.Heun(), edm(12))),
+        ("DDIM, deterministic", ndda.Sampler(ndda.DDIM(), edm(32))),
+        ("library default: DPM-Solver++(2M)", ndda.Sampler(schedule=default)),
+    ]
+    rows = []
+    for name, sampler in entries:
+        law = law_of_flow if sampler.corrector is None else law_of_langevin
+        mean, covariance = law(ring, sampler)
+        evaluations = sampler.evaluations(ring.prior.noise_range)
+        rows.append(
+            {
+                "sampler": name,
+                "noise levels": describe(sampler.schedule),
+                "guided evaluations": evaluations,
+                "passes": evaluations * (1 + ring.observations),
+                "trace ratio": float(np.trace(covariance) / np.trace(ring.covariance)),
+                "error": ring.wasserstein(mean, covariance),
+            }
+        )
+    return rows
+
+
+def solve_rows(ring: Ring, paths: int, reference_levels: int) -> list[dict[str, Any]]:
+    """Table 2."""
+    white = jax.random.normal(jax.random.key(3), (paths, ring.points))
+    reference = ndda.Sampler(ndda.DPMSolverPP2S(), ndda.KarrasSchedule(reference_levels, 7.0, 2e-4, 80.0))
+    exact = jax.vmap(lambda z: ring.flow(reference, ndda.DirectSolve())(z)[0])(80.0 * white)
+
+    def edm(levels: int) -> ndda.KarrasSchedule:
+        return ndda.KarrasSchedule(levels, 7.0, 2e-3, 80.0)
+
+    default = ndda.KarrasSchedule(lowest=2e-2, highest=80.0)
+    entries: list[tuple[str, ndda.KarrasSchedule, LinearSolver]] = [
+        ("exact", edm(20), ndda.DirectSolve()),
+        ("none (diagonal)", edm(20), DiagonalSolve()),
+        *[(f"{k} from zero", edm(20), ndda.KrylovSolve(k, warm_start=False)) for k in (1, 2, 3)],
+        *[(f"{k - 1}, warm-started", edm(20), ndda.KrylovSolve(k)) for k in (2, 3)],
+        *[("1, warm-started", edm(levels), ndda.KrylovSolve(2)) for levels in (16, 24)],
+        ("library default: 1, warm-started", default, ndda.KrylovSolve(2)),
+        ("library default, exact", default, ndda.DirectSolve()),
+    ]
+    rows = []
+    for name, schedule, solver in entries:
+        sampler = ndda.Sampler(ndda.DPMSolverPP2M(), schedule)
+        flow = ring.flow(sampler, solver)
+        x, memory = jax.vmap(flow)(80.0 * white)
+        evaluations, passes = int(memory.passes.forward[0]), int(memory.passes.total()[0])
+        rows.append(
+            {
+                "noise levels": describe(schedule),
+                "conjugate-gradient steps": name,
+                "products": (passes - evaluations) // evaluations,
+                "passes": passes,
+                "largest residual": float(jnp.max(memory.solver_residual)),
+                "error": float(jnp.sqrt(jnp.mean(jnp.sum((x - exact) ** 2, -1)))) / ring.spread,
+            }
+        )
+    return rows
+
+
+def show(console: Console, title: str, rows: list[dict[str, Any]]) -> None:
+    """One table on the terminal."""
+    table = Table(title=title)
+    for name in rows[0]:
+        table.add_column(name, justify="left" if isinstance(rows[0][name], str) else "right")
+    for row in rows:
+        table.add_row(*(f"{v:.3f}" if isinstance(v, float) else str(v) for v in row.values()))
+    console.print(table)
+
+
+def main(
+    out: Annotated[Path | None, typer.Option(help="Write the tables to this JSON file.")] = None,
+    points: Annotated[int, typer.Option(help="Points on the ring; the published tables have 64.")] = 64,
+    paths: Annotated[int, typer.Option(help="Paths of the second table.")] = 256,
+    reference_levels: Annotated[int, typer.Option(help="Noise levels of the second table's exact flow.")] = 400,
+) -> None:
+    """Error and cost of the guided samplers on the ring of 64 points, in double precision."""
+    console = Console()
+    with jax.enable_x64(True):
+        ring = Ring(points)
+        tables = {"samplers": sampler_rows(ring), "solves": solve_rows(ring, paths, reference_levels)}
+    show(console, f"Samplers on a ring of {points}, exact solves", tables["samplers"])
+    show(console, f"Solves on a ring of {points}, DPM-Solver++(2M)", tables["solves"])
+    if out is not None:
+        settings = {"points": points, "paths": paths, "reference_levels": reference_levels}
+        out.write_text(json.dumps({"version": ndda.__version__, "settings": settings, **tables}, indent=2) + "\n")
+        console.print(f"wrote {out}")
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,78 @@
+"""Training-free Bayesian filtering with diffusion emulators, in NumPyro.
+
+Write a state-space model as an ordinary NumPyro program, put a pretrained diffusion emulator in it as the transition,
+filter observations with a fully adapted auxiliary particle filter, and read the result with ArviZ and xarray.
+"""
+
+from numpyro_diffusion_da import smc
+from numpyro_diffusion_da.algorithm import FAAPF, Algorithm, Bootstrap, EnKF
+from numpyro_diffusion_da.distribution import ConditionedTransition, DiffusionTransition
+from numpyro_diffusion_da.filtering import ParticleFilter
+from numpyro_diffusion_da.guidance import MMPS, Guidance
+from numpyro_diffusion_da.layout import Layout
+from numpyro_diffusion_da.likelihood import GaussianLikelihood, GaussianObservation
+from numpyro_diffusion_da.linear_solve import DirectSolve, KrylovSolve, LinearSolver
+from numpyro_diffusion_da.noise import FactorNoise, Noise, WhiteNoise
+from numpyro_diffusion_da.prior import DiffusionPrior
+from numpyro_diffusion_da.priors.emulator import RingEmulator, load_prior
+from numpyro_diffusion_da.priors.gaussian import GaussianPrior
+from numpyro_diffusion_da.result import FilterResult
+from numpyro_diffusion_da.sampler import (
+    DDIM,
+    AdamsBashforth,
+    Churn,
+    DPMSolverPP2M,
+    DPMSolverPP2S,
+    Heun,
+    LangevinCorrector,
+    Sampler,
+    Step,
+)
+from numpyro_diffusion_da.schedule import KarrasSchedule, Schedule
+from numpyro_diffusion_da.state_space import StateSpaceModel
+from numpyro_diffusion_da.weight import Dirac, Equal, Moment, Weight
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "DDIM",
+    "FAAPF",
+    "MMPS",
+    "AdamsBashforth",
+    "Algorithm",
+    "Bootstrap",
+    "Churn",
+    "ConditionedTransition",
+    "DPMSolverPP2M",
+    "DPMSolverPP2S",
+    "DiffusionPrior",
+    "DiffusionTransition",
+    "Dirac",
+    "DirectSolve",
+    "EnKF",
+    "Equal",
+    "FactorNoise",
+    "FilterResult",
+    "GaussianLikelihood",
+    "GaussianObservation",
+    "GaussianPrior",
+    "Guidance",
+    "Heun",
+    "KarrasSchedule",
+    "KrylovSolve",
+    "LangevinCorrector",
+    "Layout",
+    "LinearSolver",
+    "Moment",
+    "Noise",
+    "ParticleFilter",
+    "RingEmulator",
+    "Sampler",
+    "Schedule",
+    "StateSpaceModel",
+    "Step",
+    "Weight",
+    "WhiteNoise",
+    "load_prior",
+    "smc",
+]

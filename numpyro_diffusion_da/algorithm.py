@@ -1,0 +1,225 @@
+"""From a NumPyro program to a filter kernel: what `ParticleFilter` runs.
+
+Each class here takes a program and its own settings, and builds the kernel of the `smc` module of its name, giving it
+the program's transition and likelihood. The kernels' "observation" is `TimeInputs`: the scan's slice at one time.
+"""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+from collections.abc import Callable
+from typing import Any, ClassVar, NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, PRNGKeyArray, PyTree
+
+from numpyro_diffusion_da.denoiser import NetworkPasses
+from numpyro_diffusion_da.guidance import MMPS, Guidance
+from numpyro_diffusion_da.sampler import Sampler
+from numpyro_diffusion_da.smc import bootstrap, enkf, fa_apf
+from numpyro_diffusion_da.smc.base import Info, Kernel, Resampling, check_target_ess
+from numpyro_diffusion_da.state_space import StateSpaceModel, TimeInputs
+from numpyro_diffusion_da.transition import DrawRecord, GaussianStep
+from numpyro_diffusion_da.weight import Dirac, Moment, Weight
+
+
+class Proposal(NamedTuple):
+    """What a filter keeps of each new particle.
+
+    Attributes:
+        draw: network passes and solver residual of the draw.
+        sites: values by group and site, see `StateSpaceModel.record`.
+    """
+
+    draw: DrawRecord
+    sites: dict[str, dict[str, Array]]
+
+
+class Algorithm(abc.ABC):
+    """A program with the settings of one filter."""
+
+    model: Callable[..., Any]
+    needs_gaussian: ClassVar[bool] = True
+    """Whether the transition must be a diffusion or Gaussian, and the likelihood Gaussian."""
+
+    @abc.abstractmethod
+    def kernel(self, program: StateSpaceModel, batch_size: int) -> Kernel:
+        """The program's kernel: (rng_key, state, TimeInputs) -> (State, Info), `info.proposal` being a `Proposal`."""
+
+    @abc.abstractmethod
+    def settings(self, program: StateSpaceModel) -> dict[str, str | float]:
+        """The settings in plain values, defaults resolved for the program, for the attributes of a result."""
+
+    def passes(self, info: Info) -> NetworkPasses:
+        """Network passes per particle of one step, averaged over particles."""
+        total = info.proposal.draw.passes
+        if info.weighing != ():
+            total = jax.tree.map(jnp.add, total, info.weighing.passes)
+        return jax.tree.map(lambda n: jnp.mean(n.astype(float)), total)
+
+
+def _in_full(value: Any) -> str:
+    """A module with all its settings: its repr would leave out those at their defaults, which may change."""
+    if not isinstance(value, eqx.Module):
+        return repr(value)
+    settings = ", ".join(f"{f.name}={_in_full(getattr(value, f.name))}" for f in dataclasses.fields(value) if f.init)
+    return f"{type(value).__name__}({settings})"
+
+
+def _sampler_settings(sampler: Sampler | None, program: StateSpaceModel) -> str:
+    transition = program.diffusion()
+    if transition is None:
+        return "closed form"
+    return _in_full(transition.sampler if sampler is None else sampler)
+
+
+def _resampling_settings(resampling: Resampling | None) -> str:
+    return "systematic" if resampling is None else getattr(resampling, "__name__", repr(resampling))
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class FAAPF(Algorithm):
+    """The fully adapted auxiliary particle filter (`smc.fa_apf`).
+
+    Args:
+        model: a NumPyro program with one `scan`, whose transition is a `DiffusionTransition`, `Normal` or
+            `MultivariateNormal` and whose observed sites are Gaussian; NaN is missing.
+        weight: estimate of log p(y | c). By default `Dirac()` for a diffusion, and the exact `Moment()` for a
+            transition in closed form.
+        target_ess: effective sample size that inflation aims at, as a fraction of the particles; 0 for none.
+        guidance: how the score is guided by the observations.
+        sampler: reverse diffusion of the guided draw; by default the transition's own.
+        resampling: from `blackjax.smc.resampling`; systematic by default.
+
+    Raises:
+        ValueError: target_ess outside [0, 1).
+    """
+
+    model: Callable[..., Any]
+    weight: Weight | None = None
+    target_ess: float = 0.2
+    guidance: Guidance = dataclasses.field(default_factory=MMPS)
+    sampler: Sampler | None = None
+    resampling: Resampling | None = None
+
+    def __post_init__(self) -> None:
+        check_target_ess(self.target_ess)
+
+    def _weight(self, closed_form: bool) -> Weight:
+        if self.weight is not None:
+            return self.weight
+        return Moment() if closed_form else Dirac()
+
+    def kernel(self, program: StateSpaceModel, batch_size: int = 0) -> Kernel:
+        """The FA-APF kernel of the program."""
+
+        def log_predictive(carry: PyTree, inputs: TimeInputs) -> tuple[Array, PyTree]:
+            step = program.transition(carry, inputs, self.sampler)
+            weight = self._weight(closed_form=isinstance(step, GaussianStep))
+            return weight(step, program.likelihood(carry, inputs))
+
+        def propose(rng_key: PRNGKeyArray, carry: PyTree, inputs: TimeInputs) -> tuple[PyTree, Proposal]:
+            draw_key, record_key = jax.random.split(rng_key)
+            step = program.transition(carry, inputs, self.sampler)
+            x, draw = step.conditional_draw(draw_key, program.likelihood(carry, inputs), self.guidance)
+            sites = program.record(record_key, x, carry, inputs)
+            return program.advance(x, carry, inputs), Proposal(draw, sites)
+
+        return fa_apf.build_kernel(log_predictive, propose, self.resampling, self.target_ess, batch_size)
+
+    def settings(self, program: StateSpaceModel) -> dict[str, str | float]:
+        """Plain values."""
+        return {
+            "algorithm": "FAAPF",
+            "weight": _in_full(self._weight(closed_form=program.diffusion() is None)),
+            "target_ess": self.target_ess,
+            "guidance": _in_full(self.guidance),
+            "sampler": _sampler_settings(self.sampler, program),
+            "resampling": _resampling_settings(self.resampling),
+        }
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Bootstrap(Algorithm):
+    """The bootstrap particle filter (`smc.bootstrap`) on the same program: unguided draws, weighed afterwards.
+
+    Args:
+        model: as `FAAPF`, but with any transition that can be sampled and any likelihood with a log_prob.
+        target_ess: inflation, as in `FAAPF`; none by default.
+        sampler: reverse diffusion of the draw; by default the transition's own.
+        resampling: from `blackjax.smc.resampling`; systematic by default.
+
+    Raises:
+        ValueError: target_ess outside [0, 1).
+    """
+
+    needs_gaussian: ClassVar[bool] = False
+
+    model: Callable[..., Any]
+    target_ess: float = 0.0
+    sampler: Sampler | None = None
+    resampling: Resampling | None = None
+
+    def __post_init__(self) -> None:
+        check_target_ess(self.target_ess)
+
+    def kernel(self, program: StateSpaceModel, batch_size: int = 0) -> Kernel:
+        """The bootstrap kernel of the program."""
+
+        def propose(rng_key: PRNGKeyArray, carry: PyTree, inputs: TimeInputs) -> tuple[PyTree, Proposal]:
+            draw_key, record_key = jax.random.split(rng_key)
+            x, draw = program.draw(draw_key, carry, inputs, self.sampler)
+            sites = program.record(record_key, x, carry, inputs)
+            return program.advance(x, carry, inputs), Proposal(draw, sites)
+
+        def log_likelihood(carry: PyTree, proposal: Proposal, inputs: TimeInputs) -> Array:
+            return jnp.sum(jnp.stack([jnp.sum(v) for v in proposal.sites["log_likelihood"].values()]))
+
+        return bootstrap.build_kernel(propose, log_likelihood, self.resampling, self.target_ess, batch_size)
+
+    def settings(self, program: StateSpaceModel) -> dict[str, str | float]:
+        """Plain values."""
+        return {
+            "algorithm": "Bootstrap",
+            "target_ess": self.target_ess,
+            "sampler": _sampler_settings(self.sampler, program),
+            "resampling": _resampling_settings(self.resampling),
+        }
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class EnKF(Algorithm):
+    """The stochastic ensemble Kalman filter (`smc.enkf`) on the same program.
+
+    Args:
+        model: as `FAAPF`.
+        inflation: factor on the forecast anomalies, at least 1.
+        sampler: reverse diffusion of the forecast; by default the transition's own.
+    """
+
+    model: Callable[..., Any]
+    inflation: float = 1.0
+    sampler: Sampler | None = None
+
+    def kernel(self, program: StateSpaceModel, batch_size: int = 0) -> Kernel:
+        """The EnKF kernel of the program."""
+
+        def forecast(rng_key: PRNGKeyArray, carry: PyTree, inputs: TimeInputs) -> tuple[Array, DrawRecord]:
+            return program.draw(rng_key, carry, inputs, self.sampler)
+
+        def residual(x: Array, carry: PyTree, inputs: TimeInputs) -> Array:
+            return program.likelihood(carry, inputs).residual(x)
+
+        def advance(
+            rng_key: PRNGKeyArray, x: Array, carry: PyTree, inputs: TimeInputs, draw: DrawRecord
+        ) -> tuple[PyTree, Proposal]:
+            return program.advance(x, carry, inputs), Proposal(draw, program.record(rng_key, x, carry, inputs))
+
+        return enkf.build_kernel(forecast, residual, advance, self.inflation, batch_size)
+
+    def settings(self, program: StateSpaceModel) -> dict[str, str | float]:
+        """Plain values."""
+        return {"algorithm": "EnKF", "inflation": self.inflation, "sampler": _sampler_settings(self.sampler, program)}

@@ -1,0 +1,318 @@
+"""Result -> `xarray.DataTree` -> ArviZ. The only module that knows ArviZ.
+
+xarray and ArviZ are imported where they are used: they take longer to load than the rest of the package.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    import xarray
+
+    from numpyro_diffusion_da.result import FilterResult
+
+Dims = Mapping[str, Sequence[str]]
+Coords = Mapping[str, Any]
+
+PARTICLE = ("chain", "draw", "time")
+CHAIN = ("chain", "time")
+SHARED = {"chain", "draw", "time"}
+
+GROUPS = {
+    "posterior": "Analysis particles, equally weighted: draws of the state at each time given observations up to it.",
+    "prior": "The one-step forecast E[x' | c] that each analysis particle came from: a mean, not a draw.",
+    "posterior_predictive": "A draw of each observed site, observation error included, for each analysis particle.",
+    "log_likelihood": "log p(y | x) of each observation at each analysis particle.",
+    "observed_data": "The observations.",
+    "constant_data": "Standard deviation of each observation's error (NaN where it has none), and what is missing.",
+    "sample_stats": "Diagnostics of the filter at each step.",
+}
+
+MISSING = {"log_likelihood": "0", "observed_data": "NaN", "posterior_predictive": "a draw, as elsewhere"}
+
+STATS = {
+    "log_weights": (
+        "log-weight before inflation",
+        "draw is the index of the particle before resampling, not that of posterior; -inf: could not be selected",
+    ),
+    "ancestors": (
+        "ancestor of each particle",
+        "for each draw of posterior, the draw at the previous time that it comes from",
+    ),
+    "ess": ("effective sample size of the weights before inflation", "between 1 and the number of particles"),
+    "inflation": ("exponent alpha on the weights", "in (0, 1]; below 1 the weights would have kept too few particles"),
+    "log_evidence_increment": (
+        "estimate of log p(y_k | y_1, ..., y_k-1)",
+        "log mean of the weights before inflation; sum over time for the log-evidence",
+    ),
+    "distinct_ancestors": ("number of different ancestors", "between 1 and the number of particles"),
+    "log_weight_std": (
+        "standard deviation of the finite log-weights",
+        "weights collapse near sqrt(2 log N) for N particles",
+    ),
+    "solver_residual": ("largest relative residual of the linear solves of a draw", "0 where no solve was made"),
+    "network_passes_forward": ("forward passes of the network", "per particle and step, averaged over particles"),
+    "network_passes_jvp": ("Jacobian-vector products of the network", "per particle and step, averaged over particles"),
+    "network_passes_vjp": ("vector-Jacobian products of the network", "per particle and step, averaged over particles"),
+}
+
+
+def to_datatree(
+    result: FilterResult, *, time: Any = None, dims: Dims | None = None, coords: Coords | None = None
+) -> xarray.DataTree:
+    """The result of a run with names for everything, ready for xarray, netCDF and Zarr.
+
+    Groups: `posterior`, `prior` where forecasts were kept, `posterior_predictive`, `log_likelihood`, `observed_data`,
+    `constant_data` (for each observed site ``{site}_error`` and ``{site}_missing``) and `sample_stats`; each says in
+    its attribute `description` what it is. Dimensions are `chain` (independent filter), `draw` (particle), `time`,
+    then those of the site: the layout's for the state, ``{site}_dim_0``, ... for others. Nothing is copied.
+
+    The tree goes through files as it is: ``tree.to_netcdf(path, engine="h5netcdf")``,
+    ``tree.to_zarr(path, consolidated=False)``.
+
+    Args:
+        result: `ParticleFilter.result`.
+        time: coordinate of the time axis, one value a step (dates, hours, ...); by default 0, 1, ...
+        dims: names for a site's axes after `time`, as ArviZ's converters take them: ``{"y": ["station"]}``.
+        coords: coordinate values of dimensions: ``{"station": ["Oslo", "Bergen"]}``. They take precedence over the
+            layout's.
+
+    Raises:
+        ValueError: `time`, a coordinate or a site's names do not fit the arrays, or name something that is not there.
+    """
+    import xarray
+
+    axes = _Axes(result, time, dims or {}, coords or {})
+    latent = {result.latent_name: result.posterior[result.latent_name]}  # first, whatever the others are called
+    stats = {
+        **result.sample_stats,
+        **{f"network_passes_{name}": passes for name, passes in result.network_passes.items()},
+    }
+    forecasts = {} if result.forecast is None else {result.latent_name: result.forecast}
+    groups = {
+        "posterior": axes.sites({**latent, **result.posterior}, PARTICLE),
+        "prior": axes.sites(forecasts, PARTICLE),
+        "posterior_predictive": axes.sites(result.posterior_predictive, PARTICLE),
+        "log_likelihood": axes.sites(result.log_likelihood, PARTICLE),
+        "observed_data": axes.sites(result.observed_data, ("time",)),
+        "constant_data": {
+            f"{site}_{name}": axes.variable(site, values, ("time",), {"long_name": f"{long_name} {site}"})
+            for site, mask in result.observed_mask.items()
+            for name, values, long_name in (
+                ("error", result.observed_error[site], "standard deviation of the error of"),
+                ("missing", ~mask, "missing values of"),
+            )
+        },
+        "sample_stats": {name: _statistic(axes, name, values) for name, values in stats.items()},
+    }
+    axes.check_all_used()
+    attributes = _attributes(result)
+    tree = xarray.DataTree.from_dict(
+        {
+            name: xarray.Dataset(variables, axes.coordinates(variables), {**_description(name), **attributes})
+            for name, variables in groups.items()
+            if variables
+        }
+    )
+    tree.attrs.update(attributes)
+    return tree
+
+
+def to_arviz(result: FilterResult, *, time: Any = None, dims: Dims | None = None, coords: Coords | None = None) -> Any:
+    """The result as the installed ArviZ takes it: `InferenceData` before ArviZ 1, a `DataTree` from then on.
+
+    It is `to_datatree`, with every observed site as a list of what was observed: in `log_likelihood`,
+    `posterior_predictive` and `observed_data` the site `y` has one dimension ``y_observed``, whose coordinates
+    ``y_time``, ... say where each value belongs. ArviZ has no notion of missing values: it would count them as data
+    points in `loo` (ArviZ 1 fails), and draws of them in predictive plots; and some plots of ArviZ 1 take observations
+    along one dimension only. A site of which nothing was observed is left out.
+
+    What ArviZ's numbers mean here:
+
+    - A chain is an independent filter, and its draws at one time are exchangeable particles, not a Markov chain:
+      nothing follows from their order, except that systematic resampling puts those of one ancestor side by side.
+    - `az.rhat` compares the filters. For N particles whose mean has the error of n independent draws, R-hat is near
+      sqrt(1 + 1/n - 1/N): 1.01 is about n = 50. It sees what one filter cannot: error carried from step to step. It
+      does not see a bias that all filters share (inflation, an approximate weight). The default R-hat splits each
+      chain into halves, which differ when few ancestors remain; ``method="identity"`` compares whole filters only.
+    - `az.ess` and `az.mcse` are made for Markov chains: they take siblings for autocorrelation, and ESS falls with the
+      number of ancestors. The effective sample size of the weights is ``sample_stats["ess"]``.
+    - `az.loo` at time k leaves one observation out of y_1, ..., y_k, as a draw at k has not seen later ones: a sum of
+      log p(y_kj | the others up to k), not the leave-one-out of the whole series. Its Pareto k tends to P / (P + R) for
+      an observation whose forecast from the others has variance P, and error variance R: above 0.7, where the error is
+      small, elpd is too high. There compare models by their log-evidence, the sum of
+      ``sample_stats["log_evidence_increment"]``.
+
+    Args:
+        result: `ParticleFilter.result`.
+        time: see `to_datatree`.
+        dims: see `to_datatree`.
+        coords: see `to_datatree`.
+
+    Raises:
+        ValueError: see `to_datatree`.
+    """
+    import arviz
+    import xarray
+
+    tree = to_datatree(result, time=time, dims=dims, coords=coords)
+    groups = {name: group.to_dataset() for name, group in tree.children.items()}
+    for name in ("log_likelihood", "posterior_predictive", "observed_data"):
+        groups[name] = _as_lists(groups[name], result.observed_mask)
+    listed = xarray.DataTree.from_dict({name: group for name, group in groups.items() if group.data_vars})
+    listed.attrs.update(tree.attrs)
+    # By version: 1.x has the name InferenceData too, as another name of DataTree.
+    if int(arviz.__version__.split(".")[0]) >= 1:
+        return listed
+    return arviz.InferenceData.from_datatree(listed)
+
+
+class _Axes:
+    """The names, lengths and coordinates of axes, and the checks that they fit each other."""
+
+    def __init__(self, result: FilterResult, time: Any, dims: Dims, coords: Coords) -> None:
+        chains, draws, steps = result.posterior[result.latent_name].shape[:3]
+        self.result = result
+        self.dims = {site: tuple(names) for site, names in dims.items()}
+        self.sizes: dict[str, int] = {}
+        self.site_names = {*result.posterior, *result.observed_data}
+        self.given = dict(coords)
+        for name in SHARED & set(coords):
+            instead = "give it as time=..." if name == "time" else "it numbers the filters or their particles"
+            raise ValueError(f"coords cannot set '{name}': {instead}.")
+        if time is not None and len(time) != steps:
+            raise ValueError(f"time has {len(time)} values, but the filter made {steps} steps; give one value a step.")
+        self.values: dict[str, Any] = {
+            "chain": np.arange(chains),
+            "draw": np.arange(draws),
+            "time": np.arange(steps) if time is None else time,
+        }
+        self.layout_values = {} if result.layout is None else result.layout.coords()
+
+    def _names(self, site: str, shape: tuple[int, ...]) -> tuple[str, ...]:
+        """Names of a site's own axes."""
+        layout = self.result.layout
+        if site in self.dims:
+            names = self.dims[site]
+            full = max((len(s) for s in self._site_shapes(site)), default=0)
+            if len(names) != full:
+                raise ValueError(f"dims names {len(names)} axes {names} of '{site}', which has {full} after time.")
+            return names[: len(shape)]  # the log-likelihood of a multivariate site lacks the last ones
+        if site == self.result.latent_name and layout is not None and layout.shape == shape:
+            return layout.dims
+        return tuple(f"{site}_dim_{i}" for i in range(len(shape)))
+
+    def _site_shapes(self, site: str) -> list[tuple[int, ...]]:
+        result = self.result
+        arrays = [(result.posterior, 3), (result.posterior_predictive, 3), (result.observed_data, 1)]
+        return [group[site].shape[lead:] for group, lead in arrays if site in group]
+
+    def variable(
+        self, site: str, values: np.ndarray, leading: tuple[str, ...], attributes: dict[str, str] | None = None
+    ) -> tuple[tuple[str, ...], np.ndarray, dict[str, str]]:
+        """(dims, values, attributes) as xarray takes a variable."""
+        shape = values.shape[len(leading) :]
+        names = self._names(site, shape)
+        for name, size in zip(names, shape, strict=True):
+            if name in SHARED or names.count(name) > 1 or name in self.site_names:
+                raise ValueError(
+                    f"'{name}' cannot name an axis of '{site}': it is the name of a site or of another axis. "
+                    f"Name the axes yourself: dims={{'{site}': [...]}}."
+                )
+            if self.sizes.setdefault(name, size) != size:
+                raise ValueError(
+                    f"dimension '{name}' has {size} values in '{site}', but {self.sizes[name]} in another site; "
+                    "give the two different names in dims."
+                )
+            coordinate = self.given.get(name)
+            if coordinate is not None and len(coordinate) != size:
+                raise ValueError(f"coords gives '{name}' {len(coordinate)} values, but '{site}' has {size} along it.")
+        return (*leading, *names), values, attributes or {}
+
+    def sites(self, arrays: Mapping[str, np.ndarray], leading: tuple[str, ...]) -> dict[str, Any]:
+        """All sites of a group."""
+        latent, layout = self.result.latent_name, self.result.layout
+        units = {} if layout is None else {latent: {"units": layout.units}}
+        return {site: self.variable(site, values, leading, units.get(site)) for site, values in arrays.items()}
+
+    def coordinates(self, variables: Mapping[str, Any]) -> dict[str, Any]:
+        """A coordinate for every dimension of a group: ArviZ's plots need one even where it only counts."""
+        used = dict.fromkeys(name for dims, _, _ in variables.values() for name in dims)
+        values = {**self.layout_values, **self.given, **self.values}
+        return {name: _coordinate(name, values.get(name, np.arange(self.sizes.get(name, 0)))) for name in used}
+
+    def check_all_used(self) -> None:
+        """A name that fits nothing is a misspelt one."""
+        if unknown := set(self.dims) - self.site_names:
+            raise ValueError(f"dims has {sorted(unknown)}, but the sites are {sorted(self.site_names)}.")
+        if unknown := set(self.given) - set(self.sizes):
+            raise ValueError(f"coords has {sorted(unknown)}, but the dimensions are {sorted(self.sizes)}.")
+
+
+def _coordinate(name: str, values: Any) -> tuple[str, Any, dict[Any, Any]]:
+    """(dim, values, attributes), whatever the coordinates were given as."""
+    import xarray
+
+    if isinstance(values, (xarray.DataArray, xarray.Variable)):
+        return name, values.values, dict(values.attrs)
+    return name, values, {}
+
+
+def _statistic(axes: _Axes, name: str, values: np.ndarray) -> Any:
+    long_name, description = STATS.get(name, (name.replace("_", " "), ""))
+    leading = PARTICLE if values.ndim >= len(PARTICLE) else CHAIN
+    own = tuple(f"{name}_dim_{i}" for i in range(values.ndim - len(leading)))
+    axes.sizes.update(zip(own, values.shape[len(leading) :], strict=True))
+    return (*leading, *own), values, {"long_name": long_name, "description": description}
+
+
+def _description(group: str) -> dict[str, str]:
+    missing = {"missing_observations": MISSING[group]} if group in MISSING else {}
+    return {"description": GROUPS[group], **missing}
+
+
+def _attributes(result: FilterResult) -> dict[str, Any]:
+    """Where the result comes from, in values that netCDF and Zarr can hold."""
+    from numpyro_diffusion_da import __version__
+
+    created = {
+        "creation_library": "numpyro_diffusion_da",
+        "creation_library_version": __version__,
+        "inference_library": "numpyro_diffusion_da",
+        "inference_library_version": __version__,
+    }
+    return {**created, **{name: _plain(value) for name, value in result.attributes.items()}}
+
+
+def _plain(value: Any) -> str | int | float:
+    if isinstance(value, np.generic):
+        value = value.item()
+    if isinstance(value, bool) or not isinstance(value, (str, int, float)):
+        return str(value)
+    return value
+
+
+def _as_lists(group: xarray.Dataset, masks: Mapping[str, np.ndarray]) -> xarray.Dataset:
+    """The group with each site cut down to what was observed, along one dimension."""
+    import xarray
+
+    variables: dict[Any, Any] = {}
+    coordinates: dict[str, Any] = {name: group[name] for name in ("chain", "draw") if name in group.coords}
+    for site, variable in group.data_vars.items():
+        lead = [name for name in variable.dims if name in ("chain", "draw")]
+        own = variable.dims[len(lead) :]
+        # A multivariate site has one log-likelihood for several values: it is there when any of them is.
+        kept = masks[str(site)].any(tuple(range(len(own), masks[str(site)].ndim)))
+        if not kept.any():
+            continue
+        at: tuple[Any, ...] = np.nonzero(kept)
+        dim = f"{site}_observed"
+        variables[site] = ((*lead, dim), variable.values[(..., *at)], variable.attrs)
+        coordinates[dim] = np.arange(len(at[0]))
+        for name, index in zip(own, at, strict=True):
+            coordinates[f"{site}_{name}"] = (dim, variable[name].values[index])
+    return xarray.Dataset(variables, coordinates, {**group.attrs, "missing_observations": "left out"})

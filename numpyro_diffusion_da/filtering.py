@@ -1,0 +1,265 @@
+"""`ParticleFilter`: the one loop over time, for any filter kernel, in independent chains."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, PRNGKeyArray, PyTree
+
+from numpyro_diffusion_da.algorithm import Algorithm
+from numpyro_diffusion_da.progress import step_progress
+from numpyro_diffusion_da.result import FilterResult
+from numpyro_diffusion_da.smc.base import Info, State, init
+from numpyro_diffusion_da.state_space import StateSpaceModel, TimeInputs
+
+if TYPE_CHECKING:
+    import xarray
+
+
+class ParticleFilter:
+    """Runs a filter over a NumPyro program, as `numpyro.infer.MCMC` runs a sampler.
+
+    Args:
+        algorithm: `FAAPF(model)`, `Bootstrap(model)` or `EnKF(model)`.
+        num_particles: particles N of each filter.
+        num_chains: independent filters; they become the chains of the result.
+        batch_size: particles moved at a time, to bound the memory; 0 for all at once. The result does not depend on it.
+        progress_bar: show a bar over the steps.
+        keep_forecasts: keep the one-step forecast that each particle came from (the group `prior` of the result).
+
+    Raises:
+        ValueError: a number of particles or chains below 1, or a negative batch size.
+        TypeError: `algorithm` is not a filter.
+    """
+
+    def __init__(
+        self,
+        algorithm: Algorithm,
+        *,
+        num_particles: int,
+        num_chains: int = 1,
+        batch_size: int = 0,
+        progress_bar: bool = True,
+        keep_forecasts: bool = False,
+    ) -> None:
+        if not isinstance(algorithm, Algorithm):
+            raise TypeError(
+                f"ParticleFilter got {type(algorithm).__name__}; give a filter of your program, "
+                "as in ParticleFilter(ndda.FAAPF(model), num_particles=256)."
+            )
+        for name, value, least in (
+            ("num_particles", num_particles, 1),
+            ("num_chains", num_chains, 1),
+            ("batch_size", batch_size, 0),
+        ):
+            if value < least:
+                raise ValueError(f"{name}={value}; give {least} or more.")
+        self.algorithm = algorithm
+        self.num_particles = num_particles
+        self.num_chains = num_chains
+        self.batch_size = batch_size
+        self.progress_bar = progress_bar
+        self.keep_forecasts = keep_forecasts
+        self._result: FilterResult | None = None
+        self._compiled: dict[Any, Any] = {}
+
+    def run(self, rng_key: PRNGKeyArray, *args: Any, **kwargs: Any) -> None:
+        """Filter the observations in the program's arguments.
+
+        A chain's key is fold_in(rng_key, chain), a step's fold_in of that and the step, a particle's fold_in of that
+        and the particle: neither batching nor the number of chains changes a draw.
+
+        Args:
+            rng_key: from `jax.random.key`.
+            *args: the program's arguments.
+            **kwargs: the program's keyword arguments.
+
+        Raises:
+            ValueError: a program that cannot be filtered, or an observation error that is not positive (naming the
+                site and the step).
+            FloatingPointError: every particle of a step is non-finite (naming the step).
+        """
+        program = StateSpaceModel(self.algorithm.model, args, kwargs)
+        program.check(self.algorithm.needs_gaussian)
+        start, step = self._functions(program)
+        given = (args, kwargs)
+        with step_progress(self.progress_bar, self.num_chains * program.length) as advance:
+            chains = []
+            for chain in range(self.num_chains):
+                chain_key = jax.random.fold_in(rng_key, chain)
+                init_key, run_key = jax.random.split(chain_key)
+                state, xs = start(init_key, given)
+                steps = []
+                for t in range(program.length):
+                    inputs = TimeInputs(jnp.asarray(t), jax.tree.map(lambda x, t=t: x[t], xs))
+                    state, output = step(jax.random.fold_in(run_key, t), state, inputs, given)
+                    output = jax.device_get(output)
+                    self._check(output, t)
+                    steps.append(output)
+                    advance(output["stats"])
+                chains.append(jax.tree.map(lambda *v: np.stack(v), *steps))
+        self._result = self._collect(program, rng_key, chains, args, kwargs)
+
+    def _functions(self, program: StateSpaceModel) -> tuple[Any, Any]:
+        """The jitted start and step. Kept, so that a second run with arguments of the same shapes compiles nothing."""
+        if not self._compiled:
+
+            def start(rng_key: PRNGKeyArray, given: Any) -> tuple[State, PyTree]:
+                at = program.at(*given)
+                keys = jax.vmap(jax.random.fold_in, (None, 0))(rng_key, jnp.arange(self.num_particles))
+                return init(jax.vmap(at.initial)(keys)), at.inputs()
+
+            def step(rng_key: PRNGKeyArray, state: State, inputs: TimeInputs, given: Any) -> Any:
+                at = program.at(*given)
+                new, info = self.algorithm.kernel(at, self.batch_size)(rng_key, state, inputs)
+                first = jax.tree.map(lambda x: x[0], state.particles)
+                stats = {
+                    "log_weights": info.log_weights,
+                    "ancestors": info.ancestors,
+                    "ess": info.ess,
+                    "inflation": info.inflation,
+                    "log_evidence_increment": info.log_evidence_increment,
+                    "distinct_ancestors": info.distinct_ancestors,
+                    "log_weight_std": info.log_weight_std,
+                    "solver_residual": info.proposal.draw.solver_residual,
+                }
+                return new, {
+                    "forecast": self._forecast(info) if self.keep_forecasts else None,
+                    "sites": info.proposal.sites,
+                    "stats": stats,
+                    "passes": self.algorithm.passes(info)._asdict(),
+                    "observations": at.observations(first, inputs),
+                    "nonfinite_weights": info.nonfinite_weights,
+                    "nonfinite_particles": info.nonfinite_particles,
+                }
+
+            self._compiled = {"start": eqx.filter_jit(start), "step": eqx.filter_jit(step)}
+        return self._compiled["start"], self._compiled["step"]
+
+    def _forecast(self, info: Info) -> Array:
+        forecast = getattr(info.weighing, "forecast", None)
+        if forecast is None:
+            raise ValueError(
+                f"{self.algorithm} computes no one-step forecasts; leave keep_forecasts out, "
+                "or use FAAPF with Dirac or Moment weights."
+            )
+        return forecast[info.ancestors]
+
+    def _check(self, output: dict[str, Any], t: int) -> None:
+        for name, site in output["observations"].items():
+            if site["bad_error"]:
+                raise ValueError(
+                    f"the observation error of site '{name}' at step {t} is not positive and finite; "
+                    "give a standard deviation above zero (mark a missing value by NaN in the observation)."
+                )
+            if np.any(np.isinf(site["value"])):
+                raise ValueError(
+                    f"site '{name}' has an infinite observation at step {t}; mark missing values with NaN."
+                )
+        n = self.num_particles
+        for what, count in (("weights", output["nonfinite_weights"]), ("particles", output["nonfinite_particles"])):
+            if count == n:
+                raise FloatingPointError(
+                    f"all {n} {what} are non-finite at step {t}; check the observations and their errors at that step, "
+                    "and the guidance (fewer solver products, a larger observation error)."
+                )
+
+    def _collect(
+        self, program: StateSpaceModel, rng_key: PRNGKeyArray, chains: list[Any], args: Any, kwargs: Any
+    ) -> FilterResult:
+        outputs = jax.tree.map(lambda *v: np.stack(v), *chains)  # (chain, time, ...)
+
+        def by_draw(x: np.ndarray) -> np.ndarray:
+            return np.moveaxis(x, 1, 2)
+
+        stats = {name: by_draw(x) if x.ndim > 2 else x for name, x in outputs["stats"].items()}
+        groups = jax.tree.map(by_draw, outputs["sites"])
+        observations = jax.tree.map(lambda x: x[0], outputs["observations"])
+        transition = program.diffusion()
+        return FilterResult(
+            posterior=groups["posterior"],
+            posterior_predictive=groups["posterior_predictive"],
+            log_likelihood=groups["log_likelihood"],
+            observed_data={n: np.where(s["observed"], s["value"], np.nan) for n, s in observations.items()},
+            observed_mask={n: s["observed"] for n, s in observations.items()},
+            observed_error={n: s["error"] for n, s in observations.items()},
+            forecast=by_draw(outputs["forecast"]) if self.keep_forecasts else None,
+            sample_stats=stats,
+            network_passes=outputs["passes"],
+            latent_name=program.latent_name,
+            layout=None if transition is None else transition.prior.layout,
+            attributes={
+                "model": program.name,
+                "seed": str(np.asarray(jax.random.key_data(rng_key)).tolist()),
+                "num_particles": self.num_particles,
+                "num_chains": self.num_chains,
+                "batch_size": self.batch_size,
+                **({} if transition is None else transition.prior.provenance()),
+                **self.algorithm.settings(program),
+            },
+        )
+
+    @property
+    def result(self) -> FilterResult:
+        """The arrays of the last run.
+
+        Raises:
+            RuntimeError: nothing has been run.
+        """
+        if self._result is None:
+            raise RuntimeError("this ParticleFilter has not run yet; call .run(jax.random.key(0), ...) first.")
+        return self._result
+
+    def to_datatree(
+        self,
+        *,
+        time: Any = None,
+        dims: Mapping[str, Sequence[str]] | None = None,
+        coords: Mapping[str, Any] | None = None,
+    ) -> xarray.DataTree:
+        """The last run as an `xarray.DataTree`, see `convert.to_datatree`.
+
+        Args:
+            time: coordinate of the time axis, one value a step.
+            dims: names for a site's axes after time: ``{"y": ["station"]}``.
+            coords: coordinate values of dimensions: ``{"station": ["Oslo", "Bergen"]}``.
+
+        Raises:
+            RuntimeError: nothing has been run.
+            ValueError: names or coordinates that do not fit.
+        """
+        from numpyro_diffusion_da import convert
+
+        return convert.to_datatree(self.result, time=time, dims=dims, coords=coords)
+
+    def to_arviz(
+        self,
+        *,
+        time: Any = None,
+        dims: Mapping[str, Sequence[str]] | None = None,
+        coords: Mapping[str, Any] | None = None,
+    ) -> Any:
+        """The last run as the installed ArviZ takes it; `convert.to_arviz` says what its numbers mean for particles.
+
+        Arguments and errors as `to_datatree`.
+        """
+        from numpyro_diffusion_da import convert
+
+        return convert.to_arviz(self.result, time=time, dims=dims, coords=coords)
+
+    def print_summary(self) -> None:
+        """Print what to look at first after a run, see `summary.summary`.
+
+        Raises:
+            RuntimeError: nothing has been run.
+        """
+        from rich.console import Console
+
+        from numpyro_diffusion_da.summary import summary
+
+        Console().print(summary(self.result))

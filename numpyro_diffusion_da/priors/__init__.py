@@ -1,0 +1,1 @@
+"""The priors that ship: the exact Gaussian one and the trained emulators."""

@@ -1,0 +1,48 @@
+"""The true system of the Lorenz-96 emulator: stochastic Lorenz-96 (Lorenz 1996, eq. 1), in steps of 0.1 time units.
+
+    dx_i/dt = (x_{i+1} - x_{i-2}) x_{i-1} - x_i + F,        x' = flow_{0.1}(x) + N(0, 0.5 I),
+
+on a ring of sites, with F = 8 (chaotic). Everything is dimensionless; one time unit is about five days of weather by
+the error growth that Lorenz compared. The noise of every step is part of the system, not of its numerics: it gives
+the transition the spread that guidance needs.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, PRNGKeyArray
+
+FORCING = 8.0
+"""F."""
+
+STEP = 0.1
+"""Length of one step, in time units."""
+
+SUBSTEPS = 2
+"""Runge-Kutta steps in one step. With two the flow is within 0.13 % of the persistence error of a converged one."""
+
+NOISE_VARIANCE = 0.5
+"""Variance of the Gaussian noise that every step adds to every site."""
+
+
+def tendency(x: Float[Array, "*batch sites"]) -> Float[Array, "*batch sites"]:
+    """dx/dt per time unit, on a ring of any number of sites (the last axis)."""
+    return (jnp.roll(x, -1, -1) - jnp.roll(x, 2, -1)) * jnp.roll(x, 1, -1) - x + FORCING
+
+
+def flow(x: Float[Array, "*batch sites"]) -> Float[Array, "*batch sites"]:
+    """The state after one step of 0.1 time units without noise: E[x' | x], by classical fourth-order Runge-Kutta."""
+    h = STEP / SUBSTEPS
+    for _ in range(SUBSTEPS):
+        k1 = tendency(x)
+        k2 = tendency(x + 0.5 * h * k1)
+        k3 = tendency(x + 0.5 * h * k2)
+        k4 = tendency(x + h * k3)
+        x = x + (h / 6.0) * (k1 + 2.0 * k2 + 2.0 * k3 + k4)
+    return x
+
+
+def draw(rng_key: PRNGKeyArray, x: Float[Array, "*batch sites"]) -> Float[Array, "*batch sites"]:
+    """x' ~ N(flow(x), 0.5 I)."""
+    return flow(x) + NOISE_VARIANCE**0.5 * jax.random.normal(rng_key, x.shape, x.dtype)

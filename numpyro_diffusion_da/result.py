@@ -1,0 +1,44 @@
+"""The arrays of a filter run, before they are given names."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+
+from numpyro_diffusion_da.layout import Layout
+
+
+@dataclasses.dataclass(frozen=True)
+class FilterResult:
+    """The arrays of a run, as numpy; `convert.to_datatree` gives them names.
+
+    Attributes:
+        posterior: latent and deterministic sites, each (chain, draw, time, ...); draws are equally weighted.
+        posterior_predictive: a draw of each observed site, (chain, draw, time, ...).
+        log_likelihood: of each observed site, (chain, draw, time, ...); 0 where missing.
+        observed_data: observed values, (time, ...), NaN where missing.
+        observed_mask: False where missing, (time, ...).
+        observed_error: standard deviation of each observation's error, (time, ...); NaN where it has none.
+        forecast: the one-step forecast E[x' | c] that each particle came from, (chain, draw, time, ...), or None where
+            it was not kept.
+        sample_stats: (chain, time) or, for per-particle quantities, (chain, draw, time).
+        network_passes: forward, jvp and vjp passes per particle and step, each (chain, time).
+        latent_name: which posterior variable is the state.
+        layout: the state's layout, or None where the transition has none.
+        attributes: what is needed to run it again.
+    """
+
+    posterior: dict[str, np.ndarray]
+    posterior_predictive: dict[str, np.ndarray]
+    log_likelihood: dict[str, np.ndarray]
+    observed_data: dict[str, np.ndarray]
+    observed_mask: dict[str, np.ndarray]
+    observed_error: dict[str, np.ndarray]
+    forecast: np.ndarray | None
+    sample_stats: dict[str, np.ndarray]
+    network_passes: dict[str, np.ndarray]
+    latent_name: str
+    layout: Layout | None
+    attributes: dict[str, Any]

@@ -1,0 +1,54 @@
+"""Noise levels, from the largest down, as static numbers.
+
+Schedules are made of Python floats and evaluated with numpy while tracing, so that multistep samplers can compute their
+coefficients once, in double precision.
+"""
+
+from __future__ import annotations
+
+import abc
+
+import equinox as eqx
+import numpy as np
+
+
+class Schedule(eqx.Module):
+    """A decreasing sequence of noise levels within the range a prior can be trusted in."""
+
+    @abc.abstractmethod
+    def levels(self, noise_range: tuple[float, float]) -> np.ndarray:
+        """Noise levels s_0 > s_1 > ... > s_{n-1} > 0, shape (n,), for a prior trusted in (lowest, highest)."""
+
+
+class KarrasSchedule(Schedule):
+    """The schedule of EDM (Karras et al. 2022, eq. 5): s_i^(1/rho) equally spaced.
+
+    Args:
+        num_levels: number of noise levels, at least 2.
+        rho: larger values put more levels at low noise; EDM's choice is 7, and 9 does better with few levels
+            (docs/method.md, the ring-64 table).
+        lowest: smallest noise level; None takes the prior's.
+        highest: largest noise level; None takes the prior's.
+
+    Raises:
+        ValueError: fewer than two levels, or a range that is not 0 < lowest < highest.
+    """
+
+    num_levels: int = eqx.field(static=True, default=16)
+    rho: float = eqx.field(static=True, default=9.0)
+    lowest: float | None = eqx.field(static=True, default=None)
+    highest: float | None = eqx.field(static=True, default=None)
+
+    def __check_init__(self) -> None:
+        if self.num_levels < 2:
+            raise ValueError(f"KarrasSchedule got num_levels={self.num_levels}; give at least 2.")
+        if not self.rho > 0:
+            raise ValueError(f"KarrasSchedule got rho={self.rho}; give a positive number (EDM uses 7).")
+
+    def levels(self, noise_range: tuple[float, float]) -> np.ndarray:
+        """Noise levels, highest first, shape (num_levels,)."""
+        lowest = noise_range[0] if self.lowest is None else self.lowest
+        highest = noise_range[1] if self.highest is None else self.highest
+        if not 0 < lowest < highest:
+            raise ValueError(f"noise levels from {highest} down to {lowest}: expected 0 < lowest < highest.")
+        return np.linspace(highest ** (1 / self.rho), lowest ** (1 / self.rho), self.num_levels) ** self.rho

@@ -1,0 +1,131 @@
+"""What the distribution of a NumPyro site means to a filter: a transition, or Gaussian observations."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax.numpy as jnp
+import jax.scipy.linalg as jsl
+import numpyro.distributions as dist
+from jaxtyping import Array, Bool, Float
+
+from numpyro_diffusion_da.distribution import ConditionedTransition, DiffusionTransition
+from numpyro_diffusion_da.likelihood import GaussianObservation, whiten
+from numpyro_diffusion_da.sampler import Sampler
+from numpyro_diffusion_da.transition import DiffusionStep, GaussianStep, OneStep
+
+
+def one_step(name: str, fn: dist.Distribution, sampler: Sampler | None = None) -> OneStep:
+    """The transition that a latent site's distribution stands for.
+
+    Raises:
+        ValueError: neither a `DiffusionTransition` nor Gaussian; the sentence names the site.
+    """
+    if isinstance(fn, DiffusionTransition) and not isinstance(fn, ConditionedTransition):
+        if fn.batch_shape != ():
+            raise ValueError(
+                f"site '{name}' is a DiffusionTransition with the batch shape {fn.batch_shape}; "
+                "a filter step moves one state."
+            )
+        step = fn.only_step()
+        return step if sampler is None else DiffusionStep(step.prior, step.conditioning, sampler)
+    parts = gaussian_parts(fn)
+    if parts is None:
+        raise ValueError(
+            f"site '{name}' has the transition {type(unmasked(fn)[0]).__name__}; this filter needs a "
+            "DiffusionTransition, Normal or MultivariateNormal (ndda.Bootstrap(model) takes any)."
+        )
+    mean = jnp.concatenate([m for m, _ in parts]).reshape(fn.shape())
+    if all(f.ndim == 1 for _, f in parts):
+        return GaussianStep(mean, jnp.concatenate([f for _, f in parts]).reshape(fn.shape()))
+    return GaussianStep(mean, jsl.block_diag(*[f if f.ndim == 2 else jnp.diag(f) for _, f in parts]))
+
+
+def gaussian_parts(fn: dist.Distribution) -> list[tuple[Float[Array, " m"], Float[Array, ...]]] | None:
+    """(mean, standard deviations or Cholesky factor) of independent Gaussian parts, flattened; None if not Gaussian."""
+    shape = fn.shape()
+    base, mask = unmasked(fn)
+    del mask
+    if isinstance(base, dist.Normal):
+        return [(jnp.broadcast_to(base.loc, shape).reshape(-1), jnp.broadcast_to(base.scale, shape).reshape(-1))]
+    if isinstance(base, dist.MultivariateNormal):
+        k = shape[-1]
+        means = jnp.broadcast_to(base.loc, shape).reshape(-1, k)
+        factors = jnp.broadcast_to(base.scale_tril, (*shape, k)).reshape(-1, k, k)
+        return [(means[i], factors[i]) for i in range(len(means))]
+    return None
+
+
+def unmasked(fn: dist.Distribution) -> tuple[dist.Distribution, Bool[Array, ...] | bool]:
+    """The distribution inside to_event, expand and mask wrappers, and the mask (broadcastable to the value)."""
+    mask: Any = True
+    while True:
+        if isinstance(fn, dist.MaskedDistribution):
+            own = jnp.asarray(fn._mask)
+            own = own.reshape(own.shape + (1,) * fn.event_dim) if own.ndim else own
+            mask, fn = jnp.logical_and(mask, own), fn.base_dist
+        elif isinstance(fn, (dist.Independent, dist.ExpandedDistribution)):
+            fn = fn.base_dist
+        else:
+            return fn, mask
+
+
+def site_mask(fn: dist.Distribution) -> Bool[Array, ...]:
+    """Where a site counts, at the shape of its value."""
+    return jnp.broadcast_to(unmasked(fn)[1], fn.shape())
+
+
+def observation_error(fn: dist.Distribution) -> Float[Array, ...]:
+    """Standard deviations of a Gaussian site, at the shape of its value; NaN for another distribution."""
+    base, _ = unmasked(fn)
+    if isinstance(base, dist.Normal):
+        return jnp.broadcast_to(base.scale, fn.shape())
+    if isinstance(base, dist.MultivariateNormal):
+        return jnp.broadcast_to(jnp.linalg.norm(base.scale_tril, axis=-1), fn.shape())
+    return jnp.full(fn.shape(), jnp.nan)
+
+
+def non_positive_error(fn: dist.Distribution) -> Bool[Array, ""]:
+    """Whether a Gaussian site has a standard deviation that is zero, negative or not finite."""
+    base, _ = unmasked(fn)
+    if isinstance(base, dist.Normal):
+        scale = jnp.asarray(base.scale)
+    elif isinstance(base, dist.MultivariateNormal):
+        scale = jnp.diagonal(base.scale_tril, axis1=-2, axis2=-1)
+    else:
+        return jnp.asarray(False)
+    return ~jnp.all((scale > 0) & jnp.isfinite(scale))
+
+
+def gaussian_observations(name: str, fn: dist.Distribution, value: Array) -> list[GaussianObservation]:
+    """An observed site as flattened Gaussian observations; NaN and masked values are missing.
+
+    Raises:
+        ValueError: the site is not Gaussian.
+    """
+    parts = gaussian_parts(fn)
+    if parts is None:
+        raise ValueError(
+            f"site '{name}' has the likelihood {type(unmasked(fn)[0]).__name__}; this filter needs Normal or "
+            "MultivariateNormal observations (ndda.Bootstrap(model) takes any with a log_prob)."
+        )
+    values = value.reshape(len(parts), -1)
+    observed = (~jnp.isnan(value) & site_mask(fn)).reshape(len(parts), -1)
+    return [GaussianObservation(m, f, v, o) for (m, f), v, o in zip(parts, values, observed, strict=True)]
+
+
+def pointwise_log_likelihood(fn: dist.Distribution, value: Array) -> Float[Array, ...]:
+    """log p(y | x), elementwise where the site's elements are independent, else per event; 0 where missing."""
+    base, mask = unmasked(fn)
+    observed = ~jnp.isnan(value) & jnp.broadcast_to(mask, fn.shape())
+    if isinstance(base, dist.MultivariateNormal):
+        # By the Gaussian observations, which know how to leave single components of an event out.
+        events = gaussian_observations("", fn, value)
+        residuals, normalizers = zip(*map(whiten, events), strict=True)
+        logs = [n - 0.5 * jnp.vdot(r, r) for r, n in zip(residuals, normalizers, strict=True)]
+        return jnp.stack(logs).reshape(value.shape[:-1])
+    filled = jnp.where(observed, value, jnp.zeros_like(value))
+    if base.event_dim == 0:
+        return jnp.where(observed, base.log_prob(filled), 0.0)
+    whole = jnp.all(observed, axis=tuple(range(-base.event_dim, 0)))
+    return jnp.where(whole, base.log_prob(filled), 0.0)

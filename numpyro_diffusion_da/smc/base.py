@@ -1,0 +1,210 @@
+"""What the filters share: state, info, inflation, guarded resampling, and mapping over particles."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, Key, PRNGKeyArray, PyTree
+
+Resampling = Callable[[PRNGKeyArray, Float[Array, " n"], int], Int[Array, " n"]]
+"""(rng_key, normalised weights, number) -> ancestor indices, as in `blackjax.smc.resampling`."""
+
+Kernel = Callable[[PRNGKeyArray, Any, Any], tuple[Any, Any]]
+"""(rng_key, state, observation) -> (state, info)."""
+
+
+class State(NamedTuple):
+    """What the next step needs.
+
+    Attributes:
+        particles: equally weighted particles, a pytree with a leading axis of N.
+        log_evidence: estimate of log p(y_{1:k}) so far.
+    """
+
+    particles: PyTree
+    log_evidence: Float[Array, ""]
+
+
+class Info(NamedTuple):
+    """All else about a step.
+
+    Attributes:
+        log_weights: log-weights before inflation, shape (N,), index = the particle before resampling. A non-finite
+            weight is given as -inf.
+        ancestors: for each particle the index of the one it came from, shape (N,).
+        ess: effective sample size of the weights before inflation.
+        inflation: alpha in (0, 1]; the weights are w^alpha.
+        log_evidence_increment: log mean exp(log w). An unbiased estimate of p(y_k | y_{1:k-1}) only for exact weights
+            and alpha = 1.
+        distinct_ancestors: number of different ancestors.
+        log_weight_std: standard deviation of the finite log-weights; weights collapse near sqrt(2 log N).
+        nonfinite_weights: number of particles whose log-weight was not finite.
+        nonfinite_particles: number of new particles that hold a non-finite value.
+        weighing: records of the weight function, leading axis N, index = the particle before resampling.
+        proposal: records of the draw, leading axis N, index = the new particle.
+    """
+
+    log_weights: Float[Array, " n"]
+    ancestors: Int[Array, " n"]
+    ess: Float[Array, ""]
+    inflation: Float[Array, ""]
+    log_evidence_increment: Float[Array, ""]
+    distinct_ancestors: Int[Array, ""]
+    log_weight_std: Float[Array, ""]
+    nonfinite_weights: Int[Array, ""]
+    nonfinite_particles: Int[Array, ""]
+    weighing: PyTree
+    proposal: PyTree
+
+
+def init(particles: PyTree) -> State:
+    """The state before the first observation, from N initial particles (leading axis N)."""
+    return State(particles, jnp.zeros(()))
+
+
+def num_particles(particles: PyTree) -> int:
+    """Length of the leading axis.
+
+    Raises:
+        ValueError: no arrays, or arrays whose leading axes differ.
+    """
+    lengths = {jnp.shape(leaf)[:1] for leaf in jax.tree.leaves(particles)}
+    if len(lengths) != 1 or () in lengths:
+        raise ValueError(f"particles have leading axes {sorted(lengths)}; give a pytree with one leading axis of N.")
+    return int(lengths.pop()[0])
+
+
+def particle_keys(rng_key: PRNGKeyArray, n: int) -> Key[Array, " n"]:
+    """fold_in(rng_key, i) for each particle: a particle's draw does not depend on batching or on its neighbours."""
+    return jax.vmap(jax.random.fold_in, (None, 0))(rng_key, jnp.arange(n))
+
+
+def map_particles(fn: Callable[..., Any], batch_size: int) -> Callable[..., Any]:
+    """`fn` over the leading axis of its arguments: all at once for 0, else in batches that bound the memory."""
+    from blackjax.smc.base import map_kernel
+
+    return map_kernel(fn, batch_size)
+
+
+def relative_to_highest(log_weights: Float[Array, " n"]) -> Float[Array, " n"]:
+    """The log-weights less the highest of them, -inf where not finite.
+
+    Many observations make log-weights of 1e5 and more, and what is computed of them (2 log w, alpha log w) loses in
+    float32 the differences between them, which are all that selection looks at.
+    """
+    finite = jnp.isfinite(log_weights)
+    highest = jnp.max(jnp.where(finite, log_weights, -jnp.inf))
+    return jnp.where(finite, log_weights - jnp.where(jnp.isfinite(highest), highest, 0.0), -jnp.inf)
+
+
+def tempering(log_weights: Float[Array, " n"], target_ess: float) -> Float[Array, ""]:
+    """The largest alpha in (0, 1] with ESS(alpha log w) >= target_ess N, by bisection on log alpha.
+
+    Log-weights of Dirac type are linear in 1/R, so this is the inflation R -> R / alpha of the published filter
+    (Savary et al. 2026, Sec. 3) at no further cost.
+
+    Args:
+        log_weights: shape (N,); -inf for particles that cannot be selected.
+        target_ess: fraction of N; 0 means no inflation.
+    """
+    from blackjax.smc.ess import log_ess
+    from blackjax.smc.solver import dichotomy
+
+    if target_ess == 0.0:
+        return jnp.ones((), log_weights.dtype)
+    finite = jnp.isfinite(log_weights)
+    shifted = relative_to_highest(log_weights)
+    spread = -jnp.min(jnp.where(finite, shifted, 0.0))
+    # As alpha -> 0 the ESS tends to the number of finite weights: it cannot be asked for more.
+    target = jnp.minimum(target_ess * len(log_weights), 0.999 * jnp.maximum(jnp.sum(finite), 1))
+
+    def excess(log_alpha: Array) -> Array:
+        return log_ess(jnp.where(finite, jnp.exp(log_alpha) * shifted, -jnp.inf)) - jnp.log(target)
+
+    lowest = jnp.log(1e-3 / (1e-3 + spread))
+    alpha = jnp.exp(dichotomy(excess, lowest, jnp.zeros_like(lowest)))
+    return jnp.where(jnp.isfinite(alpha), alpha, 1.0)
+
+
+def guarded(resampling_fn: Resampling) -> Resampling:
+    """The same resampling, never selecting a particle of zero weight.
+
+    In float32 a cumulative sum may end below 1, and a search in it past the last particle that has any weight.
+    """
+
+    def resample(rng_key: PRNGKeyArray, weights: Array, number: int) -> Array:
+        chosen = resampling_fn(rng_key, weights, number)
+        positive = weights > 0
+        last_positive = jax.lax.cummax(jnp.where(positive, jnp.arange(len(weights)), -1))
+        before = last_positive[chosen]
+        return jnp.where(before >= 0, before, jnp.argmax(positive))
+
+    return resample
+
+
+def select(
+    rng_key: PRNGKeyArray, log_weights: Float[Array, " n"], resampling_fn: Resampling, target_ess: float
+) -> tuple[Int[Array, " n"], Float[Array, ""]]:
+    """Inflate, then resample; returns (ancestors, alpha). Equal weights keep every particle in its place."""
+    n = len(log_weights)
+    alpha = tempering(log_weights, target_ess)
+    usable = jnp.any(jnp.isfinite(log_weights))
+    weights = jax.nn.softmax(jnp.where(usable, alpha * relative_to_highest(log_weights), 0.0))
+    chosen = guarded(resampling_fn)(rng_key, weights, n)
+    equal = jnp.all(log_weights == log_weights[0])
+    return jnp.where(equal | ~usable, jnp.arange(n), chosen), alpha
+
+
+def finite_leaves(particle: PyTree) -> Bool[Array, ""]:
+    """Whether every floating value of one particle is finite."""
+    leaves = [x for x in jax.tree.leaves(particle) if jnp.issubdtype(jnp.result_type(x), jnp.inexact)]
+    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(x)) for x in leaves])) if leaves else jnp.asarray(True)
+
+
+def make_info(
+    log_weights: Float[Array, " n"],
+    ancestors: Int[Array, " n"],
+    inflation: Float[Array, ""],
+    particles: PyTree,
+    weighing: PyTree,
+    proposal: PyTree,
+) -> Info:
+    """Diagnostics of a step from its log-weights (non-finite ones as -inf), ancestors and new particles."""
+    from blackjax.smc.ess import ess
+
+    n = len(log_weights)
+    finite = jnp.isfinite(log_weights)
+    usable = jnp.any(finite)
+    count = jnp.maximum(jnp.sum(finite), 1)
+    mean = jnp.sum(jnp.where(finite, log_weights, 0.0)) / count
+    variance = jnp.sum(jnp.where(finite, (log_weights - mean) ** 2, 0.0)) / count
+    increment = jax.nn.logsumexp(log_weights) - jnp.log(n)
+    return Info(
+        log_weights=log_weights,
+        ancestors=ancestors,
+        ess=jnp.where(usable, ess(jnp.where(usable, relative_to_highest(log_weights), 0.0)), 0.0),
+        inflation=inflation,
+        log_evidence_increment=increment,
+        distinct_ancestors=jnp.sum(jnp.bincount(ancestors, length=n) > 0),
+        log_weight_std=jnp.sqrt(variance),
+        nonfinite_weights=n - jnp.sum(finite),
+        nonfinite_particles=jnp.sum(~jax.vmap(finite_leaves)(particles)),
+        weighing=weighing,
+        proposal=proposal,
+    )
+
+
+def check_target_ess(target_ess: float) -> None:
+    """Refuse a target that is not a fraction.
+
+    Raises:
+        ValueError: outside [0, 1).
+    """
+    if not 0.0 <= target_ess < 1.0:
+        raise ValueError(
+            f"target_ess={target_ess}: give a fraction of the particles from 0 (no inflation) to below 1; "
+            "the published filter's 50 of 256 is 0.2."
+        )

@@ -1,0 +1,102 @@
+"""The fully adapted auxiliary particle filter (Pitt & Shephard 1999; with inflation, Savary et al. 2026).
+
+Given equally weighted particles c_i and a new observation y:
+
+1. log w_i = log p(y | c_i), exact or estimated
+2. the largest alpha <= 1 with ESS(alpha log w) at its target
+3. ancestors ~ softmax(alpha log w)
+4. the new particle ~ p(x' | c_ancestor, y), the optimal proposal
+5. the new particles are equally weighted.
+
+The kernel asks two functions of a model and knows nothing else about it:
+
+- ``log_predictive_fn(particle, observation) -> (log p(y | c), record)``
+- ``propose_fn(rng_key, particle, observation) -> (particle, record)``
+
+A record is any pytree (``()`` for none); records come back in `Info`, stacked over particles.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import PRNGKeyArray, PyTree
+
+from numpyro_diffusion_da.smc.base import (
+    Info,
+    Kernel,
+    Resampling,
+    State,
+    check_target_ess,
+    init,
+    make_info,
+    map_particles,
+    num_particles,
+    particle_keys,
+    select,
+)
+
+__all__ = ["Info", "State", "as_top_level_api", "build_kernel", "init"]
+
+
+def build_kernel(
+    log_predictive_fn: Callable[[PyTree, PyTree], tuple[Any, PyTree]],
+    propose_fn: Callable[[PRNGKeyArray, PyTree, PyTree], tuple[PyTree, PyTree]],
+    resampling_fn: Resampling | None = None,
+    target_ess: float = 0.2,
+    batch_size: int = 0,
+) -> Kernel:
+    """Build the kernel.
+
+    Args:
+        log_predictive_fn: (particle, observation) -> (log p(y | c), record), for one particle.
+        propose_fn: (rng_key, particle, observation) -> (new particle, record), for one particle.
+        resampling_fn: from `blackjax.smc.resampling`; systematic by default.
+        target_ess: effective sample size that inflation aims at, as a fraction of N; 0 for none.
+        batch_size: particles mapped at a time, which bounds the memory; 0 for all at once.
+
+    Returns:
+        kernel(rng_key, state, observation) -> (State, Info), pure and jit-able.
+
+    Raises:
+        ValueError: target_ess outside [0, 1).
+    """
+    from blackjax.smc.resampling import systematic
+
+    check_target_ess(target_ess)
+    resample = systematic if resampling_fn is None else resampling_fn
+
+    def kernel(rng_key: PRNGKeyArray, state: State, observation: PyTree) -> tuple[State, Info]:
+        n = num_particles(state.particles)
+        resampling_key, proposal_key = jax.random.split(rng_key)
+        weigh = map_particles(lambda particle: log_predictive_fn(particle, observation), batch_size)
+        log_weights, weighing = weigh(state.particles)
+        log_weights = jnp.where(jnp.isfinite(log_weights), log_weights, -jnp.inf)
+        ancestors, alpha = select(resampling_key, log_weights, resample, target_ess)
+        parents = jax.tree.map(lambda x: x[ancestors], state.particles)
+        propose = map_particles(lambda key, particle: propose_fn(key, particle, observation), batch_size)
+        particles, proposal = propose(particle_keys(proposal_key, n), parents)
+        info = make_info(log_weights, ancestors, alpha, particles, weighing, proposal)
+        return State(particles, state.log_evidence + info.log_evidence_increment), info
+
+    return kernel
+
+
+def as_top_level_api(
+    log_predictive_fn: Callable[[PyTree, PyTree], tuple[Any, PyTree]],
+    propose_fn: Callable[[PRNGKeyArray, PyTree, PyTree], tuple[PyTree, PyTree]],
+    resampling_fn: Resampling | None = None,
+    target_ess: float = 0.2,
+    batch_size: int = 0,
+) -> Any:
+    """The filter as a `blackjax.base.SamplingAlgorithm`: ``init(particles)``, ``step(rng_key, state, observation)``.
+
+    Arguments as `build_kernel`.
+    """
+    from blackjax.base import SamplingAlgorithm
+
+    kernel = build_kernel(log_predictive_fn, propose_fn, resampling_fn, target_ess, batch_size)
+    return SamplingAlgorithm(init, kernel)

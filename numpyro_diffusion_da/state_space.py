@@ -1,0 +1,473 @@
+"""From a NumPyro program to a state-space model.
+
+The program is an ordinary one: initial state outside, then `numpyro.contrib.control_flow.scan` over time, with one
+latent site and any number of observed sites in its body. `scan` sends a message of type "control_flow" with the body,
+the carry and the inputs through the handler stack: a messenger that takes it finds everything, in an unchanged program.
+
+The program is run again, up to the scan, wherever a part of it is needed: its body may close over arrays that exist
+only inside the current JAX trace. That costs tracing time, once.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpyro.distributions as dist
+from jaxtyping import Array, Int, PRNGKeyArray, PyTree
+from numpyro import handlers
+from numpyro.contrib.control_flow.scan import PytreeTrace, _subs_wrapper
+from numpyro.primitives import Messenger
+
+from numpyro_diffusion_da.denoiser import NetworkPasses
+from numpyro_diffusion_da.distribution import DiffusionTransition
+from numpyro_diffusion_da.likelihood import GaussianLikelihood, GaussianObservation
+from numpyro_diffusion_da.sampler import Sampler
+from numpyro_diffusion_da.site import (
+    gaussian_observations,
+    non_positive_error,
+    observation_error,
+    one_step,
+    pointwise_log_likelihood,
+    site_mask,
+)
+from numpyro_diffusion_da.transition import DrawRecord, OneStep
+
+
+class TimeInputs(NamedTuple):
+    """What the scan's body is given at one time: the "observation" of the filter kernels.
+
+    Attributes:
+        step: position in time, from 0.
+        xs: this time's slice of the scan's `xs`, observations included.
+    """
+
+    step: Int[Array, ""]
+    xs: PyTree
+
+
+class ScanCall(NamedTuple):
+    """The arguments of the program's scan."""
+
+    body: Callable[[PyTree, PyTree], tuple[PyTree, PyTree]]
+    init: PyTree
+    xs: PyTree
+    length: int
+    substitutions: list[tuple[str, Any]]
+
+    def first_inputs(self) -> TimeInputs:
+        """The inputs of the first step."""
+        return TimeInputs(jnp.asarray(0), jax.tree.map(lambda x: x[0], self.xs))
+
+
+class BodySites(NamedTuple):
+    """One run of the scan's body."""
+
+    latent: dict[str, dist.Distribution]
+    observed: dict[str, tuple[dist.Distribution, Array]]
+    scaled: list[str]
+    deterministic: dict[str, Array]
+    carry: PyTree
+
+
+class _ReachedScan(Exception):  # noqa: N818 - it is control flow, not an error
+    def __init__(self, call: ScanCall) -> None:
+        self.call = call
+
+
+def _abstractly(fn: Callable[[], Any]) -> Any:
+    """The shapes `fn()` gives, nothing computed; a ValueError comes without JAX's remarks on tracebacks."""
+    problems: list[ValueError] = []
+
+    def caught() -> Any:
+        try:
+            return fn()
+        except ValueError as error:
+            problems.append(error)
+            return None
+
+    shapes = jax.eval_shape(caught)
+    if problems:
+        raise problems[0]
+    return shapes
+
+
+def _scan_call(msg: dict[str, Any]) -> ScanCall:
+    body, init, xs, length, reverse = msg["args"]
+    if reverse:
+        raise ValueError(
+            "the program scans with reverse=True; a filter runs forward in time: reverse the data instead."
+        )
+    lengths = {jnp.shape(leaf)[:1] for leaf in jax.tree.leaves(xs)} | ({(length,)} if length is not None else set())
+    if not lengths:
+        raise ValueError("the program's scan has neither xs nor length; give it length=number of time steps.")
+    if len(lengths) > 1 or () in lengths:
+        raise ValueError(
+            f"the program's scan runs over inputs of the lengths {sorted(lengths)}; "
+            "give all of them one leading time axis."
+        )
+    ((length,),) = lengths
+    return ScanCall(body, jax.tree.map(jnp.asarray, init), xs, length, list(msg["kwargs"]["substitute_stack"]))
+
+
+class _StopAtScan(Messenger):
+    """Unwinds the program when it reaches its scan."""
+
+    def process_message(self, msg: dict[str, Any]) -> None:
+        if msg["type"] == "control_flow":
+            raise _ReachedScan(_scan_call(msg))
+
+
+class _SkipScan(Messenger):
+    """Replaces the scan by a result of the right shape, and records which sites come before and after it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scans: list[ScanCall] = []
+        self.before: dict[str, dict[str, Any]] = {}
+        self.after: list[str] = []
+
+    def process_message(self, msg: dict[str, Any]) -> None:
+        if msg["type"] != "control_flow":
+            return
+        call = _scan_call(msg)
+        self.scans.append(call)
+        key = jax.random.key(0)
+        with handlers.block():
+            carry, output = _abstractly(lambda: run_body(call, key, call.init, call.first_inputs())[1])
+        _check_carry(call.init, carry)
+        stacked = jax.tree.map(lambda s: jnp.zeros((call.length, *s.shape), s.dtype), output)
+        msg["value"] = ((call.length, None, call.init), (PytreeTrace({}), stacked))
+
+    def postprocess_message(self, msg: dict[str, Any]) -> None:
+        if msg["type"] == "sample":
+            if self.scans:
+                self.after.append(msg["name"])
+            else:
+                self.before[msg["name"]] = msg.copy()
+
+
+class _BodyRecorder(Messenger):
+    """Records the sites of one run of the body; gives the latent site a value."""
+
+    def __init__(self, latent_value: Array | None) -> None:
+        super().__init__()
+        self.latent_value = latent_value
+        self.latent: dict[str, dist.Distribution] = {}
+        self.observed: dict[str, tuple[dist.Distribution, Array]] = {}
+        self.scaled: list[str] = []
+        self.deterministic: dict[str, Array] = {}
+
+    def process_message(self, msg: dict[str, Any]) -> None:
+        if msg["type"] == "control_flow":
+            raise ValueError("the program has a scan inside the body of its scan; a filter needs one scan over time.")
+        if msg["type"] != "sample":
+            return
+        if msg["is_observed"]:
+            shape, value = msg["fn"].shape(), jnp.asarray(msg["value"])
+            pairs = zip(value.shape[::-1], shape[::-1], strict=False)
+            if value.ndim > len(shape) or any(got not in (1, expected) for got, expected in pairs):
+                raise ValueError(
+                    f"site '{msg['name']}' observes an array of shape {value.shape}, but its distribution has the "
+                    f"shape {shape}; make the observation and what it is compared with the same size."
+                )
+            self.observed[msg["name"]] = (msg["fn"], jnp.broadcast_to(value, shape))
+        else:
+            self.latent[msg["name"]] = msg["fn"]
+            # A placeholder, where no value is given: what depends on it is not looked at.
+            msg["value"] = jnp.zeros(msg["fn"].shape()) if self.latent_value is None else self.latent_value
+        if msg["scale"] is not None:
+            self.scaled.append(msg["name"])
+
+    def postprocess_message(self, msg: dict[str, Any]) -> None:
+        if msg["type"] == "deterministic":
+            self.deterministic[msg["name"]] = msg["value"]
+
+
+def _check_carry(before: PyTree, after: PyTree) -> None:
+    """Refuse a body whose carry changes its structure or shapes."""
+    shapes = [jax.tree.map(jnp.shape, before), jax.tree.map(lambda leaf: leaf.shape, after)]
+    if shapes[0] != shapes[1]:
+        raise ValueError(
+            f"the body of the scan is given a carry of shapes {shapes[0]} and returns {shapes[1]}; "
+            "return the next state in the form that the first one has."
+        )
+
+
+def run_body(
+    call: ScanCall, rng_key: PRNGKeyArray, carry: PyTree, inputs: TimeInputs, latent_value: Array | None = None
+) -> tuple[BodySites, tuple[PyTree, PyTree]]:
+    """One run of the body, as NumPyro's scan would run it at this time; returns (sites, (carry, output))."""
+    body = handlers.seed(call.body, rng_key)
+    for kind, values in call.substitutions:
+        # Values given to whole series (handlers.condition, .substitute) are cut to this time by NumPyro's own rule.
+        at_time = partial(_subs_wrapper, values, inputs.step, call.length)
+        if kind == "condition":
+            body = handlers.condition(body, condition_fn=at_time)
+        elif kind == "substitute":
+            body = handlers.substitute(body, substitute_fn=at_time)
+        else:
+            raise ValueError(f"handlers.{kind} around a scan cannot be filtered; use handlers.condition.")
+    recorder = _BodyRecorder(latent_value)
+    with handlers.block(), recorder:
+        new_carry, output = body(carry, inputs.xs)
+    sites = BodySites(recorder.latent, recorder.observed, recorder.scaled, recorder.deterministic, new_carry)
+    return sites, (new_carry, output)
+
+
+def _name_of(model: Callable[..., Any]) -> str:
+    return getattr(inspect.unwrap(model), "__name__", type(model).__name__)
+
+
+class StateSpaceModel:
+    """The state-space model inside a NumPyro program, at given arguments.
+
+    Building one checks the program's structure; nothing is computed.
+
+    Args:
+        model: the program.
+        args: its positional arguments.
+        kwargs: its keyword arguments.
+
+    Raises:
+        ValueError: no scan or several, a latent site beside the scan that its body uses, an observation of the initial
+            state, sites after the scan, or not exactly one latent site in the body. The sentence names the site.
+    """
+
+    def __init__(self, model: Callable[..., Any], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None):
+        self.model, self.args, self.kwargs = model, args, kwargs or {}
+        self.name = _name_of(model)
+        probe, sites = self._probe()
+        self.length = probe.scans[0].length
+        (self.latent_name,) = sites.latent
+        self.observed_names = tuple(sites.observed)
+        self.initial_names = tuple(n for n, s in probe.before.items() if not s["is_observed"])
+
+    def at(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> StateSpaceModel:
+        """The same structure at other arguments (tracers, say), without checking it again."""
+        other = object.__new__(StateSpaceModel)
+        other.__dict__.update(self.__dict__)
+        other.args, other.kwargs = args, kwargs
+        return other
+
+    # --- the parts a filter needs -------------------------------------------------------------------------------
+
+    def call(self, rng_key: PRNGKeyArray) -> ScanCall:
+        """Run the program up to its scan."""
+        try:
+            with _StopAtScan(), handlers.seed(rng_seed=rng_key):
+                self.model(*self.args, **self.kwargs)
+        except _ReachedScan as reached:
+            return reached.call
+        raise ValueError(
+            f"the program '{self.name}' has no numpyro.contrib.control_flow.scan; "
+            "write its time loop as scan(step, x0, observations)."
+        )
+
+    def initial(self, rng_key: PRNGKeyArray) -> PyTree:
+        """A draw of the scan's first carry."""
+        return self.call(rng_key).init
+
+    def inputs(self) -> PyTree:
+        """The scan's `xs`, observations included; leading axis time."""
+        return self.call(jax.random.key(0)).xs
+
+    def sites(self, carry: PyTree, inputs: TimeInputs, x: Array | None = None) -> BodySites:
+        """The sites of the body at a given carry and, where given, value of the latent site."""
+        key = jax.random.key(0)  # never used: the one latent site is given its value
+        return run_body(self.call(key), key, carry, inputs, x)[0]
+
+    def transition(self, carry: PyTree, inputs: TimeInputs, sampler: Sampler | None = None) -> OneStep:
+        """p(x' | c); `sampler` replaces the transition's own where given.
+
+        Raises:
+            ValueError: the latent site's distribution is neither a diffusion nor Gaussian.
+        """
+        fn = self.sites(carry, inputs).latent[self.latent_name]
+        return one_step(self.latent_name, fn, sampler)
+
+    def draw(
+        self, rng_key: PRNGKeyArray, carry: PyTree, inputs: TimeInputs, sampler: Sampler | None = None
+    ) -> tuple[Array, DrawRecord]:
+        """x' ~ p(x' | c), for any distribution that can be sampled."""
+        fn = self.sites(carry, inputs).latent[self.latent_name]
+        if isinstance(fn, DiffusionTransition):
+            return one_step(self.latent_name, fn, sampler).draw(rng_key)
+        return fn.sample(rng_key), DrawRecord(NetworkPasses.of(), jnp.zeros(()))
+
+    def diffusion(self) -> DiffusionTransition | None:
+        """The diffusion transition, for its prior and sampler (its arrays are tracers); None for any other."""
+        found: list[DiffusionTransition] = []
+
+        def look() -> None:
+            call = self.call(jax.random.key(0))
+            fn = self.sites(call.init, call.first_inputs()).latent[self.latent_name]
+            if isinstance(fn, DiffusionTransition):
+                found.append(fn)
+
+        jax.eval_shape(look)
+        return found[0] if found else None
+
+    def check(self, gaussian: bool) -> None:
+        """Refuse what a filter cannot run, before anything is compiled.
+
+        Args:
+            gaussian: whether the filter needs a `OneStep` transition and Gaussian likelihoods.
+
+        Raises:
+            ValueError: one sentence naming the site.
+        """
+
+        def look() -> None:
+            call = self.call(jax.random.key(0))
+            sites = self.sites(call.init, call.first_inputs())
+            if sites.scaled:
+                raise ValueError(f"site '{sites.scaled[0]}' is under handlers.scale, which a filter cannot take.")
+            if gaussian:
+                x = self.transition(call.init, call.first_inputs()).moments().mean
+                self.likelihood(call.init, call.first_inputs()).log_prob(x)
+
+        _abstractly(look)
+
+    def likelihood(self, carry: PyTree, inputs: TimeInputs) -> GaussianLikelihood:
+        """log p(y | x') of all observed sites.
+
+        Raises:
+            ValueError: an observed site that is not Gaussian.
+        """
+
+        def observe(x: Array) -> list[GaussianObservation]:
+            return [
+                observation
+                for name, (fn, value) in self.sites(carry, inputs, x).observed.items()
+                for observation in gaussian_observations(name, fn, value)
+            ]
+
+        return GaussianLikelihood(observe)
+
+    def advance(self, x: Array, carry: PyTree, inputs: TimeInputs) -> PyTree:
+        """The next carry, once the latent site has the value x."""
+        new = self.sites(carry, inputs, x).carry
+        # Weak types and Python numbers in a carry would make the second step differ from the first: compile twice.
+        return jax.tree.map(lambda value, old: jnp.asarray(value, jnp.result_type(old)), new, carry)
+
+    def record(self, rng_key: PRNGKeyArray, x: Array, carry: PyTree, inputs: TimeInputs) -> dict[str, Any]:
+        """What the result keeps of one analysis particle.
+
+        Returns:
+            posterior (latent site and deterministic sites), posterior_predictive (a draw of each observed site),
+            log_likelihood (elementwise where the site is independent; 0 where missing).
+        """
+        sites = self.sites(carry, inputs, x)
+        predictive, log_likelihood = {}, {}
+        for i, (name, (fn, value)) in enumerate(sites.observed.items()):
+            predictive[name] = fn.sample(jax.random.fold_in(rng_key, i))
+            log_likelihood[name] = pointwise_log_likelihood(fn, value)
+        posterior = {self.latent_name: x, **sites.deterministic}
+        return {"posterior": posterior, "posterior_predictive": predictive, "log_likelihood": log_likelihood}
+
+    def observations(self, carry: PyTree, inputs: TimeInputs) -> dict[str, dict[str, Array]]:
+        """Each observed site's value, its error's standard deviation, and whether it is observed, at one time.
+
+        The error is NaN for a site that is not Gaussian; errors that depend on the state are those of this carry.
+        """
+        sites = self.sites(carry, inputs)
+        return {
+            name: {
+                "value": value,
+                "observed": ~jnp.isnan(value) & site_mask(fn),
+                "error": observation_error(fn),
+                "bad_error": non_positive_error(fn),
+            }
+            for name, (fn, value) in sites.observed.items()
+        }
+
+    # --- structure ----------------------------------------------------------------------------------------------
+
+    def _probe(self) -> tuple[_SkipScan, BodySites]:
+        found: dict[str, Any] = {}
+
+        def run() -> None:
+            skip = _SkipScan()
+            key = jax.random.key(0)
+            with skip, handlers.seed(rng_seed=key):
+                self.model(*self.args, **self.kwargs)
+            found["skip"] = skip
+            if skip.scans:
+                call = skip.scans[0]
+                found["sites"] = run_body(call, key, call.init, call.first_inputs())[0]
+
+        _abstractly(run)
+        skip = found["skip"]
+        if len(skip.scans) != 1:
+            raise ValueError(
+                f"the program '{self.name}' has {len(skip.scans) or 'no'} numpyro.contrib.control_flow.scan; "
+                "a filter needs exactly one: write the time loop as scan(step, x0, observations)."
+            )
+        if skip.after:
+            raise ValueError(
+                f"the program '{self.name}' has the site '{skip.after[0]}' after its scan, which no filter step would "
+                "see; move it into the scan's body."
+            )
+        sites = found["sites"]
+        if len(sites.latent) != 1:
+            names = ", ".join(f"'{n}'" for n in sites.latent) or "none"
+            raise ValueError(
+                f"the scan of '{self.name}' must have exactly one latent site in its body, but it has {names}; "
+                "join several states into one array."
+            )
+        if not sites.observed:
+            raise ValueError(
+                f"nothing is observed in the scan of '{self.name}': give a site obs=...; for a step without "
+                "observations use NaN values."
+            )
+        self._check_dependence(skip.before)
+        return skip, sites
+
+    def _check_dependence(self, before: dict[str, dict[str, Any]]) -> None:
+        """Refuse latent sites outside the scan that matter beyond the initial carry."""
+        latent = {
+            n: jax.eval_shape(s["fn"].sample, jax.random.key(0)) for n, s in before.items() if not s["is_observed"]
+        }
+        observed = [n for n, s in before.items() if s["is_observed"]]
+        for name, shape in latent.items():
+
+            def parts(value: Array, carry: PyTree, name: str = name) -> Any:
+                probe = _SkipScan()
+                with probe, handlers.seed(rng_seed=jax.random.key(0)), handlers.substitute(data={name: value}):
+                    self.model(*self.args, **self.kwargs)
+                call = probe.scans[0]
+                sites, outputs = run_body(call, jax.random.key(0), carry, call.first_inputs())
+                in_body = (sites.latent, sites.observed, sites.deterministic, outputs, call.xs)
+                return jax.tree.leaves(in_body), [jax.tree.leaves(probe.before[n]["fn"]) for n in observed]
+
+            init = jax.eval_shape(self.initial, jax.random.key(0))
+            zero = jnp.zeros(shape.shape, shape.dtype)
+            carry = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), init)
+            closed, out_shape = jax.make_jaxpr(parts, return_shape=True)(zero, carry)
+            tainted = iter(_depends_on_first(closed.jaxpr))
+            in_body, fns = out_shape
+            if any([next(tainted) for _ in in_body]):
+                raise ValueError(
+                    f"the scan of '{self.name}' uses the unobserved site '{name}', which is outside it; a filter needs "
+                    f"it known: wrap the program in handlers.condition(model, {{'{name}': value}})."
+                )
+            for other, leaves in zip(observed, fns, strict=True):
+                if any([next(tainted) for _ in leaves]):
+                    raise ValueError(
+                        f"site '{other}' observes '{name}' before the scan; a filter weighs observations inside it: "
+                        "move the site into the scan's body."
+                    )
+
+
+def _depends_on_first(jaxpr: Any) -> list[bool]:
+    """For each output of a jaxpr, whether it may depend on its first input (sub-programs taken whole)."""
+    tainted = {jaxpr.invars[0]}
+    for equation in jaxpr.eqns:
+        if any(not hasattr(v, "val") and v in tainted for v in equation.invars):
+            tainted.update(equation.outvars)
+    return [not hasattr(v, "val") and v in tainted for v in jaxpr.outvars]

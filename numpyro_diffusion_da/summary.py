@@ -1,0 +1,143 @@
+"""What to look at first after a run: the tables that `ParticleFilter.print_summary` prints."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from rich.console import Group
+
+    from numpyro_diffusion_da.result import FilterResult
+
+
+def summary(result: FilterResult, max_rows: int = 8) -> Group:
+    """What to look at first after a run, for `rich` to print.
+
+    A table on the filter (are the weights healthy, can the log-evidence be used, what did it cost), and one on the
+    state at the last time, with the R-hat of whole chains (see `convert.to_arviz`). Of a state of more than `max_rows`
+    values those with the largest R-hat are shown.
+
+    Args:
+        result: `ParticleFilter.result`.
+        max_rows: rows of the second table.
+    """
+    from rich.console import Group
+
+    settings = result.attributes
+    title = f"{settings.get('algorithm', 'a filter')} on '{settings.get('model', 'a model')}'"
+    size = result.posterior[result.latent_name][0, 0, -1].size
+    some = f": the {max_rows} of {size} values with the largest r_hat" if size > max_rows else ""
+    state = f"{result.latent_name} at the last time{some}"
+    return Group(title, _filter_table(result), state, _state_table(result, max_rows))
+
+
+def _filter_table(result: FilterResult) -> Any:
+    from rich.box import SIMPLE
+    from rich.table import Table
+
+    stats = result.sample_stats
+    chains, draws, steps = result.posterior[result.latent_name].shape[:3]
+    table = Table(box=SIMPLE, show_header=False)
+    table.add_row("particles x chains x steps", f"{draws} x {chains} x {steps}")
+    observed = sum(int(mask.sum()) for mask in result.observed_mask.values())
+    table.add_row("observations", f"{observed} of {sum(mask.size for mask in result.observed_mask.values())}")
+    if _selects(result):
+        low = np.mean(stats["inflation"] < 0.1)
+        step = int(np.unravel_index(np.argmin(stats["ess"]), stats["ess"].shape)[1])
+        table.add_row("ESS before inflation", f"{_middle_and_least(stats['ess'], '.1f')} (step {step})")
+        table.add_row("inflation alpha", f"{_middle_and_least(stats['inflation'], '.2f')}, < 0.1 in {low:.0%} of steps")
+        table.add_row("distinct ancestors", _middle_and_least(stats["distinct_ancestors"], ".0f"))
+        total = stats["log_evidence_increment"].sum(1, dtype=float)
+        spread = f" (sd {total.std(ddof=1):.2f} over chains)" if chains > 1 else ""
+        table.add_row("log-evidence", f"{total.mean():.2f}{spread}")
+        if reasons := evidence_caveats(result):
+            table.add_row("", f"[yellow]not an unbiased estimate: {'; '.join(reasons)}[/yellow]")
+    else:
+        table.add_row("weights", "equal: no selection, no log-evidence")
+    worst = np.max(stats["solver_residual"])
+    table.add_row("worst solver residual", "no linear solves" if worst == 0 else f"{worst:.1e}")
+    passes = {name: values.mean(dtype=float) for name, values in result.network_passes.items() if np.any(values)}
+    each = ", ".join(f"{mean:.4g} {name}" for name, mean in passes.items())
+    table.add_row("network passes", f"{each} per particle and step" if passes else "none")
+    return table
+
+
+def _selects(result: FilterResult) -> bool:
+    """Whether any step had unequal weights."""
+    log_weights = result.sample_stats["log_weights"]
+    return bool(np.any(log_weights != log_weights[:, :1]))
+
+
+def _middle_and_least(values: np.ndarray, fmt: str) -> str:
+    return f"median {np.median(values):{fmt}}, least {np.min(values):{fmt}}"
+
+
+def evidence_caveats(result: FilterResult) -> list[str]:
+    """Why the log-evidence of a run does not come from an unbiased estimate of p(y); empty where no reason is known.
+
+    A particle filter estimates p(y) without bias when its weights are exact and not inflated.
+    """
+    reasons = []
+    inflated = np.mean(result.sample_stats["inflation"] < 1.0)
+    if inflated > 0:
+        reasons.append(f"weights inflated in {inflated:.0%} of steps")
+    weight = str(result.attributes.get("weight", ""))
+    diffusion = "prior" in result.attributes
+    if weight.startswith("Dirac"):
+        reasons.append("Dirac weights leave out the spread of the transition")
+    elif weight.startswith("Moment") and diffusion:
+        reasons.append("Moment weights are exact for Gaussian transitions only")
+    return reasons
+
+
+def chain_r_hat(values: np.ndarray) -> np.ndarray:
+    """R-hat of whole chains: shape (chain, draw, ...) -> (...), NaN for one chain.
+
+    Gelman & Rubin's ratio without splitting or ranks, `arviz.rhat(method="identity")`, for arrays of any size.
+    """
+    chains, draws = values.shape[:2]
+    if chains < 2 or draws < 2:
+        return np.full(values.shape[2:], np.nan)
+    within = values.var(1, ddof=1, dtype=float).mean(0)
+    between = values.mean(1, dtype=float).var(0, ddof=1)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.sqrt((draws - 1) / draws + between / within)
+
+
+def _state_table(result: FilterResult, max_rows: int) -> Any:
+    from rich.box import SIMPLE
+    from rich.table import Table
+    from rich.text import Text
+
+    name = result.latent_name
+    last = result.posterior[name][:, :, -1]
+    shape = last.shape[2:]
+    r_hat = chain_r_hat(last).reshape(-1)
+    last = last.reshape(*last.shape[:2], -1)
+    rows = np.arange(r_hat.size)
+    if r_hat.size > max_rows:
+        rows = np.argsort(np.where(np.isnan(r_hat), -np.inf, -r_hat), kind="stable")[:max_rows]
+    table = Table(box=SIMPLE)
+    for column in ("", "mean", "sd", "r_hat"):
+        table.add_column(column, justify="left" if column == "" else "right")
+    units = "" if result.layout is None or result.layout.units == "1" else f" {result.layout.units}"
+    for row in rows:
+        draws = last[:, :, row].astype(float)
+        label = Text(_label(result, np.unravel_index(row, shape) if shape else ()))
+        shown = "-" if np.isnan(r_hat[row]) else f"{r_hat[row]:.2f}"
+        table.add_row(label, f"{draws.mean():.4g}{units}", f"{draws.std(ddof=min(1, draws.size - 1)):.3g}", shown)
+    return table
+
+
+def _label(result: FilterResult, index: tuple[Any, ...]) -> str:
+    if not index:
+        return result.latent_name
+    where = [str(i) for i in index]
+    layout = result.layout
+    if layout is not None and len(layout.dims) == len(index):
+        coordinates = layout.coords()
+        values = (coordinates[d][i] if d in coordinates else i for d, i in zip(layout.dims, index, strict=True))
+        where = [f"{d}={value}" for d, value in zip(layout.dims, values, strict=True)]
+    return f"{result.latent_name}[{', '.join(where)}]"

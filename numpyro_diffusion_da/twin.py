@@ -1,0 +1,252 @@
+"""A twin experiment: a known truth, observations made of it, several filters, and their scores.
+
+The truth is stochastic Lorenz-96; every filter but one sees only a diffusion emulator of it. The controls say what the
+result is worth: the free ensemble (no observations), guided particles without weights, a bootstrap filter on the same
+emulator, and an ensemble Kalman filter that is given the *true* dynamics.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import jax
+import numpy as np
+import numpyro
+import numpyro.distributions as dist
+from jaxtyping import Array, PRNGKeyArray
+from numpyro.contrib.control_flow import scan
+
+from numpyro_diffusion_da import verification
+from numpyro_diffusion_da.algorithm import FAAPF, Algorithm, Bootstrap, EnKF
+from numpyro_diffusion_da.distribution import DiffusionTransition
+from numpyro_diffusion_da.filtering import FilterResult, ParticleFilter
+from numpyro_diffusion_da.prior import DiffusionPrior
+from numpyro_diffusion_da.priors import lorenz96
+from numpyro_diffusion_da.weight import Equal
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+COLUMNS = {
+    "passes": "passes",
+    "rmse": "RMSE",
+    "rmse_observed": "obs.",
+    "rmse_unobserved": "unobs.",
+    "spread_skill": "spread/\nskill",
+    "crps": "CRPS",
+    "ess": "ESS",
+    "inflation": "infl.",
+}
+FREE, BOOTSTRAP, GUIDED, MAIN, ENKF = (
+    "free ensemble",
+    "bootstrap",
+    "equal weights",
+    "FA-APF",
+    "EnKF, true model",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class TwinExperiment:
+    """What is observed of the truth, and for how long.
+
+    Args:
+        cycles: filter steps.
+        spin_up: steps at the start that are not scored.
+        every: every n-th site is observed.
+        error_variance: of the observations.
+
+    Raises:
+        ValueError: nothing left to score, or an error variance that is not positive.
+    """
+
+    cycles: int = 60
+    spin_up: int = 20
+    every: int = 2
+    error_variance: float = 0.1
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.spin_up < self.cycles:
+            raise ValueError(f"cycles={self.cycles}, spin_up={self.spin_up}: give more cycles than are left out.")
+        if not self.error_variance > 0:
+            raise ValueError(f"error_variance={self.error_variance}; give a positive variance.")
+
+    def truth(self, rng_key: PRNGKeyArray, start: dist.Distribution) -> tuple[np.ndarray, np.ndarray]:
+        """(states, observations), shapes (cycles, sites) and (cycles, observed sites), after 50 steps of spin-up."""
+        start_key, run_key, error_key = jax.random.split(rng_key, 3)
+        root = np.sqrt(lorenz96.NOISE_VARIANCE)
+
+        def step(x: Array, key: PRNGKeyArray) -> tuple[Array, Array]:
+            x = lorenz96.flow(x) + root * jax.random.normal(key, x.shape)
+            return x, x
+
+        _, states = jax.lax.scan(step, start.sample(start_key), jax.random.split(run_key, 50 + self.cycles))
+        observed = states[50:, :: self.every]
+        y = observed + np.sqrt(self.error_variance) * jax.random.normal(error_key, observed.shape)
+        return np.asarray(states[50:]), np.asarray(y)
+
+    def emulator_program(self, prior: DiffusionPrior) -> Callable[[Array], None]:
+        """The state-space model with a diffusion emulator."""
+
+        def lorenz96_emulator(y: Array) -> None:
+            x0 = numpyro.sample("x0", prior.climatology())
+
+            def step(x: Array, y_t: Array) -> tuple[Array, None]:
+                x = numpyro.sample("x", DiffusionTransition(prior, x))
+                error = np.sqrt(self.error_variance)
+                numpyro.sample("y", dist.Normal(x[:: self.every], error).to_event(1), obs=y_t)
+                return x, None
+
+            scan(step, x0, y)
+
+        return lorenz96_emulator
+
+    def true_program(self, start: dist.Distribution) -> Callable[[Array], None]:
+        """The state-space model with the true dynamics."""
+
+        def lorenz96_truth(y: Array) -> None:
+            x0 = numpyro.sample("x0", start)
+
+            def step(x: Array, y_t: Array) -> tuple[Array, None]:
+                x = numpyro.sample("x", dist.Normal(lorenz96.flow(x), np.sqrt(lorenz96.NOISE_VARIANCE)).to_event(1))
+                error = np.sqrt(self.error_variance)
+                numpyro.sample("y", dist.Normal(x[:: self.every], error).to_event(1), obs=y_t)
+                return x, None
+
+            scan(step, x0, y)
+
+        return lorenz96_truth
+
+    def score(self, result: FilterResult, states: np.ndarray) -> dict[str, float]:
+        """Scores over time and sites after the spin-up; squares are averaged first, the root taken last."""
+        particles = result.posterior["x"][0, :, self.spin_up :]
+        truth = states[self.spin_up :]
+        observed = np.arange(truth.shape[1]) % self.every == 0
+        passes = sum(v[0, self.spin_up :].mean() for v in result.network_passes.values())
+        return {
+            "rmse": verification.rmse(particles, truth),
+            "rmse_observed": verification.rmse(particles[..., observed], truth[:, observed]),
+            "rmse_unobserved": verification.rmse(particles[..., ~observed], truth[:, ~observed]),
+            "spread_skill": verification.spread_skill(particles, truth),
+            "crps": verification.crps(particles, truth),
+            "ess": float(np.median(result.sample_stats["ess"][0, self.spin_up :])),
+            "inflation": float(np.median(result.sample_stats["inflation"][0, self.spin_up :])),
+            "passes": float(passes),
+        }
+
+
+@dataclasses.dataclass(frozen=True)
+class TwinResult:
+    """Scores of every filter on every truth, and one run to look at.
+
+    Attributes:
+        scores: by filter and score, shape (truths,).
+        rmse_by_time: by filter, shape (truths, cycles).
+        states: the first truth, shape (cycles, sites).
+        runs: by filter, the run on the first truth.
+    """
+
+    scores: dict[str, dict[str, np.ndarray]]
+    rmse_by_time: dict[str, np.ndarray]
+    states: np.ndarray
+    runs: dict[str, FilterResult]
+
+    def mean(self, name: str, score: str) -> tuple[float, float]:
+        """Mean over truths and its standard error (NaN for a single truth)."""
+        values = self.scores[name][score]
+        error = values.std(ddof=1) / np.sqrt(len(values)) if len(values) > 1 else np.nan
+        return float(values.mean()), float(error)
+
+    def summary(self) -> dict[str, dict[str, dict[str, float]]]:
+        """Mean and standard error by filter and score, in plain numbers."""
+        return {
+            name: {key: dict(zip(("mean", "standard_error"), self.mean(name, key), strict=True)) for key in COLUMNS}
+            for name in self.scores
+        }
+
+
+def score_table(result: TwinResult) -> Table:
+    """The scores as a table of one row a filter, mean ± standard error over truths."""
+    from rich.table import Table
+
+    truths = len(result.scores[MAIN]["rmse"])
+    table = Table(
+        title=f"mean over {truths} truths ± standard error", header_style="bold", box=None, padding=(0, 1, 0, 0)
+    )
+    table.add_column("filter", no_wrap=True)
+    for heading in COLUMNS.values():
+        table.add_column(heading, justify="right", no_wrap=True)
+    digits = {"passes": 0, "ess": 0, "inflation": 3}
+    for name, scores in result.summary().items():
+        cells = []
+        for key, score in scores.items():
+            cell = f"{score['mean']:.{digits.get(key, 2)}f}"
+            if key not in digits and truths > 1:
+                cell += f"±{score['standard_error']:.2f}".replace("±0.", "±.")
+            cells.append(cell)
+        table.add_row(name, *cells, style="bold" if name == MAIN else None)
+    return table
+
+
+def run_twin(
+    experiment: TwinExperiment,
+    prior: DiffusionPrior,
+    *,
+    seed: int = 0,
+    truths: int = 3,
+    num_particles: int = 256,
+    main: Callable[[Any], Algorithm] = FAAPF,
+    on_step: Callable[[str], None] = lambda name: None,
+) -> TwinResult:
+    """Run every filter on every truth.
+
+    Args:
+        experiment: the experiment.
+        prior: the diffusion emulator.
+        seed: of truths and filters.
+        truths: number of different truths.
+        num_particles: particles, or members, of every filter.
+        main: the filter under test, from its program.
+        on_step: called with a filter's name before each of its runs.
+
+    Raises:
+        ValueError: fewer than one truth.
+    """
+    if truths < 1:
+        raise ValueError(f"truths={truths}; give 1 or more.")
+    program, climate = experiment.emulator_program(prior), prior.climatology()
+
+    def make(algorithm: Algorithm) -> ParticleFilter:
+        return ParticleFilter(algorithm, num_particles=num_particles, progress_bar=False)
+
+    blind = make(Bootstrap(program))
+    filters = {
+        FREE: blind,  # with nothing observed every weight is equal: a forecast
+        BOOTSTRAP: blind,
+        GUIDED: make(FAAPF(program, weight=Equal())),
+        MAIN: make(main(program)),
+        ENKF: make(EnKF(experiment.true_program(climate))),
+    }
+    scores: dict[str, list[dict[str, float]]] = {name: [] for name in filters}
+    by_time: dict[str, list[np.ndarray]] = {name: [] for name in filters}
+    runs: dict[str, FilterResult] = {}
+    for number in range(truths):
+        truth_key, filter_key = jax.random.split(jax.random.fold_in(jax.random.key(seed), number))
+        states, y = experiment.truth(truth_key, climate)
+        if number == 0:
+            first_states = states
+        for i, (name, filter) in enumerate(filters.items()):
+            on_step(name)
+            filter.run(jax.random.fold_in(filter_key, i), np.full_like(y, np.nan) if name == FREE else y)
+            scores[name].append(experiment.score(filter.result, states))
+            by_time[name].append(verification.rmse(filter.result.posterior["x"][0], states, axis=1))
+            if number == 0:
+                runs[name] = filter.result
+    return TwinResult(
+        {name: {key: np.array([s[key] for s in rows]) for key in rows[0]} for name, rows in scores.items()},
+        {name: np.array(rows) for name, rows in by_time.items()},
+        first_states,
+        runs,
+    )

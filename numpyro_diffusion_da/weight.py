@@ -1,0 +1,98 @@
+"""Weights: how well a particle's one-step forecast predicts the next observation, log p^(y | c).
+
+Each is a value that a filter takes. Equal is the control that tells whether weights help at all; Dirac is the
+published one; Moment adds the spread of the transition, and is exact for a Gaussian transition and a linear h.
+"""
+
+from __future__ import annotations
+
+import abc
+from typing import NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from numpyro_diffusion_da.denoiser import NetworkPasses
+from numpyro_diffusion_da.likelihood import GaussianLikelihood
+from numpyro_diffusion_da.transition import OneStep, observed_covariance
+
+
+class WeightRecord(NamedTuple):
+    """What came with a weight.
+
+    Attributes:
+        passes: network passes made.
+        forecast: the one-step forecast E[x' | c] where the weight computed it, else None.
+    """
+
+    passes: NetworkPasses
+    forecast: Float[Array, ...] | None
+
+
+class Weight(eqx.Module):
+    """An estimate of log p(y | c) for one particle."""
+
+    @abc.abstractmethod
+    def __call__(self, step: OneStep, likelihood: GaussianLikelihood) -> tuple[Float[Array, ""], WeightRecord]:
+        """log p^(y | c) and its record."""
+
+
+class Equal(Weight):
+    """log w = 0: guided particles, no selection. No network pass."""
+
+    def __call__(self, step: OneStep, likelihood: GaussianLikelihood) -> tuple[Float[Array, ""], WeightRecord]:
+        """Zero."""
+        return jnp.zeros(()), WeightRecord(NetworkPasses.of(), None)
+
+
+class Dirac(Weight):
+    """log N(y; h(m), R) with m = E[x' | c]: p(x' | c) taken as a point (Savary et al. 2026, arXiv 2605.20028, Sec. 3).
+
+    One network pass. Too peaked where the one-step spread is not small against the observation error.
+    """
+
+    def __call__(self, step: OneStep, likelihood: GaussianLikelihood) -> tuple[Float[Array, ""], WeightRecord]:
+        """The likelihood of the forecast mean."""
+        moments = step.moments()
+        return likelihood.log_prob(moments.mean), WeightRecord(moments.passes, moments.mean)
+
+
+class Moment(Weight):
+    """log N(y; h(m), R + H V H^T), V = Cov[x' | c]: exact for a Gaussian transition and a linear h.
+
+    One network pass, and one more for each observation.
+
+    Args:
+        noise_level: where V is read off the denoiser's Jacobian. None is the prior's highest level, right for exact
+            denoisers; a learned Jacobian is multiplied by that level, errors included, so give some ten times the
+            spread of the latent (10.0 for a latent of unit variance, which makes V 1 % too small).
+
+    Raises:
+        ValueError: a noise level that is not positive.
+    """
+
+    noise_level: float | None = eqx.field(static=True, default=None)
+
+    def __check_init__(self) -> None:
+        if self.noise_level is not None and not self.noise_level > 0:
+            raise ValueError(f"Moment got noise_level={self.noise_level}; give a positive one, or None.")
+
+    def __call__(self, step: OneStep, likelihood: GaussianLikelihood) -> tuple[Float[Array, ""], WeightRecord]:
+        """The likelihood of the forecast mean under forecast and observation error together."""
+        # The mean always from the highest level: it is exact there for any denoiser.
+        moments = step.moments()
+        spread = moments if self.noise_level is None else step.moments(self.noise_level)
+        residual, covariance, _ = observed_covariance(spread._replace(mean=moments.mean), likelihood)
+        values, vectors = jnp.linalg.eigh(0.5 * (covariance + covariance.T))
+        values = jnp.maximum(values, 1.0)  # R alone is the identity here; a learned V may fail to be positive
+        rotated = vectors.T @ residual
+        log_weight = (
+            likelihood.log_normalizer(moments.mean)
+            - 0.5 * jnp.sum(jnp.log(values))
+            - 0.5 * jnp.sum(rotated**2 / values)
+        )
+        passes = moments.passes if self.noise_level is None else moments.passes.plus(spread.passes)
+        products = jax.tree.map(lambda n: n * len(residual), spread.passes_per_product)
+        return log_weight, WeightRecord(passes.plus(products), moments.mean)

@@ -1,0 +1,73 @@
+"""Shared programs: the linear-Gaussian state-space model, with its Kalman filter."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+
+os.environ.setdefault("MPLBACKEND", "Agg")
+
+import jax
+import numpy as np
+import numpyro
+import numpyro.distributions as dist
+import pytest
+from numpyro.contrib.control_flow import scan
+
+import numpyro_diffusion_da as ndda
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+@dataclasses.dataclass(frozen=True)
+class LinearGaussian:
+    """x' = A x + N(0, Q); y = x[::2] + N(0, error^2)."""
+
+    transition: np.ndarray
+    covariance: np.ndarray
+    error: float
+
+    @staticmethod
+    def make(seed: int, d: int, spread: float = 0.5, error: float = 0.5) -> LinearGaussian:
+        """The linear-Gaussian model of the yardsticks: A = 0.95 x a random rotation, exponential covariance."""
+        rng = np.random.default_rng(seed)
+        i = np.arange(d)
+        covariance = spread**2 * np.exp(-np.abs(i[:, None] - i[None]) / 3)
+        return LinearGaussian(0.95 * np.linalg.qr(rng.normal(size=(d, d)))[0], covariance, error)
+
+    def simulate(self, seed: int, steps: int) -> tuple[np.ndarray, np.ndarray]:
+        """(states, observations), each leading with time, from a draw of the stationary distribution."""
+        rng = np.random.default_rng(seed)
+        d = len(self.transition)
+        root = np.linalg.cholesky(self.covariance)
+        x = np.zeros(d)
+        for _ in range(200):
+            x = self.transition @ x + root @ rng.normal(size=d)
+        states, observations = [], []
+        for _ in range(steps):
+            x = self.transition @ x + root @ rng.normal(size=d)
+            states.append(x)
+            observations.append(x[::2] + self.error * rng.normal(size=(d + 1) // 2))
+        return np.array(states), np.array(observations)
+
+    def diffusion_program(self):
+        """The program with a `GaussianPrior` as its transition."""
+        prior = ndda.GaussianPrior(self.transition, self.covariance)
+
+        def model(y):
+            x0 = numpyro.sample("x0", prior.climatology())
+
+            def step(x, y_t):
+                x = numpyro.sample("x", ndda.DiffusionTransition(prior, x))
+                numpyro.sample("y", dist.Normal(x[::2], self.error).to_event(1), obs=y_t)
+                return x, None
+
+            scan(step, x0, y)
+
+        return model
+
+
+@pytest.fixture(scope="session")
+def small() -> LinearGaussian:
+    """A four-dimensional model for tests of behaviour."""
+    return LinearGaussian.make(0, 4)

@@ -1,0 +1,54 @@
+"""The command `ndda`, as a user types it."""
+
+import json
+
+import pytest
+import xarray
+from typer.testing import CliRunner
+
+import numpyro_diffusion_da as ndda
+from numpyro_diffusion_da.cli import app
+from numpyro_diffusion_da.twin import COLUMNS, ENKF, FREE, MAIN, TwinExperiment, run_twin
+
+
+def test_demo_writes_table_figure_and_file(tmp_path):
+    arguments = ["demo", "--out", str(tmp_path / "new"), "--truths", "2", "--cycles", "3", "--spin-up", "1"]
+    result = CliRunner().invoke(app, [*arguments, "--particles", "8"], catch_exceptions=False)
+    assert result.exit_code == 0
+    assert MAIN in result.output
+    assert ENKF in result.output
+    scores = json.loads((tmp_path / "new" / "demo.json").read_text())["scores"]
+    assert set(scores[FREE]) == set(COLUMNS)
+    assert scores[MAIN]["passes"]["mean"] == 51  # weight: 2 (one conditions); draw: 1 + 16 forward + 32 vjp
+    assert (tmp_path / "new" / "demo.png").stat().st_size > 10_000
+    with xarray.open_datatree(tmp_path / "new" / "demo.nc", engine="h5netcdf") as tree:
+        assert dict(tree["posterior/x"].sizes) == {"chain": 1, "draw": 8, "time": 3, "site": 40}
+        assert tree["constant_data/x_true"].dims == ("time", "site")
+        assert tree["observed_data/y"].dims == ("time", "observed_site")
+
+
+def test_demo_refuses_what_leaves_nothing_to_score(tmp_path):
+    result = CliRunner().invoke(app, ["demo", "--out", str(tmp_path), "--cycles", "5", "--spin-up", "5"])
+    assert result.exit_code == 2
+    assert "more cycles" in result.output
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["demo", "--help"], ["info", "--help"]])
+def test_help(arguments):
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0
+    assert "Usage" in result.output
+
+
+def test_info_names_versions_and_card():
+    result = CliRunner().invoke(app, ["info"], catch_exceptions=False)
+    assert ndda.__version__ in result.output
+    assert "lorenz96" in result.output
+    assert "noise_variance" in result.output
+
+
+def test_wrong_experiments():
+    with pytest.raises(ValueError, match="error_variance=0"):
+        TwinExperiment(error_variance=0.0)
+    with pytest.raises(ValueError, match="truths=0"):
+        run_twin(TwinExperiment(), ndda.load_prior("lorenz96"), truths=0)

@@ -1,0 +1,187 @@
+"""`ParticleFilter`: one loop, no recompilation, the same particles whatever the batching."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro
+import numpyro.distributions as dist
+import pytest
+from numpyro.contrib.control_flow import scan
+
+import numpyro_diffusion_da as ndda
+
+KEY = jax.random.key(0)
+N = 15
+
+
+def make(model, algorithm=ndda.FAAPF, num_chains=1, batch_size=0):
+    return ndda.ParticleFilter(
+        algorithm(model), num_particles=N, num_chains=num_chains, batch_size=batch_size, progress_bar=False
+    )
+
+
+@pytest.fixture(scope="module")
+def program(small):
+    _, y = small.simulate(3, 4)
+    y[2, 0] = np.nan
+    return small.diffusion_program(), y.astype(np.float32)
+
+
+@pytest.fixture(scope="module")
+def reference(program):
+    model, y = program
+    filter = make(model, num_chains=2)
+    filter.run(KEY, y)
+    return filter
+
+
+def test_shapes_and_diagnostics(reference):
+    result = reference.result
+    assert result.posterior["x"].shape == (2, N, 4, 4)
+    assert result.posterior_predictive["y"].shape == (2, N, 4, 2)
+    assert result.log_likelihood["y"].shape == (2, N, 4, 2)
+    assert result.sample_stats["log_weights"].shape == (2, N, 4)
+    assert result.sample_stats["ess"].shape == (2, 4)
+    assert np.isnan(result.observed_data["y"][2, 0])
+    assert not result.observed_mask["y"][2, 0]
+    assert np.all(result.log_likelihood["y"][:, :, 2, 0] == 0)
+    assert np.all((result.sample_stats["inflation"] > 0) & (result.sample_stats["inflation"] <= 1))
+    # Dirac: one pass. Guided draw, 16 levels: one forward and, for two observations, two vjps each.
+    assert np.all(result.network_passes["forward"] == 17)
+    assert np.all(result.network_passes["vjp"] == 32)
+    for needed in ("prior", "prior_checksum", "seed", "num_particles"):
+        assert needed in result.attributes
+    # Defaults are written out, so that a run can be repeated when they have changed.
+    assert result.attributes["weight"] == "Dirac()"
+    assert result.attributes["guidance"] == "MMPS(solver=KrylovSolve(products=2, warm_start=True))"
+    assert result.attributes["sampler"].startswith(
+        "Sampler(step=DPMSolverPP2M(), schedule=KarrasSchedule(num_levels=16"
+    )
+
+
+def test_second_step_and_second_run_compile_nothing(program):
+    model, y = program
+    filter = make(model)
+    filter.run(KEY, y[:2])
+    first = filter.result.posterior["x"]
+    with _count_compilations() as count:
+        filter.run(KEY, y[:2] + 1.0)
+    assert count() == 0
+    assert not np.allclose(first, filter.result.posterior["x"])  # observations are arguments, not constants
+    compiled_by_length = []
+    for length in (1, 4):
+        fresh = make(model)
+        with _count_compilations() as count:
+            fresh.run(KEY, y[:length])
+        compiled_by_length.append(count())
+    assert compiled_by_length[0] == compiled_by_length[1]
+
+
+class _count_compilations:  # noqa: N801
+    """Counts the backend compilations inside a `with`."""
+
+    def __enter__(self):
+        self.number = 0
+        jax.monitoring.register_event_duration_secs_listener(self._listen)
+        return lambda: self.number
+
+    def _listen(self, event, duration, **kwargs):
+        if event == "/jax/core/compile/backend_compile_duration":
+            self.number += 1
+
+    def __exit__(self, *_):
+        jax.monitoring.unregister_event_duration_listener(self._listen)
+
+
+@pytest.mark.parametrize("batch_size", [1, 7])
+def test_batch_size_does_not_change_the_particles(program, reference, batch_size):
+    model, y = program
+    filter = make(model, batch_size=batch_size)
+    filter.run(KEY, y)
+    np.testing.assert_allclose(filter.result.posterior["x"][0], reference.result.posterior["x"][0], atol=1e-4)
+    np.testing.assert_array_equal(
+        filter.result.sample_stats["ancestors"][0], reference.result.sample_stats["ancestors"][0]
+    )
+
+
+def test_same_key_same_result_and_chains_are_independent(program, reference):
+    model, y = program
+    again = make(model, num_chains=1)
+    again.run(KEY, y)
+    # A chain does not depend on how many there are.
+    np.testing.assert_array_equal(again.result.posterior["x"][0], reference.result.posterior["x"][0])
+    assert not np.allclose(reference.result.posterior["x"][0], reference.result.posterior["x"][1])
+
+
+def test_jit_and_no_jit_agree(program):
+    model, y = program
+    few_levels = ndda.Sampler(schedule=ndda.KarrasSchedule(3))  # without jit every operation is dispatched by itself
+    jitted, plain = (make(model, lambda m: ndda.FAAPF(m, sampler=few_levels)) for _ in range(2))
+    jitted.run(KEY, y[:1])
+    with jax.disable_jit():
+        plain.run(KEY, y[:1])
+    np.testing.assert_allclose(plain.result.posterior["x"], jitted.result.posterior["x"], atol=1e-4)
+
+
+def test_nothing_observed_is_a_forecast(program, small):
+    model, y = program
+    filter = make(model)
+    filter.run(KEY, np.full_like(y, np.nan))
+    stats = filter.result.sample_stats
+    np.testing.assert_array_equal(stats["ancestors"][0], np.arange(N)[:, None].repeat(4, 1))
+    np.testing.assert_allclose(stats["log_evidence_increment"], 0.0, atol=1e-5)
+    np.testing.assert_allclose(stats["ess"], N, rtol=1e-5)
+
+
+def test_guided_without_weights_keeps_every_particle(program):
+    model, y = program
+    filter = make(model, lambda m: ndda.FAAPF(m, weight=ndda.Equal()))
+    filter.run(KEY, y)
+    np.testing.assert_array_equal(filter.result.sample_stats["distinct_ancestors"], N)
+    assert np.all(filter.result.network_passes["forward"] == 16)
+
+
+def test_one_particle(program):
+    model, y = program
+    filter = ndda.ParticleFilter(ndda.FAAPF(model), num_particles=1, progress_bar=False)
+    filter.run(KEY, y)
+    assert np.all(np.isfinite(filter.result.posterior["x"]))
+
+
+def test_closed_form_transition_uses_the_exact_weight(small):
+    _, y = small.simulate(4, 3)
+
+    def model(y):
+        x0 = numpyro.sample("x0", dist.Normal(jnp.zeros(4), 1.0).to_event(1))
+
+        def step(x, y_t):
+            x = numpyro.sample("x", dist.MultivariateNormal(small.transition @ x, small.covariance))
+            numpyro.sample("y", dist.Normal(x[::2], small.error).to_event(1), obs=y_t)
+            return x, None
+
+        scan(step, x0, y)
+
+    filter = make(model)
+    filter.run(KEY, y)
+    explicit = make(model, lambda m: ndda.FAAPF(m, weight=ndda.Moment()))
+    explicit.run(KEY, y)
+    np.testing.assert_array_equal(filter.result.posterior["x"], explicit.result.posterior["x"])
+    assert all(np.all(v == 0) for v in filter.result.network_passes.values())
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [({"num_particles": 0}, "num_particles=0"), ({"num_particles": 8, "batch_size": -1}, "batch_size=-1")],
+)
+def test_wrong_numbers(program, kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        ndda.ParticleFilter(ndda.FAAPF(program[0]), **kwargs)
+
+
+def test_wrong_settings(program):
+    with pytest.raises(ValueError, match="target_ess"):
+        ndda.FAAPF(program[0], target_ess=50)
+    with pytest.raises(TypeError, match="FAAPF"):
+        ndda.ParticleFilter(program[0], num_particles=8)
+    with pytest.raises(RuntimeError, match="not run yet"):
+        _ = make(program[0]).result

@@ -1,0 +1,187 @@
+import numpy as np
+import pytest
+import xarray as xr
+from scipy import stats
+
+from numpyro_diffusion_da import verification as v
+
+
+def ensembles(seed, members, points, spread=1.0):
+    """Members and truth from one distribution at each point, calibrated where `spread` is 1."""
+    rng = np.random.default_rng(seed)
+    centre, scale = rng.normal(size=points), rng.uniform(0.5, 2.0, points)
+    ensemble = centre + spread * scale * rng.normal(size=(members, points))
+    return ensemble, centre + scale * rng.normal(size=points)
+
+
+def gaussian_crps(mean, sd, y):
+    z = (y - mean) / sd
+    return sd * (z * (2 * stats.norm.cdf(z) - 1) + 2 * stats.norm.pdf(z) - 1 / np.sqrt(np.pi))
+
+
+def test_rmse_takes_the_mean_of_squares_first():
+    ensemble = np.array([[[1.0, 2.0], [3.0, 0.0]], [[3.0, 2.0], [5.0, 4.0]]])  # mean [[2, 2], [4, 2]]
+    truth = np.array([[1.0, 2.0], [1.0, 0.0]])  # errors [[1, 0], [3, 2]]
+    assert v.rmse(ensemble, truth) == pytest.approx(np.sqrt(14 / 4))
+    assert v.rmse(ensemble, truth, axis=1) == pytest.approx(np.sqrt([1 / 2, 13 / 2]))
+    assert v.rmse(ensemble, truth, axis=-1, weights=[3.0, 1.0]) == pytest.approx(np.sqrt([3 / 4, 31 / 4]))
+    assert v.rmse(ensemble, truth, weights=[[3.0], [1.0]]) == pytest.approx(np.sqrt((3 * 1 + 13) / 8))
+    assert v.rmse(np.moveaxis(ensemble, 0, 2), truth, member=2) == pytest.approx(np.sqrt(14 / 4))
+    assert v.rmse(ensemble, truth, axis=()) == pytest.approx(np.array([[1.0, 0.0], [3.0, 2.0]]))
+
+
+@pytest.mark.parametrize("members", [2, 5, 50])
+def test_spread_of_a_calibrated_ensemble_is_its_skill(members):
+    points = 20_000
+    ensemble, truth = ensembles(members, members, points)
+    ratio = v.spread_skill(ensemble, truth)
+    squares = (ensemble.mean(0) - truth) ** 2
+    variance = (members + 1) / members * ensemble.var(0, ddof=1)
+    # Standard error of a ratio of means; half of it for its root.
+    error = 0.5 * np.std(variance - squares) / squares.mean() / np.sqrt(points)
+    assert abs(ratio - 1) < 4 * error
+    assert ratio == pytest.approx(v.spread(ensemble) / v.rmse(ensemble, truth))
+    if members <= 5:  # without the finite-ensemble factor the same ensemble would look overconfident
+        assert abs(ratio * np.sqrt(members / (members + 1)) - 1) > 8 * error
+
+
+@pytest.mark.parametrize("members", [2, 5, 50])
+def test_crps_of_a_gaussian_ensemble_has_its_closed_form_for_any_size(members):
+    points = 20_000
+    rng = np.random.default_rng(members)
+    mean, sd, y = rng.normal(size=points), rng.uniform(0.5, 2.0, points), rng.normal(size=points)
+    scores = v.crps(mean + sd * rng.normal(size=(members, points)), y, axis=())
+    difference = scores - gaussian_crps(mean, sd, y)
+    assert abs(difference.mean()) < 4 * difference.std() / np.sqrt(points)
+
+
+def test_crps_is_the_fair_estimate():
+    x, y = np.array([0.0, 1.0, 4.0]), 2.0
+    pairs = np.abs(x[:, None] - x).sum() / (2 * 3 * 2)
+    assert v.crps(x, y) == pytest.approx(np.abs(x - y).mean() - pairs)
+
+
+def test_crps_of_large_values_keeps_its_digits():
+    x = np.float32([500_000.0, 500_010.0, 500_020.0])
+    assert v.crps(x, np.float32(500_010.0)) == pytest.approx(v.crps(x - np.float32(5e5), np.float32(10.0)), rel=1e-9)
+
+
+def test_rank_histogram_is_flat_for_a_calibrated_ensemble():
+    members, points = 9, 20_000
+    counts = v.rank_histogram(*ensembles(0, members, points))
+    assert counts.shape == (members + 1,)
+    assert counts.sum() == pytest.approx(points)
+    expected = points / (members + 1)
+    assert np.sum((counts - expected) ** 2 / expected) < stats.chi2.ppf(1 - 1e-4, members)
+    # Too little spread piles up in the outer ranks.
+    narrow = v.rank_histogram(*ensembles(0, members, points, spread=0.5))
+    assert min(narrow[0], narrow[-1]) > 1.5 * expected
+
+
+def test_rank_histogram_shares_out_ties():
+    assert v.rank_histogram(np.zeros((3, 8)), np.zeros(8)) == pytest.approx([2.0, 2.0, 2.0, 2.0])
+    assert v.rank_histogram(np.array([[0.0], [1.0], [1.0], [2.0]]), np.ones(1)) == pytest.approx(
+        [0, 1 / 3, 1 / 3, 1 / 3, 0]
+    )
+
+
+def test_missing_truth_is_left_out_and_a_failed_member_is_seen():
+    ensemble, truth = ensembles(1, 4, 10)
+    truth[3] = np.nan
+    kept = np.arange(10) != 3
+    for score in (v.rmse, v.spread_skill, v.crps):
+        assert score(ensemble, truth) == pytest.approx(score(ensemble[:, kept], truth[kept]))
+        assert np.isnan(score(ensemble, truth, axis=())[3])
+    assert v.rank_histogram(ensemble, truth).sum() == pytest.approx(9)
+    ensemble[:, 3] = np.nan  # no member has the point either: land in a sea surface temperature
+    assert v.rmse(ensemble, truth) == pytest.approx(v.rmse(ensemble[:, kept], truth[kept]))
+    assert v.spread(ensemble) == pytest.approx(v.spread(ensemble[:, kept]))
+    ensemble[2, 5] = np.nan
+    for value in (
+        v.rmse(ensemble, truth),
+        v.spread(ensemble),
+        v.spread_skill(ensemble, truth),
+        v.crps(ensemble, truth),
+    ):
+        assert np.isnan(value)
+    with pytest.raises(ValueError, match="NaN members"):
+        v.rank_histogram(ensemble, truth)
+    assert np.isnan(v.rmse(ensemble, np.full(10, np.nan)))
+
+
+def test_named_arrays_give_the_same_by_name():
+    rng = np.random.default_rng(0)
+    ensemble, truth = rng.normal(size=(2, 5, 3, 4)), rng.normal(size=(2, 3, 4))
+    latitude = np.array([-30.0, 0.0, 60.0])
+    coords = {"latitude": latitude, "time": [0, 6], "draw": range(5)}
+    named = xr.DataArray(ensemble, dims=("time", "draw", "latitude", "longitude"), coords=coords)
+    named_truth = xr.DataArray(truth, dims=("time", "latitude", "longitude"), coords={"latitude": latitude})
+    weights = v.area_weights(named.latitude)
+    assert isinstance(weights, xr.DataArray)
+    shuffled = named_truth.transpose("longitude", "time", "latitude")
+    for score in (v.rmse, v.spread_skill, v.crps):
+        got = score(named, shuffled, member="draw", axis=["latitude", "longitude"], weights=weights)
+        assert got.dims == ("time",)
+        column = weights.values[:, None]
+        assert got.values == pytest.approx(score(ensemble, truth, member=1, axis=(1, 2), weights=column))
+    assert float(v.spread(named, member="draw")) == pytest.approx(v.spread(ensemble, member=1))
+    counts = v.rank_histogram(named, shuffled, member="draw")
+    assert counts == pytest.approx(v.rank_histogram(ensemble, truth, member=1))
+    pooled = named.rename(time="chain").stack(sample=("chain", "draw"))
+    assert v.spread(pooled, member="sample", axis=()).dims == ("latitude", "longitude")
+
+
+def test_area_weights_follow_the_cells():
+    regular = np.arange(-89.5, 90.0, 1.0)  # no cell at a pole: in proportion to the cosine
+    cosine = np.cos(np.deg2rad(regular))
+    assert v.area_weights(regular) == pytest.approx(cosine / cosine.mean())
+    poles = np.linspace(90.0, -90.0, 181)  # half a cell at each pole
+    weights = v.area_weights(poles)
+    assert weights.mean() == pytest.approx(1.0)
+    half = 1 - np.sin(np.deg2rad(89.5))
+    assert weights[[0, -1]] == pytest.approx(np.full(2, half / 2 * 181))  # all cells together have 2
+    assert v.area_weights(poles[::-1]) == pytest.approx(weights[::-1])
+    region = v.area_weights(np.array([40.0, 50.0, 60.0]))  # cells 35-45, 45-55, 55-65
+    areas = np.diff(np.sin(np.deg2rad([35, 45, 55, 65])))
+    assert region == pytest.approx(areas / areas.mean())
+    gaussian = np.rad2deg(np.arcsin(np.polynomial.legendre.leggauss(32)[0]))  # outermost cells reach the poles
+    quadrature = np.polynomial.legendre.leggauss(32)[1]
+    assert v.area_weights(gaussian) == pytest.approx(quadrature / quadrature.mean(), rel=0.08)
+    assert v.area_weights(np.array([12.0])) == pytest.approx([1.0])
+
+
+@pytest.mark.parametrize(
+    ("latitude", "message"),
+    [([[0.0]], "one axis"), ([], "one axis"), ([0.0, 95.0], "-90 to 90"), ([0.0, np.nan], "-90"), ([0, 2, 1], "rise")],
+)
+def test_area_weights_refuse(latitude, message):
+    with pytest.raises(ValueError, match=message):
+        v.area_weights(np.array(latitude, float))
+
+
+def test_arrays_that_do_not_fit_are_refused():
+    ensemble, truth = np.zeros((3, 4)), np.zeros(4)
+    named = xr.DataArray(ensemble, dims=("draw", "x"), coords={"x": range(4)})
+    with pytest.raises(ValueError, match=r"members have 1 axes each, but the truth has 2"):
+        v.rmse(ensemble, np.zeros((4, 4)))
+    with pytest.raises(ValueError, match="'axis_0': 4"):
+        v.rmse(ensemble, np.zeros(5))
+    with pytest.raises(ValueError, match=r"axis \[1\]"):
+        v.rmse(ensemble, truth, axis=1)
+    with pytest.raises(ValueError, match="name of an axis"):
+        v.rmse(ensemble, truth, member="draw")
+    with pytest.raises(ValueError, match="member=0 is not a dimension"):
+        v.rmse(named, named[0])
+    with pytest.raises(ValueError, match=r"axis \['y'\]"):
+        v.rmse(named, named[0], member="draw", axis="y")
+    with pytest.raises(TypeError, match="ensemble and truth"):
+        v.rmse(named, truth, member="draw")
+    with pytest.raises(TypeError, match="ensemble and weights"):
+        v.spread(named, member="draw", weights=truth)
+    with pytest.raises(ValueError, match="align"):
+        v.rmse(named, named[0].assign_coords(x=range(1, 5)), member="draw")
+    for score in (v.spread_skill, v.crps):
+        with pytest.raises(ValueError, match="two members"):
+            score(ensemble[:1], truth)
+    with pytest.raises(ValueError, match="two members"):
+        v.spread(ensemble[:1])
