@@ -116,7 +116,7 @@ class Ring:
 def affine(fn: Callable[[jax.Array], jax.Array], size: int) -> tuple[jax.Array, jax.Array]:
     """(b, M) of fn(v) = b + M v, from its values at 0 and at the unit vectors."""
     values = jax.vmap(fn)(jnp.concatenate([jnp.zeros((1, size)), jnp.eye(size)]))
-    return values[0], (values[1:] - values[0]).T
+    return values[0], (values[1:] - values[:1]).T
 
 
 def law_of_flow(ring: Ring, sampler: ndda.Sampler) -> tuple[np.ndarray, np.ndarray]:
