@@ -24,7 +24,8 @@ ALLOWED = {
 ORDER = [
     "__init__", "cli", "plots", "twin", "verification", "filtering", "convert", "summary", "result", "progress",
     "algorithm", "smc", "state_space", "site", "distribution", "weight", "transition", "guidance", "likelihood",
-    "linear_solve", "sampler", "schedule", "denoiser", "priors", "prior", "noise", "layout",
+    "linear_solve", "sampler", "schedule", "denoiser", "priors", "prior", "noise",
+    "gridded_data", "units", "layout",
 ]  # fmt: skip
 
 
