@@ -9,13 +9,14 @@ from numpyro_diffusion_da.algorithm import FAAPF, Algorithm, Bootstrap, EnKF
 from numpyro_diffusion_da.distribution import ConditionedTransition, DiffusionTransition
 from numpyro_diffusion_da.filtering import ParticleFilter
 from numpyro_diffusion_da.guidance import MMPS, Guidance
-from numpyro_diffusion_da.layout import Layout
+from numpyro_diffusion_da.layout import Layout, Variable
 from numpyro_diffusion_da.likelihood import GaussianLikelihood, GaussianObservation
 from numpyro_diffusion_da.linear_solve import DirectSolve, KrylovSolve, LinearSolver
 from numpyro_diffusion_da.noise import FactorNoise, Noise, WhiteNoise
 from numpyro_diffusion_da.prior import DiffusionPrior
 from numpyro_diffusion_da.priors.emulator import RingEmulator, load_prior
 from numpyro_diffusion_da.priors.gaussian import GaussianPrior
+from numpyro_diffusion_da.priors.gencast import GenCastPrior
 from numpyro_diffusion_da.result import FilterResult
 from numpyro_diffusion_da.sampler import (
     DDIM,
@@ -29,6 +30,7 @@ from numpyro_diffusion_da.sampler import (
     Step,
 )
 from numpyro_diffusion_da.schedule import KarrasSchedule, Schedule
+from numpyro_diffusion_da.spherical_noise import SphericalNoise
 from numpyro_diffusion_da.state_space import StateSpaceModel
 from numpyro_diffusion_da.weight import Dirac, Equal, Moment, Weight
 
@@ -56,6 +58,7 @@ __all__ = [
     "GaussianLikelihood",
     "GaussianObservation",
     "GaussianPrior",
+    "GenCastPrior",
     "Guidance",
     "Heun",
     "KarrasSchedule",
@@ -69,8 +72,10 @@ __all__ = [
     "RingEmulator",
     "Sampler",
     "Schedule",
+    "SphericalNoise",
     "StateSpaceModel",
     "Step",
+    "Variable",
     "Weight",
     "WhiteNoise",
     "load_prior",

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, PRNGKeyArray, PyTree
 
 from numpyro_diffusion_da.algorithm import Algorithm
+from numpyro_diffusion_da.compilation import compiled
 from numpyro_diffusion_da.progress import step_progress
 from numpyro_diffusion_da.result import FilterResult
 from numpyro_diffusion_da.smc.base import Info, State, init
@@ -138,7 +138,7 @@ class ParticleFilter:
                     "nonfinite_particles": info.nonfinite_particles,
                 }
 
-            self._compiled = {"start": eqx.filter_jit(start), "step": eqx.filter_jit(step)}
+            self._compiled = {"start": compiled(start), "step": compiled(step)}
         return self._compiled["start"], self._compiled["step"]
 
     def _forecast(self, info: Info) -> Array:

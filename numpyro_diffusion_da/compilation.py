@@ -1,0 +1,37 @@
+"""Compiling a function whose closure holds large arrays.
+
+A NumPyro program closes over its prior. Under plain `jax.jit` the prior's arrays, network parameters among them, become
+constants of the compiled program: written into it, folded by the compiler, held twice. Here they are arguments.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax
+
+
+def compiled(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """`fn` as `eqx.filter_jit` gives it, with every array that `fn` closes over passed as an argument.
+
+    It is traced once for each set of shapes, dtypes and static values of its arguments, and what it closes over is read
+    at that time: a later change of the closure is not seen.
+
+    Args:
+        fn: takes and returns pytrees; leaves that are not arrays are static, and must be hashable.
+    """
+    traced: dict[Any, Any] = {}
+    run = eqx.filter_jit(lambda converted, args: converted(*args))
+
+    def call(*args: Any) -> Any:
+        dynamic, static = eqx.partition(args, eqx.is_array)
+        shapes = [(x.shape, x.dtype) for x in jax.tree.leaves(jax.eval_shape(lambda: dynamic))]
+        leaves, structure = jax.tree.flatten(static)
+        key = (jax.tree.structure(dynamic), tuple(shapes), structure, tuple(leaves))
+        if key not in traced:
+            traced[key] = eqx.filter_closure_convert(fn, *args)
+        return run(traced[key], args)
+
+    return call
