@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from numpyro_diffusion_da import gridded_data
+
 if TYPE_CHECKING:
     import xarray
 
@@ -69,7 +71,11 @@ def to_datatree(
     Groups: `posterior`, `prior` where forecasts were kept, `posterior_predictive`, `log_likelihood`, `observed_data`,
     `constant_data` (for each observed site ``{site}_error`` and ``{site}_missing``) and `sample_stats`; each says in
     its attribute `description` what it is. Dimensions are `chain` (independent filter), `draw` (particle), `time`,
-    then those of the site: the layout's for the state, ``{site}_dim_0``, ... for others. Nothing is copied.
+    then those of the site: the layout's for the state, ``{site}_dim_0``, ... for others.
+
+    A state whose layout names variables (a gridded one) is not one array there but a variable for every field, such as
+    ``posterior["temperature"]`` with (chain, draw, time, level, latitude, longitude), in its unit, and NaN where it is
+    undefined. Only these with NaN are copied.
 
     The tree goes through files as it is: ``tree.to_netcdf(path, engine="h5netcdf")``,
     ``tree.to_zarr(path, consolidated=False)``.
@@ -94,8 +100,8 @@ def to_datatree(
     }
     forecasts = {} if result.forecast is None else {result.latent_name: result.forecast}
     groups = {
-        "posterior": axes.sites({**latent, **result.posterior}, PARTICLE),
-        "prior": axes.sites(forecasts, PARTICLE),
+        "posterior": axes.with_state({**latent, **result.posterior}),
+        "prior": axes.with_state(forecasts),
         "posterior_predictive": axes.sites(result.posterior_predictive, PARTICLE),
         "log_likelihood": axes.sites(result.log_likelihood, PARTICLE),
         "observed_data": axes.sites(result.observed_data, ("time",)),
@@ -191,7 +197,19 @@ class _Axes:
             "draw": np.arange(draws),
             "time": np.arange(steps) if time is None else time,
         }
-        self.layout_values = {} if result.layout is None else result.layout.coords()
+        layout = result.layout
+        self.layout_values: dict[str, Any] = {} if layout is None else layout.coords()
+        self.fields = layout
+        if layout is None or not layout.variables or result.posterior[result.latent_name].shape[3:] != layout.shape:
+            self.fields = None
+        self.level_names = self._name_levels()
+
+    def _name_levels(self) -> dict[str, str]:
+        """The dimension of each field's levels: `level`, of its own where its levels are others than the first's."""
+        fields = () if self.fields is None else tuple(field for field in self.fields.variables if field.levels)
+        names = {f.name: "level" if f.levels == fields[0].levels else f"{f.name}_level" for f in fields}
+        self.layout_values |= {names[field.name]: np.asarray(field.levels) for field in fields}
+        return names
 
     def _names(self, site: str, shape: tuple[int, ...]) -> tuple[str, ...]:
         """Names of a site's own axes."""
@@ -212,16 +230,21 @@ class _Axes:
         return [group[site].shape[lead:] for group, lead in arrays if site in group]
 
     def variable(
-        self, site: str, values: np.ndarray, leading: tuple[str, ...], attributes: dict[str, str] | None = None
+        self,
+        site: str,
+        values: np.ndarray,
+        leading: tuple[str, ...],
+        attributes: dict[str, str] | None = None,
+        names: tuple[str, ...] | None = None,
     ) -> tuple[tuple[str, ...], np.ndarray, dict[str, str]]:
         """(dims, values, attributes) as xarray takes a variable."""
         shape = values.shape[len(leading) :]
-        names = self._names(site, shape)
+        do = "Rename the site." if names else f"Name the axes yourself: dims={{'{site}': [...]}}."
+        names = names or self._names(site, shape)
         for name, size in zip(names, shape, strict=True):
             if name in SHARED or names.count(name) > 1 or name in self.site_names:
                 raise ValueError(
-                    f"'{name}' cannot name an axis of '{site}': it is the name of a site or of another axis. "
-                    f"Name the axes yourself: dims={{'{site}': [...]}}."
+                    f"'{name}' cannot name an axis of '{site}': it is the name of a site or of another axis. {do}"
                 )
             if self.sizes.setdefault(name, size) != size:
                 raise ValueError(
@@ -239,11 +262,38 @@ class _Axes:
         units = {} if layout is None else {latent: {"units": layout.units}}
         return {site: self.variable(site, values, leading, units.get(site)) for site, values in arrays.items()}
 
+    def with_state(self, arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:
+        """All sites of a group that has the state, which is cut into its fields where the layout names them."""
+        latent, layout = self.result.latent_name, self.fields
+        if layout is None or latent not in arrays:
+            return self.sites(arrays, PARTICLE)
+        if latent in self.dims:
+            raise ValueError(
+                f"dims names the axes of '{latent}', but its layout cuts it into the fields "
+                f"{', '.join(v.name for v in layout.variables)}, whose axes have names; leave '{latent}' out."
+            )
+        others = {name: values for name, values in arrays.items() if name != latent}
+        fields = {}
+        for name, (dims, values, _) in layout.split(arrays[latent]).items():
+            if name in others or name in SHARED or name in (*layout.dims, *self.level_names.values()):
+                raise ValueError(
+                    f"the state '{latent}' has a field '{name}', which is the name of another site or of an axis; "
+                    "rename that site, or the variable of the layout."
+                )
+            names = tuple(self.level_names.get(name, d) if d == "level" else d for d in dims)
+            attributes = {**gridded_data.attributes(layout.variable(name)), "site": latent}
+            fields[name] = self.variable(name, values, PARTICLE, attributes, names)
+        return {**fields, **self.sites(others, PARTICLE)}
+
     def coordinates(self, variables: Mapping[str, Any]) -> dict[str, Any]:
         """A coordinate for every dimension of a group: ArviZ's plots need one even where it only counts."""
         used = dict.fromkeys(name for dims, _, _ in variables.values() for name in dims)
         values = {**self.layout_values, **self.given, **self.values}
-        return {name: _coordinate(name, values.get(name, np.arange(self.sizes.get(name, 0)))) for name in used}
+        known = {} if self.fields is None else gridded_data.AXIS_ATTRIBUTES
+        return {
+            name: _coordinate(name, values.get(name, np.arange(self.sizes.get(name, 0))), known.get(name, {}))
+            for name in used
+        }
 
     def check_all_used(self) -> None:
         """A name that fits nothing is a misspelt one."""
@@ -253,13 +303,13 @@ class _Axes:
             raise ValueError(f"coords has {sorted(unknown)}, but the dimensions are {sorted(self.sizes)}.")
 
 
-def _coordinate(name: str, values: Any) -> tuple[str, Any, dict[Any, Any]]:
-    """(dim, values, attributes), whatever the coordinates were given as."""
+def _coordinate(name: str, values: Any, known: Mapping[str, str]) -> tuple[str, Any, dict[Any, Any]]:
+    """(dim, values, attributes), whatever the coordinates were given as; `known` where they have no attributes."""
     import xarray
 
     if isinstance(values, (xarray.DataArray, xarray.Variable)):
         return name, values.values, dict(values.attrs)
-    return name, values, {}
+    return name, values, dict(known)
 
 
 def _statistic(axes: _Axes, name: str, values: np.ndarray) -> Any:

@@ -27,7 +27,7 @@ def summary(result: FilterResult, max_rows: int = 8) -> Group:
 
     settings = result.attributes
     title = f"{settings.get('algorithm', 'a filter')} on '{settings.get('model', 'a model')}'"
-    size = result.posterior[result.latent_name][0, 0, -1].size
+    size = int(_defined(result, result.posterior[result.latent_name].shape[3:]).sum())
     some = f": the {max_rows} of {size} values with the largest r_hat" if size > max_rows else ""
     state = f"{result.latent_name} at the last time{some}"
     return Group(title, _filter_table(result), state, _state_table(result, max_rows))
@@ -116,28 +116,48 @@ def _state_table(result: FilterResult, max_rows: int) -> Any:
     shape = last.shape[2:]
     r_hat = chain_r_hat(last).reshape(-1)
     last = last.reshape(*last.shape[:2], -1)
-    rows = np.arange(r_hat.size)
-    if r_hat.size > max_rows:
-        rows = np.argsort(np.where(np.isnan(r_hat), -np.inf, -r_hat), kind="stable")[:max_rows]
+    rows = np.flatnonzero(_defined(result, shape))
+    if rows.size > max_rows:
+        largest = np.argsort(np.where(np.isnan(r_hat[rows]), -np.inf, -r_hat[rows]), kind="stable")
+        rows = rows[largest[:max_rows]]
     table = Table(box=SIMPLE)
     for column in ("", "mean", "sd", "r_hat"):
         table.add_column(column, justify="left" if column == "" else "right")
-    units = "" if result.layout is None or result.layout.units == "1" else f" {result.layout.units}"
     for row in rows:
         draws = last[:, :, row].astype(float)
-        label = Text(_label(result, np.unravel_index(row, shape) if shape else ()))
+        label, units = _place(result, tuple(int(i) for i in np.unravel_index(row, shape)) if shape else ())
+        units = "" if units == "1" else f" {units}"
         shown = "-" if np.isnan(r_hat[row]) else f"{r_hat[row]:.2f}"
-        table.add_row(label, f"{draws.mean():.4g}{units}", f"{draws.std(ddof=min(1, draws.size - 1)):.3g}", shown)
+        table.add_row(Text(label), f"{draws.mean():.4g}{units}", f"{draws.std(ddof=min(1, draws.size - 1)):.3g}", shown)
     return table
 
 
-def _label(result: FilterResult, index: tuple[Any, ...]) -> str:
-    if not index:
-        return result.latent_name
-    where = [str(i) for i in index]
+def _defined(result: FilterResult, shape: tuple[int, ...]) -> np.ndarray:
+    """Where the state has values, shape of the state: fillings of undefined points are no values."""
+    defined = np.ones(shape, bool)
     layout = result.layout
+    if layout is not None and layout.shape == shape:
+        for variable in layout.variables:
+            if variable.undefined is not None:
+                defined[variable.undefined.mask(), layout.channels(variable.name)] = False
+    return defined
+
+
+def _place(result: FilterResult, index: tuple[int, ...]) -> tuple[str, str]:
+    """What one value of the state is, and its unit."""
+    name, layout = result.latent_name, result.layout
+    units = "1" if layout is None else layout.units
+    if not index:
+        return name, units
+    where = [str(i) for i in index]
     if layout is not None and len(layout.dims) == len(index):
         coordinates = layout.coords()
         values = (coordinates[d][i] if d in coordinates else i for d, i in zip(layout.dims, index, strict=True))
         where = [f"{d}={value}" for d, value in zip(layout.dims, values, strict=True)]
-    return f"{result.latent_name}[{', '.join(where)}]"
+        for variable in layout.variables:
+            channels = layout.channels(variable.name)
+            if channels.start <= index[-1] < channels.stop:
+                name, units = variable.name, variable.units
+                levels = [f"level={variable.levels[index[-1] - channels.start]}"] if variable.levels else []
+                where = [*levels, *where[:-1]]
+    return f"{name}[{', '.join(where)}]", units

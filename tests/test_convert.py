@@ -10,6 +10,7 @@ import xarray as xr
 import numpyro_diffusion_da as ndda
 from numpyro_diffusion_da import convert, summary
 from numpyro_diffusion_da import verification as v
+from numpyro_diffusion_da.layout import Undefined, Variable
 
 CHAINS, DRAWS, STEPS = 2, 64, 8
 NEW_ARVIZ = int(importlib.metadata.version("arviz").split(".")[0]) >= 1
@@ -203,6 +204,99 @@ def test_attributes_say_where_it_comes_from_in_plain_values():
             "seed": "[0, 1]",
             "count": 3,
         }
+
+
+LAND = np.array([[True, False, False], [False, True, False]])
+
+
+def gridded(levels=((500, 850), (500, 850)), chains=2, draws=5, name="sea_surface_temperature", **changes):
+    """A result whose state has variables: two with levels, one of them undefined in places."""
+    variables = (
+        Variable("geopotential", "m2 s-2", levels[0]),
+        Variable(name, "K", undefined=Undefined(LAND)),
+        Variable("temperature", "K", levels[1]),
+    )
+    channels = sum(v.num_channels for v in variables)
+    layout = ndda.Layout(
+        (2, 3, channels),
+        ("latitude", "longitude", "channel"),
+        (("latitude", (-45.0, 45.0)), ("longitude", (0.0, 120.0, 240.0))),
+        variables=variables,
+    )
+    x = np.random.default_rng(0).normal(280, 5, (chains, draws, 3, *layout.shape)).astype(np.float32)
+    x[..., LAND, len(levels[0])] = 271.0
+    posterior = {"a": made(chains, draws).posterior["a"], "x": x}
+    return made(chains, draws, **{"posterior": posterior, "forecast": x + 1.0, "layout": layout, **changes})
+
+
+def test_a_gridded_state_is_one_variable_for_every_field():
+    result = gridded()
+    x = result.posterior["x"]
+    tree = convert.to_datatree(result)
+    assert list(tree["posterior"].data_vars) == ["geopotential", "sea_surface_temperature", "temperature", "a"]
+    assert list(tree["prior"].data_vars) == ["geopotential", "sea_surface_temperature", "temperature"]
+    temperature, sea = tree["posterior/temperature"], tree["posterior/sea_surface_temperature"]
+    assert temperature.dims == ("chain", "draw", "time", "level", "latitude", "longitude")
+    assert sea.dims == ("chain", "draw", "time", "latitude", "longitude")
+    np.testing.assert_array_equal(temperature.sel(level=850), x[..., 4])
+    np.testing.assert_array_equal(tree["prior/temperature"].sel(level=500), x[..., 3] + 1.0)
+    np.testing.assert_array_equal(np.isnan(sea), np.broadcast_to(LAND, sea.shape))
+    assert np.shares_memory(temperature.values, x)
+    assert temperature.dtype == sea.dtype == np.float32
+    assert temperature.attrs["units"] == "K"
+    assert temperature.attrs["site"] == "x"
+    assert tree["posterior/geopotential"].attrs["units"] == "m2 s-2"
+    assert tree["posterior"].latitude.values.tolist() == [-45.0, 45.0]
+    assert tree["posterior"].latitude.attrs["units"] == "degrees_north"
+    assert tree["posterior"]["level"].values.tolist() == [500, 850]  # .level is the depth of a tree
+    assert dict(tree["observed_data/y"].sizes) == {"time": 3, "y_dim_0": 4}
+    np.testing.assert_array_equal(convert.to_datatree(gridded(forecast=None))["posterior/temperature"], temperature)
+    other = convert.to_datatree(gridded(), coords={"longitude": [0, 1, 2]})
+    assert other["posterior/temperature"].longitude.values.tolist() == [0, 1, 2]
+
+
+def test_fields_with_levels_of_their_own():
+    tree = convert.to_datatree(gridded(((500, 850), (850, 1000))))
+    assert tree["posterior/geopotential"].dims[3] == "level"
+    assert tree["posterior/temperature"].dims[3] == "temperature_level"
+    assert tree["posterior"].temperature_level.values.tolist() == [850, 1000]
+
+
+@pytest.mark.parametrize(
+    ("changes", "arguments", "message"),
+    [
+        (
+            {},
+            {"dims": {"x": ["i", "j", "k"]}},
+            "dims names the axes of 'x', but its layout cuts it into the fields geo",
+        ),
+        ({"name": "a"}, {}, "the state 'x' has a field 'a', which is the name of another site"),
+        ({"name": "draw"}, {}, "the state 'x' has a field 'draw'"),
+        ({"name": "level"}, {}, "the state 'x' has a field 'level'"),
+        ({}, {"coords": {"channel": range(5)}}, r"coords has \['channel'\], but the dimensions are"),
+        ({}, {"dims": {"y": ["latitude"]}}, "dimension 'latitude' has 4 values in 'y', but 2"),
+    ],
+)
+def test_names_that_a_gridded_state_cannot_have(changes, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        convert.to_datatree(gridded(**changes), **arguments)
+
+
+def test_a_gridded_state_goes_to_files_and_to_arviz(tmp_path):
+    import arviz as az
+
+    tree = convert.to_datatree(gridded())
+    tree.to_netcdf(tmp_path / "result.nc", engine="h5netcdf")
+    with xr.open_datatree(tmp_path / "result.nc", engine="h5netcdf") as back:
+        xr.testing.assert_identical(back.load(), tree)
+    data = convert.to_arviz(gridded(draws=64))
+    assert groups_of(data) == set(convert.GROUPS)
+    rhat = az.rhat(data, method="identity")
+    rhat = rhat.to_dataset() if NEW_ARVIZ and isinstance(rhat, xr.DataTree) else rhat
+    found = rhat["temperature"].isel(time=-1)
+    assert found.dims == ("level", "latitude", "longitude")
+    own = summary.chain_r_hat(gridded(draws=64).posterior["x"][:, :, -1])
+    np.testing.assert_allclose(found.transpose("latitude", "longitude", "level"), own[..., 3:], rtol=1e-4)
 
 
 @pytest.mark.parametrize("fmt", ["netcdf", "zarr"])
@@ -437,6 +531,24 @@ def test_summary_shows_the_worst_of_a_large_state():
     assert " K " in rows[0]
     assert "no linear solves" in text
     assert "17 forward per particle" in text
+
+
+def test_summary_names_the_fields_of_a_gridded_state():
+    result = gridded(draws=200)
+    result.posterior["x"][1, :, -1, 1, 2, 4] += 50.0
+    text = printed(result)
+    assert "x at the last time: the 8 of 28 values with the largest r_hat" in text  # 30 less 2 of land
+    rows = [line.split() for line in text.splitlines() if "latitude=" in line]
+    assert len(rows) == 8
+    first = next(line for line in text.splitlines() if "latitude=" in line)
+    assert "temperature[level=850, latitude=45.0, longitude=240.0]" in first
+    assert " K " in first
+    everything = gridded(draws=200)
+    console_rows = summary._state_table(everything, 100).columns[0]._cells
+    labels = [str(cell) for cell in console_rows]
+    assert len(labels) == 28
+    assert sum(label.startswith("sea_surface_temperature[latitude=") for label in labels) == 4
+    assert sum(label.startswith("geopotential[level=500, ") for label in labels) == 6
 
 
 def test_summary_of_one_chain_and_of_equal_weights():
