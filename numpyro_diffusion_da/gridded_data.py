@@ -12,7 +12,7 @@ xarray is imported where it is used: it takes longer to load than the rest of th
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -82,7 +82,7 @@ SAME_POINT = 1e-3
 def read_states(
     dataset: xarray.Dataset,
     layout: Layout,
-    times: Iterable[Any],
+    times: Any,
     *,
     fill: Mapping[str, float] | None = None,
     interpolate: bool = False,
@@ -507,7 +507,7 @@ def _slice(at: np.ndarray) -> slice | np.ndarray:
     return slice(int(at[0]), int(at[-1]) + 1, int(steps[0]) if steps.size else 1)
 
 
-def _datetimes(times: Iterable[Any]) -> np.ndarray:
+def _datetimes(times: Any) -> np.ndarray:
     values = np.asarray(list(times) if isinstance(times, Iterator) else times)
     if values.ndim != 1 or values.dtype.kind not in "MOU":
         raise ValueError(
