@@ -6,7 +6,7 @@ x = a + S D(z_s), r the whitened residual, H = -dr/dx (so R = I) and J = dD/dz_s
     (I + s^2 H S J C S H^T) v = r(x)
     D_y = D + s^2 C J^T S H^T v.
 
-Exact for a Gaussian p(z | c) and a linear h. The published method takes C = I also where it is not.
+Exact for a Gaussian p(z | c) and a linear h. The published method takes C = I also where it is not: see `MMPS.noise`.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from jaxtyping import Array, Float
 from numpyro_diffusion_da.denoiser import Denoiser, Memory, NetworkPasses, PriorDenoiser
 from numpyro_diffusion_da.likelihood import GaussianLikelihood
 from numpyro_diffusion_da.linear_solve import KrylovSolve, LinearSolver
+from numpyro_diffusion_da.noise import Noise
 
 
 class Guidance(eqx.Module):
@@ -36,13 +37,18 @@ class MMPS(Guidance):
 
     Args:
         solver: how the linear system in observation space is solved at each noise level.
+        noise: the noise whose covariance C the guidance takes; None takes the prior's own, which is right.
+            `MMPS(noise=WhiteNoise())` is the published method, C = I, for comparison with it: wrong wherever the
+            prior's noise is not white (docs/method.md, the noise on the sphere). Samplers always draw the prior's.
     """
 
     solver: LinearSolver = KrylovSolve()
+    noise: Noise | None = None
 
     def __call__(self, denoiser: PriorDenoiser, likelihood: GaussianLikelihood) -> Denoiser:
         """The moment-matched posterior denoiser."""
-        return MMPSDenoiser(denoiser, likelihood, self.solver)
+        noise = denoiser.prior.noise if self.noise is None else self.noise
+        return MMPSDenoiser(denoiser, likelihood, self.solver, noise)
 
 
 class MMPSDenoiser(Denoiser):
@@ -51,6 +57,7 @@ class MMPSDenoiser(Denoiser):
     base: PriorDenoiser
     likelihood: GaussianLikelihood
     solver: LinearSolver
+    noise: Noise
 
     def init(self) -> Memory:
         """No passes yet, and the solver's cold start."""
@@ -74,7 +81,7 @@ class MMPSDenoiser(Denoiser):
         # J C is symmetric for a true denoiser, so H S J C S H^T = H S C J^T S H^T: one vjp a product, no jvp.
         def product(v: Array) -> tuple[Array, Array]:
             (pulled,) = pull_denoiser(scale * -pull_residual(v)[0])
-            image = prior.noise.covariance_product(pulled)
+            image = self.noise.covariance_product(pulled)
             return v - noise_level**2 * push_residual(scale * image), image
 
         solution, warm_start = self.solver(product, residual, memory.warm_start)

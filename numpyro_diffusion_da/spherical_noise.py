@@ -16,7 +16,6 @@ product with A is one small matrix product for each m and one FFT along longitud
 
 from __future__ import annotations
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -105,7 +104,8 @@ class SphericalNoise(Noise):
         self._check(shape)
         n = len(self.factor)
         white = jax.random.normal(rng_key, (n, n, *shape[2:]), jnp.promote_types(dtype, jnp.float32))
-        # rank numbers, each used once: above the diagonal (l >= m) the real parts, below it the imaginary ones of m > 0.
+        # As many numbers as the rank, each used once: on and above the diagonal (l >= m) for the real parts, below it
+        # for the imaginary ones of m > 0. The rest of the two squares meets a zero: of F, or of sine at m = 0.
         below = jnp.roll(jnp.swapaxes(white, 0, 1), 1, axis=0)
         coefficients = jnp.stack([white, below]).reshape(2, n, n, -1)
         return self._synthesis(coefficients).reshape(shape).astype(dtype)
@@ -125,7 +125,7 @@ class SphericalNoise(Noise):
     def _synthesis(self, coefficients: Float[Array, "2 n n channels"]) -> Float[Array, "latitude longitude channels"]:
         """A, on (real or imaginary part, zonal wavenumber, total wavenumber, channels)."""
         dtype = coefficients.dtype
-        # TensorFloat-32, some accelerators' default for a float32 product, would make C unsymmetric by 1e-3.
+        # TensorFloat-32, some accelerators' default for a float32 product, would leave three digits of C.
         waves = jnp.einsum(
             "mjl,pmlc->pjmc", self.factor.astype(dtype), coefficients, precision=jax.lax.Precision.HIGHEST
         )

@@ -53,7 +53,7 @@ def test_shapes_and_diagnostics(reference):
         assert needed in result.attributes
     # Defaults are written out, so that a run can be repeated when they have changed.
     assert result.attributes["weight"] == "Dirac()"
-    assert result.attributes["guidance"] == "MMPS(solver=KrylovSolve(products=2, warm_start=True))"
+    assert result.attributes["guidance"] == "MMPS(solver=KrylovSolve(products=2, warm_start=True), noise=None)"
     assert result.attributes["sampler"].startswith(
         "Sampler(step=DPMSolverPP2M(), schedule=KarrasSchedule(num_levels=16"
     )
