@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ from numpyro_diffusion_da.progress import step_progress
 from numpyro_diffusion_da.result import FilterResult
 from numpyro_diffusion_da.smc.base import Info, State, init
 from numpyro_diffusion_da.state_space import StateSpaceModel, TimeInputs
+from numpyro_diffusion_da.storage import RunStore
 
 if TYPE_CHECKING:
     import xarray
@@ -31,6 +33,10 @@ class ParticleFilter:
         batch_size: particles moved at a time, to bound the memory; 0 for all at once. The result does not depend on it.
         progress_bar: show a bar over the steps.
         keep_forecasts: keep the one-step forecast that each particle came from (the group `prior` of the result).
+        keep: latent and deterministic sites whose particles the result keeps; None for all. A state too large to keep
+            at every step can so be reduced in the program, by a `numpyro.deterministic` of what is wanted.
+        directory: where each step is written as it is made. A run that died goes on from its last step when it is
+            started again with the same key and arguments, and gives what it would have given. None keeps nothing.
 
     Raises:
         ValueError: a number of particles or chains below 1, or a negative batch size.
@@ -46,6 +52,8 @@ class ParticleFilter:
         batch_size: int = 0,
         progress_bar: bool = True,
         keep_forecasts: bool = False,
+        keep: Sequence[str] | None = None,
+        directory: str | os.PathLike[str] | None = None,
     ) -> None:
         if not isinstance(algorithm, Algorithm):
             raise TypeError(
@@ -59,12 +67,18 @@ class ParticleFilter:
         ):
             if value < least:
                 raise ValueError(f"{name}={value}; give {least} or more.")
+        if keep is not None and (isinstance(keep, str) or not keep):
+            raise ValueError(
+                f"keep={keep!r}; give a list of one or more latent or deterministic sites, or None for all."
+            )
         self.algorithm = algorithm
         self.num_particles = num_particles
         self.num_chains = num_chains
         self.batch_size = batch_size
         self.progress_bar = progress_bar
         self.keep_forecasts = keep_forecasts
+        self.keep = None if keep is None else tuple(keep)
+        self.directory = directory
         self._result: FilterResult | None = None
         self._compiled: dict[Any, Any] = {}
 
@@ -80,14 +94,16 @@ class ParticleFilter:
             **kwargs: the program's keyword arguments.
 
         Raises:
-            ValueError: a program that cannot be filtered, or an observation error that is not positive (naming the
-                site and the step).
+            ValueError: a program that cannot be filtered, an observation error that is not positive (naming the site
+                and the step), or a `directory` that holds another run.
             FloatingPointError: every particle of a step is non-finite (naming the step).
         """
         program = StateSpaceModel(self.algorithm.model, args, kwargs)
         program.check(self.algorithm.needs_gaussian)
         start, step = self._functions(program)
         given = (args, kwargs)
+        attributes = self._attributes(program, rng_key)
+        store = None if self.directory is None else RunStore(self.directory, attributes)
         with step_progress(self.progress_bar, self.num_chains * program.length) as advance:
             chains = []
             for chain in range(self.num_chains):
@@ -95,15 +111,23 @@ class ParticleFilter:
                 init_key, run_key = jax.random.split(chain_key)
                 state, xs = start(init_key, given)
                 steps = []
+                done = 0 if store is None else min(store.steps_done(chain), program.length)
                 for t in range(program.length):
                     inputs = TimeInputs(jnp.asarray(t), jax.tree.map(lambda x, t=t: x[t], xs))
-                    state, output = step(jax.random.fold_in(run_key, t), state, inputs, given)
-                    output = jax.device_get(output)
-                    self._check(output, t)
+                    if store is not None and t < done:
+                        output = store.outputs(chain, t, inputs)
+                    else:
+                        if store is not None and t == done > 0:
+                            state = store.state(chain, state)
+                        state, output = step(jax.random.fold_in(run_key, t), state, inputs, given)
+                        output = jax.device_get(output)
+                        self._check(output, t)
+                        if store is not None:
+                            store.save(chain, t, inputs, output, state)
                     steps.append(output)
                     advance(output["stats"])
                 chains.append(jax.tree.map(lambda *v: np.stack(v), *steps))
-        self._result = self._collect(program, rng_key, chains, args, kwargs)
+        self._result = self._collect(program, attributes, chains)
 
     def _functions(self, program: StateSpaceModel) -> tuple[Any, Any]:
         """The jitted start and step. Kept, so that a second run with arguments of the same shapes compiles nothing."""
@@ -129,8 +153,8 @@ class ParticleFilter:
                     "solver_residual": info.proposal.draw.solver_residual,
                 }
                 return new, {
-                    "forecast": self._forecast(info) if self.keep_forecasts else None,
-                    "sites": info.proposal.sites,
+                    **({"forecast": self._forecast(info)} if self.keep_forecasts else {}),
+                    "sites": self._kept(info.proposal.sites),
                     "stats": stats,
                     "passes": self.algorithm.passes(info)._asdict(),
                     "observations": at.observations(first, inputs),
@@ -140,6 +164,25 @@ class ParticleFilter:
 
             self._compiled = {"start": compiled(start), "step": compiled(step)}
         return self._compiled["start"], self._compiled["step"]
+
+    def _kept(self, sites: dict[str, dict[str, Array]]) -> dict[str, dict[str, Array]]:
+        if self.keep is None:
+            return sites
+        if unknown := set(self.keep) - set(sites["posterior"]):
+            known = sorted(sites["posterior"])
+            raise ValueError(f"keep names {sorted(unknown)}, but the latent and deterministic sites are {known}.")
+        return {**sites, "posterior": {name: sites["posterior"][name] for name in self.keep}}
+
+    def _attributes(self, program: StateSpaceModel, rng_key: PRNGKeyArray) -> dict[str, Any]:
+        """What is needed to run it again."""
+        transition = program.diffusion()
+        return {
+            "model": program.name,
+            "seed": str(np.asarray(jax.random.key_data(rng_key)).tolist()),
+            "num_particles": self.num_particles,
+            **({} if transition is None else transition.prior.provenance()),
+            **self.algorithm.settings(program),
+        }
 
     def _forecast(self, info: Info) -> Array:
         forecast = getattr(info.weighing, "forecast", None)
@@ -169,9 +212,7 @@ class ParticleFilter:
                     "and the guidance (fewer solver products, a larger observation error)."
                 )
 
-    def _collect(
-        self, program: StateSpaceModel, rng_key: PRNGKeyArray, chains: list[Any], args: Any, kwargs: Any
-    ) -> FilterResult:
+    def _collect(self, program: StateSpaceModel, attributes: dict[str, Any], chains: list[Any]) -> FilterResult:
         outputs = jax.tree.map(lambda *v: np.stack(v), *chains)  # (chain, time, ...)
 
         def by_draw(x: np.ndarray) -> np.ndarray:
@@ -181,6 +222,7 @@ class ParticleFilter:
         groups = jax.tree.map(by_draw, outputs["sites"])
         observations = jax.tree.map(lambda x: x[0], outputs["observations"])
         transition = program.diffusion()
+        has_state = program.latent_name in groups["posterior"]
         return FilterResult(
             posterior=groups["posterior"],
             posterior_predictive=groups["posterior_predictive"],
@@ -191,17 +233,9 @@ class ParticleFilter:
             forecast=by_draw(outputs["forecast"]) if self.keep_forecasts else None,
             sample_stats=stats,
             network_passes=outputs["passes"],
-            latent_name=program.latent_name,
-            layout=None if transition is None else transition.prior.layout,
-            attributes={
-                "model": program.name,
-                "seed": str(np.asarray(jax.random.key_data(rng_key)).tolist()),
-                "num_particles": self.num_particles,
-                "num_chains": self.num_chains,
-                "batch_size": self.batch_size,
-                **({} if transition is None else transition.prior.provenance()),
-                **self.algorithm.settings(program),
-            },
+            latent_name=program.latent_name if has_state else next(iter(groups["posterior"])),
+            layout=transition.prior.layout if transition is not None and has_state else None,
+            attributes={**attributes, "num_chains": self.num_chains, "batch_size": self.batch_size},
         )
 
     @property

@@ -31,6 +31,16 @@ Conditioning = Any
 """Whatever `DiffusionPrior.condition` makes of the previous states and the inputs: a pytree of arrays."""
 
 
+def checksum(tree: PyTree) -> str:
+    """SHA-256 over the arrays of a pytree, in hexadecimal."""
+    digest = hashlib.sha256()
+    for leaf in jax.tree.leaves(tree):
+        value = np.asarray(leaf)
+        digest.update(f"{value.dtype.str}{value.shape}".encode())
+        digest.update(np.ascontiguousarray(value).tobytes())
+    return digest.hexdigest()
+
+
 class DiffusionPrior(eqx.Module):
     """A pretrained diffusion model of the next state given the previous ones.
 
@@ -84,12 +94,7 @@ class DiffusionPrior(eqx.Module):
 
     def provenance(self) -> dict[str, str]:
         """What a result says of the prior it came from: its class, and a SHA-256 over all its arrays."""
-        digest = hashlib.sha256()
-        for leaf in jax.tree.leaves(self):
-            value = np.asarray(leaf)
-            digest.update(f"{value.dtype.str}{value.shape}".encode())
-            digest.update(np.ascontiguousarray(value).tobytes())
-        return {"prior": type(self).__name__, "prior_checksum": digest.hexdigest()}
+        return {"prior": type(self).__name__, "prior_checksum": checksum(self)}
 
     def check_state(self, state: PyTree) -> tuple[int, ...]:
         """The batch shape of `state`, all of whose leaves must end in the shape of the state.

@@ -25,7 +25,7 @@ class FilterResult:
             it was not kept.
         sample_stats: (chain, time) or, for per-particle quantities, (chain, draw, time).
         network_passes: forward, jvp and vjp passes per particle and step, each (chain, time).
-        latent_name: which posterior variable is the state.
+        latent_name: which posterior variable is the state; the first of them where the state was not kept.
         layout: the state's layout, or None where the transition has none.
         attributes: what is needed to run it again.
     """

@@ -2,8 +2,8 @@
 
 One 12 h step of the atmosphere: the next frame given the last two, the time of year and of day, and the surface. A
 frame is an array (latitude, longitude, channel), channels being variables sorted by name, each by level, as the package
-stacks them. A variable that the network also gets as an input is diffused as a normalised residual, precipitation, which
-it does not get, as itself:
+stacks them. A variable that is also an input of the network is diffused as a normalised residual, precipitation, which
+is not, as itself:
 
     x' = a(c) + S z,    a = last frame, S = standard deviation of 12 h differences;    a = mean, S = standard deviation.
 
