@@ -13,6 +13,7 @@ from jaxtyping import Array, PRNGKeyArray, PyTree
 
 from numpyro_diffusion_da.algorithm import Algorithm
 from numpyro_diffusion_da.compilation import compiled
+from numpyro_diffusion_da.footprint import device_memory
 from numpyro_diffusion_da.progress import step_progress
 from numpyro_diffusion_da.result import FilterResult
 from numpyro_diffusion_da.smc.base import Info, State, init
@@ -30,7 +31,8 @@ class ParticleFilter:
         algorithm: `FAAPF(model)`, `Bootstrap(model)` or `EnKF(model)`.
         num_particles: particles N of each filter.
         num_chains: independent filters; they become the chains of the result.
-        batch_size: particles moved at a time, to bound the memory; 0 for all at once. The result does not depend on it.
+        batch_size: particles moved at a time; 0 for all at once, None for as many as half of the device's memory takes.
+            The result does not depend on it.
         progress_bar: show a bar over the steps.
         keep_forecasts: keep the one-step forecast that each particle came from (the group `prior` of the result).
         keep: latent and deterministic sites whose particles the result keeps; None for all. A state too large to keep
@@ -49,7 +51,7 @@ class ParticleFilter:
         *,
         num_particles: int,
         num_chains: int = 1,
-        batch_size: int = 0,
+        batch_size: int | None = None,
         progress_bar: bool = True,
         keep_forecasts: bool = False,
         keep: Sequence[str] | None = None,
@@ -65,7 +67,7 @@ class ParticleFilter:
             ("num_chains", num_chains, 1),
             ("batch_size", batch_size, 0),
         ):
-            if value < least:
+            if value is not None and value < least:
                 raise ValueError(f"{name}={value}; give {least} or more.")
         if keep is not None and (isinstance(keep, str) or not keep):
             raise ValueError(
@@ -138,9 +140,11 @@ class ParticleFilter:
                 keys = jax.vmap(jax.random.fold_in, (None, 0))(rng_key, jnp.arange(self.num_particles))
                 return init(jax.vmap(at.initial)(keys)), at.inputs()
 
+            batch_size = self._batch_size(program)
+
             def step(rng_key: PRNGKeyArray, state: State, inputs: TimeInputs, given: Any) -> Any:
                 at = program.at(*given)
-                new, info = self.algorithm.kernel(at, self.batch_size)(rng_key, state, inputs)
+                new, info = self.algorithm.kernel(at, batch_size)(rng_key, state, inputs)
                 first = jax.tree.map(lambda x: x[0], state.particles)
                 stats = {
                     "log_weights": info.log_weights,
@@ -164,6 +168,12 @@ class ParticleFilter:
 
             self._compiled = {"start": compiled(start), "step": compiled(step)}
         return self._compiled["start"], self._compiled["step"]
+
+    def _batch_size(self, program: StateSpaceModel) -> int:
+        if self.batch_size is not None:
+            return self.batch_size
+        fit = int(0.5 * device_memory() // max(program.working_bytes(), 1))
+        return 0 if fit >= self.num_particles else max(fit, 1)
 
     def _kept(self, sites: dict[str, dict[str, Array]]) -> dict[str, dict[str, Array]]:
         if self.keep is None:
@@ -206,11 +216,19 @@ class ParticleFilter:
                 )
         n = self.num_particles
         for what, count in (("weights", output["nonfinite_weights"]), ("particles", output["nonfinite_particles"])):
-            if count == n:
-                raise FloatingPointError(
-                    f"all {n} {what} are non-finite at step {t}; check the observations and their errors at that step, "
-                    "and the guidance (fewer solver products, a larger observation error)."
-                )
+            if count < n:
+                continue
+            for name, site in output["observations"].items():
+                if site["undefined"]:
+                    raise ValueError(
+                        f"site '{name}' at step {t} compares {site['undefined']} observed values with NaN: what is "
+                        "observed has no value in the state (sea surface temperature over land, say); mark those "
+                        "observations missing with NaN, or leave them out."
+                    )
+            raise FloatingPointError(
+                f"all {n} {what} are non-finite at step {t}; check the observations and their errors at that step, "
+                "and the guidance (fewer solver products, a larger observation error)."
+            )
 
     def _collect(self, program: StateSpaceModel, attributes: dict[str, Any], chains: list[Any]) -> FilterResult:
         outputs = jax.tree.map(lambda *v: np.stack(v), *chains)  # (chain, time, ...)
@@ -235,7 +253,7 @@ class ParticleFilter:
             network_passes=outputs["passes"],
             latent_name=program.latent_name if has_state else next(iter(groups["posterior"])),
             layout=transition.prior.layout if transition is not None and has_state else None,
-            attributes={**attributes, "num_chains": self.num_chains, "batch_size": self.batch_size},
+            attributes={**attributes, "num_chains": self.num_chains, "batch_size": self._batch_size(program)},
         )
 
     @property

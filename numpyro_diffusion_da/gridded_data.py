@@ -196,6 +196,30 @@ def grid(dataset: xarray.Dataset) -> tuple[Float[np.ndarray, " latitude"], Float
     return np.sort(latitude), np.sort(np.mod(longitude, 360.0))
 
 
+def dataset_times(dataset: xarray.Dataset) -> np.ndarray:
+    """UTC of a dataset's time axis: of the coordinate `datetime` where `time` is relative, as in GenCast's files.
+
+    Returns:
+        datetime64, shape (time,).
+
+    Raises:
+        ValueError: no times, times that are not dates, or those of several batches.
+    """
+    coords = dataset.coords
+    name = "datetime" if "datetime" in coords else "time"
+    if name not in coords:
+        raise ValueError("the dataset has no coordinate time; add one, of type datetime64 and in UTC.")
+    values = np.asarray(coords[name].values)
+    if values.dtype.kind != "M":
+        raise ValueError(f"the dataset's {name} is of type {values.dtype}, expected datetime64; decode it first.")
+    if values.size != dataset.sizes.get("time", 1):
+        raise ValueError(
+            f"the dataset's {name} has shape {values.shape}, expected one value for each of the "
+            f"{dataset.sizes.get('time', 1)} times; select one of the batch, as in dataset.isel(batch=0)."
+        )
+    return values.reshape(-1).astype("datetime64[ns]")
+
+
 def undefined_mask(
     dataset: xarray.Dataset, name: str, latitude: Any, longitude: Any, *, interpolate: bool = False
 ) -> Bool[np.ndarray, "latitude longitude"]:
@@ -296,7 +320,7 @@ class _Source:
 
     def has_times(self, times: np.ndarray) -> bool:
         """Whether all of the times are there."""
-        return bool(np.isin(times, self._times()).all())
+        return bool(np.isin(times, dataset_times(self.dataset)).all())
 
     def where(self, bad: np.ndarray) -> str:
         """The first point of a mask (..., latitude, longitude), in words."""
@@ -330,24 +354,10 @@ class _Source:
             )
         return array
 
-    def _times(self) -> np.ndarray:
-        """UTC of the time axis: of the coordinate `datetime` where `time` is relative, as in GenCast's files."""
-        coords = self.dataset.coords
-        name = "datetime" if "datetime" in coords else "time"
-        if name not in coords:
-            raise ValueError("the dataset has no coordinate time; add one, of type datetime64 and in UTC.")
-        values = np.asarray(coords[name].values)
-        if values.dtype.kind != "M":
-            raise ValueError(f"the dataset's {name} is of type {values.dtype}, expected datetime64; decode it first.")
-        if values.size != self.dataset.sizes.get("time", 1):
-            raise ValueError(
-                f"the dataset's {name} has shape {values.shape}, expected one value for each of the "
-                f"{self.dataset.sizes.get('time', 1)} times; select one of the batch, as in dataset.isel(batch=0)."
-            )
-        return values.reshape(-1).astype("datetime64[ns]")
-
     def _times_at(self, name: str, times: np.ndarray) -> np.ndarray:
-        return _index(self._times(), times, f"'{name}' is needed at", "time", "give a dataset with all times")
+        return _index(
+            dataset_times(self.dataset), times, f"'{name}' is needed at", "time", "give a dataset with all times"
+        )
 
     def _levels_at(self, name: str, array: xarray.DataArray, levels: tuple[int, ...]) -> np.ndarray:
         has = _axis_values(array, "level")

@@ -7,7 +7,7 @@ from typing import Any
 import jax.numpy as jnp
 import jax.scipy.linalg as jsl
 import numpyro.distributions as dist
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from numpyro_diffusion_da.distribution import ConditionedTransition, DiffusionTransition
 from numpyro_diffusion_da.likelihood import GaussianObservation, whiten
@@ -95,6 +95,16 @@ def non_positive_error(fn: dist.Distribution) -> Bool[Array, ""]:
     else:
         return jnp.asarray(False)
     return ~jnp.all((scale > 0) & jnp.isfinite(scale))
+
+
+def undefined_means(fn: dist.Distribution, value: Array) -> Int[Array, ""]:
+    """How many observed values a Gaussian site compares with NaN."""
+    parts = gaussian_parts(fn)
+    if parts is None:
+        return jnp.asarray(0)
+    means = jnp.concatenate([mean for mean, _ in parts])
+    observed = (~jnp.isnan(value) & site_mask(fn)).reshape(-1)
+    return jnp.sum(observed & jnp.isnan(means))
 
 
 def gaussian_observations(name: str, fn: dist.Distribution, value: Array) -> list[GaussianObservation]:

@@ -34,6 +34,7 @@ from numpyro_diffusion_da.site import (
     one_step,
     pointwise_log_likelihood,
     site_mask,
+    undefined_means,
 )
 from numpyro_diffusion_da.transition import DrawRecord, OneStep
 
@@ -312,6 +313,19 @@ class StateSpaceModel:
         jax.eval_shape(look)
         return found[0] if found else None
 
+    def working_bytes(self) -> int:
+        """About how many bytes it takes to move one particle: see `DiffusionStep.working_bytes`; 0 in closed form."""
+        found: list[int] = []
+
+        def look() -> None:
+            call = self.call(jax.random.key(0))
+            fn = self.sites(call.init, call.first_inputs()).latent[self.latent_name]
+            if isinstance(fn, DiffusionTransition):
+                found.append(fn.only_step().working_bytes())
+
+        jax.eval_shape(look)
+        return sum(found)
+
     def check(self, gaussian: bool) -> None:
         """Refuse what a filter cannot run, before anything is compiled.
 
@@ -371,7 +385,7 @@ class StateSpaceModel:
         return {"posterior": posterior, "posterior_predictive": predictive, "log_likelihood": log_likelihood}
 
     def observations(self, carry: PyTree, inputs: TimeInputs) -> dict[str, dict[str, Array]]:
-        """Each observed site's value, its error's standard deviation, and whether it is observed, at one time.
+        """Each observed site's value, its error's standard deviation, and what is observed, at one time.
 
         The error is NaN for a site that is not Gaussian; errors that depend on the state are those of this carry.
         """
@@ -382,6 +396,7 @@ class StateSpaceModel:
                 "observed": ~jnp.isnan(value) & site_mask(fn),
                 "error": observation_error(fn),
                 "bad_error": non_positive_error(fn),
+                "undefined": undefined_means(fn, value),
             }
             for name, (fn, value) in sites.observed.items()
         }

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from numpyro_diffusion_da.denoiser import Denoiser, NetworkPasses, PriorDenoiser
+from numpyro_diffusion_da.footprint import backward_bytes
 from numpyro_diffusion_da.guidance import Guidance
 from numpyro_diffusion_da.likelihood import GaussianLikelihood
 from numpyro_diffusion_da.linear_solve import projected_solve
@@ -124,6 +125,14 @@ class DiffusionStep(OneStep):
     ) -> tuple[Float[Array, ...], DrawRecord]:
         """Reverse diffusion with the guided denoiser."""
         return self._run(rng_key, guidance(PriorDenoiser(self.prior, self.conditioning), likelihood))
+
+    def working_bytes(self) -> int:
+        """About what one `conditional_draw` needs: what the network's backward pass keeps, and some ten latents."""
+        location = self.prior.location(self.conditioning)
+        level = jnp.ones((), location.dtype)
+        at = jax.ShapeDtypeStruct(location.shape, location.dtype)
+        kept = backward_bytes(lambda z: self.prior.denoise(z, level, self.conditioning), at)
+        return kept + 10 * location.size * location.dtype.itemsize
 
 
 class GaussianStep(OneStep):

@@ -11,8 +11,11 @@ import importlib.util
 import jax
 import jax.numpy as jnp
 import numpy as np
+import numpyro
+import numpyro.distributions as dist
 import pytest
 import xarray
+from numpyro.contrib.control_flow import scan
 
 import numpyro_diffusion_da as ndda
 
@@ -188,3 +191,167 @@ def test_unguided_sampler_is_the_official_one(prior, files, dataset, package, mo
     error = np.abs(np.asarray(x)[defined] - expected[defined]) / scale
     rounding = np.abs(expected[defined]) * np.finfo(np.float32).eps / scale
     assert np.all(error < 1e-5 + 2 * rounding)
+
+
+def test_the_network_depends_on_all_it_is_given(prior, dataset):
+    """A random initialisation may forget the noise level; the checkpoint of the tests must not."""
+    frames = jnp.asarray(prior.frames(dataset, dataset.time.values[:2]))
+    forcings = jax.tree.map(lambda v: v[0], prior.forcings(dataset.time.values[2:4]))
+    later = jax.tree.map(lambda v: v[1], prior.forcings(dataset.time.values[2:4]))
+    z = jax.random.normal(jax.random.key(0), prior.layout.shape)
+
+    def run(z, level, frames, forcings):
+        return prior.denoise(z, jnp.asarray(level), prior.condition((frames[0], frames[1]), forcings))
+
+    base = run(z, 1.0, frames, forcings)
+    assert base.shape == prior.layout.shape
+    others = [
+        run(2 * z, 1.0, frames, forcings),
+        run(z, 1.5, frames, forcings),
+        run(z, 1.0, frames[::-1], forcings),
+        run(z, 1.0, frames, later),
+    ]
+    for other in others:
+        assert float(jnp.abs(other - base).max()) > 1e-3
+
+
+@pytest.mark.parametrize("attention", ["triblockdiag_mha"])
+def test_attention_does_not_change_the_network(prior, files, dataset, attention):
+    other = ndda.GenCastPrior.from_checkpoint(
+        files.checkpoint, stats=files.stats, surface=dataset, attention=attention, memory_budget=0.0
+    )
+    assert other.rematerialise
+    assert not prior.rematerialise
+    assert other.backward_bytes() < prior.backward_bytes()
+    frames = jnp.asarray(prior.frames(dataset, dataset.time.values[:2]))
+    forcings = jax.tree.map(lambda v: v[0], prior.forcings(dataset.time.values[2:3]))
+    z = jax.random.normal(jax.random.key(0), prior.layout.shape)
+
+    def forward_and_pull(prior):
+        conditioning = prior.condition((frames[0], frames[1]), forcings)
+        denoised, pull = jax.vjp(lambda v: prior.denoise(v, jnp.asarray(1.0), conditioning), z)
+        return denoised, pull(z)[0]
+
+    for a, b in zip(forward_and_pull(prior), forward_and_pull(other), strict=True):
+        np.testing.assert_allclose(a, b, atol=5e-6 * float(jnp.abs(a).max()))
+
+
+def test_bfloat16_is_close(prior, files, dataset):
+    other = ndda.GenCastPrior.from_checkpoint(
+        files.checkpoint, stats=files.stats, surface=dataset, precision="bfloat16"
+    )
+    assert {leaf.dtype for leaf in jax.tree.leaves(other.network.parameters)} == {jnp.dtype("bfloat16")}
+    frames = jnp.asarray(prior.frames(dataset, dataset.time.values[:2]))
+    forcings = jax.tree.map(lambda v: v[0], prior.forcings(dataset.time.values[2:3]))
+    z = jax.random.normal(jax.random.key(0), prior.layout.shape)
+    a, b = (p.denoise(z, jnp.asarray(1.0), p.condition((frames[0], frames[1]), forcings)) for p in (prior, other))
+    assert b.dtype == z.dtype
+    error = float(jnp.sqrt(jnp.mean((a - b) ** 2) / jnp.mean(a**2)))
+    assert 0 < error < 0.05  # eight bits of mantissa through some twenty layers
+
+
+def program(prior, data, steps=3, particles_error=0.5):
+    """(model, arguments, operators): T2m at stations and block means of temperature, 16 particles' worth."""
+    layout = prior.layout
+    rng = np.random.default_rng(0)
+    rows, columns = rng.integers(1, layout.shape[0] - 1, 30), rng.integers(0, layout.shape[1], 30)
+
+    def stations(x):
+        return layout.select(x, "2m_temperature")[rows, columns]
+
+    def means(x):
+        return layout.select(x, "temperature", level=850)[:12].reshape(4, 3, 8, 3).mean((1, 3))
+
+    def model(y, frames, forcings):
+        def step(carry, at):
+            (y_stations, y_means), forcings_t = at
+            x = numpyro.sample("x", ndda.DiffusionTransition(prior, carry, forcings_t))
+            numpyro.sample("stations", dist.Normal(stations(x), 0.5).to_event(1), obs=y_stations)
+            numpyro.sample("means", dist.Normal(means(x), 0.3).to_event(2), obs=y_means)
+            return (carry[1], x), None
+
+        scan(step, (frames[0], frames[1]), (y, forcings))
+
+    times = data.time.values
+    frames = jnp.asarray(prior.frames(data, times[:2]))
+    truth = jnp.asarray(prior.frames(data, times[2 : 2 + steps]))
+    exact = jax.vmap(stations)(truth), jax.vmap(means)(truth)
+    y = exact[0] + 0.5 * rng.normal(size=exact[0].shape), exact[1] + 0.3 * rng.normal(size=exact[1].shape)
+    return model, (y, frames, prior.forcings(times[2 : 2 + steps])), (stations, means)
+
+
+def test_filter_end_to_end(prior, dataset, tmp_path):
+    """16 particles, 3 steps: towards the observations, nothing compiled after the first step, killed and resumed."""
+    model, arguments, operators = program(prior, dataset)
+    y, frames, forcings = arguments
+    filter = ndda.ParticleFilter(ndda.FAAPF(model), num_particles=16, progress_bar=False)
+    filter.run(jax.random.key(0), *arguments)
+    result = filter.result
+    analysis = jnp.asarray(result.posterior["x"][0]).mean(0)  # (time, ...)
+    for operator, observed in zip(operators, y, strict=True):
+        before = np.sqrt(np.mean((np.asarray(jax.vmap(operator)(jnp.stack([frames[1]] * 3))) - observed) ** 2))
+        after = np.sqrt(np.mean((np.asarray(jax.vmap(operator)(analysis)) - observed) ** 2))
+        assert after < 0.35 * before
+    assert {n: set(p.ravel()) for n, p in result.network_passes.items()} == {"forward": {17}, "jvp": {0}, "vjp": {32}}
+
+    compilations = []
+
+    def listen(event, duration, **kwargs):
+        if event == "/jax/core/compile/backend_compile_duration":
+            compilations.append(event)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    filter.run(jax.random.key(1), *arguments)
+    assert not compilations
+
+    tree = filter.to_datatree(time=dataset.time.values[2:5])
+    assert tree["posterior"]["temperature"].dims == ("chain", "draw", "time", "level", "latitude", "longitude")
+    assert tree["posterior"]["temperature"].attrs["units"] == "K"
+    over_land = dataset.land_sea_mask.values > 0.5
+    assert np.isnan(tree["posterior"]["sea_surface_temperature"].values[..., over_land]).all()
+
+    # Killed after two of three steps; the rest is done by another process, so to speak.
+    short = (jax.tree.map(lambda v: v[:2], y), frames, jax.tree.map(lambda v: v[:2], forcings))
+    for given in (short, arguments):
+        resumed = ndda.ParticleFilter(ndda.FAAPF(model), num_particles=16, progress_bar=False, directory=tmp_path)
+        resumed.run(jax.random.key(0), *given)
+    np.testing.assert_array_equal(resumed.result.posterior["x"], result.posterior["x"])
+    np.testing.assert_array_equal(resumed.result.sample_stats["ancestors"], result.sample_stats["ancestors"])
+
+
+def test_sea_surface_temperature_over_land_cannot_be_observed(prior, dataset):
+    _, (_, frames, forcings), _ = program(prior, dataset)
+    rows, columns = (v[:3] for v in np.nonzero(dataset.land_sea_mask.values > 0.5))
+
+    def model(y, frames, forcings):
+        def step(carry, at):
+            y_t, forcings_t = at
+            x = numpyro.sample("x", ndda.DiffusionTransition(prior, carry, forcings_t))
+            sst = prior.layout.select(x, "sea_surface_temperature")[rows, columns]
+            numpyro.sample("buoys", dist.Normal(sst, 0.5).to_event(1), obs=y_t)
+            return (carry[1], x), None
+
+        scan(step, (frames[0], frames[1]), (y, forcings))
+
+    filter = ndda.ParticleFilter(ndda.FAAPF(model), num_particles=2, progress_bar=False)
+    with pytest.raises(ValueError, match="site 'buoys' at step 0 compares 3 observed values with NaN"):
+        filter.run(jax.random.key(0), jnp.full((3, 3), 290.0), frames, forcings)
+
+
+def test_wrong_use_is_refused(prior, files, dataset):
+    _, (_, frames, forcings), _ = program(prior, dataset)
+    at = jax.tree.map(lambda v: v[0], forcings)
+    with pytest.raises(ValueError, match="conditioned on two frames, got 1"):
+        ndda.DiffusionTransition(prior, frames[0], at).sample(jax.random.key(0))
+    with pytest.raises(ValueError, match=r"prior\.forcings\(times\)"):
+        ndda.DiffusionTransition(prior, (frames[0], frames[1])).sample(jax.random.key(0))
+    with pytest.raises(ValueError, match="attention='splash'"):
+        ndda.GenCastPrior.from_checkpoint(files.checkpoint, stats=files.stats, surface=dataset, attention="splash")
+    with pytest.raises(ValueError, match="precision='fp8'"):
+        ndda.GenCastPrior.from_checkpoint(files.checkpoint, stats=files.stats, surface=dataset, precision="fp8")
+    with pytest.raises(FileNotFoundError, match="published statistics"):
+        ndda.GenCastPrior.from_checkpoint(files.checkpoint, stats=files.checkpoint.parent, surface=dataset)
+    with pytest.raises(ValueError, match="one target time a step"):
+        prior.forcings("2019-03-29")
+    with pytest.raises(NotImplementedError, match="climatology"):
+        prior.climatology()

@@ -26,7 +26,7 @@ ORDER = [
     "storage",
     "algorithm", "smc", "state_space", "site", "distribution", "weight", "transition", "guidance", "likelihood",
     "linear_solve", "sampler", "schedule", "denoiser", "priors", "prior",
-    "spherical_noise", "noise", "gridded_data", "units", "layout", "compilation",
+    "spherical_noise", "noise", "gridded_data", "units", "layout", "compilation", "footprint",
 ]  # fmt: skip
 
 

@@ -198,7 +198,7 @@ def main(
             conditioning = prior.condition((jnp.asarray(frames[0]), jnp.asarray(frames[1])), forcings)
             z = prior.noise.sample(jax.random.key(0), prior.layout.shape, jnp.float32)
             row = {"precision": precision, "rematerialise": prior.rematerialise, "open_seconds": opened}
-            row["residual_gib"] = prior.residual_bytes() / 2**30
+            row["backward_gib"] = prior.backward_bytes() / 2**30
             row |= passes(prior, conditioning, z, repeats)
             denoised = row.pop("denoised")
             reference = denoised if reference is None else reference

@@ -21,7 +21,7 @@ import importlib
 import importlib.util
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
@@ -31,6 +31,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PyTree
 
+from numpyro_diffusion_da.footprint import backward_bytes, device_memory
 from numpyro_diffusion_da.gridded_data import grid, read_states, static_field, undefined_mask
 from numpyro_diffusion_da.layout import Layout, Undefined, Variable
 from numpyro_diffusion_da.noise import Noise
@@ -243,7 +244,10 @@ class GenCastPrior(DiffusionPrior):
         """D(z_s, s; c), by the package's network and its preconditioning; shape (latitude, longitude, channel)."""
         given = (conditioning.inputs, self.statics, conditioning.forcings.day, conditioning.forcings.year)
         given = jax.tree.map(lambda v: jnp.asarray(v, jnp.float32), given)
-        network: Callable[..., Array] = self.network
+
+        def network(*args: Array) -> Array:  # a function: jax.checkpoint hashes what it is given
+            return self.network(*args)
+
         if self.rematerialise:
             # Products of activations with weights are kept, all else is computed again in the backward pass.
             policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
@@ -313,9 +317,13 @@ class GenCastPrior(DiffusionPrior):
                 values[variable.name] = float(self.offset[row, column, self.layout.channels(variable.name).start])
         return values
 
-    def residual_bytes(self) -> int:
-        """Memory in bytes that the backward pass of one network pass holds on to, for one particle."""
-        return _residual_bytes(self)
+    def backward_bytes(self) -> int:
+        """Bytes that the backward pass of one network pass holds on to, for one particle."""
+        frame = jnp.zeros(self.layout.shape, jnp.float32)
+        forcings = jax.tree.map(lambda v: v[0], self.forcings(["2000-01-01"]))
+        conditioning = self.condition((frame, frame), forcings)
+        at = jax.ShapeDtypeStruct(self.layout.shape, jnp.float32)
+        return backward_bytes(lambda z: self.denoise(z, jnp.ones(()), conditioning), at)
 
     # --- opening a checkpoint -----------------------------------------------------------------------------------
 
@@ -405,8 +413,8 @@ class GenCastPrior(DiffusionPrior):
             description=str(opened.description),
             conditioning_passes=0,
         )
-        budget = _half_of_device_memory() if memory_budget is None else memory_budget
-        if prior.residual_bytes() <= budget:
+        budget = 0.5 * device_memory() if memory_budget is None else memory_budget
+        if prior.backward_bytes() <= budget:
             return prior
         return dataclasses.replace(prior, rematerialise=True)
 
@@ -448,33 +456,6 @@ def _regular_grid(resolution: float) -> tuple[np.ndarray, np.ndarray]:
     if rows < 2 or abs(rows * resolution - 180.0) > 1e-6:
         raise ValueError(f"resolution={resolution} does not divide 180 degrees; give 1.0 or 0.25, as the checkpoint.")
     return np.linspace(-90.0, 90.0, rows + 1), np.arange(2 * rows) * 180.0 / rows
-
-
-def _half_of_device_memory() -> float:
-    """Half of what JAX may use of its device; of the machine's memory where the device does not say."""
-    stats = jax.local_devices()[0].memory_stats()
-    if stats and "bytes_limit" in stats:
-        return 0.5 * stats["bytes_limit"]
-    return 0.5 * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-
-
-def _residual_bytes(prior: GenCastPrior) -> int:
-    shape = prior.layout.shape
-    frame = jax.ShapeDtypeStruct(shape, jnp.float32)
-
-    def backward(z: Array, conditioning: GenCastConditioning, network: Network) -> Any:
-        given = eqx.tree_at(lambda p: p.network, prior, network)
-        return jax.vjp(lambda v: given.denoise(v, jnp.ones(()), conditioning), z)[1]
-
-    forcings = jax.tree.map(
-        lambda v: jax.ShapeDtypeStruct(v.shape[1:], v.dtype), prior.forcings(np.array(["2000-01-01"]))
-    )
-    conditioning = jax.eval_shape(lambda a, b, f: prior.condition((a, b), f), frame, frame, forcings)
-    residuals = eqx.filter_eval_shape(backward, frame, conditioning, prior.network)
-    kept = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(residuals) if hasattr(leaf, "dtype"))
-    # The parameters and the graph are among what is kept, and are there anyway.
-    own = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(prior.network) if hasattr(leaf, "dtype"))
-    return max(kept - own, 0)
 
 
 def read_statistics(directory: str | os.PathLike[str]) -> dict[str, xarray.Dataset]:
