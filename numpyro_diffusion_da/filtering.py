@@ -112,6 +112,7 @@ class ParticleFilter:
                 chain_key = jax.random.fold_in(rng_key, chain)
                 init_key, run_key = jax.random.split(chain_key)
                 state, xs = start(init_key, given)
+                xs = jax.device_get(xs)  # a slice of a numpy array compiles nothing
                 steps = []
                 done = 0 if store is None else min(store.steps_done(chain), program.length)
                 for t in range(program.length):

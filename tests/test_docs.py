@@ -1,5 +1,6 @@
 """Every Python example of the documents runs, smaller where it is large, and the links between them hold."""
 
+import importlib.util
 import re
 from pathlib import Path
 
@@ -14,7 +15,16 @@ def examples(page):
     return re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
 
 
-@pytest.mark.parametrize("page", [p for p in PAGES if examples(p)], ids=lambda p: p.name)
+needs_gencast = [
+    pytest.mark.gencast,
+    pytest.mark.skipif(importlib.util.find_spec("weathernext") is None, reason="weathernext is not installed"),
+]
+WITH_EXAMPLES = [
+    pytest.param(page, marks=needs_gencast if page.name == "gencast.md" else []) for page in PAGES if examples(page)
+]
+
+
+@pytest.mark.parametrize("page", WITH_EXAMPLES, ids=lambda p: p.name)
 def test_examples_run(page):
     names: dict[str, object] = {}
     for example in examples(page):  # later examples build on earlier ones

@@ -38,6 +38,7 @@ MINI: dict[str, Any] = {
     "latent_size": 512,
     "num_layers": 16,
     "num_heads": 4,
+    "attention_hops": 16,
 }
 TINY: dict[str, Any] = {"num_latitudes": 13, "levels": (500, 850), "mesh_size": 1, "latent_size": 32, "num_layers": 2}
 PUBLISHED_PARTICLES = 256

@@ -71,6 +71,7 @@ def write_synthetic(
     latent_size: int = 32,
     num_layers: int = 2,
     num_heads: int = 2,
+    attention_hops: int = 4,
     num_frames: int = 8,
     start: str = "2019-03-28T18",
     seed: int = 0,
@@ -85,6 +86,7 @@ def write_synthetic(
         latent_size: width; 512 in the published models.
         num_layers: transformer blocks; 16 in the published models.
         num_heads: attention heads; 4 in the published models.
+        attention_hops: edges of the mesh across which a node attends; 16 in the published models.
         num_frames: frames of data, 12 h apart.
         start: time of the first.
         seed: of everything.
@@ -100,7 +102,7 @@ def write_synthetic(
     data = synthetic_atmosphere(num_latitudes, levels, num_frames, start, seed)
     data.to_netcdf(path / "data.nc", engine="h5netcdf")
     transformer = wn.denoiser.SparseTransformerConfig(
-        attention_k_hop=4,
+        attention_k_hop=attention_hops,
         attention_type="mha",
         mask_type="full",
         d_model=latent_size,
