@@ -13,8 +13,8 @@ import equinox as eqx
 import jax
 
 
-def compiled(fn: Callable[..., Any]) -> Callable[..., Any]:
-    """`fn` as `eqx.filter_jit` gives it, with every array that `fn` closes over passed as an argument.
+class Compiled:
+    """A function as `eqx.filter_jit` gives it, with every array that it closes over passed as an argument.
 
     It is traced once for each set of shapes, dtypes and static values of its arguments, and what it closes over is read
     at that time: a later change of the closure is not seen.
@@ -22,16 +22,25 @@ def compiled(fn: Callable[..., Any]) -> Callable[..., Any]:
     Args:
         fn: takes and returns pytrees; leaves that are not arrays are static, and must be hashable.
     """
-    traced: dict[Any, Any] = {}
-    run = eqx.filter_jit(lambda converted, args: converted(*args))
 
-    def call(*args: Any) -> Any:
+    def __init__(self, fn: Callable[..., Any]) -> None:
+        self._fn = fn
+        self._traced: dict[Any, Any] = {}
+        self._run: Any = eqx.filter_jit(lambda converted, args: converted(*args))
+
+    def _converted(self, args: tuple[Any, ...]) -> Any:
         dynamic, static = eqx.partition(args, eqx.is_array)
         shapes = [(x.shape, x.dtype) for x in jax.tree.leaves(jax.eval_shape(lambda: dynamic))]
         leaves, structure = jax.tree.flatten(static)
         key = (jax.tree.structure(dynamic), tuple(shapes), structure, tuple(leaves))
-        if key not in traced:
-            traced[key] = eqx.filter_closure_convert(fn, *args)
-        return run(traced[key], args)
+        if key not in self._traced:
+            self._traced[key] = eqx.filter_closure_convert(self._fn, *args)
+        return self._traced[key]
 
-    return call
+    def __call__(self, *args: Any) -> Any:
+        """`fn(*args)`."""
+        return self._run(self._converted(args), args)
+
+    def lower(self, *args: Any) -> Any:
+        """The program before it is compiled, as `jax.jit(fn).lower` gives it."""
+        return self._run.lower(self._converted(args), args)

@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Array, PRNGKeyArray, PyTree
 
 from numpyro_diffusion_da.algorithm import Algorithm
-from numpyro_diffusion_da.compilation import compiled
+from numpyro_diffusion_da.compilation import Compiled
 from numpyro_diffusion_da.footprint import device_memory
 from numpyro_diffusion_da.progress import step_progress
 from numpyro_diffusion_da.result import FilterResult
@@ -167,7 +167,7 @@ class ParticleFilter:
                     "nonfinite_particles": info.nonfinite_particles,
                 }
 
-            self._compiled = {"start": compiled(start), "step": compiled(step)}
+            self._compiled = {"start": Compiled(start), "step": Compiled(step)}
         return self._compiled["start"], self._compiled["step"]
 
     def _batch_size(self, program: StateSpaceModel) -> int:

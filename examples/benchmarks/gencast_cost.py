@@ -32,7 +32,7 @@ from rich.progress import track
 from rich.table import Table
 
 import numpyro_diffusion_da as ndda
-from numpyro_diffusion_da.compilation import compiled
+from numpyro_diffusion_da.compilation import Compiled
 from numpyro_diffusion_da.gridded_data import dataset_times
 from numpyro_diffusion_da.priors.gencast_synthetic import write_synthetic
 from numpyro_diffusion_da.state_space import TimeInputs
@@ -109,7 +109,7 @@ def kernel_of(problem: Problem, recipe: Recipe, error: float, particles: int, ba
     arguments = (problem.observations, problem.frames, problem.forcings)
     program = ndda.StateSpaceModel(model, arguments)
     program.check(gaussian=True)
-    step = compiled(
+    step = Compiled(
         lambda key, state, inputs, given: algorithm.kernel(program.at(given, {}), batch_size)(key, state, inputs)
     )
     one = program.initial(jax.random.key(0))

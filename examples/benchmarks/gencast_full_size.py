@@ -29,7 +29,9 @@ from rich.console import Console
 from rich.table import Table
 
 import numpyro_diffusion_da as ndda
+from numpyro_diffusion_da.compilation import Compiled
 from numpyro_diffusion_da.priors.gencast_synthetic import write_synthetic
+from numpyro_diffusion_da.state_space import TimeInputs
 
 MINI: dict[str, Any] = {
     "num_latitudes": 181,
@@ -124,7 +126,7 @@ def filter_step(
 
     algorithm = ndda.FAAPF(model)
     program = ndda.StateSpaceModel(model, (truth, frames, prior.forcings(times)))
-    kernel = ndda.compilation.compiled(
+    kernel = Compiled(
         lambda key, state, inputs, given: algorithm.kernel(program.at(*given), batch_size)(key, state, inputs)
     )
     given = ((truth, frames, prior.forcings(times)), {})
@@ -132,7 +134,7 @@ def filter_step(
     state = ndda.smc.fa_apf.init(jax.tree.map(lambda x: jnp.repeat(x[None], particles, 0), one))
     taken, info = [], None
     for t in range(len(times)):
-        inputs = ndda.state_space.TimeInputs(jnp.asarray(t), jax.tree.map(lambda x, t=t: x[t], program.inputs()))
+        inputs = TimeInputs(jnp.asarray(t), jax.tree.map(lambda x, t=t: x[t], program.inputs()))
         begin = time.perf_counter()
         state, info = kernel(jax.random.fold_in(jax.random.key(1), t), state, inputs, given)
         jax.block_until_ready(state)

@@ -1,0 +1,109 @@
+"""Closures become arguments; traced once; and the memory that decides how many particles move at a time."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro
+import numpyro.distributions as dist
+import pytest
+from numpyro.contrib.control_flow import scan
+
+import numpyro_diffusion_da as ndda
+from numpyro_diffusion_da import filtering
+from numpyro_diffusion_da.compilation import Compiled
+from numpyro_diffusion_da.footprint import backward_bytes, device_memory
+
+
+def test_what_is_closed_over_is_an_argument():
+    large = jax.random.normal(jax.random.key(0), (200, 200))
+
+    def fn(x):
+        def body(carry, _):
+            return jnp.tanh(large @ carry), None
+
+        return jax.lax.scan(body, x, None, length=3)[0]
+
+    x = jnp.ones(200)
+    ours = Compiled(fn)
+    assert len(ours.lower(x).as_text()) < 1e4
+    assert len(jax.jit(fn).lower(x).as_text()) > 4e4
+    np.testing.assert_allclose(ours(x), fn(x), rtol=1e-5)
+
+
+def test_traced_once_for_each_shape_and_static_value():
+    traces = []
+
+    def fn(x, name, y):
+        traces.append(name)
+        return x if y is None else x + y
+
+    ours = Compiled(fn)
+    one = jnp.ones(3)
+    for x in (one, 2 * one, np.ones(3, np.float32)):
+        np.testing.assert_array_equal(ours(x, "a", None), x)
+    assert traces == ["a"]
+    ours(one, "b", None)
+    ours(jnp.ones(4), "a", None)
+    np.testing.assert_array_equal(ours(one, "a", one), 2 * one)
+    assert traces == ["a", "b", "a", "a"]
+
+
+def test_backward_bytes_counts_what_is_kept_and_not_what_is_there():
+    weights = jnp.ones((50, 50))
+    at = jax.ShapeDtypeStruct((50,), jnp.float32)
+    linear = backward_bytes(lambda x: weights @ x, at)
+    assert linear == 0
+    assert backward_bytes(lambda x: weights @ jnp.tanh(weights @ x), at) in (200, 400)
+    deep = backward_bytes(lambda x: jnp.tanh(weights @ jnp.tanh(weights @ jnp.tanh(weights @ x))), at)
+    remade = backward_bytes(jax.checkpoint(lambda x: jnp.tanh(weights @ jnp.tanh(weights @ jnp.tanh(weights @ x)))), at)
+    assert remade < deep
+    assert device_memory() > 2**28
+
+
+def test_particles_move_in_batches_that_fit(small, monkeypatch):
+    prior = ndda.GaussianPrior(small.transition, small.covariance)
+
+    def model(y):
+        x0 = numpyro.sample("x0", prior.climatology())
+
+        def step(x, y_t):
+            x = numpyro.sample("x", ndda.DiffusionTransition(prior, x))
+            numpyro.sample("y", dist.Normal(x[::2], small.error).to_event(1), obs=y_t)
+            return x, None
+
+        scan(step, x0, y)
+
+    y = small.simulate(1, 2)[1].astype(np.float32)
+    results = []
+    for memory in (2**34, 4000, 1):
+        monkeypatch.setattr(filtering, "device_memory", lambda memory=memory: memory)
+        filter = ndda.ParticleFilter(ndda.FAAPF(model), num_particles=20, progress_bar=False)
+        filter.run(jax.random.key(0), y)
+        results.append(filter.result)
+    sizes = [result.attributes["batch_size"] for result in results]
+    assert sizes[0] == 0
+    assert 1 < sizes[1] < 20
+    assert sizes[2] == 1
+    for result in results[1:]:
+        np.testing.assert_allclose(result.posterior["x"], results[0].posterior["x"], atol=1e-4)
+
+
+@pytest.mark.parametrize("found", [None, "graphcast"])
+def test_gencast_without_its_package_says_what_to_install(monkeypatch, tmp_path, found):
+    find = importlib.util.find_spec
+
+    def without(name, *args):
+        if name == "weathernext":
+            return None
+        if name == "graphcast":
+            return find("numpy") if found else None
+        return find(name, *args)
+
+    monkeypatch.setattr(importlib.util, "find_spec", without)
+    with pytest.raises(ImportError, match="not on PyPI") as error:
+        ndda.GenCastPrior.from_checkpoint(tmp_path / "a.npz", stats=tmp_path, surface=tmp_path / "a.nc")
+    assert ("jax <= 0.8.1" in str(error.value)) == (found == "graphcast")
