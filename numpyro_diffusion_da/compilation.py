@@ -26,7 +26,7 @@ class Compiled:
     def __init__(self, fn: Callable[..., Any]) -> None:
         self._fn = fn
         self._traced: dict[Any, Any] = {}
-        self._run: Any = eqx.filter_jit(lambda converted, args: converted(*args))
+        self._run: Any = eqx.filter_jit(_call)
 
     def _converted(self, args: tuple[Any, ...]) -> Any:
         dynamic, static = eqx.partition(args, eqx.is_array)
@@ -44,3 +44,7 @@ class Compiled:
     def lower(self, *args: Any) -> Any:
         """The program before it is compiled, as `jax.jit(fn).lower` gives it."""
         return self._run.lower(self._converted(args), args)
+
+
+def _call(converted: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+    return converted(*args)
