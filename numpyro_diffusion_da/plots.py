@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -12,6 +13,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 # Okabe & Ito's palette, readable without colour vision.
+PALETTE = ("#D55E00", "#777777", "#0072B2", "#009E73", "#E69F00", "#000000")
 COLOURS = {FREE: "#999999", BOOTSTRAP: "#E69F00", GUIDED: "#56B4E9", MAIN: "#D55E00", ENKF: "#000000"}
 
 
@@ -89,4 +91,101 @@ def twin_figure(experiment: TwinExperiment, result: TwinResult) -> Figure:
     axes.set_xlabel("cycle")
     axes.set_ylabel("alpha")
     axes.set_title(f"{MAIN}: inflation (1 = none)", fontsize=10)
+    return figure
+
+
+def skill_figure(
+    days: Sequence[float] | np.ndarray,
+    scores: Mapping[str, Mapping[str, Mapping[str, Sequence[float]]]],
+    units: Mapping[str, str],
+    stats: Mapping[str, np.ndarray],
+    title: str = "",
+) -> Figure:
+    """Error and spread of fields over time, of several runs; and how many particles of the first count.
+
+    Args:
+        days: time of each step, shape (time,).
+        scores: run -> field -> "rmse" and "spread", one value a step. Each run has a colour, the first the strongest.
+        units: field -> its unit. One panel each.
+        stats: `FilterResult.sample_stats` of the first run, of which the first chain is shown.
+        title: of the figure.
+    """
+    from matplotlib.figure import Figure
+
+    rows = (len(units) + 4) // 3
+    figure = Figure(figsize=(13, 3 * rows + 0.5), layout="constrained")
+    figure.suptitle(title, fontsize=11)
+    panels = figure.subplots(rows, 3, squeeze=False).reshape(-1)
+    for axes, (field, unit) in zip(panels, units.items(), strict=False):
+        for (run, fields), colour in zip(scores.items(), PALETTE, strict=False):
+            axes.plot(days, fields[field]["rmse"], color=colour, lw=2, label=f"{run}: error of the mean")
+            axes.plot(days, fields[field]["spread"], color=colour, ls="--", label=f"{run}: spread")
+        axes.set(title=field, ylabel=unit, ylim=0)
+    count, *rest = panels[len(units) :]
+    count.plot(days, stats["distinct_ancestors"][0], color="k", label="distinct ancestors")
+    count.plot(days, stats["ess"][0], color="k", ls=":", label="ESS of the weights, before inflation")
+    count.set_yscale("log", base=2)
+    count.yaxis.set_major_formatter("{x:.0f}")
+    count.set(title=f"{next(iter(scores))}: particles that count", ylim=(0.9, 1.1 * len(stats["log_weights"][0])))
+    for axes in panels[: len(units) + 1]:
+        axes.set(xlabel="days", xlim=(0, days[-1]))
+    for axes in rest:
+        axes.axis("off")
+    lines = [*panels[0].get_lines(), *count.get_lines()]
+    rest[-1].legend(lines, [line.get_label() for line in lines], loc="center", frameon=False)
+    return figure
+
+
+def map_figure(
+    truth: np.ndarray,
+    mean: np.ndarray,
+    *,
+    latitude: np.ndarray,
+    longitude: np.ndarray,
+    units: str,
+    land: np.ndarray | None = None,
+    places: Mapping[str, tuple[np.ndarray, np.ndarray]] | None = None,
+    title: str = "",
+) -> Figure:
+    """Maps of a true field, of the particles' mean, of its error, and of where it was observed.
+
+    Args:
+        truth: shape (latitude, longitude).
+        mean: shape (latitude, longitude).
+        latitude: degrees north.
+        longitude: degrees east.
+        units: of the field.
+        land: land-sea mask, 1 on land, shape (latitude, longitude), for coastlines.
+        places: kind of instrument -> latitudes and longitudes, each (point,).
+        title: of the figure.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(12, 6.3), layout="constrained")
+    figure.suptitle(title, fontsize=11)
+    panels = figure.subplots(2, 2, sharex=True, sharey=True)
+    low, high = np.nanquantile(truth, [0.01, 0.99])
+    limit = np.nanquantile(np.abs(mean - truth), 0.99)
+    same: dict[str, Any] = {"cmap": "viridis", "vmin": low, "vmax": high}
+    signed: dict[str, Any] = {"cmap": "RdBu_r", "vmin": -limit, "vmax": limit}
+    shown = {"truth": (truth, same), "mean": (mean, same), "error of the mean": (mean - truth, signed)}
+    for axes, (name, (values, style)) in zip(panels.flat, shown.items(), strict=False):
+        image = axes.pcolormesh(longitude, latitude, values, rasterized=True, **style)
+        figure.colorbar(image, ax=axes, pad=0.01, extend="both", label=units)
+        if land is not None and land.min() < 0.5 < land.max():
+            axes.contour(longitude, latitude, land, [0.5], colors="k", linewidths=0.5)
+        axes.set_title(name, fontsize=10)
+    axes = panels[1, 1]
+    if land is not None:
+        axes.pcolormesh(longitude, latitude, land, cmap="Greys", vmin=0.0, vmax=4.0, rasterized=True)
+    for (name, (north, east)), colour in zip((places or {}).items(), ("k", *PALETTE), strict=False):
+        size = min(5.0, 120 / np.sqrt(len(north) + 1))
+        axes.plot(east, north, ".", color=colour, ms=size, mew=0, label=f"{name} ({len(north)})")
+    axes.set_title("observed at", fontsize=10)
+    handles, names = axes.get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside lower right", ncols=3, frameon=False, fontsize=9, markerscale=1.5)
+    for axes in panels.flat:
+        axes.set(aspect="equal", xticks=range(0, 360, 60), yticks=range(-90, 91, 45))
+    figure.supxlabel("degrees east", fontsize=10)
+    figure.supylabel("degrees north", fontsize=10)
     return figure

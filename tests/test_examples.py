@@ -1,4 +1,4 @@
-"""The benchmark programs, run small; and, slowly, the numbers they are there to show."""
+"""The example and benchmark programs, run small; and, slowly, the numbers they are there to show."""
 
 from __future__ import annotations
 
@@ -14,8 +14,12 @@ import jax
 import numpy as np
 import pytest
 import typer
+import xarray
 
-BENCHMARKS = Path(__file__).parents[1] / "examples" / "benchmarks"
+import numpyro_diffusion_da as ndda
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+BENCHMARKS = EXAMPLES / "benchmarks"
 
 
 def run_program(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -29,9 +33,9 @@ def run_program(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def load(name: str):
-    """A benchmark as a module."""
-    spec = importlib.util.spec_from_file_location(name, BENCHMARKS / f"{name}.py")
+def load(name: str, directory: Path = BENCHMARKS):
+    """A benchmark or example as a module."""
+    spec = importlib.util.spec_from_file_location(name, directory / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -130,3 +134,105 @@ def test_linear_gaussian_is_the_yardstick(setting, name, variance_ratio):
         benchmark.SETTINGS[setting], name, diffusion=False, seeds=8, steps=40, spin_up=10, particles=256
     )
     assert abs(row["variance ratio"] - variance_ratio) < 3 * math.sqrt(2) * row["variance ratio SE"] + 0.005
+
+
+def globe(num_latitudes=46, levels=(500, 850)):
+    """The layout of an atmosphere as GenCast's, with fewer variables."""
+    latitude = np.linspace(-90.0, 90.0, num_latitudes).tolist()
+    longitude = (np.arange(2 * (num_latitudes - 1)) * 180.0 / (num_latitudes - 1)).tolist()
+    units = {"10m_u_component_of_wind": "m s-1", "10m_v_component_of_wind": "m s-1", "2m_temperature": "K"}
+    surface = [ndda.Variable(name, unit) for name, unit in {**units, "mean_sea_level_pressure": "Pa"}.items()]
+    shape = (len(latitude), len(longitude), 4 + len(levels))
+    coordinates = (("latitude", tuple(latitude)), ("longitude", tuple(longitude)))
+    variables = (*surface, ndda.Variable("temperature", "K", levels))
+    return ndda.Layout(shape, ("latitude", "longitude", "channel"), coordinates, "1", variables)
+
+
+def test_networks_of_the_gencast_experiment_see_what_they_should():
+    example, layout = load("gencast_assimilation", EXAMPLES), globe()
+    times = np.datetime64("2019-03-29T12", "ns") + np.arange(1, 21) * np.timedelta64(12, "h")
+    grid = layout.coords()
+    land = np.tile((grid["longitude"] < 90.0).astype(np.float32), (layout.shape[0], 1))
+    x = np.random.default_rng(0).normal(size=layout.shape).astype(np.float32)
+    temperature = x[..., 4:]
+
+    (points,) = example.network("subsampled", layout, land, times, 1, 1)
+    seen, error = points.observe(layout, x)["point_temperature"]
+    np.testing.assert_array_equal(seen, temperature[::4, ::4].reshape(-1, 2))
+    assert error == 0.1
+    assert (points.latitude[1], points.longitude[1]) == (-90.0, grid["longitude"][4])
+
+    (blocks,) = example.network("blocks", layout, land, times, 1, 1)
+    seen, _ = blocks.observe(layout, x)["block_temperature"]
+    assert seen.shape == (11 * 22, 2)
+    np.testing.assert_allclose(seen[23], temperature[4:8, 4:8].mean((0, 1)), rtol=1e-5)
+    np.testing.assert_allclose([blocks.latitude[23], blocks.longitude[23]], [-90 + 4 * 5.5, 4 * 5.5])
+
+    ground, orbiter = example.network("satellite", layout, land, times, 400, 900)
+    assert ground.seen is None
+    on_land = np.mean(ground.longitude < 90.0)  # a quarter of the area at four times the density
+    assert abs(on_land - 4 / 7) < 0.08
+    assert np.mean(np.abs(ground.latitude) > 30) == pytest.approx(0.5, abs=0.08)  # uniform in area
+    assert orbiter.seen.shape == (20, 900)
+    # At most 180 minutes of a swath 2200 km wide, over the area of the globe: less where orbits overlap.
+    assert 0.15 < orbiter.seen.mean() < 180 / 101.5 * 40_030 * 2_200 / 5.1e8
+    assert np.all(np.any(orbiter.seen[1:] != orbiter.seen[:-1], 1))  # another footprint at each time
+    # Each orbit passes 8.7 degrees from both poles, which are in the swath of 9.9; and no equator is seen all around.
+    assert example.swath(times, np.array([90.0, -90.0]), np.zeros(2)).all()
+    assert not example.swath(times, np.zeros(90), np.arange(90) * 4.0).all(1).any()
+
+    truth = np.stack([x] * len(times))
+    observations = example.simulated(jax.random.key(0), layout, [ground, orbiter], truth)
+    np.testing.assert_array_equal(np.isfinite(observations["footprint_temperature"][..., 1]), orbiter.seen)
+    errors = np.asarray(observations["station_10m_u_component_of_wind"]) - ground.look(x[..., 0])
+    assert errors.std() == pytest.approx(0.15, rel=4 / np.sqrt(2 * errors.size))
+    assert {y.shape[0] for y in observations.values()} == {20}
+
+
+@pytest.mark.parametrize(
+    ("name", "number", "sentence"),
+    [("everything", 1, "no network called everything"), ("stations", 10_000, "10000 points were asked for")],
+)
+def test_networks_of_the_gencast_experiment_refuse(name, number, sentence):
+    layout = globe()
+    with pytest.raises(typer.BadParameter, match=sentence):
+        load("gencast_assimilation", EXAMPLES).network(name, layout, np.zeros(layout.shape[:2]), None, number, 1)
+
+
+@pytest.mark.gencast
+@pytest.mark.skipif(
+    importlib.util.find_spec("weathernext") is None,
+    reason="google-deepmind's weathernext is not installed (it is not on PyPI; see the README)",
+)
+@pytest.mark.parametrize("network", ["subsampled", "blocks", "stations", "satellite"])
+def test_gencast_assimilation_runs_dry(network, tmp_path, capsys):
+    run = load("gencast_assimilation", EXAMPLES).main
+    small = {"network_name": network, "particles": 3, "steps": 2, "dry_run": True, "published": network == "blocks"}
+    run(**small, out=tmp_path)
+    printed = capsys.readouterr().out
+    assert "the numbers mean nothing" in " ".join(printed.split())
+    numbers = json.loads((tmp_path / "scores.json").read_text())
+    assert numbers["note"]
+    levels, moves = (32, 2) if small["published"] else (16, 0)
+    calls = levels + (levels - 1) * moves
+    passes = {"forward": calls + 1, "vjp": 4 * calls, "jvp": 0}
+    assert numbers["network_passes"] == {
+        "FA-APF": passes,
+        "free forecast": {"forward": calls, "vjp": 0, "jvp": 0},
+    }
+    assert set(numbers["scores"]["FA-APF"]) == {"t2m", "u10", "z500", "t850"}
+    for scores in numbers["scores"].values():
+        assert all(np.isfinite(values).all() and len(values) == 2 for s in scores.values() for values in s.values())
+    with xarray.open_datatree(tmp_path / "analysis.nc", engine="h5netcdf") as tree:
+        kept = tree["posterior"]["z500"]
+        assert kept.dims == ("chain", "draw", "time", "latitude", "longitude")
+        assert kept.attrs["units"] == "m2 s-2"
+        assert "time" in tree["observed_data"].dims
+        assert any(name.endswith("_latitude") for name in tree["observed_data"].coords)
+    assert {path.name for path in tmp_path.glob("*.png")} == {"maps.png", "skill.png"}
+    if network == "stations":  # started again, it only reads: same numbers, from no step made
+        (state,) = (tmp_path / "FA-APF").glob("*/chain0/state.npz")
+        before = state.stat().st_mtime_ns
+        run(**small, out=tmp_path)
+        assert json.loads((tmp_path / "scores.json").read_text()) == numbers
+        assert state.stat().st_mtime_ns == before
