@@ -278,7 +278,7 @@ def opened(path: str) -> xarray.Dataset:
 
 
 def labelled(filter: ndda.ParticleFilter, platforms: list[Platform], fields: list[Field], axes: dict[str, Any]) -> Any:
-    """What was kept, with names, units and the places of observations; without the draws of observations."""
+    """What was kept, with names, units and the places of observations."""
     dims = {field.name: ["latitude", "longitude"] for field in fields}
     for platform in platforms:
         for name in platform.errors:
@@ -287,7 +287,6 @@ def labelled(filter: ndda.ParticleFilter, platforms: list[Platform], fields: lis
     used = {name for names in dims.values() for name in names}
     coords = {name: values for name, values in axes.items() if name in used}
     tree = filter.to_datatree(time=axes["time"], dims=dims, coords=coords)
-    tree = tree.drop_nodes(["posterior_predictive", "log_likelihood"])
     for field in fields:
         level = "" if field.level is None else f" at {field.level} hPa"
         tree["posterior"][field.name].attrs.update(units=field.units, long_name=f"{field.variable}{level}")
@@ -349,7 +348,7 @@ def main(
 
     for site, y in observations.items():
         console.print(f"{site}: {int(jnp.isfinite(y).sum()) / steps:.0f} a step")
-    values = sum(v.size for v in true_fields.values()) + 2 * sum(y.size for y in observations.values())
+    values = sum(v.size for v in true_fields.values())
     console.print(f"kept of each run, in memory and in --out: {4e-9 * particles * values:.2g} GB (--every, --field)")
 
     settings = recipe(published, products)
@@ -366,6 +365,7 @@ def main(
             algorithm,
             num_particles=particles,
             batch_size=batch_size,
+            keep_observed=False,
             keep=[f.name for f in fields],
             directory=out / name.replace(" ", "-") / kept_as,
         )

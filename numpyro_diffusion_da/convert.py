@@ -167,7 +167,7 @@ def to_arviz(result: FilterResult, *, time: Any = None, dims: Dims | None = None
 
     tree = to_datatree(result, time=time, dims=dims, coords=coords)
     groups = {name: group.to_dataset() for name, group in tree.children.items()}
-    for name in ("log_likelihood", "posterior_predictive", "observed_data"):
+    for name in {"log_likelihood", "posterior_predictive", "observed_data"} & set(groups):
         groups[name] = _as_lists(groups[name], result.observed_mask)
     listed = xarray.DataTree.from_dict({name: group for name, group in groups.items() if group.data_vars})
     listed.attrs.update(tree.attrs)

@@ -35,6 +35,8 @@ class ParticleFilter:
             The result does not depend on it.
         progress_bar: show a bar over the steps.
         keep_forecasts: keep the one-step forecast that each particle came from (the group `prior` of the result).
+        keep_observed: keep a predictive draw and the log-likelihood of each observation for every particle (the groups
+            `posterior_predictive` and `log_likelihood`). They are as large as particles times observations.
         keep: latent and deterministic sites whose particles the result keeps; None for all. A state too large to keep
             at every step can so be reduced in the program, by a `numpyro.deterministic` of what is wanted.
         directory: where each step is written as it is made. A run that died goes on from its last step when it is
@@ -54,6 +56,7 @@ class ParticleFilter:
         batch_size: int | None = None,
         progress_bar: bool = True,
         keep_forecasts: bool = False,
+        keep_observed: bool = True,
         keep: Sequence[str] | None = None,
         directory: str | os.PathLike[str] | None = None,
     ) -> None:
@@ -79,6 +82,7 @@ class ParticleFilter:
         self.batch_size = batch_size
         self.progress_bar = progress_bar
         self.keep_forecasts = keep_forecasts
+        self.keep_observed = keep_observed
         self.keep = None if keep is None else tuple(keep)
         self.directory = directory
         self._result: FilterResult | None = None
@@ -105,7 +109,7 @@ class ParticleFilter:
         start, step = self._functions(program)
         given = (args, kwargs)
         attributes = self._attributes(program, rng_key)
-        store = None if self.directory is None else RunStore(self.directory, attributes)
+        store = self._store(attributes)
         with step_progress(self.progress_bar, self.num_chains * program.length) as advance:
             chains = []
             for chain in range(self.num_chains):
@@ -113,10 +117,12 @@ class ParticleFilter:
                 init_key, run_key = jax.random.split(chain_key)
                 state, xs = start(init_key, given)
                 xs = jax.device_get(xs)  # a slice of a numpy array compiles nothing
+                if store is not None:
+                    store.check_program(jax.device_get(program.probe(_at_time(xs, 0))))
                 steps = []
                 done = 0 if store is None else min(store.steps_done(chain), program.length)
                 for t in range(program.length):
-                    inputs = TimeInputs(jnp.asarray(t), jax.tree.map(lambda x, t=t: x[t], xs))
+                    inputs = _at_time(xs, t)
                     if store is not None and t < done:
                         output = store.outputs(chain, t, inputs)
                     else:
@@ -176,7 +182,16 @@ class ParticleFilter:
         fit = int(0.5 * device_memory() // max(program.working_bytes(), 1))
         return 0 if fit >= self.num_particles else max(fit, 1)
 
+    def _store(self, attributes: dict[str, Any]) -> RunStore | None:
+        """Where steps are written."""
+        if self.directory is None:
+            return None
+        kept = {name: getattr(self, name) for name in ("keep", "keep_observed", "keep_forecasts")}
+        return RunStore(self.directory, {**attributes, **kept})
+
     def _kept(self, sites: dict[str, dict[str, Array]]) -> dict[str, dict[str, Array]]:
+        if not self.keep_observed:
+            sites = {**sites, "posterior_predictive": {}, "log_likelihood": {}}
         if self.keep is None:
             return sites
         if unknown := set(self.keep) - set(sites["posterior"]):
@@ -244,8 +259,8 @@ class ParticleFilter:
         has_state = program.latent_name in groups["posterior"]
         return FilterResult(
             posterior=groups["posterior"],
-            posterior_predictive=groups["posterior_predictive"],
-            log_likelihood=groups["log_likelihood"],
+            posterior_predictive=groups.get("posterior_predictive", {}),
+            log_likelihood=groups.get("log_likelihood", {}),
             observed_data={n: np.where(s["observed"], s["value"], np.nan) for n, s in observations.items()},
             observed_mask={n: s["observed"] for n, s in observations.items()},
             observed_error={n: s["error"] for n, s in observations.items()},
@@ -316,3 +331,8 @@ class ParticleFilter:
         from numpyro_diffusion_da.summary import summary
 
         Console().print(summary(self.result))
+
+
+def _at_time(xs: PyTree, t: int) -> TimeInputs:
+    """The scan's slice at step t, for inputs in numpy."""
+    return TimeInputs(jnp.asarray(t), jax.tree.map(lambda x: x[t], xs))

@@ -51,6 +51,11 @@ class Variable(eqx.Module):
         return max(1, len(self.levels))
 
 
+def _plain(value: float | str | np.generic) -> float | str:
+    """A Python value: what is static must be hashable and no array."""
+    return value.item() if isinstance(value, np.generic) else value
+
+
 class Layout(eqx.Module):
     """What the axes of a state array mean.
 
@@ -70,7 +75,9 @@ class Layout(eqx.Module):
 
     shape: tuple[int, ...] = eqx.field(static=True)
     dims: tuple[str, ...] = eqx.field(static=True)
-    coordinates: tuple[tuple[str, tuple[float | str, ...]], ...] = eqx.field(static=True, default=())
+    coordinates: tuple[tuple[str, tuple[float | str, ...]], ...] = eqx.field(
+        static=True, default=(), converter=lambda pairs: tuple((name, tuple(map(_plain, v))) for name, v in pairs)
+    )
     units: str = eqx.field(static=True, default="1")
     variables: tuple[Variable, ...] = eqx.field(static=True, default=())
 

@@ -97,14 +97,19 @@ def non_positive_error(fn: dist.Distribution) -> Bool[Array, ""]:
     return ~jnp.all((scale > 0) & jnp.isfinite(scale))
 
 
-def undefined_means(fn: dist.Distribution, value: Array) -> Int[Array, ""]:
-    """How many observed values a Gaussian site compares with NaN."""
+def site_mean(fn: dist.Distribution) -> Float[Array, ...]:
+    """Mean of a Gaussian site, at the shape of its value; NaN for another distribution."""
     parts = gaussian_parts(fn)
     if parts is None:
+        return jnp.full(fn.shape(), jnp.nan)
+    return jnp.concatenate([mean for mean, _ in parts]).reshape(fn.shape())
+
+
+def undefined_means(fn: dist.Distribution, value: Array) -> Int[Array, ""]:
+    """How many observed values a Gaussian site compares with NaN."""
+    if gaussian_parts(fn) is None:
         return jnp.asarray(0)
-    means = jnp.concatenate([mean for mean, _ in parts])
-    observed = (~jnp.isnan(value) & site_mask(fn)).reshape(-1)
-    return jnp.sum(observed & jnp.isnan(means))
+    return jnp.sum(~jnp.isnan(value) & site_mask(fn) & jnp.isnan(site_mean(fn)))
 
 
 def gaussian_observations(name: str, fn: dist.Distribution, value: Array) -> list[GaussianObservation]:

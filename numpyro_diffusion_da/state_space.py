@@ -34,6 +34,7 @@ from numpyro_diffusion_da.site import (
     one_step,
     pointwise_log_likelihood,
     site_mask,
+    site_mean,
     undefined_means,
 )
 from numpyro_diffusion_da.transition import DrawRecord, OneStep
@@ -400,6 +401,18 @@ class StateSpaceModel:
             }
             for name, (fn, value) in sites.observed.items()
         }
+
+    def probe(self, inputs: TimeInputs) -> dict[str, Array]:
+        """What the program says of one arbitrary state: means and errors of Gaussian sites, deterministic sites.
+
+        Two programs that differ in what they observe, how well, or what they derive, differ here.
+        """
+        carry = self.initial(jax.random.key(0))
+        shape = self.sites(carry, inputs).latent[self.latent_name].shape()
+        sites = self.sites(carry, inputs, jax.random.normal(jax.random.key(0), shape))
+        means = {f"mean of {name}": site_mean(fn) for name, (fn, _) in sites.observed.items()}
+        errors = {f"error of {name}": observation_error(fn) for name, (fn, _) in sites.observed.items()}
+        return {**means, **errors, **{name: jnp.asarray(value) for name, value in sites.deterministic.items()}}
 
     # --- structure ----------------------------------------------------------------------------------------------
 

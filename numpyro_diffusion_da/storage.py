@@ -1,6 +1,7 @@
 """A run on disk, step by step: what a filter made, and the state it goes on from.
 
     run.json                  what was run; a directory belongs to one run
+    program.npz               what its program says of an arbitrary state, see `StateSpaceModel.probe`
     chain0/step00012.npz      the outputs of a step
     chain0/state.npz          the particles after the last step, and how many steps were made
 
@@ -50,6 +51,29 @@ class RunStore:
                     f"{identity.get(name)!r}: give another directory, or empty this one."
                 )
 
+    def check_program(self, probe: dict[str, np.ndarray]) -> None:
+        """Refuse a program that observes or derives something else than the one that began.
+
+        Args:
+            probe: name -> values; equal but for rounding where the program is the same.
+
+        Raises:
+            ValueError: another program; names what differs.
+        """
+        path = self.path / "program.npz"
+        if not path.exists():
+            _replace_arrays(path, _flat(probe))
+            return
+        with np.load(path) as file:
+            found = _nested(file)
+        for name in sorted({*found, *probe}):
+            before, now = found.get(name), probe.get(name)
+            if before is None or now is None or before.shape != now.shape or not _same(before, now):
+                raise ValueError(
+                    f"{os.fspath(self.path)!r} holds a run of another program: {name} is not what it was; "
+                    "give another directory, or empty this one."
+                )
+
     def steps_done(self, chain: int) -> int:
         """Steps after which this chain can go on."""
         path = self._state(chain)
@@ -90,6 +114,14 @@ class RunStore:
 
     def _state(self, chain: int) -> pathlib.Path:
         return self.path / f"chain{chain}" / "state.npz"
+
+
+def _same(a: np.ndarray, b: np.ndarray) -> bool:
+    """Equal but for rounding."""
+    if not np.issubdtype(a.dtype, np.inexact):
+        return bool(np.array_equal(a, b))
+    size = np.nanmax(np.abs(a), initial=0.0)
+    return bool(np.allclose(a, b, rtol=1e-4, atol=1e-5 * size, equal_nan=True))
 
 
 def _replace(path: pathlib.Path, content: bytes) -> None:

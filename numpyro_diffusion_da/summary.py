@@ -12,6 +12,9 @@ if TYPE_CHECKING:
     from numpyro_diffusion_da.result import FilterResult
 
 
+UNSOLVED = 0.5  # relative residual of a guidance's linear solve that is worth a word
+
+
 def summary(result: FilterResult, max_rows: int = 8) -> Group:
     """What to look at first after a run, for `rich` to print.
 
@@ -58,6 +61,9 @@ def _filter_table(result: FilterResult) -> Any:
         table.add_row("weights", "equal: no selection, no log-evidence")
     worst = np.max(stats["solver_residual"])
     table.add_row("worst solver residual", "no linear solves" if worst == 0 else f"{worst:.1e}")
+    if worst > UNSOLVED:
+        table.add_row("", "guidance is not solved for: draws may miss accurate observations by several errors;")
+        table.add_row("", "compare with more products, as guidance=MMPS(KrylovSolve(products=4))")
     passes = {name: values.mean(dtype=float) for name, values in result.network_passes.items() if np.any(values)}
     each = ", ".join(f"{mean:.4g} {name}" for name, mean in passes.items())
     table.add_row("network passes", f"{each} per particle and step" if passes else "none")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import numpy as np
 import numpyro
@@ -101,12 +103,19 @@ def test_a_longer_series_goes_on_from_a_shorter(program, tmp_path):
         ({"num_particles": 9}, "holds a run with num_particles = 8"),
         ({"key": jax.random.key(4)}, "holds a run with seed"),
         ({"y": 1.0}, "step 0 in .* was made with other observations"),
+        ({"keep": ["x"]}, "holds a run with keep = None"),
+        ({"keep_observed": False}, "holds a run with keep_observed = True"),
+        ({"error": 0.4}, "another program: error of y is not what it was"),
     ],
 )
-def test_another_run_is_refused(program, tmp_path, change, message):
+def test_another_run_is_refused(small, program, tmp_path, change, message):
     model, y = program
+    if "error" in change:
+        model = small.diffusion_program()
     make(model, directory=tmp_path).run(KEY, y[:2])
-    settings = {name: value for name, value in change.items() if name == "num_particles"}
+    settings = {name: value for name, value in change.items() if name.startswith(("num", "keep"))}
+    if "error" in change:
+        model = dataclasses.replace(small, error=change["error"]).diffusion_program()
     with pytest.raises(ValueError, match=message):
         make(model, directory=tmp_path, **settings).run(change.get("key", KEY), y[:2] + change.get("y", 0.0))
 
@@ -119,6 +128,11 @@ def test_only_what_is_wanted_is_kept(program):
     assert filter.result.posterior["mean:of both"].shape == (2, 8, 4)
     assert set(filter.to_datatree()["posterior"].data_vars) == {"mean:of both"}
     filter.print_summary()
+    bare = make(model, keep_observed=False)
+    bare.run(KEY, y)
+    np.testing.assert_array_equal(bare.result.posterior["mean:of both"], filter.result.posterior["mean:of both"])
+    assert set(bare.to_datatree().children) == {"posterior", "observed_data", "constant_data", "sample_stats"}
+    bare.to_arviz()
     with pytest.raises(ValueError, match=r"keep names \['z'\]"):
         make(model, keep=["z"]).run(KEY, y)
     with pytest.raises(ValueError, match="keep='x'"):
