@@ -49,7 +49,8 @@ def prior(files):
 @pytest.fixture(scope="module")
 def package(files):
     """The package's modules and what it reads of the checkpoint and of the statistics."""
-    from numpyro_diffusion_da.priors.gencast import read_statistics, weathernext
+    from numpyro_diffusion_da.priors.gencast_package import weathernext
+    from numpyro_diffusion_da.priors.gencast_statistics import read_statistics
 
     wn = weathernext()
     with open(files.checkpoint, "rb") as file:
@@ -132,7 +133,7 @@ def test_unguided_sampler_is_the_official_one(prior, files, dataset, package, mo
     from weathernext.utils import nan_cleaning, normalization
     from weathernext.weathernext1_gen import samplers_utils
 
-    from numpyro_diffusion_da.priors.gencast import as_the_package_expects
+    from numpyro_diffusion_da.priors.gencast_package import as_the_package_expects
 
     wn, checkpoint, statistics = package
     inputs, targets, forcings = extract(dataset, package)

@@ -17,7 +17,7 @@ ALLOWED = {
     "blackjax": {"smc"},
     # Priors offer their climatology as a NumPyro distribution, inside a method.
     "numpyro": {"distribution", "site", "state_space", "prior", "priors", "twin"},
-    "weathernext": {"priors.gencast"},
+    "weathernext": {"priors.gencast_package"},
 }
 
 # From the top down: a module imports only from later entries.

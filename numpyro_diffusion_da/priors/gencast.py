@@ -10,19 +10,13 @@ is not, as itself:
 Sea surface temperature has no value over land. Frames hold the variable's minimum there (so does the package, before it
 normalises), with S = 0: what is there never moves, guides, or weighs, and `Layout.select` gives NaN.
 
-This is the only module that imports google-deepmind's `weathernext`, and it does so when a checkpoint is opened.
+The network is google-deepmind's own, see `gencast_package`; the normalisation is in `gencast_statistics`.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import importlib
-import importlib.util
 import os
-import warnings
-from collections.abc import Iterator
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import equinox as eqx
@@ -36,19 +30,23 @@ from numpyro_diffusion_da.gridded_data import grid, read_states, static_field, u
 from numpyro_diffusion_da.layout import Layout, Undefined, Variable
 from numpyro_diffusion_da.noise import Noise
 from numpyro_diffusion_da.prior import DiffusionPrior
+from numpyro_diffusion_da.priors.gencast_package import (
+    FORCINGS,
+    STATIC,
+    Network,
+    is_atmospheric,
+    noise_range,
+    trace_network,
+    weathernext,
+    with_attention,
+)
+from numpyro_diffusion_da.priors.gencast_statistics import channel_statistics, read_statistics
 from numpyro_diffusion_da.spherical_noise import SphericalNoise
 
 if TYPE_CHECKING:
     import xarray
 
-INSTALL = (
-    "GenCast's package `weathernext` (v0.3.0, google-deepmind/weathernext) is not installed; it is not on PyPI "
-    "(the packages called graphcast, gencast and xarray-jax there are unrelated). Install it as the README says: "
-    "pip install 'numpyro-diffusion-da[gencast]' and then weathernext and xarray_jax from their repositories."
-)
 SEA_SURFACE_TEMPERATURE = "sea_surface_temperature"
-STATIC = ("geopotential_at_surface", "land_sea_mask")
-FORCINGS = ("day_progress_cos", "day_progress_sin", "year_progress_cos", "year_progress_sin")
 TIME_STEP = np.timedelta64(12, "h")
 DAYS_PER_YEAR = 365.24219
 UNITS = {
@@ -65,40 +63,6 @@ UNITS = {
     "v_component_of_wind": "m s-1",
     "vertical_velocity": "Pa s-1",
 }
-STATISTICS = {
-    # what it is -> the names of the file in the published directory, and in this field's habit
-    "mean": ("mean_by_level.nc", "mean_x.nc"),
-    "stddev": ("stddev_by_level.nc", "std_x.nc"),
-    "diffs_stddev": ("diffs_stddev_by_level.nc", "std_z.nc"),
-    "min": ("min_by_level.nc", "min_x.nc"),
-}
-
-
-def weathernext() -> SimpleNamespace:
-    """The modules of GenCast's package.
-
-    Raises:
-        ImportError: it is not installed, or only a version for an older jax is; says what to install.
-    """
-    if importlib.util.find_spec("weathernext") is None:
-        old = importlib.util.find_spec("graphcast")
-        found = "" if old is None else f" A package `graphcast` is here ({old.origin}), which cannot be used: "
-        why = "" if old is None else "the one that holds GenCast needs jax <= 0.8.1, the one on PyPI is unrelated."
-        raise ImportError(INSTALL + found + why)
-    modules = {
-        "gencast": "weathernext.weathernext1_gen.gencast",
-        "denoiser": "weathernext.weathernext1_gen.denoiser",
-        "casting": "weathernext.utils.casting",
-        "checkpoint": "weathernext.utils.checkpoint",
-        "variables": "weathernext.utils.variables",
-        "xarray_jax": "xarray_jax",
-        "haiku": "haiku",
-    }
-    try:
-        with as_the_package_expects():
-            return SimpleNamespace(**{name: importlib.import_module(path) for name, path in modules.items()})
-    except ImportError as error:
-        raise ImportError(f"{INSTALL} (weathernext is here, but importing it failed: {error})") from error
 
 
 class Forcings(NamedTuple):
@@ -125,52 +89,6 @@ class GenCastConditioning(NamedTuple):
     frame: Float[Array, "latitude longitude channel"]
     inputs: Float[Array, "2 latitude longitude inputs"]
     forcings: Forcings
-
-
-class Statistics(NamedTuple):
-    """Normalisation by channel of a frame, float32.
-
-    Attributes:
-        mean: shape (channel,), in the variable's unit.
-        stddev: shape (channel,).
-        scale: standard deviation of the latent in the variable's unit: of 12 h differences, or `stddev` where the
-            variable is no input; shape (channel,).
-        is_input: False for a variable that is predicted as itself.
-    """
-
-    mean: np.ndarray
-    stddev: np.ndarray
-    scale: np.ndarray
-    is_input: np.ndarray
-
-
-class _Program:
-    """Everything of a traced function but its arrays; compares and hashes by identity."""
-
-    def __init__(self, static: Any) -> None:
-        self.static = static
-
-
-class Network(eqx.Module):
-    """GenCast's denoiser as a traced program: parameters and graph are its arrays.
-
-    The package builds its graphs in numpy each time it is traced (11 s at 1 degree). It is traced once here, at given
-    shapes, and the program is what everything else calls.
-    """
-
-    parameters: PyTree
-    graph: PyTree
-    program: _Program = eqx.field(static=True)
-
-    def __init__(self, traced: Any, parameters: PyTree) -> None:
-        self.parameters = parameters
-        graph, static = eqx.partition(traced, eqx.is_array)
-        self.graph = jax.tree.map(jnp.asarray, graph)
-        self.program = _Program(static)
-
-    def __call__(self, *args: Array) -> Array:
-        """D(z_s, s; c) at (inputs, statics, day, year, z_s, noise level)."""
-        return eqx.combine(self.graph, self.program.static)(self.parameters, *args)
 
 
 class GenCastPrior(DiffusionPrior):
@@ -368,7 +286,7 @@ class GenCastPrior(DiffusionPrior):
         wn = weathernext()
         with open(checkpoint, "rb") as file:
             opened = wn.checkpoint.load(file, wn.gencast.CheckPoint)
-        architecture = _with_attention(opened.denoiser_architecture_config, attention)
+        architecture = with_attention(opened.denoiser_architecture_config, attention)
         task = opened.task_config
         statistics = read_statistics(stats)
         dataset = _open(surface)
@@ -408,7 +326,7 @@ class GenCastPrior(DiffusionPrior):
             forcing_stddev=jnp.asarray([float(statistics["stddev"][n]) for n in FORCINGS], jnp.float32),
             input_channels=tuple(int(i) for i in np.flatnonzero(channels.is_input)),
             layout=layout,
-            noise_range=_noise_range(opened),
+            noise_range=noise_range(opened),
             rematerialise=False,
             description=str(opened.description),
             conditioning_passes=0,
@@ -422,25 +340,6 @@ class GenCastPrior(DiffusionPrior):
 def _choose(name: str, got: Any, known: tuple[Any, ...]) -> None:
     if got not in known:
         raise ValueError(f"{name}={got!r} is not known; give one of {', '.join(map(repr, known))}.")
-
-
-def _with_attention(architecture: Any, attention: str | None) -> Any:
-    """The architecture with attention that runs on this device; `splash_mha` of published checkpoints needs a TPU."""
-    if attention is None:
-        if jax.default_backend() == "tpu":
-            attention = "splash_mha"
-        else:
-            attention = "mha" if architecture.mesh_size <= 4 else "triblockdiag_mha"
-    mask = "lazy" if attention == "splash_mha" else "full"
-    transformer = dataclasses.replace(architecture.sparse_transformer_config, attention_type=attention, mask_type=mask)
-    return dataclasses.replace(architecture, sparse_transformer_config=transformer)
-
-
-def _noise_range(opened: Any) -> tuple[float, float]:
-    """The levels of the published sampler, within those of the training."""
-    trained = opened.noise_config
-    lowest = max(trained.training_min_noise_level, opened.sampler_config.min_noise_level)
-    return float(lowest), float(min(trained.training_max_noise_level, opened.sampler_config.max_noise_level))
 
 
 def _open(surface: Any) -> xarray.Dataset:
@@ -458,33 +357,13 @@ def _regular_grid(resolution: float) -> tuple[np.ndarray, np.ndarray]:
     return np.linspace(-90.0, 90.0, rows + 1), np.arange(2 * rows) * 180.0 / rows
 
 
-def read_statistics(directory: str | os.PathLike[str]) -> dict[str, xarray.Dataset]:
-    """The four normalisation datasets, by what they are (see `STATISTICS`).
-
-    Raises:
-        FileNotFoundError: one of them is not in the directory.
-    """
-    import xarray
-
-    found = {}
-    for what, names in STATISTICS.items():
-        paths = [os.path.join(directory, name) for name in names]
-        existing = [path for path in paths if os.path.exists(path)]
-        if not existing:
-            raise FileNotFoundError(
-                f"no {names[0]} in {os.fspath(directory)!r}; give stats= the directory of the published statistics."
-            )
-        found[what] = xarray.load_dataset(existing[0], engine="h5netcdf")
-    return found
-
-
 def gencast_layout(task: Any, latitude: np.ndarray, longitude: np.ndarray, undefined: np.ndarray) -> Layout:
     """The layout of a frame: the task's target variables by name, each by level."""
     variables = tuple(
         Variable(
             name,
             UNITS.get(name, "1"),
-            tuple(int(level) for level in task.pressure_levels) if _is_atmospheric(name) else (),
+            tuple(int(level) for level in task.pressure_levels) if is_atmospheric(name) else (),
             Undefined(undefined) if name == SEA_SURFACE_TEMPERATURE and undefined.any() else None,
         )
         for name in sorted(task.target_variables)
@@ -495,124 +374,3 @@ def gencast_layout(task: Any, latitude: np.ndarray, longitude: np.ndarray, undef
         (("latitude", tuple(map(float, latitude))), ("longitude", tuple(map(float, longitude)))),
         variables=variables,
     )
-
-
-def _is_atmospheric(name: str) -> bool:
-    return name in weathernext().variables.ALL_ATMOSPHERIC_VARS
-
-
-def channel_statistics(
-    layout: Layout, statistics: dict[str, xarray.Dataset], input_variables: tuple[str, ...]
-) -> Statistics:
-    """Normalisation constants of every channel.
-
-    Raises:
-        ValueError: the statistics lack a variable.
-    """
-
-    def of(what: str, variable: Variable) -> np.ndarray:
-        dataset = statistics[what]
-        if variable.name not in dataset:
-            raise ValueError(f"the statistics ({STATISTICS[what][0]}) have no '{variable.name}'; give those published.")
-        values = dataset[variable.name]
-        return np.atleast_1d(values.sel(level=list(variable.levels)).values if variable.levels else values.values)
-
-    def stacked(parts: list[np.ndarray]) -> np.ndarray:
-        return np.concatenate(parts).astype(np.float32)
-
-    inputs = [variable.name in input_variables for variable in layout.variables]
-    return Statistics(
-        mean=stacked([of("mean", v) for v in layout.variables]),
-        stddev=stacked([of("stddev", v) for v in layout.variables]),
-        scale=stacked(
-            [of("diffs_stddev" if i else "stddev", v) for v, i in zip(layout.variables, inputs, strict=True)]
-        ),
-        is_input=np.repeat(inputs, [v.num_channels for v in layout.variables]),
-    )
-
-
-@contextlib.contextmanager
-def as_the_package_expects() -> Iterator[None]:
-    """The package promotes ranks, imports what jax deprecates, and changes a sparse matrix as scipy finds slow."""
-    with warnings.catch_warnings(), jax.numpy_rank_promotion("allow"):
-        warnings.simplefilter("ignore", DeprecationWarning)
-        warnings.filterwarnings("ignore", message="Changing the sparsity structure")
-        yield
-
-
-def trace_network(
-    wn: SimpleNamespace, opened: Any, architecture: Any, parameters: PyTree, layout: Layout, precision: str
-) -> Network:
-    """Trace the package's denoiser once, at the shapes of the layout."""
-    xarray_jax, haiku = wn.xarray_jax, wn.haiku
-    task = opened.task_config
-    coordinates = layout.coords()
-    # A coordinate on the batch axis would stop vmap: there is none.
-    coords = {"lat": coordinates["latitude"].astype(np.float32), "lon": coordinates["longitude"].astype(np.float32)}
-    compute = jnp.bfloat16 if precision == "bfloat16" else jnp.float32
-
-    def fields(values: Array, names: list[str]) -> dict[str, Any]:
-        """Variables of an array (time, latitude, longitude, channel) that holds the named ones in order."""
-        out: dict[str, Any] = {}
-        start = 0
-        for name in names:
-            variable = layout.variable(name)
-            part = values[..., start : start + variable.num_channels]
-            start += variable.num_channels
-            if variable.levels:
-                out[name] = (("batch", "time", "level", "lat", "lon"), jnp.moveaxis(part, -1, 1)[None])
-            else:
-                out[name] = (("batch", "time", "lat", "lon"), part[None, ..., 0])
-        return out
-
-    def progress(day: Array, year: Array) -> dict[str, Any]:
-        """Forcings of some frames; `FORCINGS` gives their order."""
-        return {
-            FORCINGS[0]: (("batch", "time", "lon"), day[None, ..., 0]),
-            FORCINGS[1]: (("batch", "time", "lon"), day[None, ..., 1]),
-            FORCINGS[2]: (("batch", "time"), year[None, ..., 0]),
-            FORCINGS[3]: (("batch", "time"), year[None, ..., 1]),
-        }
-
-    targets = [v.name for v in layout.variables]
-    inputs_names = [name for name in targets if name in task.input_variables]
-
-    @haiku.transform
-    def denoiser(inputs: Array, statics: Array, day: Array, year: Array, z_s: Array, level: Array) -> Array:
-        model = wn.gencast.GenCast(
-            task, architecture, opened.sampler_config, opened.noise_config, opened.noise_encoder_config
-        )
-        inputs, statics, day, year = (v.astype(compute) for v in (inputs, statics, day, year))
-        surface = {name: (("lat", "lon"), statics[..., i]) for i, name in enumerate(STATIC)}
-        known = {**fields(inputs, inputs_names), **progress(day[:2], year[:2]), **surface}
-        scaled = (z_s * model._c_in(level)).astype(compute)
-        noisy = xarray_jax.Dataset(fields(scaled[None], targets), coords=coords)
-        levels = xarray_jax.DataArray(level[None].astype(compute), dims=("batch",))
-        output = model._denoiser(
-            inputs=xarray_jax.Dataset(known, coords=coords),
-            noisy_targets=noisy,
-            noise_levels=levels,
-            forcings=xarray_jax.Dataset(progress(day[2:], year[2:]), coords=coords),
-        )
-        raw = jnp.concatenate(
-            [
-                jnp.moveaxis(values[0, 0], 0, -1) if layout.variable(name).levels else values[0, 0][..., None]
-                for name in targets
-                for values in [xarray_jax.unwrap_data(output[name].transpose(*noisy[name].dims))]
-            ],
-            -1,
-        )
-        return raw.astype(jnp.float32) * model._c_out(level) + z_s * model._c_skip(level)
-
-    def program(parameters: PyTree, *args: Array) -> Array:
-        return denoiser.apply(parameters, None, *args)
-
-    rows, columns = layout.shape[:2]
-    num_inputs = sum(layout.variable(name).num_channels for name in inputs_names)
-    shapes = [(2, rows, columns, num_inputs), (rows, columns, 2), (3, columns, 2), (3, 2), layout.shape, ()]
-    matmul = {"float32": "highest", "tensorfloat32": "tensorfloat32", "bfloat16": "default"}[precision]
-    with as_the_package_expects(), jax.default_matmul_precision(matmul):
-        traced = eqx.filter_closure_convert(
-            program, parameters, *[jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
-        )
-    return Network(traced, parameters)

@@ -17,15 +17,9 @@ import jax.numpy as jnp
 import numpy as np
 import xarray
 
-from numpyro_diffusion_da.priors.gencast import (
-    FORCINGS,
-    STATIC,
-    STATISTICS,
-    TIME_STEP,
-    UNITS,
-    as_the_package_expects,
-    weathernext,
-)
+from numpyro_diffusion_da.priors.gencast import TIME_STEP, UNITS
+from numpyro_diffusion_da.priors.gencast_package import FORCINGS, STATIC, as_the_package_expects, weathernext
+from numpyro_diffusion_da.priors.gencast_statistics import STATISTICS
 
 # Mean, standard deviation and standard deviation of 12 h differences, of the size of the real ones, in the units of
 # `UNITS`; for a variable with levels at 500 hPa.
