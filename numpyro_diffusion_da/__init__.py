@@ -4,7 +4,7 @@ Write a state-space model as an ordinary NumPyro program, put a pretrained diffu
 filter observations with a fully adapted auxiliary particle filter, and read the result with ArviZ and xarray.
 """
 
-from numpyro_diffusion_da import smc
+from numpyro_diffusion_da import smc, smoothing
 from numpyro_diffusion_da.algorithm import FAAPF, Algorithm, Bootstrap, EnKF
 from numpyro_diffusion_da.distribution import ConditionedTransition, DiffusionTransition
 from numpyro_diffusion_da.filtering import ParticleFilter
@@ -80,4 +80,5 @@ __all__ = [
     "WhiteNoise",
     "load_prior",
     "smc",
+    "smoothing",
 ]

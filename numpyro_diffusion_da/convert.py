@@ -34,6 +34,13 @@ GROUPS = {
     "sample_stats": "Diagnostics of the filter at each step.",
 }
 
+SMOOTHED = {
+    "genealogy": "Trajectories, equally weighted: each draw is a path of states given all observations.",
+    "fixed lag": "Particles, equally weighted: draws of the state at each time given observations up to smoothing_lag "
+    "steps later.",
+}
+"""What the posterior is, by the attribute `smoothing`."""
+
 MISSING = {"log_likelihood": "0", "observed_data": "NaN", "posterior_predictive": "a draw, as elsewhere"}
 
 STATS = {
@@ -52,6 +59,11 @@ STATS = {
         "log mean of the weights before inflation; sum over time for the log-evidence",
     ),
     "distinct_ancestors": ("number of different ancestors", "between 1 and the number of particles"),
+    "filter_draw": ("particle of the filter", "for each draw of the smoothed posterior, its draw in the filter's"),
+    "distinct_lines": (
+        "number of different particles of the filter among the smoothed draws",
+        "between 1 and the number of particles; where it is small, the smoothed draws are copies of few",
+    ),
     "log_weight_std": (
         "standard deviation of the finite log-weights",
         "weights collapse near sqrt(2 log N) for N particles",
@@ -81,7 +93,7 @@ def to_datatree(
     ``tree.to_zarr(path, consolidated=False)``.
 
     Args:
-        result: `ParticleFilter.result`.
+        result: `ParticleFilter.result`, or one of `smoothing`.
         time: coordinate of the time axis, one value a step (dates, hours, ...); by default 0, 1, ...
         dims: names for a site's axes after `time`, as ArviZ's converters take them: ``{"y": ["station"]}``.
         coords: coordinate values of dimensions: ``{"station": ["Oslo", "Bergen"]}``. They take precedence over the
@@ -119,7 +131,7 @@ def to_datatree(
     attributes = _attributes(result)
     tree = xarray.DataTree.from_dict(
         {
-            name: xarray.Dataset(variables, axes.coordinates(variables), {**_description(name), **attributes})
+            name: xarray.Dataset(variables, axes.coordinates(variables), {**_description(name, result), **attributes})
             for name, variables in groups.items()
             if variables
         }
@@ -151,10 +163,11 @@ def to_arviz(result: FilterResult, *, time: Any = None, dims: Dims | None = None
       log p(y_kj | the others up to k), not the leave-one-out of the whole series. Its Pareto k tends to P / (P + R) for
       an observation whose forecast from the others has variance P, and error variance R: above 0.7, where the error is
       small, elpd is too high. There compare models by their log-evidence, the sum of
-      ``sample_stats["log_evidence_increment"]``.
+      ``sample_stats["log_evidence_increment"]``. Of smoothed draws "up to k" is up to k + lag; of whole trajectories,
+      the leave-one-out of the series, worth little where few lines are left (``sample_stats["distinct_lines"]``).
 
     Args:
-        result: `ParticleFilter.result`.
+        result: `ParticleFilter.result`, or one of `smoothing`.
         time: see `to_datatree`.
         dims: see `to_datatree`.
         coords: see `to_datatree`.
@@ -320,9 +333,10 @@ def _statistic(axes: _Axes, name: str, values: np.ndarray) -> Any:
     return (*leading, *own), values, {"long_name": long_name, "description": description}
 
 
-def _description(group: str) -> dict[str, str]:
+def _description(group: str, result: FilterResult) -> dict[str, str]:
     missing = {"missing_observations": MISSING[group]} if group in MISSING else {}
-    return {"description": GROUPS[group], **missing}
+    smoothed = SMOOTHED.get(str(result.attributes.get("smoothing"))) if group == "posterior" else None
+    return {"description": smoothed or GROUPS[group], **missing}
 
 
 def _attributes(result: FilterResult) -> dict[str, Any]:

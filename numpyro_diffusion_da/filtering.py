@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, PRNGKeyArray, PyTree
 
+from numpyro_diffusion_da import smoothing
 from numpyro_diffusion_da.algorithm import Algorithm
 from numpyro_diffusion_da.compilation import Compiled
 from numpyro_diffusion_da.footprint import device_memory
@@ -283,9 +284,22 @@ class ParticleFilter:
             raise RuntimeError("this ParticleFilter has not run yet; call .run(jax.random.key(0), ...) first.")
         return self._result
 
+    def smoothed(self, lag: int | None = None) -> FilterResult:
+        """The last run's particles given later observations too, from their genealogy (see `smoothing`).
+
+        Args:
+            lag: steps of later observations, as `smoothing.fixed_lag`; None for all of them: `smoothing.trajectories`.
+
+        Raises:
+            RuntimeError: nothing has been run.
+            ValueError: a negative lag, or an ensemble Kalman filter, which has no genealogy.
+        """
+        return smoothing.trajectories(self.result) if lag is None else smoothing.fixed_lag(self.result, lag)
+
     def to_datatree(
         self,
         *,
+        lag: int | None = 0,
         time: Any = None,
         dims: Mapping[str, Sequence[str]] | None = None,
         coords: Mapping[str, Any] | None = None,
@@ -293,21 +307,25 @@ class ParticleFilter:
         """The last run as an `xarray.DataTree`, see `convert.to_datatree`.
 
         Args:
+            lag: each draw has seen the observations up to this many steps later: 0 is the filter, more is fixed-lag
+                smoothing, None whole trajectories given all observations (see `smoothed`).
             time: coordinate of the time axis, one value a step.
             dims: names for a site's axes after time: ``{"y": ["station"]}``.
             coords: coordinate values of dimensions: ``{"station": ["Oslo", "Bergen"]}``.
 
         Raises:
             RuntimeError: nothing has been run.
-            ValueError: names or coordinates that do not fit.
+            ValueError: names or coordinates that do not fit, or a lag that `smoothed` refuses.
         """
         from numpyro_diffusion_da import convert
 
-        return convert.to_datatree(self.result, time=time, dims=dims, coords=coords)
+        result = self.result if lag == 0 else self.smoothed(lag)
+        return convert.to_datatree(result, time=time, dims=dims, coords=coords)
 
     def to_arviz(
         self,
         *,
+        lag: int | None = 0,
         time: Any = None,
         dims: Mapping[str, Sequence[str]] | None = None,
         coords: Mapping[str, Any] | None = None,
@@ -318,7 +336,8 @@ class ParticleFilter:
         """
         from numpyro_diffusion_da import convert
 
-        return convert.to_arviz(self.result, time=time, dims=dims, coords=coords)
+        result = self.result if lag == 0 else self.smoothed(lag)
+        return convert.to_arviz(result, time=time, dims=dims, coords=coords)
 
     def print_summary(self) -> None:
         """Print what to look at first after a run, see `summary.summary`.

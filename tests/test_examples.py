@@ -15,6 +15,8 @@ import numpy as np
 import pytest
 import typer
 import xarray
+from conftest import LinearGaussian
+from test_smoothing import rauch_tung_striebel
 
 import numpyro_diffusion_da as ndda
 
@@ -81,6 +83,42 @@ def test_linear_gaussian_refuses(arguments, sentence):
     given = {"filters": None, "dims": None, "seeds": 1, "steps": 40, "spin_up": 10, "particles": 8, "diffusion": False}
     with pytest.raises(typer.BadParameter, match=sentence):
         load("linear_gaussian").main(None, **{**given, **arguments})
+
+
+def test_smoothing_runs(tmp_path):
+    out = tmp_path / "table.json"
+    tiny = ("--seeds", "2", "--steps", "8", "--particles", "64", "--d", "2", "--lag", "0", "--lag", "3")
+    done = run_program("smoothing.py", *tiny, "--out", str(out))
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(out.read_text())["rows"]
+    assert [row["lag"] for row in rows] == [0, 3, None]
+    assert rows[0]["distinct lines"] == 64
+    assert rows[0]["mean error"] > rows[1]["mean error"]
+    assert rows[1]["distinct lines at the first step"] > rows[2]["distinct lines at the first step"]
+    assert "genealogy" in done.stdout
+
+
+@pytest.mark.slow
+def test_smoothing_of_lorenz96():
+    """A lag of two steps is an improvement with an emulator too, and the whole genealogy has no spread left."""
+    from rich.console import Console
+
+    values = load("smoothing").lorenz96([0, 2, None], 3, 40, 128, Console(quiet=True))
+    rmse, ratio, lines = np.moveaxis(values, 2, 0)
+    gain = rmse[:, 0] - rmse[:, 1]
+    assert gain.mean() > 3 * gain.std(ddof=1) / np.sqrt(len(gain))
+    assert ratio[:, 2].mean() < 0.5
+    assert np.all(lines[:, 0] == 128)
+    assert np.all(lines[:, 2] < 10)
+
+
+def test_smoother_of_the_benchmark():
+    smoothing = load("smoothing")
+    a, initial, y = smoothing.simulate(np.random.default_rng(0), 3, 10)
+    mean, spread = smoothing.rauch_tung_striebel(a, smoothing.covariance(3), initial, y)
+    exact = rauch_tung_striebel(LinearGaussian(a, smoothing.covariance(3), smoothing.ERROR), y)
+    np.testing.assert_allclose(mean, exact[0], atol=1e-10)
+    np.testing.assert_allclose(np.diagonal(spread, axis1=1, axis2=2), exact[1], rtol=1e-10)
 
 
 def test_ring64_help():

@@ -22,8 +22,8 @@ ALLOWED = {
 
 # From the top down: a module imports only from later entries.
 ORDER = [
-    "__init__", "cli", "plots", "twin", "verification", "filtering", "convert", "summary", "result", "progress",
-    "storage",
+    "__init__", "cli", "plots", "twin", "verification", "filtering", "smoothing",
+    "convert", "summary", "result", "progress", "storage",
     "algorithm", "smc", "state_space", "site", "distribution", "weight", "transition", "guidance", "likelihood",
     "linear_solve", "sampler", "schedule", "denoiser", "priors", "prior",
     "spherical_noise", "noise", "gridded_data", "units", "layout", "compilation", "footprint",
