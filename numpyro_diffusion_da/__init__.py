@@ -14,9 +14,11 @@ from numpyro_diffusion_da.likelihood import GaussianLikelihood, GaussianObservat
 from numpyro_diffusion_da.linear_solve import DirectSolve, KrylovSolve, LinearSolver
 from numpyro_diffusion_da.noise import FactorNoise, Noise, WhiteNoise
 from numpyro_diffusion_da.prior import DiffusionPrior
+from numpyro_diffusion_da.priors import parametrisation
 from numpyro_diffusion_da.priors.emulator import RingEmulator, load_prior
 from numpyro_diffusion_da.priors.gaussian import GaussianPrior
 from numpyro_diffusion_da.priors.gencast import GenCastPrior
+from numpyro_diffusion_da.priors.network import DenoiserPrior
 from numpyro_diffusion_da.result import FilterResult
 from numpyro_diffusion_da.sampler import (
     DDIM,
@@ -47,6 +49,7 @@ __all__ = [
     "ConditionedTransition",
     "DPMSolverPP2M",
     "DPMSolverPP2S",
+    "DenoiserPrior",
     "DiffusionPrior",
     "DiffusionTransition",
     "Dirac",
@@ -79,6 +82,7 @@ __all__ = [
     "Weight",
     "WhiteNoise",
     "load_prior",
+    "parametrisation",
     "smc",
     "smoothing",
 ]
