@@ -6,6 +6,7 @@ filter observations with a fully adapted auxiliary particle filter, and read the
 
 from numpyro_diffusion_da import smc, smoothing
 from numpyro_diffusion_da.algorithm import FAAPF, Algorithm, Bootstrap, EnKF
+from numpyro_diffusion_da.density import ExactTrace, Hutchinson, ProbabilityFlow
 from numpyro_diffusion_da.distribution import ConditionedTransition, DiffusionTransition
 from numpyro_diffusion_da.filtering import ParticleFilter
 from numpyro_diffusion_da.guidance import MMPS, Guidance
@@ -56,6 +57,7 @@ __all__ = [
     "DirectSolve",
     "EnKF",
     "Equal",
+    "ExactTrace",
     "FactorNoise",
     "FilterResult",
     "GaussianLikelihood",
@@ -64,6 +66,7 @@ __all__ = [
     "GenCastPrior",
     "Guidance",
     "Heun",
+    "Hutchinson",
     "KarrasSchedule",
     "KrylovSolve",
     "LangevinCorrector",
@@ -72,6 +75,7 @@ __all__ = [
     "Moment",
     "Noise",
     "ParticleFilter",
+    "ProbabilityFlow",
     "RingEmulator",
     "Sampler",
     "Schedule",

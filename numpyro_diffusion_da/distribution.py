@@ -17,6 +17,7 @@ from numpyro.distributions import constraints
 from numpyro.distributions.batch_util import promote_batch_shape
 from numpyro.util import is_prng_key
 
+from numpyro_diffusion_da.density import ProbabilityFlow
 from numpyro_diffusion_da.guidance import MMPS, Guidance
 from numpyro_diffusion_da.likelihood import GaussianLikelihood
 from numpyro_diffusion_da.prior import DiffusionPrior
@@ -45,8 +46,8 @@ DEFAULT_SAMPLER = Sampler()
 class DiffusionTransition(dist.Distribution):
     """p(x' | x) of a diffusion prior, for use inside a NumPyro program.
 
-    It can be sampled, and has a mean (one network pass). It has no density here: a program that contains it is
-    filtered (`ndda.ParticleFilter`), not run through NUTS.
+    It can be sampled, and has a mean (one network pass). A program that contains it is filtered
+    (`ndda.ParticleFilter`); a density costs some hundred network passes, and is there for who asks for it (`density`).
 
     Args:
         prior: the diffusion prior.
@@ -54,6 +55,7 @@ class DiffusionTransition(dist.Distribution):
             axes are the batch shape.
         inputs: forcings and other inputs of the prior, a pytree whose leaves lead with the batch shape; or None.
         sampler: the reverse diffusion; 16 levels of DPM-Solver++(2M) by default.
+        density: how `log_prob` is computed, for example `ndda.ProbabilityFlow()`; None: it raises.
 
     Raises:
         ValueError: a state whose trailing shape is not the prior's.
@@ -71,6 +73,7 @@ class DiffusionTransition(dist.Distribution):
         inputs: PyTree = None,
         sampler: Sampler | None = None,
         *,
+        density: ProbabilityFlow | None = None,
         validate_args: bool | None = None,
     ) -> None:
         if not isinstance(prior, DiffusionPrior):
@@ -80,7 +83,8 @@ class DiffusionTransition(dist.Distribution):
             )
         self.state = jax.tree.map(jnp.asarray, state)
         self.inputs = jax.tree.map(jnp.asarray, inputs)
-        self._handle = Handle(prior=prior, sampler=DEFAULT_SAMPLER if sampler is None else sampler)
+        sampler = DEFAULT_SAMPLER if sampler is None else sampler
+        self._handle = Handle(prior=prior, sampler=sampler, density=density)
         batch_shape = prior.check_state(self.state)
         super().__init__(batch_shape, prior.layout.shape, validate_args=validate_args)
 
@@ -93,6 +97,11 @@ class DiffusionTransition(dist.Distribution):
     def sampler(self) -> Sampler:
         """The reverse diffusion that draws."""
         return self._handle.values["sampler"]
+
+    @property
+    def density(self) -> ProbabilityFlow | None:
+        """How `log_prob` is computed, or None."""
+        return self._handle.values["density"]
 
     @constraints.dependent_property(is_discrete=False)
     def support(self) -> constraints.Constraint:
@@ -146,15 +155,46 @@ class DiffusionTransition(dist.Distribution):
         assert is_prng_key(key)
         return self.sample_with_intermediates(key, sample_shape)[0]
 
-    def log_prob(self, value: Any, intermediates: Any = None) -> Array:
-        """Not available.
+    def log_prob(self, value: Array, intermediates: Any = None) -> Array:
+        """log p(value), by `density`.
+
+        Args:
+            value: shape (..., *event_shape), whose leading axes broadcast with the batch shape.
+            intermediates: not used.
+
+        Returns:
+            The log-density, of the shape that the leading axes broadcast to.
 
         Raises:
-            NotImplementedError: always; says what to do instead.
+            NotImplementedError: no `density` was asked for, or the prior's noise is singular; says what to do instead.
+            RuntimeError: a component of the prior's scale is zero.
         """
-        raise NotImplementedError(
+        density = self.density
+        if density is None:
+            raise NotImplementedError(self._without_density())
+        value = jnp.asarray(value)
+        leading = jnp.broadcast_shapes(value.shape[: value.ndim - self.event_dim], self.batch_shape)
+        given = (self.state, self.inputs, value)
+        keep = (len(self.batch_shape), len(self.batch_shape), value.ndim - self.event_dim)
+
+        def flat(tree: PyTree, batch_dims: int) -> PyTree:
+            return jax.tree.map(
+                lambda v: jnp.broadcast_to(
+                    v.reshape((1,) * (len(leading) - batch_dims) + v.shape), leading + v.shape[batch_dims:]
+                ).reshape(-1, *v.shape[batch_dims:]),
+                tree,
+            )
+
+        def one(state: PyTree, inputs: PyTree, x: Array) -> Array:
+            return density(self.prior, self.prior.condition(state, inputs), x)[0]
+
+        return jax.vmap(one)(*map(flat, given, keep)).reshape(leading)
+
+    def _without_density(self) -> str:
+        return (
             f"a {type(self).__name__} has no density: filter the program with "
-            "ndda.ParticleFilter(ndda.FAAPF(model), ...), or take the site out of the density with .mask(False)."
+            "ndda.ParticleFilter(ndda.FAAPF(model), ...), take the site out of the density with .mask(False), or pay "
+            "for a density with DiffusionTransition(..., density=ndda.ProbabilityFlow())."
         )
 
     def conditioned(self, likelihood: GaussianLikelihood, guidance: Guidance | None = None) -> ConditionedTransition:
@@ -192,6 +232,12 @@ class ConditionedTransition(DiffusionTransition):
             NotImplementedError: always; average samples instead.
         """
         raise NotImplementedError("a ConditionedTransition has no mean in closed form; average samples of it.")
+
+    def _without_density(self) -> str:
+        return (
+            "a ConditionedTransition has no density: filter the program with ndda.ParticleFilter(ndda.FAAPF(model), "
+            "...), or take the site out of the density with .mask(False)."
+        )
 
 
 @promote_batch_shape.register

@@ -30,6 +30,17 @@ class Noise(eqx.Module):
     def covariance_product(self, v: Float[Array, ...]) -> Float[Array, ...]:
         """C v, for a `v` of the latent's shape."""
 
+    def precision_product(self, v: Float[Array, ...]) -> tuple[Float[Array, ...], Float[Array, ""]]:
+        """(C^-1 v, log det C), for a `v` of the latent's shape.
+
+        Raises:
+            NotImplementedError: this noise gives no inverse of C; where C is singular there is none.
+        """
+        raise NotImplementedError(
+            f"{type(self).__name__} gives no inverse of its covariance C, and a density needs one "
+            "(a singular C has none): filter with samples instead, which need only C."
+        )
+
 
 class WhiteNoise(Noise):
     """C = I: independent unit noise in every component."""
@@ -41,6 +52,10 @@ class WhiteNoise(Noise):
     def covariance_product(self, v: Float[Array, ...]) -> Float[Array, ...]:
         """`v` itself."""
         return v
+
+    def precision_product(self, v: Float[Array, ...]) -> tuple[Float[Array, ...], Float[Array, ""]]:
+        """`v` itself, and 0."""
+        return v, jnp.zeros((), v.dtype)
 
 
 class FactorNoise(Noise):
@@ -61,6 +76,19 @@ class FactorNoise(Noise):
         """L (L^T v)."""
         factor = self.factor.astype(v.dtype)
         return (factor @ (factor.T @ v.reshape(-1))).reshape(v.shape)
+
+    def precision_product(self, v: Float[Array, ...]) -> tuple[Float[Array, ...], Float[Array, ""]]:
+        """L^-T (L^-1 v) and 2 log |det L|, for a square L.
+
+        Raises:
+            NotImplementedError: L is not square; with fewer columns than rows C is singular.
+        """
+        size, rank = self.factor.shape
+        if rank != size:
+            return super().precision_product(v)
+        factor = self.factor.astype(v.dtype)
+        white = jnp.linalg.solve(factor, v.reshape(-1))
+        return jnp.linalg.solve(factor.T, white).reshape(v.shape), 2.0 * jnp.linalg.slogdet(factor)[1]
 
 
 def positive_semidefinite(matrix: np.ndarray, name: str, size: int) -> tuple[np.ndarray, np.ndarray]:

@@ -174,6 +174,20 @@ def test_linear_gaussian_is_the_yardstick(setting, name, variance_ratio):
     assert abs(row["variance ratio"] - variance_ratio) < 3 * math.sqrt(2) * row["variance ratio SE"] + 0.005
 
 
+def test_density_runs(tmp_path):
+    out = tmp_path / "tables.json"
+    tiny = ("--points", "4", "--levels", "4", "--levels", "24", "--keys", "2", "--probes", "3")
+    done = run_program("density.py", *tiny, "--out", str(out))
+    assert done.returncode == 0, done.stderr
+    tables = json.loads(out.read_text())
+    assert "two modes" in done.stdout
+    for coarse, fine in zip(tables["levels"][::2], tables["levels"][1::2], strict=True):
+        assert (coarse["levels"], fine["levels"]) == (4, 24)
+        assert fine["forward"] == 4 * 23 + 3
+        assert fine["RMS error"] < min(0.01, coarse["RMS error"])
+    assert [row["jvp"] for row in tables["probes"]] == [24 * 3]
+
+
 def globe(num_latitudes=46, levels=(500, 850)):
     """The layout of an atmosphere as GenCast's, with fewer variables."""
     latitude = np.linspace(-90.0, 90.0, num_latitudes).tolist()

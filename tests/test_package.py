@@ -24,8 +24,8 @@ ALLOWED = {
 ORDER = [
     "__init__", "cli", "plots", "twin", "verification", "filtering", "smoothing",
     "convert", "summary", "result", "progress", "storage",
-    "algorithm", "smc", "state_space", "site", "distribution", "weight", "transition", "guidance", "likelihood",
-    "linear_solve", "sampler", "schedule", "denoiser", "priors", "prior",
+    "algorithm", "smc", "state_space", "site", "distribution", "density", "weight", "transition", "guidance",
+    "likelihood", "linear_solve", "sampler", "schedule", "denoiser", "priors", "prior",
     "spherical_noise", "noise", "gridded_data", "units", "layout", "compilation", "footprint",
 ]  # fmt: skip
 

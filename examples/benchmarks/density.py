@@ -1,0 +1,200 @@
+"""How exact is `log_prob` by the probability-flow ODE, and what does it cost?
+
+Targets whose density is known, in the coordinates that the diffusion sees (unit variance on average), at 200 draws of
+each; the noise levels go from 0.02 to 80, in single precision:
+
+- Gaussian: four components, variances 0.31 to 2.0.
+- Gaussian, wide: eight components, variances 0.021 to 4.3.
+- Gaussian, correlated noise: the first, with a C that is not the identity.
+- two modes: four components, two Gaussians of standard deviation 0.22 whose means are 1.8 apart.
+
+    python examples/benchmarks/density.py --out density.json
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro.distributions as dist
+import typer
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+import numpyro_diffusion_da as ndda
+
+RANGE = (2e-2, 80.0)
+
+
+class TwoModes(ndda.DiffusionPrior):
+    """Equal parts of N(x + centre, v I) and N(x - centre, v I), for a previous state x.
+
+    Args:
+        centre: shape (d,).
+        variance: v.
+    """
+
+    centre: jax.Array
+    variance: float = eqx.field(static=True)
+    noise: ndda.Noise
+    noise_range: tuple[float, float] = eqx.field(static=True)
+    layout: ndda.Layout = eqx.field(static=True)
+    conditioning_passes: int = eqx.field(static=True)
+
+    def __init__(self, centre: np.ndarray, variance: float) -> None:
+        self.centre, self.variance = jnp.asarray(centre, jnp.float32), variance
+        self.noise, self.noise_range, self.conditioning_passes = ndda.WhiteNoise(), RANGE, 0
+        self.layout = ndda.Layout((len(centre),), ("component",))
+
+    def condition(self, state: jax.Array, inputs: Any = None) -> jax.Array:
+        """The previous state."""
+        return state
+
+    def denoise(self, z_s: jax.Array, noise_level: jax.Array, conditioning: jax.Array) -> jax.Array:
+        """The mean under each mode, weighted by the mode's posterior probability."""
+        total = self.variance + noise_level**2
+        mode = self.centre * jnp.tanh(jnp.vdot(self.centre, z_s) / total)
+        return mode + (self.variance / total) * (z_s - mode)
+
+    def location(self, conditioning: jax.Array) -> jax.Array:
+        """The previous state."""
+        return conditioning
+
+    def scale(self, conditioning: jax.Array) -> jax.Array:
+        """One."""
+        return jnp.ones(())
+
+    def exact(self, state: jax.Array) -> dist.Distribution:
+        """The transition from one state."""
+        means = jnp.stack([state + self.centre, state - self.centre])
+        parts = dist.Normal(means, self.variance**0.5).to_event(1)
+        return dist.MixtureSameFamily(dist.Categorical(jnp.full(2, 0.5)), parts)
+
+
+class Target(NamedTuple):
+    """A prior with the exact distribution of its transition from zero."""
+
+    name: str
+    prior: ndda.DiffusionPrior
+    exact: dist.Distribution
+
+
+def gaussian(name: str, variances: np.ndarray, correlated: bool = False) -> Target:
+    """Given variances along random directions."""
+    d = len(variances)
+    rotation = np.linalg.qr(np.random.default_rng(0).normal(size=(d, d)))[0]
+    covariance = (rotation * variances / variances.mean()) @ rotation.T
+    apart = np.abs(np.arange(d)[:, None] - np.arange(d))
+    noise_covariance = np.exp(-apart / 2) if correlated else None
+    prior = ndda.GaussianPrior(0.5 * np.eye(d), covariance, np.ones(d), noise_covariance, RANGE)
+    return Target(name, prior, dist.MultivariateNormal(jnp.ones(d), jnp.asarray(covariance, jnp.float32)))
+
+
+def targets() -> list[Target]:
+    """The four targets."""
+    mild, wide = np.geomspace(0.3, 2.0, 4), np.geomspace(0.02, 4.0, 8)
+    modes = TwoModes(np.full(4, 0.45), 0.05)
+    return [
+        gaussian("Gaussian", mild),
+        gaussian("Gaussian, wide", wide),
+        gaussian("Gaussian, correlated noise", mild, correlated=True),
+        Target("two modes", modes, modes.exact(jnp.zeros(4))),
+    ]
+
+
+def log_prob(target: Target, density: ndda.ProbabilityFlow, x: jax.Array) -> tuple[np.ndarray, Any]:
+    """The log-densities of x given zero, in double precision, and the network passes of each."""
+    conditioning = target.prior.condition(jnp.zeros(x.shape[1:]))
+    values, passes = jax.jit(jax.vmap(lambda v: density(target.prior, conditioning, v)))(x)
+    return np.asarray(values, np.float64), jax.tree.map(lambda count: int(count[0]), passes)
+
+
+def level_rows(target: Target, levels: list[int], x: jax.Array) -> list[dict[str, Any]]:
+    """Error and cost against the number of levels, exact traces."""
+    truth, rows = np.asarray(target.exact.log_prob(x), np.float64), []
+    for n in levels:
+        values, passes = log_prob(target, ndda.ProbabilityFlow(n), x)
+        error = values - truth
+        rows.append(
+            {
+                "target": target.name,
+                "levels": n,
+                "forward": passes.forward,
+                "jvp": passes.jvp,
+                "RMS error": float(np.sqrt(np.mean(error**2))),
+                "largest error": float(np.abs(error).max()),
+            }
+        )
+    return rows
+
+
+def probe_rows(target: Target, probes: list[int], keys: int, x: jax.Array) -> list[dict[str, Any]]:
+    """Mean and spread over keys of the difference between Hutchinson's and exact traces, at one point."""
+    exact, _ = log_prob(target, ndda.ProbabilityFlow(), x[:1])
+    rows = []
+    for number in probes:
+
+        def difference(key: jax.Array, number: int = number) -> jax.Array:
+            density = ndda.ProbabilityFlow(trace=ndda.Hutchinson(key, number))
+            return density(target.prior, target.prior.condition(jnp.zeros(x.shape[1:])), x[0])[0]
+
+        values = np.asarray(jax.jit(jax.vmap(difference))(jax.random.split(jax.random.key(1), keys)), np.float64)
+        _, passes = log_prob(target, ndda.ProbabilityFlow(trace=ndda.Hutchinson(jax.random.key(0), number)), x[:1])
+        spread = float(values.std(ddof=1))
+        rows.append(
+            {
+                "target": target.name,
+                "probes": number,
+                "forward": passes.forward,
+                "jvp": passes.jvp,
+                "standard deviation": spread,
+                "bias": float(values.mean() - exact[0]),
+                "its standard error": spread / np.sqrt(keys),
+            }
+        )
+    return rows
+
+
+def show(console: Console, title: str, rows: list[dict[str, Any]]) -> None:
+    """One table on the terminal."""
+    table = Table(title=title)
+    for name in rows[0]:
+        table.add_column(name, justify="left" if isinstance(rows[0][name], str) else "right")
+    for row in rows:
+        table.add_row(*(f"{v:.2g}" if isinstance(v, float) else str(v) for v in row.values()))
+    console.print(table)
+
+
+def main(
+    out: Annotated[Path | None, typer.Option(help="Write the tables to this JSON file.")] = None,
+    levels: Annotated[list[int] | None, typer.Option(help="Numbers of noise levels.")] = None,
+    points: Annotated[int, typer.Option(min=1, help="Draws at which the density is compared.")] = 200,
+    probes: Annotated[list[int] | None, typer.Option(help="Numbers of probes in the second table.")] = None,
+    keys: Annotated[int, typer.Option(min=2, help="Keys of the second table.")] = 400,
+) -> None:
+    """Error of the log-density against the number of levels; spread of Hutchinson's against that of probes."""
+    console = Console()
+    levels = levels or [8, 12, 16, 24, 32, 64]
+    probes = probes or [1, 8, 32]
+    all_targets = targets()
+    by_levels: list[dict[str, Any]] = []
+    for target in track(all_targets, "densities", console=console, transient=True):
+        by_levels += level_rows(target, levels, target.exact.sample(jax.random.key(0), (points,)))
+    wide = all_targets[1]
+    by_probes = probe_rows(wide, probes, keys, wide.exact.sample(jax.random.key(0), (1,)))
+    show(console, f"Exact traces, {points} draws of each target", by_levels)
+    show(console, f"Hutchinson's, {keys} keys, {ndda.ProbabilityFlow().num_levels} levels", by_probes)
+    if out is not None:
+        settings = {"points": points, "keys": keys, "noise range": RANGE, "version": ndda.__version__}
+        out.write_text(json.dumps({"settings": settings, "levels": by_levels, "probes": by_probes}, indent=1) + "\n")
+        console.print(f"wrote {out}")
+
+
+if __name__ == "__main__":
+    typer.run(main)
