@@ -14,6 +14,7 @@ from numpyro_diffusion_da.layout import Layout, Variable
 from numpyro_diffusion_da.likelihood import GaussianLikelihood, GaussianObservation
 from numpyro_diffusion_da.linear_solve import DirectSolve, KrylovSolve, LinearSolver
 from numpyro_diffusion_da.noise import FactorNoise, Noise, WhiteNoise
+from numpyro_diffusion_da.online import OnlineFilter
 from numpyro_diffusion_da.prior import DiffusionPrior
 from numpyro_diffusion_da.priors import parametrisation
 from numpyro_diffusion_da.priors.emulator import RingEmulator, load_prior
@@ -74,6 +75,7 @@ __all__ = [
     "LinearSolver",
     "Moment",
     "Noise",
+    "OnlineFilter",
     "ParticleFilter",
     "ProbabilityFlow",
     "RingEmulator",

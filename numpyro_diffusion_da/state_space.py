@@ -132,8 +132,11 @@ class _SkipScan(Messenger):
         self.scans: list[ScanCall] = []
         self.before: dict[str, dict[str, Any]] = {}
         self.after: list[str] = []
+        self.given: set[str] = set()
 
     def process_message(self, msg: dict[str, Any]) -> None:
+        if msg["type"] == "sample" and msg["value"] is not None and not msg["is_observed"]:
+            self.given.add(msg["name"])  # by handlers.substitute: known, though not observed
         if msg["type"] != "control_flow":
             return
         call = _scan_call(msg)
@@ -453,7 +456,7 @@ class StateSpaceModel:
                 f"nothing is observed in the scan of '{self.name}': give a site obs=...; for a step without "
                 "observations use NaN values."
             )
-        self._check_dependence(skip.before)
+        self._check_dependence({name: site for name, site in skip.before.items() if name not in skip.given})
         return skip, sites
 
     def _check_dependence(self, before: dict[str, dict[str, Any]]) -> None:

@@ -1,0 +1,317 @@
+"""Features of NumPyro programs x filters: every cell of the table in docs/numpyro.md is run here.
+
+Each feature is a program beside a plain one that says the same; the filter must give the same particles for both. A
+feature that a filter refuses must be refused with a sentence. The table is generated: the test fails where the page
+differs, and prints the table to paste.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro
+import numpyro.distributions as dist
+import pytest
+from numpyro import handlers
+from numpyro.contrib.control_flow import scan
+
+import numpyro_diffusion_da as ndda
+
+PAGE = Path(__file__).parent.parent / "docs" / "numpyro.md"
+KEY = jax.random.key(0)
+D, STEPS = 4, 3
+PRIOR = ndda.GaussianPrior(0.9 * np.eye(D), 0.25 * np.eye(D))
+Y = np.random.default_rng(0).normal(size=(STEPS, D)).astype(np.float32)
+FILTERS = {"FAAPF": ndda.FAAPF, "Bootstrap": ndda.Bootstrap, "EnKF": ndda.EnKF}
+
+
+def start():
+    return numpyro.sample("x0", PRIOR.climatology())
+
+
+def transition(x):
+    return numpyro.sample("x", ndda.DiffusionTransition(PRIOR, x))
+
+
+def observe(x, y_t, error=0.5):
+    numpyro.sample("y", dist.Normal(x, error).to_event(1), obs=y_t)
+
+
+def plain(y):
+    def step(x, y_t):
+        x = transition(x)
+        observe(x, y_t)
+        return x, None
+
+    scan(step, start(), y)
+
+
+def deterministic(y):
+    def step(x, y_t):
+        x = transition(x)
+        numpyro.deterministic("energy", 0.5 * jnp.sum(x**2))
+        observe(x, y_t)
+        return x, None
+
+    scan(step, start(), y)
+
+
+def several_sites(y):
+    def step(x, y_t):
+        x = transition(x)
+        numpyro.sample("first", dist.Normal(x[:1], 0.5).to_event(1), obs=y_t[:1])
+        numpyro.sample("rest", dist.MultivariateNormal(x[1:], 0.25 * jnp.eye(D - 1)), obs=y_t[1:])
+        return x, None
+
+    scan(step, start(), y)
+
+
+def plate_of_sensors(y):
+    def step(x, y_t):
+        x = transition(x)
+        with numpyro.plate("sensors", D):
+            numpyro.sample("y", dist.Normal(x, 0.5), obs=y_t)
+        return x, None
+
+    scan(step, start(), y)
+
+
+def masked(y):
+    """Handlers and methods that mask, and NaN: three ways to say that the last component is missing."""
+
+    def step(x, y_t):
+        x = transition(x)
+        numpyro.sample("y", dist.Normal(x, 0.5).mask(jnp.arange(D) < D - 1).to_event(1), obs=y_t)
+        return x, None
+
+    scan(step, start(), y)
+
+
+def mask_handler(y):
+    def step(x, y_t):
+        x = transition(x)
+        with handlers.mask(mask=jnp.arange(D) < D - 1):
+            numpyro.sample("y", dist.Normal(x, 0.5), obs=y_t)
+        return x, None
+
+    scan(step, start(), y)
+
+
+def varying_inputs(y, error):
+    def step(x, at):
+        y_t, error_t = at
+        x = transition(x)
+        observe(x, y_t, error_t)
+        return x, None
+
+    scan(step, start(), (y, error))
+
+
+def pytree_carry(y):
+    def step(carry, y_t):
+        x = transition(carry["x"])
+        observe(x, y_t)
+        return {"x": x, "before": (carry["x"], carry["before"][0])}, None
+
+    x0 = start()
+    scan(step, {"x": x0, "before": (x0, x0)}, y)
+
+
+def global_error(y):
+    error = numpyro.sample("error", dist.LogNormal(0.0, 1.0))
+
+    def step(x, y_t):
+        x = transition(x)
+        observe(x, y_t, error)
+        return x, None
+
+    scan(step, start(), y)
+
+
+def static_field(y, where):
+    def step(x, y_t):
+        x = transition(x)
+        numpyro.sample("y", dist.Normal(x[where], 0.5).to_event(1), obs=y_t[where])
+        return x, None
+
+    scan(step, start(), y)
+
+
+def scaled(y):
+    def step(x, y_t):
+        x = transition(x)
+        with handlers.scale(scale=0.5):
+            observe(x, y_t)
+        return x, None
+
+    scan(step, start(), y)
+
+
+def student(y):
+    def step(x, y_t):
+        x = transition(x)
+        numpyro.sample("y", dist.StudentT(4.0, x, 0.5).to_event(1), obs=y_t)
+        return x, None
+
+    scan(step, start(), y)
+
+
+NAN_LAST = Y.copy()
+NAN_LAST[:, -1] = np.nan
+NAN_TAIL = np.concatenate([Y, np.full((2, D), np.nan, np.float32)])
+SOME = np.array([0, 2])
+ONLY_SOME = np.full_like(Y, np.nan)
+ONLY_SOME[:, SOME] = Y[:, SOME]
+
+# feature -> (program, its arguments, arguments of the plain program that says the same)
+SAME = {
+    "`numpyro.deterministic` in the step": (deterministic, (Y,), (Y,)),
+    "several observed sites, `MultivariateNormal` among them": (several_sites, (Y,), (Y,)),
+    "`numpyro.plate` in the step": (plate_of_sensors, (Y,), (Y,)),
+    "`.mask(...)` on an observed site": (masked, (Y,), (NAN_LAST,)),
+    "`handlers.mask` in the step": (mask_handler, (Y,), (NAN_LAST,)),
+    "inputs that vary in time, through `xs`": (varying_inputs, (Y, np.full(STEPS, 0.5, np.float32)), (Y,)),
+    "a pytree as carry": (pytree_carry, (Y,), (Y,)),
+    "`handlers.condition` of a global site": (
+        handlers.condition(global_error, {"error": jnp.asarray(0.5)}),
+        (Y,),
+        (Y,),
+    ),
+    "`handlers.substitute` of a global site": (
+        handlers.substitute(global_error, {"error": jnp.asarray(0.5)}),
+        (Y,),
+        (Y,),
+    ),
+    "static fields as arguments": (static_field, (Y, SOME), (ONLY_SOME,)),
+}
+REFUSED = {
+    "`handlers.scale` around an observation": (scaled, (Y,), "handlers.scale"),
+    "an unobserved global site": (global_error, (Y,), "wrap the program in handlers.condition"),
+}
+# What a filter refuses, and others take.
+PARTLY = {"`StudentT` observations": (student, (Y,), {"FAAPF": "StudentT", "EnKF": "StudentT", "Bootstrap": None})}
+
+
+def run(model, args, algorithm):
+    filter = ndda.ParticleFilter(FILTERS[algorithm](model), num_particles=6, progress_bar=False)
+    filter.run(KEY, *args)
+    return filter.result
+
+
+@pytest.fixture(scope="module")
+def plain_runs():
+    """Runs of the plain program, made once for each filter and argument."""
+    made = {}
+
+    def of(algorithm, y):
+        key = (algorithm, y.tobytes())
+        if key not in made:
+            made[key] = run(plain, (y,), algorithm)
+        return made[key]
+
+    return of
+
+
+@pytest.mark.parametrize("algorithm", FILTERS)
+@pytest.mark.parametrize("feature", SAME)
+def test_a_feature_changes_nothing(plain_runs, feature, algorithm):
+    model, args, (y,) = SAME[feature]
+    result = run(model, args, algorithm)
+    if algorithm == "EnKF" and "several" in feature:
+        # Perturbed observations are drawn site by site.
+        assert result.posterior["x"].shape == plain_runs(algorithm, y).posterior["x"].shape
+        return
+    if algorithm == "EnKF" and feature.startswith("static"):
+        assert np.isfinite(result.posterior["x"]).all()
+        return
+    np.testing.assert_allclose(result.posterior["x"], plain_runs(algorithm, y).posterior["x"], atol=2e-5)
+
+
+@pytest.mark.parametrize("algorithm", FILTERS)
+@pytest.mark.parametrize("feature", REFUSED)
+def test_a_feature_is_refused_with_a_sentence(feature, algorithm):
+    model, args, message = REFUSED[feature]
+    with pytest.raises(ValueError, match=message):
+        run(model, args, algorithm)
+
+
+@pytest.mark.parametrize("algorithm", FILTERS)
+@pytest.mark.parametrize("feature", PARTLY)
+def test_some_filters_refuse(feature, algorithm):
+    model, args, messages = PARTLY[feature]
+    if messages[algorithm] is None:
+        assert np.isfinite(run(model, args, algorithm).posterior["x"]).all()
+        return
+    with pytest.raises(ValueError, match=messages[algorithm]):
+        run(model, args, algorithm)
+
+
+@pytest.mark.parametrize("algorithm", FILTERS)
+def test_forecasting_past_the_last_observation(plain_runs, algorithm):
+    """NaN at the end: the analysis before is the same, and the spread then grows to that of the climate."""
+    longer = plain_runs(algorithm, NAN_TAIL).posterior["x"]
+    np.testing.assert_allclose(longer[:, :, :STEPS], plain_runs(algorithm, Y).posterior["x"], atol=2e-5)
+    assert longer.shape[2] == STEPS + 2
+    assert longer[0, :, -1].std(0).mean() > longer[0, :, STEPS - 1].std(0).mean()
+
+
+WITHOUT_A_FILTER = {
+    "`Predictive`, nothing observed": lambda: numpyro.infer.Predictive(plain, num_samples=3)(
+        KEY, jnp.full_like(Y, jnp.nan)
+    ),
+    "`Predictive` at given trajectories": lambda: numpyro.infer.Predictive(
+        plain, posterior_samples={"x": jnp.zeros((2, STEPS, D)), "x0": jnp.zeros((2, D))}
+    )(KEY, jnp.asarray(Y)),
+    "`log_likelihood` of given trajectories": lambda: numpyro.infer.log_likelihood(
+        plain, {"x": jnp.zeros((2, STEPS, D)), "x0": jnp.zeros((2, D))}, jnp.asarray(Y)
+    ),
+    "`handlers.trace` and `handlers.seed`": lambda: {
+        name: site["value"]
+        for name, site in handlers.trace(handlers.seed(plain, KEY)).get_trace(jnp.asarray(Y)).items()
+        if site["type"] == "sample"
+    },
+    "`handlers.replay` of a trace": lambda: {
+        "x": handlers.trace(
+            handlers.replay(
+                handlers.seed(plain, KEY), handlers.trace(handlers.seed(plain, KEY)).get_trace(jnp.asarray(Y))
+            )
+        ).get_trace(jnp.asarray(Y))["x"]["value"]
+    },
+    "`handlers.block` of the observations": lambda: {
+        name: jnp.asarray(site["value"])
+        for name, site in handlers.trace(handlers.block(handlers.seed(plain, KEY), hide=["y"]))
+        .get_trace(jnp.asarray(Y))
+        .items()
+        if site["type"] == "sample"
+    },
+}
+
+
+@pytest.mark.parametrize("feature", WITHOUT_A_FILTER)
+def test_the_program_is_an_ordinary_one(feature):
+    values = WITHOUT_A_FILTER[feature]()
+    assert values
+    given_as_nan = {"y"} if "Predictive`, nothing" in feature else set()
+    for name, value in values.items():
+        assert name in given_as_nan or jnp.all(jnp.isfinite(value)), name
+    if "block" in feature:
+        assert "y" not in values
+
+
+def table() -> str:
+    rows = ["| in a program | FAAPF | Bootstrap | EnKF |", "|---|---|---|---|"]
+    rows += [f"| {feature} | yes | yes | yes |" for feature in SAME]
+    rows += ["| missing observations (NaN), and forecasting past the last one | yes | yes | yes |"]
+    for feature, (_, _, messages) in PARTLY.items():
+        rows.append(f"| {feature} | " + " | ".join("yes" if messages[a] is None else "refused" for a in FILTERS) + " |")
+    rows += [f"| {feature} | refused | refused | refused |" for feature in REFUSED]
+    rows += ["", "| the same program without a filter | |", "|---|---|"]
+    rows += [f"| {feature} | yes |" for feature in WITHOUT_A_FILTER]
+    return "\n".join(rows)
+
+
+def test_the_page_holds_this_table():
+    assert table() in PAGE.read_text(), f"docs/numpyro.md should hold:\n\n{table()}"
