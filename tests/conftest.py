@@ -71,3 +71,16 @@ class LinearGaussian:
 def small() -> LinearGaussian:
     """A four-dimensional model for tests of behaviour."""
     return LinearGaussian.make(0, 4)
+
+
+@pytest.fixture(autouse=True)
+def quick_compilation(request):
+    """Compile without optimisation where compiling is most of a test: a third less time for the suite.
+
+    Not where a test computes for long (`slow`), unless its module says that it only compiles a lot.
+    """
+    slow = request.node.get_closest_marker("slow") is not None
+    quick = not slow or getattr(request.module, "COMPILES_A_LOT", False)
+    jax.config.update("jax_disable_most_optimizations", quick)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)

@@ -33,6 +33,9 @@ from numpyro_diffusion_da.priors.parametrisation import (
 )
 from numpyro_diffusion_da.transition import DiffusionStep
 
+pytestmark = pytest.mark.slow  # many small compilations
+COMPILES_A_LOT = True
+
 D = 4
 TRANSITION = 0.9 * np.linalg.qr(np.random.default_rng(0).normal(size=(D, D)))[0]
 COVARIANCE = 0.3 * np.exp(-np.abs(np.arange(D)[:, None] - np.arange(D)) / 2)

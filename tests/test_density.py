@@ -17,6 +17,9 @@ from numpyro.infer.util import log_density
 
 import numpyro_diffusion_da as ndda
 
+pytestmark = pytest.mark.slow  # many small compilations
+COMPILES_A_LOT = True
+
 KEY = jax.random.key(0)
 FLOW = ndda.ProbabilityFlow()
 FEW = ndda.ProbabilityFlow(8)

@@ -20,6 +20,9 @@ from numpyro.contrib.control_flow import scan
 
 import numpyro_diffusion_da as ndda
 
+pytestmark = pytest.mark.slow  # many small compilations
+COMPILES_A_LOT = True
+
 PAGE = Path(__file__).parent.parent / "docs" / "numpyro.md"
 KEY = jax.random.key(0)
 D, STEPS = 4, 3
