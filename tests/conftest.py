@@ -17,6 +17,8 @@ from numpyro.contrib.control_flow import scan
 import numpyro_diffusion_da as ndda
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+# Most tests compile longer than they compute: a third less time for the suite.
+jax.config.update("jax_disable_most_optimizations", True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,13 +76,9 @@ def small() -> LinearGaussian:
 
 
 @pytest.fixture(autouse=True)
-def quick_compilation(request):
-    """Compile without optimisation where compiling is most of a test: a third less time for the suite.
-
-    Not where a test computes for long (`slow`), unless its module says that it only compiles a lot.
-    """
-    slow = request.node.get_closest_marker("slow") is not None
-    quick = not slow or getattr(request.module, "COMPILES_A_LOT", False)
-    jax.config.update("jax_disable_most_optimizations", quick)
+def optimised_where_it_pays(request):
+    """Optimise what `slow` tests compile, as they compute for long; unless their module says that it only compiles."""
+    computes = request.node.get_closest_marker("slow") is not None and not hasattr(request.module, "COMPILES_A_LOT")
+    jax.config.update("jax_disable_most_optimizations", not computes)
     yield
-    jax.config.update("jax_disable_most_optimizations", False)
+    jax.config.update("jax_disable_most_optimizations", True)

@@ -33,7 +33,7 @@ from numpyro_diffusion_da.priors.parametrisation import (
 )
 from numpyro_diffusion_da.transition import DiffusionStep
 
-pytestmark = pytest.mark.slow  # many small compilations
+pytestmark = pytest.mark.slow
 COMPILES_A_LOT = True
 
 D = 4

@@ -17,7 +17,7 @@ from numpyro.infer.util import log_density
 
 import numpyro_diffusion_da as ndda
 
-pytestmark = pytest.mark.slow  # many small compilations
+pytestmark = pytest.mark.slow
 COMPILES_A_LOT = True
 
 KEY = jax.random.key(0)

@@ -20,7 +20,7 @@ from numpyro.contrib.control_flow import scan
 
 import numpyro_diffusion_da as ndda
 
-pytestmark = pytest.mark.slow  # many small compilations
+pytestmark = pytest.mark.slow
 COMPILES_A_LOT = True
 
 PAGE = Path(__file__).parent.parent / "docs" / "numpyro.md"
