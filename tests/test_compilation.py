@@ -7,10 +7,7 @@ import importlib.util
 import jax
 import jax.numpy as jnp
 import numpy as np
-import numpyro
-import numpyro.distributions as dist
 import pytest
-from numpyro.contrib.control_flow import scan
 
 import numpyro_diffusion_da as ndda
 from numpyro_diffusion_da import filtering
@@ -65,23 +62,11 @@ def test_backward_bytes_counts_what_is_kept_and_not_what_is_there():
 
 
 def test_particles_move_in_batches_that_fit(small, monkeypatch):
-    prior = ndda.GaussianPrior(small.transition, small.covariance)
-
-    def model(y):
-        x0 = numpyro.sample("x0", prior.climatology())
-
-        def step(x, y_t):
-            x = numpyro.sample("x", ndda.DiffusionTransition(prior, x))
-            numpyro.sample("y", dist.Normal(x[::2], small.error).to_event(1), obs=y_t)
-            return x, None
-
-        scan(step, x0, y)
-
     y = small.simulate(1, 2)[1].astype(np.float32)
     results = []
     for memory in (2**34, 4000, 1):
         monkeypatch.setattr(filtering, "device_memory", lambda memory=memory: memory)
-        filter = ndda.ParticleFilter(ndda.FAAPF(model), num_particles=20, progress_bar=False)
+        filter = ndda.ParticleFilter(ndda.FAAPF(small.diffusion_program()), num_particles=20, progress_bar=False)
         filter.run(jax.random.key(0), y)
         results.append(filter.result)
     sizes = [result.attributes["batch_size"] for result in results]
