@@ -4,7 +4,7 @@ Write a state-space model as an ordinary NumPyro program, put a pretrained diffu
 filter observations with a fully adapted auxiliary particle filter, and read the result with ArviZ and xarray.
 """
 
-from numpyro_diffusion_da import smc, smoothing
+from numpyro_diffusion_da import convert, smc, smoothing
 from numpyro_diffusion_da.algorithm import FAAPF, Algorithm, Bootstrap, EnKF
 from numpyro_diffusion_da.density import ExactTrace, Hutchinson, ProbabilityFlow
 from numpyro_diffusion_da.distribution import ConditionedTransition, DiffusionTransition
@@ -87,6 +87,7 @@ __all__ = [
     "Variable",
     "Weight",
     "WhiteNoise",
+    "convert",
     "load_prior",
     "parametrisation",
     "smc",

@@ -36,6 +36,7 @@ GROUPS = {
 
 SMOOTHED = {
     "genealogy": "Trajectories, equally weighted: each draw is a path of states given all observations.",
+    "backward simulation": "Trajectories, equally weighted: each draw is a path of states given all observations.",
     "fixed lag": "Particles, equally weighted: draws of the state at each time given observations up to smoothing_lag "
     "steps later.",
 }
@@ -64,6 +65,16 @@ STATS = {
         "number of different particles of the filter among the smoothed draws",
         "between 1 and the number of particles; where it is small, the smoothed draws are copies of few",
     ),
+    "backward_ess": (
+        "effective sample size of the weights that links back were drawn by",
+        "between 1 and the number of particles; near 1, particles could hardly have come from another",
+    ),
+    "backward_passes_forward": (
+        "forward passes of the densities",
+        "of one draw, to link it to the particles of a time",
+    ),
+    "backward_passes_jvp": ("Jacobian-vector products of the densities", "of one draw, to link it to those of a time"),
+    "backward_passes_vjp": ("vector-Jacobian products of the densities", "of one draw, to link it to those of a time"),
     "log_weight_std": (
         "standard deviation of the finite log-weights",
         "weights collapse near sqrt(2 log N) for N particles",

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, PRNGKeyArray, PyTree
 
-from numpyro_diffusion_da import smoothing
+from numpyro_diffusion_da import backward, smoothing
 from numpyro_diffusion_da.algorithm import Algorithm
 from numpyro_diffusion_da.compilation import Compiled
 from numpyro_diffusion_da.footprint import device_memory
@@ -87,6 +87,8 @@ class ParticleFilter:
         self.keep = None if keep is None else tuple(keep)
         self.directory = directory
         self._result: FilterResult | None = None
+        self._given: Any = None
+        self._inputs: PyTree = None
         self._compiled: dict[Any, Any] = {}
 
     def run(self, rng_key: PRNGKeyArray, *args: Any, **kwargs: Any) -> None:
@@ -107,7 +109,7 @@ class ParticleFilter:
         """
         program = StateSpaceModel(self.algorithm.model, args, kwargs)
         program.check(self.algorithm.needs_gaussian)
-        start, step = self._functions(program)
+        start, step, _ = self._functions(program)
         given = (args, kwargs)
         attributes = self._attributes(program, rng_key)
         store = self._store(attributes)
@@ -138,9 +140,10 @@ class ParticleFilter:
                     advance(output["stats"])
                 chains.append(jax.tree.map(lambda *v: np.stack(v), *steps))
         self._result = self._collect(program, attributes, chains)
+        self._given, self._inputs = given, xs
 
-    def _functions(self, program: StateSpaceModel) -> tuple[Any, Any]:
-        """The jitted start and step. Kept, so that a second run with arguments of the same shapes compiles nothing."""
+    def _functions(self, program: StateSpaceModel) -> tuple[Any, Any, Any]:
+        """The jitted start, step and step back. Kept: a second run with the same shapes compiles nothing."""
         if not self._compiled:
 
             def start(rng_key: PRNGKeyArray, given: Any) -> tuple[State, PyTree]:
@@ -174,8 +177,11 @@ class ParticleFilter:
                     "nonfinite_particles": info.nonfinite_particles,
                 }
 
-            self._compiled = {"start": Compiled(start), "step": Compiled(step)}
-        return self._compiled["start"], self._compiled["step"]
+            def back(given: Any, *of_step: Any) -> backward.Selection:
+                return backward.select(program.at(*given), *of_step)
+
+            self._compiled = {"start": Compiled(start), "step": Compiled(step), "back": Compiled(back)}
+        return self._compiled["start"], self._compiled["step"], self._compiled["back"]
 
     def _batch_size(self, program: StateSpaceModel) -> int:
         if self.batch_size is not None:
@@ -295,6 +301,47 @@ class ParticleFilter:
             ValueError: a negative lag, or an ensemble Kalman filter, which has no genealogy.
         """
         return smoothing.trajectories(self.result) if lag is None else smoothing.fixed_lag(self.result, lag)
+
+    def backward_simulation(
+        self, rng_key: PRNGKeyArray, num_draws: int = 100, *, batch_size: int | None = None
+    ) -> FilterResult:
+        """Whole trajectories given all observations, for a transition with a density (see `backward`).
+
+        Each draw is a path of particles, ``posterior[site][chain, i]``, whose links are drawn by the transition's
+        density and not taken from the genealogy: lines part again after they have met, so that fewer draws are copies.
+        Any filter's particles can be linked, an ensemble Kalman filter's too. What the program derives (deterministic
+        sites, log-likelihoods, predictive draws) is computed along the paths; forecasts are those of the particles.
+        `convert.to_datatree` and `convert.to_arviz` name the result as any other.
+
+        In `sample_stats`, `filter_draw` says which particle each draw is and `distinct_lines` counts them;
+        `backward_ess` is the effective sample size of the weights that a link was chosen by, and
+        `backward_passes_forward`, ... are the network passes of a draw's densities at each step.
+
+        Args:
+            rng_key: from `jax.random.key`; not the one of the run.
+            num_draws: trajectories of each chain. Their cost is num_particles densities each and step.
+            batch_size: densities computed at a time; 0 for all at once, None for as many as half of the device's memory
+                takes. The result does not depend on it.
+
+        Raises:
+            RuntimeError: nothing has been run.
+            ValueError: a transition without a density (a `DiffusionTransition` needs ``density=``), a carry that
+                depends on more than the latent site, or a latent site that was not kept.
+            FloatingPointError: no particle of a step can have led to the next (naming the step).
+        """
+        result = self.result
+        args, kwargs = self._given
+        program = StateSpaceModel(self.algorithm.model, args, kwargs)
+        backward.check(program, result, num_draws)
+        if batch_size is None:
+            batch_size = backward.batch_that_fits(program, result.posterior[program.latent_name][0, 0, 0].size)
+            batch_size = 0 if batch_size >= self.num_particles * num_draws else batch_size
+        _, _, back = self._functions(program)
+
+        def step(*of_step: Any) -> backward.Selection:
+            return back(self._given, *of_step, batch_size)
+
+        return backward.simulate(rng_key, result, lambda t: _at_time(self._inputs, t), step, num_draws, self._kept)
 
     def to_datatree(
         self,

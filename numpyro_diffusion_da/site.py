@@ -9,6 +9,7 @@ import jax.scipy.linalg as jsl
 import numpyro.distributions as dist
 from jaxtyping import Array, Bool, Float, Int
 
+from numpyro_diffusion_da.denoiser import NetworkPasses
 from numpyro_diffusion_da.distribution import ConditionedTransition, DiffusionTransition
 from numpyro_diffusion_da.likelihood import GaussianObservation, whiten
 from numpyro_diffusion_da.sampler import Sampler
@@ -54,6 +55,35 @@ def gaussian_parts(fn: dist.Distribution) -> list[tuple[Float[Array, " m"], Floa
         factors = jnp.broadcast_to(base.scale_tril, (*shape, k)).reshape(-1, k, k)
         return [(means[i], factors[i]) for i in range(len(means))]
     return None
+
+
+def check_density(name: str, fn: dist.Distribution) -> None:
+    """Refuse a transition whose density is not there.
+
+    Raises:
+        ValueError: a `DiffusionTransition` without `density`, or a masked site; the sentence says what to give.
+    """
+    base, mask = unmasked(fn)
+    if mask is not True:
+        raise ValueError(f"site '{name}' is masked, which takes its density away; leave the mask out.")
+    if isinstance(base, DiffusionTransition) and base.density is None:
+        raise ValueError(
+            f"the transition of site '{name}' has no density; give it one, "
+            "DiffusionTransition(..., density=ndda.ProbabilityFlow())."
+        )
+
+
+def log_density(name: str, fn: dist.Distribution, x: Array) -> tuple[Float[Array, ""], NetworkPasses]:
+    """log p(x' | c) of a transition with a density, and the network passes made.
+
+    Raises:
+        ValueError: see `check_density`, and `one_step` for batches.
+    """
+    check_density(name, fn)
+    if isinstance(fn, DiffusionTransition) and fn.density is not None:
+        step = fn.only_step()
+        return fn.density(step.prior, step.conditioning, x)
+    return jnp.sum(fn.log_prob(x)), NetworkPasses.of()
 
 
 def unmasked(fn: dist.Distribution) -> tuple[dist.Distribution, Bool[Array, ...] | bool]:

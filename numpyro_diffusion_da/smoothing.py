@@ -46,7 +46,7 @@ def trajectories(result: FilterResult) -> FilterResult:
     Raises:
         ValueError: a result without a genealogy (an ensemble Kalman filter's, or one already smoothed).
     """
-    return _along(result, _lines(result, None), {"smoothing": "genealogy"})
+    return along(result, _lines(result, None), {"smoothing": "genealogy"})
 
 
 def fixed_lag(result: FilterResult, lag: int) -> FilterResult:
@@ -67,7 +67,7 @@ def fixed_lag(result: FilterResult, lag: int) -> FilterResult:
         ValueError: a negative lag, or a result without a genealogy (an ensemble Kalman filter's, or one already
             smoothed).
     """
-    return _along(result, _lines(result, lag), {"smoothing": "fixed lag", "smoothing_lag": operator.index(lag)})
+    return along(result, _lines(result, lag), {"smoothing": "fixed lag", "smoothing_lag": operator.index(lag)})
 
 
 def distinct_ancestors_at(result: FilterResult, lag: int | None = None) -> np.ndarray:
@@ -92,7 +92,7 @@ def _lines(result: FilterResult, lag: int | None) -> np.ndarray:
     if algorithm in WITHOUT_ANCESTORS:
         raise ValueError(
             f"{algorithm} selects no particles, so its ancestors know nothing of later observations; "
-            "smooth a result of FAAPF or Bootstrap."
+            "smooth a result of FAAPF or Bootstrap, or use ParticleFilter.backward_simulation."
         )
     if "ancestors" not in result.sample_stats:
         done = "is already smoothed" if "smoothing" in result.attributes else "has no ancestors"
@@ -119,8 +119,8 @@ def _distinct(lines: np.ndarray) -> np.ndarray:
     return 1 + np.count_nonzero(np.diff(np.sort(lines, axis=1), axis=1), axis=1)
 
 
-def _along(result: FilterResult, lines: np.ndarray, attributes: dict[str, str | int]) -> FilterResult:
-    """The result with the particles on the lines in place of its own."""
+def along(result: FilterResult, lines: np.ndarray, attributes: dict[str, str | int]) -> FilterResult:
+    """The result with the particles on the lines, shape (chain, draw, time), in place of its own. Arrays are copied."""
     chains, _, steps = lines.shape
     at = (np.arange(chains)[:, None, None], lines, np.arange(steps))
 

@@ -417,6 +417,37 @@ class StateSpaceModel:
         errors = {f"error of {name}": observation_error(fn) for name, (fn, _) in sites.observed.items()}
         return {**means, **errors, **{name: jnp.asarray(value) for name, value in sites.deterministic.items()}}
 
+    def look(self, at: Callable[[BodySites], Any]) -> Any:
+        """What `at` gives of the body's sites at the first time, nothing computed: for types and shapes.
+
+        Raises:
+            ValueError: raised by `at`.
+        """
+
+        def sites() -> Any:
+            call = self.call(jax.random.key(0))
+            return at(self.sites(call.init, call.first_inputs()))
+
+        return _abstractly(sites)
+
+    def remembers(self, part: Callable[[BodySites], PyTree]) -> bool:
+        """Whether a part of the body's sites depends on the carry that came in, once the latent site has a value.
+
+        Read off a jaxpr: functions of the carry and the latent site that are compiled as one count as a dependence.
+        """
+        inputs = jax.eval_shape(lambda: self.call(jax.random.key(0)).first_inputs())
+        x = self.look(lambda sites: jnp.zeros(sites.latent[self.latent_name].shape()))
+        leaves, structure = jax.tree.flatten(jax.eval_shape(self.initial, jax.random.key(0)))
+
+        def parts(leaf: Array, i: int, others: list[Array], x: Array, inputs: TimeInputs) -> list[Array]:
+            carry = jax.tree.unflatten(structure, [*others[:i], leaf, *others[i + 1 :]])
+            return [jnp.asarray(value) for value in jax.tree.leaves(part(self.sites(carry, inputs, x)))]
+
+        return any(
+            any(_depends_on_first(jax.make_jaxpr(parts, static_argnums=1)(leaf, i, leaves, x, inputs).jaxpr))
+            for i, leaf in enumerate(leaves)
+        )
+
     # --- structure ----------------------------------------------------------------------------------------------
 
     def _probe(self) -> tuple[_SkipScan, BodySites]:

@@ -91,10 +91,11 @@ def test_smoothing_runs(tmp_path):
     done = run_program("smoothing.py", *tiny, "--out", str(out))
     assert done.returncode == 0, done.stderr
     rows = json.loads(out.read_text())["rows"]
-    assert [row["lag"] for row in rows] == [0, 3, None]
+    assert [row["lag"] for row in rows] == ["0: the filter", "3", "genealogy", "backward simulation"]
     assert rows[0]["distinct lines"] == 64
     assert rows[0]["mean error"] > rows[1]["mean error"]
     assert rows[1]["distinct lines at the first step"] > rows[2]["distinct lines at the first step"]
+    assert rows[3]["distinct lines at the first step"] > rows[2]["distinct lines at the first step"]
     assert "genealogy" in done.stdout
 
 

@@ -22,7 +22,7 @@ ALLOWED = {
 
 # From the top down: a module imports only from later entries.
 ORDER = [
-    "__init__", "cli", "plots", "twin", "verification", "filtering", "online", "smoothing",
+    "__init__", "cli", "plots", "twin", "verification", "filtering", "online", "backward", "smoothing",
     "convert", "summary", "result", "progress", "storage",
     "algorithm", "smc", "state_space", "site", "distribution", "density", "weight", "transition", "guidance",
     "likelihood", "linear_solve", "sampler", "schedule", "denoiser", "priors", "prior",

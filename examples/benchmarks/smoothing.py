@@ -1,8 +1,9 @@
-"""Smoothing from a particle filter's genealogy against the Rauch-Tung-Striebel smoother.
+"""Smoothing from a particle filter's genealogy, and by backward simulation, against the Rauch-Tung-Striebel smoother.
 
 x' = A x + N(0, Q), A = 0.95 x a random rotation, Q_ij = 0.25 exp(-|i - j| / 3); every second component is observed with
-error 0.5; FA-APF with exact weights and no inflation. For the filter's particles (lag 0), a few fixed lags, and the
-whole genealogy, means over seeds (a new rotation, truth and observations each) with their standard errors:
+error 0.5; FA-APF with exact weights and no inflation. For the filter's particles (lag 0), a few fixed lags, the whole
+genealogy, and trajectories simulated backwards (--draws of them, by default as many as particles), means over seeds (a
+new rotation, truth and observations each) with their standard errors:
 
 - mean error: RMS over steps and components of (particle mean - RTS mean) / RTS standard deviation;
 - variance ratio: particle variance / RTS variance, averaged the same way;
@@ -41,6 +42,7 @@ ERROR = 0.5
 LAGS = [0, 1, 2, 5, 10, 20]
 TWIN_LAGS = [0, 1, 2, 3, 5, 10]
 SPIN_UP, BEFORE_END = 20, 10
+BACKWARD = "backward simulation"
 NAMES = ("mean error", "variance ratio", "distinct lines", "distinct lines at the first step")
 TWIN_NAMES = ("RMSE", "spread/RMSE", "distinct lines")
 
@@ -103,9 +105,13 @@ def program(d: int) -> Callable[..., None]:
     return model
 
 
-def scores(filter_: ndda.ParticleFilter, lag: int | None, means: np.ndarray, spreads: np.ndarray) -> list[float]:
-    """Mean error, variance ratio, distinct lines (median over steps, first step) of one run."""
-    result = filter_.smoothed(lag)
+def label(lag: int | None) -> str:
+    """What a row is called."""
+    return {None: "genealogy", 0: "0: the filter"}.get(lag, str(lag))
+
+
+def scores(result: ndda.FilterResult, means: np.ndarray, spreads: np.ndarray) -> list[float]:
+    """Mean error, variance ratio, distinct lines (median over steps, first step) of one smoothed run."""
     x, variance = result.posterior["x"][0].astype(float), np.diagonal(spreads, axis1=1, axis2=2)
     lines = result.sample_stats["distinct_lines"][0]
     error = np.sqrt(np.mean((x.mean(0) - means) ** 2 / variance))
@@ -113,9 +119,9 @@ def scores(filter_: ndda.ParticleFilter, lag: int | None, means: np.ndarray, spr
 
 
 def linear_gaussian(
-    d: int, lags: list[int | None], seeds: int, steps: int, particles: int, console: Console
+    d: int, lags: list[int | None], seeds: int, steps: int, particles: int, draws: int, console: Console
 ) -> np.ndarray:
-    """Scores of every experiment, shape (seed, lag, name)."""
+    """Scores of every experiment, shape (seed, lag, name); the last "lag" is backward simulation, if any draws."""
     algorithm = ndda.FAAPF(program(d), weight=ndda.Moment(), target_ess=0.0)
     filter_ = ndda.ParticleFilter(algorithm, num_particles=particles, progress_bar=False)
     found = []
@@ -123,7 +129,10 @@ def linear_gaussian(
         a, initial, y = simulate(np.random.default_rng(seed), d, steps)
         filter_.run(jax.random.key(seed), *map(jnp.asarray, (y, a, np.linalg.cholesky(initial))))
         exact = rauch_tung_striebel(a, covariance(d), initial, y)
-        found.append([scores(filter_, lag, *exact) for lag in lags])
+        smoothed = [filter_.smoothed(lag) for lag in lags]
+        if draws:
+            smoothed.append(filter_.backward_simulation(jax.random.key(seeds + seed), draws))
+        found.append([scores(result, *exact) for result in smoothed])
     return np.array(found)
 
 
@@ -162,18 +171,18 @@ def lorenz96(lags: list[int | None], truths: int, cycles: int, particles: int, c
 
 
 def report(
-    console: Console, title: str, names: tuple[str, ...], lags: list[int | None], values: np.ndarray
+    console: Console, title: str, names: tuple[str, ...], labels: list[str], values: np.ndarray
 ) -> list[dict[str, Any]]:
-    """Print the table of means, and give it with standard errors, from values of shape (experiment, lag, name)."""
+    """Print the table of means, and give it with standard errors, from values of shape (experiment, label, name)."""
     # One experiment says nothing about its own error.
     errors = values.std(0, ddof=1) / np.sqrt(len(values)) if len(values) > 1 else None
     table = Table(title=title)
     for name in ("lag", *names):
         table.add_column(name, justify="right")
     rows = []
-    for i, lag in enumerate(lags):
-        row: dict[str, Any] = {"lag": lag}
-        cells = [{None: "genealogy", 0: "0: the filter"}.get(lag, str(lag))]
+    for i, name_of_row in enumerate(labels):
+        row: dict[str, Any] = {"lag": name_of_row}
+        cells = [name_of_row]
         for j, name in enumerate(names):
             mean = float(values[:, i, j].mean())
             row[name], row[f"{name} SE"] = mean, None if errors is None else float(errors[i, j])
@@ -192,23 +201,28 @@ def main(
     seeds: Annotated[int, typer.Option(help="Linear-Gaussian experiments.", min=1)] = 8,
     steps: Annotated[int, typer.Option(help="Steps of each of them.", min=2)] = 100,
     particles: Annotated[int, typer.Option(help="Particles N of each of them.", min=2)] = 512,
+    draws: Annotated[
+        int | None, typer.Option(help="Trajectories simulated backwards; 0 for none, by default N.", min=0)
+    ] = None,
     truths: Annotated[int, typer.Option(help="Truths of the Lorenz-96 twin experiment.", min=0)] = 0,
     cycles: Annotated[int, typer.Option(help="Its steps.", min=SPIN_UP + BEFORE_END + 1)] = 60,
     twin_particles: Annotated[int, typer.Option(help="Its particles.", min=2)] = 256,
 ) -> None:
     """Error, spread and distinct lines of smoothed particles."""
     console = Console()
-    settings = {"d": d, "seeds": seeds, "steps": steps, "particles": particles}
+    draws = particles if draws is None else draws
+    settings = {"d": d, "seeds": seeds, "steps": steps, "particles": particles, "draws": draws}
     lags: list[int | None] = [*(lag or LAGS), None]
-    values = linear_gaussian(d, lags, seeds, steps, particles, console)
+    values = linear_gaussian(d, lags, seeds, steps, particles, draws, console)
+    labels = [*map(label, lags), *([BACKWARD] if draws else [])]
     title = f"d = {d}, N = {particles}, {steps} steps, {seeds} seeds"
-    tables: dict[str, Any] = {"rows": report(console, title, NAMES, lags, values)}
+    tables: dict[str, Any] = {"rows": report(console, title, NAMES, labels, values)}
     if truths:
         settings |= {"truths": truths, "cycles": cycles, "twin_particles": twin_particles}
         lags = [*(lag or TWIN_LAGS), None]
         values = lorenz96(lags, truths, cycles, twin_particles, console)
         title = f"Lorenz-96, N = {twin_particles}, {cycles} cycles, {truths} truths"
-        tables["lorenz96"] = report(console, title, TWIN_NAMES, lags, values)
+        tables["lorenz96"] = report(console, title, TWIN_NAMES, [*map(label, lags)], values)
     if out is not None:
         out.write_text(json.dumps({"version": ndda.__version__, "settings": settings, **tables}, indent=2) + "\n")
         console.print(f"wrote {out}")
