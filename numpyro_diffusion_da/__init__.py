@@ -5,7 +5,7 @@ filter observations with a fully adapted auxiliary particle filter, and read the
 """
 
 from numpyro_diffusion_da import convert, smc, smoothing
-from numpyro_diffusion_da.algorithm import FAAPF, Algorithm, Bootstrap, EnKF
+from numpyro_diffusion_da.algorithm import FAAPF, Algorithm, Bootstrap, EnKF, GuidedPF
 from numpyro_diffusion_da.density import ExactTrace, Hutchinson, ProbabilityFlow
 from numpyro_diffusion_da.distribution import ConditionedTransition, DiffusionTransition
 from numpyro_diffusion_da.filtering import ParticleFilter
@@ -31,7 +31,9 @@ from numpyro_diffusion_da.sampler import (
     Heun,
     LangevinCorrector,
     Sampler,
+    SDEDPMSolverPP2M,
     Step,
+    StochasticStep,
 )
 from numpyro_diffusion_da.schedule import KarrasSchedule, Schedule
 from numpyro_diffusion_da.spherical_noise import SphericalNoise
@@ -66,6 +68,7 @@ __all__ = [
     "GaussianPrior",
     "GenCastPrior",
     "Guidance",
+    "GuidedPF",
     "Heun",
     "Hutchinson",
     "KarrasSchedule",
@@ -79,11 +82,13 @@ __all__ = [
     "ParticleFilter",
     "ProbabilityFlow",
     "RingEmulator",
+    "SDEDPMSolverPP2M",
     "Sampler",
     "Schedule",
     "SphericalNoise",
     "StateSpaceModel",
     "Step",
+    "StochasticStep",
     "Variable",
     "Weight",
     "WhiteNoise",

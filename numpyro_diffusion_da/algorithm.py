@@ -18,8 +18,10 @@ from jaxtyping import Array, PRNGKeyArray, PyTree
 
 from numpyro_diffusion_da.denoiser import NetworkPasses
 from numpyro_diffusion_da.guidance import MMPS, Guidance
-from numpyro_diffusion_da.sampler import Sampler
-from numpyro_diffusion_da.smc import bootstrap, enkf, fa_apf
+from numpyro_diffusion_da.linear_solve import DirectSolve
+from numpyro_diffusion_da.sampler import Sampler, SDEDPMSolverPP2M
+from numpyro_diffusion_da.schedule import KarrasSchedule
+from numpyro_diffusion_da.smc import bootstrap, enkf, fa_apf, guided_pf
 from numpyro_diffusion_da.smc.base import Info, Kernel, Resampling, check_target_ess
 from numpyro_diffusion_da.state_space import StateSpaceModel, TimeInputs
 from numpyro_diffusion_da.transition import DrawRecord, GaussianStep
@@ -186,6 +188,71 @@ class Bootstrap(Algorithm):
             "algorithm": "Bootstrap",
             "target_ess": self.target_ess,
             "sampler": _sampler_settings(self.sampler, program),
+            "resampling": _resampling_settings(self.resampling),
+        }
+
+
+PATH_SAMPLER = Sampler(SDEDPMSolverPP2M(), KarrasSchedule(24, rho=20.0))
+"""What `GuidedPF` draws with where the transition's own sampler has not noise at every step."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class GuidedPF(Algorithm):
+    """The guided particle filter (`smc.guided_pf`): guided draws, weighed after the move; unbiased evidence.
+
+    Each draw comes with a weight whose mean is p(y | c): for a diffusion by path weights (`path`), p being the law of
+    the sampler at its number of levels; for a transition in closed form exactly.
+
+    Args:
+        model: as `FAAPF`.
+        guidance: how the draw is guided. By default with exact solves, one network pass an observation at each noise
+            level; fewer, as in `MMPS(KrylovSolve(products=4))`, leave the evidence unbiased, and its spread larger.
+        sampler: reverse diffusion of the draw, with noise at every step. By default the transition's own where that has
+            it, else 24 levels of `SDEDPMSolverPP2M`.
+        target_ess: inflation, as in `FAAPF`; none by default, for it would bias the evidence.
+        resampling: from `blackjax.smc.resampling`; systematic by default.
+
+    Raises:
+        ValueError: target_ess outside [0, 1), or a sampler that is not stochastic at every step.
+    """
+
+    model: Callable[..., Any]
+    guidance: Guidance = dataclasses.field(default_factory=lambda: MMPS(DirectSolve()))
+    sampler: Sampler | None = None
+    target_ess: float = 0.0
+    resampling: Resampling | None = None
+
+    def __post_init__(self) -> None:
+        check_target_ess(self.target_ess)
+        if self.sampler is not None:
+            self.sampler.stochastic_step()
+
+    def _sampler(self, program: StateSpaceModel) -> Sampler:
+        transition = program.diffusion()
+        if self.sampler is None and transition is not None and transition.sampler.is_stochastic:
+            return transition.sampler
+        return PATH_SAMPLER if self.sampler is None else self.sampler
+
+    def kernel(self, program: StateSpaceModel, batch_size: int = 0) -> Kernel:
+        """The guided kernel of the program."""
+        sampler = self._sampler(program)
+
+        def propose(rng_key: PRNGKeyArray, carry: PyTree, inputs: TimeInputs) -> tuple[PyTree, Array, Proposal]:
+            draw_key, record_key = jax.random.split(rng_key)
+            step = program.transition(carry, inputs, sampler)
+            x, log_weight, draw = step.weighted_draw(draw_key, program.likelihood(carry, inputs), self.guidance)
+            sites = program.record(record_key, x, carry, inputs)
+            return program.advance(x, carry, inputs), log_weight, Proposal(draw, sites)
+
+        return guided_pf.build_kernel(propose, self.resampling, self.target_ess, batch_size)
+
+    def settings(self, program: StateSpaceModel) -> dict[str, str | float]:
+        """Plain values."""
+        return {
+            "algorithm": "GuidedPF",
+            "target_ess": self.target_ess,
+            "guidance": _in_full(self.guidance),
+            "sampler": _sampler_settings(self._sampler(program), program),
             "resampling": _resampling_settings(self.resampling),
         }
 

@@ -29,7 +29,7 @@ class ParticleFilter:
     """Runs a filter over a NumPyro program, as `numpyro.infer.MCMC` runs a sampler.
 
     Args:
-        algorithm: `FAAPF(model)`, `Bootstrap(model)` or `EnKF(model)`.
+        algorithm: `FAAPF(model)`, `GuidedPF(model)`, `Bootstrap(model)` or `EnKF(model)`.
         num_particles: particles N of each filter.
         num_chains: independent filters; they become the chains of the result.
         batch_size: particles moved at a time; 0 for all at once, None for as many as half of the device's memory takes.

@@ -12,6 +12,8 @@ Exact for a Gaussian p(z | c) and a linear h. The published method takes C = I a
 from __future__ import annotations
 
 import abc
+from collections.abc import Callable
+from typing import NamedTuple
 
 import equinox as eqx
 import jax
@@ -20,7 +22,7 @@ from jaxtyping import Array, Float
 
 from numpyro_diffusion_da.denoiser import Denoiser, Memory, NetworkPasses, PriorDenoiser
 from numpyro_diffusion_da.likelihood import GaussianLikelihood
-from numpyro_diffusion_da.linear_solve import KrylovSolve, LinearSolver
+from numpyro_diffusion_da.linear_solve import KrylovSolve, LinearSolver, Solution
 from numpyro_diffusion_da.noise import Noise
 
 
@@ -30,6 +32,40 @@ class Guidance(eqx.Module):
     @abc.abstractmethod
     def __call__(self, denoiser: PriorDenoiser, likelihood: GaussianLikelihood) -> Denoiser:
         """The denoiser of p(z | c, y)."""
+
+
+class Innovation(NamedTuple):
+    """What y adds at one noise level, along k directions u_i of whitened observation space (see `path`).
+
+    Attributes:
+        basis: u_i, orthonormal or zero, shape (k, m).
+        residual: <u_i, r>, shape (k,).
+        covariance: <u_i, (I + s^2 H S J C S H^T) u_j>, shape (k, k).
+        pulled: J^T S H^T u_i, leading axis k.
+        directly: S H^T u_i, leading axis k.
+    """
+
+    basis: Float[Array, "k m"]
+    residual: Float[Array, " k"]
+    covariance: Float[Array, "k k"]
+    pulled: Float[Array, "k ..."]
+    directly: Float[Array, "k ..."]
+
+
+class ObservingDenoiser(Denoiser):
+    """A posterior denoiser that can also say what it has seen.
+
+    Attributes:
+        base: the prior's denoiser.
+    """
+
+    base: eqx.AbstractVar[PriorDenoiser]
+
+    @abc.abstractmethod
+    def innovation(
+        self, z_s: Float[Array, ...], noise_level: Float[Array, ""], memory: Memory
+    ) -> tuple[Float[Array, ...], Innovation, Memory]:
+        """(the *unguided* D(z_s, s), what y adds to it, memory)."""
 
 
 class MMPS(Guidance):
@@ -51,7 +87,7 @@ class MMPS(Guidance):
         return MMPSDenoiser(denoiser, likelihood, self.solver, noise)
 
 
-class MMPSDenoiser(Denoiser):
+class MMPSDenoiser(ObservingDenoiser):
     """See `MMPS`; costs one forward and the solver's products (one vjp each) a call."""
 
     base: PriorDenoiser
@@ -71,6 +107,26 @@ class MMPSDenoiser(Denoiser):
         self, z_s: Float[Array, ...], noise_level: Float[Array, ""], memory: Memory
     ) -> tuple[Float[Array, ...], Memory]:
         """D_y(z_s, s)."""
+        denoised, solution, _, _, memory = self._solve(z_s, noise_level, memory)
+        return denoised + noise_level**2 * self.noise.covariance_product(solution.image), memory
+
+    def innovation(
+        self, z_s: Float[Array, ...], noise_level: Float[Array, ""], memory: Memory
+    ) -> tuple[Float[Array, ...], Innovation, Memory]:
+        """See `ObservingDenoiser`: along the directions that the solver has seen."""
+        denoised, solution, residual, pull, memory = self._solve(z_s, noise_level, memory)
+        if solution.directions is None:
+            raise TypeError(
+                f"{type(self.solver).__name__} does not say which directions it has seen, and path weights need them; "
+                "return Solution(..., directions=...), or use ndda.DirectSolve() or ndda.KrylovSolve()."
+            )
+        basis, columns, images = solution.directions
+        return denoised, Innovation(basis, basis @ residual, basis @ columns.T, images, jax.vmap(pull)(basis)), memory
+
+    def _solve(
+        self, z_s: Float[Array, ...], noise_level: Float[Array, ""], memory: Memory
+    ) -> tuple[Array, Solution, Array, Callable[[Array], Array], Memory]:
+        """(D, the solution of the module's system, r, v -> S H^T v, memory)."""
         prior, conditioning = self.base.prior, self.base.conditioning
         location, scale = prior.location(conditioning), prior.scale(conditioning)
         denoised, pull_denoiser = jax.vjp(lambda z: prior.denoise(z, noise_level, conditioning), z_s)
@@ -78,14 +134,15 @@ class MMPSDenoiser(Denoiser):
         residual, push_residual = jax.linearize(self.likelihood.residual, x)
         pull_residual = jax.linear_transpose(push_residual, x)
 
+        def pull(v: Array) -> Array:
+            return scale * -pull_residual(v)[0]
+
         # J C is symmetric for a true denoiser, so H S J C S H^T = H S C J^T S H^T: one vjp a product, no jvp.
         def product(v: Array) -> tuple[Array, Array]:
-            (pulled,) = pull_denoiser(scale * -pull_residual(v)[0])
-            image = self.noise.covariance_product(pulled)
-            return v - noise_level**2 * push_residual(scale * image), image
+            (pulled,) = pull_denoiser(pull(v))
+            return v - noise_level**2 * push_residual(scale * self.noise.covariance_product(pulled)), pulled
 
         solution, warm_start = self.solver(product, residual, memory.warm_start)
         passes = NetworkPasses.of(forward=1)._replace(vjp=solution.products)
-        return denoised + noise_level**2 * solution.image, Memory(
-            memory.passes.plus(passes), warm_start, jnp.maximum(memory.solver_residual, solution.residual)
-        )
+        memory = Memory(memory.passes.plus(passes), warm_start, jnp.maximum(memory.solver_residual, solution.residual))
+        return denoised, solution, residual, pull, memory

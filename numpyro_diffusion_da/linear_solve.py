@@ -3,7 +3,7 @@
 This is the system of moment-matched guidance in whitened observation space: B = s^2 H S J C S H^T. Three things set it
 apart from a textbook solve, which is why it is not left to a general library:
 
-- a product costs a pass through the network, and brings C J^T S H^T v, of which the answer needs a combination:
+- a product costs a pass through the network, and brings J^T S H^T v, of which the answer needs a combination:
   a solver that returns that combination saves a pass (`Solution.image`);
 - the system at the next noise level is close to this one: the last answer is a good first direction;
 - J comes from a learned network, so B is neither symmetric nor positive. Plain conjugate gradients then diverge. All
@@ -25,7 +25,21 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PyTree
 
 Product = Callable[[Float[Array, " m"]], tuple[Float[Array, " m"], Float[Array, "..."]]]
-"""v -> ((I + B) v, g(v)), with g linear: for guidance g(v) = C J^T S H^T v."""
+"""v -> ((I + B) v, g(v)), with g linear: for guidance g(v) = J^T S H^T v."""
+
+
+class Directions(NamedTuple):
+    """The directions that a solver has seen, orthonormal or zero, and what products made of them.
+
+    Attributes:
+        basis: u_i, shape (k, m).
+        columns: (I + B) u_i, shape (k, m).
+        images: g(u_i), leading axis k.
+    """
+
+    basis: Float[Array, "k m"]
+    columns: Float[Array, "k m"]
+    images: Float[Array, "k ..."]
 
 
 class Solution(NamedTuple):
@@ -36,12 +50,14 @@ class Solution(NamedTuple):
         image: g(v), at no further product.
         residual: |r - (I + B) v| / |r| with the unrepaired products; 0 where r = 0.
         products: how many products were made.
+        directions: what the solver has seen; None where it does not say, and then there are no path weights (`path`).
     """
 
     answer: Float[Array, " m"]
     image: Float[Array, ...]
     residual: Float[Array, ""]
     products: Int[Array, ""]
+    directions: Directions | None = None
 
 
 class LinearSolver(eqx.Module):
@@ -77,13 +93,15 @@ class DirectSolve(LinearSolver):
 
     def __call__(self, product: Product, rhs: Float[Array, " m"], warm_start: PyTree) -> tuple[Solution, PyTree]:
         """Solve with m products."""
-        columns, images = jax.vmap(product)(jnp.eye(len(rhs), dtype=rhs.dtype))
+        basis = jnp.eye(len(rhs), dtype=rhs.dtype)
+        columns, images = jax.vmap(product)(basis)
         answer = projected_solve(columns.T, rhs)
         solution = Solution(
             answer,
             jnp.tensordot(answer, images, 1),
             relative_residual(rhs, answer @ columns),
             jnp.asarray(len(rhs)),
+            Directions(basis, columns, images),
         )
         return solution, warm_start
 
@@ -147,5 +165,6 @@ class KrylovSolve(LinearSolver):
             jnp.tensordot(coefficients, images, 1),
             relative_residual(rhs, coefficients @ columns),
             jnp.asarray(k),
+            Directions(basis, columns, images),
         )
         return solution, solution.answer

@@ -73,7 +73,30 @@ class Step(eqx.Module):
         """Move `at.z` from noise level `at.start` to `at.stop`; returns (z, history, memory)."""
 
 
-class DDIM(Step):
+class StochasticStep(Step):
+    """A step that adds noise: given the past, the next latent is N(mean, spread^2 C). One evaluation, at the start."""
+
+    @property
+    def noisy(self) -> bool:
+        """Whether the spread is positive at every step."""
+        return True
+
+    @abc.abstractmethod
+    def law(
+        self, at: StepInputs, denoised: Float[Array, ...], history: PyTree
+    ) -> tuple[Float[Array, ...], Float[Array, ""], PyTree]:
+        """(mean, spread, history) of the next latent, `denoised` being the denoiser's value at `at.z`, `at.start`."""
+
+    def __call__(self, at: StepInputs, history: PyTree, memory: Memory) -> tuple[Float[Array, ...], PyTree, Memory]:
+        """One step; see `Step`."""
+        denoised, memory = at.evaluate(at.z, at.start, memory)
+        z, spread, history = self.law(at, denoised, history)
+        if self.noisy:
+            z = z + spread * at.noise.sample(at.rng_key, z.shape, z.dtype)
+        return z, history, memory
+
+
+class DDIM(StochasticStep):
     """DDIM (Song et al. 2021, arXiv 2010.02502, eq. 12) in the variance-exploding form; first order.
 
     Args:
@@ -91,16 +114,19 @@ class DDIM(Step):
         if not 0.0 <= self.eta <= 1.0:
             raise ValueError(f"DDIM got eta={self.eta}; give a number from 0 (deterministic) to 1 (ancestral).")
 
-    def __call__(self, at: StepInputs, history: PyTree, memory: Memory) -> tuple[Float[Array, ...], PyTree, Memory]:
-        """One step; see `Step`."""
-        z, start, stop = at.z, at.start, at.stop
-        denoised, memory = at.evaluate(z, start, memory)
+    @property
+    def noisy(self) -> bool:
+        """With eta > 0."""
+        return self.eta > 0.0
+
+    def law(
+        self, at: StepInputs, denoised: Float[Array, ...], history: PyTree
+    ) -> tuple[Float[Array, ...], Float[Array, ""], PyTree]:
+        """See `StochasticStep`."""
+        start, stop = at.start, at.stop
         fresh = self.eta * stop * jnp.sqrt(jnp.maximum(1.0 - (stop / start) ** 2, 0.0))
         kept = jnp.sqrt(jnp.maximum(stop**2 - fresh**2, 0.0))
-        z = denoised + (kept / start) * (z - denoised)
-        if self.eta > 0.0:
-            z = z + fresh * at.noise.sample(at.rng_key, z.shape, z.dtype)
-        return z, history, memory
+        return denoised + (kept / start) * (at.z - denoised), fresh, history
 
 
 class AdamsBashforth(Step):
@@ -167,6 +193,32 @@ class DPMSolverPP2M(Step):
         denoised, memory = at.evaluate(z, start, memory)
         ahead = denoised + at.constants["extrapolation"] * (denoised - history)
         return ahead + (stop / start) * (z - ahead), denoised, memory
+
+
+class SDEDPMSolverPP2M(StochasticStep):
+    """SDE-DPM-Solver++(2M) (Lu et al. 2022, arXiv 2211.01095, Section 5): the reverse SDE to (weak) second order.
+
+    The stochastic DPM-Solver++(2M): DDIM(eta=1), with the denoised value extrapolated to the middle of the step.
+    """
+
+    order: int = eqx.field(static=True, default=2, init=False)
+    evaluations: int = eqx.field(static=True, default=1, init=False)
+
+    def coefficients(self, start: np.ndarray, stop: np.ndarray) -> dict[str, np.ndarray]:
+        """As `DPMSolverPP2M`."""
+        return DPMSolverPP2M().coefficients(start, stop)
+
+    def init(self, z: Float[Array, ...]) -> PyTree:
+        """The previous denoised value."""
+        return jnp.zeros_like(z)
+
+    def law(
+        self, at: StepInputs, denoised: Float[Array, ...], history: PyTree
+    ) -> tuple[Float[Array, ...], Float[Array, ""], PyTree]:
+        """See `StochasticStep`."""
+        falls = (at.stop / at.start) ** 2
+        ahead = denoised + at.constants["extrapolation"] * (denoised - history)
+        return ahead + falls * (at.z - ahead), at.stop * jnp.sqrt(1.0 - falls), denoised
 
 
 class DPMSolverPP2S(Step):
@@ -288,6 +340,27 @@ class Sampler(eqx.Module):
         moves = self.corrector.steps if self.corrector is not None else 0
         return steps * (self.step.evaluations + moves) + 1
 
+    @property
+    def is_stochastic(self) -> bool:
+        """Whether its only moves are steps with noise, which is what path weights need."""
+        only_steps = self.churn is None and self.corrector is None
+        return only_steps and isinstance(self.step, StochasticStep) and self.step.noisy
+
+    def stochastic_step(self) -> StochasticStep:
+        """The step of a sampler whose every move is that step, with noise.
+
+        Raises:
+            ValueError: it is deterministic, or has a churn or a corrector; says what to give instead.
+        """
+        if not self.is_stochastic:
+            moves = [self.step, *(m for m in (self.churn, self.corrector) if m is not None)]
+            raise ValueError(
+                "path weights need a sampler whose only moves are steps with noise, and got "
+                f"{' with '.join(map(repr, moves))}; give ndda.Sampler(ndda.SDEDPMSolverPP2M()), or DDIM(eta=1.0)."
+            )
+        assert isinstance(self.step, StochasticStep)
+        return self.step
+
     def initial(
         self,
         rng_key: PRNGKeyArray,
@@ -299,6 +372,20 @@ class Sampler(eqx.Module):
         """The draw s_max e that the loop starts from."""
         highest = float(self.schedule.levels(noise_range)[0])
         return highest * noise.sample(rng_key, shape, jnp.zeros((), dtype).dtype)
+
+    def constants(self, noise_range: tuple[float, float], dtype: Any) -> dict[str, Array]:
+        """What each step is given: its index, start, stop and coefficients; leading axis = steps."""
+        levels = self.schedule.levels(noise_range)
+        start = self.churn.raised(levels)[:-1] if self.churn is not None else levels[:-1]
+        stop = levels[1:]
+        static = {
+            "index": np.arange(len(stop)),
+            "level": levels[:-1],
+            "start": start,
+            "stop": stop,
+            **self.step.coefficients(start, stop),
+        }
+        return {name: jnp.asarray(v, jnp.int32 if name == "index" else dtype) for name, v in static.items()}
 
     def __call__(
         self,
@@ -320,17 +407,6 @@ class Sampler(eqx.Module):
         Returns:
             (the denoised latent, the denoiser's memory after the last level).
         """
-        levels = self.schedule.levels(noise_range)
-        start = self.churn.raised(levels)[:-1] if self.churn is not None else levels[:-1]
-        stop = levels[1:]
-        static = {
-            "index": np.arange(len(stop)),
-            "level": levels[:-1],
-            "start": start,
-            "stop": stop,
-            **self.step.coefficients(start, stop),
-        }
-        constants = {name: jnp.asarray(v, jnp.int32 if name == "index" else z.dtype) for name, v in static.items()}
 
         def body(carry: tuple[Array, PyTree, Memory], c: dict[str, Array]) -> tuple[Any, None]:
             z, history, memory = carry
@@ -344,5 +420,6 @@ class Sampler(eqx.Module):
                 z, memory = self.corrector(corrector_key, denoiser, noise, z, c["stop"], memory)
             return (z, history, memory), None
 
-        (z, _, memory), _ = jax.lax.scan(body, (z, self.step.init(z), denoiser.init()), constants)
-        return denoiser(z, jnp.asarray(levels[-1], z.dtype), memory)
+        start = (z, self.step.init(z), denoiser.init())
+        (z, _, memory), _ = jax.lax.scan(body, start, self.constants(noise_range, z.dtype))
+        return denoiser(z, jnp.asarray(self.schedule.levels(noise_range)[-1], z.dtype), memory)

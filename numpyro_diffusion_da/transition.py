@@ -15,11 +15,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from numpyro_diffusion_da.denoiser import Denoiser, NetworkPasses, PriorDenoiser
+from numpyro_diffusion_da.denoiser import Denoiser, Memory, NetworkPasses, PriorDenoiser
 from numpyro_diffusion_da.footprint import backward_bytes
-from numpyro_diffusion_da.guidance import Guidance
+from numpyro_diffusion_da.guidance import Guidance, ObservingDenoiser
 from numpyro_diffusion_da.likelihood import GaussianLikelihood
 from numpyro_diffusion_da.linear_solve import projected_solve
+from numpyro_diffusion_da.path import weighted_path
 from numpyro_diffusion_da.prior import Conditioning, DiffusionPrior
 from numpyro_diffusion_da.sampler import Sampler
 
@@ -73,6 +74,15 @@ class OneStep(eqx.Module):
     ) -> tuple[Float[Array, ...], DrawRecord]:
         """A draw x' ~ p(x' | c, y), the optimal proposal. Closed forms do not need the guidance."""
 
+    @abc.abstractmethod
+    def weighted_draw(
+        self, rng_key: PRNGKeyArray, likelihood: GaussianLikelihood, guidance: Guidance
+    ) -> tuple[Float[Array, ...], Float[Array, ""], DrawRecord]:
+        """(x', log w, record): a guided draw x' with density q, and log w = log p(y | x') + log p(x' | c) - log q(x').
+
+        The mean of w is p(y | c), and that of w f(x') is p(y | c) E[f(x') | c, y], however good the guidance is.
+        """
+
 
 class DiffusionStep(OneStep):
     """The transition of a diffusion prior.
@@ -107,14 +117,20 @@ class DiffusionStep(OneStep):
         passes = NetworkPasses.of(forward=1 + prior.conditioning_passes)
         return Moments(location + scale * denoised, covariance_product, passes, NetworkPasses.of(vjp=1))
 
-    def _run(self, rng_key: PRNGKeyArray, denoiser: Denoiser) -> tuple[Array, DrawRecord]:
+    def _start(self, rng_key: PRNGKeyArray) -> Array:
         prior = self.prior
         location = prior.location(self.conditioning)
+        return self.sampler.initial(rng_key, prior.noise, prior.noise_range, location.shape, location.dtype)
+
+    def _record(self, memory: Memory) -> DrawRecord:
+        passes = memory.passes.plus(NetworkPasses.of(forward=self.prior.conditioning_passes))
+        return DrawRecord(passes, memory.solver_residual)
+
+    def _run(self, rng_key: PRNGKeyArray, denoiser: Denoiser) -> tuple[Array, DrawRecord]:
         start_key, loop_key = jax.random.split(rng_key)
-        start = self.sampler.initial(start_key, prior.noise, prior.noise_range, location.shape, location.dtype)
-        z, memory = self.sampler(loop_key, denoiser, prior.noise, prior.noise_range, start)
-        passes = memory.passes.plus(NetworkPasses.of(forward=prior.conditioning_passes))
-        return self._to_state(z), DrawRecord(passes, memory.solver_residual)
+        noise, noise_range = self.prior.noise, self.prior.noise_range
+        z, memory = self.sampler(loop_key, denoiser, noise, noise_range, self._start(start_key))
+        return self._to_state(z), self._record(memory)
 
     def draw(self, rng_key: PRNGKeyArray) -> tuple[Float[Array, ...], DrawRecord]:
         """Reverse diffusion with the prior's denoiser."""
@@ -125,6 +141,29 @@ class DiffusionStep(OneStep):
     ) -> tuple[Float[Array, ...], DrawRecord]:
         """Reverse diffusion with the guided denoiser."""
         return self._run(rng_key, guidance(PriorDenoiser(self.prior, self.conditioning), likelihood))
+
+    def weighted_draw(
+        self, rng_key: PRNGKeyArray, likelihood: GaussianLikelihood, guidance: Guidance
+    ) -> tuple[Float[Array, ...], Float[Array, ""], DrawRecord]:
+        """Path weights (`path`): for the law that the sampler gives, at its number of levels.
+
+        Raises:
+            ValueError: the sampler is not stochastic at every step.
+            TypeError: the guidance's denoiser is not an `ObservingDenoiser`.
+        """
+        denoiser = guidance(PriorDenoiser(self.prior, self.conditioning), likelihood)
+        if not isinstance(denoiser, ObservingDenoiser):
+            raise TypeError(
+                f"path weights need a guidance that says what it has seen, and {type(guidance).__name__} gives a "
+                f"{type(denoiser).__name__}, which is no ObservingDenoiser; use ndda.MMPS()."
+            )
+        start_key, loop_key = jax.random.split(rng_key)
+        noise, noise_range = self.prior.noise, self.prior.noise_range
+        z, log_ratio, memory = weighted_path(
+            loop_key, self.sampler, denoiser, noise, noise_range, self._start(start_key)
+        )
+        x = self._to_state(z)
+        return x, likelihood.log_prob(x) + log_ratio, self._record(memory)
 
     def working_bytes(self) -> int:
         """About what one `conditional_draw` needs: what the network's backward pass keeps, and some ten latents."""
@@ -170,12 +209,34 @@ class GaussianStep(OneStep):
         self, rng_key: PRNGKeyArray, likelihood: GaussianLikelihood, guidance: Guidance
     ) -> tuple[Float[Array, ...], DrawRecord]:
         """A draw of the prior moved by the gain of its own perturbed innovation (Matheron's rule)."""
+        return self._matheron(rng_key, likelihood)[:2]
+
+    def weighted_draw(
+        self, rng_key: PRNGKeyArray, likelihood: GaussianLikelihood, guidance: Guidance
+    ) -> tuple[Float[Array, ...], Float[Array, ""], DrawRecord]:
+        """The conditional draw, q. By Bayes' rule p(x) / q(x) = N(r; 0, I + H V H^T) / N(r - H (x - mean); 0, I).
+
+        log w is log p(y | c), whatever x is, where y is Gaussian and linear in x.
+        """
+        x, record, ratio = self._matheron(rng_key, likelihood)
+        return x, likelihood.log_prob(x) + ratio, record
+
+    def _matheron(
+        self, rng_key: PRNGKeyArray, likelihood: GaussianLikelihood
+    ) -> tuple[Array, DrawRecord, Float[Array, ""]]:
+        """(x, its record, log p(x | c) - log q(x)) of the conditional draw."""
         draw_key, error_key = jax.random.split(rng_key)
         x, record = self.draw(draw_key)
         residual, covariance, pull = observed_covariance(self.moments(), likelihood)
         error = jax.random.normal(error_key, residual.shape, residual.dtype)
         innovation = residual - (jax.jvp(likelihood.residual, (self.mean,), (self.mean - x,))[1] + error)
-        return x + self.moments().covariance_product(pull(projected_solve(covariance, innovation))), record
+        gain = projected_solve(covariance, innovation)
+        left = innovation + error - (covariance @ gain - gain)  # the residual at the moved x, linearised at the mean
+        values, vectors = jnp.linalg.eigh(0.5 * (covariance + covariance.T))
+        values = jnp.maximum(values, 1.0)  # as in the solve
+        ratio = -0.5 * jnp.sum((vectors.T @ residual) ** 2 / values) - 0.5 * jnp.sum(jnp.log(values))
+        moved = x + self.moments().covariance_product(pull(gain))
+        return moved, record, ratio + 0.5 * jnp.vdot(left, left)
 
 
 def observed_covariance(

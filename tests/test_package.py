@@ -24,7 +24,7 @@ ALLOWED = {
 ORDER = [
     "__init__", "cli", "plots", "twin", "verification", "filtering", "online", "backward", "smoothing",
     "convert", "summary", "result", "progress", "storage",
-    "algorithm", "smc", "state_space", "site", "distribution", "density", "weight", "transition", "guidance",
+    "algorithm", "smc", "state_space", "site", "distribution", "density", "weight", "transition", "path", "guidance",
     "likelihood", "linear_solve", "sampler", "schedule", "denoiser", "priors", "prior",
     "spherical_noise", "noise", "gridded_data", "units", "layout", "compilation", "footprint",
 ]  # fmt: skip

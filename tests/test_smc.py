@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from numpyro_diffusion_da.smc import bootstrap, enkf, fa_apf
+from numpyro_diffusion_da.smc import bootstrap, enkf, fa_apf, guided_pf
 from numpyro_diffusion_da.smc.base import guarded, init, map_particles, num_particles, particle_keys, select, tempering
 
 # x' = A x + N(0, Q), y = x'_0 + N(0, R), in two dimensions.
@@ -48,6 +48,16 @@ def optimal_draw(key, x, y):
 
 def free_draw(key, x, y):
     return A @ x + ROOT @ jax.random.normal(key, (2,)), ()
+
+
+def weighted_draw(key, x, y):
+    """A draw from N(forecast, Q) moved half of the way to p(x' | c, y), and its weight p(y | x') p(x' | c) / q(x')."""
+    forecast, white = A @ x, jax.random.normal(key, (2,))
+    shift = jnp.where(seen(y), 0.5 * GAIN * (jnp.nan_to_num(y) - forecast[0]), 0.0)
+    moved = forecast + shift + ROOT @ white
+    from_forecast = jnp.linalg.solve(ROOT, moved - forecast)
+    ratio = 0.5 * jnp.vdot(white, white) - 0.5 * jnp.vdot(from_forecast, from_forecast)
+    return moved, jnp.where(seen(y), log_likelihood(moved, (), y) + ratio, 0.0), {"white": white}
 
 
 def log_likelihood(x, record, y):
@@ -88,11 +98,12 @@ def ess_at(alpha, log_weights) -> float:
 
 
 def algorithms(**settings):
-    """The three filters as `SamplingAlgorithm`s (the ensemble Kalman filter's kernel with the same `init`)."""
+    """The four filters as `SamplingAlgorithm`s (the ensemble Kalman filter's kernel with the same `init`)."""
     batch_size = settings.get("batch_size", 0)
     kernel = enkf.build_kernel(free_draw, whitened_residual, keep, batch_size=batch_size)
     return {
         "fa_apf": fa_apf.as_top_level_api(log_predictive, optimal_draw, **{"target_ess": 0.0, **settings}),
+        "guided_pf": guided_pf.as_top_level_api(weighted_draw, **settings),
         "bootstrap": bootstrap.as_top_level_api(free_draw, log_likelihood, **settings),
         "enkf": type(fa_apf.as_top_level_api(log_predictive, optimal_draw))(init, kernel),
     }
@@ -112,7 +123,7 @@ def run(algorithm, key, particles, observations=OBSERVATIONS):
 # --- whole filters ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["fa_apf", "bootstrap", "enkf"])
+@pytest.mark.parametrize("name", ["fa_apf", "guided_pf", "bootstrap", "enkf"])
 def test_filters_are_the_kalman_filter(name):
     """Mean and covariance over 64 independent filters, and exp(log evidence), which is unbiased."""
     algorithm, n, repeats = algorithms()[name], 500, 64
@@ -156,7 +167,7 @@ def assert_same(got, expected):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize(("name", "sizes"), [("fa_apf", (1, 7)), ("bootstrap", (7,)), ("enkf", (7,))])
+@pytest.mark.parametrize(("name", "sizes"), [("fa_apf", (1, 7)), ("guided_pf", (7,)), ("enkf", (7,))])
 def test_batches_agree_and_a_step_is_traced_once(name, sizes):
     step, traces = jitted(name)
     key, state, y = jax.random.key(0), init(start(16)), jnp.asarray(1.5)
@@ -174,7 +185,7 @@ def test_jit_and_not_jit_agree():
     assert_same(algorithms(target_ess=0.2)["fa_apf"].step(key, state, y), jitted("fa_apf")[0](key, state, y))
 
 
-@pytest.mark.parametrize("name", ["fa_apf", "bootstrap", "enkf"])
+@pytest.mark.parametrize("name", ["fa_apf", "guided_pf", "enkf"])
 def test_no_observation_is_a_forecast(name):
     """Every particle in its own place, and no evidence."""
     particles = start(16)
@@ -205,7 +216,7 @@ def test_info_of_fa_apf():
     np.testing.assert_allclose(state.particles, expected, rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["fa_apf", "bootstrap"])
+@pytest.mark.parametrize("name", ["fa_apf", "guided_pf"])
 def test_one_particle(name):
     state, info = jitted(name)[0](jax.random.key(0), init(start(1)), jnp.asarray(1.5))
     assert (int(info.ancestors[0]), float(info.inflation)) == (0, 1.0)

@@ -1,0 +1,85 @@
+"""The guided particle filter (Doucet, Godsill & Andrieu 2000): move, weigh, resample.
+
+Each particle moves by a draw q(x' | c, y) that may look at the observation, and is weighed by what that draw has to
+answer for, w = p(y | x') p(x' | c) / q(x' | c, y), or by any estimate of mean p(y | c) made along with it. Without
+inflation the product over steps of the mean weights is an unbiased estimate of the evidence. The kernel asks of a model
+
+- ``propose_fn(rng_key, particle, observation) -> (particle, log w, record)``.
+
+State and info are those of `fa_apf`; the log-weights belong to the moved particles, before resampling, and
+``info.proposal`` to the particles after it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import PRNGKeyArray, PyTree
+
+from numpyro_diffusion_da.smc.base import (
+    Info,
+    Kernel,
+    Resampling,
+    State,
+    check_target_ess,
+    init,
+    make_info,
+    map_particles,
+    num_particles,
+    particle_keys,
+    select,
+)
+
+__all__ = ["Info", "State", "as_top_level_api", "build_kernel", "init"]
+
+Propose = Callable[[PRNGKeyArray, PyTree, PyTree], tuple[PyTree, Any, PyTree]]
+"""(rng_key, particle, observation) -> (new particle, log w, record), for one particle."""
+
+
+def build_kernel(
+    propose_fn: Propose, resampling_fn: Resampling | None = None, target_ess: float = 0.0, batch_size: int = 0
+) -> Kernel:
+    """Build the kernel.
+
+    Args:
+        propose_fn: (rng_key, particle, observation) -> (new particle, log w, record), for one particle.
+        resampling_fn: from `blackjax.smc.resampling`; systematic by default.
+        target_ess: effective sample size that inflation aims at, as a fraction of N. None by default: an inflated
+            weight makes no unbiased evidence.
+        batch_size: particles mapped at a time, which bounds the memory; 0 for all at once.
+
+    Returns:
+        kernel(rng_key, state, observation) -> (State, Info), pure and jit-able.
+
+    Raises:
+        ValueError: target_ess outside [0, 1).
+    """
+    from blackjax.smc.resampling import systematic
+
+    check_target_ess(target_ess)
+    resample = systematic if resampling_fn is None else resampling_fn
+
+    def kernel(rng_key: PRNGKeyArray, state: State, observation: PyTree) -> tuple[State, Info]:
+        n = num_particles(state.particles)
+        resampling_key, proposal_key = jax.random.split(rng_key)
+        propose = map_particles(lambda key, particle: propose_fn(key, particle, observation), batch_size)
+        moved, log_weights, record = propose(particle_keys(proposal_key, n), state.particles)
+        log_weights = jnp.where(jnp.isfinite(log_weights), log_weights, -jnp.inf)
+        ancestors, alpha = select(resampling_key, log_weights, resample, target_ess)
+        particles, record = jax.tree.map(lambda x: x[ancestors], (moved, record))
+        info = make_info(log_weights, ancestors, alpha, particles, (), record)
+        return State(particles, state.log_evidence + info.log_evidence_increment), info
+
+    return kernel
+
+
+def as_top_level_api(
+    propose_fn: Propose, resampling_fn: Resampling | None = None, target_ess: float = 0.0, batch_size: int = 0
+) -> Any:
+    """The filter as a `blackjax.base.SamplingAlgorithm`; arguments as `build_kernel`."""
+    from blackjax.base import SamplingAlgorithm
+
+    return SamplingAlgorithm(init, build_kernel(propose_fn, resampling_fn, target_ess, batch_size))
