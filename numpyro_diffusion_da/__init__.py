@@ -36,6 +36,8 @@ from numpyro_diffusion_da.sampler import (
     StochasticStep,
 )
 from numpyro_diffusion_da.schedule import KarrasSchedule, Schedule
+from numpyro_diffusion_da.smc.ensemble_update import EnsembleUpdate, PerturbedObservations, SquareRoot
+from numpyro_diffusion_da.smc.localization import Distance, Euclidean, GreatCircle, Ring, Taper
 from numpyro_diffusion_da.spherical_noise import SphericalNoise
 from numpyro_diffusion_da.state_space import StateSpaceModel
 from numpyro_diffusion_da.weight import Dirac, Equal, Moment, Weight
@@ -58,8 +60,11 @@ __all__ = [
     "DiffusionTransition",
     "Dirac",
     "DirectSolve",
+    "Distance",
     "EnKF",
+    "EnsembleUpdate",
     "Equal",
+    "Euclidean",
     "ExactTrace",
     "FactorNoise",
     "FilterResult",
@@ -67,6 +72,7 @@ __all__ = [
     "GaussianObservation",
     "GaussianPrior",
     "GenCastPrior",
+    "GreatCircle",
     "Guidance",
     "GuidedPF",
     "Heun",
@@ -80,15 +86,19 @@ __all__ = [
     "Noise",
     "OnlineFilter",
     "ParticleFilter",
+    "PerturbedObservations",
     "ProbabilityFlow",
+    "Ring",
     "RingEmulator",
     "SDEDPMSolverPP2M",
     "Sampler",
     "Schedule",
     "SphericalNoise",
+    "SquareRoot",
     "StateSpaceModel",
     "Step",
     "StochasticStep",
+    "Taper",
     "Variable",
     "Weight",
     "WhiteNoise",

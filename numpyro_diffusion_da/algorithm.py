@@ -23,6 +23,8 @@ from numpyro_diffusion_da.sampler import Sampler, SDEDPMSolverPP2M
 from numpyro_diffusion_da.schedule import KarrasSchedule
 from numpyro_diffusion_da.smc import bootstrap, enkf, fa_apf, guided_pf
 from numpyro_diffusion_da.smc.base import Info, Kernel, Resampling, check_target_ess
+from numpyro_diffusion_da.smc.ensemble_update import EnsembleUpdate, PerturbedObservations
+from numpyro_diffusion_da.smc.localization import PlacedTaper, Taper
 from numpyro_diffusion_da.state_space import StateSpaceModel, TimeInputs
 from numpyro_diffusion_da.transition import DrawRecord, GaussianStep
 from numpyro_diffusion_da.weight import Dirac, Moment, Weight
@@ -259,20 +261,36 @@ class GuidedPF(Algorithm):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class EnKF(Algorithm):
-    """The stochastic ensemble Kalman filter (`smc.enkf`) on the same program.
+    """The ensemble Kalman filter (`smc.enkf`) on the same program.
 
     Args:
         model: as `FAAPF`.
         inflation: factor on the forecast anomalies, at least 1.
         sampler: reverse diffusion of the forecast; by default the transition's own.
+        update: `PerturbedObservations()` or `SquareRoot()`.
+        taper: localisation, `Taper(radius, distance, observations)`; None for none.
+        rtps: relaxation of the analysis spread to the forecast's, from 0 (none) to 1 (all of it).
+
+    Raises:
+        ValueError: inflation below 1, or rtps outside [0, 1].
     """
 
     model: Callable[..., Any]
     inflation: float = 1.0
     sampler: Sampler | None = None
+    update: EnsembleUpdate = dataclasses.field(default_factory=PerturbedObservations)
+    taper: Taper | None = None
+    rtps: float = 0.0
+
+    def __post_init__(self) -> None:
+        enkf.check_spread_repair(self.inflation, self.rtps)
 
     def kernel(self, program: StateSpaceModel, batch_size: int = 0) -> Kernel:
-        """The EnKF kernel of the program."""
+        """The EnKF kernel of the program.
+
+        Raises:
+            ValueError: a taper whose positions do not fit the program.
+        """
 
         def forecast(rng_key: PRNGKeyArray, carry: PyTree, inputs: TimeInputs) -> tuple[Array, DrawRecord]:
             return program.draw(rng_key, carry, inputs, self.sampler)
@@ -285,8 +303,22 @@ class EnKF(Algorithm):
         ) -> tuple[PyTree, Proposal]:
             return program.advance(x, carry, inputs), Proposal(draw, program.record(rng_key, x, carry, inputs))
 
-        return enkf.build_kernel(forecast, residual, advance, self.inflation, batch_size)
+        taper = self._placed_taper(program)
+        return enkf.build_kernel(forecast, residual, advance, self.inflation, batch_size, self.update, taper, self.rtps)
+
+    def _placed_taper(self, program: StateSpaceModel) -> PlacedTaper | None:
+        if self.taper is None:
+            return None
+        diffusion = program.diffusion()
+        return self.taper.place(*program.shapes(), layout=None if diffusion is None else diffusion.prior.layout)
 
     def settings(self, program: StateSpaceModel) -> dict[str, str | float]:
         """Plain values."""
-        return {"algorithm": "EnKF", "inflation": self.inflation, "sampler": _sampler_settings(self.sampler, program)}
+        return {
+            "algorithm": "EnKF",
+            "update": _in_full(self.update),
+            "inflation": self.inflation,
+            "rtps": self.rtps,
+            "taper": "none" if self.taper is None else repr(self.taper),
+            "sampler": _sampler_settings(self.sampler, program),
+        }

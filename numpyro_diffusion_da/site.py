@@ -135,6 +135,12 @@ def site_mean(fn: dist.Distribution) -> Float[Array, ...]:
     return jnp.concatenate([mean for mean, _ in parts]).reshape(fn.shape())
 
 
+def values_per_error(fn: dist.Distribution) -> int:
+    """How many consecutive values of a Gaussian site share a correlated error; 1 where each has its own."""
+    parts = gaussian_parts(fn)
+    return 1 if parts is None or parts[0][1].ndim == 1 else int(parts[0][1].shape[-1])
+
+
 def undefined_means(fn: dist.Distribution, value: Array) -> Int[Array, ""]:
     """How many observed values a Gaussian site compares with NaN."""
     if gaussian_parts(fn) is None:

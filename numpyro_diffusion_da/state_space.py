@@ -36,6 +36,7 @@ from numpyro_diffusion_da.site import (
     site_mask,
     site_mean,
     undefined_means,
+    values_per_error,
 )
 from numpyro_diffusion_da.transition import DrawRecord, OneStep
 
@@ -316,6 +317,20 @@ class StateSpaceModel:
 
         jax.eval_shape(look)
         return found[0] if found else None
+
+    def shapes(self) -> tuple[tuple[int, ...], dict[str, tuple[tuple[int, ...], int]]]:
+        """The state's shape; for each observed site its shape and `values_per_error`, in the order of `likelihood`."""
+        found: list[Any] = []
+
+        def look() -> None:
+            call = self.call(jax.random.key(0))
+            sites = self.sites(call.init, call.first_inputs())
+            observed = {name: (fn.shape(), values_per_error(fn)) for name, (fn, _) in sites.observed.items()}
+            found.extend([sites.latent[self.latent_name].shape(), observed])
+
+        jax.eval_shape(look)
+        state, observed = found
+        return state, observed
 
     def working_bytes(self) -> int:
         """About how many bytes it takes to move one particle: see `DiffusionStep.working_bytes`; 0 in closed form."""

@@ -12,6 +12,7 @@ import pytest
 
 from numpyro_diffusion_da.smc import bootstrap, enkf, fa_apf, guided_pf
 from numpyro_diffusion_da.smc.base import guarded, init, map_particles, num_particles, particle_keys, select, tempering
+from numpyro_diffusion_da.smc.ensemble_update import PerturbedObservations, SquareRoot
 
 # x' = A x + N(0, Q), y = x'_0 + N(0, R), in two dimensions.
 A = np.array([[0.9, 0.3], [-0.3, 0.9]])
@@ -98,14 +99,19 @@ def ess_at(alpha, log_weights) -> float:
 
 
 def algorithms(**settings):
-    """The four filters as `SamplingAlgorithm`s (the ensemble Kalman filter's kernel with the same `init`)."""
+    """The filters as `SamplingAlgorithm`s (the ensemble Kalman filters' kernels with the same `init`)."""
     batch_size = settings.get("batch_size", 0)
-    kernel = enkf.build_kernel(free_draw, whitened_residual, keep, batch_size=batch_size)
+    make = type(fa_apf.as_top_level_api(log_predictive, optimal_draw))
+    stochastic, square_root = (
+        make(init, enkf.build_kernel(free_draw, whitened_residual, keep, batch_size=batch_size, update=update))
+        for update in (PerturbedObservations(), SquareRoot())
+    )
     return {
         "fa_apf": fa_apf.as_top_level_api(log_predictive, optimal_draw, **{"target_ess": 0.0, **settings}),
         "guided_pf": guided_pf.as_top_level_api(weighted_draw, **settings),
         "bootstrap": bootstrap.as_top_level_api(free_draw, log_likelihood, **settings),
-        "enkf": type(fa_apf.as_top_level_api(log_predictive, optimal_draw))(init, kernel),
+        "enkf": stochastic,
+        "square_root": square_root,
     }
 
 
@@ -123,7 +129,7 @@ def run(algorithm, key, particles, observations=OBSERVATIONS):
 # --- whole filters ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["fa_apf", "guided_pf", "bootstrap", "enkf"])
+@pytest.mark.parametrize("name", ["fa_apf", "guided_pf", "bootstrap", "enkf", "square_root"])
 def test_filters_are_the_kalman_filter(name):
     """Mean and covariance over 64 independent filters, and exp(log evidence), which is unbiased."""
     algorithm, n, repeats = algorithms()[name], 500, 64
@@ -142,7 +148,7 @@ def test_filters_are_the_kalman_filter(name):
         # Self-normalised estimates and gains have a bias of order 1/N beside the noise.
         assert np.all(np.abs(estimate.mean(0) - truth) < 5 * se + 2 / n * np.sqrt(np.trace(covariance)))
     assert np.all(means.std(0) < 0.2 * np.sqrt(np.diag(covariance)))
-    if name == "enkf":
+    if name in ("enkf", "square_root"):
         np.testing.assert_array_equal(log_evidence, 0.0)  # it gives none
     else:
         ratio = np.exp(log_evidence - exact)
@@ -226,8 +232,9 @@ def test_one_particle(name):
 
 
 def test_enkf_needs_two_particles():
-    with pytest.raises(ValueError, match="one particle has no covariance"):
-        algorithms()["enkf"].step(jax.random.key(0), init(start(1)), jnp.asarray(1.5))
+    for name in ("enkf", "square_root"):
+        with pytest.raises(ValueError, match="one particle has no covariance"):
+            algorithms()[name].step(jax.random.key(0), init(start(1)), jnp.asarray(1.5))
 
 
 def test_pytree_particles():

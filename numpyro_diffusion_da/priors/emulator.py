@@ -315,7 +315,7 @@ def read_emulator(folder: Path | Traversable, name: str, num_sites: int) -> Ring
     return RingEmulator(
         mean_network=MeanNetwork(**part("mean_network.")),
         residual_network=ResidualNetwork(**part("residual_network.")),
-        layout=Layout((num_sites,), ("site",)),
+        layout=Layout((num_sites,), ("site",), (("site", tuple(range(num_sites))),)),
         noise_range=(float(card["noise_range"][0]), float(card["noise_range"][1])),
         checksum=checksum,
         card_text=card_text,

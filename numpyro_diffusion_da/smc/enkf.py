@@ -1,13 +1,13 @@
-"""The stochastic ensemble Kalman filter (Burgers, van Leeuwen & Evensen 1998), with perturbed observations.
+"""The ensemble Kalman filter: no weights, a linear update with the ensemble's own covariances.
 
-The baseline of the trade: no weights, a linear update with the ensemble's own covariances. The kernel asks of a model
+The baseline of the trade. The kernel asks of a model
 
 - ``forecast_fn(rng_key, particle, observation) -> (x, record)``: a draw of the next state,
 - ``residual_fn(x, particle, observation) -> R^{-1/2} (y - h(x))``, zero where missing,
-- ``advance_fn(rng_key, x, particle, observation, record) -> (particle, record)``: the particle once x is analysed.
+- ``advance_fn(rng_key, x, particle, observation, record) -> (particle, record)``: the particle once x is analysed,
 
-In these residuals R = I and Cov[x, h] = -Cov[x, r]: with anomalies X, Y of N members, the gain of a perturbed
-innovation r_i + e_i is X Y^T (Y Y^T + (N - 1) I)^{-1}, solved in the smaller of observation and ensemble space.
+and of an `EnsembleUpdate` what is added to each member: with perturbed observations or by a square root, with a taper
+or without. The spread is repaired before it (`inflation`) or after it (`rtps`).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import PRNGKeyArray, PyTree
+from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 from numpyro_diffusion_da.smc.base import (
     Info,
@@ -29,6 +29,8 @@ from numpyro_diffusion_da.smc.base import (
     num_particles,
     particle_keys,
 )
+from numpyro_diffusion_da.smc.ensemble_update import EnsembleUpdate, PerturbedObservations
+from numpyro_diffusion_da.smc.localization import PlacedTaper
 
 __all__ = ["Info", "State", "build_kernel", "init"]
 
@@ -39,6 +41,9 @@ def build_kernel(
     advance_fn: Callable[[PRNGKeyArray, Any, PyTree, PyTree, PyTree], tuple[PyTree, PyTree]],
     inflation: float = 1.0,
     batch_size: int = 0,
+    update: EnsembleUpdate | None = None,
+    taper: PlacedTaper | None = None,
+    rtps: float = 0.0,
 ) -> Kernel:
     """Build the kernel.
 
@@ -48,12 +53,15 @@ def build_kernel(
         advance_fn: see the module.
         inflation: factor on the forecast anomalies before the update, at least 1.
         batch_size: particles mapped at a time; 0 for all at once.
+        update: `PerturbedObservations()` by default, or `SquareRoot()`.
+        taper: localisation at the places of the model's values; None for none.
+        rtps: relaxation to prior spread, see `relaxed`; 0 for none.
 
     Raises:
-        ValueError: inflation below 1; from the kernel, fewer than two particles.
+        ValueError: inflation below 1, or rtps outside [0, 1]; from the kernel, fewer than two particles.
     """
-    if inflation < 1.0:
-        raise ValueError(f"EnKF got inflation={inflation}; give 1.0 (none) or more.")
+    check_spread_repair(inflation, rtps)
+    add = PerturbedObservations() if update is None else update
 
     def kernel(rng_key: PRNGKeyArray, state: State, observation: PyTree) -> tuple[State, Info]:
         n = num_particles(state.particles)
@@ -66,21 +74,10 @@ def build_kernel(
         mean = x.mean(0, keepdims=True)
         x = mean + inflation * (x - mean)
         residual = jax.vmap(lambda x, particle: residual_fn(x, particle, observation))(x, state.particles)
-        observed = jnp.any(residual != 0.0, axis=0)  # a missing value has a zero residual in every member
-        errors = jax.vmap(lambda key: jax.random.normal(key, residual.shape[1:], residual.dtype))(
-            particle_keys(error_key, n)
-        )
-        errors = errors - errors.mean(0, keepdims=True)
-        innovation = jnp.where(observed[None], residual + errors, 0.0)
-        anomalies = (x - mean).reshape(n, -1)
-        predicted = residual.mean(0, keepdims=True) - residual
-        m = residual.shape[1]
-        if m <= n:
-            weights = jnp.linalg.solve(predicted.T @ predicted + (n - 1) * jnp.eye(m), innovation.T).T @ predicted.T
-        else:
-            gram = predicted @ predicted.T + (n - 1) * jnp.eye(n)
-            weights = jnp.linalg.solve(gram, predicted @ innovation.T).T
-        x = x + (weights @ anomalies).reshape(x.shape)
+        prior = (x - mean).reshape(n, -1)
+        x = x + add(error_key, prior, residual, taper).reshape(x.shape)
+        if rtps:
+            x = relaxed(x, jnp.std(prior, axis=0).reshape(x.shape[1:]), rtps)
 
         advance = map_particles(
             lambda key, x, particle, record: advance_fn(key, x, particle, observation, record), batch_size
@@ -91,3 +88,29 @@ def build_kernel(
         return State(particles, state.log_evidence), info
 
     return kernel
+
+
+def relaxed(x: Float[Array, "n ..."], prior_spread: Float[Array, ...], rtps: float) -> Float[Array, "n ..."]:
+    """Relaxation to prior spread (Whitaker & Hamill 2012): s_a becomes s_a + rtps (s_b - s_a) in each component.
+
+    Args:
+        x: members of the analysis.
+        prior_spread: standard deviations s_b of the forecast.
+        rtps: from 0, the analysis' own spread s_a, to 1, the forecast's.
+    """
+    mean, spread = x.mean(0, keepdims=True), jnp.std(x, axis=0)
+    known = spread > 0.0
+    factor = jnp.where(known, 1.0 + rtps * (prior_spread / jnp.where(known, spread, 1.0) - 1.0), 1.0)
+    return mean + factor[None] * (x - mean)
+
+
+def check_spread_repair(inflation: float, rtps: float) -> None:
+    """Refuse settings that would shrink the ensemble.
+
+    Raises:
+        ValueError: inflation below 1, or rtps outside [0, 1].
+    """
+    if not inflation >= 1.0:
+        raise ValueError(f"EnKF got inflation={inflation}; give 1.0 (none) or more.")
+    if not 0.0 <= rtps <= 1.0:
+        raise ValueError(f"EnKF got rtps={rtps}; give 0.0 (none) to 1.0 (the forecast's whole spread).")

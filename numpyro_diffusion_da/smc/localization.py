@@ -1,0 +1,337 @@
+"""Localisation: a taper on distance, and who is near whom.
+
+An ensemble of N members estimates a covariance with an error of order 1/sqrt(N), however small the covariance is: far
+away the error is all there is. A taper multiplies by a correlation that falls to zero with distance. Nothing here knows
+of a filter: a `Taper` is what a user says, a `PlacedTaper` knows the position of every value of one model, and
+`Neighbourhoods` are what a compiled step needs.
+"""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import numpy as np
+from jaxtyping import ArrayLike, Float, Int
+
+from numpyro_diffusion_da.layout import Layout
+from numpyro_diffusion_da.prior import checksum
+
+LARGEST_BLOCK = 2**22
+"""Distances computed at a time: 32 MB."""
+
+
+def gaspari_cohn(ratio: Float[np.ndarray, ...]) -> Float[np.ndarray, ...]:
+    """The compactly supported correlation of Gaspari & Cohn (1999), eq. 4.10, close to a Gaussian of width 0.55 c.
+
+    Args:
+        ratio: distance over the half-width c, not negative.
+
+    Returns:
+        1 at 0, 5/24 at 1, 0 from 2 on; twice differentiable.
+    """
+    z = np.minimum(np.asarray(ratio, np.float64), 2.0)
+    near = 1.0 + z**2 * (-5.0 / 3.0 + z * (5.0 / 8.0 + z * (0.5 - 0.25 * z)))
+    far_z = np.maximum(z, 1.0)
+    far = 4.0 - 5.0 * z + z**2 * (5.0 / 3.0 + z * (5.0 / 8.0 + z * (-0.5 + z / 12.0))) - 2.0 / (3.0 * far_z)
+    return np.where(z <= 1.0, near, np.maximum(far, 0.0))
+
+
+class Distance(eqx.Module):
+    """How far apart two positions are. A position is one number or a row of coordinates."""
+
+    @abc.abstractmethod
+    def __call__(self, a: Float[np.ndarray, "n k"], b: Float[np.ndarray, "m k"]) -> Float[np.ndarray, "n m"]:
+        """Distances of all positions `a` from all positions `b`."""
+
+    @abc.abstractmethod
+    def check(self, coordinates: int) -> str | None:
+        """What a position must be, where this number of coordinates is not it; None where it is."""
+
+    def on_grid(self, grid: Mapping[str, np.ndarray]) -> Float[np.ndarray, "n k"]:
+        """Positions of a grid's points: by default all of its dimensions, in their order.
+
+        Args:
+            grid: the coordinate of every point by the name of its dimension, each of shape (n,).
+        """
+        return np.stack(list(grid.values()), axis=-1)
+
+
+class Ring(Distance):
+    """Along a circle: positions are single numbers, and `length` of them lead back to the beginning.
+
+    Args:
+        length: circumference, in the unit of the positions: 40 for 40 sites at 0, 1, ..., 39.
+
+    Raises:
+        ValueError: a length that is not positive.
+    """
+
+    length: float = eqx.field(static=True, converter=float)
+
+    def __check_init__(self) -> None:
+        if not 0 < self.length < math.inf:
+            raise ValueError(f"Ring got length={self.length}; give its circumference, in the unit of the positions.")
+
+    def __call__(self, a: Float[np.ndarray, "n k"], b: Float[np.ndarray, "m k"]) -> Float[np.ndarray, "n m"]:
+        """The shorter way round."""
+        apart = np.abs(a[:, None, 0] - b[None, :, 0]) % self.length
+        return np.minimum(apart, self.length - apart)
+
+    def check(self, coordinates: int) -> str | None:
+        """One number."""
+        return None if coordinates == 1 else "one number"
+
+
+class Euclidean(Distance):
+    """In a straight line: positions have any number of coordinates, all in one unit."""
+
+    def __call__(self, a: Float[np.ndarray, "n k"], b: Float[np.ndarray, "m k"]) -> Float[np.ndarray, "n m"]:
+        """The root of the sum of squares."""
+        return np.sqrt(np.sum((a[:, None, :] - b[None, :, :]) ** 2, axis=-1))
+
+    def check(self, coordinates: int) -> str | None:
+        """Anything."""
+        return None
+
+
+class GreatCircle(Distance):
+    """Along the sphere: positions are (latitude, longitude) in degrees.
+
+    Args:
+        sphere_radius: in the unit of the distances; kilometres of the Earth by default.
+
+    Raises:
+        ValueError: a radius that is not positive.
+    """
+
+    sphere_radius: float = eqx.field(static=True, default=6371.0, converter=float)
+
+    def __check_init__(self) -> None:
+        if not 0 < self.sphere_radius < math.inf:
+            raise ValueError(f"GreatCircle got sphere_radius={self.sphere_radius}; give it in the unit of distances.")
+
+    def __call__(self, a: Float[np.ndarray, "n k"], b: Float[np.ndarray, "m k"]) -> Float[np.ndarray, "n m"]:
+        """By the chord, which is exact for near points, where the arc cosine is not."""
+        half_chord = 0.5 * Euclidean()(_on_unit_sphere(a), _on_unit_sphere(b))
+        return 2.0 * self.sphere_radius * np.arcsin(np.minimum(half_chord, 1.0))
+
+    def check(self, coordinates: int) -> str | None:
+        """Two numbers."""
+        return None if coordinates == 2 else "(latitude, longitude) in degrees"
+
+    def on_grid(self, grid: Mapping[str, np.ndarray]) -> Float[np.ndarray, "n k"]:
+        """The dimensions called latitude and longitude, or lat and lon.
+
+        Raises:
+            ValueError: there are none.
+        """
+        for names in (("latitude", "longitude"), ("lat", "lon")):
+            if set(names) <= set(grid):
+                return np.stack([grid[name] for name in names], axis=-1)
+        raise ValueError(
+            f"the layout's coordinates are {sorted(grid)}, without latitude and longitude; "
+            "give the positions yourself: Taper(state=...)."
+        )
+
+
+def _on_unit_sphere(positions: Float[np.ndarray, "n k"]) -> Float[np.ndarray, "n 3"]:
+    latitude, longitude = np.radians(positions).T
+    return np.stack([np.cos(latitude) * np.cos(longitude), np.cos(latitude) * np.sin(longitude), np.sin(latitude)], -1)
+
+
+class Neighbourhoods(NamedTuple):
+    """For each of p points the observations that its taper reaches, at most k.
+
+    Attributes:
+        which: the observations, shape (p, k); rows with fewer are filled up.
+        weights: their taper, shape (p, k); zero where filled up.
+    """
+
+    which: Int[np.ndarray, "p k"]
+    weights: Float[np.ndarray, "p k"]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class PlacedTaper:
+    """A taper at the places of one model's values.
+
+    Attributes:
+        radius: half-width c of the taper.
+        distance: how far apart two positions are.
+        points: positions of the state, one for each run of values at the same place, shape (p, k).
+        observations: positions of the whitened residuals, in their order, shape (m, k).
+    """
+
+    radius: float
+    distance: Distance
+    points: Float[np.ndarray, "p k"]
+    observations: Float[np.ndarray, "m k"]
+
+    def taper(self, a: Float[np.ndarray, "n k"], b: Float[np.ndarray, "m k"]) -> Float[np.ndarray, "n m"]:
+        """The correlation between all positions `a` and all positions `b`."""
+        return gaspari_cohn(self.distance(a, b) / self.radius)
+
+    def between_observations(self) -> Float[np.ndarray, "m m"]:
+        """The correlation between the observations."""
+        return self.taper(self.observations, self.observations)
+
+    def neighbourhoods(self) -> Neighbourhoods:
+        """Which observations reach which point of the state; all pairs are looked at, in blocks."""
+        block = max(1, LARGEST_BLOCK // max(1, len(self.observations)))
+        found = []
+        for start in range(0, len(self.points), block):
+            weights = self.taper(self.points[start : start + block], self.observations)
+            reached = weights > 0.0
+            width = max(1, int(reached.sum(1).max()))
+            # A stable sort keeps the observations of a row in their order, and the ones out of reach at its end.
+            index = np.argsort(~reached, axis=1, kind="stable")[:, :width]
+            found.append((index, np.take_along_axis(weights, index, axis=1)))
+        width = max(index.shape[1] for index, _ in found)
+        padded = [tuple(np.pad(x, ((0, 0), (0, width - x.shape[1]))) for x in pair) for pair in found]
+        index, weights = (np.concatenate(parts) for parts in zip(*padded, strict=True))
+        return Neighbourhoods(index.astype(np.int32), weights.astype(np.float32))
+
+
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class Taper:
+    """Gaspari-Cohn localisation, and where everything is.
+
+    Positions are an array of one row of coordinates for each place, or of one number. The state has one value at each
+    place, or several: they run over its leading axes, so that the points of a grid (latitude, longitude, channel) have
+    all channels each. The same holds for the values of an observed site: (stations, variables), say. A
+    `MultivariateNormal` site's errors are correlated, and whitening mixes the values of an event, which then must
+    share one place: such a site has a place for each event.
+
+    Args:
+        radius: the half-width c of the taper, in the unit of the distance: the taper is 5/24 there, and 0 from 2 c on.
+        distance: `Ring`, `Euclidean` or `GreatCircle`. On the first and the last a taper is a covariance only if it
+            does not reach around: c of at most a quarter of the circle.
+        observations: positions of each observed site's values, by its name.
+        state: positions of the state's values; by default the coordinates of the prior's layout.
+
+    Raises:
+        ValueError: a radius that is not positive, or positions that are not finite or do not fit the distance.
+        TypeError: a distance that is none.
+    """
+
+    radius: float
+    distance: Distance
+    observations: Mapping[str, ArrayLike]
+    state: ArrayLike | None = None
+
+    def __post_init__(self) -> None:
+        if not self.radius > 0.0:
+            raise ValueError(
+                f"Taper got radius={self.radius}; give a positive half-width, in the unit of the distance."
+            )
+        if not isinstance(self.distance, Distance):
+            raise TypeError(
+                f"Taper got the distance {self.distance!r}; give ndda.Ring(length), ndda.Euclidean() or "
+                "ndda.GreatCircle()."
+            )
+        placed = {name: self._rows(value, f"site '{name}'") for name, value in self.observations.items()}
+        object.__setattr__(self, "observations", placed)
+        if self.state is not None:
+            object.__setattr__(self, "state", self._rows(self.state, "the state"))
+
+    def __repr__(self) -> str:
+        """In full, as positions go into a result's attributes: their number and a checksum."""
+        parts = [f"radius={self.radius:g}", f"distance={self.distance}"]
+        parts += [f"{name}={_described(value)}" for name, value in self.observations.items()]
+        return f"Taper({', '.join(parts)}, state={'layout' if self.state is None else _described(self.state)})"
+
+    def _rows(self, values: ArrayLike, what: str) -> Float[np.ndarray, "n k"]:
+        rows = np.asarray(values, np.float64)
+        rows = rows.reshape(-1, 1) if rows.ndim < 2 else rows.reshape(-1, rows.shape[-1])
+        if (needed := self.distance.check(rows.shape[1])) is not None:
+            raise ValueError(
+                f"Taper got positions of shape {np.shape(values)} for {what}; a position of "
+                f"{type(self.distance).__name__} is {needed}."
+            )
+        if not np.all(np.isfinite(rows)):
+            raise ValueError(f"Taper got a position of {what} that is not finite; give every value a place.")
+        return rows
+
+    def place(
+        self,
+        state_shape: tuple[int, ...],
+        observed: Mapping[str, tuple[tuple[int, ...], int]],
+        layout: Layout | None = None,
+    ) -> PlacedTaper:
+        """The taper at the places of one model.
+
+        Args:
+            state_shape: shape of one state.
+            observed: for each observed site, in the order of the residuals, the shape of its value and the number of
+                values that share a correlated error (1 where errors are independent).
+            layout: of the state, for positions that were not given.
+
+        Raises:
+            ValueError: positions missing, in a wrong number or of a site that is not there, or correlated errors of
+                values at different places; the sentence names the site.
+        """
+        rows = self._layout_rows(layout) if self.state is None else np.asarray(self.state)
+        _values_at_each(len(rows), state_shape, "the state")
+        if unknown := sorted(set(self.observations) - set(observed)):
+            raise ValueError(f"Taper has positions of {unknown}, but the observed sites are {sorted(observed)}.")
+        placed = []
+        for name, (shape, event) in observed.items():
+            if name not in self.observations:
+                raise ValueError(
+                    f"Taper has no positions of the observed site '{name}'; give one for each of its values: "
+                    f"Taper(observations={{'{name}': ...}}), shape {shape}."
+                )
+            given = np.asarray(self.observations[name])
+            at_each = _values_at_each(len(given), shape, f"site '{name}'")
+            here = np.repeat(given, at_each, axis=0)
+            events = here.reshape(-1, event, here.shape[1])
+            if np.any(events != events[:, :1]):
+                raise ValueError(
+                    f"site '{name}' has correlated errors between values at different places, and whitening mixes "
+                    "them, so that none has a place of its own; give Normal errors, or each event one place."
+                )
+            placed.append(here)
+        if len({x.shape[1] for x in (rows, *placed)}) != 1:
+            counts = {"the state": rows.shape[1]} | {n: x.shape[1] for n, x in zip(observed, placed, strict=True)}
+            raise ValueError(f"Taper got positions of {counts} coordinates; give the same coordinates to all.")
+        return PlacedTaper(self.radius, self.distance, rows, np.concatenate(placed))
+
+    def _layout_rows(self, layout: Layout | None) -> Float[np.ndarray, "n k"]:
+        if layout is None:
+            raise ValueError(
+                "Taper has no positions of the state, and the transition has no prior whose layout has them; "
+                "give Taper(state=...), one position for each value."
+            )
+        coordinates, axes = layout.coords(), {}
+        for dim in layout.dims[: len(layout.dims) - bool(layout.variables)]:
+            if dim not in coordinates or coordinates[dim].dtype.kind not in "iuf":
+                break
+            axes[dim] = coordinates[dim]
+        if not axes:
+            raise ValueError(
+                f"Taper has no positions of the state, and its layout has no coordinates of '{layout.dims[0]}'; "
+                "give Taper(state=...), one position for each value."
+            )
+        mesh = np.meshgrid(*axes.values(), indexing="ij")
+        grid = {name: values.reshape(-1).astype(np.float64) for name, values in zip(axes, mesh, strict=True)}
+        return self._rows(self.distance.on_grid(grid), "the state (its layout's coordinates)")
+
+
+def _values_at_each(positions: int, shape: tuple[int, ...], what: str) -> int:
+    """How many values are at each position, if positions run over the leading axes of `shape`."""
+    for axes in range(len(shape), -1, -1):
+        if math.prod(shape[:axes]) == positions:
+            return math.prod(shape[axes:])
+    raise ValueError(
+        f"Taper got {positions} positions of {what}, whose value has the shape {shape}; give {math.prod(shape)}, one "
+        "for each value, or one for each place of its leading axes."
+    )
+
+
+def _described(positions: Any) -> str:
+    return f"[{len(positions)} positions, {checksum(positions)[:12]}]"

@@ -1,0 +1,194 @@
+"""Analysis updates of the ensemble Kalman filter: exact given the ensemble's covariances, with and without a taper."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro
+import numpyro.distributions as dist
+import pytest
+import scipy.linalg
+from numpyro.contrib.control_flow import scan
+
+import numpyro_diffusion_da as ndda
+from numpyro_diffusion_da.smc import ensemble_update
+from numpyro_diffusion_da.smc.enkf import build_kernel, init, relaxed
+
+UPDATES = {"perturbed": ndda.PerturbedObservations(), "square root": ndda.SquareRoot()}
+D = 6
+SITES = np.arange(D)
+
+
+def ensemble(n: int, m: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(members, H, y) of a linear observation y = H x + N(0, I)."""
+    rng = np.random.default_rng(seed)
+    x = rng.normal(size=(n, D)) @ rng.normal(size=(D, D)) + 3.0
+    return x.astype(np.float32), rng.normal(size=(m, D)), rng.normal(size=m)
+
+
+def analysed(update, x, h, y, taper=None):
+    """The kernel's analysis of members that the forecast leaves where they are; NaN in y is missing."""
+
+    def residual(x, particle, y):
+        return jnp.where(jnp.isnan(y), 0.0, jnp.nan_to_num(y) - h.astype(np.float32) @ x)
+
+    kernel = build_kernel(
+        lambda key, particle, y: (particle, ()),
+        residual,
+        lambda key, x, particle, y, record: (x, record),
+        update=update,
+        taper=taper,
+    )
+    state, info = jax.jit(kernel)(jax.random.key(1), init(jnp.asarray(x)), jnp.asarray(y, jnp.float32))
+    np.testing.assert_array_equal(info.ancestors, np.arange(len(x)))
+    assert float(state.log_evidence) == 0.0
+    return np.asarray(state.particles, np.float64)
+
+
+def kalman(mean, p, h, y, seen_through=None):
+    """(mean, covariance) of a Kalman update, R = I; P H^T and H P H^T multiplied by two tapers where given."""
+    state_taper, observation_taper = (1.0, 1.0) if seen_through is None else seen_through
+    gain = np.linalg.solve(observation_taper * (h @ p @ h.T) + np.eye(len(h)), (state_taper * (p @ h.T)).T).T
+    return mean + gain @ (y - h @ mean), p - gain @ h @ p
+
+
+@pytest.mark.parametrize("m", [3, 30])
+def test_square_root_is_exact(m):
+    """Mean and covariance of the Kalman update with the ensemble's own; fewer and more values than members."""
+    x, h, y = ensemble(12, m)
+    got = analysed(ndda.SquareRoot(), x, h, y)
+    mean, covariance = kalman(x.mean(0), np.cov(x.T), h, y)
+    scale = np.abs(np.cov(x.T)).max()
+    np.testing.assert_allclose(got.mean(0), mean, atol=1e-3)
+    np.testing.assert_allclose(np.cov(got.T), covariance, atol=2e-5 * scale)
+
+
+def test_square_root_moves_the_members_least():
+    """The symmetric root: T of the anomalies is the inverse root of I + Y Y^T / (N - 1)."""
+    x, h, y = ensemble(8, 3)
+    got = analysed(ndda.SquareRoot(), x, h, y)
+    before, after = x - x.mean(0), got - got.mean(0)
+    predicted = before @ h.T
+    root = np.linalg.inv(scipy.linalg.sqrtm(np.eye(8) + predicted @ predicted.T / 7).real)
+    np.testing.assert_allclose(after, root @ before, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", UPDATES)
+def test_a_taper_that_reaches_all_changes_nothing(name):
+    x, h, y = ensemble(9, 4)
+    wide = ndda.Taper(np.inf, ndda.Ring(D), {"y": SITES[:4]}, state=SITES).place((D,), {"y": ((4,), 1)})
+    plain, tapered = (analysed(UPDATES[name], x, h, y, taper) for taper in (None, wide))
+    np.testing.assert_allclose(tapered, plain, atol=1e-3)
+
+
+def local(radius: float = 1.2) -> tuple[np.ndarray, np.ndarray, ndda.smc.localization.PlacedTaper]:
+    """(H, tapers between state and observations, the taper) of every second site observed."""
+    h = np.eye(D)[::2]
+    taper = ndda.Taper(radius, ndda.Ring(D), {"y": SITES[::2]}, state=SITES).place((D,), {"y": ((3,), 1)})
+    return h, taper.taper(taper.points, taper.observations), taper
+
+
+@pytest.mark.parametrize("batch", [2**24, 1])
+def test_square_root_with_a_taper_is_a_kalman_update_at_each_site(batch, monkeypatch):
+    """With the error variances over rho (Hunt et al. 2007), all sites at once or one after the other."""
+    monkeypatch.setattr(ensemble_update, "LARGEST_BLOCK", batch)
+    (x, _, _), (h, rho, taper) = ensemble(7, 1), local()
+    y = np.array([0.5, np.nan, -1.0])
+    got = analysed(ndda.SquareRoot(), x, h, y, taper)
+    for site in SITES:
+        near = (rho[site] > 0) & ~np.isnan(y)
+        root = np.sqrt(rho[site][near])
+        mean, covariance = kalman(x.mean(0), np.cov(x.T), root[:, None] * h[near], root * y[near])
+        np.testing.assert_allclose(got[:, site].mean(), mean[site], rtol=2e-4, atol=1e-4)
+        np.testing.assert_allclose(got[:, site].var(ddof=1), covariance[site, site], rtol=2e-4)
+
+
+def test_perturbed_observations_with_a_taper():
+    """The mean's update is that of the gain whose covariances are multiplied by the taper."""
+    (x, _, _), (h, rho, taper) = ensemble(7, 1), local(0.9)
+    y, seen = np.array([0.5, np.nan, -1.0]), [0, 2]
+    got = analysed(ndda.PerturbedObservations(), x, h, y, taper)
+    between = taper.between_observations()[np.ix_(seen, seen)]
+    mean, _ = kalman(x.mean(0), np.cov(x.T), h[seen], y[seen], (rho[:, seen], between))
+    np.testing.assert_allclose(got.mean(0), mean, rtol=2e-4, atol=1e-4)
+    far = np.all(rho[:, seen] == 0, axis=1)
+    assert far.any()
+    np.testing.assert_allclose(got[:, far], x[:, far], atol=1e-6)
+
+
+def test_relaxation_to_prior_spread():
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.normal(size=(20, 3)) * [1.0, 0.2, 0.0] + 5.0, jnp.float32)
+    prior_spread = jnp.array([1.5, 1.5, 0.7])
+    own = np.std(x, axis=0)
+    for rtps in (0.0, 0.4, 1.0):
+        got = relaxed(x, prior_spread, rtps)
+        np.testing.assert_allclose(got.mean(0), x.mean(0), rtol=1e-5)
+        expected = own + rtps * (prior_spread - own)
+        np.testing.assert_allclose(np.std(got, axis=0), np.where(own > 0, expected, 0.0), rtol=1e-4, atol=1e-6)
+
+
+def test_settings_are_refused():
+    for wrong in ({"rtps": -0.1}, {"rtps": 1.5}, {"inflation": 0.5}):
+        with pytest.raises(ValueError, match=f"EnKF got {next(iter(wrong))}="):
+            ndda.EnKF(program, **wrong)
+
+
+# --- of a program -----------------------------------------------------------------------------------------------------
+
+
+def program(y):
+    x0 = numpyro.sample("x0", dist.Normal(jnp.zeros(D), 1.0).to_event(1))
+
+    def step(x, y_t):
+        x = numpyro.sample("x", dist.Normal(0.9 * x, 0.5).to_event(1))
+        numpyro.sample("y", dist.Normal(x[::2], 0.5).to_event(1), obs=y_t)
+        return x, None
+
+    scan(step, x0, y)
+
+
+def correlated(y):
+    x0 = numpyro.sample("x0", dist.Normal(jnp.zeros(D), 1.0).to_event(1))
+
+    def step(x, y_t):
+        x = numpyro.sample("x", dist.Normal(0.9 * x, 0.5).to_event(1))
+        numpyro.sample("y", dist.MultivariateNormal(x[::2], 0.25 * jnp.eye(3)), obs=y_t)
+        return x, None
+
+    scan(step, x0, y)
+
+
+Y = np.random.default_rng(0).normal(size=(3, 3)).astype(np.float32)
+TAPER = ndda.Taper(1.2, ndda.Ring(D), {"y": SITES[::2]}, state=SITES)
+
+
+def test_a_program_with_a_taper():
+    """The settings are in the attributes, and far from what is observed the analysis is the forecast."""
+    only_first = np.where(np.arange(3) == 0, Y, np.nan).astype(np.float32)
+    algorithm = ndda.EnKF(program, update=ndda.SquareRoot(), taper=TAPER, rtps=0.5, inflation=1.05)
+    online, states = ndda.OnlineFilter(algorithm, num_particles=12), []
+    for y in (only_first, np.full_like(Y, np.nan)):
+        start = online.init(jax.random.key(0), y[:1])
+        states.append(online.step(jax.random.key(1), start, y[:1])[0].particles)
+    moved = np.abs(states[0] - states[1]).max(0)
+    assert np.all(moved[[5, 0, 1]] > 1e-3)
+    np.testing.assert_allclose(moved[3], 0.0, atol=1e-5)
+    settings = algorithm.settings(ndda.StateSpaceModel(program, (Y,)))
+    assert settings["update"] == "SquareRoot()"
+    assert settings["taper"] == repr(TAPER)
+    assert (settings["rtps"], settings["inflation"]) == (0.5, 1.05)
+
+
+@pytest.mark.parametrize(
+    ("model", "taper", "sentence"),
+    [
+        (program, ndda.Taper(1.2, ndda.Ring(D), {"z": [0]}, state=SITES), r"positions of \['z'\], .* \['y'\]"),
+        (program, ndda.Taper(1.2, ndda.Ring(D), {"y": SITES[::2]}), r"give Taper\(state=...\)"),
+        (correlated, TAPER, "site 'y' has correlated errors"),
+    ],
+)
+def test_a_program_and_a_taper_that_do_not_fit(model, taper, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        ndda.EnKF(model, taper=taper).kernel(ndda.StateSpaceModel(model, (Y,)))

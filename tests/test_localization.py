@@ -1,0 +1,170 @@
+"""Tapers, distances and positions: numpy against known answers; nothing is compiled."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+import numpyro_diffusion_da as ndda
+from numpyro_diffusion_da.smc import localization
+from numpyro_diffusion_da.smc.localization import gaspari_cohn
+
+RING = np.arange(12.0)
+SPHERE = np.stack([np.repeat([-60.0, 0.0, 45.0, 89.0], 5), np.tile([0.0, 90.0, 179.0, 200.0, 350.0], 4)], -1)
+
+
+def convolution(ratio: float) -> float:
+    """What eq. 4.10 is: the correlation of the tent 1 - r on the unit ball of R^3 with itself, by quadrature."""
+    step = 0.01
+    along, off = np.arange(-1 + step / 2, 2 + ratio, step), np.arange(step / 2, 1, step)
+    z, r = np.meshgrid(along, off)
+
+    def tent(z):
+        return np.maximum(1.0 - np.hypot(z, r), 0.0)
+
+    return float(np.sum(r * tent(z) * tent(z - ratio)) / np.sum(r * tent(z) ** 2))
+
+
+def test_gaspari_cohn():
+    ratios = np.array([0.0, 0.3, 0.7, 1.0, 1.4, 1.9, 2.0, 50.0])
+    values = gaspari_cohn(ratios)
+    np.testing.assert_allclose(values, [convolution(z) for z in ratios], atol=2e-4)
+    np.testing.assert_allclose(values[[0, 3, 6, 7]], [1.0, 5 / 24, 0.0, 0.0], atol=1e-12)
+    fine = gaspari_cohn(np.linspace(0.0, 3.0, 3001))
+    assert np.all(np.diff(fine) <= 0)
+    assert np.all(fine >= 0)
+    assert np.max(np.abs(np.diff(fine, 2))) < 4e-6  # the second derivative has no jump: at most 10/3 times 1e-6
+
+
+def test_distances():
+    ring = ndda.Ring(12)(RING[:, None], RING[:, None])
+    np.testing.assert_array_equal(ring[0], [0, 1, 2, 3, 4, 5, 6, 5, 4, 3, 2, 1])
+    np.testing.assert_array_equal(ring, ring.T)
+    np.testing.assert_array_equal(ndda.Ring(12)(np.array([[-1.0]]), np.array([[13.0]])), 2.0)  # numbers go on around
+    straight = ndda.Euclidean()(np.array([[0.0, 0.0]]), np.array([[3.0, 4.0], [1.0, 0.0]]))
+    np.testing.assert_allclose(straight, [[5.0, 1.0]])
+    paris, new_york, opposite = [48.8566, 2.3522], [40.7128, -74.0060], [-48.8566, -177.6478]
+    apart = ndda.GreatCircle()(np.array([paris]), np.array([new_york, opposite, paris]))
+    np.testing.assert_allclose(apart, [[5837.2, np.pi * 6371.0, 0.0]], rtol=1e-4)
+    near = ndda.GreatCircle(1.0)(np.array([[0.0, 0.0]]), np.array([[0.0, 1e-5]]))
+    np.testing.assert_allclose(near, np.radians(1e-5), rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("distance", "positions", "quarter"),
+    [
+        (ndda.Ring(12), RING[:, None], 3.0),
+        (ndda.GreatCircle(1.0), SPHERE, np.pi / 2),
+        (ndda.Euclidean(), np.random.default_rng(0).normal(size=(30, 3)), 3.0),
+    ],
+)
+def test_a_taper_is_a_covariance(distance, positions, quarter):
+    """Up to a quarter of the circle, as `Taper` says."""
+    for radius in (0.1 * quarter, 0.5 * quarter, quarter):
+        values = np.linalg.eigvalsh(gaspari_cohn(distance(positions, positions) / radius))
+        assert values.min() > -1e-10
+
+
+def test_neighbourhoods_are_the_taper(monkeypatch):
+    """Every pair within reach once, whatever the size of the blocks; rows of different lengths."""
+    rng = np.random.default_rng(0)
+    taper = ndda.Taper(0.2, ndda.Euclidean(), {"y": rng.uniform(size=(20, 2))}, state=rng.uniform(size=(30, 2)))
+    placed = taper.place((30,), {"y": ((20,), 1)})
+    dense = placed.taper(placed.points, placed.observations)
+    reached = (dense > 0).sum(1)
+    assert 0 <= reached.min() < reached.max() < 20
+    for block in (2**22, 100, 1):
+        monkeypatch.setattr(localization, "LARGEST_BLOCK", block)
+        near = placed.neighbourhoods()
+        assert near.which.shape == near.weights.shape == (30, reached.max())
+        rebuilt = np.zeros((30, 20))
+        for row, which, weights in zip(rebuilt, near.which, near.weights, strict=True):
+            np.add.at(row, which, weights)
+        np.testing.assert_allclose(rebuilt, dense, atol=1e-7)
+    alone = ndda.Taper(0.1, ndda.Euclidean(), {"y": [9.0]}, state=[0.0, 1.0]).place((2,), {"y": ((1,), 1)})
+    np.testing.assert_array_equal(alone.neighbourhoods().weights, [[0.0], [0.0]])  # nobody near
+
+
+def test_positions_of_the_state():
+    """Given, or the coordinates of a layout; channels share the place of their point."""
+    y = {"y": ((1,), 1)}
+    prior = ndda.load_prior("lorenz96")
+    ring = ndda.Taper(3.0, ndda.Ring(40), {"y": [7]})
+    np.testing.assert_array_equal(ring.place((40,), y, prior.layout).points[:, 0], np.arange(40))
+    grid = ndda.Layout(
+        (2, 3, 4), ("lon", "lat", "channel"), (("lon", (0, 180)), ("lat", (-30, 0, 30)), ("channel", tuple("abcd")))
+    )
+    sphere = ndda.Taper(1000.0, ndda.GreatCircle(), {"y": [[30.0, 180.0]]}).place(grid.shape, y, grid)
+    np.testing.assert_array_equal(sphere.points, [[-30, 0], [0, 0], [30, 0], [-30, 180], [0, 180], [30, 180]])
+    np.testing.assert_array_equal(sphere.neighbourhoods().weights[:, 0], [0, 0, 0, 0, 0, 1])
+    given = ndda.Taper(1.0, ndda.Euclidean(), {"y": np.zeros((1, 1, 2))}, state=np.zeros((2, 3, 2)))
+    assert given.place(grid.shape, y).points.shape == (6, 2)
+
+
+def test_positions_of_observations():
+    """In the order of the residuals; stations with several values, and events with a correlated error."""
+    taper = ndda.Taper(2.0, ndda.Ring(12), {"wind": [4, 5], "t": RING[::6]}, state=RING)
+    placed = taper.place((12,), {"t": ((2,), 1), "wind": ((2, 3), 3)})
+    np.testing.assert_array_equal(placed.observations[:, 0], [0, 6, 4, 4, 4, 5, 5, 5])
+    between = placed.between_observations()
+    np.testing.assert_array_equal(between[2, 2:5], 1.0)
+    np.testing.assert_allclose(between, between.T)
+
+
+PLACES = {"y": RING[::2]}
+ONE_SITE = {"y": ((6,), 1)}
+
+
+@pytest.mark.parametrize(
+    ("given", "site", "layout", "sentence"),
+    [
+        ({"state": RING, "observations": {}}, ONE_SITE, None, r"no positions of the observed site 'y'"),
+        (
+            {"state": RING, "observations": {**PLACES, "z": [1]}},
+            ONE_SITE,
+            None,
+            r"positions of \['z'\], .* \['y'\]",
+        ),
+        ({"state": RING, "observations": {"y": [1, 2]}}, ONE_SITE, None, r"2 positions of site 'y', .* \(6,\); give 6"),
+        ({"state": RING[:5], "observations": PLACES}, ONE_SITE, None, r"5 positions of the state, .* \(12,\); give 12"),
+        ({"state": RING, "observations": PLACES}, {"y": ((6,), 6)}, None, r"site 'y' has correlated errors"),
+        ({"observations": PLACES}, ONE_SITE, None, r"no positions of the state, and the transition has no prior"),
+        ({"observations": PLACES}, ONE_SITE, ndda.Layout((12,), ("site",)), r"its layout has no coordinates of 'site'"),
+    ],
+)
+def test_places_are_refused(given, site, layout, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        ndda.Taper(2.0, ndda.Ring(12), **given).place((12,), site, layout)
+
+
+def test_settings_are_refused():
+    for radius in (0.0, -1.0, np.nan):
+        with pytest.raises(ValueError, match="give a positive half-width"):
+            ndda.Taper(radius, ndda.Ring(12), PLACES)
+    with pytest.raises(TypeError, match=r"give ndda.Ring\(length\)"):
+        ndda.Taper(1.0, 12, PLACES)
+    with pytest.raises(ValueError, match=r"shape \(6,\) for site 'y'; .* GreatCircle is \(latitude, longitude\)"):
+        ndda.Taper(1.0, ndda.GreatCircle(), PLACES)
+    with pytest.raises(ValueError, match="a position of Ring is one number"):
+        ndda.Taper(1.0, ndda.Ring(12), {"y": np.zeros((3, 2))})
+    with pytest.raises(ValueError, match="position of the state that is not finite"):
+        ndda.Taper(1.0, ndda.Ring(12), PLACES, state=[np.nan])
+    with pytest.raises(ValueError, match="the same coordinates to all"):
+        ndda.Taper(1.0, ndda.Euclidean(), PLACES, state=np.zeros((12, 2))).place((12,), ONE_SITE)
+    with pytest.raises(ValueError, match="without latitude and longitude"):
+        ndda.Taper(1.0, ndda.GreatCircle(), {"y": [[0, 0]]}).place(
+            (2,), {"y": ((1,), 1)}, ndda.Layout((2,), ("x",), (("x", (0, 1)),))
+        )
+    for wrong in (0.0, np.inf):
+        with pytest.raises(ValueError, match="give its circumference"):
+            ndda.Ring(wrong)
+        with pytest.raises(ValueError, match="sphere_radius"):
+            ndda.GreatCircle(wrong)
+
+
+def test_a_taper_in_a_results_attributes():
+    """In full: other positions are another text."""
+    texts = [repr(ndda.Taper(2.0, ndda.Ring(12), {"y": RING[::2] + shift})) for shift in (0, 0, 1)]
+    assert texts[0] == texts[1] != texts[2]
+    assert texts[0].startswith("Taper(radius=2, distance=Ring(length=12.0), y=[6 positions, ")
+    assert texts[0].endswith("state=layout)")
