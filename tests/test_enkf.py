@@ -117,6 +117,12 @@ def test_perturbed_observations_with_a_taper():
     np.testing.assert_allclose(got[:, far], x[:, far], atol=1e-6)
 
 
+@pytest.mark.parametrize("name", UPDATES)
+def test_nothing_observed_changes_nothing(name):
+    (x, h, _), seen = ensemble(5, 2), np.full(2, np.nan)
+    np.testing.assert_allclose(analysed(UPDATES[name], x, h, seen), x, atol=1e-5)
+
+
 def test_relaxation_to_prior_spread():
     rng = np.random.default_rng(0)
     x = jnp.asarray(rng.normal(size=(20, 3)) * [1.0, 0.2, 0.0] + 5.0, jnp.float32)
