@@ -12,7 +12,6 @@ Exact for a Gaussian p(z | c) and a linear h. The published method takes C = I a
 from __future__ import annotations
 
 import abc
-from collections.abc import Callable
 from typing import NamedTuple
 
 import equinox as eqx
@@ -42,14 +41,12 @@ class Innovation(NamedTuple):
         residual: <u_i, r>, shape (k,).
         covariance: <u_i, (I + s^2 H S J C S H^T) u_j>, shape (k, k).
         pulled: J^T S H^T u_i, leading axis k.
-        directly: S H^T u_i, leading axis k.
     """
 
     basis: Float[Array, "k m"]
     residual: Float[Array, " k"]
     covariance: Float[Array, "k k"]
     pulled: Float[Array, "k ..."]
-    directly: Float[Array, "k ..."]
 
 
 class ObservingDenoiser(Denoiser):
@@ -107,26 +104,26 @@ class MMPSDenoiser(ObservingDenoiser):
         self, z_s: Float[Array, ...], noise_level: Float[Array, ""], memory: Memory
     ) -> tuple[Float[Array, ...], Memory]:
         """D_y(z_s, s)."""
-        denoised, solution, _, _, memory = self._solve(z_s, noise_level, memory)
+        denoised, solution, _, memory = self._solve(z_s, noise_level, memory)
         return denoised + noise_level**2 * self.noise.covariance_product(solution.image), memory
 
     def innovation(
         self, z_s: Float[Array, ...], noise_level: Float[Array, ""], memory: Memory
     ) -> tuple[Float[Array, ...], Innovation, Memory]:
         """See `ObservingDenoiser`: along the directions that the solver has seen."""
-        denoised, solution, residual, pull, memory = self._solve(z_s, noise_level, memory)
+        denoised, solution, residual, memory = self._solve(z_s, noise_level, memory)
         if solution.directions is None:
             raise TypeError(
                 f"{type(self.solver).__name__} does not say which directions it has seen, and path weights need them; "
                 "return Solution(..., directions=...), or use ndda.DirectSolve() or ndda.KrylovSolve()."
             )
         basis, columns, images = solution.directions
-        return denoised, Innovation(basis, basis @ residual, basis @ columns.T, images, jax.vmap(pull)(basis)), memory
+        return denoised, Innovation(basis, basis @ residual, basis @ columns.T, images), memory
 
     def _solve(
         self, z_s: Float[Array, ...], noise_level: Float[Array, ""], memory: Memory
-    ) -> tuple[Array, Solution, Array, Callable[[Array], Array], Memory]:
-        """(D, the solution of the module's system, r, v -> S H^T v, memory)."""
+    ) -> tuple[Array, Solution, Array, Memory]:
+        """(D, the solution of the module's system, r, memory)."""
         prior, conditioning = self.base.prior, self.base.conditioning
         location, scale = prior.location(conditioning), prior.scale(conditioning)
         denoised, pull_denoiser = jax.vjp(lambda z: prior.denoise(z, noise_level, conditioning), z_s)
@@ -134,15 +131,12 @@ class MMPSDenoiser(ObservingDenoiser):
         residual, push_residual = jax.linearize(self.likelihood.residual, x)
         pull_residual = jax.linear_transpose(push_residual, x)
 
-        def pull(v: Array) -> Array:
-            return scale * -pull_residual(v)[0]
-
         # J C is symmetric for a true denoiser, so H S J C S H^T = H S C J^T S H^T: one vjp a product, no jvp.
         def product(v: Array) -> tuple[Array, Array]:
-            (pulled,) = pull_denoiser(pull(v))
+            (pulled,) = pull_denoiser(scale * -pull_residual(v)[0])
             return v - noise_level**2 * push_residual(scale * self.noise.covariance_product(pulled)), pulled
 
         solution, warm_start = self.solver(product, residual, memory.warm_start)
         passes = NetworkPasses.of(forward=1)._replace(vjp=solution.products)
         memory = Memory(memory.passes.plus(passes), warm_start, jnp.maximum(memory.solver_residual, solution.residual))
-        return denoised, solution, residual, pull, memory
+        return denoised, solution, residual, memory

@@ -1,9 +1,9 @@
 """The guided draw with its weight: an unbiased estimate of p(y | c) from one run of a stochastic sampler.
 
-Unguided, a step of such a sampler from level s to s' is z' ~ P = N(mu, tau^2 C). Guided, it is P given what y says.
-With r the whitened residual at the denoised state, H = -dr/dx, J = dD/dz_s and U = (u_1 .. u_k) in observation space,
-let rho_i = <u_i, r> and g_i = J^T S H^T u_i. Before the step rho ~ N(0, M), M = U^T (I + s^2 H S J C S H^T) U; the
-step decides the part of rho that z' - mu has along g:
+Unguided, a step of such a sampler from level s to s' = s sqrt(q) is z' ~ P = N(mu, tau^2 C). Guided, it is P given what
+y says. With r the whitened residual at the denoised state, H = -dr/dx, J = dD/dz_s and U = (u_1 .. u_k) in observation
+space, let g_i = J^T S H^T u_i. Before the step <u_i, r> ~ N(0, M), with M = U^T (I + s^2 H S J C S H^T) U; the step
+decides the part of it that z' has along g:
 
     rho = G (z' - mu) + rest,    G_i = gamma_i <g_i, .>,    N = tau^2 G C G^T,    rest ~ N(0, M - N).
 
@@ -14,10 +14,12 @@ informative. So the ratio of the densities needs no inverse of C, which may be s
 
 exp(log w) with log w = log p(y | x) + sum log P/Q over the steps is an unbiased estimate of p(y | c), the evidence of
 the *discretised* emulator: of the sampler's own law, whatever directions, guidance, h and network are, for rho, G and M
-are known before z' is drawn. How much log w varies does depend on them. Where z is Gaussian with Var(z | z_s) = s^2 j,
-a step to s' = s sqrt(q) decides the part s^2 (1 - q) j^2 / (q + (1 - q) j) of it; so
+are known before z' is drawn. How much log w varies does depend on them. The diffusion in reverse goes to s' with mean
+q z_s + (1 - q) D, deciding, where z is Gaussian with Var(z | z_s) = s^2 j, the part s^2 (1 - q) j^2 / (q + (1 - q) j)
+of that variance; and there dD(z', s')/dz' = j / (q + (1 - q) j). With P doing the same from a mean of its own,
 
-    gamma_i^2 = s^2 (1 - q) / (tau^2 (q + (1 - q) j_i)),    j_i = <u_i, (M - I) u_i> / (s^2 <S H^T u_i, C S H^T u_i>).
+    gamma_i^2 = s^2 (1 - q) / (tau^2 (q + (1 - q) j_i)),    j_i = s^2 <g_i, C g_i> / <u_i, (M - I) u_i>,
+    rho_i = <u_i, r> - <g_i, mu - q z_s - (1 - q) D> / (q + (1 - q) j_i).
 
 Girsanov's weights, where Q is as wide as P and has the guided denoiser in its mean, are unbiased too, but vary more
 (docs/method.md has both).
@@ -86,14 +88,16 @@ def informed_step(
 ) -> tuple[Float[Array, ...], PyTree, Float[Array, ""]]:
     """One step of P given the innovation, in the module's notation; returns (z', history, log P/Q)."""
     mean, spread, history = step.law(at, denoised, history)
-    rho, noise = innovation.residual, at.noise
-    falls = (at.stop / at.start) ** 2
-    flat = at.start**2 * jnp.diagonal(_gram(innovation.directly, noise))  # what it would be for J = I
-    explained = jnp.diagonal(innovation.covariance) - jnp.sum(innovation.basis**2, axis=1)
-    j = jnp.clip(jnp.where(flat > 0, explained / jnp.where(flat > 0, flat, 1.0), 1.0), 0.0, 1.0)
-    gamma = at.start / spread * jnp.sqrt((1.0 - falls) / (falls + (1.0 - falls) * j))
+    noise, falls = at.noise, (at.stop / at.start) ** 2
+    reverse = denoised + falls * (at.z - denoised)
+    gram = _gram(innovation.pulled, noise)
+    known = (jnp.diagonal(innovation.covariance) - jnp.sum(innovation.basis**2, axis=1)) / at.start**2
+    j = jnp.clip(jnp.where(known > 0, jnp.diagonal(gram) / jnp.where(known > 0, known, 1.0), 1.0), 0.0, 1.0)
+    remains = falls + (1.0 - falls) * j
+    rho = innovation.residual - jnp.tensordot(innovation.pulled, mean - reverse, mean.ndim) / remains
+    gamma = at.start / spread * jnp.sqrt((1.0 - falls) / remains)
     g = gamma.reshape(-1, *(1,) * mean.ndim) * innovation.pulled
-    decided = spread**2 * _gram(g, noise)
+    decided = spread**2 * gamma[:, None] * gram * gamma[None, :]
     # A covariance of what is left: at least that of R, 1 in these coordinates, whatever a learned J says.
     values, vectors = jnp.linalg.eigh(_symmetric(innovation.covariance - decided))
     values = jnp.maximum(values, 1.0)

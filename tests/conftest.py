@@ -52,7 +52,7 @@ class LinearGaussian:
             observations.append(x[::2] + self.error * rng.normal(size=(d + 1) // 2))
         return np.array(states), np.array(observations)
 
-    def diffusion_program(self):
+    def diffusion_program(self, sampler: ndda.Sampler | None = None):
         """The program with a `GaussianPrior` as its transition."""
         prior = ndda.GaussianPrior(self.transition, self.covariance)
 
@@ -60,7 +60,7 @@ class LinearGaussian:
             x0 = numpyro.sample("x0", prior.climatology())
 
             def step(x, y_t):
-                x = numpyro.sample("x", ndda.DiffusionTransition(prior, x))
+                x = numpyro.sample("x", ndda.DiffusionTransition(prior, x, sampler=sampler))
                 numpyro.sample("y", dist.Normal(x[::2], self.error).to_event(1), obs=y_t)
                 return x, None
 

@@ -1,0 +1,388 @@
+"""Path weights: are they unbiased, how much do they vary, and how far is the emulator they speak of from the true one.
+
+A guided draw of a stochastic sampler comes with a weight whose mean is p(y | c) under the *discretised* emulator, the
+law of the sampler at its number of noise levels. With an exact Gaussian prior that law is Gaussian, and its covariance
+follows from the sampler's own linear recursion: everything here has an exact answer. Four tables:
+
+1. The discretised emulator, on the ring of 64 points: 2-Wasserstein distance of its law to the prior, over the square
+   root of the prior's total variance; its total variance over the prior's; log p(y | c) of 16 observations with error
+   0.1 less that of the prior, mean and standard deviation over y.
+2. One step, a chain of 16 points with unit variance, m of them observed with error r: standard deviation of log w, and
+   mean of w over the discretised emulator's p(y | c), which is 1. By how exactly the draw is guided; and by Girsanov's
+   weights, whose draw is the unguided step, shifted by the guided denoiser and as wide as it was.
+3. The same where the noise of the diffusion is not white, and where it is singular.
+4. Filters on a linear-Gaussian state-space model, a chain of d points, every second observed: mean of Z^ / Z with its
+   standard error, and standard deviation of log Z^, over runs. Z is the Kalman filter's evidence, of the discretised
+   emulator where the transition is one.
+
+    python examples/benchmarks/path_weights.py --out path_weights.json
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro
+import numpyro.distributions as dist
+import scipy.linalg
+import typer
+from numpyro.contrib.control_flow import scan
+from rich.console import Console
+from rich.table import Table
+
+import numpyro_diffusion_da as ndda
+from numpyro_diffusion_da.algorithm import PATH_SAMPLER
+from numpyro_diffusion_da.denoiser import PriorDenoiser
+from numpyro_diffusion_da.guidance import ObservingDenoiser
+from numpyro_diffusion_da.sampler import StepInputs
+from numpyro_diffusion_da.transition import DiffusionStep
+
+# Steps that add noise, by name.
+STEPS: dict[str, ndda.StochasticStep] = {
+    "SDE-DPM-Solver++(2M)": ndda.SDEDPMSolverPP2M(),
+    "ancestral DDIM": ndda.DDIM(1.0),
+}
+GUIDANCE = {
+    "exact": ndda.MMPS(ndda.DirectSolve()),
+    "4 products": ndda.MMPS(ndda.KrylovSolve(4)),
+    "2 products": ndda.MMPS(),
+}
+GIRSANOV = "exact, Girsanov"
+
+
+def chain(size: int) -> np.ndarray:
+    """exp(-|i - j| / 3)."""
+    i = np.arange(size)
+    return np.exp(-np.abs(i[:, None] - i) / 3)
+
+
+def ring(size: int) -> np.ndarray:
+    """The covariance of ring64.py."""
+    i = np.arange(size)
+    distance = np.abs(i[:, None] - i)
+    return np.exp(-((np.minimum(distance, size - distance) / 4.0) ** 1.5)) + 1e-3 * np.eye(size)
+
+
+def with_levels(step: ndda.Step, levels: int) -> ndda.Sampler:
+    """A sampler of that step, its levels spaced as `GuidedPF` spaces its own."""
+    assert isinstance(PATH_SAMPLER.schedule, ndda.KarrasSchedule)
+    return ndda.Sampler(step, ndda.KarrasSchedule(levels, PATH_SAMPLER.schedule.rho))
+
+
+def law(prior: ndda.GaussianPrior, sampler: ndda.Sampler) -> np.ndarray:
+    """Covariance of the unguided draws around A x. In the modes of Q and C all is diagonal: one recursion for each."""
+    step, variances = sampler.stochastic_step(), prior.variances
+    levels = sampler.schedule.levels(prior.noise_range)
+    constants = sampler.constants(prior.noise_range, variances.dtype)
+    zero, one = jnp.zeros_like(variances), jnp.ones_like(variances)
+    nothing = step.init(zero)
+    # Of (z, what the step remembers): the second is absent for a step without memory.
+    zz, zh, hh = levels[0] ** 2 * one, zero, zero
+    for i in range(len(levels) - 1):
+        c = {name: v[i] for name, v in constants.items()}
+        shrink = variances / (variances + c["start"] ** 2)
+
+        def move(z: jax.Array, denoised: jax.Array, history: Any, c: Any = c) -> tuple[Any, ...]:
+            at = StepInputs(None, None, prior.noise, z, c["start"], c["stop"], c)
+            mean, spread, history = step.law(at, denoised, history)
+            return mean, spread, sum(jax.tree.leaves(history), zero)
+
+        by_z, spread, keeps_z = move(one, shrink, nothing)
+        by_h, _, keeps_h = move(zero, zero, jax.tree.map(jnp.ones_like, nothing))
+        keeps_h = keeps_h if jax.tree.leaves(nothing) else zero
+        zz, zh, hh = (
+            by_z**2 * zz + 2 * by_z * by_h * zh + by_h**2 * hh + spread**2,
+            by_z * keeps_z * zz + (by_z * keeps_h + by_h * keeps_z) * zh + by_h * keeps_h * hh,
+            keeps_z**2 * zz + 2 * keeps_z * keeps_h * zh + keeps_h**2 * hh,
+        )
+    shrink = variances / (variances + levels[-1] ** 2)
+    modes = np.asarray(prior.latent_scale * prior.from_modes)
+    return (modes * np.asarray(shrink**2 * zz)) @ modes.T
+
+
+def log_evidence(y: np.ndarray, covariance: np.ndarray) -> np.ndarray:
+    """log N(y; 0, covariance), y of shape (..., m)."""
+    factor = np.linalg.cholesky(covariance)
+    white = scipy.linalg.solve_triangular(factor, y.T, lower=True)
+    return -0.5 * np.sum(white**2, axis=0) - np.sum(np.log(np.diag(factor))) - 0.5 * len(factor) * np.log(2 * np.pi)
+
+
+def emulator_rows(levels: list[int], size: int = 64) -> list[dict[str, Any]]:
+    """Table 1."""
+    q, h, error = ring(size), np.eye(size)[::4], 0.1
+    prior = ndda.GaussianPrior(np.eye(size), q)
+    r = error**2 * np.eye(len(h))
+    y = np.random.default_rng(0).normal(size=(4000, len(h))) @ np.linalg.cholesky(h @ q @ h.T + r).T
+    root = scipy.linalg.sqrtm(q).real
+    rows = []
+    for name, step in STEPS.items():
+        for n in levels:
+            v = law(prior, with_levels(step, n))
+            cross = scipy.linalg.sqrtm(root @ v @ root).real
+            difference = log_evidence(y, h @ v @ h.T + r) - log_evidence(y, h @ q @ h.T + r)
+            rows.append(
+                {
+                    "sampler": name,
+                    "levels": n,
+                    "distance": float(np.sqrt(max(np.trace(v + q - 2 * cross), 0.0) / np.trace(q))),
+                    "variance ratio": float(np.trace(v) / np.trace(q)),
+                    "log p(y) off by": float(difference.mean()),
+                    "its sd over y": float(difference.std()),
+                }
+            )
+    return rows
+
+
+class Problem(NamedTuple):
+    """One step from a Gaussian prior, and its observations."""
+
+    prior: ndda.GaussianPrior
+    h: np.ndarray
+    y: np.ndarray
+    error: float
+
+    def log_evidence(self, sampler: ndda.Sampler) -> float:
+        """Of the discretised emulator."""
+        covariance = self.h @ law(self.prior, sampler) @ self.h.T + self.error**2 * np.eye(len(self.h))
+        return float(log_evidence(self.y[None], covariance)[0])
+
+    @property
+    def likelihood(self) -> ndda.GaussianLikelihood:
+        """Of the observations."""
+        scale, seen = jnp.full(len(self.y), self.error), jnp.ones(len(self.y), bool)
+        return ndda.GaussianLikelihood(
+            lambda x: [ndda.GaussianObservation(jnp.asarray(self.h) @ x, scale, jnp.asarray(self.y), seen)]
+        )
+
+
+def problem(size: int, observations: int, error: float, noise: np.ndarray | None = None) -> Problem:
+    """A chain, evenly observed; y is a draw from the prior."""
+    rng, q = np.random.default_rng(1), chain(size)
+    h = np.eye(size)[:: size // observations]
+    if noise is not None and np.linalg.matrix_rank(noise) < size:
+        values, vectors = np.linalg.eigh(noise)
+        onto = vectors[:, values > 1e-9] @ vectors[:, values > 1e-9].T
+        q = onto @ q @ onto  # a prior may vary only where the noise does
+    y = h @ rng.multivariate_normal(np.zeros(size), q) + error * rng.normal(size=len(h))
+    return Problem(ndda.GaussianPrior(np.eye(size), q, noise_covariance=noise), h, y, error)
+
+
+def girsanov(step: DiffusionStep, likelihood: ndda.GaussianLikelihood, guidance: ndda.Guidance, key: Any) -> Any:
+    """A draw with the guided denoiser in the mean of every step, and Girsanov's log w."""
+    prior, sampler, law_of = step.prior, step.sampler, step.sampler.stochastic_step().law
+    denoiser = guidance(PriorDenoiser(prior, step.conditioning), likelihood)
+    assert isinstance(denoiser, ObservingDenoiser)
+    start_key, loop_key = jax.random.split(key)
+    location = prior.location(step.conditioning)
+    z = sampler.initial(start_key, prior.noise, prior.noise_range, location.shape, location.dtype)
+    first = step.sampler.step.init(z)
+
+    def body(carry: Any, c: Any) -> Any:
+        z, free, guided, shift, memory, log_ratio = carry
+        denoised, seen, memory = denoiser.innovation(z, c["start"], memory)
+        # The guided denoiser is D + C d. Steps are linear, so the mean moves by C u with u the step of d: no C^-1.
+        d = c["start"] ** 2 * jnp.tensordot(jnp.linalg.solve(seen.covariance, seen.residual), seen.pulled, 1)
+        at = StepInputs(loop_key, denoiser, prior.noise, z, c["start"], c["stop"], c)
+        mean, spread, free = law_of(at, denoised, free)
+        to, _, guided = law_of(at, denoised + prior.noise.covariance_product(d), guided)
+        u, _, shift = law_of(at._replace(z=jnp.zeros_like(z)), d, shift)
+        e = prior.noise.sample(jax.random.fold_in(loop_key, c["index"]), z.shape, z.dtype)
+        log_ratio -= jnp.vdot(u, e) / spread + 0.5 * jnp.vdot(u, to - mean) / spread**2
+        return (to + spread * e, free, guided, shift, memory, log_ratio), None
+
+    carry = (z, first, first, first, denoiser.init(), jnp.zeros((), z.dtype))
+    (z, *_, memory, log_ratio), _ = jax.lax.scan(body, carry, sampler.constants(prior.noise_range, z.dtype))
+    lowest = jnp.asarray(sampler.schedule.levels(prior.noise_range)[-1], z.dtype)
+    z, memory = denoiser.base(z, lowest, memory)
+    x = location + prior.scale(step.conditioning) * z
+    return x, likelihood.log_prob(x) + log_ratio, memory.passes.total()
+
+
+def one_step(p: Problem, sampler: ndda.Sampler, how: str, draws: int) -> dict[str, Any]:
+    """Spread and bias of log w."""
+    step = DiffusionStep(p.prior, p.prior.condition(jnp.zeros(len(p.prior.covariance))), sampler)
+    likelihood = p.likelihood
+
+    def draw(key: Any) -> Any:
+        if how == GIRSANOV:
+            return girsanov(step, likelihood, GUIDANCE["exact"], key)
+        x, log_weight, record = step.weighted_draw(key, likelihood, GUIDANCE[how])
+        return x, log_weight, record.passes.total()
+
+    _, log_weights, passes = jax.jit(jax.vmap(draw))(jax.random.split(jax.random.key(0), draws))
+    ratio = np.exp(np.asarray(log_weights) - p.log_evidence(sampler))
+    return {
+        "passes": int(passes[0]),
+        "sd of log w": float(np.std(log_weights)),
+        "w / p(y)": float(ratio.mean()),
+        "w / p(y) SE": float(ratio.std(ddof=1) / np.sqrt(draws)),
+    }
+
+
+def weight_rows(size: int, levels: list[int], draws: int) -> list[dict[str, Any]]:
+    """Table 2."""
+    step, few = ndda.SDEDPMSolverPP2M(), min(4, size)
+    cases = [(n, few, error, how) for error in (1.0, 0.3, 0.1) for n in levels for how in ("exact", GIRSANOV)]
+    cases += [(24, m, 0.3, how) for m in sorted({1, few, size}) for how in (*GUIDANCE, GIRSANOV)]
+    rows: list[dict[str, Any]] = []
+    for n, m, error, how in dict.fromkeys(cases):
+        case = {"m": m, "r": error, "levels": n, "guided": how}
+        rows.append({**case, **one_step(problem(size, m, error), with_levels(step, n), how, draws)})
+    return rows
+
+
+def noise_rows(size: int, draws: int) -> list[dict[str, Any]]:
+    """Table 3."""
+    factor = np.random.default_rng(2).normal(size=(size, size)) / np.sqrt(size)
+    noises = {
+        "white": None,
+        "C": factor @ factor.T + 0.3 * np.eye(size),
+        "C, singular": factor[:, : size * 3 // 4] @ factor[:, : size * 3 // 4].T,
+    }
+    return [
+        {"noise": name, "guided": how, **one_step(problem(size, min(4, size), 0.3, noise), PATH_SAMPLER, how, draws)}
+        for name, noise in noises.items()
+        for how in ("exact", "2 products")
+    ]
+
+
+def kalman(y: np.ndarray, a: np.ndarray, q: np.ndarray, initial: np.ndarray, error: float) -> float:
+    """Log-evidence."""
+    h = np.eye(len(a))[::2]
+    mean, p, total = np.zeros(len(a)), initial, 0.0
+    for y_t in y:
+        mean, p = a @ mean, a @ p @ a.T + q
+        s = h @ p @ h.T + error**2 * np.eye(len(h))
+        total += float(log_evidence((y_t - h @ mean)[None], s)[0])
+        gain = np.linalg.solve(s, h @ p).T
+        mean, p = mean + gain @ (y_t - h @ mean), p - gain @ h @ p
+    return total
+
+
+def filter_rows(dims: list[int], runs: int, experiments: int, steps: int, particles: int) -> list[dict[str, Any]]:
+    """Table 4."""
+    filters: dict[str, Callable[[Any], ndda.Algorithm]] = {
+        "GuidedPF": ndda.GuidedPF,
+        "GuidedPF, 2 products": lambda model: ndda.GuidedPF(model, guidance=ndda.MMPS()),
+        "Bootstrap": lambda model: ndda.Bootstrap(model, sampler=PATH_SAMPLER),
+        "FAAPF, Moment": lambda model: ndda.FAAPF(model, weight=ndda.Moment(), target_ess=0.0),
+        "FAAPF, Dirac": lambda model: ndda.FAAPF(model, weight=ndda.Dirac(), target_ess=0.0),
+    }
+    error, rows = 0.5, []
+    for d in dims:
+        q = 0.25 * chain(d)
+        a = 0.95 * np.linalg.qr(np.random.default_rng(0).normal(size=(d, d)))[0]
+        prior = ndda.GaussianPrior(a, q)
+        root = np.linalg.cholesky(q)
+
+        def model(y: Any, diffusion: bool, d: int = d, prior: Any = prior, a: Any = a, root: Any = root) -> None:
+            x0 = numpyro.sample("x0", dist.MultivariateNormal(jnp.zeros(d), scale_tril=jnp.asarray(root)))
+
+            def step(x: Any, y_t: Any) -> Any:
+                closed = dist.MultivariateNormal(jnp.asarray(a) @ x, scale_tril=jnp.asarray(root))
+                x = numpyro.sample("x", ndda.DiffusionTransition(prior, x) if diffusion else closed)
+                numpyro.sample("y", dist.Normal(x[::2], error).to_event(1), obs=y_t)
+                return x, None
+
+            scan(step, x0, y)
+
+        def in_closed_form(y: Any, model: Any = model) -> None:
+            model(y, False)
+
+        def through_a_diffusion(y: Any, model: Any = model) -> None:
+            model(y, True)
+
+        laws = {in_closed_form: q, through_a_diffusion: law(prior, PATH_SAMPLER)}
+        for program, covariance in laws.items():
+            for name, algorithm in filters.items():
+                if program is in_closed_form and "products" in name:
+                    continue
+                run = ndda.ParticleFilter(
+                    algorithm(program), num_particles=particles, num_chains=runs, progress_bar=False
+                )
+                logs, off = [], []
+                for seed in range(experiments):
+                    rng = np.random.default_rng(100 + seed)
+                    x, y = root @ rng.normal(size=d), []
+                    for _ in range(steps):
+                        x = a @ x + root @ rng.normal(size=d)
+                        y.append(x[::2] + error * rng.normal(size=(d + 1) // 2))
+                    run.run(jax.random.key(seed), jnp.asarray(np.array(y), jnp.float32))
+                    exact = kalman(np.array(y), a, covariance, q, error)
+                    off.append(exact - kalman(np.array(y), a, q, q, error))
+                    logs.append(run.result.sample_stats["log_evidence_increment"].sum(1, dtype=float) - exact)
+                ratio = np.exp(np.array(logs)).reshape(-1)
+                rows.append(
+                    {
+                        "d": d,
+                        "transition": "closed form" if program is in_closed_form else "diffusion",
+                        "filter": name,
+                        "passes": float(sum(v.mean() for v in run.result.network_passes.values())),
+                        "Z^ / Z": float(ratio.mean()),
+                        "Z^ / Z SE": float(ratio.std(ddof=1) / np.sqrt(ratio.size)),
+                        "sd of log Z^": float(np.sqrt(np.mean(np.var(logs, axis=1, ddof=1)))),
+                        "log Z - Kalman's": float(np.mean(off)),
+                    }
+                )
+    return rows
+
+
+def show(console: Console, title: str, rows: list[dict[str, Any]]) -> None:
+    """One table on the terminal."""
+    table = Table(title=title)
+    names = [name for name in rows[0] if not name.endswith(" SE")]
+    for name in names:
+        table.add_column(name, justify="left" if isinstance(rows[0][name], str) else "right")
+    for row in rows:
+        cells = []
+        for name in names:
+            value, se = row[name], row.get(f"{name} SE")
+            if not isinstance(value, str):
+                exact = isinstance(value, int) or name in ("r", "passes")
+                value = (f"{value:g}" if exact else f"{value:.3f}") + ("" if se is None else f" ± {se:.3f}")
+            cells.append(value)
+        table.add_row(*cells)
+    console.print(table)
+
+
+def main(
+    out: Annotated[Path | None, typer.Option(help="Write the tables to this JSON file.")] = None,
+    levels: Annotated[
+        list[int] | None, typer.Option(help="Numbers of noise levels, table 2 every second; may be repeated.")
+    ] = None,
+    points: Annotated[int, typer.Option(help="Points of the ring.", min=4)] = 64,
+    size: Annotated[int, typer.Option(help="Points of the chain of tables 2 and 3.", min=4)] = 16,
+    draws: Annotated[int, typer.Option(help="Draws of tables 2 and 3.", min=2)] = 4000,
+    dims: Annotated[list[int] | None, typer.Option(help="Dimensions of table 4; may be repeated.")] = None,
+    runs: Annotated[int, typer.Option(help="Runs of each filter on the same observations.", min=2)] = 32,
+    experiments: Annotated[int, typer.Option(help="Sets of observations.", min=1)] = 4,
+    steps: Annotated[int, typer.Option(help="Steps of each filter.", min=1)] = 8,
+    particles: Annotated[int, typer.Option(help="Particles N.", min=1)] = 256,
+) -> None:
+    """Bias and spread of path weights, of the evidence they give, and of the emulator they speak of."""
+    console, levels = Console(), levels or [12, 16, 24, 32, 48, 64]
+    with jax.enable_x64(True):
+        tables = {"emulator": emulator_rows(levels, points)}
+        show(console, f"The discretised emulator, a ring of {points}", tables["emulator"])
+        tables["weights"] = weight_rows(size, levels[::2], draws)
+        show(console, f"One step, a chain of {size}, {draws} draws", tables["weights"])
+        tables["noises"] = noise_rows(size, draws)
+        show(console, f"One step, noise that is not white, {draws} draws", tables["noises"])
+    tables["filters"] = filter_rows(dims or [4, 10], runs, experiments, steps, particles)
+    title = f"Filters, {steps} steps, N = {particles}, {experiments} sets of observations, {runs} runs of each"
+    show(console, title, tables["filters"])
+    if out is not None:
+        settings = {"levels": levels, "points": points, "size": size, "draws": draws}
+        settings |= {"runs": runs, "experiments": experiments, "steps": steps, "particles": particles}
+        out.write_text(json.dumps({"version": ndda.__version__, "settings": settings, **tables}, indent=2) + "\n")
+        console.print(f"wrote {out}")
+
+
+if __name__ == "__main__":
+    typer.run(main)
