@@ -122,6 +122,40 @@ def test_smoother_of_the_benchmark():
     np.testing.assert_allclose(np.diagonal(spread, axis1=1, axis2=2), exact[1], rtol=1e-10)
 
 
+def test_path_weights_of_the_discretised_emulator():
+    """Twice the levels: a quarter of the error at second order, half at first."""
+    rows = load("path_weights").emulator_rows([24, 48], 16)
+    excess = np.array([row["variance ratio"] - 1.0 for row in rows])
+    np.testing.assert_allclose(excess[[0, 2]] / excess[[1, 3]], [4.0, 2.0], rtol=0.15)
+
+
+@pytest.mark.slow
+def test_path_weights_vary_less_than_girsanovs():
+    """Both have the mean that they must have."""
+    benchmark = load("path_weights")
+    given = benchmark.problem(8, 2, 0.3), benchmark.PATH_SAMPLER
+    narrow, wide = (benchmark.one_step(*given, how, 3000) for how in ("exact", benchmark.GIRSANOV))
+    for row in (narrow, wide):
+        assert row["passes"] == 24 + 23 * 2
+        assert abs(row["w / p(y)"] - 1.0) < 4.5 * row["w / p(y) SE"]
+    assert narrow["sd of log w"] < 0.25 < 1.0 < wide["sd of log w"]
+
+
+@pytest.mark.slow
+def test_path_weights_runs(tmp_path):
+    """Evidence is Kalman's in the mean, in closed form and, of the discretised emulator, through a diffusion."""
+    out = tmp_path / "tables.json"
+    filters = {"filters": ["GuidedPF"], "dims": [2], "runs": 16, "experiments": 2, "steps": 3, "particles": 64}
+    given = {"tables": [1, 4], "levels": [12], "points": 16, "size": 4, "draws": 2}
+    load("path_weights").main(out, **given, **filters)
+    emulator, evidence = json.loads(out.read_text())["tables"].values()
+    assert [row["levels"] for row in emulator] == [12, 12]
+    assert [row["transition"] for row in evidence] == ["closed form", "diffusion"]
+    for row in evidence:
+        assert abs(row["Z^ / Z"] - 1.0) < 4.5 * row["Z^ / Z SE"]
+        assert row["sd of log Z^"] < 0.3
+
+
 def test_ring64_help():
     done = run_program("ring64.py", "--help")
     assert done.returncode == 0, done.stderr

@@ -265,15 +265,19 @@ def kalman(y: np.ndarray, a: np.ndarray, q: np.ndarray, initial: np.ndarray, err
     return total
 
 
-def filter_rows(dims: list[int], runs: int, experiments: int, steps: int, particles: int) -> list[dict[str, Any]]:
+FILTERS: dict[str, Callable[[Any], ndda.Algorithm]] = {
+    "GuidedPF": ndda.GuidedPF,
+    "GuidedPF, 2 products": lambda model: ndda.GuidedPF(model, guidance=ndda.MMPS()),
+    "Bootstrap": lambda model: ndda.Bootstrap(model, sampler=PATH_SAMPLER),
+    "FAAPF, Moment": lambda model: ndda.FAAPF(model, weight=ndda.Moment(), target_ess=0.0),
+    "FAAPF, Dirac": lambda model: ndda.FAAPF(model, weight=ndda.Dirac(), target_ess=0.0),
+}
+
+
+def filter_rows(
+    filters: list[str], dims: list[int], runs: int, experiments: int, steps: int, particles: int
+) -> list[dict[str, Any]]:
     """Table 4."""
-    filters: dict[str, Callable[[Any], ndda.Algorithm]] = {
-        "GuidedPF": ndda.GuidedPF,
-        "GuidedPF, 2 products": lambda model: ndda.GuidedPF(model, guidance=ndda.MMPS()),
-        "Bootstrap": lambda model: ndda.Bootstrap(model, sampler=PATH_SAMPLER),
-        "FAAPF, Moment": lambda model: ndda.FAAPF(model, weight=ndda.Moment(), target_ess=0.0),
-        "FAAPF, Dirac": lambda model: ndda.FAAPF(model, weight=ndda.Dirac(), target_ess=0.0),
-    }
     error, rows = 0.5, []
     for d in dims:
         q = 0.25 * chain(d)
@@ -300,11 +304,11 @@ def filter_rows(dims: list[int], runs: int, experiments: int, steps: int, partic
 
         laws = {in_closed_form: q, through_a_diffusion: law(prior, PATH_SAMPLER)}
         for program, covariance in laws.items():
-            for name, algorithm in filters.items():
+            for name in filters:
                 if program is in_closed_form and "products" in name:
                     continue
                 run = ndda.ParticleFilter(
-                    algorithm(program), num_particles=particles, num_chains=runs, progress_bar=False
+                    FILTERS[name](program), num_particles=particles, num_chains=runs, progress_bar=False
                 )
                 logs, off = [], []
                 for seed in range(experiments):
@@ -353,13 +357,13 @@ def show(console: Console, title: str, rows: list[dict[str, Any]]) -> None:
 
 def main(
     out: Annotated[Path | None, typer.Option(help="Write the tables to this JSON file.")] = None,
-    levels: Annotated[
-        list[int] | None, typer.Option(help="Numbers of noise levels, table 2 every second; may be repeated.")
-    ] = None,
+    tables: Annotated[list[int] | None, typer.Option(help="Only this table, 1 to 4; may be repeated.")] = None,
+    levels: Annotated[list[int] | None, typer.Option(help="Noise levels (table 2: every second); repeatable.")] = None,
     points: Annotated[int, typer.Option(help="Points of the ring.", min=4)] = 64,
     size: Annotated[int, typer.Option(help="Points of the chain of tables 2 and 3.", min=4)] = 16,
     draws: Annotated[int, typer.Option(help="Draws of tables 2 and 3.", min=2)] = 4000,
     dims: Annotated[list[int] | None, typer.Option(help="Dimensions of table 4; may be repeated.")] = None,
+    filters: Annotated[list[str] | None, typer.Option(help="Only this filter of table 4; may be repeated.")] = None,
     runs: Annotated[int, typer.Option(help="Runs of each filter on the same observations.", min=2)] = 32,
     experiments: Annotated[int, typer.Option(help="Sets of observations.", min=1)] = 4,
     steps: Annotated[int, typer.Option(help="Steps of each filter.", min=1)] = 8,
@@ -367,20 +371,24 @@ def main(
 ) -> None:
     """Bias and spread of path weights, of the evidence they give, and of the emulator they speak of."""
     console, levels = Console(), levels or [12, 16, 24, 32, 48, 64]
-    with jax.enable_x64(True):
-        tables = {"emulator": emulator_rows(levels, points)}
-        show(console, f"The discretised emulator, a ring of {points}", tables["emulator"])
-        tables["weights"] = weight_rows(size, levels[::2], draws)
-        show(console, f"One step, a chain of {size}, {draws} draws", tables["weights"])
-        tables["noises"] = noise_rows(size, draws)
-        show(console, f"One step, noise that is not white, {draws} draws", tables["noises"])
-    tables["filters"] = filter_rows(dims or [4, 10], runs, experiments, steps, particles)
+    filters = filters or list(FILTERS)
+    if unknown := sorted(set(filters) - set(FILTERS)):
+        raise typer.BadParameter(f"no filter called {', '.join(unknown)}; there are {'; '.join(FILTERS)}.")
+    wanted = tables or [1, 2, 3, 4]
     title = f"Filters, {steps} steps, N = {particles}, {experiments} sets of observations, {runs} runs of each"
-    show(console, title, tables["filters"])
+    with jax.enable_x64(True):
+        double: dict[int, tuple[str, Callable[[], list[dict[str, Any]]]]] = {
+            1: (f"The discretised emulator, a ring of {points}", lambda: emulator_rows(levels, points)),
+            2: (f"One step, a chain of {size}, {draws} draws", lambda: weight_rows(size, levels[::2], draws)),
+            3: (f"One step, noise that is not white, {draws} draws", lambda: noise_rows(size, draws)),
+        }
+        results = {title: rows() for table, (title, rows) in double.items() if table in wanted}
+    if 4 in wanted:
+        results[title] = filter_rows(filters, dims or [4, 10], runs, experiments, steps, particles)
+    for title, rows in results.items():
+        show(console, title, rows)
     if out is not None:
-        settings = {"levels": levels, "points": points, "size": size, "draws": draws}
-        settings |= {"runs": runs, "experiments": experiments, "steps": steps, "particles": particles}
-        out.write_text(json.dumps({"version": ndda.__version__, "settings": settings, **tables}, indent=2) + "\n")
+        out.write_text(json.dumps({"version": ndda.__version__, "tables": results}, indent=2) + "\n")
         console.print(f"wrote {out}")
 
 
