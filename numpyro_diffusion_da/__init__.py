@@ -15,13 +15,14 @@ from numpyro_diffusion_da.likelihood import GaussianLikelihood, GaussianObservat
 from numpyro_diffusion_da.linear_solve import DirectSolve, KrylovSolve, LinearSolver
 from numpyro_diffusion_da.noise import FactorNoise, Noise, WhiteNoise
 from numpyro_diffusion_da.online import OnlineFilter
+from numpyro_diffusion_da.pmmh import PMMH
 from numpyro_diffusion_da.prior import DiffusionPrior
 from numpyro_diffusion_da.priors import parametrisation
 from numpyro_diffusion_da.priors.emulator import RingEmulator, load_prior
 from numpyro_diffusion_da.priors.gaussian import GaussianPrior
 from numpyro_diffusion_da.priors.gencast import GenCastPrior
 from numpyro_diffusion_da.priors.network import DenoiserPrior
-from numpyro_diffusion_da.result import FilterResult
+from numpyro_diffusion_da.result import FilterResult, ParameterResult
 from numpyro_diffusion_da.sampler import (
     DDIM,
     AdamsBashforth,
@@ -38,6 +39,7 @@ from numpyro_diffusion_da.sampler import (
 from numpyro_diffusion_da.schedule import KarrasSchedule, Schedule
 from numpyro_diffusion_da.smc.ensemble_update import EnsembleUpdate, PerturbedObservations, SquareRoot
 from numpyro_diffusion_da.smc.localization import Distance, Euclidean, GreatCircle, Ring, Taper
+from numpyro_diffusion_da.smc2 import SMC2
 from numpyro_diffusion_da.spherical_noise import SphericalNoise
 from numpyro_diffusion_da.state_space import StateSpaceModel
 from numpyro_diffusion_da.weight import Dirac, Equal, Moment, Weight
@@ -48,6 +50,8 @@ __all__ = [
     "DDIM",
     "FAAPF",
     "MMPS",
+    "PMMH",
+    "SMC2",
     "AdamsBashforth",
     "Algorithm",
     "Bootstrap",
@@ -85,6 +89,7 @@ __all__ = [
     "Moment",
     "Noise",
     "OnlineFilter",
+    "ParameterResult",
     "ParticleFilter",
     "PerturbedObservations",
     "ProbabilityFlow",

@@ -27,7 +27,7 @@ from numpyro_diffusion_da.smc.ensemble_update import EnsembleUpdate, PerturbedOb
 from numpyro_diffusion_da.smc.localization import PlacedTaper, Taper
 from numpyro_diffusion_da.state_space import StateSpaceModel, TimeInputs
 from numpyro_diffusion_da.transition import DrawRecord, GaussianStep
-from numpyro_diffusion_da.weight import Dirac, Moment, Weight
+from numpyro_diffusion_da.weight import Dirac, Equal, Moment, Weight
 
 
 class Proposal(NamedTuple):
@@ -48,6 +48,8 @@ class Algorithm(abc.ABC):
     model: Callable[..., Any]
     needs_gaussian: ClassVar[bool] = True
     """Whether the transition must be a diffusion or Gaussian, and the likelihood Gaussian."""
+    target_ess: float = 0.0
+    """Effective sample size that inflation aims at, as a fraction of the particles; 0 for no inflation."""
 
     @abc.abstractmethod
     def kernel(self, program: StateSpaceModel, batch_size: int) -> Kernel:
@@ -56,6 +58,19 @@ class Algorithm(abc.ABC):
     @abc.abstractmethod
     def settings(self, program: StateSpaceModel) -> dict[str, str | float]:
         """The settings in plain values, defaults resolved for the program, for the attributes of a result."""
+
+    def has_evidence(self) -> bool:
+        """Whether the filter estimates log p(y) at all."""
+        return True
+
+    def weight_caveats(self, program: StateSpaceModel) -> list[str]:
+        """Why the weights are not exact, so that exp(log-evidence) is no unbiased estimate; inflation apart."""
+        return []
+
+    def evidence_caveats(self, program: StateSpaceModel) -> list[str]:
+        """Why exp(log-evidence) is no unbiased estimate of p(y); empty where it is one."""
+        inflated = f"weights are inflated (target_ess={self.target_ess:g})"
+        return self.weight_caveats(program) + ([inflated] if self.target_ess > 0 else [])
 
     def passes(self, info: Info) -> NetworkPasses:
         """Network passes per particle of one step, averaged over particles."""
@@ -111,6 +126,15 @@ class FAAPF(Algorithm):
 
     def __post_init__(self) -> None:
         check_target_ess(self.target_ess)
+
+    def has_evidence(self) -> bool:
+        """With weights that differ."""
+        return not isinstance(self.weight, Equal)
+
+    def weight_caveats(self, program: StateSpaceModel) -> list[str]:
+        """What the weight says."""
+        closed_form = program.diffusion() is None
+        return self._weight(closed_form).caveats(closed_form, program.observes_linearly())
 
     def _weight(self, closed_form: bool) -> Weight:
         if self.weight is not None:
@@ -284,6 +308,10 @@ class EnKF(Algorithm):
 
     def __post_init__(self) -> None:
         enkf.check_spread_repair(self.inflation, self.rtps)
+
+    def has_evidence(self) -> bool:
+        """None: there are no weights."""
+        return False
 
     def kernel(self, program: StateSpaceModel, batch_size: int = 0) -> Kernel:
         """The EnKF kernel of the program.

@@ -15,7 +15,7 @@ from numpyro_diffusion_da import gridded_data
 if TYPE_CHECKING:
     import xarray
 
-    from numpyro_diffusion_da.result import FilterResult
+    from numpyro_diffusion_da.result import FilterResult, ParameterResult
 
 Dims = Mapping[str, Sequence[str]]
 Coords = Mapping[str, Any]
@@ -41,6 +41,12 @@ SMOOTHED = {
     "steps later.",
 }
 """What the posterior is, by the attribute `smoothing`."""
+
+PARAMETER_GROUPS = {
+    "posterior": "Global parameters, equally weighted: draws given all observations.",
+    "posterior_over_time": "Global parameters, equally weighted: draws given observations up to each time.",
+    "sample_stats": "Diagnostics of the inference.",
+}
 
 MISSING = {"log_likelihood": "0", "observed_data": "NaN", "posterior_predictive": "a draw, as elsewhere"}
 
@@ -80,6 +86,11 @@ STATS = {
         "weights collapse near sqrt(2 log N) for N particles",
     ),
     "solver_residual": ("largest relative residual of the linear solves of a draw", "0 where no solve was made"),
+    "acceptance_rate": ("probability with which a proposal was accepted", "NaN where none was made"),
+    "is_accepted": ("whether the proposal was accepted", ""),
+    "log_evidence": ("estimate of log p(y | parameters)", "that of the current point, made once and kept"),
+    "filter_steps": ("steps of state filters made", "over all parameters, those of moves included"),
+    "lp": ("log prior in unconstrained space + log-evidence", "the chain's log-density, up to a constant"),
     "network_passes_forward": ("forward passes of the network", "per particle and step, averaged over particles"),
     "network_passes_jvp": ("Jacobian-vector products of the network", "per particle and step, averaged over particles"),
     "network_passes_vjp": ("vector-Jacobian products of the network", "per particle and step, averaged over particles"),
@@ -186,7 +197,6 @@ def to_arviz(result: FilterResult, *, time: Any = None, dims: Dims | None = None
     Raises:
         ValueError: see `to_datatree`.
     """
-    import arviz
     import xarray
 
     tree = to_datatree(result, time=time, dims=dims, coords=coords)
@@ -195,10 +205,95 @@ def to_arviz(result: FilterResult, *, time: Any = None, dims: Dims | None = None
         groups[name] = _as_lists(groups[name], result.observed_mask)
     listed = xarray.DataTree.from_dict({name: group for name, group in groups.items() if group.data_vars})
     listed.attrs.update(tree.attrs)
+    return _as_installed(listed)
+
+
+def parameters_to_datatree(
+    result: ParameterResult, *, dims: Dims | None = None, coords: Coords | None = None
+) -> xarray.DataTree:
+    """Draws of global parameters with names for everything.
+
+    Groups: `posterior` with (chain, draw, then the parameter's own dims), `sample_stats` with (chain, draw) for `PMMH`
+    and (chain, time) for `SMC2`, and for the latter `posterior_over_time` with (chain, draw, time, own dims).
+
+    Args:
+        result: `PMMH.result` or `SMC2.result`.
+        dims: names for a parameter's own axes: ``{"bias": ["station"]}``; by default ``bias_dim_0``, ...
+        coords: coordinate values of dimensions: ``{"station": ["Oslo", "Bergen"]}``.
+
+    Raises:
+        ValueError: names or coordinates that do not fit the arrays, or name something that is not there.
+    """
+    import xarray
+
+    given, named = dict(coords or {}), dict(dims or {})
+    if unknown := set(named) - set(result.posterior):
+        raise ValueError(f"dims has {sorted(unknown)}, but the parameters are {sorted(result.posterior)}.")
+    axes: dict[str, tuple[str, ...]] = {}
+    sizes: dict[str, int] = {}
+    for site, values in result.posterior.items():
+        shape = values.shape[2:]
+        axes[site] = tuple(named.get(site, [f"{site}_dim_{i}" for i in range(len(shape))]))
+        if len(axes[site]) != len(shape):
+            raise ValueError(f"dims names {len(axes[site])} axes {axes[site]} of '{site}', which has {len(shape)}.")
+        for name, size in zip(axes[site], shape, strict=True):
+            if name in SHARED or sizes.setdefault(name, size) != size or len(given.get(name, range(size))) != size:
+                raise ValueError(
+                    f"'{name}' cannot name an axis of '{site}' of {size} values: it is another one's name, or has "
+                    "coordinates of another length."
+                )
+    if unknown := set(given) - set(sizes):
+        raise ValueError(f"coords has {sorted(unknown)}, but the dimensions are {sorted(sizes)}.")
+    stats_dims = CHAIN if result.over_time else ("chain", "draw")
+    variables: dict[str, dict[str, Any]] = {
+        "posterior": {n: (("chain", "draw", *axes[n]), v) for n, v in result.posterior.items()},
+        "posterior_over_time": {n: ((*PARTICLE, *axes[n]), v) for n, v in result.over_time.items()},
+        "sample_stats": {
+            n: (stats_dims, v, dict(zip(("long_name", "description"), STATS.get(n, (n, "")), strict=True)))
+            for n, v in result.sample_stats.items()
+        },
+    }
+    attributes = _attributes(result)
+    tree = {}
+    for group, arrays in variables.items():
+        if arrays:
+            dataset = xarray.Dataset(arrays, attrs={"description": PARAMETER_GROUPS[group], **attributes})
+            tree[group] = dataset.assign_coords({n: given.get(str(n), np.arange(s)) for n, s in dataset.sizes.items()})
+    found = xarray.DataTree.from_dict(tree)
+    found.attrs.update(attributes)
+    return found
+
+
+def parameters_to_arviz(result: ParameterResult, *, dims: Dims | None = None, coords: Coords | None = None) -> Any:
+    """`posterior` and `sample_stats` of `parameters_to_datatree` as the installed ArviZ takes them.
+
+    The chains of `PMMH` are Markov chains: `az.rhat`, `az.ess` and `az.summary` mean what they say. Those of `SMC2` are
+    independent runs of exchangeable draws: R-hat compares the runs, and `az.ess` says little.
+
+    Args:
+        result: see `parameters_to_datatree`.
+        dims: see `parameters_to_datatree`.
+        coords: see `parameters_to_datatree`.
+
+    Raises:
+        ValueError: see `parameters_to_datatree`.
+    """
+    import xarray
+
+    tree = parameters_to_datatree(result, dims=dims, coords=coords)
+    groups = {name: group.to_dataset() for name, group in tree.children.items() if name != "posterior_over_time"}
+    listed = xarray.DataTree.from_dict(groups)
+    listed.attrs.update(tree.attrs)
+    return _as_installed(listed)
+
+
+def _as_installed(tree: xarray.DataTree) -> Any:
+    import arviz
+
     # By version: 1.x has the name InferenceData too, as another name of DataTree.
     if int(arviz.__version__.split(".")[0]) >= 1:
-        return listed
-    return arviz.InferenceData.from_datatree(listed)
+        return tree
+    return arviz.InferenceData.from_datatree(tree)
 
 
 class _Axes:
@@ -350,7 +445,7 @@ def _description(group: str, result: FilterResult) -> dict[str, str]:
     return {"description": smoothed or GROUPS[group], **missing}
 
 
-def _attributes(result: FilterResult) -> dict[str, Any]:
+def _attributes(result: FilterResult | ParameterResult) -> dict[str, Any]:
     """Where the result comes from, in values that netCDF and Zarr can hold."""
     from numpyro_diffusion_da import __version__
 

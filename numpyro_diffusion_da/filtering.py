@@ -215,6 +215,7 @@ class ParticleFilter:
             "num_particles": self.num_particles,
             **({} if transition is None else transition.prior.provenance()),
             **self.algorithm.settings(program),
+            "evidence_caveats": "; ".join(self.algorithm.weight_caveats(program)),
         }
 
     def _forecast(self, info: Info) -> Array:

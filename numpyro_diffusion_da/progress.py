@@ -1,4 +1,4 @@
-"""A progress bar over the steps of a filter."""
+"""A progress bar over the steps of a filter, or the iterations of a chain."""
 
 from __future__ import annotations
 
@@ -10,25 +10,33 @@ import numpy as np
 
 
 @contextmanager
-def step_progress(show: bool, total: int) -> Iterator[Callable[[dict[str, Any]], None]]:
-    """A function to call after each step with its statistics; a bar with ESS and inflation while `show`."""
+def progress(show: bool, what: str, total: int) -> Iterator[Callable[[int, str], None]]:
+    """A function to call with how much was done and a note; a bar while `show`."""
     if not show:
-        yield lambda stats: None
+        yield lambda done, note: None
         return
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = (
-        TextColumn("filtering"),
+        TextColumn(what),
         BarColumn(),
         MofNCompleteColumn(),
         TimeRemainingColumn(),
         TextColumn("{task.fields[note]}"),
     )
     with Progress(*columns) as bar:
-        task = bar.add_task("filtering", total=total, note="compiling")
+        task = bar.add_task(what, total=total, note="compiling")
+        yield lambda done, note: bar.update(task, advance=done, note=note)
 
-        def advance(stats: dict[str, Any]) -> None:
-            note = f"ESS {float(np.asarray(stats['ess'])):.0f}  inflation {float(np.asarray(stats['inflation'])):.2f}"
-            bar.update(task, advance=1, note=note)
 
-        yield advance
+@contextmanager
+def step_progress(show: bool, total: int) -> Iterator[Callable[[dict[str, Any]], None]]:
+    """A function to call after each step of a filter with its statistics; a bar with ESS and inflation while `show`."""
+    with progress(show, "filtering", total) as advance:
+
+        def after(stats: dict[str, Any]) -> None:
+            if show:
+                ess, inflation = (float(np.asarray(stats[name])) for name in ("ess", "inflation"))
+                advance(1, f"ESS {ess:.0f}  inflation {inflation:.2f}")
+
+        yield after

@@ -42,3 +42,20 @@ class FilterResult:
     latent_name: str
     layout: Layout | None
     attributes: dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class ParameterResult:
+    """Draws of a program's global parameters, as numpy; `convert.parameters_to_datatree` gives them names.
+
+    Attributes:
+        posterior: the parameters, each (chain, draw, ...); draws are equally weighted.
+        sample_stats: (chain, draw) of a chain, or (chain, time) of a filter over parameters.
+        over_time: the parameters given y_1, ..., y_k, each (chain, draw, time, ...); empty for a chain.
+        attributes: what is needed to run it again, and what was found about the evidence.
+    """
+
+    posterior: dict[str, np.ndarray]
+    sample_stats: dict[str, np.ndarray]
+    over_time: dict[str, np.ndarray]
+    attributes: dict[str, Any]

@@ -24,6 +24,7 @@ from numpyro.contrib.control_flow.scan import PytreeTrace, _subs_wrapper
 from numpyro.primitives import Messenger
 
 from numpyro_diffusion_da.denoiser import NetworkPasses
+from numpyro_diffusion_da.dependence import depends_on_first
 from numpyro_diffusion_da.distribution import DiffusionTransition
 from numpyro_diffusion_da.likelihood import GaussianLikelihood, GaussianObservation
 from numpyro_diffusion_da.sampler import Sampler
@@ -125,7 +126,7 @@ class _StopAtScan(Messenger):
             raise _ReachedScan(_scan_call(msg))
 
 
-class _SkipScan(Messenger):
+class SkipScan(Messenger):
     """Replaces the scan by a result of the right shape, and records which sites come before and after it."""
 
     def __init__(self) -> None:
@@ -136,6 +137,7 @@ class _SkipScan(Messenger):
         self.given: set[str] = set()
 
     def process_message(self, msg: dict[str, Any]) -> None:
+        """Before the message's own effect."""
         if msg["type"] == "sample" and msg["value"] is not None and not msg["is_observed"]:
             self.given.add(msg["name"])  # by handlers.substitute: known, though not observed
         if msg["type"] != "control_flow":
@@ -150,6 +152,7 @@ class _SkipScan(Messenger):
         msg["value"] = ((call.length, None, call.init), (PytreeTrace({}), stacked))
 
     def postprocess_message(self, msg: dict[str, Any]) -> None:
+        """After it."""
         if msg["type"] == "sample":
             if self.scans:
                 self.after.append(msg["name"])
@@ -232,7 +235,9 @@ def _name_of(model: Callable[..., Any]) -> str:
 class StateSpaceModel:
     """The state-space model inside a NumPyro program, at given arguments.
 
-    Building one checks the program's structure; nothing is computed.
+    Building one checks the program's structure; nothing is computed. Latent sites outside the scan are of two kinds:
+    `global_names`, which its body depends on (`needed_names`) or something is observed of beside the scan, and
+    `initial_names`, which shape its first carry and nothing else. Observed ones are `outside_names`.
 
     Args:
         model: the program.
@@ -240,8 +245,8 @@ class StateSpaceModel:
         kwargs: its keyword arguments.
 
     Raises:
-        ValueError: no scan or several, a latent site beside the scan that its body uses, an observation of the initial
-            state, sites after the scan, or not exactly one latent site in the body. The sentence names the site.
+        ValueError: no scan or several, an observation of the initial state outside the scan, sites after the scan, or
+            not exactly one latent site in the body. The sentence names the site.
     """
 
     def __init__(self, model: Callable[..., Any], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None):
@@ -251,13 +256,25 @@ class StateSpaceModel:
         self.length = probe.scans[0].length
         (self.latent_name,) = sites.latent
         self.observed_names = tuple(sites.observed)
-        self.initial_names = tuple(n for n, s in probe.before.items() if not s["is_observed"])
+        used, measured = self._find_globals({n: s for n, s in probe.before.items() if n not in probe.given})
+        self.needed_names = tuple(used)
+        self.global_names = tuple(n for n in probe.before if n in {*used, *measured})
+        latent = tuple(n for n, s in probe.before.items() if not s["is_observed"])
+        self.initial_names = tuple(n for n in latent if n not in self.global_names)
+        self.outside_names = tuple(n for n, s in probe.before.items() if s["is_observed"])
 
     def at(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> StateSpaceModel:
         """The same structure at other arguments (tracers, say), without checking it again."""
         other = object.__new__(StateSpaceModel)
         other.__dict__.update(self.__dict__)
         other.args, other.kwargs = args, kwargs
+        return other
+
+    def given(self, values: dict[str, Array]) -> StateSpaceModel:
+        """The same program with its global sites at these values: what a filter can run."""
+        other = self.at(self.args, self.kwargs)
+        other.model = handlers.substitute(self.model, data=values)
+        other.needed_names, other.global_names = (), ()
         return other
 
     # --- the parts a filter needs -------------------------------------------------------------------------------
@@ -352,8 +369,14 @@ class StateSpaceModel:
             gaussian: whether the filter needs a `OneStep` transition and Gaussian likelihoods.
 
         Raises:
-            ValueError: one sentence naming the site.
+            ValueError: one sentence naming the site: a global site that is not known, among others.
         """
+        for name in self.needed_names:
+            raise ValueError(
+                f"the scan of '{self.name}' uses the unobserved site '{name}', which is outside it; a filter needs "
+                f"it known: wrap the program in handlers.condition(model, {{'{name}': value}}), or infer it with "
+                "ndda.PMMH."
+            )
 
         def look() -> None:
             call = self.call(jax.random.key(0))
@@ -381,6 +404,19 @@ class StateSpaceModel:
             ]
 
         return GaussianLikelihood(observe)
+
+    def observes_linearly(self) -> bool:
+        """Whether every observed site is Gaussian with a mean affine in the latent site and an error free of it.
+
+        Read off the first step, and cautious: False where it cannot be seen.
+        """
+        x, carry, inputs = self._shapes()
+
+        def slope(x: Array, v: Array, carry: PyTree, inputs: TimeInputs) -> tuple[Array, Array]:
+            likelihood = self.likelihood(carry, inputs)
+            return likelihood.log_normalizer(x), jax.jvp(likelihood.residual, (x,), (v,))[1]
+
+        return not any(depends_on_first(slope, x, x, carry, inputs))
 
     def advance(self, x: Array, carry: PyTree, inputs: TimeInputs) -> PyTree:
         """The next carry, once the latent site has the value x."""
@@ -450,26 +486,30 @@ class StateSpaceModel:
 
         Read off a jaxpr: functions of the carry and the latent site that are compiled as one count as a dependence.
         """
-        inputs = jax.eval_shape(lambda: self.call(jax.random.key(0)).first_inputs())
-        x = self.look(lambda sites: jnp.zeros(sites.latent[self.latent_name].shape()))
-        leaves, structure = jax.tree.flatten(jax.eval_shape(self.initial, jax.random.key(0)))
+        x, carry, inputs = self._shapes()
 
-        def parts(leaf: Array, i: int, others: list[Array], x: Array, inputs: TimeInputs) -> list[Array]:
-            carry = jax.tree.unflatten(structure, [*others[:i], leaf, *others[i + 1 :]])
+        def parts(carry: PyTree, x: Array, inputs: TimeInputs) -> list[Array]:
             return [jnp.asarray(value) for value in jax.tree.leaves(part(self.sites(carry, inputs, x)))]
 
-        return any(
-            any(_depends_on_first(jax.make_jaxpr(parts, static_argnums=1)(leaf, i, leaves, x, inputs).jaxpr))
-            for i, leaf in enumerate(leaves)
-        )
+        return any(depends_on_first(parts, carry, x, inputs))
+
+    def _shapes(self) -> tuple[Array, PyTree, TimeInputs]:
+        """Shapes of the latent site, the carry and the inputs of one time."""
+        x = self.look(lambda sites: jnp.zeros(sites.latent[self.latent_name].shape()))
+
+        def given() -> tuple[PyTree, TimeInputs]:
+            call = self.call(jax.random.key(0))
+            return call.init, call.first_inputs()
+
+        return x, *jax.eval_shape(given)
 
     # --- structure ----------------------------------------------------------------------------------------------
 
-    def _probe(self) -> tuple[_SkipScan, BodySites]:
+    def _probe(self) -> tuple[SkipScan, BodySites]:
         found: dict[str, Any] = {}
 
         def run() -> None:
-            skip = _SkipScan()
+            skip = SkipScan()
             key = jax.random.key(0)
             with skip, handlers.seed(rng_seed=key):
                 self.model(*self.args, **self.kwargs)
@@ -502,49 +542,40 @@ class StateSpaceModel:
                 f"nothing is observed in the scan of '{self.name}': give a site obs=...; for a step without "
                 "observations use NaN values."
             )
-        self._check_dependence({name: site for name, site in skip.before.items() if name not in skip.given})
         return skip, sites
 
-    def _check_dependence(self, before: dict[str, dict[str, Any]]) -> None:
-        """Refuse latent sites outside the scan that matter beyond the initial carry."""
+    def _find_globals(self, before: dict[str, dict[str, Any]]) -> tuple[list[str], list[str]]:
+        """Latent sites outside the scan that its body depends on, and those that something is observed of besides.
+
+        Raises:
+            ValueError: an observation, before the scan, of what shapes the initial carry only.
+        """
         latent = {
             n: jax.eval_shape(s["fn"].sample, jax.random.key(0)) for n, s in before.items() if not s["is_observed"]
         }
         observed = [n for n, s in before.items() if s["is_observed"]]
+        used, measured = [], []
         for name, shape in latent.items():
 
             def parts(value: Array, carry: PyTree, name: str = name) -> Any:
-                probe = _SkipScan()
+                probe = SkipScan()
                 with probe, handlers.seed(rng_seed=jax.random.key(0)), handlers.substitute(data={name: value}):
                     self.model(*self.args, **self.kwargs)
                 call = probe.scans[0]
                 sites, outputs = run_body(call, jax.random.key(0), carry, call.first_inputs())
-                in_body = (sites.latent, sites.observed, sites.deterministic, outputs, call.xs)
-                return jax.tree.leaves(in_body), [jax.tree.leaves(probe.before[n]["fn"]) for n in observed]
+                in_body = jax.tree.leaves((sites.latent, sites.observed, sites.deterministic, outputs, call.xs))
+                return in_body, jax.tree.leaves(call.init), [jax.tree.leaves(probe.before[n]["fn"]) for n in observed]
 
-            init = jax.eval_shape(self.initial, jax.random.key(0))
-            zero = jnp.zeros(shape.shape, shape.dtype)
-            carry = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), init)
-            closed, out_shape = jax.make_jaxpr(parts, return_shape=True)(zero, carry)
-            tainted = iter(_depends_on_first(closed.jaxpr))
-            in_body, fns = out_shape
-            if any([next(tainted) for _ in in_body]):
+            carry = jax.eval_shape(self.initial, jax.random.key(0))
+            in_body, in_carry, fns = depends_on_first(parts, shape, carry)
+            by = [other for other, leaves in zip(observed, fns, strict=True) if any(leaves)]
+            if any(in_body):
+                used.append(name)
+            elif by and any(in_carry):
                 raise ValueError(
-                    f"the scan of '{self.name}' uses the unobserved site '{name}', which is outside it; a filter needs "
-                    f"it known: wrap the program in handlers.condition(model, {{'{name}': value}})."
+                    f"site '{by[0]}' observes '{name}' before the scan; a filter weighs observations inside it: "
+                    "move the site into the scan's body."
                 )
-            for other, leaves in zip(observed, fns, strict=True):
-                if any([next(tainted) for _ in leaves]):
-                    raise ValueError(
-                        f"site '{other}' observes '{name}' before the scan; a filter weighs observations inside it: "
-                        "move the site into the scan's body."
-                    )
-
-
-def _depends_on_first(jaxpr: Any) -> list[bool]:
-    """For each output of a jaxpr, whether it may depend on its first input (sub-programs taken whole)."""
-    tainted = {jaxpr.invars[0]}
-    for equation in jaxpr.eqns:
-        if any(not hasattr(v, "val") and v in tainted for v in equation.invars):
-            tainted.update(equation.outvars)
-    return [not hasattr(v, "val") and v in tainted for v in jaxpr.outvars]
+            elif by:
+                measured.append(name)
+        return used, measured

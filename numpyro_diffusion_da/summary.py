@@ -9,10 +9,11 @@ import numpy as np
 if TYPE_CHECKING:
     from rich.console import Group
 
-    from numpyro_diffusion_da.result import FilterResult
+    from numpyro_diffusion_da.result import FilterResult, ParameterResult
 
 
 UNSOLVED = 0.5  # relative residual of a guidance's linear solve that is worth a word
+NOISY = 3.0  # standard deviation of log p^(y) above which a chain on it hardly moves
 
 
 def summary(result: FilterResult, max_rows: int = 8) -> Group:
@@ -85,16 +86,9 @@ def evidence_caveats(result: FilterResult) -> list[str]:
 
     A particle filter estimates p(y) without bias when its weights are exact and not inflated.
     """
-    reasons = []
     inflated = np.mean(result.sample_stats["inflation"] < 1.0)
-    if inflated > 0:
-        reasons.append(f"weights inflated in {inflated:.0%} of steps")
-    weight = str(result.attributes.get("weight", ""))
-    diffusion = "prior" in result.attributes
-    if weight.startswith("Dirac"):
-        reasons.append("Dirac weights leave out the spread of the transition")
-    elif weight.startswith("Moment") and diffusion:
-        reasons.append("Moment weights are exact for Gaussian transitions only")
+    reasons = [f"weights inflated in {inflated:.0%} of steps"] if inflated > 0 else []
+    reasons += [reason for reason in str(result.attributes.get("evidence_caveats", "")).split("; ") if reason]
     return reasons
 
 
@@ -167,3 +161,66 @@ def _place(result: FilterResult, index: tuple[int, ...]) -> tuple[str, str]:
                 levels = [f"level={variable.levels[index[-1] - channels.start]}"] if variable.levels else []
                 where = [*levels, *where[:-1]]
     return f"{name}[{', '.join(where)}]", units
+
+
+def parameter_summary(result: ParameterResult) -> Group:
+    """What to look at first after a run of `PMMH` or `SMC2`, for `rich` to print.
+
+    A table on the inference (does it move, is the evidence good enough, what did it cost) and one on the parameters.
+
+    Args:
+        result: `PMMH.result` or `SMC2.result`.
+    """
+    from rich.console import Group
+
+    found = result.attributes
+    title = f"{found['inference']} with {found['algorithm']} on '{found['model']}'"
+    return Group(title, _inference_table(result), _parameter_table(result))
+
+
+def _inference_table(result: ParameterResult) -> Any:
+    from rich.box import SIMPLE
+    from rich.table import Table
+
+    found, stats = result.attributes, result.sample_stats
+    table = Table(box=SIMPLE, show_header=False)
+    chains, draws = next(iter(result.posterior.values())).shape[:2]
+    table.add_row("draws x chains", f"{draws} x {chains}")
+    table.add_row("particles of each filter", str(found["num_particles"]))
+    table.add_row("acceptance", f"{np.nanmean(stats['acceptance_rate']):.2f}")
+    if "ess" in stats:
+        table.add_row("ESS of the parameters", _middle_and_least(stats["ess"], ".0f"))
+        total = stats["log_evidence_increment"].sum(1, dtype=float)
+        spread = f" (sd {total.std(ddof=1):.2f} over chains)" if chains > 1 else ""
+        table.add_row("log-evidence", f"{total.mean():.2f}{spread}")
+    noise = float(found["log_evidence_std"])
+    table.add_row("sd of the filter's log-evidence", f"{noise:.2f} at the posterior mean (1 to 1.7 is best)")
+    if noise > NOISY:
+        table.add_row("", "[yellow]the chain stands still on lucky estimates; take more particles[/yellow]")
+    if found["evidence_caveats"]:
+        table.add_row("", f"[yellow]biased: {found['evidence_caveats']}[/yellow]")
+    passes = {name: found[f"network_passes_{name}"] for name in ("forward", "jvp", "vjp")}
+    each = ", ".join(f"{count:.4g} {name}" for name, count in passes.items() if count)
+    table.add_row("network passes", f"{each} per run of the filter" if each else "none")
+    return table
+
+
+def _parameter_table(result: ParameterResult) -> Any:
+    from numpyro.diagnostics import summary as diagnose
+    from rich.box import SIMPLE
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=SIMPLE)
+    columns = {"mean": "mean", "sd": "std", "median": "median", "5%": "5.0%", "95%": "95.0%", "ess": "n_eff"}
+    for column in ("", *columns, "r_hat"):
+        table.add_column(column, justify="left" if column == "" else "right")
+    for name, numbers in diagnose(result.posterior, prob=0.9).items():
+        shape = np.shape(numbers["mean"])
+        r_hat = chain_r_hat(result.posterior[name])
+        for index in np.ndindex(shape):
+            label = f"{name}[{', '.join(map(str, index))}]" if index else name
+            values = [f"{float(np.asarray(numbers[key])[index]):.4g}" for key in columns.values()]
+            shown = "-" if np.isnan(r_hat[index]) else f"{r_hat[index]:.2f}"
+            table.add_row(Text(label), *values, shown)
+    return table

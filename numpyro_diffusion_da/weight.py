@@ -38,9 +38,22 @@ class Weight(eqx.Module):
     def __call__(self, step: OneStep, likelihood: GaussianLikelihood) -> tuple[Float[Array, ""], WeightRecord]:
         """log p^(y | c) and its record."""
 
+    def caveats(self, closed_form: bool, linear: bool) -> list[str]:
+        """Why it is not exact; empty where it is.
+
+        Args:
+            closed_form: the transition is Gaussian, not a diffusion.
+            linear: the mean of the observations is affine in the state and their error does not depend on it.
+        """
+        return [f"{type(self).__name__} weights are not known to be exact"]
+
 
 class Equal(Weight):
     """log w = 0: guided particles, no selection. No network pass."""
+
+    def caveats(self, closed_form: bool, linear: bool) -> list[str]:
+        """Never exact."""
+        return ["Equal weights leave out the observations"]
 
     def __call__(self, step: OneStep, likelihood: GaussianLikelihood) -> tuple[Float[Array, ""], WeightRecord]:
         """Zero."""
@@ -52,6 +65,10 @@ class Dirac(Weight):
 
     One network pass. Too peaked where the one-step spread is not small against the observation error.
     """
+
+    def caveats(self, closed_form: bool, linear: bool) -> list[str]:
+        """Never exact."""
+        return ["Dirac weights leave out the spread of the transition"]
 
     def __call__(self, step: OneStep, likelihood: GaussianLikelihood) -> tuple[Float[Array, ""], WeightRecord]:
         """The likelihood of the forecast mean."""
@@ -74,6 +91,12 @@ class Moment(Weight):
     """
 
     noise_level: float | None = eqx.field(static=True, default=None)
+
+    def caveats(self, closed_form: bool, linear: bool) -> list[str]:
+        """None for a Gaussian transition and a linear h."""
+        transition = [] if closed_form else ["Moment weights are exact for Gaussian transitions only"]
+        observation = [] if linear else ["Moment weights are exact for observations linear in the state only"]
+        return transition + observation
 
     def __check_init__(self) -> None:
         if self.noise_level is not None and not self.noise_level > 0:

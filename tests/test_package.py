@@ -16,17 +16,17 @@ ALLOWED = {
     "scoringrules": {"verification"},
     "blackjax": {"smc"},
     # Priors offer their climatology as a NumPyro distribution, inside a method.
-    "numpyro": {"distribution", "site", "state_space", "prior", "priors", "twin"},
+    "numpyro": {"distribution", "site", "state_space", "parameters", "summary", "prior", "priors", "twin"},
     "weathernext": {"priors.gencast_package"},
 }
 
 # From the top down: a module imports only from later entries.
 ORDER = [
-    "__init__", "cli", "plots", "twin", "verification", "filtering", "online", "backward", "smoothing",
-    "convert", "summary", "result", "progress", "storage",
-    "algorithm", "smc", "state_space", "site", "distribution", "density", "weight", "transition", "path", "guidance",
-    "likelihood", "linear_solve", "sampler", "schedule", "denoiser", "priors", "prior",
-    "spherical_noise", "noise", "gridded_data", "units", "layout", "compilation", "footprint",
+    "__init__", "cli", "plots", "twin", "verification", "filtering", "online", "pmmh", "smc2", "inference",
+    "backward", "smoothing", "convert", "summary", "result", "progress", "storage", "evidence",
+    "algorithm", "smc", "parameters", "state_space", "dependence", "site", "distribution", "density", "weight",
+    "transition", "path", "guidance", "likelihood", "linear_solve", "sampler", "schedule", "denoiser", "priors",
+    "prior", "spherical_noise", "noise", "gridded_data", "units", "layout", "compilation", "footprint",
 ]  # fmt: skip
 
 

@@ -1,0 +1,157 @@
+"""SMC^2 (Chopin, Jacob & Papaspiliopoulos 2013): a particle filter over parameters, each with its own state filter.
+
+Given parameters theta_m with weights and filters, and a new observation:
+
+1. each filter takes it in; its estimate of p(y_k | y_{1:k-1}, theta_m) multiplies the weight of theta_m
+2. where the effective sample size is below its target: resample (theta, filter) and move each theta by steps of `pmmh`
+   that run a new filter from the first observation to this one; the weights are then equal.
+
+The weighted mean of the increments estimates p(y_k | y_{1:k-1}), the parameters integrated out. The kernel asks three
+functions of a model:
+
+- ``log_prior_fn(parameters) -> log p(theta)``
+- ``advance_fn(rng_key, parameters, filter, step) -> (filter, log-evidence increment)``, the observation of time `step`
+- ``restart_fn(rng_key, parameters, number) -> (log-evidence, filter)`` after the first `number` observations (traced).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
+
+from numpyro_diffusion_da.smc import pmmh
+from numpyro_diffusion_da.smc.base import Resampling, guarded, map_particles, particle_keys, relative_to_highest
+
+
+class State(NamedTuple):
+    """What the next step needs.
+
+    Attributes:
+        positions: `pmmh.Position`s with a leading axis of M; the record is theta's filter.
+        log_weights: of the parameters, shape (M,), not normalised.
+        log_evidence: estimate of log p(y_{1:k}), parameters integrated out.
+    """
+
+    positions: pmmh.Position
+    log_weights: Float[Array, " m"]
+    log_evidence: Float[Array, ""]
+
+
+class Info(NamedTuple):
+    """All else about a step.
+
+    Attributes:
+        ess: effective sample size of the parameters' weights, before any move.
+        log_evidence_increment: log sum_m W_m p^(y_k | y_{1:k-1}, theta_m).
+        moved: whether the parameters were resampled and moved.
+        acceptance_rate: of the moves; NaN where none were made.
+        draws: parameters of equal weight, resampled where the weights are not equal, shape (M, d).
+    """
+
+    ess: Float[Array, ""]
+    log_evidence_increment: Float[Array, ""]
+    moved: Bool[Array, ""]
+    acceptance_rate: Float[Array, ""]
+    draws: Float[Array, "m d"]
+
+
+def init(
+    parameters: Float[Array, "m d"], filters: PyTree, log_prior: Float[Array, " m"], log_weights: Float[Array, " m"]
+) -> State:
+    """The state before the first observation.
+
+    Args:
+        parameters: draws from the prior.
+        filters: of each, leading axis M, before the first observation.
+        log_prior: of each.
+        log_weights: zeros, or the log-likelihood of what is known of the parameters beside the series.
+    """
+    positions = pmmh.Position(parameters, log_prior, jnp.zeros(len(parameters)), filters)
+    return State(positions, log_weights, jax.nn.logsumexp(log_weights) - math.log(len(log_weights)))
+
+
+def build_kernel(
+    log_prior_fn: pmmh.LogPrior,
+    advance_fn: Callable[[PRNGKeyArray, Float[Array, " d"], PyTree, Int[Array, ""]], tuple[PyTree, Float[Array, ""]]],
+    restart_fn: Callable[[PRNGKeyArray, Float[Array, " d"], Int[Array, ""]], tuple[Float[Array, ""], PyTree]],
+    num_moves: int,
+    target_ess: float,
+    at_once: int = 0,
+    resampling_fn: Resampling | None = None,
+) -> Callable[[PRNGKeyArray, State, Int[Array, ""]], tuple[State, Info]]:
+    """Build the kernel.
+
+    Args:
+        log_prior_fn: see the module.
+        advance_fn: see the module.
+        restart_fn: see the module.
+        num_moves: steps of `pmmh` after each resampling.
+        target_ess: parameters are moved where the effective sample size is below this fraction of M.
+        at_once: parameters handled at a time, which bounds the memory; 0 for all at once.
+        resampling_fn: from `blackjax.smc.resampling`; systematic by default.
+
+    Returns:
+        kernel(rng_key, state, step) -> (State, Info).
+    """
+    from blackjax.smc.ess import ess as effective_sample_size
+    from blackjax.smc.resampling import systematic
+
+    resample = guarded(systematic if resampling_fn is None else resampling_fn)
+
+    def move(rng_key: PRNGKeyArray, state: State, number: Int[Array, ""]) -> tuple[State, Float[Array, ""]]:
+        m = len(state.log_weights)
+        resampling_key, move_key = jax.random.split(rng_key)
+        weights = jax.nn.softmax(relative_to_highest(state.log_weights))
+        factor = _proposal_factor(state.positions.parameters, weights)
+        ancestors = resample(resampling_key, weights, m)
+        chains = jax.vmap(pmmh.at)(jax.tree.map(lambda x: x[ancestors], state.positions))
+        kernel = pmmh.build_kernel(log_prior_fn, lambda key, theta: restart_fn(key, theta, number))
+
+        def one(key: PRNGKeyArray, chain: Any) -> tuple[Any, Float[Array, ""]]:
+            def step(carry: Any, i: Int[Array, ""]) -> tuple[Any, Float[Array, ""]]:
+                carry, info = kernel(jax.random.fold_in(key, i), carry, factor)
+                return carry, info.acceptance_rate
+
+            chain, rates = jax.lax.scan(step, chain, jnp.arange(num_moves))
+            return chain, jnp.mean(rates)
+
+        chains, rates = map_particles(one, at_once)(particle_keys(move_key, m), chains)
+        return State(chains.position, jnp.zeros(m), state.log_evidence), jnp.mean(rates)
+
+    def kernel(rng_key: PRNGKeyArray, state: State, step: Int[Array, ""]) -> tuple[State, Info]:
+        m = len(state.log_weights)
+        advance_key, move_key, draw_key = jax.random.split(rng_key, 3)
+        old = state.positions
+
+        def advance(key: PRNGKeyArray, theta: Array, filter: PyTree) -> tuple[PyTree, Float[Array, ""]]:
+            return advance_fn(key, theta, filter, step)
+
+        keys = particle_keys(advance_key, m)
+        filters, increments = map_particles(advance, at_once)(keys, old.parameters, old.record)
+        log_weights = state.log_weights + increments
+        increment = jax.nn.logsumexp(log_weights) - jax.nn.logsumexp(state.log_weights)
+        positions = pmmh.Position(old.parameters, old.log_prior, old.log_evidence + increments, filters)
+        ess = effective_sample_size(relative_to_highest(log_weights))
+        low = ~(ess >= target_ess * m)
+        state = State(positions, log_weights, state.log_evidence + increment)
+        state, rate = jax.lax.cond(
+            low, lambda s: move(move_key, s, step + 1), lambda s: (s, jnp.full((), jnp.nan)), state
+        )
+        chosen = resample(draw_key, jax.nn.softmax(relative_to_highest(state.log_weights)), m)
+        chosen = jnp.where(low, jnp.arange(m), chosen)
+        return state, Info(ess, increment, low, rate, state.positions.parameters[chosen])
+
+    return kernel
+
+
+def _proposal_factor(parameters: Float[Array, "m d"], weights: Float[Array, " m"]) -> Float[Array, "d d"]:
+    """F with F F^T = 2.38^2 / d times the weighted covariance."""
+    d = parameters.shape[1]
+    centred = parameters - (weights @ parameters)[None]
+    covariance = (weights[:, None] * centred).T @ centred + 1e-6 * jnp.eye(d)
+    return pmmh.OPTIMAL_SCALE / math.sqrt(d) * jnp.linalg.cholesky(covariance)
