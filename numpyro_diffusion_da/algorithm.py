@@ -47,7 +47,9 @@ class Algorithm(abc.ABC):
 
     model: Callable[..., Any]
     needs_gaussian: ClassVar[bool] = True
-    """Whether the transition must be a diffusion or Gaussian, and the likelihood Gaussian."""
+    """Whether the transition must be a diffusion or Gaussian, and the likelihood one that can guide."""
+    needs_gaussian_errors: ClassVar[bool] = False
+    """Whether all observed sites must be Gaussian."""
     target_ess: float = 0.0
     """Effective sample size that inflation aims at, as a fraction of the particles; 0 for no inflation."""
 
@@ -105,7 +107,8 @@ class FAAPF(Algorithm):
 
     Args:
         model: a NumPyro program with one `scan`, whose transition is a `DiffusionTransition`, `Normal` or
-            `MultivariateNormal` and whose observed sites are Gaussian; NaN is missing.
+            `MultivariateNormal`. Observed sites may have any distribution of independent elements, or a
+            `MultivariateNormal`; NaN is missing.
         weight: estimate of log p(y | c). By default `Dirac()` for a diffusion, and the exact `Moment()` for a
             transition in closed form.
         target_ess: effective sample size that inflation aims at, as a fraction of the particles; 0 for none.
@@ -288,7 +291,7 @@ class EnKF(Algorithm):
     """The ensemble Kalman filter (`smc.enkf`) on the same program.
 
     Args:
-        model: as `FAAPF`.
+        model: as `FAAPF`, with Gaussian observations.
         inflation: factor on the forecast anomalies, at least 1.
         sampler: reverse diffusion of the forecast; by default the transition's own.
         update: `PerturbedObservations()` or `SquareRoot()`.
@@ -298,6 +301,8 @@ class EnKF(Algorithm):
     Raises:
         ValueError: inflation below 1, or rtps outside [0, 1].
     """
+
+    needs_gaussian_errors: ClassVar[bool] = True
 
     model: Callable[..., Any]
     inflation: float = 1.0
@@ -324,7 +329,7 @@ class EnKF(Algorithm):
             return program.draw(rng_key, carry, inputs, self.sampler)
 
         def residual(x: Array, carry: PyTree, inputs: TimeInputs) -> Array:
-            return program.likelihood(carry, inputs).residual(x)
+            return program.gaussian_likelihood(carry, inputs).residual(x)
 
         def advance(
             rng_key: PRNGKeyArray, x: Array, carry: PyTree, inputs: TimeInputs, draw: DrawRecord

@@ -19,7 +19,7 @@ from numpyro.util import is_prng_key
 
 from numpyro_diffusion_da.density import ProbabilityFlow
 from numpyro_diffusion_da.guidance import MMPS, Guidance
-from numpyro_diffusion_da.likelihood import GaussianLikelihood
+from numpyro_diffusion_da.likelihood import Likelihood
 from numpyro_diffusion_da.prior import DiffusionPrior
 from numpyro_diffusion_da.sampler import Sampler
 from numpyro_diffusion_da.transition import DiffusionStep, DrawRecord
@@ -197,7 +197,7 @@ class DiffusionTransition(dist.Distribution):
             "for a density with DiffusionTransition(..., density=ndda.ProbabilityFlow())."
         )
 
-    def conditioned(self, likelihood: GaussianLikelihood, guidance: Guidance | None = None) -> ConditionedTransition:
+    def conditioned(self, likelihood: Likelihood, guidance: Guidance | None = None) -> ConditionedTransition:
         """p(x' | x, y), sampled by the score-guided reverse diffusion.
 
         Args:
@@ -213,7 +213,7 @@ class ConditionedTransition(DiffusionTransition):
     pytree_data_fields: tuple[str, ...] = ()
     pytree_aux_fields: tuple[str, ...] = ("_guide",)
 
-    def __init__(self, base: DiffusionTransition, likelihood: GaussianLikelihood, guidance: Guidance) -> None:
+    def __init__(self, base: DiffusionTransition, likelihood: Likelihood, guidance: Guidance) -> None:
         self._guide = Handle(likelihood=likelihood, guidance=guidance)
         super().__init__(base.prior, base.state, base.inputs, base.sampler)
 

@@ -108,7 +108,7 @@ class ParticleFilter:
             FloatingPointError: every particle of a step is non-finite (naming the step).
         """
         program = StateSpaceModel(self.algorithm.model, args, kwargs)
-        program.check(self.algorithm.needs_gaussian)
+        program.check(self.algorithm.needs_gaussian, self.algorithm.needs_gaussian_errors)
         start, step, _ = self._functions(program)
         given = (args, kwargs)
         attributes = self._attributes(program, rng_key)

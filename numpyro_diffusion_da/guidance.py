@@ -7,12 +7,17 @@ x = a + S D(z_s), r the whitened residual, H = -dr/dx (so R = I) and J = dD/dz_s
     D_y = D + s^2 C J^T S H^T v.
 
 Exact for a Gaussian p(z | c) and a linear h. The published method takes C = I also where it is not: see `MMPS.noise`.
+
+An observation of another distribution is replaced, at each noise level, by the Gaussian one that has the same effect on
+its coordinate of N(x, S s^2 J C S) (`likelihood`, `moment_matching`): exact for a Gaussian p(z | c) where observations
+look at independent coordinates, h linear.
 """
 
 from __future__ import annotations
 
 import abc
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
@@ -20,7 +25,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from numpyro_diffusion_da.denoiser import Denoiser, Memory, NetworkPasses, PriorDenoiser
-from numpyro_diffusion_da.likelihood import GaussianLikelihood
+from numpyro_diffusion_da.likelihood import Coordinates, Likelihood, probe_signs
 from numpyro_diffusion_da.linear_solve import KrylovSolve, LinearSolver, Solution
 from numpyro_diffusion_da.noise import Noise
 
@@ -29,7 +34,7 @@ class Guidance(eqx.Module):
     """Turns a prior denoiser into a posterior one."""
 
     @abc.abstractmethod
-    def __call__(self, denoiser: PriorDenoiser, likelihood: GaussianLikelihood) -> Denoiser:
+    def __call__(self, denoiser: PriorDenoiser, likelihood: Likelihood) -> Denoiser:
         """The denoiser of p(z | c, y)."""
 
 
@@ -78,7 +83,7 @@ class MMPS(Guidance):
     solver: LinearSolver = KrylovSolve()
     noise: Noise | None = None
 
-    def __call__(self, denoiser: PriorDenoiser, likelihood: GaussianLikelihood) -> Denoiser:
+    def __call__(self, denoiser: PriorDenoiser, likelihood: Likelihood) -> Denoiser:
         """The moment-matched posterior denoiser."""
         noise = denoiser.prior.noise if self.noise is None else self.noise
         return MMPSDenoiser(denoiser, likelihood, self.solver, noise)
@@ -88,17 +93,27 @@ class MMPSDenoiser(ObservingDenoiser):
     """See `MMPS`; costs one forward and the solver's products (one vjp each) a call."""
 
     base: PriorDenoiser
-    likelihood: GaussianLikelihood
+    likelihood: Likelihood
     solver: LinearSolver
     noise: Noise
 
     def init(self) -> Memory:
         """No passes yet, and the solver's cold start."""
         location = self.base.prior.location(self.base.conditioning)
-        size = jax.eval_shape(self.likelihood.residual, location).shape[0]
+
+        def residual(x: Array) -> Array:
+            coordinates = self._coordinates(x)
+            variances = None if coordinates is None else jnp.ones(coordinates.observed.shape, x.dtype)
+            return self.likelihood.around(coordinates, variances).residual(x)
+
+        size = jax.eval_shape(residual, location).shape[0]
         return self.base.init()._replace(
             warm_start=self.solver.init(size, location.dtype), solver_residual=jnp.zeros((), location.dtype)
         )
+
+    def _coordinates(self, x: Float[Array, ...]) -> Coordinates | None:
+        spread = jnp.broadcast_to(self.base.prior.scale(self.base.conditioning), x.shape)
+        return self.likelihood.coordinates(x, spread[None] * probe_signs(x.shape, x.dtype))
 
     def __call__(
         self, z_s: Float[Array, ...], noise_level: Float[Array, ""], memory: Memory
@@ -128,15 +143,35 @@ class MMPSDenoiser(ObservingDenoiser):
         location, scale = prior.location(conditioning), prior.scale(conditioning)
         denoised, pull_denoiser = jax.vjp(lambda z: prior.denoise(z, noise_level, conditioning), z_s)
         x = location + scale * denoised
-        residual, push_residual = jax.linearize(self.likelihood.residual, x)
-        pull_residual = jax.linear_transpose(push_residual, x)
 
-        # J C is symmetric for a true denoiser, so H S J C S H^T = H S C J^T S H^T: one vjp a product, no jvp.
-        def product(v: Array) -> tuple[Array, Array]:
-            (pulled,) = pull_denoiser(scale * -pull_residual(v)[0])
-            return v - noise_level**2 * push_residual(scale * self.noise.covariance_product(pulled)), pulled
+        def seen_by(observe: Callable[[Array], Array]) -> tuple[Array, Callable[[Array], Any]]:
+            """Observe(x), and v -> (H S s^2 C J^T S H^T v, J^T S H^T v), H its derivative."""
+            value, push = jax.linearize(observe, x)
+            transposed = jax.linear_transpose(push, x)
 
-        solution, warm_start = self.solver(product, residual, memory.warm_start)
-        passes = NetworkPasses.of(forward=1)._replace(vjp=solution.products)
+            # J C is symmetric for a true denoiser, so H S J C S H^T = H S C J^T S H^T: one vjp a product, no jvp.
+            def product(v: Array) -> tuple[Array, Array]:
+                (pulled,) = pull_denoiser(scale * transposed(v)[0])
+                return noise_level**2 * push(scale * self.noise.covariance_product(pulled)), pulled
+
+            return value, product
+
+        coordinates = self._coordinates(x)
+        variances, extra = None, 0
+        if coordinates is not None:
+            _, of_coordinates = seen_by(coordinates)
+            size = len(coordinates.observed)
+            variances = self.solver.diagonal(lambda v: of_coordinates(v)[0], size, x.dtype)
+            extra = self.solver.diagonal_products(size)
+        local = self.likelihood.around(coordinates, variances)
+        # In these residuals H = -dr/dx: what is seen of -r.
+        towards, product = seen_by(lambda x: -local.residual(x))
+
+        def system(v: Array) -> tuple[Array, Array]:
+            image, pulled = product(v)
+            return v + image, pulled
+
+        solution, warm_start = self.solver(system, -towards, memory.warm_start)
+        passes = NetworkPasses.of(forward=1)._replace(vjp=solution.products + extra)
         memory = Memory(memory.passes.plus(passes), warm_start, jnp.maximum(memory.solver_residual, solution.residual))
-        return denoised, solution, residual, memory
+        return denoised, solution, -towards, memory

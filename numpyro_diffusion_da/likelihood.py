@@ -8,15 +8,26 @@ library has to know about units, correlated errors or gaps.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import abc
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.scipy.linalg as jsl
 from jaxtyping import Array, Bool, Float
 
+from numpyro_diffusion_da.moment_matching import (
+    LEAST_VARIANCE,
+    PseudoObservations,
+    pseudo_observations,
+    tilted_moments,
+)
+
 LOG_TWO_PI = 1.8378770664093453
+PROBES = 16
+"""Directions that tell how far each observation's coordinate moves with the state; no network passes."""
 
 
 class GaussianObservation(NamedTuple):
@@ -52,14 +63,61 @@ def whiten(observation: GaussianObservation) -> tuple[Float[Array, " m"], Float[
     return whitened, -jnp.sum(jnp.log(jnp.diagonal(factor))) - 0.5 * count * LOG_TWO_PI
 
 
-class GaussianLikelihood(NamedTuple):
+class GeneralObservation(NamedTuple):
+    """One observed site of any distribution at a given state, whose elements are independent given the state.
+
+    Attributes:
+        parameters: the distribution's parameters for each element, unconstrained (the logarithm of a rate, ...),
+            shape (m, p).
+        log_prob: parameters, shape (m, p) -> log p(y_i) of each element, shape (m,); anything where missing.
+        observed: False where the value is missing, shape (m,).
+    """
+
+    parameters: Float[Array, "m p"]
+    log_prob: Callable[[Float[Array, "m p"]], Float[Array, " m"]]
+    observed: Bool[Array, " m"]
+
+
+class Likelihood(eqx.Module):
+    """log p(y | x) of the observations of one step, and what stands for it where a Gaussian is needed.
+
+    Attributes:
+        observe: x -> the observed sites at x.
+    """
+
+    observe: Callable[[Float[Array, ...]], Sequence[GaussianObservation | GeneralObservation]]
+
+    @abc.abstractmethod
+    def log_prob(self, x: Float[Array, ...]) -> Float[Array, ""]:
+        """log p(y | x) of all that is observed."""
+
+    @abc.abstractmethod
+    def coordinates(self, x: Float[Array, ...], tangents: Float[Array, "k ..."]) -> Coordinates | None:
+        """What the observations that are not Gaussian look at, near x; None where all are Gaussian.
+
+        Args:
+            x: a state.
+            tangents: independent directions from x, with the spread that each component has, leading axis k.
+        """
+
+    @abc.abstractmethod
+    def around(self, coordinates: Coordinates | None, variances: Float[Array, " n"] | None) -> GaussianLikelihood:
+        """The Gaussian likelihood with the same effect, where the n coordinates have mean 0 and these variances.
+
+        Args:
+            coordinates: from `coordinates`.
+            variances: shape (n,); None where there are no coordinates.
+        """
+
+
+class GaussianLikelihood(Likelihood):
     """log p(y | x) for Gaussian errors and any differentiable h.
 
     Attributes:
         observe: x -> the observed sites at x. The error may depend on x; its derivative is ignored.
     """
 
-    observe: Callable[[Float[Array, ...]], list[GaussianObservation]]
+    observe: Callable[[Float[Array, ...]], Sequence[GaussianObservation]]
 
     def residual(self, x: Float[Array, ...]) -> Float[Array, " m"]:
         """r(x) = R^{-1/2} (y - h(x)) of all sites, one after the other."""
@@ -74,3 +132,126 @@ class GaussianLikelihood(NamedTuple):
         """log N(y; h(x), R)."""
         residual = self.residual(x)
         return self.log_normalizer(x) - 0.5 * jnp.vdot(residual, residual)
+
+    def coordinates(self, x: Float[Array, ...], tangents: Float[Array, "k ..."]) -> None:
+        """None: all is Gaussian."""
+        return
+
+    def around(self, coordinates: Coordinates | None, variances: Float[Array, " n"] | None) -> GaussianLikelihood:
+        """Itself."""
+        return self
+
+
+class GeneralLikelihood(Likelihood):
+    """log p(y | x) for sites of which some are not Gaussian.
+
+    Attributes:
+        observe: x -> the observed sites at x.
+    """
+
+    observe: Callable[[Float[Array, ...]], Sequence[GaussianObservation | GeneralObservation]]
+
+    def gaussian(self, x: Float[Array, ...]) -> list[GaussianObservation]:
+        """The Gaussian sites at x."""
+        return [site for site in self.observe(x) if isinstance(site, GaussianObservation)]
+
+    def general(self, x: Float[Array, ...]) -> list[GeneralObservation]:
+        """The others."""
+        return [site for site in self.observe(x) if isinstance(site, GeneralObservation)]
+
+    def log_prob(self, x: Float[Array, ...]) -> Float[Array, ""]:
+        """The sum over all sites."""
+        logs = [jnp.sum(jnp.where(s.observed, s.log_prob(s.parameters), 0.0)) for s in self.general(x)]
+        residuals = [whiten(site)[0] for site in self.gaussian(x)]
+        logs += [-0.5 * jnp.vdot(r, r) for r in residuals]
+        return jnp.sum(jnp.stack(logs)) + self.gaussian_log_normalizer(x)
+
+    def gaussian_log_normalizer(self, x: Float[Array, ...]) -> Float[Array, ""]:
+        """-1/2 log det(2 pi R) of the Gaussian sites."""
+        return sum((whiten(site)[1] for site in self.gaussian(x)), jnp.zeros(()))
+
+    def coordinates(self, x: Float[Array, ...], tangents: Float[Array, "k ..."]) -> Coordinates:
+        """One coordinate an element: along the direction in which its parameters vary most under the tangents."""
+        sites = self.general(x)
+        _, push = jax.linearize(lambda x: [site.parameters for site in self.general(x)], x)
+        moved = jax.vmap(push)(tangents)  # for each site (k, m, p)
+        axes = [_main_axis(jnp.where(s.observed[:, None], u, 0.0)) for s, u in zip(sites, moved, strict=True)]
+        return Coordinates(self.general, sites, axes)
+
+    def around(self, coordinates: Coordinates | None, variances: Float[Array, " n"] | None) -> GaussianLikelihood:
+        """Pseudo observations by moment matching for each site that is not Gaussian."""
+        assert coordinates is not None
+        assert variances is not None
+        centre = jnp.zeros_like(variances)
+        variances = jnp.maximum(variances, LEAST_VARIANCE)
+        tilted = tilted_moments(coordinates.log_prob, centre, variances)
+        return self.with_pseudo(coordinates, pseudo_observations(tilted, centre, variances))
+
+    def with_pseudo(self, coordinates: Coordinates, pseudo: PseudoObservations) -> GaussianLikelihood:
+        """The Gaussian sites, and the given pseudo observations of the coordinates."""
+
+        def observe(x: Array) -> list[GaussianObservation]:
+            seen = GaussianObservation(coordinates(x), pseudo.scale, pseudo.value, coordinates.observed)
+            return [*self.gaussian(x), seen]
+
+        return GaussianLikelihood(observe)
+
+
+def probe_signs(shape: tuple[int, ...], dtype: jnp.dtype) -> Float[Array, "k ..."]:
+    """The signs that `Likelihood.coordinates` probes a state with, before each component is given its spread.
+
+    Signs, not normals: an observation that looks at one component then has its spread without sampling error.
+    """
+    return jax.random.rademacher(jax.random.key(0), (PROBES, *shape), dtype)
+
+
+class Coordinates:
+    """One coordinate t_i(x) for each of n independent observations that are not Gaussian, zero at the centre.
+
+    Args:
+        general: x -> the sites.
+        sites: those at the centre.
+        axes: for each site the direction of t in parameter space, shape (m, p): t = 1 moves the parameters by it.
+    """
+
+    def __init__(
+        self,
+        general: Callable[[Array], list[GeneralObservation]],
+        sites: list[GeneralObservation],
+        axes: list[Float[Array, "m p"]],
+    ) -> None:
+        self._general, self._sites, self._axes = general, sites, axes
+        looks = [jnp.sum(axis**2, axis=1) for axis in axes]
+        self._units = [
+            jnp.where(n[:, None] > 0, axis / jnp.where(n > 0, n, 1.0)[:, None], 0.0)
+            for n, axis in zip(looks, axes, strict=True)
+        ]
+        self.observed = jnp.concatenate([s.observed & (n > 0) for s, n in zip(sites, looks, strict=True)])
+
+    def __call__(self, x: Float[Array, ...]) -> Float[Array, " n"]:
+        """t(x)."""
+        return jnp.concatenate(
+            [
+                jnp.sum((now.parameters - site.parameters) * unit, axis=1)
+                for now, site, unit in zip(self._general(x), self._sites, self._units, strict=True)
+            ]
+        )
+
+    def log_prob(self, t: Float[Array, " n"]) -> Float[Array, " n"]:
+        """log p(y_i | t_i); 0 where missing."""
+        sizes = [len(site.observed) for site in self._sites]
+        parts = jnp.split(t, [sum(sizes[: i + 1]) for i in range(len(sizes) - 1)])
+        return jnp.concatenate(
+            [
+                jnp.where(site.observed, site.log_prob(site.parameters + part[:, None] * axis), 0.0)
+                for site, part, axis in zip(self._sites, parts, self._axes, strict=True)
+            ]
+        )
+
+
+def _main_axis(moved: Float[Array, "k m p"]) -> Float[Array, "m p"]:
+    """The direction of largest second moment of each element's k displacements, as long as its root."""
+    if moved.shape[2] == 1:
+        return jnp.sqrt(jnp.mean(moved**2, axis=0))
+    values, vectors = jnp.linalg.eigh(jnp.einsum("kmp,kmq->mpq", moved, moved) / len(moved))
+    return vectors[:, :, -1] * jnp.sqrt(jnp.maximum(values[:, -1:], 0.0))

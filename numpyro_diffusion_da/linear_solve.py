@@ -71,6 +71,19 @@ class LinearSolver(eqx.Module):
     def __call__(self, product: Product, rhs: Float[Array, " m"], warm_start: PyTree) -> tuple[Solution, PyTree]:
         """Solve; returns (solution, warm start for the next system)."""
 
+    def diagonal_products(self, size: int) -> int:
+        """Products that `diagonal` makes, for `size` rows: one."""
+        return min(size, 1)
+
+    def diagonal(self, product: Callable[[Array], Array], size: int, dtype: jnp.dtype) -> Float[Array, " m"]:
+        """The diagonal of a positive semi-definite B, known by its products.
+
+        By default the mean of all of it, for every row, from one product with random signs (Hutchinson 1990): for rows
+        in units that make them alike.
+        """
+        signs = jax.random.rademacher(jax.random.key(0), (size,), dtype)
+        return jnp.full((size,), jnp.mean(signs * product(signs)))
+
 
 def projected_solve(projected: Float[Array, "k k"], rhs: Float[Array, " k"]) -> Float[Array, " k"]:
     """Solve the projected system after symmetrising it and lifting its eigenvalues to at least 1."""
@@ -104,6 +117,14 @@ class DirectSolve(LinearSolver):
             Directions(basis, columns, images),
         )
         return solution, warm_start
+
+    def diagonal_products(self, size: int) -> int:
+        """One for each row."""
+        return size
+
+    def diagonal(self, product: Callable[[Array], Array], size: int, dtype: jnp.dtype) -> Float[Array, " m"]:
+        """Every entry."""
+        return jnp.diagonal(jax.vmap(product)(jnp.eye(size, dtype=dtype)))
 
 
 class KrylovSolve(LinearSolver):

@@ -73,7 +73,7 @@ class OnlineFilter:
     def _checked(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self._program is None:
             program = StateSpaceModel(self.algorithm.model, args, kwargs)
-            program.check(self.algorithm.needs_gaussian)
+            program.check(self.algorithm.needs_gaussian, self.algorithm.needs_gaussian_errors)
             self._program = program
         return args, kwargs
 

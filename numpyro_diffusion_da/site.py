@@ -1,4 +1,4 @@
-"""What the distribution of a NumPyro site means to a filter: a transition, or Gaussian observations."""
+"""What the distribution of a NumPyro site means to a filter: a transition, or observations."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from numpyro_diffusion_da.denoiser import NetworkPasses
 from numpyro_diffusion_da.distribution import ConditionedTransition, DiffusionTransition
-from numpyro_diffusion_da.likelihood import GaussianObservation, whiten
+from numpyro_diffusion_da.free_parameters import free_parameters
+from numpyro_diffusion_da.likelihood import GaussianObservation, GeneralObservation, whiten
 from numpyro_diffusion_da.sampler import Sampler
 from numpyro_diffusion_da.transition import DiffusionStep, GaussianStep, OneStep
 
@@ -86,6 +87,20 @@ def log_density(name: str, fn: dist.Distribution, x: Array) -> tuple[Float[Array
     return jnp.sum(fn.log_prob(x)), NetworkPasses.of()
 
 
+def is_gaussian(fn: dist.Distribution) -> bool:
+    """Whether a distribution is Gaussian, possibly masked, expanded or of many elements."""
+    return isinstance(unmasked(fn)[0], (dist.Normal, dist.MultivariateNormal))
+
+
+def independent_errors(fn: dist.Distribution) -> Float[Array, ...]:
+    """The standard deviations of a Gaussian distribution, as far as one coordinate an element can say it.
+
+    A covariance cannot: how it changes with the state is left out.
+    """
+    base, _ = unmasked(fn)
+    return jnp.asarray(base.scale) if isinstance(base, dist.Normal) else jnp.zeros(())
+
+
 def unmasked(fn: dist.Distribution) -> tuple[dist.Distribution, Bool[Array, ...] | bool]:
     """The distribution inside to_event, expand and mask wrappers, and the mask (broadcastable to the value)."""
     mask: Any = True
@@ -158,24 +173,60 @@ def gaussian_observations(name: str, fn: dist.Distribution, value: Array) -> lis
     if parts is None:
         raise ValueError(
             f"site '{name}' has the likelihood {type(unmasked(fn)[0]).__name__}; this filter needs Normal or "
-            "MultivariateNormal observations (ndda.Bootstrap(model) takes any with a log_prob)."
+            "MultivariateNormal observations (FAAPF and Bootstrap take others)."
         )
     values = value.reshape(len(parts), -1)
     observed = (~jnp.isnan(value) & site_mask(fn)).reshape(len(parts), -1)
     return [GaussianObservation(m, f, v, o) for (m, f), v, o in zip(parts, values, observed, strict=True)]
 
 
+def general_observation(name: str, fn: dist.Distribution, value: Array) -> GeneralObservation:
+    """An observed site of any distribution with independent elements; NaN and masked values are missing.
+
+    Raises:
+        ValueError: elements are vectors, which no single coordinate can stand for, or the distribution cannot be taken
+            apart into its parameters.
+    """
+    base, mask = unmasked(fn)
+    if base.event_dim > 0:
+        raise ValueError(
+            f"site '{name}' has the likelihood {type(base).__name__}, whose elements are vectors; guidance needs "
+            "MultivariateNormal or independent elements (ndda.Bootstrap(model) takes any with a log_prob)."
+        )
+    shape = fn.shape()
+    parameters, rebuild = free_parameters(name, base, shape)
+    observed = (~missing(value) & jnp.broadcast_to(mask, shape)).reshape(-1)
+    filled = jnp.where(missing(value), base_point(base, value), value)
+
+    def log_prob(parameters: Array) -> Array:
+        return rebuild(parameters).log_prob(filled).reshape(-1)
+
+    return GeneralObservation(parameters, log_prob, observed)
+
+
+def missing(value: Array) -> Bool[Array, ...]:
+    """Where a value is NaN; integers have none."""
+    return jnp.isnan(value) if jnp.issubdtype(value.dtype, jnp.inexact) else jnp.zeros(value.shape, bool)
+
+
+def base_point(base: dist.Distribution, value: Array) -> Array:
+    """A value in the support, in place of a missing one, whose log_prob would be NaN."""
+    support: Any = base.support
+    point = support.feasible_like(value) if support is not None else jnp.zeros_like(value)
+    return jnp.asarray(point, value.dtype)
+
+
 def pointwise_log_likelihood(fn: dist.Distribution, value: Array) -> Float[Array, ...]:
     """log p(y | x), elementwise where the site's elements are independent, else per event; 0 where missing."""
     base, mask = unmasked(fn)
-    observed = ~jnp.isnan(value) & jnp.broadcast_to(mask, fn.shape())
+    observed = ~missing(value) & jnp.broadcast_to(mask, fn.shape())
     if isinstance(base, dist.MultivariateNormal):
         # By the Gaussian observations, which know how to leave single components of an event out.
         events = gaussian_observations("", fn, value)
         residuals, normalizers = zip(*map(whiten, events), strict=True)
         logs = [n - 0.5 * jnp.vdot(r, r) for r, n in zip(residuals, normalizers, strict=True)]
         return jnp.stack(logs).reshape(value.shape[:-1])
-    filled = jnp.where(observed, value, jnp.zeros_like(value))
+    filled = jnp.where(observed, value, base_point(base, value))
     if base.event_dim == 0:
         return jnp.where(observed, base.log_prob(filled), 0.0)
     whole = jnp.all(observed, axis=tuple(range(-base.event_dim, 0)))

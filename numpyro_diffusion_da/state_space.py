@@ -26,10 +26,19 @@ from numpyro.primitives import Messenger
 from numpyro_diffusion_da.denoiser import NetworkPasses
 from numpyro_diffusion_da.dependence import depends_on_first
 from numpyro_diffusion_da.distribution import DiffusionTransition
-from numpyro_diffusion_da.likelihood import GaussianLikelihood, GaussianObservation
+from numpyro_diffusion_da.likelihood import (
+    GaussianLikelihood,
+    GaussianObservation,
+    GeneralLikelihood,
+    GeneralObservation,
+    Likelihood,
+)
 from numpyro_diffusion_da.sampler import Sampler
 from numpyro_diffusion_da.site import (
     gaussian_observations,
+    general_observation,
+    independent_errors,
+    is_gaussian,
     non_positive_error,
     observation_error,
     one_step,
@@ -262,6 +271,7 @@ class StateSpaceModel:
         latent = tuple(n for n, s in probe.before.items() if not s["is_observed"])
         self.initial_names = tuple(n for n in latent if n not in self.global_names)
         self.outside_names = tuple(n for n, s in probe.before.items() if s["is_observed"])
+        self.general_names = self._general_names()
 
     def at(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> StateSpaceModel:
         """The same structure at other arguments (tracers, say), without checking it again."""
@@ -362,11 +372,12 @@ class StateSpaceModel:
         jax.eval_shape(look)
         return sum(found)
 
-    def check(self, gaussian: bool) -> None:
+    def check(self, one_step: bool, gaussian_errors: bool = False) -> None:
         """Refuse what a filter cannot run, before anything is compiled.
 
         Args:
-            gaussian: whether the filter needs a `OneStep` transition and Gaussian likelihoods.
+            one_step: whether the filter needs the transition as a `OneStep`, and the likelihood as one of a guidance.
+            gaussian_errors: whether it needs Gaussian observations.
 
         Raises:
             ValueError: one sentence naming the site: a global site that is not known, among others.
@@ -383,25 +394,44 @@ class StateSpaceModel:
             sites = self.sites(call.init, call.first_inputs())
             if sites.scaled:
                 raise ValueError(f"site '{sites.scaled[0]}' is under handlers.scale, which a filter cannot take.")
-            if gaussian:
-                x = self.transition(call.init, call.first_inputs()).moments().mean
-                self.likelihood(call.init, call.first_inputs()).log_prob(x)
+            given = call.init, call.first_inputs()
+            if one_step:
+                self.likelihood(*given).log_prob(self.transition(*given).moments().mean)
+            if gaussian_errors:
+                self.gaussian_likelihood(*given).log_prob(jnp.zeros(sites.latent[self.latent_name].shape()))
 
         _abstractly(look)
 
-    def likelihood(self, carry: PyTree, inputs: TimeInputs) -> GaussianLikelihood:
-        """log p(y | x') of all observed sites.
+    def likelihood(self, carry: PyTree, inputs: TimeInputs) -> Likelihood:
+        """log p(y | x') of all observed sites: Gaussian where all are, with errors that x' does not change.
+
+        Raises:
+            ValueError: a site whose elements are vectors and not Gaussian.
+        """
+        if not self.general_names:
+            return self.gaussian_likelihood(carry, inputs)
+
+        def observe(x: Array) -> list[GaussianObservation | GeneralObservation]:
+            found: list[GaussianObservation | GeneralObservation] = []
+            for name, (fn, value) in self.sites(carry, inputs, x).observed.items():
+                if name in self.general_names:
+                    found.append(general_observation(name, fn, value))
+                else:
+                    found.extend(gaussian_observations(name, fn, value))
+            return found
+
+        return GeneralLikelihood(observe)
+
+    def gaussian_likelihood(self, carry: PyTree, inputs: TimeInputs) -> GaussianLikelihood:
+        """The same for Gaussian sites only, whose errors may change with x': the derivative of that is left out.
 
         Raises:
             ValueError: an observed site that is not Gaussian.
         """
 
         def observe(x: Array) -> list[GaussianObservation]:
-            return [
-                observation
-                for name, (fn, value) in self.sites(carry, inputs, x).observed.items()
-                for observation in gaussian_observations(name, fn, value)
-            ]
+            sites = self.sites(carry, inputs, x).observed
+            return [seen for name, (fn, value) in sites.items() for seen in gaussian_observations(name, fn, value)]
 
         return GaussianLikelihood(observe)
 
@@ -543,6 +573,27 @@ class StateSpaceModel:
                 "observations use NaN values."
             )
         return skip, sites
+
+    def _general_names(self) -> frozenset[str]:
+        """Observed sites that are not Gaussian, or whose independent errors change with the state."""
+        names: list[str] = []
+        general: list[str] = []
+
+        def errors(latent: Array) -> list[Array]:
+            call = self.call(jax.random.key(0))
+            observed = self.sites(call.init, call.first_inputs(), latent).observed
+            general.extend(name for name, (fn, _) in observed.items() if not is_gaussian(fn))
+            names.extend(name for name, (fn, _) in observed.items() if is_gaussian(fn))
+            return [independent_errors(fn) for fn, _ in observed.values() if is_gaussian(fn)]
+
+        shape = jax.eval_shape(lambda: self._latent_like())
+        jaxpr = jax.make_jaxpr(errors)(jnp.zeros(shape.shape, shape.dtype)).jaxpr
+        changing = [name for name, changes in zip(names, depends_on_first(jaxpr), strict=True) if changes]
+        return frozenset(general + changing)
+
+    def _latent_like(self) -> Array:
+        call = self.call(jax.random.key(0))
+        return jnp.zeros(self.sites(call.init, call.first_inputs()).latent[self.latent_name].shape())
 
     def _find_globals(self, before: dict[str, dict[str, Any]]) -> tuple[list[str], list[str]]:
         """Latent sites outside the scan that its body depends on, and those that something is observed of besides.

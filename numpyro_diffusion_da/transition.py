@@ -18,8 +18,9 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from numpyro_diffusion_da.denoiser import Denoiser, Memory, NetworkPasses, PriorDenoiser
 from numpyro_diffusion_da.footprint import backward_bytes
 from numpyro_diffusion_da.guidance import Guidance, ObservingDenoiser
-from numpyro_diffusion_da.likelihood import GaussianLikelihood
+from numpyro_diffusion_da.likelihood import GaussianLikelihood, GeneralLikelihood, Likelihood, probe_signs
 from numpyro_diffusion_da.linear_solve import projected_solve
+from numpyro_diffusion_da.moment_matching import PseudoObservations, expectation_propagation
 from numpyro_diffusion_da.path import weighted_path
 from numpyro_diffusion_da.prior import Conditioning, DiffusionPrior
 from numpyro_diffusion_da.sampler import Sampler
@@ -65,18 +66,22 @@ class OneStep(eqx.Module):
         """
 
     @abc.abstractmethod
+    def tangents(self) -> Float[Array, "k ..."]:
+        """Directions in which x' may vary, each component with its spread: what `Likelihood.coordinates` takes."""
+
+    @abc.abstractmethod
     def draw(self, rng_key: PRNGKeyArray) -> tuple[Float[Array, ...], DrawRecord]:
         """A draw x' ~ p(x' | c)."""
 
     @abc.abstractmethod
     def conditional_draw(
-        self, rng_key: PRNGKeyArray, likelihood: GaussianLikelihood, guidance: Guidance
+        self, rng_key: PRNGKeyArray, likelihood: Likelihood, guidance: Guidance
     ) -> tuple[Float[Array, ...], DrawRecord]:
         """A draw x' ~ p(x' | c, y), the optimal proposal. Closed forms do not need the guidance."""
 
     @abc.abstractmethod
     def weighted_draw(
-        self, rng_key: PRNGKeyArray, likelihood: GaussianLikelihood, guidance: Guidance
+        self, rng_key: PRNGKeyArray, likelihood: Likelihood, guidance: Guidance
     ) -> tuple[Float[Array, ...], Float[Array, ""], DrawRecord]:
         """(x', log w, record): a guided draw x' with density q, and log w = log p(y | x') + log p(x' | c) - log q(x').
 
@@ -117,6 +122,12 @@ class DiffusionStep(OneStep):
         passes = NetworkPasses.of(forward=1 + prior.conditioning_passes)
         return Moments(location + scale * denoised, covariance_product, passes, NetworkPasses.of(vjp=1))
 
+    def tangents(self) -> Float[Array, "k ..."]:
+        """S e with random signs e; no network pass."""
+        location = self.prior.location(self.conditioning)
+        spread = jnp.broadcast_to(self.prior.scale(self.conditioning), location.shape)
+        return spread[None] * probe_signs(location.shape, location.dtype)
+
     def _start(self, rng_key: PRNGKeyArray) -> Array:
         prior = self.prior
         location = prior.location(self.conditioning)
@@ -137,13 +148,13 @@ class DiffusionStep(OneStep):
         return self._run(rng_key, PriorDenoiser(self.prior, self.conditioning))
 
     def conditional_draw(
-        self, rng_key: PRNGKeyArray, likelihood: GaussianLikelihood, guidance: Guidance
+        self, rng_key: PRNGKeyArray, likelihood: Likelihood, guidance: Guidance
     ) -> tuple[Float[Array, ...], DrawRecord]:
         """Reverse diffusion with the guided denoiser."""
         return self._run(rng_key, guidance(PriorDenoiser(self.prior, self.conditioning), likelihood))
 
     def weighted_draw(
-        self, rng_key: PRNGKeyArray, likelihood: GaussianLikelihood, guidance: Guidance
+        self, rng_key: PRNGKeyArray, likelihood: Likelihood, guidance: Guidance
     ) -> tuple[Float[Array, ...], Float[Array, ""], DrawRecord]:
         """Path weights (`path`): for the law that the sampler gives, at its number of levels.
 
@@ -199,6 +210,10 @@ class GaussianStep(OneStep):
 
         return Moments(self.mean, covariance_product, NetworkPasses.of(), NetworkPasses.of())
 
+    def tangents(self) -> Float[Array, "k ..."]:
+        """F e with random signs e."""
+        return jax.vmap(self._apply)(probe_signs(self.mean.shape, self.mean.dtype))
+
     def draw(self, rng_key: PRNGKeyArray) -> tuple[Float[Array, ...], DrawRecord]:
         """Mean + F xi."""
         white = jax.random.normal(rng_key, self.mean.shape, self.mean.dtype)
@@ -206,19 +221,23 @@ class GaussianStep(OneStep):
         return self.mean + self._apply(white), record
 
     def conditional_draw(
-        self, rng_key: PRNGKeyArray, likelihood: GaussianLikelihood, guidance: Guidance
+        self, rng_key: PRNGKeyArray, likelihood: Likelihood, guidance: Guidance
     ) -> tuple[Float[Array, ...], DrawRecord]:
-        """A draw of the prior moved by the gain of its own perturbed innovation (Matheron's rule)."""
-        return self._matheron(rng_key, likelihood)[:2]
+        """A draw of the prior moved by the gain of its own perturbed innovation (Matheron's rule).
+
+        Observations that are not Gaussian are those that expectation propagation puts in their place.
+        """
+        return self._matheron(rng_key, matched(self.moments(), self.tangents(), likelihood)[0])[:2]
 
     def weighted_draw(
-        self, rng_key: PRNGKeyArray, likelihood: GaussianLikelihood, guidance: Guidance
+        self, rng_key: PRNGKeyArray, likelihood: Likelihood, guidance: Guidance
     ) -> tuple[Float[Array, ...], Float[Array, ""], DrawRecord]:
         """The conditional draw, q. By Bayes' rule p(x) / q(x) = N(r; 0, I + H V H^T) / N(r - H (x - mean); 0, I).
 
         log w is log p(y | c), whatever x is, where y is Gaussian and linear in x.
         """
-        x, record, ratio = self._matheron(rng_key, likelihood)
+        local, _ = matched(self.moments(), self.tangents(), likelihood)
+        x, record, ratio = self._matheron(rng_key, local)
         return x, likelihood.log_prob(x) + ratio, record
 
     def _matheron(
@@ -253,3 +272,37 @@ def observed_covariance(
         return v - push(moments.covariance_product(pull(v)))
 
     return residual, jax.vmap(row)(jnp.eye(len(residual), dtype=residual.dtype)), pull
+
+
+def matched(
+    moments: Moments, tangents: Float[Array, "k ..."], likelihood: Likelihood
+) -> tuple[GaussianLikelihood, Float[Array, ""]]:
+    """The Gaussian likelihood with the same effect on N(m, V), and the log of int p(y | x) N(x; m, V) dx.
+
+    A Gaussian likelihood is itself, and linearised at m; any other is taken by expectation propagation over the
+    observations' coordinates. One product an observation.
+    """
+    if isinstance(likelihood, GaussianLikelihood):
+        residual, covariance, _ = observed_covariance(moments, likelihood)
+        values, vectors = jnp.linalg.eigh(0.5 * (covariance + covariance.T))
+        values = jnp.maximum(values, 1.0)  # R alone is the identity here; a learned V may fail to be positive
+        exponent = jnp.sum(jnp.log(values)) + jnp.sum((vectors.T @ residual) ** 2 / values)
+        return likelihood, likelihood.log_normalizer(moments.mean) - 0.5 * exponent
+    assert isinstance(likelihood, GeneralLikelihood)
+    coordinates = likelihood.coordinates(moments.mean, tangents)
+    n = len(coordinates.observed)
+    unit = PseudoObservations(jnp.zeros(n, moments.mean.dtype), jnp.ones(n, moments.mean.dtype))
+    residual, covariance, _ = observed_covariance(moments, likelihood.with_pseudo(coordinates, unit))
+    known = residual[:-n]
+
+    # What is Gaussian is whitened: its coordinate is h(x) - h(m) over the error, its likelihood a unit Gaussian.
+    def log_prob(t: Array) -> Array:
+        return jnp.concatenate([-0.5 * (known - t[:-n]) ** 2, coordinates.log_prob(t[-n:])])
+
+    values, vectors = jnp.linalg.eigh(0.5 * (covariance + covariance.T))
+    between = (vectors * jnp.maximum(values - 1.0, 0.0)[None]) @ vectors.T
+    seen = jnp.concatenate([jnp.ones(len(known), bool), coordinates.observed])
+    evidence = expectation_propagation(log_prob, between, seen)
+    pseudo = PseudoObservations(evidence.pseudo.value[-n:], evidence.pseudo.scale[-n:])
+    log_evidence = evidence.log_evidence + likelihood.gaussian_log_normalizer(moments.mean)
+    return likelihood.with_pseudo(coordinates, pseudo), log_evidence

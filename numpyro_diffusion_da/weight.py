@@ -15,8 +15,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from numpyro_diffusion_da.denoiser import NetworkPasses
-from numpyro_diffusion_da.likelihood import GaussianLikelihood
-from numpyro_diffusion_da.transition import OneStep, observed_covariance
+from numpyro_diffusion_da.likelihood import Likelihood
+from numpyro_diffusion_da.transition import OneStep, matched
 
 
 class WeightRecord(NamedTuple):
@@ -35,7 +35,7 @@ class Weight(eqx.Module):
     """An estimate of log p(y | c) for one particle."""
 
     @abc.abstractmethod
-    def __call__(self, step: OneStep, likelihood: GaussianLikelihood) -> tuple[Float[Array, ""], WeightRecord]:
+    def __call__(self, step: OneStep, likelihood: Likelihood) -> tuple[Float[Array, ""], WeightRecord]:
         """log p^(y | c) and its record."""
 
     def caveats(self, closed_form: bool, linear: bool) -> list[str]:
@@ -55,13 +55,15 @@ class Equal(Weight):
         """Never exact."""
         return ["Equal weights leave out the observations"]
 
-    def __call__(self, step: OneStep, likelihood: GaussianLikelihood) -> tuple[Float[Array, ""], WeightRecord]:
+    def __call__(self, step: OneStep, likelihood: Likelihood) -> tuple[Float[Array, ""], WeightRecord]:
         """Zero."""
         return jnp.zeros(()), WeightRecord(NetworkPasses.of(), None)
 
 
 class Dirac(Weight):
-    """log N(y; h(m), R) with m = E[x' | c]: p(x' | c) taken as a point (Savary et al. 2026, arXiv 2605.20028, Sec. 3).
+    """log p(y | m) with m = E[x' | c]: p(x' | c) taken as a point (Savary et al. 2026, arXiv 2605.20028, Sec. 3).
+
+    With Gaussian errors log N(y; h(m), R); for any other likelihood its log_prob there.
 
     One network pass. Too peaked where the one-step spread is not small against the observation error.
     """
@@ -70,14 +72,17 @@ class Dirac(Weight):
         """Never exact."""
         return ["Dirac weights leave out the spread of the transition"]
 
-    def __call__(self, step: OneStep, likelihood: GaussianLikelihood) -> tuple[Float[Array, ""], WeightRecord]:
+    def __call__(self, step: OneStep, likelihood: Likelihood) -> tuple[Float[Array, ""], WeightRecord]:
         """The likelihood of the forecast mean."""
         moments = step.moments()
         return likelihood.log_prob(moments.mean), WeightRecord(moments.passes, moments.mean)
 
 
 class Moment(Weight):
-    """log N(y; h(m), R + H V H^T), V = Cov[x' | c]: exact for a Gaussian transition and a linear h.
+    """log of int p(y | x') N(x'; m, V) dx', V = Cov[x' | c]; with Gaussian errors log N(y; h(m), R + H V H^T).
+
+    Exact for a Gaussian transition, a linear h and Gaussian errors. Other likelihoods are integrated by expectation
+    propagation over the observations: by quadrature where they look at independent coordinates of the state.
 
     One network pass, and one more for each observation.
 
@@ -102,20 +107,13 @@ class Moment(Weight):
         if self.noise_level is not None and not self.noise_level > 0:
             raise ValueError(f"Moment got noise_level={self.noise_level}; give a positive one, or None.")
 
-    def __call__(self, step: OneStep, likelihood: GaussianLikelihood) -> tuple[Float[Array, ""], WeightRecord]:
+    def __call__(self, step: OneStep, likelihood: Likelihood) -> tuple[Float[Array, ""], WeightRecord]:
         """The likelihood of the forecast mean under forecast and observation error together."""
         # The mean always from the highest level: it is exact there for any denoiser.
         moments = step.moments()
         spread = moments if self.noise_level is None else step.moments(self.noise_level)
-        residual, covariance, _ = observed_covariance(spread._replace(mean=moments.mean), likelihood)
-        values, vectors = jnp.linalg.eigh(0.5 * (covariance + covariance.T))
-        values = jnp.maximum(values, 1.0)  # R alone is the identity here; a learned V may fail to be positive
-        rotated = vectors.T @ residual
-        log_weight = (
-            likelihood.log_normalizer(moments.mean)
-            - 0.5 * jnp.sum(jnp.log(values))
-            - 0.5 * jnp.sum(rotated**2 / values)
-        )
+        local, log_weight = matched(spread._replace(mean=moments.mean), step.tangents(), likelihood)
+        observations = jax.eval_shape(local.residual, moments.mean).shape[0]
         passes = moments.passes if self.noise_level is None else moments.passes.plus(spread.passes)
-        products = jax.tree.map(lambda n: n * len(residual), spread.passes_per_product)
+        products = jax.tree.map(lambda n: n * observations, spread.passes_per_product)
         return log_weight, WeightRecord(passes.plus(products), moments.mean)

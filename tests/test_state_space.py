@@ -164,9 +164,19 @@ def test_non_gaussian_likelihood_and_transition():
 
         scan(step, initial(), y)
 
-    with pytest.raises(ValueError, match=r"'n' has the likelihood Poisson.*Bootstrap"):
-        run(counts, Y)
-    assert run(counts, Y, algorithm=ndda.Bootstrap).posterior["x"].shape == (1, 8, 4, 3)
+    with pytest.raises(ValueError, match=r"'n' has the likelihood Poisson.*FAAPF"):
+        run(counts, Y, algorithm=ndda.EnKF)
+
+    def shares(y):
+        def step(x, y_t):
+            x = numpyro.sample("x", walk(x))
+            numpyro.sample("share", dist.Dirichlet(jnp.exp(x[:2])), obs=y_t)
+            return x, None
+
+        scan(step, initial(), y)
+
+    with pytest.raises(ValueError, match=r"'share' has the likelihood Dirichlet, whose elements are vectors"):
+        run(shares, Y)
 
     def heavy_tails(y):
         def step(x, y_t):
