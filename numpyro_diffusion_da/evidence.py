@@ -90,7 +90,7 @@ def check_evidence(algorithm: Algorithm, program: StateSpaceModel, name: str) ->
     Raises:
         ValueError: the filter cannot run the program, or estimates no evidence.
     """
-    program.check(algorithm.needs_gaussian)
+    program.check(algorithm.needs_gaussian, algorithm.needs_gaussian_errors)
     kind = type(algorithm).__name__
     if not algorithm.has_evidence():
         raise ValueError(

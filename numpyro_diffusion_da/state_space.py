@@ -440,10 +440,12 @@ class StateSpaceModel:
 
         Read off the first step, and cautious: False where it cannot be seen.
         """
+        if self.general_names:
+            return False
         x, carry, inputs = self._shapes()
 
         def slope(x: Array, v: Array, carry: PyTree, inputs: TimeInputs) -> tuple[Array, Array]:
-            likelihood = self.likelihood(carry, inputs)
+            likelihood = self.gaussian_likelihood(carry, inputs)
             return likelihood.log_normalizer(x), jax.jvp(likelihood.residual, (x,), (v,))[1]
 
         return not any(depends_on_first(slope, x, x, carry, inputs))
@@ -576,20 +578,16 @@ class StateSpaceModel:
 
     def _general_names(self) -> frozenset[str]:
         """Observed sites that are not Gaussian, or whose independent errors change with the state."""
-        names: list[str] = []
         general: list[str] = []
 
-        def errors(latent: Array) -> list[Array]:
+        def errors(latent: Array) -> dict[str, Array]:
             call = self.call(jax.random.key(0))
             observed = self.sites(call.init, call.first_inputs(), latent).observed
             general.extend(name for name, (fn, _) in observed.items() if not is_gaussian(fn))
-            names.extend(name for name, (fn, _) in observed.items() if is_gaussian(fn))
-            return [independent_errors(fn) for fn, _ in observed.values() if is_gaussian(fn)]
+            return {name: independent_errors(fn) for name, (fn, _) in observed.items() if is_gaussian(fn)}
 
-        shape = jax.eval_shape(lambda: self._latent_like())
-        jaxpr = jax.make_jaxpr(errors)(jnp.zeros(shape.shape, shape.dtype)).jaxpr
-        changing = [name for name, changes in zip(names, depends_on_first(jaxpr), strict=True) if changes]
-        return frozenset(general + changing)
+        changes = depends_on_first(errors, jax.eval_shape(self._latent_like))
+        return frozenset([*general, *(name for name, changing in changes.items() if changing)])
 
     def _latent_like(self) -> Array:
         call = self.call(jax.random.key(0))

@@ -17,7 +17,15 @@ ALLOWED = {
     "blackjax": {"smc"},
     # Priors offer their climatology as a NumPyro distribution, inside a method.
     "numpyro": {
-        "distribution", "free_parameters", "site", "state_space", "parameters", "summary", "prior", "priors", "twin",
+        "distribution",
+        "free_parameters",
+        "site",
+        "state_space",
+        "parameters",
+        "summary",
+        "prior",
+        "priors",
+        "twin",
     },
     "weathernext": {"priors.gencast_package"},
 }
@@ -27,8 +35,9 @@ ORDER = [
     "__init__", "cli", "plots", "twin", "verification", "filtering", "online", "pmmh", "smc2", "inference",
     "backward", "smoothing", "convert", "summary", "result", "progress", "storage", "evidence",
     "algorithm", "smc", "parameters", "state_space", "dependence", "site", "free_parameters", "distribution", "density",
-    "weight", "transition", "path", "guidance", "likelihood", "moment_matching", "linear_solve", "sampler", "schedule", "denoiser", "priors",
-    "prior", "spherical_noise", "noise", "gridded_data", "units", "layout", "compilation", "footprint",
+    "weight", "transition", "path", "guidance", "likelihood", "moment_matching", "linear_solve", "sampler", "schedule",
+    "denoiser", "priors", "prior", "spherical_noise", "noise", "gridded_data", "units", "layout", "compilation",
+    "footprint",
 ]  # fmt: skip
 
 
