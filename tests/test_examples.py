@@ -145,7 +145,7 @@ def test_path_weights_vary_less_than_girsanovs():
 def test_path_weights_runs(tmp_path):
     """Evidence is Kalman's in the mean, in closed form and, of the discretised emulator, through a diffusion."""
     out = tmp_path / "tables.json"
-    filters = {"filters": ["GuidedPF"], "dims": [2], "runs": 16, "experiments": 2, "steps": 3, "particles": 64}
+    filters = {"filters": ["GuidedPF"], "dims": [2], "runs": 16, "experiments": 1, "steps": 2, "particles": 64}
     given = {"tables": [1, 4], "levels": [12], "points": 16, "size": 4, "draws": 2}
     load("path_weights").main(out, **given, **filters)
     emulator, evidence = json.loads(out.read_text())["tables"].values()
