@@ -4,7 +4,7 @@ Write a state-space model as an ordinary NumPyro program, put a pretrained diffu
 filter observations with a fully adapted auxiliary particle filter, and read the result with ArviZ and xarray.
 """
 
-from numpyro_diffusion_da import convert, smc, smoothing
+from numpyro_diffusion_da import convert, feynman_kac, smc, smoothing
 from numpyro_diffusion_da.algorithm import FAAPF, Algorithm, Bootstrap, EnKF, GuidedPF
 from numpyro_diffusion_da.density import ExactTrace, Hutchinson, ProbabilityFlow
 from numpyro_diffusion_da.distribution import ConditionedTransition, DiffusionTransition
@@ -12,6 +12,7 @@ from numpyro_diffusion_da.filtering import ParticleFilter
 from numpyro_diffusion_da.guidance import MMPS, Guidance
 from numpyro_diffusion_da.layout import Layout, Variable
 from numpyro_diffusion_da.likelihood import GaussianLikelihood, GaussianObservation
+from numpyro_diffusion_da.linear_gaussian import LinearGaussian
 from numpyro_diffusion_da.linear_solve import DirectSolve, KrylovSolve, LinearSolver
 from numpyro_diffusion_da.noise import FactorNoise, Noise, WhiteNoise
 from numpyro_diffusion_da.online import OnlineFilter
@@ -85,6 +86,7 @@ __all__ = [
     "KrylovSolve",
     "LangevinCorrector",
     "Layout",
+    "LinearGaussian",
     "LinearSolver",
     "Moment",
     "Noise",
@@ -108,6 +110,7 @@ __all__ = [
     "Weight",
     "WhiteNoise",
     "convert",
+    "feynman_kac",
     "load_prior",
     "parametrisation",
     "smc",

@@ -309,6 +309,10 @@ class StateSpaceModel:
         """The scan's `xs`, observations included; leading axis time."""
         return self.call(jax.random.key(0)).xs
 
+    def time_inputs(self) -> TimeInputs:
+        """The inputs of all times; leading axis time."""
+        return TimeInputs(jnp.arange(self.length), jax.tree.map(jnp.asarray, self.inputs()))
+
     def sites(self, carry: PyTree, inputs: TimeInputs, x: Array | None = None) -> BodySites:
         """The sites of the body at a given carry and, where given, value of the latent site."""
         key = jax.random.key(0)  # never used: the one latent site is given its value
