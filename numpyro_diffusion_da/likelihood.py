@@ -38,12 +38,14 @@ class GaussianObservation(NamedTuple):
         scale: standard deviations of the error, shape (m,), or a lower Cholesky factor of R, shape (m, m).
         value: y, shape (m,), in the observation's unit.
         observed: False where the value is missing, shape (m,).
+        power: of the likelihood, p(y | x)^power (NumPyro's `handlers.scale`): shape (m,), or () with a factor.
     """
 
     mean: Float[Array, " m"]
     scale: Float[Array, " m"] | Float[Array, "m m"]
     value: Float[Array, " m"]
     observed: Bool[Array, " m"]
+    power: Float[Array, ...] | float = 1.0
 
 
 def whiten(observation: GaussianObservation) -> tuple[Float[Array, " m"], Float[Array, ""]]:
@@ -51,16 +53,18 @@ def whiten(observation: GaussianObservation) -> tuple[Float[Array, " m"], Float[
     observed = observation.observed
     # A missing value may be NaN: it must be replaced before any arithmetic, or its gradient is NaN too.
     residual = jnp.where(observed, jnp.where(observed, observation.value, 0.0) - observation.mean, 0.0)
-    count = jnp.sum(observed)
+    power = observation.power
     if observation.scale.ndim == 1:
         scale = jnp.where(observed, observation.scale, 1.0)
-        return residual / scale, -jnp.sum(jnp.log(scale)) - 0.5 * count * LOG_TWO_PI
+        normalizers = jnp.where(observed, -jnp.log(scale) - 0.5 * LOG_TWO_PI, 0.0)
+        return residual * jnp.sqrt(power) / scale, jnp.sum(power * normalizers)
     covariance = observation.scale @ observation.scale.T
     # Unit rows and columns in place of the missing ones: the Cholesky factor then is that of the observed block.
     both = observed[:, None] & observed[None, :]
     factor = jnp.linalg.cholesky(jnp.where(both, covariance, jnp.eye(len(residual), dtype=residual.dtype)))
     whitened = jsl.solve_triangular(factor, residual, lower=True)
-    return whitened, -jnp.sum(jnp.log(jnp.diagonal(factor))) - 0.5 * count * LOG_TWO_PI
+    normalizer = -jnp.sum(jnp.log(jnp.diagonal(factor))) - 0.5 * jnp.sum(observed) * LOG_TWO_PI
+    return whitened * jnp.sqrt(power), power * normalizer
 
 
 class GeneralObservation(NamedTuple):

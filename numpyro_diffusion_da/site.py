@@ -163,8 +163,29 @@ def undefined_means(fn: dist.Distribution, value: Array) -> Int[Array, ""]:
     return jnp.sum(~jnp.isnan(value) & site_mask(fn) & jnp.isnan(site_mean(fn)))
 
 
-def gaussian_observations(name: str, fn: dist.Distribution, value: Array) -> list[GaussianObservation]:
+def elementwise(power: Array | float, fn: dist.Distribution, events: int = 0) -> Float[Array, ...]:
+    """A power of a likelihood, given for each element of a site's batch, at the shape of its values.
+
+    Args:
+        power: broadcasts with the batch shape.
+        fn: the site's distribution.
+        events: trailing axes of the value to leave out.
+    """
+    full = jnp.broadcast_to(jnp.asarray(power), fn.batch_shape)
+    full = full.reshape(fn.batch_shape + (1,) * (fn.event_dim - events))
+    return jnp.broadcast_to(full, fn.shape()[: len(fn.shape()) - events])
+
+
+def gaussian_observations(
+    name: str, fn: dist.Distribution, value: Array, power: Array | float = 1.0
+) -> list[GaussianObservation]:
     """An observed site as flattened Gaussian observations; NaN and masked values are missing.
+
+    Args:
+        name: of the site.
+        fn: its distribution.
+        value: what is observed.
+        power: of the likelihood, as `handlers.scale` gives it.
 
     Raises:
         ValueError: the site is not Gaussian.
@@ -177,11 +198,20 @@ def gaussian_observations(name: str, fn: dist.Distribution, value: Array) -> lis
         )
     values = value.reshape(len(parts), -1)
     observed = (~jnp.isnan(value) & site_mask(fn)).reshape(len(parts), -1)
-    return [GaussianObservation(m, f, v, o) for (m, f), v, o in zip(parts, values, observed, strict=True)]
+    own = unmasked(fn)[0].event_dim
+    powers = (
+        elementwise(power, fn, own).reshape(len(parts), -1) if own == 0 else elementwise(power, fn, own).reshape(-1)
+    )
+    each = zip(parts, values, observed, powers, strict=True)
+    return [GaussianObservation(m, f, v, o, p) for (m, f), v, o, p in each]
 
 
-def general_observation(name: str, fn: dist.Distribution, value: Array) -> GeneralObservation:
+def general_observation(
+    name: str, fn: dist.Distribution, value: Array, power: Array | float = 1.0
+) -> GeneralObservation:
     """An observed site of any distribution with independent elements; NaN and masked values are missing.
+
+    Arguments as `gaussian_observations`.
 
     Raises:
         ValueError: elements are vectors, which no single coordinate can stand for, or the distribution cannot be taken
@@ -195,11 +225,12 @@ def general_observation(name: str, fn: dist.Distribution, value: Array) -> Gener
         )
     shape = fn.shape()
     parameters, rebuild = free_parameters(name, base, shape)
+    powers = elementwise(power, fn).reshape(-1)
     observed = (~missing(value) & jnp.broadcast_to(mask, shape)).reshape(-1)
     filled = jnp.where(missing(value), base_point(base, value), value)
 
     def log_prob(parameters: Array) -> Array:
-        return rebuild(parameters).log_prob(filled).reshape(-1)
+        return powers * rebuild(parameters).log_prob(filled).reshape(-1)
 
     return GeneralObservation(parameters, log_prob, observed)
 
@@ -216,18 +247,18 @@ def base_point(base: dist.Distribution, value: Array) -> Array:
     return jnp.asarray(point, value.dtype)
 
 
-def pointwise_log_likelihood(fn: dist.Distribution, value: Array) -> Float[Array, ...]:
-    """log p(y | x), elementwise where the site's elements are independent, else per event; 0 where missing."""
+def pointwise_log_likelihood(fn: dist.Distribution, value: Array, power: Array | float = 1.0) -> Float[Array, ...]:
+    """log p(y | x) times the power, elementwise where elements are independent, else per event; 0 where missing."""
     base, mask = unmasked(fn)
     observed = ~missing(value) & jnp.broadcast_to(mask, fn.shape())
     if isinstance(base, dist.MultivariateNormal):
         # By the Gaussian observations, which know how to leave single components of an event out.
-        events = gaussian_observations("", fn, value)
+        events = gaussian_observations("", fn, value, power)
         residuals, normalizers = zip(*map(whiten, events), strict=True)
         logs = [n - 0.5 * jnp.vdot(r, r) for r, n in zip(residuals, normalizers, strict=True)]
         return jnp.stack(logs).reshape(value.shape[:-1])
     filled = jnp.where(observed, value, base_point(base, value))
     if base.event_dim == 0:
-        return jnp.where(observed, base.log_prob(filled), 0.0)
+        return jnp.where(observed, elementwise(power, fn) * base.log_prob(filled), 0.0)
     whole = jnp.all(observed, axis=tuple(range(-base.event_dim, 0)))
-    return jnp.where(whole, base.log_prob(filled), 0.0)
+    return jnp.where(whole, elementwise(power, fn, base.event_dim) * base.log_prob(filled), 0.0)

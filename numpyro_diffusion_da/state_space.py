@@ -77,11 +77,19 @@ class ScanCall(NamedTuple):
         return TimeInputs(jnp.asarray(0), jax.tree.map(lambda x: x[0], self.xs))
 
 
+class ObservedSite(NamedTuple):
+    """An observed site: its distribution, value, and the power of its likelihood (`handlers.scale`)."""
+
+    fn: dist.Distribution
+    value: Array
+    power: Array | float
+
+
 class BodySites(NamedTuple):
-    """One run of the scan's body."""
+    """One run of the scan's body; `scaled` are latent sites under `handlers.scale`."""
 
     latent: dict[str, dist.Distribution]
-    observed: dict[str, tuple[dist.Distribution, Array]]
+    observed: dict[str, ObservedSite]
     scaled: list[str]
     deterministic: dict[str, Array]
     carry: PyTree
@@ -176,7 +184,7 @@ class _BodyRecorder(Messenger):
         super().__init__()
         self.latent_value = latent_value
         self.latent: dict[str, dist.Distribution] = {}
-        self.observed: dict[str, tuple[dist.Distribution, Array]] = {}
+        self.observed: dict[str, ObservedSite] = {}
         self.scaled: list[str] = []
         self.deterministic: dict[str, Array] = {}
 
@@ -193,13 +201,14 @@ class _BodyRecorder(Messenger):
                     f"site '{msg['name']}' observes an array of shape {value.shape}, but its distribution has the "
                     f"shape {shape}; make the observation and what it is compared with the same size."
                 )
-            self.observed[msg["name"]] = (msg["fn"], jnp.broadcast_to(value, shape))
+            power = 1.0 if msg["scale"] is None else msg["scale"]
+            self.observed[msg["name"]] = ObservedSite(msg["fn"], jnp.broadcast_to(value, shape), power)
         else:
             self.latent[msg["name"]] = msg["fn"]
             # A placeholder, where no value is given: what depends on it is not looked at.
             msg["value"] = jnp.zeros(msg["fn"].shape()) if self.latent_value is None else self.latent_value
-        if msg["scale"] is not None:
-            self.scaled.append(msg["name"])
+            if msg["scale"] is not None:
+                self.scaled.append(msg["name"])
 
     def postprocess_message(self, msg: dict[str, Any]) -> None:
         if msg["type"] == "deterministic":
@@ -356,7 +365,7 @@ class StateSpaceModel:
         def look() -> None:
             call = self.call(jax.random.key(0))
             sites = self.sites(call.init, call.first_inputs())
-            observed = {name: (fn.shape(), values_per_error(fn)) for name, (fn, _) in sites.observed.items()}
+            observed = {name: (fn.shape(), values_per_error(fn)) for name, (fn, *_) in sites.observed.items()}
             found.extend([sites.latent[self.latent_name].shape(), observed])
 
         jax.eval_shape(look)
@@ -397,7 +406,10 @@ class StateSpaceModel:
             call = self.call(jax.random.key(0))
             sites = self.sites(call.init, call.first_inputs())
             if sites.scaled:
-                raise ValueError(f"site '{sites.scaled[0]}' is under handlers.scale, which a filter cannot take.")
+                raise ValueError(
+                    f"site '{sites.scaled[0]}' is under handlers.scale, which a filter cannot take "
+                    "for a latent site; scale observed sites only."
+                )
             given = call.init, call.first_inputs()
             if one_step:
                 self.likelihood(*given).log_prob(self.transition(*given).moments().mean)
@@ -417,11 +429,11 @@ class StateSpaceModel:
 
         def observe(x: Array) -> list[GaussianObservation | GeneralObservation]:
             found: list[GaussianObservation | GeneralObservation] = []
-            for name, (fn, value) in self.sites(carry, inputs, x).observed.items():
+            for name, site in self.sites(carry, inputs, x).observed.items():
                 if name in self.general_names:
-                    found.append(general_observation(name, fn, value))
+                    found.append(general_observation(name, *site))
                 else:
-                    found.extend(gaussian_observations(name, fn, value))
+                    found.extend(gaussian_observations(name, *site))
             return found
 
         return GeneralLikelihood(observe)
@@ -435,7 +447,7 @@ class StateSpaceModel:
 
         def observe(x: Array) -> list[GaussianObservation]:
             sites = self.sites(carry, inputs, x).observed
-            return [seen for name, (fn, value) in sites.items() for seen in gaussian_observations(name, fn, value)]
+            return [seen for name, site in sites.items() for seen in gaussian_observations(name, *site)]
 
         return GaussianLikelihood(observe)
 
@@ -469,9 +481,9 @@ class StateSpaceModel:
         """
         sites = self.sites(carry, inputs, x)
         predictive, log_likelihood = {}, {}
-        for i, (name, (fn, value)) in enumerate(sites.observed.items()):
-            predictive[name] = fn.sample(jax.random.fold_in(rng_key, i))
-            log_likelihood[name] = pointwise_log_likelihood(fn, value)
+        for i, (name, site) in enumerate(sites.observed.items()):
+            predictive[name] = site.fn.sample(jax.random.fold_in(rng_key, i))
+            log_likelihood[name] = pointwise_log_likelihood(*site)
         posterior = {self.latent_name: x, **sites.deterministic}
         return {"posterior": posterior, "posterior_predictive": predictive, "log_likelihood": log_likelihood}
 
@@ -489,7 +501,7 @@ class StateSpaceModel:
                 "bad_error": non_positive_error(fn),
                 "undefined": undefined_means(fn, value),
             }
-            for name, (fn, value) in sites.observed.items()
+            for name, (fn, value, _) in sites.observed.items()
         }
 
     def probe(self, inputs: TimeInputs) -> dict[str, Array]:
@@ -500,8 +512,8 @@ class StateSpaceModel:
         carry = self.initial(jax.random.key(0))
         shape = self.sites(carry, inputs).latent[self.latent_name].shape()
         sites = self.sites(carry, inputs, jax.random.normal(jax.random.key(0), shape))
-        means = {f"mean of {name}": site_mean(fn) for name, (fn, _) in sites.observed.items()}
-        errors = {f"error of {name}": observation_error(fn) for name, (fn, _) in sites.observed.items()}
+        means = {f"mean of {name}": site_mean(fn) for name, (fn, *_) in sites.observed.items()}
+        errors = {f"error of {name}": observation_error(fn) for name, (fn, *_) in sites.observed.items()}
         return {**means, **errors, **{name: jnp.asarray(value) for name, value in sites.deterministic.items()}}
 
     def look(self, at: Callable[[BodySites], Any]) -> Any:
@@ -587,8 +599,8 @@ class StateSpaceModel:
         def errors(latent: Array) -> dict[str, Array]:
             call = self.call(jax.random.key(0))
             observed = self.sites(call.init, call.first_inputs(), latent).observed
-            general.extend(name for name, (fn, _) in observed.items() if not is_gaussian(fn))
-            return {name: independent_errors(fn) for name, (fn, _) in observed.items() if is_gaussian(fn)}
+            general.extend(name for name, (fn, *_) in observed.items() if not is_gaussian(fn))
+            return {name: independent_errors(fn) for name, (fn, *_) in observed.items() if is_gaussian(fn)}
 
         changes = depends_on_first(errors, jax.eval_shape(self._latent_like))
         return frozenset([*general, *(name for name, changing in changes.items() if changing)])

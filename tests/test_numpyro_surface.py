@@ -28,7 +28,7 @@ KEY = jax.random.key(0)
 D, STEPS = 4, 3
 PRIOR = ndda.GaussianPrior(0.9 * np.eye(D), 0.25 * np.eye(D))
 Y = np.random.default_rng(0).normal(size=(STEPS, D)).astype(np.float32)
-FILTERS = {"FAAPF": ndda.FAAPF, "Bootstrap": ndda.Bootstrap, "EnKF": ndda.EnKF}
+FILTERS = {"FAAPF": ndda.FAAPF, "GuidedPF": ndda.GuidedPF, "Bootstrap": ndda.Bootstrap, "EnKF": ndda.EnKF}
 
 
 def start():
@@ -146,8 +146,36 @@ def static_field(y, where):
 def scaled(y):
     def step(x, y_t):
         x = transition(x)
+        with handlers.scale(scale=4.0):
+            observe(x, y_t, error=1.0)
+        return x, None
+
+    scan(step, start(), y)
+
+
+def counts(y):
+    def step(x, y_t):
+        x = transition(x)
+        numpyro.sample("n", dist.Poisson(jnp.exp(x)).to_event(1), obs=y_t)
+        return x, None
+
+    scan(step, start(), y)
+
+
+def shares(y):
+    def step(x, y_t):
+        x = transition(x)
+        numpyro.sample("y", dist.Dirichlet(jnp.exp(x)), obs=y_t)
+        return x, None
+
+    scan(step, start(), y)
+
+
+def scaled_latent(y):
+    def step(x, y_t):
         with handlers.scale(scale=0.5):
-            observe(x, y_t)
+            x = transition(x)
+        observe(x, y_t)
         return x, None
 
     scan(step, start(), y)
@@ -188,14 +216,25 @@ SAME = {
         (Y,),
         (Y,),
     ),
+    "`handlers.scale` around an observation": (scaled, (Y,), (Y,)),
     "static fields as arguments": (static_field, (Y, SOME), (ONLY_SOME,)),
 }
 REFUSED = {
-    "`handlers.scale` around an observation": (scaled, (Y,), "handlers.scale"),
+    "`handlers.scale` around the latent site": (scaled_latent, (Y,), "handlers.scale"),
     "an unobserved global site": (global_error, (Y,), "wrap the program in handlers.condition"),
 }
+COUNTS = np.abs(np.round(Y))
+SHARES = np.exp(Y) / np.exp(Y).sum(1, keepdims=True)
 # What a filter refuses, and others take.
-PARTLY = {"`StudentT` observations": (student, (Y,), {"FAAPF": "StudentT", "EnKF": "StudentT", "Bootstrap": None})}
+PARTLY = {
+    "`StudentT` observations": (student, (Y,), {"EnKF": "StudentT"}),
+    "`Poisson` counts": (counts, (COUNTS,), {"EnKF": "Poisson"}),
+    "`Dirichlet` observations, whose elements are vectors": (
+        shares,
+        (SHARES,),
+        {"FAAPF": "Dirichlet", "GuidedPF": "Dirichlet", "EnKF": "Dirichlet"},
+    ),
+}
 
 
 def run(model, args, algorithm):
@@ -227,7 +266,8 @@ def test_a_feature_changes_nothing(plain_runs, feature, algorithm):
         # Perturbed observations are drawn site by site.
         assert result.posterior["x"].shape == plain_runs(algorithm, y).posterior["x"].shape
         return
-    if algorithm == "EnKF" and feature.startswith("static"):
+    if algorithm in ("EnKF", "GuidedPF") and feature.startswith("static"):
+        # Noise is drawn for each observation, missing ones too.
         assert np.isfinite(result.posterior["x"]).all()
         return
     np.testing.assert_allclose(result.posterior["x"], plain_runs(algorithm, y).posterior["x"], atol=2e-5)
@@ -245,7 +285,7 @@ def test_a_feature_is_refused_with_a_sentence(feature, algorithm):
 @pytest.mark.parametrize("feature", PARTLY)
 def test_some_filters_refuse(feature, algorithm):
     model, args, messages = PARTLY[feature]
-    if messages[algorithm] is None:
+    if algorithm not in messages:
         assert np.isfinite(run(model, args, algorithm).posterior["x"]).all()
         return
     with pytest.raises(ValueError, match=messages[algorithm]):
@@ -305,12 +345,12 @@ def test_the_program_is_an_ordinary_one(feature):
 
 
 def table() -> str:
-    rows = ["| in a program | FAAPF | Bootstrap | EnKF |", "|---|---|---|---|"]
-    rows += [f"| {feature} | yes | yes | yes |" for feature in SAME]
-    rows += ["| missing observations (NaN), and forecasting past the last one | yes | yes | yes |"]
+    rows = ["| in a program | " + " | ".join(FILTERS) + " |", "|---|" + "---|" * len(FILTERS)]
+    same = [*SAME, "missing observations (NaN), and forecasting past the last one"]
+    rows += [f"| {feature} |" + " yes |" * len(FILTERS) for feature in same]
     for feature, (_, _, messages) in PARTLY.items():
-        rows.append(f"| {feature} | " + " | ".join("yes" if messages[a] is None else "refused" for a in FILTERS) + " |")
-    rows += [f"| {feature} | refused | refused | refused |" for feature in REFUSED]
+        rows.append(f"| {feature} | " + " | ".join("refused" if a in messages else "yes" for a in FILTERS) + " |")
+    rows += [f"| {feature} |" + " refused |" * len(FILTERS) for feature in REFUSED]
     rows += ["", "| the same program without a filter | |", "|---|---|"]
     rows += [f"| {feature} | yes |" for feature in WITHOUT_A_FILTER]
     return "\n".join(rows)

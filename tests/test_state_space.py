@@ -226,9 +226,9 @@ def test_mismatched_shapes():
 def test_scaled_site_and_reversed_scan():
     def scaled(y):
         def step(x, y_t):
-            x = numpyro.sample("x", walk(x))
             with handlers.scale(scale=0.5):
-                numpyro.sample("y", walk(x[:2]), obs=y_t)
+                x = numpyro.sample("x", walk(x))
+            numpyro.sample("y", walk(x[:2]), obs=y_t)
             return x, None
 
         scan(step, initial(), y)
