@@ -233,7 +233,7 @@ def test_scaled_site_and_reversed_scan():
 
         scan(step, initial(), y)
 
-    with pytest.raises(ValueError, match=r"'y' is under handlers\.scale"):
+    with pytest.raises(ValueError, match=r"'x' is under handlers\.scale"):
         run(scaled, Y)
 
     def backwards(y):
