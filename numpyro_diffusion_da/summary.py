@@ -6,12 +6,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from numpyro_diffusion_da import smoothing
+
 if TYPE_CHECKING:
     from rich.console import Group
 
     from numpyro_diffusion_da.result import FilterResult, ParameterResult
 
 
+LAG = 5  # steps after which lines are counted, beside the whole way
 UNSOLVED = 0.5  # relative residual of a guidance's linear solve that is worth a word
 NOISY = 3.0  # standard deviation of log p^(y) above which a chain on it hardly moves
 
@@ -53,6 +56,10 @@ def _filter_table(result: FilterResult) -> Any:
         table.add_row("ESS before inflation", f"{_middle_and_least(stats['ess'], '.1f')} (step {step})")
         table.add_row("inflation alpha", f"{_middle_and_least(stats['inflation'], '.2f')}, < 0.1 in {low:.0%} of steps")
         table.add_row("distinct ancestors", _middle_and_least(stats["distinct_ancestors"], ".0f"))
+        if _has_genealogy(result):
+            lagged, whole = (np.median(smoothing.distinct_ancestors_at(result, lag)[:, 0]) for lag in (LAG, None))
+            lines = f"{lagged:.0f} of the first step after {LAG} steps, " if steps > LAG + 1 else ""
+            table.add_row("distinct lines", f"{lines}{whole:.0f} after {steps - 1}")
         total = stats["log_evidence_increment"].sum(1, dtype=float)
         spread = f" (sd {total.std(ddof=1):.2f} over chains)" if chains > 1 else ""
         table.add_row("log-evidence", f"{total.mean():.2f}{spread}")
@@ -69,6 +76,12 @@ def _filter_table(result: FilterResult) -> Any:
     each = ", ".join(f"{mean:.4g} {name}" for name, mean in passes.items())
     table.add_row("network passes", f"{each} per particle and step" if passes else "none")
     return table
+
+
+def _has_genealogy(result: FilterResult) -> bool:
+    """Whether its lines can be followed; not those of an ensemble Kalman filter, or of a smoothed result."""
+    known = "ancestors" in result.sample_stats
+    return known and result.attributes.get("algorithm") not in smoothing.WITHOUT_ANCESTORS
 
 
 def _selects(result: FilterResult) -> bool:

@@ -6,7 +6,11 @@ import sys
 from pathlib import Path
 
 import jax
+import numpy as np
 import pytest
+import scipy.stats
+
+from numpyro_diffusion_da import smoothing
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -31,6 +35,59 @@ WITH_EXAMPLES = [
 ]
 
 
+def exact_leave_one_out(y, z):
+    """(elpd, PIT, P / (P + R)) of each value given the others up to its time, shape (time, 5), by Kalman's filter."""
+    a = 0.95 * np.linalg.qr(np.random.default_rng(0).normal(size=(4, 4)))[0]
+    q = 0.25 * np.exp(-np.abs(np.arange(4)[:, None] - np.arange(4)) / 3)
+    rows, errors = np.vstack([np.eye(4), np.full(4, 0.25)]), np.array([1.0, 1.0, 1.0, 1.0, 0.04])
+    mean, spread = np.zeros(4), np.zeros((4, 4))
+    values = np.column_stack([y, z])
+    found = np.full((3, *values.shape), np.nan)
+    for t, value in enumerate(values):
+        mean, spread = a @ mean, a @ spread @ a.T + q
+        seen = ~np.isnan(value)
+        h = rows[seen]
+        gain = np.linalg.solve(h @ spread @ h.T + np.diag(errors[seen]), h @ spread).T
+        mean, spread = mean + gain @ (value[seen] - h @ mean), spread - gain @ h @ spread
+        for j in np.flatnonzero(seen):
+            with_it = rows[j] @ spread @ rows[j]
+            variance = 1 / (1 / with_it - 1 / errors[j])
+            known = scipy.stats.norm(
+                variance * (rows[j] @ mean / with_it - value[j] / errors[j]), np.sqrt(variance + errors[j])
+            )
+            found[:, t, j] = known.logpdf(value[j]), known.cdf(value[j]), variance / (variance + errors[j])
+    return found
+
+
+def says_of_arviz(names):
+    """What docs/arviz.md says, against exact answers."""
+    y, z, analysis = names["y"], names["z"], names["analysis"]
+    seen = ~np.isnan(y)
+    assert names["r_hat"].max() < 1.05
+    assert names["r_hat_collapsed"].isel(time=-1).mean() > 1.1
+    elpd, pit, ratio = exact_leave_one_out(y, z)
+    loo = {site: values.elpd_i if names["ARVIZ_1"] else values.loo_i for site, values in names["loo"].items()}
+    np.testing.assert_allclose(np.sum(loo["y"]), elpd[:, :4][seen].sum(), atol=1.5)
+    assert np.sum(loo["z"]) > np.nansum(elpd[:, 4]) + 3  # too high, where an observation is accurate
+    for site, exact in (("y", ratio[:, :4]), ("z", ratio[:, 4])):
+        assert abs(np.median(names["loo"][site].pareto_k) - np.nanmedian(exact)) < 0.1
+    np.testing.assert_allclose(names["pit"], pit[:, :4][seen], atol=0.1)
+    se = np.sqrt(0.2 * 0.8 / seen.sum())
+    for right, too_sure in (("pit", "pit_too_sure"), ("pit_forecast", "pit_forecast_too_sure")):
+        outer = [np.mean(np.abs(np.asarray(names[which]) - 0.5) > 0.4) for which in (right, too_sure)]
+        assert abs(outer[0] - 0.2) < 2 * se
+        assert outer[1] > 0.2 + 2 * se
+    error = [
+        np.sqrt(np.mean((result.posterior["x"].mean((0, 1)) - names["truth"]) ** 2))
+        for result in (analysis, smoothing.fixed_lag(analysis, 5), names["paths"])
+    ]
+    assert max(error[1:]) < 0.9 * error[0]
+    assert names["tree"]["lag_5"].attrs["smoothing"] == "fixed lag"
+
+
+SAYS = {"arviz.md": says_of_arviz}
+
+
 @pytest.mark.parametrize("page", WITH_EXAMPLES, ids=lambda p: p.name)
 def test_examples_run(page):
     # Of neighbours.md some code is cuthbert's, which relies on rank promotion.
@@ -53,6 +110,8 @@ def run(texts, page):
         for large, small in SMALLER.items():
             example = example.replace(large, small)
         exec(compile(example, page.name, "exec"), names)
+    if page.name in SAYS:
+        SAYS[page.name](names)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)

@@ -37,7 +37,7 @@ ALLOWED = {
 # From the top down: a module imports only from later entries.
 ORDER = [
     "__init__", "cli", "plots", "twin", "verification", "filtering", "online", "pmmh", "smc2", "inference",
-    "backward", "smoothing", "convert", "summary", "result", "progress", "storage", "evidence",
+    "summary", "backward", "smoothing", "convert", "result", "progress", "storage", "evidence",
     "algorithm", "feynman_kac", "linear_gaussian", "smc", "parameters", "state_space", "dependence", "site",
     "free_parameters", "distribution", "density", "weight",
     "transition", "path", "guidance", "likelihood", "moment_matching", "linear_solve", "sampler", "schedule",

@@ -1,9 +1,12 @@
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
+from test_smoothing import LINES, by_hand
 
-from numpyro_diffusion_da import plots
+from numpyro_diffusion_da import plots, smoothing
 
 
 @pytest.mark.parametrize("fields", [1, 2, 4, 5])
@@ -44,3 +47,53 @@ def test_map_figure_shows_truth_mean_and_error_on_their_scales(dressed):
     assert meshes[2].get_clim() == pytest.approx((-1.0, 1.0))
     observed = figure.axes[3]
     assert [line.get_label() for line in observed.get_lines()] == (["station (3)"] if dressed else [])
+
+
+@pytest.mark.parametrize("dates", [False, True])
+def test_genealogy_draws_each_link_once(dates):
+    result = by_hand()
+    result.sample_stats["distinct_ancestors"] = np.full((2, 4), 3)
+    time = np.arange("2020-01-01", "2020-01-05", dtype="datetime64[D]") if dates else None
+    figure = plots.genealogy(result, (1,), paths=smoothing.fixed_lag(result, 1), lags=(1, 2), time=time)
+    figure.draw_without_rendering()
+    count, lines, paths = figure.axes
+    links = [len(collection.get_segments()) for collection in lines.collections]
+    whole = np.array(LINES[3])
+    assert links == [len({tuple(link) for link in whole[:, k : k + 2]}) for k in range(3)]
+    start, end = lines.collections[0].get_segments()[0]
+    assert (start[1], end[1]) == (0.0, 11.0)  # of draw 3, particle 0 at the first time and 1 at the second
+    counts = {line.get_label(): list(line.get_ydata()) for line in count.get_lines()}
+    assert counts["lines of the last particles"] == [len(set(whole[:, k])) for k in range(4)]
+    assert list(counts) == [
+        "distinct ancestors of one step", "lines of lag 1", "lines of lag 2",
+        "lines of the last particles", "backward simulation",
+    ]  # fmt: skip
+    assert paths.get_title() == "backward simulation"
+
+
+def test_predictive_at_point_shows_what_the_forecast_has_not_seen():
+    result = by_hand()
+    result.observed_data["y"][2] = np.nan
+    unseen = np.where(np.arange(4)[:, None] < 1, result.observed_data["y"], np.nan)
+    forecast = dataclasses.replace(result, observed_data={"y": unseen})
+    figure = plots.predictive_at_point(result, forecast, "y", (0,), step=1, units="K")
+    figure.draw_without_rendering()
+    over_time, at_time = figure.axes
+    lines = {line.get_label(): line for line in over_time.get_lines()}
+    assert len(lines["forecast, median and 90 %"].get_xdata()) == 3
+    np.testing.assert_allclose(lines["analysis, median and 90 %"].get_ydata(), 101.5 + 10 * np.arange(4))
+    assert lines["observations"].get_xdata().tolist() == [0]
+    assert lines["not seen by the forecast"].get_xdata()[[0, -1]].tolist() == [1, 3]
+    assert over_time.get_ylabel() == "y[0] (K)"
+    assert len(at_time.get_lines()) == 1
+
+
+def test_pit_over_time_counts_and_marks_quartiles():
+    pit, time = np.linspace(0.005, 0.995, 100), np.repeat(np.arange(10), 10)
+    figure = plots.pit_over_time(pit, time, bins=5, windows=2)
+    figure.draw_without_rendering()
+    whole, by_time = figure.axes
+    assert [bar.get_height() for bar in whole.patches[:5]] == [20] * 5
+    (first, second) = by_time.collections
+    np.testing.assert_allclose([s[0, 1] for s in first.get_segments()], np.quantile(pit[:50], [0.25, 0.5, 0.75]))
+    assert second.get_segments()[0][:, 0].tolist() == [5, 9]
