@@ -70,7 +70,7 @@ def bootstrap(program: StateSpaceModel, sampler: Sampler | None = None) -> Feynm
 
     def log_potential(before: Particle, particle: Particle, inputs: TimeInputs) -> Array:
         observed = program.sites(before.carry, inputs, particle.x).observed.values()
-        return jnp.sum(jnp.stack([jnp.sum(pointwise_log_likelihood(fn, value)) for fn, value in observed]))
+        return jnp.sum(jnp.stack([jnp.sum(pointwise_log_likelihood(*site)) for site in observed]))
 
     return FeynmanKac(_init_sample(program), propagate_sample, log_potential, program.time_inputs())
 

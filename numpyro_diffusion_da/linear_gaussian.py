@@ -98,7 +98,13 @@ class LinearGaussian:
 
     def _observed(self, x: Array, carry: Array, inputs: TimeInputs) -> list[GaussianObservation]:
         sites = self.program.sites(carry.reshape(self._shape), inputs, x.reshape(self._shape)).observed
-        return [part for name, (fn, value) in sites.items() for part in gaussian_observations(name, fn, value)]
+        for name, site in sites.items():
+            if not (isinstance(site.power, float) and site.power == 1.0):
+                raise ValueError(
+                    f"site '{name}' is under handlers.scale, and a power of a Gaussian likelihood is none that "
+                    "a Kalman filter can take; leave the scale out."
+                )
+        return [part for name, site in sites.items() for part in gaussian_observations(name, site.fn, site.value)]
 
     def _identities(self) -> dict[str, tuple[Array, Array]]:
         """What agrees in a linear-Gaussian program, by name: two values each, at an arbitrary state."""
