@@ -30,9 +30,9 @@ needs_gencast = [
     pytest.mark.gencast,
     pytest.mark.skipif(importlib.util.find_spec("weathernext") is None, reason="weathernext is not installed"),
 ]
-WITH_EXAMPLES = [
-    pytest.param(page, marks=needs_gencast if page.name == "gencast.md" else []) for page in PAGES if examples(page)
-]
+# .ci/run has the longest page run by both Pythons, hence by both generations of ArviZ.
+MARKS = {"gencast.md": needs_gencast, "arviz.md": [pytest.mark.slow]}
+WITH_EXAMPLES = [pytest.param(page, marks=MARKS.get(page.name, [])) for page in PAGES if examples(page)]
 
 
 def exact_leave_one_out(y, z):
