@@ -228,7 +228,9 @@ def _parameter_table(result: ParameterResult) -> Any:
     columns = {"mean": "mean", "sd": "std", "median": "median", "5%": "5.0%", "95%": "95.0%", "ess": "n_eff"}
     for column in ("", *columns, "r_hat"):
         table.add_column(column, justify="left" if column == "" else "right")
-    for name, numbers in diagnose(result.posterior, prob=0.9).items():
+    with np.errstate(divide="ignore", invalid="ignore"):  # a chain that never moved has no ESS
+        diagnosed = diagnose(result.posterior, prob=0.9)
+    for name, numbers in diagnosed.items():
         shape = np.shape(numbers["mean"])
         r_hat = chain_r_hat(result.posterior[name])
         for index in np.ndindex(shape):

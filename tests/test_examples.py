@@ -323,3 +323,12 @@ def test_gencast_assimilation_runs_dry(network, tmp_path, capsys):
         run(**small, out=tmp_path)
         assert json.loads((tmp_path / "scores.json").read_text()) == numbers
         assert state.stat().st_mtime_ns == before
+
+
+@pytest.mark.slow
+def test_unknown_observation_error_runs(capsys):
+    example = load("unknown_observation_error", EXAMPLES)
+    example.main(steps=2, every=20, particles=8, warmup=4, samples=8, chains=1, seed=0)
+    printed = capsys.readouterr().out
+    assert "PMMH with Bootstrap" in printed
+    assert "4 observations" in printed

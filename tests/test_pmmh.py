@@ -275,21 +275,15 @@ def test_the_benchmarks_evidence_is_the_kalman_filters(benchmark):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["PMMH, bootstrap", "PMMH, FA-APF, exact weights", "SMC^2, bootstrap"])
-def test_posteriors_are_exact(benchmark, name):
-    """Means within Monte Carlo error of the exact ones, on a short series."""
-    method = benchmark.methods(benchmark.program(1, False), 60, 800, 300)[name]
-    y = benchmark.simulate(1, 1, 30)
-    found = benchmark.score(method, y, 0)
-    for parameter in ("a", "sigma"):
-        assert abs(found[f"bias {parameter}"]) < max(4 * found["expected"], 0.2)
-        assert 0.75 < found[f"sd ratio {parameter}"] < 1.3
-    assert abs(found.get("evidence error", 0.0)) < 1.0
-
-
-@pytest.mark.slow
-def test_a_biased_filter_gives_another_posterior(benchmark):
-    """The control: what the warning is about."""
-    method = benchmark.methods(benchmark.program(1, False), 60, 800, 300)["PMMH, FA-APF, Dirac + inflation"]
+@pytest.mark.parametrize("name", ["PMMH, bootstrap", "SMC^2, bootstrap", "PMMH, FA-APF, Dirac + inflation"])
+def test_posteriors_are_exact_where_the_evidence_is_unbiased(benchmark, name):
+    """Means within Monte Carlo error of the exact ones, on a short series; the control is far off."""
+    method = benchmark.methods(benchmark.program(1, False), 60, 500, 200)[name]
     found = benchmark.score(method, benchmark.simulate(1, 1, 30), 0)
-    assert found["bias sigma"] > 1.0
+    if "inflation" in name:
+        assert found["bias sigma"] > 1.0
+        return
+    for parameter in ("a", "sigma"):
+        assert abs(found[f"bias {parameter}"]) < 4 * max(found["expected"], 0.06)
+        assert 0.7 < found[f"sd ratio {parameter}"] < 1.4
+    assert abs(found.get("evidence error", 0.0)) < 1.0
