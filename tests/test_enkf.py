@@ -187,6 +187,26 @@ def test_a_program_with_a_taper():
     assert (settings["rtps"], settings["inflation"]) == (0.5, 1.05)
 
 
+def test_a_prior_gives_the_places_of_its_state():
+    """By its layout; two sites, one of them with correlated errors at one place."""
+    layout = ndda.Layout((D,), ("site",), (("site", tuple(10 * SITES)),))
+    prior = ndda.DenoiserPrior(lambda z, s, x: z / (1 + s**2), layout=layout, scale=0.5, noise_range=(0.02, 80.0))
+
+    def model(y):
+        def step(x, y_t):
+            x = numpyro.sample("x", ndda.DiffusionTransition(prior, x))
+            numpyro.sample("pair", dist.MultivariateNormal(x[3:5], jnp.eye(2)), obs=y_t[:2])
+            numpyro.sample("y", dist.Normal(x[::2], 0.5).to_event(1), obs=y_t[2:])
+            return x, None
+
+        scan(step, jnp.zeros(D), y)
+
+    taper = ndda.Taper(30.0, ndda.Ring(60), {"y": [0, 20, 40], "pair": [35]})
+    placed = ndda.EnKF(model, taper=taper)._placed_taper(ndda.StateSpaceModel(model, (np.zeros((2, 5)),)))
+    np.testing.assert_array_equal(placed.points[:, 0], 10 * SITES)
+    np.testing.assert_array_equal(placed.observations[:, 0], [35, 35, 0, 20, 40])
+
+
 @pytest.mark.parametrize(
     ("model", "taper", "sentence"),
     [

@@ -113,6 +113,22 @@ def test_smoothing_of_lorenz96():
     assert np.all(lines[:, 2] < 10)
 
 
+@pytest.mark.slow
+def test_enkf_of_lorenz96(tmp_path):
+    """The benchmark, small: 32 members lose the truth without a taper and keep it with one."""
+    out = tmp_path / "table.json"
+    load("enkf").main(out, sites=[40], members=[32], truths=2, cycles=40, spin_up=20)
+    rows = json.loads(out.read_text())["rows"]
+    assert [row["radius"] is None for row in rows] == [True, False, True, False]
+    for plain, tapered in (rows[:2], rows[2:]):
+        assert tapered["lost"] == 0
+        assert tapered["RMSE"] < 1.2
+        assert 0.65 < tapered["spread/skill"] < 1.2
+        assert plain["lost"] == 2 or (plain["RMSE"] > 2.0 and plain["spread/skill"] < 0.5)
+    with pytest.raises(typer.BadParameter, match=r"nothing was chosen for \[7\] members; there are \[32, 256\]"):
+        load("enkf").main(members=[7])
+
+
 def test_smoother_of_the_benchmark():
     smoothing = load("smoothing")
     a, initial, y = smoothing.simulate(np.random.default_rng(0), 3, 10)

@@ -61,8 +61,9 @@ FILTERS: dict[str, Callable[[Any], ndda.Algorithm]] = {
     "exact weights + inflation": lambda model: ndda.FAAPF(model, weight=ndda.Moment()),
     "equal weights": lambda model: ndda.FAAPF(model, weight=ndda.Equal()),
     "ensemble Kalman": ndda.EnKF,
+    "ensemble Kalman, square root": lambda model: ndda.EnKF(model, update=ndda.SquareRoot()),
 }
-WITHOUT_EVIDENCE = ("equal weights", "ensemble Kalman")
+WITHOUT_EVIDENCE = ("equal weights", "ensemble Kalman", "ensemble Kalman, square root")
 
 
 class Twin(NamedTuple):

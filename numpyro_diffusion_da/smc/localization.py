@@ -199,7 +199,7 @@ class PlacedTaper:
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Taper:
-    """Gaspari-Cohn localisation, and where everything is.
+    """Gaspari-Cohn localisation, and where everything is: ``Taper(4.0, Ring(40), {"y": np.arange(0, 40, 2)})``.
 
     Positions are an array of one row of coordinates for each place, or of one number. The state has one value at each
     place, or several: they run over its leading axes, so that the points of a grid (latitude, longitude, channel) have
