@@ -116,15 +116,16 @@ def test_smoothing_of_lorenz96():
 @pytest.mark.slow
 def test_enkf_of_lorenz96(tmp_path):
     """The benchmark, small: 32 members lose the truth without a taper and keep it with one."""
+    jax.config.update("jax_disable_most_optimizations", True)  # so small, it compiles longer than it computes
     out = tmp_path / "table.json"
-    load("enkf").main(out, sites=[40], members=[32], truths=2, cycles=40, spin_up=20)
+    load("enkf").main(out, sites=[40], members=[32], updates=["square root"], truths=1, cycles=40, spin_up=20)
     rows = json.loads(out.read_text())["rows"]
-    assert [row["radius"] is None for row in rows] == [True, False, True, False]
-    for plain, tapered in (rows[:2], rows[2:]):
-        assert tapered["lost"] == 0
-        assert tapered["RMSE"] < 1.2
-        assert 0.65 < tapered["spread/skill"] < 1.2
-        assert plain["lost"] == 2 or (plain["RMSE"] > 2.0 and plain["spread/skill"] < 0.5)
+    plain, tapered = rows
+    assert (plain["radius"], tapered["radius"]) == (None, 2.5)
+    assert tapered["lost"] == 0
+    assert tapered["RMSE"] < 1.2
+    assert 0.65 < tapered["spread/skill"] < 1.2
+    assert plain["lost"] == 1 or (plain["RMSE"] > 2.0 and plain["spread/skill"] < 0.5)
     with pytest.raises(typer.BadParameter, match=r"nothing was chosen for \[7\] members; there are \[32, 256\]"):
         load("enkf").main(members=[7])
 

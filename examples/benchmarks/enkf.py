@@ -9,6 +9,7 @@ below were chosen on other truths than those reported (`--tune` prints that tabl
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -54,12 +55,19 @@ GRID = {
 }
 
 
-def rows_of(members: list[int], tune: bool) -> Iterator[tuple[int, str, Setting]]:
+def rows_of(members: list[int], updates: list[str], tune: bool) -> Iterator[tuple[int, str, Setting]]:
     """(N, update, setting) of the table: without a taper and with the chosen one, or all of the grid."""
     for n in members:
-        for update in UPDATES:
+        for update in updates:
             for setting in GRID[n] if tune else [Setting(None), TUNED[n, update]]:
                 yield n, update, setting
+
+
+@functools.cache
+def truth_of(experiment: TwinExperiment, sites: int, seed: int, number: int) -> tuple[np.ndarray, np.ndarray]:
+    """(states, observations), the same for every filter."""
+    climate = ndda.load_prior("lorenz96", num_sites=sites).climatology()
+    return experiment.truth(jax.random.split(jax.random.fold_in(jax.random.key(seed), number))[0], climate)
 
 
 def run(
@@ -84,10 +92,9 @@ def run(
     )
     scores = []
     for number in range(truths):
-        truth_key, filter_key = jax.random.split(jax.random.fold_in(jax.random.key(seed), number))
-        states, y = experiment.truth(truth_key, climate)
+        states, y = truth_of(experiment, sites, seed, number)
         try:
-            filter_.run(filter_key, y)
+            filter_.run(jax.random.split(jax.random.fold_in(jax.random.key(seed), number))[1], y)
         except FloatingPointError:
             continue
         x, truth = filter_.result.posterior["x"][0, :, experiment.spin_up :], states[experiment.spin_up :]
@@ -130,6 +137,7 @@ def main(
     out: Annotated[Path | None, typer.Option(help="Write the table to this JSON file.")] = None,
     sites: Annotated[list[int] | None, typer.Option(help="Number of sites d; may be repeated.")] = None,
     members: Annotated[list[int] | None, typer.Option(help="Members N, 32 or 256; may be repeated.")] = None,
+    updates: Annotated[list[str] | None, typer.Option(help="Only this update; may be repeated.")] = None,
     truths: Annotated[int, typer.Option(help="Different truths.", min=1)] = 10,
     cycles: Annotated[int, typer.Option(help="Filter steps.", min=2)] = 120,
     spin_up: Annotated[int, typer.Option(help="First steps, not scored.", min=0)] = 30,
@@ -140,10 +148,13 @@ def main(
     members = list(members or GRID)
     if unknown := sorted(set(members) - set(GRID)):
         raise typer.BadParameter(f"nothing was chosen for {unknown} members; there are {sorted(GRID)}.")
+    updates = list(updates or UPDATES)
+    if unnamed := sorted(set(updates) - set(UPDATES)):
+        raise typer.BadParameter(f"no update called {', '.join(unnamed)}; there are {', '.join(UPDATES)}.")
     seed = TUNING_SEED if tune else seed
     console = Console()
     experiment = TwinExperiment(cycles=cycles, spin_up=spin_up)
-    work = [(d, *row) for d in sites or ([40] if tune else [40, 400]) for row in rows_of(members, tune)]
+    work = [(d, *row) for d in sites or ([40] if tune else [40, 400]) for row in rows_of(members, updates, tune)]
     rows = [
         run(experiment, *row, seed=seed, truths=truths)
         for row in track(work, "filtering", console=console, transient=True)
