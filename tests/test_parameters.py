@@ -57,7 +57,7 @@ def test_which_sites_are_parameters():
     )
     # All that the scan needs is known: what the spread was drawn from does not matter to a filter.
     known = handlers.condition(known, {"inside": 0.0, "mix": jnp.ones(3) / 3})
-    StateSpaceModel(known, (Y,)).check(gaussian=True)
+    StateSpaceModel(known, (Y,)).check(one_step=True)
 
 
 def test_prior_and_transforms():

@@ -108,7 +108,7 @@ def kernel_of(problem: Problem, recipe: Recipe, error: float, particles: int, ba
     algorithm = ndda.FAAPF(model, guidance=recipe.guidance)
     arguments = (problem.observations, problem.frames, problem.forcings)
     program = ndda.StateSpaceModel(model, arguments)
-    program.check(gaussian=True)
+    program.check(one_step=True)
     step = Compiled(
         lambda key, state, inputs, given: algorithm.kernel(program.at(given, {}), batch_size)(key, state, inputs)
     )
