@@ -36,6 +36,13 @@ def test_three_priors(capsys):
 
 
 @pytest.mark.slow
+def test_poisson_counts(capsys):
+    program("poisson_counts")(particles=4, steps=3, seed=0)
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in ("free ensemble", "bootstrap", "equal weights", "FA-APF"))
+
+
+@pytest.mark.slow
 def test_online_loop_goes_on_where_it_was(tmp_path, capsys):
     small = {"particles": 4, "steps": 3, "seed": 0}
     for path, stop in (("stopped", 2), ("stopped", None), ("never", None)):

@@ -43,6 +43,7 @@ def load(name: str, directory: Path = BENCHMARKS):
     return module
 
 
+@pytest.mark.slow
 def test_linear_gaussian_runs(tmp_path):
     out = tmp_path / "table.json"
     tiny = ("--seeds", "1", "--steps", "5", "--particles", "32", "--dims", "4")
@@ -61,6 +62,7 @@ def test_linear_gaussian_runs(tmp_path):
     assert (rows[0]["log evidence"] is None, rows[1]["log evidence"] is None) == (False, True)
 
 
+@pytest.mark.slow
 def test_linear_gaussian_through_a_diffusion(tmp_path):
     out = tmp_path / "table.json"
     tiny = ("--seeds", "2", "--steps", "3", "--spin-up", "0", "--particles", "32", "--dims", "4", "--diffusion")
@@ -85,6 +87,7 @@ def test_linear_gaussian_refuses(arguments, sentence):
         load("linear_gaussian").main(None, **{**given, **arguments})
 
 
+@pytest.mark.slow
 def test_smoothing_runs(tmp_path):
     out = tmp_path / "table.json"
     tiny = ("--seeds", "2", "--steps", "8", "--particles", "64", "--d", "2", "--lag", "0", "--lag", "3")
@@ -226,6 +229,7 @@ def test_linear_gaussian_is_the_yardstick(setting, name, variance_ratio):
     assert abs(row["variance ratio"] - variance_ratio) < 3 * math.sqrt(2) * row["variance ratio SE"] + 0.005
 
 
+@pytest.mark.slow
 def test_density_runs(tmp_path):
     out = tmp_path / "tables.json"
     tiny = ("--points", "4", "--levels", "4", "--levels", "24", "--keys", "2", "--probes", "3")
@@ -340,6 +344,15 @@ def test_gencast_assimilation_runs_dry(network, tmp_path, capsys):
         run(**small, out=tmp_path)
         assert json.loads((tmp_path / "scores.json").read_text()) == numbers
         assert state.stat().st_mtime_ns == before
+
+
+@pytest.mark.slow
+def test_likelihoods_runs(tmp_path):
+    out = tmp_path / "likelihoods.json"
+    load("likelihoods").main(out=out, draws=200, kinds=2, tables=[1])
+    rows = json.loads(out.read_text())["one"]
+    assert [row["passes"] for row in rows] == [48, 48]
+    assert all(abs(row["mean error"]) < 0.3 and abs(row["Moment"]) < 0.01 for row in rows)
 
 
 @pytest.mark.slow

@@ -1,0 +1,253 @@
+"""How good are guidance and weights for observations that are not Gaussian?
+
+1. One observation of one Gaussian state: the guided draw, the Moment and the Dirac weight against quadrature.
+2. Four observations of a correlated Gaussian state of 8: guided draws and expectation propagation against importance
+   sampling.
+3. Filters on a linear-Gaussian state that is counted (Poisson) or seen with gross errors (StudentT), against a
+   bootstrap filter with very many particles.
+
+    python examples/benchmarks/likelihoods.py --out likelihoods.json
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro
+import numpyro.distributions as dist
+import typer
+from numpyro.contrib.control_flow import scan
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from scipy import stats
+
+import numpyro_diffusion_da as ndda
+from numpyro_diffusion_da.likelihood import GeneralLikelihood
+from numpyro_diffusion_da.site import general_observation
+from numpyro_diffusion_da.transition import DiffusionStep, GaussianStep
+
+Kind = Callable[[jax.Array], dist.Distribution]
+EITHER = dist.Categorical(probs=jnp.array([0.5, 0.5]))
+RARE = dist.Categorical(probs=jnp.array([0.9, 0.1]))
+KINDS: dict[str, tuple[Kind, float]] = {
+    "Normal, error 0.5": (lambda x: dist.Normal(x, 0.5), 0.8),
+    "Poisson, log rate x, 20 counts": (lambda x: dist.Poisson(jnp.exp(x)), 20.0),
+    "Poisson, log rate x, none": (lambda x: dist.Poisson(jnp.exp(x)), 0.0),
+    "StudentT(3), scale 0.3, at 2": (lambda x: dist.StudentT(3.0, x, 0.3), 2.0),
+    "StudentT(3), scale 0.3, at 6": (lambda x: dist.StudentT(3.0, x, 0.3), 6.0),
+    "Bernoulli, logit 3 x": (lambda x: dist.Bernoulli(logits=3.0 * x), 1.0),
+    "VonMises(4)": (lambda x: dist.VonMises(x, 4.0), 1.5),
+    "x or -x": (lambda x: dist.MixtureSameFamily(EITHER, dist.Normal(x[:, None] * jnp.array([1.0, -1.0]), 0.3)), 1.0),
+    "gross error in one of ten": (lambda x: dist.Mixture(RARE, [dist.Normal(x, 0.2), dist.Normal(x, 3.0)]), 1.5),
+    "censored above 1": (lambda x: dist.RightCensoredDistribution(dist.Normal(x, 0.3), jnp.ones(1)), 1.0),
+    "volatility: Normal(0, exp(x / 2))": (lambda x: dist.Normal(0.0, jnp.exp(0.5 * x)), 2.0),
+    "abs(x), error 0.3": (lambda x: dist.Normal(jnp.abs(x), 0.3), 1.0),
+}
+FOUR: dict[str, Kind] = {
+    "Normal, error 0.3": lambda x: dist.Normal(x, 0.3),
+    "Poisson, log rate 1 + x": lambda x: dist.Poisson(jnp.exp(1.0 + x)),
+    "StudentT(3), scale 0.3": lambda x: dist.StudentT(3.0, x, 0.3),
+    "Bernoulli, logit 3 x": lambda x: dist.Bernoulli(logits=3.0 * x),
+}
+SERIES: dict[str, Kind] = {
+    "Poisson, log rate 1 + x": lambda x: dist.Poisson(jnp.exp(1.0 + x)),
+    "StudentT(3), scale 0.3": lambda x: dist.StudentT(3.0, x, 0.3),
+}
+
+
+def likelihood_of(kind: Kind, value: jax.Array, look: jax.Array) -> GeneralLikelihood:
+    """The likelihood of `value`, a draw of `kind(look @ x)`."""
+    return GeneralLikelihood(lambda x: [general_observation("y", kind(look @ x), value)])
+
+
+def guided(covariance: np.ndarray, likelihood: Any, guidance: ndda.Guidance, draws: int) -> tuple[np.ndarray, int]:
+    """Draws of the posterior of N(0, covariance) by guided diffusion, and the network passes of one."""
+    d = len(covariance)
+    prior = ndda.GaussianPrior(np.eye(d), covariance)
+    step = DiffusionStep(prior, prior.condition(jnp.zeros(d)), ndda.Sampler())
+    draw = jax.jit(jax.vmap(lambda key: step.conditional_draw(key, likelihood, guidance)))
+    x, record = draw(jax.random.split(jax.random.key(1), draws))
+    return np.asarray(x, float), int(record.passes.total()[0])
+
+
+def one_observation(name: str, draws: int) -> dict[str, Any]:
+    """A row of the first table."""
+    kind, value = KINDS[name]
+    likelihood = likelihood_of(kind, jnp.full(1, value), jnp.eye(1))
+    x, passes = guided(np.eye(1), likelihood, ndda.MMPS(), draws)
+    grid = np.linspace(-9.0, 9.0, 20001)
+    logs = np.asarray(jax.vmap(lambda x: likelihood.log_prob(x[None]))(jnp.asarray(grid, jnp.float32)), float)
+    weights = np.exp(logs + stats.norm.logpdf(grid))
+    evidence = np.log(weights.sum() * (grid[1] - grid[0]))
+    weights /= weights.sum()
+    mean = weights @ grid
+    spread = np.sqrt(weights @ (grid - mean) ** 2)
+    exact = np.interp(np.sort(x[:, 0]), grid, np.cumsum(weights))
+    step = GaussianStep(jnp.zeros(1), jnp.ones(1))
+    return {
+        "observation": name,
+        "mean error": float((x.mean() - mean) / spread),
+        "sd ratio": float(x.std() / spread),
+        "Kolmogorov distance": float(np.abs(exact - (np.arange(draws) + 0.5) / draws).max()),
+        "Moment": float(ndda.Moment()(step, likelihood)[0] - evidence),
+        "Dirac": float(ndda.Dirac()(step, likelihood)[0] - evidence),
+        "passes": passes,
+    }
+
+
+def four_observations(name: str, seeds: int, draws: int) -> list[dict[str, Any]]:
+    """Rows of the second table, means over data sets."""
+    kind, at = FOUR[name], np.arange(8)
+    covariance = np.exp(-np.abs(at[:, None] - at) / 3.0)
+    root, look = np.linalg.cholesky(covariance), np.eye(8)[::2]
+    solvers = {"2 products": ndda.KrylovSolve(), "4 products": ndda.KrylovSolve(4), "exact": ndda.DirectSolve()}
+    found: dict[str, list[tuple[float, ...]]] = {solver: [] for solver in solvers}
+    for seed in range(seeds):
+        truth = root @ np.random.default_rng(seed).normal(size=8)
+        value = jnp.asarray(kind(jnp.asarray(look @ truth)).sample(jax.random.key(seed)), jnp.float32)
+        likelihood = likelihood_of(kind, value, jnp.asarray(look))
+        step = GaussianStep(jnp.zeros(8), jnp.asarray(root))
+        close = jax.jit(jax.vmap(lambda key, s=step, li=likelihood: s.conditional_draw(key, li, ndda.MMPS())[0]))
+        near = np.asarray(close(jax.random.split(jax.random.key(2), 20_000)), float)
+        wide = np.linalg.cholesky(1.7 * np.cov(near.T))
+        noise = np.random.default_rng(seed).standard_t(5, size=(8, 100_000))
+        x = near.mean(0) + (wide @ noise).T
+        logs = np.asarray(jax.jit(jax.vmap(likelihood.log_prob))(jnp.asarray(x, jnp.float32)), float)
+        logs += stats.multivariate_normal(np.zeros(8), covariance).logpdf(x)
+        logs -= stats.t(5).logpdf(noise).sum(0) - np.log(np.diag(wide)).sum()
+        weights = np.exp(logs - logs.max())
+        evidence = np.log(weights.mean()) + logs.max()
+        weights /= weights.sum()
+        mean = weights @ x
+        variance = weights @ (x - mean) ** 2
+        moment = float(ndda.Moment()(step, likelihood)[0]) - evidence
+        for solver, how in solvers.items():
+            drawn, passes = guided(covariance, likelihood, ndda.MMPS(how), draws)
+            error = np.sqrt(np.mean((drawn.mean(0) - mean) ** 2 / variance))
+            found[solver].append((error, np.mean(drawn.var(0) / variance), moment, passes))
+    return [
+        {
+            "observations": name,
+            "solve": solver,
+            **dict(zip(("mean error", "variance ratio", "Moment", "passes"), np.mean(rows, axis=0), strict=True)),
+        }
+        for solver, rows in found.items()
+    ]
+
+
+def program(kind: Kind, diffusion: bool) -> Callable[[jax.Array], None]:
+    """A linear-Gaussian state of 4, each component observed."""
+    at = np.arange(4)
+    rotation = 0.95 * np.linalg.qr(np.random.default_rng(0).normal(size=(4, 4)))[0]
+    covariance = 0.25 * np.exp(-np.abs(at[:, None] - at) / 3.0)
+    prior = ndda.GaussianPrior(rotation, covariance)
+
+    def model(y: jax.Array) -> None:
+        def step(x: jax.Array, y_t: jax.Array) -> tuple[jax.Array, None]:
+            moved = dist.MultivariateNormal(jnp.asarray(rotation) @ x, jnp.asarray(covariance))
+            x = numpyro.sample("x", ndda.DiffusionTransition(prior, x) if diffusion else moved)
+            numpyro.sample("y", kind(x).to_event(1), obs=y_t)
+            return x, None
+
+        scan(step, numpyro.sample("x0", prior.climatology()), y)
+
+    return model
+
+
+def filters(name: str, seeds: int, particles: int, reference: int, steps: int) -> list[dict[str, Any]]:
+    """Rows of the third table, means over data sets with their standard errors."""
+    kind = SERIES[name]
+    diffusion, closed = program(kind, True), program(kind, False)
+    compared = {
+        "bootstrap": ndda.Bootstrap(diffusion),
+        "guided, equal weights": ndda.FAAPF(diffusion, weight=ndda.Equal()),
+        "FA-APF, Dirac + inflation": ndda.FAAPF(diffusion),
+        "FA-APF, Moment": ndda.FAAPF(diffusion, weight=ndda.Moment(), target_ess=0.0),
+        "GuidedPF": ndda.GuidedPF(diffusion),
+        "FA-APF, Moment, closed form": ndda.FAAPF(closed, target_ess=0.0),
+    }
+    quiet = {"progress_bar": False, "keep_observed": False}
+    truth = ndda.ParticleFilter(ndda.Bootstrap(closed), num_particles=reference, **quiet)
+    runs = {label: ndda.ParticleFilter(a, num_particles=particles, **quiet) for label, a in compared.items()}
+    found: dict[str, list[tuple[float, ...]]] = {label: [] for label in compared}
+    for seed in range(seeds):
+        draw = numpyro.infer.Predictive(closed, num_samples=1)
+        x = draw(jax.random.key(seed), jnp.full((steps, 4), jnp.nan))["x"][0]
+        y = np.asarray(kind(x).sample(jax.random.key(1000 + seed)), np.float32)
+        truth.run(jax.random.key(2000 + seed), y)
+        exact = truth.result
+        mean, spread = exact.posterior["x"][0].mean(0), exact.posterior["x"][0].std(0)
+        for label, run in runs.items():
+            run.run(jax.random.key(3000 + seed), y)
+            got = run.result
+            ensemble = got.posterior["x"][0]
+            difference = got.sample_stats["log_evidence_increment"].sum() - (
+                exact.sample_stats["log_evidence_increment"].sum()
+            )
+            passes = sum(np.mean(v) for v in got.network_passes.values())
+            error = np.sqrt(np.mean(((ensemble.mean(0) - mean) / spread) ** 2))
+            found[label].append((error, np.mean(ensemble.var(0) / spread**2), difference, passes))
+    rows = []
+    for label, values in found.items():
+        table = np.array(values)
+        se = table.std(0, ddof=1) / np.sqrt(seeds)
+        keys = ("mean error", "variance ratio", "log-evidence error")
+        cells = {key: f"{m:.2f} ± {s:.2f}" for key, m, s in zip(keys, table.mean(0), se, strict=False)}
+        rows.append({"observations": name, "filter": label, **cells, "passes": float(table[:, 3].mean())})
+    return rows
+
+
+def show(console: Console, title: str, rows: list[dict[str, Any]]) -> None:
+    """One table on the terminal."""
+    table = Table(title=title)
+    for name in rows[0]:
+        table.add_column(name, justify="left" if isinstance(rows[0][name], str) else "right")
+    for row in rows:
+        table.add_row(*(f"{v:.3f}" if isinstance(v, float) and abs(v) < 30 else f"{v}" for v in row.values()))
+    console.print(table)
+
+
+def main(
+    out: Annotated[Path | None, typer.Option(help="Write the tables to this JSON file.")] = None,
+    draws: Annotated[int, typer.Option(min=10, help="Guided draws of the first two tables.")] = 4000,
+    seeds: Annotated[int, typer.Option(min=2, help="Data sets of the last two tables.")] = 6,
+    particles: Annotated[int, typer.Option(min=2, help="Particles of the filters.")] = 256,
+    reference: Annotated[int, typer.Option(min=2, help="Particles of the filter they are compared with.")] = 50_000,
+    steps: Annotated[int, typer.Option(min=1, help="Steps of a series.")] = 15,
+    kinds: Annotated[int, typer.Option(min=1, help="How many rows of each kind.")] = 12,
+    tables: Annotated[list[int] | None, typer.Option(help="Which of the three tables; all by default.")] = None,
+) -> None:
+    """Guidance and weights for observations that are not Gaussian, against exact answers."""
+    console = Console()
+    wanted = tables or [1, 2, 3]
+    made: dict[str, list[dict[str, Any]]] = {}
+    if 1 in wanted:
+        names = track(list(KINDS)[:kinds], "one observation", console=console)
+        made["one"] = [one_observation(name, draws) for name in names]
+        show(console, f"One observation of x ~ N(0, 1), {draws} guided draws; errors of log p(y)", made["one"])
+    if 2 in wanted:
+        names = track(list(FOUR)[:kinds], "four observations", console=console)
+        made["four"] = [row for name in names for row in four_observations(name, seeds, draws)]
+        show(console, f"Four observations of a correlated state of 8, means of {seeds}", made["four"])
+    if 3 in wanted:
+        names = track(list(SERIES)[:kinds], "filters", console=console)
+        made["filters"] = [row for name in names for row in filters(name, seeds, particles, reference, steps)]
+        show(console, f"Filters, N = {particles}, {steps} steps, {seeds} series", made["filters"])
+    if out is not None:
+        settings = {
+            "draws": draws, "seeds": seeds, "particles": particles, "reference": reference, "steps": steps,
+            "version": ndda.__version__,
+        }  # fmt: skip
+        out.write_text(json.dumps({"settings": settings, **made}, indent=1) + "\n")
+        console.print(f"wrote {out}")
+
+
+if __name__ == "__main__":
+    typer.run(main)
