@@ -1,9 +1,9 @@
 """Counts of Lorenz-96 (d = 40), assimilated through the learned emulator.
 
 Every second site is counted: a Poisson variable whose log rate is 1 + x / 4, so 3 counts at x = 0 and 20 at x = 8.
-Nothing but the observed site of the program changes. Expect FA-APF to end well below the free ensemble and below
-guided particles without weights, and the bootstrap filter, whose particles are not guided, to lose the truth. The
-count of small rates says little: sites with negative x stay uncertain.
+Nothing but the observed site of the program changes. One run with the defaults, RMSE: free ensemble 3.8, bootstrap
+4.4, guided particles without weights 3.0, FA-APF 2.7 with too little spread (1.9). Small rates say little: sites with
+negative x stay uncertain.
 
     python examples/poisson_counts.py
 """
