@@ -19,13 +19,14 @@ from jaxtyping import Array, PRNGKeyArray, PyTree
 from numpyro_diffusion_da.denoiser import NetworkPasses
 from numpyro_diffusion_da.guidance import MMPS, Guidance
 from numpyro_diffusion_da.linear_solve import DirectSolve
+from numpyro_diffusion_da.program import TimeInputs
 from numpyro_diffusion_da.sampler import Sampler, SDEDPMSolverPP2M
 from numpyro_diffusion_da.schedule import KarrasSchedule
 from numpyro_diffusion_da.smc import bootstrap, enkf, fa_apf, guided_pf
 from numpyro_diffusion_da.smc.base import Info, Kernel, Resampling, check_target_ess
 from numpyro_diffusion_da.smc.ensemble_update import EnsembleUpdate, PerturbedObservations
 from numpyro_diffusion_da.smc.localization import PlacedTaper, Taper
-from numpyro_diffusion_da.state_space import StateSpaceModel, TimeInputs
+from numpyro_diffusion_da.state_space import StateSpaceModel
 from numpyro_diffusion_da.transition import DrawRecord, GaussianStep
 from numpyro_diffusion_da.weight import Dirac, Equal, Moment, Weight
 

@@ -31,10 +31,11 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
 from numpyro_diffusion_da import smoothing
 from numpyro_diffusion_da.denoiser import NetworkPasses
 from numpyro_diffusion_da.footprint import device_memory
+from numpyro_diffusion_da.program import TimeInputs
 from numpyro_diffusion_da.result import FilterResult
 from numpyro_diffusion_da.site import check_density, log_density, pointwise_log_likelihood
 from numpyro_diffusion_da.smc.base import map_particles, particle_keys, relative_to_highest
-from numpyro_diffusion_da.state_space import StateSpaceModel, TimeInputs
+from numpyro_diffusion_da.state_space import StateSpaceModel
 
 
 class Selection(NamedTuple):

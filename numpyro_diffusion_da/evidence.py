@@ -11,8 +11,9 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from numpyro_diffusion_da.algorithm import Algorithm
 from numpyro_diffusion_da.denoiser import NetworkPasses
+from numpyro_diffusion_da.program import TimeInputs
 from numpyro_diffusion_da.smc.base import State, init, particle_keys
-from numpyro_diffusion_da.state_space import StateSpaceModel, TimeInputs
+from numpyro_diffusion_da.state_space import StateSpaceModel
 
 
 class Evidence(NamedTuple):

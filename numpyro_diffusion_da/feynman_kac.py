@@ -18,9 +18,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 from numpyro_diffusion_da.guidance import MMPS, Guidance
+from numpyro_diffusion_da.program import TimeInputs
 from numpyro_diffusion_da.sampler import Sampler
 from numpyro_diffusion_da.site import pointwise_log_likelihood
-from numpyro_diffusion_da.state_space import StateSpaceModel, TimeInputs
+from numpyro_diffusion_da.state_space import StateSpaceModel
 from numpyro_diffusion_da.weight import Dirac, Moment, Weight
 
 

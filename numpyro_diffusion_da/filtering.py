@@ -15,10 +15,11 @@ from numpyro_diffusion_da import backward, smoothing
 from numpyro_diffusion_da.algorithm import Algorithm
 from numpyro_diffusion_da.compilation import Compiled
 from numpyro_diffusion_da.footprint import device_memory
+from numpyro_diffusion_da.program import TimeInputs
 from numpyro_diffusion_da.progress import step_progress
 from numpyro_diffusion_da.result import FilterResult
 from numpyro_diffusion_da.smc.base import Info, State, init
-from numpyro_diffusion_da.state_space import StateSpaceModel, TimeInputs
+from numpyro_diffusion_da.state_space import StateSpaceModel
 from numpyro_diffusion_da.storage import RunStore
 
 if TYPE_CHECKING:

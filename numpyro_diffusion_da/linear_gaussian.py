@@ -17,8 +17,9 @@ from jaxtyping import Array, Float
 from numpyro import handlers
 
 from numpyro_diffusion_da.likelihood import GaussianObservation
+from numpyro_diffusion_da.program import TimeInputs
 from numpyro_diffusion_da.site import gaussian_observations, gaussian_parts
-from numpyro_diffusion_da.state_space import StateSpaceModel, TimeInputs
+from numpyro_diffusion_da.state_space import StateSpaceModel
 from numpyro_diffusion_da.transition import GaussianStep
 
 TOLERANCE = 1e-3

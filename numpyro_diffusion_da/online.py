@@ -10,8 +10,9 @@ from jaxtyping import PRNGKeyArray
 
 from numpyro_diffusion_da.algorithm import Algorithm
 from numpyro_diffusion_da.compilation import Compiled
+from numpyro_diffusion_da.program import TimeInputs
 from numpyro_diffusion_da.smc.base import Info, State, init, particle_keys
-from numpyro_diffusion_da.state_space import StateSpaceModel, TimeInputs
+from numpyro_diffusion_da.state_space import StateSpaceModel
 
 
 class OnlineFilter:

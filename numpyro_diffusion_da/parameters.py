@@ -18,7 +18,8 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from numpyro import handlers
 from numpyro.infer.util import compute_log_probs, constrain_fn, potential_energy
 
-from numpyro_diffusion_da.state_space import SkipScan, StateSpaceModel
+from numpyro_diffusion_da.program import SkipScan
+from numpyro_diffusion_da.state_space import StateSpaceModel
 
 
 class Parameters:

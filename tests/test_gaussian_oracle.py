@@ -19,7 +19,7 @@ from numpyro.contrib.control_flow import scan
 import numpyro_diffusion_da as ndda
 from numpyro_diffusion_da.denoiser import PriorDenoiser
 from numpyro_diffusion_da.linear_solve import projected_solve
-from numpyro_diffusion_da.state_space import gaussian_observations
+from numpyro_diffusion_da.site import gaussian_observations
 from numpyro_diffusion_da.transition import GaussianStep, observed_covariance
 
 CASES = [(seed, singular) for seed in (0, 1) for singular in (False, True)]

@@ -21,6 +21,7 @@ ALLOWED = {
         "free_parameters",
         "linear_gaussian",
         "site",
+        "program",
         "state_space",
         "parameters",
         "summary",
@@ -38,8 +39,8 @@ ALLOWED = {
 ORDER = [
     "__init__", "cli", "plots", "twin", "verification", "filtering", "online", "pmmh", "smc2", "inference",
     "summary", "backward", "smoothing", "convert", "result", "progress", "storage", "evidence",
-    "algorithm", "feynman_kac", "linear_gaussian", "smc", "parameters", "state_space", "dependence", "site",
-    "free_parameters", "distribution", "density", "weight",
+    "algorithm", "feynman_kac", "linear_gaussian", "smc", "parameters", "state_space", "program", "dependence",
+    "site", "free_parameters", "distribution", "density", "weight",
     "transition", "path", "guidance", "likelihood", "moment_matching", "linear_solve", "sampler", "schedule",
     "denoiser", "priors", "prior", "spherical_noise", "noise", "gridded_data", "units", "layout", "compilation",
     "footprint",

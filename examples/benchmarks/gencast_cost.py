@@ -35,7 +35,7 @@ import numpyro_diffusion_da as ndda
 from numpyro_diffusion_da.compilation import Compiled
 from numpyro_diffusion_da.gridded_data import dataset_times
 from numpyro_diffusion_da.priors.gencast_synthetic import write_synthetic
-from numpyro_diffusion_da.state_space import TimeInputs
+from numpyro_diffusion_da.program import TimeInputs
 
 
 class Recipe(NamedTuple):

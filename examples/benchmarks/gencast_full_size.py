@@ -31,7 +31,7 @@ from rich.table import Table
 import numpyro_diffusion_da as ndda
 from numpyro_diffusion_da.compilation import Compiled
 from numpyro_diffusion_da.priors.gencast_synthetic import write_synthetic
-from numpyro_diffusion_da.state_space import TimeInputs
+from numpyro_diffusion_da.program import TimeInputs
 
 MINI: dict[str, Any] = {
     "num_latitudes": 181,
