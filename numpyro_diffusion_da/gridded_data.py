@@ -13,11 +13,12 @@ xarray is imported where it is used: it takes longer to load than the rest of th
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from jaxtyping import Bool, Float
 
+from numpyro_diffusion_da.axis_positions import as_slice, locate, positions, words
 from numpyro_diffusion_da.units import same_unit
 
 if TYPE_CHECKING:
@@ -74,9 +75,6 @@ AXIS_ATTRIBUTES = {
     "latitude": {"standard_name": "latitude", "long_name": "latitude", "units": "degrees_north"},
     "longitude": {"standard_name": "longitude", "long_name": "longitude", "units": "degrees_east"},
 }
-
-SAME_POINT = 1e-3
-"""Degrees within which two grid points are one: float32 coordinates of fractions of a degree differ by 1e-5."""
 
 
 def read_states(
@@ -260,29 +258,6 @@ def static_field(
 # --- one dataset on one grid ----------------------------------------------------------------------------------------
 
 
-class _Points(NamedTuple):
-    """Where target points lie along an axis of a dataset: between two of its points, or (weight 0) on one."""
-
-    lower: np.ndarray
-    upper: np.ndarray
-    weight: np.ndarray  # of upper
-
-    @property
-    def needed(self) -> np.ndarray:
-        """Positions in the dataset that are used, ascending."""
-        return np.unique(np.concatenate([self.lower, self.upper]))
-
-    def apply(self, values: np.ndarray, axis: int) -> np.ndarray:
-        """From values at `needed` to values at the target points."""
-        lower = np.take(values, np.searchsorted(self.needed, self.lower), axis)
-        if not self.weight.any():
-            return lower
-        upper = np.take(values, np.searchsorted(self.needed, self.upper), axis)
-        weight = self.weight.astype(values.dtype).reshape(-1, *(1,) * (-axis - 1))
-        # A point of the dataset keeps its value whatever its neighbour is, NaN included.
-        return np.where(weight == 0, lower, (1 - weight) * lower + weight * upper)
-
-
 class _Source:
     """A dataset under the names used here, and where the points of a grid are in it."""
 
@@ -290,8 +265,8 @@ class _Source:
         self.dataset = _renamed(dataset)
         self.latitude, self.longitude = np.asarray(latitude, float), np.asarray(longitude, float)
         self.points = {
-            "latitude": _points(self.dataset, "latitude", self.latitude, interpolate),
-            "longitude": _points(self.dataset, "longitude", self.longitude, interpolate),
+            name: locate(_axis_values(self.dataset, name), name, target, interpolate)
+            for name, target in (("latitude", self.latitude), ("longitude", self.longitude))
         }
 
     def find(self, name: str) -> str | None:
@@ -304,9 +279,9 @@ class _Source:
     ) -> Float[np.ndarray, "time levels latitude longitude"]:
         """Values at times and levels (an axis of length 1 for a surface variable)."""
         array = self._array(name, units, ("time", "level") if levels else ("time",))
-        array = array.isel(time=_slice(self._times_at(name, times)))
+        array = array.isel(time=as_slice(self._times_at(name, times)))
         if levels:
-            array = array.isel(level=_slice(self._levels_at(name, array, levels)))
+            array = array.isel(level=as_slice(self._levels_at(name, array, levels)))
         values = self._on_grid(array)
         return values if levels else values[:, None]
 
@@ -355,17 +330,17 @@ class _Source:
         return array
 
     def _times_at(self, name: str, times: np.ndarray) -> np.ndarray:
-        return _index(
+        return positions(
             dataset_times(self.dataset), times, f"'{name}' is needed at", "time", "give a dataset with all times"
         )
 
     def _levels_at(self, name: str, array: xarray.DataArray, levels: tuple[int, ...]) -> np.ndarray:
         has = _axis_values(array, "level")
-        return _index(has, np.asarray(levels, float), f"'{name}' is needed at", "level", "give all levels, in hPa")
+        return positions(has, np.asarray(levels, float), f"'{name}' is needed at", "level", "give all levels, in hPa")
 
     def _on_grid(self, array: xarray.DataArray) -> np.ndarray:
         """Load what is needed, float32."""
-        array = array.isel({axis: _slice(points.needed) for axis, points in self.points.items()})
+        array = array.isel({axis: as_slice(points.needed) for axis, points in self.points.items()})
         values = np.asarray(array.values, np.float32)
         for axis, position in (("latitude", -2), ("longitude", -1)):
             values = self.points[axis].apply(values, position)
@@ -377,7 +352,7 @@ def _precipitation(
 ) -> Float[np.ndarray, "time 1 latitude longitude"]:
     """12 h precipitation: as it is, summed, or 0 where it may be."""
     shape = (len(times), 1, len(source.latitude), len(source.longitude))
-    tried = [f"'{variable.name}' at {_words(times)}"]
+    tried = [f"'{variable.name}' at {words(times)}"]
     if source.find(variable.name) is not None and (not without or source.has_times(times)):
         values = source.read(variable.name, variable.units, times)
         return np.where(np.isnan(values), np.float32(0.0), values) if without else values
@@ -453,70 +428,6 @@ def _grid_of(layout: Layout) -> tuple[np.ndarray, np.ndarray]:
     return coords["latitude"].astype(float), coords["longitude"].astype(float)
 
 
-def _points(dataset: xarray.Dataset, name: str, target: np.ndarray, interpolate: bool) -> _Points:
-    """Where target points are along an axis of a dataset.
-
-    Raises:
-        ValueError: one is not among the dataset's points, and may not be (or cannot be) interpolated.
-    """
-    source = _axis_values(dataset, name)
-    periodic = name == "longitude"
-    apart = np.abs(source[:, None] - target)
-    if periodic:
-        apart = np.abs((apart + 180.0) % 360.0 - 180.0)
-    nearest = apart.argmin(0)
-    off = apart.min(0) > SAME_POINT
-    if not off.any():
-        return _Points(nearest, nearest, np.zeros(target.size))
-    between = (
-        f"the dataset's {name} is {_range(source)}, but the state's is {_range(target)}, "
-        f"and {int(off.sum())} of these are not among them"
-    )
-    if not interpolate:
-        raise ValueError(f"{between}; give a dataset that has them, or interpolate bilinearly by interpolate=True.")
-    order = np.argsort(np.mod(source, 360.0) if periodic else source)
-    ascending = source[order]
-    if periodic:
-        ascending, target = np.mod(ascending, 360.0), np.mod(target, 360.0)
-    after = np.searchsorted(ascending, target, side="right")
-    lower, upper = (after - 1) % source.size, after % source.size
-    gap, beyond = ascending[upper] - ascending[lower], target - ascending[lower]
-    if periodic:
-        gap, beyond = gap % 360.0, beyond % 360.0
-    # The gap from the last point back to the first is one of the grid's only where it goes round the globe.
-    usual = np.median(np.diff(ascending)) if source.size > 1 else 0.0
-    if (off & ((gap <= 0) | (gap > 1.5 * usual if periodic else False))).any():
-        raise ValueError(f"{between} and some lie outside; nothing is extrapolated: give a dataset that covers them.")
-    weight = np.where(off, beyond / np.where(off, gap, 1.0), 0.0)
-    return _Points(np.where(off, order[lower], nearest), np.where(off, order[upper], nearest), weight)
-
-
-def _index(has: np.ndarray, wanted: np.ndarray, needed: str, what: str, do: str) -> np.ndarray:
-    """Positions of wanted values.
-
-    Raises:
-        ValueError: one is missing, or there more than once.
-    """
-    missing = wanted[~np.isin(wanted, has)]
-    if missing.size:
-        many = f" and {missing.size - 1} more" if missing.size > 1 else ""
-        raise ValueError(f"{needed} {what} {_word(missing[0])}{many}, but the dataset has {what}s {_words(has)}; {do}.")
-    order = np.argsort(has, kind="stable")
-    at = np.searchsorted(has, wanted, sorter=order)
-    twice = np.searchsorted(has, wanted, side="right", sorter=order) - at > 1
-    if twice.any():
-        raise ValueError(f"the dataset has {what} {_word(wanted[twice][0])} more than once; keep one of them.")
-    return order[at]
-
-
-def _slice(at: np.ndarray) -> slice | np.ndarray:
-    """Positions as a slice where they are regular: archives load slices in one piece."""
-    steps = np.unique(np.diff(at))
-    if at.size == 0 or steps.size > 1 or (steps.size == 1 and steps[0] <= 0):
-        return at
-    return slice(int(at[0]), int(at[-1]) + 1, int(steps[0]) if steps.size else 1)
-
-
 def _datetimes(times: Any) -> np.ndarray:
     values = np.asarray(list(times) if isinstance(times, Iterator) else times)
     if values.ndim != 1 or values.dtype.kind not in "MOU":
@@ -524,20 +435,3 @@ def _datetimes(times: Any) -> np.ndarray:
             f"times have shape {values.shape} and type {values.dtype}; give a list of dates, as ['2019-03-29T12']."
         )
     return values.astype("datetime64[ns]")
-
-
-def _word(value: Any) -> str:
-    return str(value.astype("datetime64[m]")) if isinstance(value, np.datetime64) else f"{value:g}"
-
-
-def _words(values: np.ndarray) -> str:
-    """A few values, or the ends of many."""
-    values = np.asarray(values)
-    if values.size <= 8:
-        return ", ".join(_word(v) for v in values) or "none"
-    return f"{_word(values[0])} ... {_word(values[-1])} ({values.size})"
-
-
-def _range(values: np.ndarray) -> str:
-    step = f" by {abs(values[1] - values[0]):g}" if values.size > 1 else ""
-    return f"{values[0]:g} to {values[-1]:g}{step} ({values.size} points)"

@@ -38,12 +38,12 @@ ALLOWED = {
 # From the top down: a module imports only from later entries.
 ORDER = [
     "__init__", "cli", "plots", "twin", "verification", "filtering", "online", "pmmh", "smc2", "inference",
-    "summary", "backward", "smoothing", "convert", "result", "progress", "storage", "evidence",
+    "summary", "backward", "smoothing", "convert", "result_axes", "result", "progress", "storage", "evidence",
     "algorithm", "feynman_kac", "linear_gaussian", "smc", "parameters", "state_space", "program", "dependence",
     "site", "free_parameters", "distribution", "density", "weight",
     "transition", "path", "guidance", "likelihood", "moment_matching", "linear_solve", "sampler", "schedule",
-    "denoiser", "priors", "prior", "spherical_noise", "noise", "gridded_data", "units", "layout", "compilation",
-    "footprint",
+    "denoiser", "priors", "prior", "spherical_noise", "noise", "gridded_data", "axis_positions", "units", "layout",
+    "compilation", "footprint",
 ]  # fmt: skip
 
 
