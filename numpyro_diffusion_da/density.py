@@ -31,6 +31,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from numpyro_diffusion_da.denoiser import NetworkPasses
 from numpyro_diffusion_da.prior import Conditioning, DiffusionPrior
+from numpyro_diffusion_da.schedule import range_of_levels
 
 
 class Trace(eqx.Module):
@@ -127,10 +128,7 @@ class ProbabilityFlow(eqx.Module):
 
     def levels(self, noise_range: tuple[float, float]) -> np.ndarray:
         """Noise levels, lowest first, shape (num_levels,)."""
-        lowest = noise_range[0] if self.lowest is None else self.lowest
-        highest = noise_range[1] if self.highest is None else self.highest
-        if not 0 < lowest < highest:
-            raise ValueError(f"noise levels from {lowest} up to {highest}: expected 0 < lowest < highest.")
+        lowest, highest = range_of_levels(self.lowest, self.highest, noise_range)
         return np.geomspace(lowest, highest, self.num_levels)
 
     def latent(

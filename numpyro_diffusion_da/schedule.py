@@ -12,6 +12,21 @@ import equinox as eqx
 import numpy as np
 
 
+def range_of_levels(
+    lowest: float | None, highest: float | None, noise_range: tuple[float, float]
+) -> tuple[float, float]:
+    """The lowest and the highest level, the prior's where None is given.
+
+    Raises:
+        ValueError: not 0 < lowest < highest.
+    """
+    lowest = noise_range[0] if lowest is None else lowest
+    highest = noise_range[1] if highest is None else highest
+    if not 0 < lowest < highest:
+        raise ValueError(f"noise levels from {highest} down to {lowest}: expected 0 < lowest < highest.")
+    return lowest, highest
+
+
 class Schedule(eqx.Module):
     """A decreasing sequence of noise levels within the range a prior can be trusted in."""
 
@@ -47,8 +62,5 @@ class KarrasSchedule(Schedule):
 
     def levels(self, noise_range: tuple[float, float]) -> np.ndarray:
         """Noise levels, highest first, shape (num_levels,)."""
-        lowest = noise_range[0] if self.lowest is None else self.lowest
-        highest = noise_range[1] if self.highest is None else self.highest
-        if not 0 < lowest < highest:
-            raise ValueError(f"noise levels from {highest} down to {lowest}: expected 0 < lowest < highest.")
+        lowest, highest = range_of_levels(self.lowest, self.highest, noise_range)
         return np.linspace(highest ** (1 / self.rho), lowest ** (1 / self.rho), self.num_levels) ** self.rho

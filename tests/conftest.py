@@ -1,9 +1,15 @@
-"""Shared programs: the linear-Gaussian state-space model, with its Kalman filter."""
+"""Shared by tests: the linear-Gaussian state-space model, programs of `examples/`, a count of what is compiled."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import importlib.util
 import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
 
 os.environ.setdefault("MPLBACKEND", "Agg")
 
@@ -67,6 +73,35 @@ class LinearGaussian:
             scan(step, x0, y)
 
         return model
+
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+BENCHMARKS = EXAMPLES / "benchmarks"
+
+
+def load_program(path: Path) -> ModuleType:
+    """A program of `examples/` as a module."""
+    spec = importlib.util.spec_from_file_location(f"program_{path.stem}", path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # where dataclasses look up annotations
+    spec.loader.exec_module(module)
+    return module
+
+
+@contextlib.contextmanager
+def compilations() -> Iterator[list[str]]:
+    """What is compiled inside the `with`, one entry a program."""
+    compiled: list[str] = []
+
+    def listen(event: str, duration: float, **kwargs) -> None:
+        if event == "/jax/core/compile/backend_compile_duration":
+            compiled.append(event)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        yield compiled
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
 
 
 @pytest.fixture(scope="session")

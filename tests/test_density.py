@@ -1,9 +1,5 @@
 """log p(x' | c) by the probability-flow ODE, against densities that are known."""
 
-import importlib.util
-import sys
-from pathlib import Path
-
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -11,6 +7,7 @@ import numpy as np
 import numpyro
 import numpyro.distributions as dist
 import pytest
+from conftest import BENCHMARKS, load_program
 from numpyro import handlers
 from numpyro.contrib.control_flow import scan
 from numpyro.infer.util import log_density
@@ -115,12 +112,8 @@ def test_error_falls_at_fourth_order():
         assert error(41) < 1e-5
 
 
-def test_two_modes_integrate_to_one(monkeypatch):
-    path = Path(__file__).parents[1] / "examples" / "benchmarks" / "density.py"
-    spec = importlib.util.spec_from_file_location("density_benchmark", path)
-    benchmark = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, spec.name, benchmark)  # where dataclasses look up annotations
-    spec.loader.exec_module(benchmark)
+def test_two_modes_integrate_to_one():
+    benchmark = load_program(BENCHMARKS / "density.py")
     modes = benchmark.TwoModes(np.array([0.9]), 0.05)
     x = jnp.linspace(-3.0, 3.0, 401)[:, None]
     value = ndda.DiffusionTransition(modes, jnp.zeros(1), density=ndda.ProbabilityFlow(33)).log_prob(x)

@@ -4,20 +4,16 @@ from __future__ import annotations
 
 import importlib.util
 import sys
-from pathlib import Path
 
 import jax
 import pytest
+from conftest import EXAMPLES, load_program
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
 COMPILES_A_LOT = True
 
 
 def program(name):
-    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.main
+    return load_program(EXAMPLES / f"{name}.py").main
 
 
 @pytest.mark.slow

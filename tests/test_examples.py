@@ -15,13 +15,10 @@ import numpy as np
 import pytest
 import typer
 import xarray
-from conftest import LinearGaussian
+from conftest import BENCHMARKS, EXAMPLES, LinearGaussian, load_program
 from test_smoothing import rauch_tung_striebel
 
 import numpyro_diffusion_da as ndda
-
-EXAMPLES = Path(__file__).parents[1] / "examples"
-BENCHMARKS = EXAMPLES / "benchmarks"
 
 
 def run_program(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -37,10 +34,7 @@ def run_program(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 def load(name: str, directory: Path = BENCHMARKS):
     """A benchmark or example as a module."""
-    spec = importlib.util.spec_from_file_location(name, directory / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_program(directory / f"{name}.py")
 
 
 @pytest.mark.slow

@@ -6,6 +6,7 @@ import numpy as np
 import numpyro
 import numpyro.distributions as dist
 import pytest
+from conftest import compilations
 from numpyro.contrib.control_flow import scan
 
 import numpyro_diffusion_da as ndda
@@ -64,33 +65,17 @@ def test_second_step_and_second_run_compile_nothing(program):
     filter = make(model)
     filter.run(KEY, y[:2])
     first = filter.result.posterior["x"]
-    with _count_compilations() as count:
+    with compilations() as compiled:
         filter.run(KEY, y[:2] + 1.0)
-    assert count() == 0
+    assert not compiled
     assert not np.allclose(first, filter.result.posterior["x"])  # observations are arguments, not constants
     compiled_by_length = []
     for length in (1, 4):
         fresh = make(model)
-        with _count_compilations() as count:
+        with compilations() as compiled:
             fresh.run(KEY, y[:length])
-        compiled_by_length.append(count())
+        compiled_by_length.append(len(compiled))
     assert compiled_by_length[0] == compiled_by_length[1]
-
-
-class _count_compilations:  # noqa: N801
-    """Counts the backend compilations inside a `with`."""
-
-    def __enter__(self):
-        self.number = 0
-        jax.monitoring.register_event_duration_secs_listener(self._listen)
-        return lambda: self.number
-
-    def _listen(self, event, duration, **kwargs):
-        if event == "/jax/core/compile/backend_compile_duration":
-            self.number += 1
-
-    def __exit__(self, *_):
-        jax.monitoring.unregister_event_duration_listener(self._listen)
 
 
 @pytest.mark.parametrize("batch_size", [1, 7])

@@ -15,6 +15,7 @@ import numpyro
 import numpyro.distributions as dist
 import pytest
 import xarray
+from conftest import compilations
 from numpyro.contrib.control_flow import scan
 
 import numpyro_diffusion_da as ndda
@@ -295,15 +296,9 @@ def test_filter_end_to_end(prior, dataset, tmp_path):
         assert after < 0.35 * before
     assert {n: set(p.ravel()) for n, p in result.network_passes.items()} == {"forward": {17}, "jvp": {0}, "vjp": {32}}
 
-    compilations = []
-
-    def listen(event, duration, **kwargs):
-        if event == "/jax/core/compile/backend_compile_duration":
-            compilations.append(event)
-
-    jax.monitoring.register_event_duration_secs_listener(listen)
-    filter.run(jax.random.key(1), *arguments)
-    assert not compilations
+    with compilations() as compiled:
+        filter.run(jax.random.key(1), *arguments)
+    assert not compiled
 
     tree = filter.to_datatree(time=dataset.time.values[2:5])
     assert tree["posterior"]["temperature"].dims == ("chain", "draw", "time", "level", "latitude", "longitude")

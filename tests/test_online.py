@@ -5,6 +5,7 @@ from __future__ import annotations
 import jax
 import numpy as np
 import pytest
+from conftest import compilations
 
 import numpyro_diffusion_da as ndda
 
@@ -51,16 +52,10 @@ def test_steps_after_the_first_compile_nothing(small):
     online = ndda.OnlineFilter(ndda.FAAPF(small.diffusion_program()), num_particles=6)
     keys = [jax.random.fold_in(KEY, t) for t in range(4)]
     state, _ = online.step(keys[0], online.init(KEY, y[:1]), y[:1])
-    compilations = []
-
-    def listen(event, duration, **kwargs):
-        if event == "/jax/core/compile/backend_compile_duration":
-            compilations.append(event)
-
-    jax.monitoring.register_event_duration_secs_listener(listen)
-    for t in range(1, 4):
-        state, _ = online.step(keys[t], state, y[t][None])
-    assert not compilations
+    with compilations() as compiled:
+        for t in range(1, 4):
+            state, _ = online.step(keys[t], state, y[t][None])
+    assert not compiled
 
 
 def test_wrong_use_is_refused(small):

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
 import warnings
-from pathlib import Path
 
 import arviz as az
 import cuthbert
@@ -16,6 +14,7 @@ import numpyro
 import numpyro.distributions as dist
 import pytest
 import xarray
+from conftest import BENCHMARKS, compilations, load_program
 from numpyro.contrib.control_flow import scan
 
 import numpyro_diffusion_da as ndda
@@ -130,20 +129,14 @@ def test_draws_and_statistics(inference):
 
 
 def test_a_second_run_compiles_nothing_and_repeats(inference):
-    compilations = []
-
-    def listen(event, duration, **kwargs):
-        if event == "/jax/core/compile/backend_compile_duration":
-            compilations.append(event)
-
     before = inference.result
-    jax.monitoring.register_event_duration_secs_listener(listen)
-    inference.run(KEY, Y)
-    assert not compilations
-    for name, values in before.posterior.items():
-        np.testing.assert_array_equal(inference.result.posterior[name], values)
-    inference.run(KEY, Y + 1.0)
-    assert not compilations
+    with compilations() as compiled:
+        inference.run(KEY, Y)
+        assert not compiled
+        for name, values in before.posterior.items():
+            np.testing.assert_array_equal(inference.result.posterior[name], values)
+        inference.run(KEY, Y + 1.0)
+    assert not compiled
     assert np.any(inference.result.posterior["a"] != before.posterior["a"])
 
 
@@ -250,11 +243,7 @@ def test_biased_evidence_warns(algorithm, reasons):
 
 @pytest.fixture(scope="module")
 def benchmark():
-    path = Path(__file__).parents[1] / "examples" / "benchmarks" / "parameters.py"
-    spec = importlib.util.spec_from_file_location("parameters_benchmark", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_program(BENCHMARKS / "parameters.py")
 
 
 def test_the_benchmarks_evidence_is_the_kalman_filters(benchmark):

@@ -9,6 +9,7 @@ import numpy as np
 import numpyro
 import numpyro.distributions as dist
 import pytest
+from conftest import compilations
 from numpyro.contrib.control_flow import scan
 
 import numpyro_diffusion_da as ndda
@@ -110,15 +111,9 @@ def test_a_program_over_time(inference, capsys):
 
 @pytest.mark.slow
 def test_steps_after_the_first_compile_nothing(inference):
-    compilations = []
-
-    def listen(event, duration, **kwargs):
-        if event == "/jax/core/compile/backend_compile_duration":
-            compilations.append(event)
-
-    jax.monitoring.register_event_duration_secs_listener(listen)
-    inference.run(jax.random.key(1), SEEN + 0.5, gauge=np.float32(0.7))
-    assert not compilations
+    with compilations() as compiled:
+        inference.run(jax.random.key(1), SEEN + 0.5, gauge=np.float32(0.7))
+    assert not compiled
 
 
 def test_wrong_use_is_refused():

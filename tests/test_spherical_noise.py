@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import functools
-import importlib.util
 import json
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.special
+from conftest import BENCHMARKS, load_program
 
 import numpyro_diffusion_da as ndda
 
 GRIDS = [(13, 24), (19, 36)]
-BENCHMARK = Path(__file__).parents[1] / "examples" / "benchmarks" / "spherical_noise.py"
 
 
 @functools.cache
@@ -199,16 +197,9 @@ def test_latents_of_another_grid_are_refused(shape):
 # --- guidance ---------------------------------------------------------------------------------------------------------
 
 
-def load_benchmark():
-    spec = importlib.util.spec_from_file_location("spherical_noise", BENCHMARK)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def test_guidance_is_exact_with_c_and_wrong_without():
     """Every noise level, 20 draws: rounding with C; 58 to 93 % off with the published C = I."""
-    benchmark = load_benchmark()
+    benchmark = load_program(BENCHMARKS / "spherical_noise.py")
     with jax.enable_x64(True):
         sphere = benchmark.Sphere(13, 24, 40)
         np.testing.assert_allclose(sphere.synthesis @ sphere.synthesis.T, formula(13, 24), atol=1e-6)
@@ -222,7 +213,7 @@ def test_guidance_is_exact_with_c_and_wrong_without():
 
 @pytest.mark.slow
 def test_guided_sampler_is_the_benchmark():
-    benchmark = load_benchmark()
+    benchmark = load_program(BENCHMARKS / "spherical_noise.py")
     with jax.enable_x64(True):
         rows = benchmark.sampler_rows(benchmark.Sphere(13, 24, 40))
     errors = {(row["sampler"], row["guidance"]): row["error"] for row in rows}
@@ -247,7 +238,8 @@ def test_white_noise_in_guidance_changes_nothing_where_the_noise_is_white(small)
 @pytest.mark.slow
 def test_benchmark_runs(tmp_path, capsys):
     out = tmp_path / "tables.json"
-    load_benchmark().main(out, num_latitudes=5, observations=4, draws=2, cost_latitudes=13, channels=2, repeats=2)
+    benchmark = load_program(BENCHMARKS / "spherical_noise.py")
+    benchmark.main(out, num_latitudes=5, observations=4, draws=2, cost_latitudes=13, channels=2, repeats=2)
     tables = json.loads(out.read_text())
     assert tables["settings"]["num_latitudes"] == 5
     assert [row["rank"] for row in tables["spectrum"]] == [144, 324, 144]

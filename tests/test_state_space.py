@@ -25,6 +25,13 @@ def initial():
     return numpyro.sample("x0", dist.Normal(jnp.zeros(3), 1.0).to_event(1))
 
 
+def walking(x, y_t):
+    """A random walk of which two values are observed: the body of a scan."""
+    x = numpyro.sample("x", walk(x))
+    numpyro.sample("y", walk(x[:2]), obs=y_t)
+    return x, None
+
+
 def run(model, *args, algorithm=ndda.FAAPF, **kwargs):
     filter = ndda.ParticleFilter(algorithm(model), num_particles=8, progress_bar=False)
     filter.run(KEY, *args, **kwargs)
@@ -42,12 +49,7 @@ def test_no_scan():
 
 def test_two_scans():
     def model(y):
-        def step(x, y_t):
-            x = numpyro.sample("x", walk(x))
-            numpyro.sample("y", walk(x[:2]), obs=y_t)
-            return x, None
-
-        x, _ = scan(step, initial(), y)
+        x, _ = scan(walking, initial(), y)
 
         def again(x, y_t):
             x = numpyro.sample("x2", walk(x))
@@ -116,12 +118,7 @@ def test_global_site_that_only_shapes_the_initial_state_is_free():
         width = numpyro.sample("width", dist.HalfNormal(1.0))
         x0 = numpyro.sample("x0", dist.Normal(jnp.zeros(3), width).to_event(1))
 
-        def step(x, y_t):
-            x = numpyro.sample("x", walk(x))
-            numpyro.sample("y", walk(x[:2]), obs=y_t)
-            return x, None
-
-        scan(step, x0, y)
+        scan(walking, x0, y)
 
     assert run(model, Y).posterior["x"].shape == (1, 8, 4, 3)
 
@@ -131,12 +128,7 @@ def test_observation_of_the_initial_state():
         x0 = initial()
         numpyro.sample("y0", walk(x0[:2]), obs=y[0])
 
-        def step(x, y_t):
-            x = numpyro.sample("x", walk(x))
-            numpyro.sample("y", walk(x[:2]), obs=y_t)
-            return x, None
-
-        scan(step, x0, y)
+        scan(walking, x0, y)
 
     with pytest.raises(ValueError, match="'y0' observes 'x0'"):
         run(model, Y)
@@ -144,12 +136,7 @@ def test_observation_of_the_initial_state():
 
 def test_site_after_the_scan():
     def model(y):
-        def step(x, y_t):
-            x = numpyro.sample("x", walk(x))
-            numpyro.sample("y", walk(x[:2]), obs=y_t)
-            return x, None
-
-        x, _ = scan(step, initial(), y)
+        x, _ = scan(walking, initial(), y)
         numpyro.sample("last", walk(x[:2]), obs=y[0])
 
     with pytest.raises(ValueError, match="'last' after its scan"):
@@ -238,12 +225,7 @@ def test_scaled_site_and_reversed_scan():
         run(scaled, Y)
 
     def backwards(y):
-        def step(x, y_t):
-            x = numpyro.sample("x", walk(x))
-            numpyro.sample("y", walk(x[:2]), obs=y_t)
-            return x, None
-
-        scan(step, initial(), y, reverse=True)
+        scan(walking, initial(), y, reverse=True)
 
     with pytest.raises(ValueError, match="reverse=True"):
         run(backwards, Y)
@@ -271,12 +253,7 @@ def test_infinite_observation():
     y[1, 0] = np.inf
 
     def model(y):
-        def step(x, y_t):
-            x = numpyro.sample("x", walk(x))
-            numpyro.sample("y", walk(x[:2]), obs=y_t)
-            return x, None
-
-        scan(step, initial(), y)
+        scan(walking, initial(), y)
 
     with pytest.raises(ValueError, match="'y' has an infinite observation at step 1"):
         run(model, y)

@@ -1,23 +1,17 @@
 """The twin experiment: what the demo and the Lorenz-96 benchmark claim of the filter and its controls."""
 
-import importlib.util
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import BENCHMARKS, load_program
 
 import numpyro_diffusion_da as ndda
 from numpyro_diffusion_da.twin import BOOTSTRAP, FREE, GUIDED, MAIN, TwinExperiment, run_twin
 
-BENCHMARKS = Path(__file__).parent.parent / "examples" / "benchmarks"
-
 
 def load(name):
-    spec = importlib.util.spec_from_file_location(name, BENCHMARKS / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_program(BENCHMARKS / f"{name}.py")
 
 
 @pytest.mark.slow

@@ -129,14 +129,17 @@ def tempering(log_weights: Float[Array, " n"], target_ess: float) -> Float[Array
     return jnp.where(jnp.isfinite(alpha), alpha, 1.0)
 
 
-def guarded(resampling_fn: Resampling) -> Resampling:
-    """The same resampling, never selecting a particle of zero weight.
+def guarded(resampling_fn: Resampling | None) -> Resampling:
+    """The same resampling (None: systematic), never selecting a particle of zero weight.
 
     In float32 a cumulative sum may end below 1, and a search in it past the last particle that has any weight.
     """
+    from blackjax.smc.resampling import systematic
+
+    draw = systematic if resampling_fn is None else resampling_fn
 
     def resample(rng_key: PRNGKeyArray, weights: Array, number: int) -> Array:
-        chosen = resampling_fn(rng_key, weights, number)
+        chosen = draw(rng_key, weights, number)
         positive = weights > 0
         last_positive = jax.lax.cummax(jnp.where(positive, jnp.arange(len(weights)), -1))
         before = last_positive[chosen]
@@ -146,7 +149,7 @@ def guarded(resampling_fn: Resampling) -> Resampling:
 
 
 def select(
-    rng_key: PRNGKeyArray, log_weights: Float[Array, " n"], resampling_fn: Resampling, target_ess: float
+    rng_key: PRNGKeyArray, log_weights: Float[Array, " n"], resampling_fn: Resampling | None, target_ess: float
 ) -> tuple[Int[Array, " n"], Float[Array, ""]]:
     """Inflate, then resample; returns (ancestors, alpha). Equal weights keep every particle in its place."""
     n = len(log_weights)

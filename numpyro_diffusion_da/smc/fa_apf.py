@@ -64,10 +64,7 @@ def build_kernel(
     Raises:
         ValueError: target_ess outside [0, 1).
     """
-    from blackjax.smc.resampling import systematic
-
     check_target_ess(target_ess)
-    resample = systematic if resampling_fn is None else resampling_fn
 
     def kernel(rng_key: PRNGKeyArray, state: State, observation: PyTree) -> tuple[State, Info]:
         n = num_particles(state.particles)
@@ -75,7 +72,7 @@ def build_kernel(
         weigh = map_particles(lambda particle: log_predictive_fn(particle, observation), batch_size)
         log_weights, weighing = weigh(state.particles)
         log_weights = jnp.where(jnp.isfinite(log_weights), log_weights, -jnp.inf)
-        ancestors, alpha = select(resampling_key, log_weights, resample, target_ess)
+        ancestors, alpha = select(resampling_key, log_weights, resampling_fn, target_ess)
         parents = jax.tree.map(lambda x: x[ancestors], state.particles)
         propose = map_particles(lambda key, particle: propose_fn(key, particle, observation), batch_size)
         particles, proposal = propose(particle_keys(proposal_key, n), parents)

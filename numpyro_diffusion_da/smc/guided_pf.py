@@ -57,10 +57,7 @@ def build_kernel(
     Raises:
         ValueError: target_ess outside [0, 1).
     """
-    from blackjax.smc.resampling import systematic
-
     check_target_ess(target_ess)
-    resample = systematic if resampling_fn is None else resampling_fn
 
     def kernel(rng_key: PRNGKeyArray, state: State, observation: PyTree) -> tuple[State, Info]:
         n = num_particles(state.particles)
@@ -68,7 +65,7 @@ def build_kernel(
         propose = map_particles(lambda key, particle: propose_fn(key, particle, observation), batch_size)
         moved, log_weights, record = propose(particle_keys(proposal_key, n), state.particles)
         log_weights = jnp.where(jnp.isfinite(log_weights), log_weights, -jnp.inf)
-        ancestors, alpha = select(resampling_key, log_weights, resample, target_ess)
+        ancestors, alpha = select(resampling_key, log_weights, resampling_fn, target_ess)
         particles, record = jax.tree.map(lambda x: x[ancestors], (moved, record))
         info = make_info(log_weights, ancestors, alpha, particles, (), record)
         return State(particles, state.log_evidence + info.log_evidence_increment), info

@@ -99,9 +99,8 @@ def build_kernel(
         kernel(rng_key, state, step) -> (State, Info).
     """
     from blackjax.smc.ess import ess as effective_sample_size
-    from blackjax.smc.resampling import systematic
 
-    resample = guarded(systematic if resampling_fn is None else resampling_fn)
+    resample = guarded(resampling_fn)
 
     def move(rng_key: PRNGKeyArray, state: State, number: Int[Array, ""]) -> tuple[State, Float[Array, ""]]:
         m = len(state.log_weights)
