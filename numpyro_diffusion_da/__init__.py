@@ -39,7 +39,7 @@ from numpyro_diffusion_da.sampler import (
 )
 from numpyro_diffusion_da.schedule import KarrasSchedule, Schedule
 from numpyro_diffusion_da.smc.ensemble_update import EnsembleUpdate, PerturbedObservations, SquareRoot
-from numpyro_diffusion_da.smc.localization import Distance, Euclidean, GreatCircle, Ring, Taper
+from numpyro_diffusion_da.smc.localization import Distance, Euclidean, GreatCircle, Ring, Taper, WithHeight
 from numpyro_diffusion_da.smc2 import SMC2
 from numpyro_diffusion_da.spherical_noise import SphericalNoise
 from numpyro_diffusion_da.state_space import StateSpaceModel
@@ -109,6 +109,7 @@ __all__ = [
     "Variable",
     "Weight",
     "WhiteNoise",
+    "WithHeight",
     "convert",
     "feynman_kac",
     "load_prior",

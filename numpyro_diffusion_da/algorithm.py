@@ -25,6 +25,7 @@ from numpyro_diffusion_da.schedule import KarrasSchedule
 from numpyro_diffusion_da.smc import bootstrap, enkf, fa_apf, guided_pf
 from numpyro_diffusion_da.smc.base import Info, Kernel, Resampling, check_target_ess
 from numpyro_diffusion_da.smc.ensemble_update import EnsembleUpdate, PerturbedObservations
+from numpyro_diffusion_da.smc.local_ancestors import LocalAncestors
 from numpyro_diffusion_da.smc.localization import PlacedTaper, Taper
 from numpyro_diffusion_da.state_space import StateSpaceModel
 from numpyro_diffusion_da.transition import DrawRecord, GaussianStep
@@ -75,6 +76,10 @@ class Algorithm(abc.ABC):
         inflated = f"weights are inflated (target_ess={self.target_ess:g})"
         return self.weight_caveats(program) + ([inflated] if self.target_ess > 0 else [])
 
+    def parents(self, program: StateSpaceModel, ancestors: Array, values: Array) -> Array:
+        """What particles come from, of values that each has, leading axis N."""
+        return values[ancestors]
+
     def passes(self, info: Info) -> NetworkPasses:
         """Network passes per particle of one step, averaged over particles."""
         total = info.proposal.draw.passes
@@ -98,6 +103,15 @@ def _sampler_settings(sampler: Sampler | None, program: StateSpaceModel) -> str:
     return _in_full(transition.sampler if sampler is None else sampler)
 
 
+def _placed(taper: Taper, program: StateSpaceModel) -> PlacedTaper:
+    diffusion = program.diffusion()
+    return taper.place(*program.shapes(), layout=None if diffusion is None else diffusion.prior.layout)
+
+
+def _taper_settings(taper: Taper | None) -> str:
+    return "none" if taper is None else repr(taper)
+
+
 def _resampling_settings(resampling: Resampling | None) -> str:
     return "systematic" if resampling is None else getattr(resampling, "__name__", repr(resampling))
 
@@ -116,9 +130,13 @@ class FAAPF(Algorithm):
         guidance: how the score is guided by the observations.
         sampler: reverse diffusion of the guided draw; by default the transition's own.
         resampling: from `blackjax.smc.resampling`; systematic by default.
+        taper: localised ancestors (`smc.local_ancestors`): each block of the state selects by the observations near it,
+            `Taper(radius, distance, observations)`. None for a selection of whole particles. There is no evidence then.
+        block_radius: how far the places of one block may be from its centre, in the unit of the taper's distance; 0 for
+            each place by itself.
 
     Raises:
-        ValueError: target_ess outside [0, 1).
+        ValueError: target_ess outside [0, 1), or a negative block_radius, or one without a taper.
     """
 
     model: Callable[..., Any]
@@ -127,13 +145,19 @@ class FAAPF(Algorithm):
     guidance: Guidance = dataclasses.field(default_factory=MMPS)
     sampler: Sampler | None = None
     resampling: Resampling | None = None
+    taper: Taper | None = None
+    block_radius: float = 0.0
 
     def __post_init__(self) -> None:
         check_target_ess(self.target_ess)
+        if not self.block_radius >= 0.0:
+            raise ValueError(f"FAAPF got block_radius={self.block_radius}; give 0 or more.")
+        if self.block_radius and self.taper is None:
+            raise ValueError(f"FAAPF got block_radius={self.block_radius} and no taper; give both, or neither.")
 
     def has_evidence(self) -> bool:
-        """With weights that differ."""
-        return not isinstance(self.weight, Equal)
+        """With weights of whole particles that differ."""
+        return not isinstance(self.weight, Equal) and self.taper is None
 
     def weight_caveats(self, program: StateSpaceModel) -> list[str]:
         """What the weight says."""
@@ -146,12 +170,18 @@ class FAAPF(Algorithm):
         return Moment() if closed_form else Dirac()
 
     def kernel(self, program: StateSpaceModel, batch_size: int = 0) -> Kernel:
-        """The FA-APF kernel of the program."""
+        """The FA-APF kernel of the program.
+
+        Raises:
+            ValueError: a taper whose positions do not fit the program.
+        """
+        local = self._local(program)
 
         def log_predictive(carry: PyTree, inputs: TimeInputs) -> tuple[Array, PyTree]:
             step = program.transition(carry, inputs, self.sampler)
             weight = self._weight(closed_form=isinstance(step, GaussianStep))
-            return weight(step, program.likelihood(carry, inputs))
+            weigh = weight if local is None else weight.pointwise
+            return weigh(step, program.likelihood(carry, inputs))
 
         def propose(rng_key: PRNGKeyArray, carry: PyTree, inputs: TimeInputs) -> tuple[PyTree, Proposal]:
             draw_key, record_key = jax.random.split(rng_key)
@@ -160,7 +190,17 @@ class FAAPF(Algorithm):
             sites = program.record(record_key, x, carry, inputs)
             return program.advance(x, carry, inputs), Proposal(draw, sites)
 
-        return fa_apf.build_kernel(log_predictive, propose, self.resampling, self.target_ess, batch_size)
+        return fa_apf.build_kernel(log_predictive, propose, self.resampling, self.target_ess, batch_size, local)
+
+    def _local(self, program: StateSpaceModel) -> LocalAncestors | None:
+        if self.taper is None:
+            return None
+        return LocalAncestors.at(_placed(self.taper, program), program.shapes()[0], self.block_radius)
+
+    def parents(self, program: StateSpaceModel, ancestors: Array, values: Array) -> Array:
+        """Glued together where ancestors are local."""
+        local = self._local(program)
+        return super().parents(program, ancestors, values) if local is None else local.glue(values, ancestors)
 
     def settings(self, program: StateSpaceModel) -> dict[str, str | float]:
         """Plain values."""
@@ -171,6 +211,8 @@ class FAAPF(Algorithm):
             "guidance": _in_full(self.guidance),
             "sampler": _sampler_settings(self.sampler, program),
             "resampling": _resampling_settings(self.resampling),
+            "taper": _taper_settings(self.taper),
+            "block_radius": self.block_radius,
         }
 
 
@@ -337,14 +379,8 @@ class EnKF(Algorithm):
         ) -> tuple[PyTree, Proposal]:
             return program.advance(x, carry, inputs), Proposal(draw, program.record(rng_key, x, carry, inputs))
 
-        taper = self._placed_taper(program)
+        taper = None if self.taper is None else _placed(self.taper, program)
         return enkf.build_kernel(forecast, residual, advance, self.inflation, batch_size, self.update, taper, self.rtps)
-
-    def _placed_taper(self, program: StateSpaceModel) -> PlacedTaper | None:
-        if self.taper is None:
-            return None
-        diffusion = program.diffusion()
-        return self.taper.place(*program.shapes(), layout=None if diffusion is None else diffusion.prior.layout)
 
     def settings(self, program: StateSpaceModel) -> dict[str, str | float]:
         """Plain values."""
@@ -353,6 +389,6 @@ class EnKF(Algorithm):
             "update": _in_full(self.update),
             "inflation": self.inflation,
             "rtps": self.rtps,
-            "taper": "none" if self.taper is None else repr(self.taper),
+            "taper": _taper_settings(self.taper),
             "sampler": _sampler_settings(self.sampler, program),
         }

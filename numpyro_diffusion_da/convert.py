@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from numpyro_diffusion_da.result import PER_PARTICLE
 from numpyro_diffusion_da.result_axes import CHAIN, PARTICLE, SHARED, Axes, Coords, Dims
 
 if TYPE_CHECKING:
@@ -291,8 +292,8 @@ def _as_installed(tree: xarray.DataTree) -> Any:
 
 def _statistic(axes: Axes, name: str, values: np.ndarray) -> Any:
     long_name, description = STATS.get(name, (name.replace("_", " "), ""))
-    leading = PARTICLE if values.ndim >= len(PARTICLE) else CHAIN
-    own = tuple(f"{name}_dim_{i}" for i in range(values.ndim - len(leading)))
+    leading = PARTICLE if name in PER_PARTICLE else CHAIN
+    own = ("block",) if values.ndim > len(leading) else ()  # of localised ancestors
     axes.sizes.update(zip(own, values.shape[len(leading) :], strict=True))
     return (*leading, *own), values, {"long_name": long_name, "description": description}
 

@@ -17,7 +17,7 @@ from numpyro_diffusion_da.compilation import Compiled
 from numpyro_diffusion_da.footprint import device_memory
 from numpyro_diffusion_da.program import TimeInputs
 from numpyro_diffusion_da.progress import step_progress
-from numpyro_diffusion_da.result import FilterResult
+from numpyro_diffusion_da.result import PER_PARTICLE, FilterResult
 from numpyro_diffusion_da.smc.base import Info, State, init
 from numpyro_diffusion_da.state_space import StateSpaceModel
 from numpyro_diffusion_da.storage import RunStore
@@ -169,7 +169,7 @@ class ParticleFilter:
                     "solver_residual": info.proposal.draw.solver_residual,
                 }
                 return new, {
-                    **({"forecast": self._forecast(info)} if self.keep_forecasts else {}),
+                    **({"forecast": self._forecast(at, info)} if self.keep_forecasts else {}),
                     "sites": self._kept(info.proposal.sites),
                     "stats": stats,
                     "passes": self.algorithm.passes(info)._asdict(),
@@ -219,14 +219,14 @@ class ParticleFilter:
             "evidence_caveats": "; ".join(self.algorithm.weight_caveats(program)),
         }
 
-    def _forecast(self, info: Info) -> Array:
+    def _forecast(self, program: StateSpaceModel, info: Info) -> Array:
         forecast = getattr(info.weighing, "forecast", None)
         if forecast is None:
             raise ValueError(
                 f"{self.algorithm} computes no one-step forecasts; leave keep_forecasts out, "
                 "or use FAAPF with Dirac or Moment weights."
             )
-        return forecast[info.ancestors]
+        return self.algorithm.parents(program, info.ancestors, forecast)
 
     def _check(self, output: dict[str, Any], t: int) -> None:
         for name, site in output["observations"].items():
@@ -261,7 +261,7 @@ class ParticleFilter:
         def by_draw(x: np.ndarray) -> np.ndarray:
             return np.moveaxis(x, 1, 2)
 
-        stats = {name: by_draw(x) if x.ndim > 2 else x for name, x in outputs["stats"].items()}
+        stats = {name: by_draw(x) if name in PER_PARTICLE else x for name, x in outputs["stats"].items()}
         groups = jax.tree.map(by_draw, outputs["sites"])
         observations = jax.tree.map(lambda x: x[0], outputs["observations"])
         transition = program.diffusion()

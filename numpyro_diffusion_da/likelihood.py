@@ -16,6 +16,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.scipy.linalg as jsl
+import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from numpyro_diffusion_da.moment_matching import (
@@ -48,8 +49,8 @@ class GaussianObservation(NamedTuple):
     power: Float[Array, ...] | float = 1.0
 
 
-def whiten(observation: GaussianObservation) -> tuple[Float[Array, " m"], Float[Array, ""]]:
-    """(R^{-1/2} (y - h) with zeros where missing, -1/2 log det(2 pi R) over what is observed)."""
+def whiten(observation: GaussianObservation) -> tuple[Float[Array, " m"], Float[Array, " m"]]:
+    """(R^{-1/2} (y - h) with zeros where missing, the terms of -1/2 log det(2 pi R) over what is observed)."""
     observed = observation.observed
     # A missing value may be NaN: it must be replaced before any arithmetic, or its gradient is NaN too.
     residual = jnp.where(observed, jnp.where(observed, observation.value, 0.0) - observation.mean, 0.0)
@@ -57,14 +58,14 @@ def whiten(observation: GaussianObservation) -> tuple[Float[Array, " m"], Float[
     if observation.scale.ndim == 1:
         scale = jnp.where(observed, observation.scale, 1.0)
         normalizers = jnp.where(observed, -jnp.log(scale) - 0.5 * LOG_TWO_PI, 0.0)
-        return residual * jnp.sqrt(power) / scale, jnp.sum(power * normalizers)
+        return residual * jnp.sqrt(power) / scale, power * normalizers
     covariance = observation.scale @ observation.scale.T
     # Unit rows and columns in place of the missing ones: the Cholesky factor then is that of the observed block.
     both = observed[:, None] & observed[None, :]
     factor = jnp.linalg.cholesky(jnp.where(both, covariance, jnp.eye(len(residual), dtype=residual.dtype)))
     whitened = jsl.solve_triangular(factor, residual, lower=True)
-    normalizer = -jnp.sum(jnp.log(jnp.diagonal(factor))) - 0.5 * jnp.sum(observed) * LOG_TWO_PI
-    return whitened * jnp.sqrt(power), power * normalizer
+    normalizers = -jnp.log(jnp.diagonal(factor)) - 0.5 * observed * LOG_TWO_PI
+    return whitened * jnp.sqrt(power), power * normalizers
 
 
 class GeneralObservation(NamedTuple):
@@ -94,6 +95,14 @@ class Likelihood(eqx.Module):
     @abc.abstractmethod
     def log_prob(self, x: Float[Array, ...]) -> Float[Array, ""]:
         """log p(y | x) of all that is observed."""
+
+    @abc.abstractmethod
+    def pointwise(self, x: Float[Array, ...]) -> Float[Array, " m"]:
+        """log p(y_j | x) of each observation, site by site in the program's order; 0 where missing.
+
+        Their sum is `log_prob`. Where errors are correlated they are the terms of whitened residuals, each of which
+        mixes the values of an event.
+        """
 
     @abc.abstractmethod
     def coordinates(self, x: Float[Array, ...], tangents: Float[Array, "k ..."]) -> Coordinates | None:
@@ -130,12 +139,17 @@ class GaussianLikelihood(Likelihood):
 
     def log_normalizer(self, x: Float[Array, ...]) -> Float[Array, ""]:
         """-1/2 log det(2 pi R) over the observed values, R at x."""
-        return jnp.sum(jnp.stack([whiten(site)[1] for site in self.observe(x)]))
+        return jnp.sum(jnp.concatenate([whiten(site)[1] for site in self.observe(x)]))
 
     def log_prob(self, x: Float[Array, ...]) -> Float[Array, ""]:
         """log N(y; h(x), R)."""
         residual = self.residual(x)
         return self.log_normalizer(x) - 0.5 * jnp.vdot(residual, residual)
+
+    def pointwise(self, x: Float[Array, ...]) -> Float[Array, " m"]:
+        """The terms of log N(y; h(x), R)."""
+        residuals, normalizers = zip(*map(whiten, self.observe(x)), strict=True)
+        return jnp.concatenate(normalizers) - 0.5 * jnp.concatenate(residuals) ** 2
 
     def coordinates(self, x: Float[Array, ...], tangents: Float[Array, "k ..."]) -> None:
         """None: all is Gaussian."""
@@ -165,14 +179,25 @@ class GeneralLikelihood(Likelihood):
 
     def log_prob(self, x: Float[Array, ...]) -> Float[Array, ""]:
         """The sum over all sites."""
-        logs = [jnp.sum(jnp.where(s.observed, s.log_prob(s.parameters), 0.0)) for s in self.general(x)]
-        residuals = [whiten(site)[0] for site in self.gaussian(x)]
-        logs += [-0.5 * jnp.vdot(r, r) for r in residuals]
-        return jnp.sum(jnp.stack(logs)) + self.gaussian_log_normalizer(x)
+        return jnp.sum(self.pointwise(x))
+
+    def pointwise(self, x: Float[Array, ...]) -> Float[Array, " m"]:
+        """Of all sites."""
+        general = [jnp.where(s.observed, s.log_prob(s.parameters), 0.0) for s in self.general(x)]
+        gaussian = [normalizer - 0.5 * r**2 for r, normalizer in map(whiten, self.gaussian(x))]
+        return self.in_order(x, [*gaussian, *general])
+
+    def in_order(self, x: Float[Array, ...], parts: Sequence[Float[Array, " m"]]) -> Float[Array, " m"]:
+        """What is known of each site, those that are Gaussian first, in the order of all sites."""
+        sites = self.observe(x)
+        gaussian = iter(parts[: len(self.gaussian(x))])
+        general = iter(parts[len(self.gaussian(x)) :])
+        kinds = [isinstance(site, GaussianObservation) for site in sites]
+        return jnp.concatenate([next(gaussian) if kind else next(general) for kind in kinds])
 
     def gaussian_log_normalizer(self, x: Float[Array, ...]) -> Float[Array, ""]:
         """-1/2 log det(2 pi R) of the Gaussian sites."""
-        return sum((whiten(site)[1] for site in self.gaussian(x)), jnp.zeros(()))
+        return sum((jnp.sum(whiten(site)[1]) for site in self.gaussian(x)), jnp.zeros(()))
 
     def coordinates(self, x: Float[Array, ...], tangents: Float[Array, "k ..."]) -> Coordinates:
         """One coordinate an element: along the direction in which its parameters vary most under the tangents."""
@@ -225,6 +250,7 @@ class Coordinates:
         axes: list[Float[Array, "m p"]],
     ) -> None:
         self._general, self._sites, self._axes = general, sites, axes
+        self.sizes = [len(site.observed) for site in sites]
         looks = [jnp.sum(axis**2, axis=1) for axis in axes]
         self._units = [
             jnp.where(n[:, None] > 0, axis / jnp.where(n > 0, n, 1.0)[:, None], 0.0)
@@ -243,8 +269,7 @@ class Coordinates:
 
     def log_prob(self, t: Float[Array, " n"]) -> Float[Array, " n"]:
         """log p(y_i | t_i); 0 where missing."""
-        sizes = [len(site.observed) for site in self._sites]
-        parts = jnp.split(t, [sum(sizes[: i + 1]) for i in range(len(sizes) - 1)])
+        parts = jnp.split(t, np.cumsum(self.sizes)[:-1])
         return jnp.concatenate(
             [
                 jnp.where(site.observed, site.log_prob(site.parameters + part[:, None] * axis), 0.0)

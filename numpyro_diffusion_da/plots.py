@@ -82,20 +82,27 @@ def twin_figure(experiment: TwinExperiment, result: TwinResult) -> Figure:
 
     stats = result.runs[MAIN].sample_stats
     axes = lower.add_subplot(grid[1, 0])
-    axes.plot(stats["distinct_ancestors"][0], color=COLOURS[MAIN], label="distinct ancestors, after inflation")
-    axes.plot(stats["ess"][0], color=COLOURS[MAIN], ls=":", label="ESS of the weights, before it")
+    axes.plot(
+        over_blocks(stats["distinct_ancestors"][0]), color=COLOURS[MAIN], label="distinct ancestors, after inflation"
+    )
+    axes.plot(over_blocks(stats["ess"][0]), color=COLOURS[MAIN], ls=":", label="ESS of the weights, before it")
     axes.set_yscale("log")
     axes.set_ylim(0.9, 1.1 * len(stats["log_weights"][0]))
     axes.set_xlabel("cycle")
     axes.set_title(f"{MAIN}: how many particles count", fontsize=10)
     axes.legend(fontsize=8, frameon=False)
     axes = lower.add_subplot(grid[1, 1])
-    axes.plot(stats["inflation"][0], color=COLOURS[MAIN])
+    axes.plot(over_blocks(stats["inflation"][0]), color=COLOURS[MAIN])
     axes.set_yscale("log")
     axes.set_xlabel("cycle")
     axes.set_ylabel("alpha")
     axes.set_title(f"{MAIN}: inflation (1 = none)", fontsize=10)
     return figure
+
+
+def over_blocks(values: np.ndarray) -> np.ndarray:
+    """A statistic of one chain over time: the median over blocks of localised ancestors, shape (time,)."""
+    return values if values.ndim == 1 else np.median(values, axis=1)
 
 
 def skill_figure(
@@ -126,8 +133,8 @@ def skill_figure(
             axes.plot(days, fields[field]["spread"], color=colour, ls="--", label=f"{run}: spread")
         axes.set(title=field, ylabel=unit, ylim=0)
     count, *rest = panels[len(units) :]
-    count.plot(days, stats["distinct_ancestors"][0], color="k", label="distinct ancestors")
-    count.plot(days, stats["ess"][0], color="k", ls=":", label="ESS of the weights, before inflation")
+    count.plot(days, over_blocks(stats["distinct_ancestors"][0]), color="k", label="distinct ancestors")
+    count.plot(days, over_blocks(stats["ess"][0]), color="k", ls=":", label="ESS of the weights, before inflation")
     count.set_yscale("log", base=2)
     count.yaxis.set_major_formatter("{x:.0f}")
     count.set(title=f"{next(iter(scores))}: particles that count", ylim=(0.9, 1.1 * len(stats["log_weights"][0])))

@@ -36,7 +36,7 @@ def step_progress(show: bool, total: int) -> Iterator[Callable[[dict[str, Any]],
 
         def after(stats: dict[str, Any]) -> None:
             if show:
-                ess, inflation = (float(np.asarray(stats[name])) for name in ("ess", "inflation"))
+                ess, inflation = (float(np.median(stats[name])) for name in ("ess", "inflation"))
                 advance(1, f"ESS {ess:.0f}  inflation {inflation:.2f}")
 
         yield after

@@ -9,6 +9,12 @@ import numpy as np
 
 from numpyro_diffusion_da.layout import Layout
 
+PER_PARTICLE = frozenset(
+    {"log_weights", "ancestors", "solver_residual", "filter_draw", "backward_ess"}
+    | {f"backward_passes_{kind}" for kind in ("forward", "jvp", "vjp")}
+)
+"""Statistics of a step that have a value for each particle, or draw."""
+
 
 @dataclasses.dataclass(frozen=True)
 class FilterResult:
@@ -23,7 +29,8 @@ class FilterResult:
         observed_error: standard deviation of each observation's error, (time, ...); NaN where it has none.
         forecast: the one-step forecast E[x' | c] that each particle came from, (chain, draw, time, ...), or None where
             it was not kept.
-        sample_stats: (chain, time) or, for per-particle quantities, (chain, draw, time).
+        sample_stats: (chain, time) or, for per-particle quantities, (chain, draw, time); with localised ancestors, what
+            is said of weights has a last axis of blocks.
         network_passes: forward, jvp and vjp passes per particle and step, each (chain, time).
         latent_name: which posterior variable is the state; the first of them where the state was not kept.
         layout: the state's layout, or None where the transition has none.

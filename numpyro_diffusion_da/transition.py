@@ -13,14 +13,20 @@ from typing import NamedTuple
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from numpyro_diffusion_da.denoiser import Denoiser, Memory, NetworkPasses, PriorDenoiser
 from numpyro_diffusion_da.footprint import backward_bytes
 from numpyro_diffusion_da.guidance import Guidance, ObservingDenoiser
-from numpyro_diffusion_da.likelihood import GaussianLikelihood, GeneralLikelihood, Likelihood, probe_signs
+from numpyro_diffusion_da.likelihood import GaussianLikelihood, GeneralLikelihood, Likelihood, probe_signs, whiten
 from numpyro_diffusion_da.linear_solve import projected_solve
-from numpyro_diffusion_da.moment_matching import PseudoObservations, expectation_propagation
+from numpyro_diffusion_da.moment_matching import (
+    LEAST_VARIANCE,
+    PseudoObservations,
+    expectation_propagation,
+    tilted_moments,
+)
 from numpyro_diffusion_da.path import weighted_path
 from numpyro_diffusion_da.prior import Conditioning, DiffusionPrior
 from numpyro_diffusion_da.sampler import Sampler
@@ -258,10 +264,22 @@ class GaussianStep(OneStep):
         return moved, record, ratio + 0.5 * jnp.vdot(left, left)
 
 
+Pull = Callable[[Float[Array, " m"]], Array]
+"""v -> H^T v."""
+
+
 def observed_covariance(
     moments: Moments, likelihood: GaussianLikelihood
-) -> tuple[Float[Array, " m"], Float[Array, "m m"], Callable[[Float[Array, " m"]], Float[Array, ...]]]:
+) -> tuple[Float[Array, " m"], Float[Array, "m m"], Pull]:
     """The whitened residual r at the mean, I + H V H^T there, and the map v -> H^T v. One product an observation."""
+    residual, row, pull = _observed_product(moments, likelihood)
+    return residual, jax.vmap(row)(jnp.eye(len(residual), dtype=residual.dtype)), pull
+
+
+def _observed_product(
+    moments: Moments, likelihood: GaussianLikelihood
+) -> tuple[Float[Array, " m"], Callable[[Float[Array, " m"]], Float[Array, " m"]], Pull]:
+    """The residual r at the mean, v -> (I + H V H^T) v, and v -> H^T v."""
     residual, push = jax.linearize(likelihood.residual, moments.mean)
     transposed = jax.linear_transpose(push, moments.mean)
 
@@ -271,7 +289,49 @@ def observed_covariance(
     def row(v: Array) -> Array:
         return v - push(moments.covariance_product(pull(v)))
 
-    return residual, jax.vmap(row)(jnp.eye(len(residual), dtype=residual.dtype)), pull
+    return residual, row, pull
+
+
+def matched_pointwise(
+    moments: Moments, tangents: Float[Array, "k ..."], likelihood: Likelihood, probes: int | None
+) -> Float[Array, " m"]:
+    """log of int p(y_j | x) N(x; m, V) dx of each observation by itself, site by site; 0 where missing.
+
+    Args:
+        moments: m and V.
+        tangents: as `OneStep.tangents`.
+        likelihood: of all observations.
+        probes: products with random signs that estimate the diagonal of H V H^T (Bekas, Kokiopoulou & Saad 2007, Appl.
+            Numer. Math. 57, 1214); None for one product an observation, and no error.
+    """
+
+    def variances(local: GaussianLikelihood) -> tuple[Array, Array]:
+        residual, row, _ = _observed_product(moments, local)
+        if probes is None:
+            found = jax.vmap(row, out_axes=1)(jnp.eye(len(residual), dtype=residual.dtype)).diagonal()
+        else:
+            signs = jax.random.rademacher(jax.random.key(0), (probes, len(residual)), residual.dtype)
+            found = jnp.mean(signs * jax.vmap(row)(signs), axis=0)
+        return residual, jnp.maximum(found - 1.0, 0.0)
+
+    def widened(logs: Array, residual: Array, variance: Array) -> Array:
+        return logs + 0.5 * residual**2 * variance / (1.0 + variance) - 0.5 * jnp.log1p(variance)
+
+    if isinstance(likelihood, GaussianLikelihood):
+        return widened(likelihood.pointwise(moments.mean), *variances(likelihood))
+    assert isinstance(likelihood, GeneralLikelihood)
+    coordinates = likelihood.coordinates(moments.mean, tangents)
+    n = len(coordinates.observed)
+    unit = PseudoObservations(jnp.zeros(n, moments.mean.dtype), jnp.ones(n, moments.mean.dtype))
+    _, variance = variances(likelihood.with_pseudo(coordinates, unit))
+    spread = jnp.maximum(variance[-n:], LEAST_VARIANCE)
+    tilted = tilted_moments(coordinates.log_prob, jnp.zeros_like(spread), spread)
+    general = jnp.split(tilted.log_normalizer, np.cumsum(coordinates.sizes)[:-1])
+    gaussian, start = [], 0
+    for r, normalizer in map(whiten, likelihood.gaussian(moments.mean)):
+        gaussian.append(widened(normalizer - 0.5 * r**2, r, variance[start : start + len(r)]))
+        start += len(r)
+    return likelihood.in_order(moments.mean, [*gaussian, *general])
 
 
 def matched(

@@ -16,7 +16,7 @@ from jaxtyping import Array, Float
 
 from numpyro_diffusion_da.denoiser import NetworkPasses
 from numpyro_diffusion_da.likelihood import Likelihood
-from numpyro_diffusion_da.transition import OneStep, matched
+from numpyro_diffusion_da.transition import Moments, OneStep, matched, matched_pointwise
 
 
 class WeightRecord(NamedTuple):
@@ -37,6 +37,17 @@ class Weight(eqx.Module):
     @abc.abstractmethod
     def __call__(self, step: OneStep, likelihood: Likelihood) -> tuple[Float[Array, ""], WeightRecord]:
         """log p^(y | c) and its record."""
+
+    def pointwise(self, step: OneStep, likelihood: Likelihood) -> tuple[Float[Array, " m"], WeightRecord]:
+        """log p^(y_j | c) of each observation by itself, site by site, and the record: for localised ancestors.
+
+        Raises:
+            TypeError: the weight does not say it.
+        """
+        raise TypeError(
+            f"{type(self).__name__} weights do not say how well each observation was predicted by itself, and local "
+            "ancestors need that; use ndda.Dirac() or ndda.Moment(), or leave the taper out."
+        )
 
     def caveats(self, closed_form: bool, linear: bool) -> list[str]:
         """Why it is not exact; empty where it is.
@@ -59,6 +70,11 @@ class Equal(Weight):
         """Zero."""
         return jnp.zeros(()), WeightRecord(NetworkPasses.of(), None)
 
+    def pointwise(self, step: OneStep, likelihood: Likelihood) -> tuple[Float[Array, " m"], WeightRecord]:
+        """Zeros."""
+        observations = jax.eval_shape(likelihood.pointwise, jax.eval_shape(lambda: step.moments().mean))
+        return jnp.zeros(observations.shape, observations.dtype), WeightRecord(NetworkPasses.of(), None)
+
 
 class Dirac(Weight):
     """log p(y | m) with m = E[x' | c]: p(x' | c) taken as a point (Savary et al. 2026, arXiv 2605.20028, Sec. 3).
@@ -77,6 +93,11 @@ class Dirac(Weight):
         moments = step.moments()
         return likelihood.log_prob(moments.mean), WeightRecord(moments.passes, moments.mean)
 
+    def pointwise(self, step: OneStep, likelihood: Likelihood) -> tuple[Float[Array, " m"], WeightRecord]:
+        """The terms of that."""
+        moments = step.moments()
+        return likelihood.pointwise(moments.mean), WeightRecord(moments.passes, moments.mean)
+
 
 class Moment(Weight):
     """log of int p(y | x') N(x'; m, V) dx', V = Cov[x' | c]; with Gaussian errors log N(y; h(m), R + H V H^T).
@@ -90,12 +111,17 @@ class Moment(Weight):
         noise_level: where V is read off the denoiser's Jacobian. None is the prior's highest level, right for exact
             denoisers; a learned Jacobian is multiplied by that level, errors included, so give some ten times the
             spread of the latent (10.0 for a latent of unit variance, which makes V 1 % too small).
+        probes: for localised ancestors, which take each observation by itself and so need the diagonal of H V H^T only:
+            estimate it by this many products with random signs, whatever the number of observations. None for one
+            product an observation. Its error is of the size of what lies beside the diagonal: one probe is enough for
+            a transition whose errors are nearly independent from place to place.
 
     Raises:
-        ValueError: a noise level that is not positive.
+        ValueError: a noise level that is not positive, or probes below 1; probes without localised ancestors.
     """
 
     noise_level: float | None = eqx.field(static=True, default=None)
+    probes: int | None = eqx.field(static=True, default=None)
 
     def caveats(self, closed_form: bool, linear: bool) -> list[str]:
         """None for a Gaussian transition and a linear h."""
@@ -106,14 +132,34 @@ class Moment(Weight):
     def __check_init__(self) -> None:
         if self.noise_level is not None and not self.noise_level > 0:
             raise ValueError(f"Moment got noise_level={self.noise_level}; give a positive one, or None.")
+        if self.probes is not None and self.probes < 1:
+            raise ValueError(f"Moment got probes={self.probes}; give 1 or more, or None.")
 
     def __call__(self, step: OneStep, likelihood: Likelihood) -> tuple[Float[Array, ""], WeightRecord]:
         """The likelihood of the forecast mean under forecast and observation error together."""
-        # The mean always from the highest level: it is exact there for any denoiser.
-        moments = step.moments()
-        spread = moments if self.noise_level is None else step.moments(self.noise_level)
-        local, log_weight = matched(spread._replace(mean=moments.mean), step.tangents(), likelihood)
+        if self.probes is not None:
+            raise ValueError(
+                f"Moment(probes={self.probes}) estimates the variance of each observation by itself, and a weight of "
+                "whole particles needs their covariance; leave probes out, or give the filter a taper."
+            )
+        moments, passes = self._moments(step)
+        local, log_weight = matched(moments, step.tangents(), likelihood)
         observations = jax.eval_shape(local.residual, moments.mean).shape[0]
-        passes = moments.passes if self.noise_level is None else moments.passes.plus(spread.passes)
-        products = jax.tree.map(lambda n: n * observations, spread.passes_per_product)
+        products = jax.tree.map(lambda n: n * observations, moments.passes_per_product)
         return log_weight, WeightRecord(passes.plus(products), moments.mean)
+
+    def pointwise(self, step: OneStep, likelihood: Likelihood) -> tuple[Float[Array, " m"], WeightRecord]:
+        """Each observation under its own forecast and observation error."""
+        moments, passes = self._moments(step)
+        logs = matched_pointwise(moments, step.tangents(), likelihood, self.probes)
+        number = len(logs) if self.probes is None else self.probes
+        products = jax.tree.map(lambda n: n * number, moments.passes_per_product)
+        return logs, WeightRecord(passes.plus(products), moments.mean)
+
+    def _moments(self, step: OneStep) -> tuple[Moments, NetworkPasses]:
+        """Mean and covariance, and the passes they cost. The mean always from the highest level, exact there."""
+        moments = step.moments()
+        if self.noise_level is None:
+            return moments, moments.passes
+        spread = step.moments(self.noise_level)
+        return spread._replace(mean=moments.mean), moments.passes.plus(spread.passes)

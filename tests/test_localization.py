@@ -70,7 +70,7 @@ def test_neighbourhoods_are_the_taper(monkeypatch):
     rng = np.random.default_rng(0)
     taper = ndda.Taper(0.2, ndda.Euclidean(), {"y": rng.uniform(size=(20, 2))}, state=rng.uniform(size=(30, 2)))
     placed = taper.place((30,), {"y": ((20,), 1)})
-    dense = placed.taper(placed.points, placed.observations)
+    dense = placed.taper(placed.points)
     reached = (dense > 0).sum(1)
     assert 0 <= reached.min() < reached.max() < 20
     for block in (2**22, 100, 1):

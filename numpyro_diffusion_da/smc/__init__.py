@@ -1,5 +1,25 @@
 """Filter kernels in BlackJAX style: `init`, `build_kernel`, `as_top_level_api`; nothing here knows of diffusion."""
 
-from numpyro_diffusion_da.smc import bootstrap, enkf, ensemble_update, fa_apf, guided_pf, localization, pmmh, smc2
+from numpyro_diffusion_da.smc import (
+    bootstrap,
+    enkf,
+    ensemble_update,
+    fa_apf,
+    guided_pf,
+    local_ancestors,
+    localization,
+    pmmh,
+    smc2,
+)
 
-__all__ = ["bootstrap", "enkf", "ensemble_update", "fa_apf", "guided_pf", "localization", "pmmh", "smc2"]
+__all__ = [
+    "bootstrap",
+    "enkf",
+    "ensemble_update",
+    "fa_apf",
+    "guided_pf",
+    "local_ancestors",
+    "localization",
+    "pmmh",
+    "smc2",
+]

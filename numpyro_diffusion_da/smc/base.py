@@ -29,7 +29,7 @@ class State(NamedTuple):
 
 
 class Info(NamedTuple):
-    """All else about a step.
+    """All else about a step. With localised ancestors, what is said of weights has a last axis of blocks.
 
     Attributes:
         log_weights: log-weights before inflation, shape (N,), index = the particle before resampling. A non-finite
@@ -168,14 +168,39 @@ def finite_leaves(particle: PyTree) -> Bool[Array, ""]:
 
 
 def make_info(
-    log_weights: Float[Array, " n"],
-    ancestors: Int[Array, " n"],
-    inflation: Float[Array, ""],
+    log_weights: Float[Array, " n"] | Float[Array, "n b"],
+    ancestors: Int[Array, " n"] | Int[Array, "n b"],
+    inflation: Float[Array, ""] | Float[Array, " b"],
     particles: PyTree,
     weighing: PyTree,
     proposal: PyTree,
 ) -> Info:
-    """Diagnostics of a step from its log-weights (non-finite ones as -inf), ancestors and new particles."""
+    """Diagnostics of a step from its log-weights (non-finite ones as -inf), ancestors and new particles.
+
+    Weights of blocks, with a last axis, make no estimate of the evidence: its increment is 0.
+    """
+    local = log_weights.ndim > 1
+    per_block = jax.vmap(_weight_diagnostics, in_axes=1, out_axes=0) if local else _weight_diagnostics
+    ess, increment, distinct, spread, nonfinite = per_block(log_weights, ancestors)
+    return Info(
+        log_weights=log_weights,
+        ancestors=ancestors,
+        ess=ess,
+        inflation=inflation,
+        log_evidence_increment=jnp.zeros(()) if local else increment,
+        distinct_ancestors=distinct,
+        log_weight_std=spread,
+        nonfinite_weights=jnp.max(nonfinite) if local else nonfinite,
+        nonfinite_particles=jnp.sum(~jax.vmap(finite_leaves)(particles)),
+        weighing=weighing,
+        proposal=proposal,
+    )
+
+
+def _weight_diagnostics(
+    log_weights: Float[Array, " n"], ancestors: Int[Array, " n"]
+) -> tuple[Float[Array, ""], Float[Array, ""], Int[Array, ""], Float[Array, ""], Int[Array, ""]]:
+    """(ESS, log mean weight, distinct ancestors, spread of the finite log-weights, number of non-finite ones)."""
     from blackjax.smc.ess import ess
 
     n = len(log_weights)
@@ -184,19 +209,12 @@ def make_info(
     count = jnp.maximum(jnp.sum(finite), 1)
     mean = jnp.sum(jnp.where(finite, log_weights, 0.0)) / count
     variance = jnp.sum(jnp.where(finite, (log_weights - mean) ** 2, 0.0)) / count
-    increment = jax.nn.logsumexp(log_weights) - jnp.log(n)
-    return Info(
-        log_weights=log_weights,
-        ancestors=ancestors,
-        ess=jnp.where(usable, ess(jnp.where(usable, relative_to_highest(log_weights), 0.0)), 0.0),
-        inflation=inflation,
-        log_evidence_increment=increment,
-        distinct_ancestors=jnp.sum(jnp.bincount(ancestors, length=n) > 0),
-        log_weight_std=jnp.sqrt(variance),
-        nonfinite_weights=n - jnp.sum(finite),
-        nonfinite_particles=jnp.sum(~jax.vmap(finite_leaves)(particles)),
-        weighing=weighing,
-        proposal=proposal,
+    return (
+        jnp.where(usable, ess(jnp.where(usable, relative_to_highest(log_weights), 0.0)), 0.0),
+        jax.nn.logsumexp(log_weights) - jnp.log(n),
+        jnp.sum(jnp.bincount(ancestors, length=n) > 0),
+        jnp.sqrt(variance),
+        n - jnp.sum(finite),
     )
 
 

@@ -8,9 +8,13 @@ Given equally weighted particles c_i and a new observation y:
 4. the new particle ~ p(x' | c_ancestor, y), the optimal proposal
 5. the new particles are equally weighted.
 
+With `LocalAncestors` steps 1 to 3 are made for each block of the state by itself, from log p(y_j | c_i) of each
+observation j, and step 4 starts from states glued together from the blocks' ancestors (`local_ancestors`).
+
 The kernel asks two functions of a model and knows nothing else about it:
 
-- ``log_predictive_fn(particle, observation) -> (log p(y | c), record)``
+- ``log_predictive_fn(particle, observation) -> (log p(y | c), record)``; with `LocalAncestors` a vector, log p(y_j | c)
+  of each observation
 - ``propose_fn(rng_key, particle, observation) -> (particle, record)``
 
 A record is any pytree (``()`` for none); records come back in `Info`, stacked over particles.
@@ -38,6 +42,7 @@ from numpyro_diffusion_da.smc.base import (
     particle_keys,
     select,
 )
+from numpyro_diffusion_da.smc.local_ancestors import LocalAncestors
 
 __all__ = ["Info", "State", "as_top_level_api", "build_kernel", "init"]
 
@@ -48,6 +53,7 @@ def build_kernel(
     resampling_fn: Resampling | None = None,
     target_ess: float = 0.2,
     batch_size: int = 0,
+    local: LocalAncestors | None = None,
 ) -> Kernel:
     """Build the kernel.
 
@@ -57,6 +63,8 @@ def build_kernel(
         resampling_fn: from `blackjax.smc.resampling`; systematic by default.
         target_ess: effective sample size that inflation aims at, as a fraction of N; 0 for none.
         batch_size: particles mapped at a time, which bounds the memory; 0 for all at once.
+        local: localised ancestors; None for one selection of whole particles. Then `Info` has one set of weights and
+            ancestors for each block, and no evidence is estimated.
 
     Returns:
         kernel(rng_key, state, observation) -> (State, Info), pure and jit-able.
@@ -72,8 +80,12 @@ def build_kernel(
         weigh = map_particles(lambda particle: log_predictive_fn(particle, observation), batch_size)
         log_weights, weighing = weigh(state.particles)
         log_weights = jnp.where(jnp.isfinite(log_weights), log_weights, -jnp.inf)
-        ancestors, alpha = select(resampling_key, log_weights, resampling_fn, target_ess)
-        parents = jax.tree.map(lambda x: x[ancestors], state.particles)
+        if local is None:
+            ancestors, alpha = select(resampling_key, log_weights, resampling_fn, target_ess)
+            parents = jax.tree.map(lambda x: x[ancestors], state.particles)
+        else:
+            log_weights, ancestors, alpha = local.select(resampling_key, log_weights, resampling_fn, target_ess)
+            parents = local.glue(state.particles, ancestors)
         propose = map_particles(lambda key, particle: propose_fn(key, particle, observation), batch_size)
         particles, proposal = propose(particle_keys(proposal_key, n), parents)
         info = make_info(log_weights, ancestors, alpha, particles, weighing, proposal)
@@ -88,6 +100,7 @@ def as_top_level_api(
     resampling_fn: Resampling | None = None,
     target_ess: float = 0.2,
     batch_size: int = 0,
+    local: LocalAncestors | None = None,
 ) -> Any:
     """The filter as a `blackjax.base.SamplingAlgorithm`: ``init(particles)``, ``step(rng_key, state, observation)``.
 
@@ -95,5 +108,5 @@ def as_top_level_api(
     """
     from blackjax.base import SamplingAlgorithm
 
-    kernel = build_kernel(log_predictive_fn, propose_fn, resampling_fn, target_ess, batch_size)
+    kernel = build_kernel(log_predictive_fn, propose_fn, resampling_fn, target_ess, batch_size, local)
     return SamplingAlgorithm(init, kernel)

@@ -3,7 +3,7 @@
 An ensemble of N members estimates a covariance with an error of order 1/sqrt(N), however small the covariance is: far
 away the error is all there is. A taper multiplies by a correlation that falls to zero with distance. Nothing here knows
 of a filter: a `Taper` is what a user says, a `PlacedTaper` knows the position of every value of one model, and
-`Neighbourhoods` are what a compiled step needs.
+`Neighbourhoods` and `Blocks` are what a compiled step needs.
 """
 
 from __future__ import annotations
@@ -144,6 +144,41 @@ def _on_unit_sphere(positions: Float[np.ndarray, "n k"]) -> Float[np.ndarray, "n
     return np.stack([np.cos(latitude) * np.cos(longitude), np.cos(latitude) * np.sin(longitude), np.sin(latitude)], -1)
 
 
+class WithHeight(Distance):
+    """On top of each other too: positions have one more coordinate, the last.
+
+    The distance is the root of the sum of squares of the horizontal distance and of `scale` times the difference in
+    height. With the logarithm of pressure as height and `GreatCircle()`, scale=1000.0 makes levels whose pressures
+    have a ratio of e as far apart as 1000 km.
+
+    Args:
+        horizontal: the distance of all other coordinates.
+        scale: horizontal distance that counts as much as one unit of height.
+
+    Raises:
+        ValueError: a scale that is not positive.
+    """
+
+    horizontal: Distance
+    scale: float = eqx.field(static=True, converter=float)
+
+    def __check_init__(self) -> None:
+        if not 0 < self.scale < math.inf:
+            raise ValueError(
+                f"WithHeight got scale={self.scale}; give the distance that one unit of height stands for."
+            )
+
+    def __call__(self, a: Float[np.ndarray, "n k"], b: Float[np.ndarray, "m k"]) -> Float[np.ndarray, "n m"]:
+        """The root of the sum of squares."""
+        height = self.scale * (a[:, None, -1] - b[None, :, -1])
+        return np.sqrt(self.horizontal(a[:, :-1], b[:, :-1]) ** 2 + height**2)
+
+    def check(self, coordinates: int) -> str | None:
+        """One number more."""
+        needed = self.horizontal.check(coordinates - 1) if coordinates > 1 else "at least one number"
+        return None if needed is None else f"{needed}, then a height"
+
+
 class Neighbourhoods(NamedTuple):
     """For each of p points the observations that its taper reaches, at most k.
 
@@ -156,36 +191,54 @@ class Neighbourhoods(NamedTuple):
     weights: Float[np.ndarray, "p k"]
 
 
+class Blocks(NamedTuple):
+    """Places that are treated as one.
+
+    Attributes:
+        centres: position of each of b blocks, shape (b, k).
+        of_point: the block of each place of the state, shape (p,).
+    """
+
+    centres: Float[np.ndarray, "b k"]
+    of_point: Int[np.ndarray, " p"]
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class PlacedTaper:
     """A taper at the places of one model's values.
 
     Attributes:
-        radius: half-width c of the taper.
+        radii: half-width c of each observation's taper, shape (m,).
         distance: how far apart two positions are.
         points: positions of the state, one for each run of values at the same place, shape (p, k).
         observations: positions of the whitened residuals, in their order, shape (m, k).
     """
 
-    radius: float
+    radii: Float[np.ndarray, " m"]
     distance: Distance
     points: Float[np.ndarray, "p k"]
     observations: Float[np.ndarray, "m k"]
 
-    def taper(self, a: Float[np.ndarray, "n k"], b: Float[np.ndarray, "m k"]) -> Float[np.ndarray, "n m"]:
-        """The correlation between all positions `a` and all positions `b`."""
-        return gaspari_cohn(self.distance(a, b) / self.radius)
+    def taper(self, at: Float[np.ndarray, "n k"]) -> Float[np.ndarray, "n m"]:
+        """The correlation between positions and the observations."""
+        return gaspari_cohn(self.distance(at, self.observations) / self.radii[None])
 
     def between_observations(self) -> Float[np.ndarray, "m m"]:
-        """The correlation between the observations."""
-        return self.taper(self.observations, self.observations)
+        """The correlation between the observations; of two with different radii that of the smaller."""
+        radii = np.minimum(self.radii[:, None], self.radii[None, :])
+        return gaspari_cohn(self.distance(self.observations, self.observations) / radii)
 
-    def neighbourhoods(self) -> Neighbourhoods:
-        """Which observations reach which point of the state; all pairs are looked at, in blocks."""
+    def neighbourhoods(self, at: Float[np.ndarray, "p k"] | None = None) -> Neighbourhoods:
+        """Which observations reach which position; all pairs are looked at, in blocks.
+
+        Args:
+            at: positions; by default the places of the state.
+        """
+        points = self.points if at is None else at
         block = max(1, LARGEST_BLOCK // max(1, len(self.observations)))
         found = []
-        for start in range(0, len(self.points), block):
-            weights = self.taper(self.points[start : start + block], self.observations)
+        for start in range(0, len(points), block):
+            weights = self.taper(points[start : start + block])
             reached = weights > 0.0
             width = max(1, int(reached.sum(1).max()))
             # A stable sort keeps the observations of a row in their order, and the ones out of reach at its end.
@@ -195,6 +248,24 @@ class PlacedTaper:
         padded = [tuple(np.pad(x, ((0, 0), (0, width - x.shape[1]))) for x in pair) for pair in found]
         index, weights = (np.concatenate(parts) for parts in zip(*padded, strict=True))
         return Neighbourhoods(index.astype(np.int32), weights.astype(np.float32))
+
+    def blocks(self, radius: float) -> Blocks:
+        """Blocks of places no further than `radius` from their centre, which is a place too.
+
+        Centres are added where the state is furthest from those it has (Gonzalez 1985), until none is too far: on any
+        grid, of any distance. A radius of 0 makes each place a block, an infinite one the whole state.
+        """
+        if radius == 0.0:
+            return Blocks(self.points, np.arange(len(self.points), dtype=np.int32))
+        chosen = [0]
+        nearest = np.zeros(len(self.points), np.int32)
+        apart = self.distance(self.points, self.points[:1])[:, 0]
+        while apart.max() > radius:
+            chosen.append(int(apart.argmax()))
+            here = self.distance(self.points, self.points[chosen[-1] :][:1])[:, 0]
+            nearest = np.where(here < apart, np.int32(len(chosen) - 1), nearest)
+            apart = np.minimum(apart, here)
+        return Blocks(self.points[chosen], nearest)
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -209,8 +280,9 @@ class Taper:
 
     Args:
         radius: the half-width c of the taper, in the unit of the distance: the taper is 5/24 there, and 0 from 2 c on.
-        distance: `Ring`, `Euclidean` or `GreatCircle`. On the first and the last a taper is a covariance only if it
-            does not reach around: c of at most a quarter of the circle.
+            One for all observations, or one by the name of each observed site.
+        distance: `Ring`, `Euclidean`, `GreatCircle`, or `WithHeight` of one of them. On a ring and on the sphere a taper
+            is a covariance only if it does not reach around: c of at most a quarter of the circle.
         observations: positions of each observed site's values, by its name.
         state: positions of the state's values; by default the coordinates of the prior's layout.
 
@@ -219,13 +291,19 @@ class Taper:
         TypeError: a distance that is none.
     """
 
-    radius: float
+    radius: float | Mapping[str, float]
     distance: Distance
     observations: Mapping[str, ArrayLike]
     state: ArrayLike | None = None
 
     def __post_init__(self) -> None:
-        if not self.radius > 0.0:
+        if isinstance(self.radius, Mapping) and set(self.radius) != set(self.observations):
+            raise ValueError(
+                f"Taper got radii of {sorted(self.radius)} and positions of {sorted(self.observations)}; give both for "
+                "the same observed sites."
+            )
+        radii = self.radius.values() if isinstance(self.radius, Mapping) else [self.radius]
+        if not all(radius > 0.0 for radius in radii):
             raise ValueError(
                 f"Taper got radius={self.radius}; give a positive half-width, in the unit of the distance."
             )
@@ -241,9 +319,13 @@ class Taper:
 
     def __repr__(self) -> str:
         """In full, as positions go into a result's attributes: their number and a checksum."""
-        parts = [f"radius={self.radius:g}", f"distance={self.distance}"]
+        radius = dict(self.radius) if isinstance(self.radius, Mapping) else f"{self.radius:g}"
+        parts = [f"radius={radius}", f"distance={self.distance}"]
         parts += [f"{name}={_described(value)}" for name, value in self.observations.items()]
         return f"Taper({', '.join(parts)}, state={'layout' if self.state is None else _described(self.state)})"
+
+    def _radius(self, site: str) -> float:
+        return self.radius[site] if isinstance(self.radius, Mapping) else self.radius
 
     def _rows(self, values: ArrayLike, what: str) -> Float[np.ndarray, "n k"]:
         rows = np.asarray(values, np.float64)
@@ -279,7 +361,7 @@ class Taper:
         _values_at_each(len(rows), state_shape, "the state")
         if unknown := sorted(set(self.observations) - set(observed)):
             raise ValueError(f"Taper has positions of {unknown}, but the observed sites are {sorted(observed)}.")
-        placed = []
+        placed, radii = [], []
         for name, (shape, event) in observed.items():
             if name not in self.observations:
                 raise ValueError(
@@ -296,10 +378,11 @@ class Taper:
                     "them, so that none has a place of its own; give Normal errors, or each event one place."
                 )
             placed.append(here)
+            radii.append(np.full(len(here), self._radius(name)))
         if len({x.shape[1] for x in (rows, *placed)}) != 1:
             counts = {"the state": rows.shape[1]} | {n: x.shape[1] for n, x in zip(observed, placed, strict=True)}
             raise ValueError(f"Taper got positions of {counts} coordinates; give the same coordinates to all.")
-        return PlacedTaper(self.radius, self.distance, rows, np.concatenate(placed))
+        return PlacedTaper(np.concatenate(radii), self.distance, rows, np.concatenate(placed))
 
     def _layout_rows(self, layout: Layout | None) -> Float[np.ndarray, "n k"]:
         if layout is None:
