@@ -36,7 +36,8 @@ ALLOWED = {
 
 # From the top down: a module imports only from later entries.
 ORDER = [
-    "__init__", "cli", "plots", "twin", "verification", "filtering", "online", "pmmh", "smc2", "inference",
+    "__init__", "cli", "plots", "twin", "verification", "innovations", "spectra", "labelling",
+    "filtering", "online", "pmmh", "smc2", "inference",
     "summary", "backward", "smoothing", "convert", "result", "progress", "storage", "evidence",
     "algorithm", "feynman_kac", "linear_gaussian", "smc", "parameters", "state_space", "dependence", "site",
     "free_parameters", "distribution", "density", "weight",
