@@ -134,7 +134,7 @@ def consistency(
     the sum is right, not each part: see `error_variances`. The ratio has a standard error near sqrt(2 / count).
 
     The p-value is that of independent Gaussian values: right for one site over time (innovations are white) and some
-    hundred members; with fewer the estimated variance makes chi-square larger, by (M - 1) / (M - 3) in the mean if
+    hundred members; with fewer, the estimated variance makes chi-square larger, by (M - 1) / (M - 3) in the mean if
     error=0. Sites of one time are correlated: where `axis` puts them together the p-value is too small or too
     large, and the ratio with its standard error is what to look at.
 

@@ -63,7 +63,7 @@ def test_a_right_filter_gives_r_and_p():
     squares = ((o - b) ** 2).mean(0)
     assert found.observation.value + found.background.value == pytest.approx(squares)
     # (O - A)(O - B) is white and made of Gaussians: known, too, is how far an estimate strays.
-    residual = R @ np.linalg.inv(v) @ v @ np.linalg.inv(v) @ R
+    residual = R @ np.linalg.inv(v) @ R  # the variance of O - A
     expected = np.sqrt((np.diag(residual) * np.diag(v) + np.diag(R) ** 2) / STEPS)
     assert found.observation.standard_error == pytest.approx(expected, rel=0.1)
 
@@ -149,18 +149,30 @@ def test_standard_errors_need_blocks_where_values_remember():
     rng = np.random.default_rng(0)
     runs, steps, memory = 400, 600, 0.8
     noise = rng.normal(size=(steps, runs))
-    o = np.zeros((steps, runs))
+    o = np.empty((steps, runs))
+    o[0] = noise[0] / np.sqrt(1 - memory**2)
     for t in range(1, steps):
         o[t] = memory * o[t - 1] + noise[t]
     b = np.zeros((1, steps, runs))
-    white, alone, blocks = (
-        innovations.departures(values, b, block=block).mean for values, block in ((noise, 1), (o, 1), (o, 40))
-    )
-    spread = 1 / np.sqrt(2 * runs)  # relative standard error of a standard deviation
-    assert np.mean(white.standard_error) / np.std(white.value) == pytest.approx(1, abs=4 * spread)
-    assert np.mean(alone.standard_error) / np.std(alone.value) < 0.5
-    # 15 blocks of 40 steps, each correlated with the next: the error of the error is not all of it.
-    assert np.mean(blocks.standard_error) / np.std(blocks.value) == pytest.approx(1, abs=4 * spread + 0.1)
+
+    def variance_of_mean(n):
+        """Of n consecutive values of the process."""
+        whole = (1 + memory) / (1 - memory) - 2 * memory * (1 - memory**n) / (n * (1 - memory) ** 2)
+        return whole / n / (1 - memory**2)
+
+    def ratio(values, block):
+        """Standard error, as a root mean square over runs, over the spread of the means."""
+        mean = innovations.departures(values, b, block=block).mean
+        return np.sqrt(np.mean(mean.standard_error**2) / np.mean(mean.value**2))
+
+    spread = 1 / np.sqrt(2 * runs)  # relative standard error of a root mean square
+    assert ratio(noise, 1) == pytest.approx(1, abs=4 * spread)
+    for block in (1, 40):
+        whole, between = variance_of_mean(steps), variance_of_mean(block)
+        expected = np.sqrt((between - whole) / (steps / block - 1) / whole)
+        assert ratio(o, block) == pytest.approx(expected, abs=6 * spread)
+    assert ratio(o, 1) < 0.4
+    assert ratio(o, 40) > 0.85
 
 
 def test_named_arrays_give_the_same_by_name():
