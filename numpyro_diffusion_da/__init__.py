@@ -4,7 +4,7 @@ Write a state-space model as an ordinary NumPyro program, put a pretrained diffu
 filter observations with a fully adapted auxiliary particle filter, and read the result with ArviZ and xarray.
 """
 
-from numpyro_diffusion_da import convert, feynman_kac, smc, smoothing
+from numpyro_diffusion_da import convert, feynman_kac, innovations, smc, smoothing, spectra, verification
 from numpyro_diffusion_da.algorithm import FAAPF, Algorithm, Bootstrap, EnKF, GuidedPF
 from numpyro_diffusion_da.density import ExactTrace, Hutchinson, ProbabilityFlow
 from numpyro_diffusion_da.distribution import ConditionedTransition, DiffusionTransition
@@ -112,8 +112,11 @@ __all__ = [
     "WithHeight",
     "convert",
     "feynman_kac",
+    "innovations",
     "load_prior",
     "parametrisation",
     "smc",
     "smoothing",
+    "spectra",
+    "verification",
 ]

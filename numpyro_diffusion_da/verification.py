@@ -6,21 +6,18 @@ number of members. Averages are weighted means over `axis`, of squares first wit
 A point whose truth is NaN is left out (a missing observation, land in a sea surface temperature); a NaN member where
 there is a truth makes the score NaN, so that a failed forecast is seen.
 
-Against observations, give members with the observation error added: `posterior_predictive` of a filter.
+Against observations, give members with the observation error added: `posterior_predictive` of a filter, whose members
+have seen those observations. What it forecast before it saw them is the matter of `innovations`; what a field looks
+like along a ring, of `spectra`. docs/verification.md says what each number means.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-if TYPE_CHECKING:
-    import xarray
-
-Axis = int | str | Sequence[int | str] | None
-"""Axes of the truth (without that of the members): positions for numpy, names for xarray; None for all of them."""
+from numpyro_diffusion_da.labelling import Axis, Case, is_labelled
 
 
 def rmse(ensemble: Any, truth: Any, *, member: int | str = 0, axis: Axis = None, weights: Any = None) -> Any:
@@ -37,7 +34,7 @@ def rmse(ensemble: Any, truth: Any, *, member: int | str = 0, axis: Axis = None,
         ValueError: shapes or axes that do not fit.
         TypeError: numpy arrays mixed with xarray's.
     """
-    case = _Case(ensemble, truth, member, weights)
+    case = Case(ensemble, truth, member, weights)
     return case.answer(case.mean(case.squared_error(), axis) ** 0.5)
 
 
@@ -57,7 +54,7 @@ def spread(ensemble: Any, *, member: int | str = 0, axis: Axis = None, weights: 
         ValueError: see `rmse`, and fewer than two members.
         TypeError: see `rmse`.
     """
-    case = _Case(ensemble, None, member, weights)
+    case = Case(ensemble, None, member, weights)
     return case.answer(case.mean(case.variance(), axis) ** 0.5)
 
 
@@ -66,7 +63,7 @@ def spread_skill(ensemble: Any, truth: Any, *, member: int | str = 0, axis: Axis
 
     Arguments and errors as `rmse`; at least two members.
     """
-    case = _Case(ensemble, truth, member, weights)
+    case = Case(ensemble, truth, member, weights)
     return case.answer((case.mean(case.variance(), axis) / case.mean(case.squared_error(), axis)) ** 0.5)
 
 
@@ -79,12 +76,69 @@ def crps(ensemble: Any, truth: Any, *, member: int | str = 0, axis: Axis = None,
     """
     import scoringrules
 
-    case = _Case(ensemble, truth, member, weights)
+    case = Case(ensemble, truth, member, weights)
     case.require_two_members()
     members = case.members.transpose(..., "member")
     # "pwm" is the fair estimate (Zamo & Naveau 2018) by sorting: M log M operations, where "fair" makes all M^2 pairs.
     score = scoringrules.crps_ensemble(case.truth.values, members.values, estimator="pwm", backend="numpy")
     return case.answer(case.mean(case.truth.copy(data=score), axis))
+
+
+def energy_score(
+    ensemble: Any, truth: Any, *, vector: Axis, member: int | str = 0, axis: Axis = None, weights: Any = None
+) -> Any:
+    """Mean energy score of whole vectors, in the unit of the state (times the root of the weights); lower is better.
+
+    The fair estimate mean ||x_i - y|| - sum_ij ||x_i - x_j|| / (2 M (M - 1)) (Gneiting & Raftery 2007, J. Am. Stat.
+    Assoc. 102, 359, section 4.3, with the second mean over different members). In one dimension it is the CRPS. It is
+    proper for the joint distribution, but weak at telling dependence between elements: a wrong correlation costs little
+    where mean and spread are right (Pinson & Tastu 2013).
+
+    Args:
+        ensemble: see `rmse`; at least two members.
+        truth: see `rmse`. An element that is missing is left out of its vector.
+        vector: axes of the truth that together are one vector: time and cycles usually not among them.
+        member: see `rmse`.
+        axis: which of the other axes are averaged over, plainly; all of them by default. Vectors of which nothing is
+            there are left out.
+        weights: of the norm, ||x||^2 = sum_j w_j x_j^2, not negative; for instance `area_weights`, or 1 over the
+            variance of each variable where several are put together.
+
+    Raises:
+        ValueError: see `rmse`; fewer than two members, no axis for the vector, one that is also averaged over.
+        TypeError: see `rmse`.
+    """
+    case = Case(ensemble, truth, member, weights)
+    case.require_two_members()
+    within = case.axes(vector)
+    if not within:
+        raise ValueError("energy_score needs one axis or more in vector; for the score of single elements take crps.")
+    others = [str(name) for name in case.truth.dims if name not in within]
+    averaged = others if axis is None else case.axes(axis)
+    if both := sorted(set(within) & set(averaged)):
+        raise ValueError(f"energy_score cannot average over {both}, which it is told make up the vector.")
+    scale = np.sqrt(case.weights)
+    error = ((case.members - case.truth) * scale).where(case.valid, 0.0).transpose(*others, "member", *within)
+    there = case.valid.any(within).transpose(*others)
+    vectors = error.values.reshape(there.size, case.members.sizes["member"], -1)
+    score = there.copy(data=_fair_energy(vectors).reshape(there.shape))
+    total = score.where(there, 0.0).sum(averaged, skipna=False)
+    count = there.sum(averaged)
+    return case.answer(total / count.where(count > 0))
+
+
+def _fair_energy(error: np.ndarray) -> np.ndarray:
+    """Fair energy scores of members minus truth, (case, member, element) -> (case,)."""
+    import scoringrules
+
+    m = error.shape[1]
+    scores = []
+    for one in error:
+        # M vectors span M dimensions at most: their coordinates there have the same distances, and the pairs fit in
+        # memory however long the vectors are. (LAPACK carries a NaN to all of them, as it should be.)
+        one = np.transpose(np.linalg.qr(one.T, mode="r")) if one.shape[1] > m else one
+        scores.append(scoringrules.es_ensemble(np.zeros(one.shape[1]), one, estimator="fair", backend="numpy"))
+    return np.array(scores)
 
 
 def rank_histogram(ensemble: Any, truth: Any, *, member: int | str = 0) -> np.ndarray:
@@ -106,7 +160,7 @@ def rank_histogram(ensemble: Any, truth: Any, *, member: int | str = 0) -> np.nd
         ValueError: see `rmse`, and a NaN member where there is a truth.
         TypeError: see `rmse`.
     """
-    case = _Case(ensemble, truth, member, None)
+    case = Case(ensemble, truth, member, None)
     m = case.members.sizes["member"]
     valid = case.valid.values.reshape(-1)
     members = case.members.transpose("member", ...).values.reshape(m, -1)[:, valid]
@@ -119,6 +173,86 @@ def rank_histogram(ensemble: Any, truth: Any, *, member: int | str = 0) -> np.nd
     # Each point adds its share to the ranks below, ..., below + ties: as steps up and down, summed afterwards.
     steps = np.bincount(below, share, m + 2) - np.bincount(below + ties + 1, share, m + 2)
     return np.cumsum(steps)[: m + 1]
+
+
+class Flatness(NamedTuple):
+    """How far a rank histogram is from flat, see `flatness`.
+
+    Attributes:
+        chi_square: Pearson's statistic against equal counts.
+        p_value: probability of a larger one, from chi-square with M degrees of freedom.
+        bias: linear component, standard normal if the histogram is flat. Positive: counts rise with the rank, so the
+            members lie too low; negative: too high.
+        bias_p_value: probability of one that is larger in size.
+        dispersion: U-shaped component, standard normal if flat. Positive: a U, too little spread; negative: a hump, too
+            much.
+        dispersion_p_value: probability of one that is larger in size.
+        rest: chi_square - bias^2 - dispersion^2, what neither explains.
+        rest_p_value: probability of a larger one, from chi-square with M - 2 degrees of freedom; NaN for M = 2.
+    """
+
+    chi_square: float
+    p_value: float
+    bias: float
+    bias_p_value: float
+    dispersion: float
+    dispersion_p_value: float
+    rest: float
+    rest_p_value: float
+
+
+def flatness(counts: Any, *, effective: float | None = None) -> Flatness:
+    """Test whether a rank histogram is flat, and for what reason it is not.
+
+    With K = M + 1 ranks, n points, n_i of them at rank i and e = n / K, chi-square = sum_i x_i^2 with
+    x_i = (n_i - e) / sqrt(e). Its components along orthonormal contrasts, (sum_i u_i x_i)^2, each have one degree of
+    freedom (Jolliffe & Primo 2008, Mon. Weather Rev. 136, 2133): here u linear in the rank, which a bias brings forth,
+    and u quadratic in it and orthogonal to that and to a constant, which a wrong spread brings forth. Each also shows a
+    little of the other, where the deviation is large.
+
+    The p-values are those of independent points. Ranks at neighbouring points and times are correlated, so those of a
+    field are far too small: take the histogram of points that are far apart in space and time, as in
+    ``rank_histogram(x[..., ::20, ::10], y[..., ::20, ::10])``, or say how many independent points there are. With ties
+    shared out, counts vary less, and the test rejects too seldom.
+
+    Args:
+        counts: from `rank_histogram`, shape (M + 1,), at least 3.
+        effective: number of independent points that the counts stand for; the counts are scaled to sum to it. None: all
+            of them.
+
+    Raises:
+        ValueError: fewer than three ranks, negative or no counts, or `effective` not positive or above their number.
+    """
+    import scipy.stats
+
+    n = np.asarray(counts, float)
+    if n.ndim != 1 or n.size < 3 or not np.all(n >= 0) or not n.sum() > 0:
+        raise ValueError(
+            f"flatness takes the counts of three ranks or more, not negative and not all 0; got the shape {n.shape}."
+        )
+    if effective is not None:
+        # A share of a point is left for the rounding of counts that were shared out.
+        if not 0 < effective <= n.sum() * (1 + 1e-9):
+            raise ValueError(f"effective={effective}; give a number above 0, up to the {n.sum():g} points counted.")
+        n = n * (effective / n.sum())
+    expected = n.mean()
+    x = (n - expected) / np.sqrt(expected)
+    ranks = np.arange(n.size) - (n.size - 1) / 2
+    # The ranks are centred, so that odd and even contrasts are orthogonal.
+    linear, quadratic = ranks, ranks**2 - np.mean(ranks**2)
+    bias, dispersion = (float(u @ x / np.linalg.norm(u)) for u in (linear, quadratic))
+    chi_square = float(x @ x)
+    rest = max(chi_square - bias**2 - dispersion**2, 0.0)
+    return Flatness(
+        chi_square,
+        float(scipy.stats.chi2.sf(chi_square, n.size - 1)),
+        bias,
+        float(2 * scipy.stats.norm.sf(abs(bias))),
+        dispersion,
+        float(2 * scipy.stats.norm.sf(abs(dispersion))),
+        rest,
+        float(scipy.stats.chi2.sf(rest, n.size - 3)) if n.size > 3 else float("nan"),
+    )
 
 
 def area_weights(latitude: Any) -> Any:
@@ -150,115 +284,10 @@ def area_weights(latitude: Any) -> Any:
         edges = np.concatenate([ends[:1], values[:-1] + steps / 2, ends[1:]])
         weights = np.abs(np.diff(np.sin(np.deg2rad(edges))))
         weights = weights / weights.mean()
-    return latitude.copy(data=weights) if _is_labelled(latitude) else weights
+    return latitude.copy(data=weights) if is_labelled(latitude) else weights
 
 
 def _outer_edge(centre: float, step: float) -> float:
     if abs(centre + step) > 90.0:
         return float(np.copysign(90.0, step))
     return centre + step / 2
-
-
-def _position(axis: int | str) -> int:
-    if isinstance(axis, str):
-        raise ValueError(f"'{axis}' is the name of an axis; numpy arrays have positions: give an integer.")
-    return axis
-
-
-def _is_labelled(value: Any) -> bool:
-    import xarray
-
-    return isinstance(value, xarray.DataArray)
-
-
-class _Case:
-    """Members, truth and weights as `DataArray`s in double precision, whatever they were given as.
-
-    Axes of numpy arrays are named by their position in the truth; the members' axis is always named "member".
-    """
-
-    def __init__(self, ensemble: Any, truth: Any, member: int | str, weights: Any) -> None:
-        import xarray
-
-        self.labelled = _is_labelled(ensemble)
-        for name, other in (("truth", truth), ("weights", weights)):
-            if other is not None and _is_labelled(other) != self.labelled:
-                raise TypeError(f"ensemble and {name}: give both as numpy arrays or both as xarray.DataArray.")
-        if self.labelled:
-            if member not in ensemble.dims:
-                raise ValueError(f"member={member!r} is not a dimension of the ensemble, which has {ensemble.dims}.")
-            # The number of a member is of no use here, and would clash with the new name of its axis.
-            numbers = [name for name, coordinate in ensemble.coords.items() if member in coordinate.dims]
-            self.members = ensemble.drop_vars(numbers).rename({member: "member"}).astype(float)
-        else:
-            values = np.moveaxis(np.asarray(ensemble, float), _position(member), 0)
-            names = [f"axis_{i}" for i in range(values.ndim - 1)]
-            self.members = xarray.DataArray(values, dims=["member", *names])
-        dims = [str(name) for name in self.members.dims if name != "member"]
-        if truth is None:
-            # A point that no member has, as land in a sea surface temperature, is no point of the field.
-            self.truth = self.members.isel(member=0)
-            self.valid = self.members.notnull().any("member")
-        else:
-            self.truth = truth.astype(float) if self.labelled else self._given(truth, dims)
-            self.valid = self.truth.notnull()
-        sizes = {name: self.members.sizes[name] for name in dims}
-        if dict(self.truth.sizes) != sizes:
-            raise ValueError(f"the members have the axes {sizes}, but the truth has {dict(self.truth.sizes)}.")
-        if weights is None:
-            self.weights = xarray.ones_like(self.truth)
-        elif self.labelled:
-            self.weights = weights.astype(float)
-        else:
-            self.weights = self._given(np.broadcast_to(np.asarray(weights, float), self.truth.shape), dims)
-        # By default xarray would silently keep the points in common.
-        aligned = xarray.align(self.members, self.truth, self.valid, self.weights, join="exact")
-        self.members, self.truth, self.valid, self.weights = aligned
-        self.members, self.truth = self.members.transpose("member", *dims), self.truth.transpose(*dims)
-        self.valid = self.valid.transpose(*dims)
-
-    def _given(self, values: Any, dims: list[str]) -> xarray.DataArray:
-        import xarray
-
-        values = np.asarray(values, float)
-        if values.ndim != len(dims):
-            raise ValueError(f"the members have {len(dims)} axes each, but the truth has {values.ndim}.")
-        return xarray.DataArray(values, dims=dims)
-
-    def require_two_members(self) -> None:
-        """Refuse what has no spread."""
-        if self.members.sizes["member"] < 2:
-            raise ValueError("this score needs at least two members.")
-
-    def squared_error(self) -> xarray.DataArray:
-        """Of the ensemble mean."""
-        return (self.members.mean("member", skipna=False) - self.truth) ** 2
-
-    def variance(self) -> xarray.DataArray:
-        """Unbiased variance of the members times (M + 1) / M."""
-        self.require_two_members()
-        m = self.members.sizes["member"]
-        return (m + 1) / m * self.members.var("member", ddof=1, skipna=False)
-
-    def mean(self, values: xarray.DataArray, axis: Axis) -> xarray.DataArray:
-        """Weighted mean over the axes of the points that count."""
-        dims = self.truth.dims if axis is None else self._axes(axis)
-        weights = self.weights.where(self.valid, 0.0)
-        total = (values.where(self.valid, 0.0) * weights).sum(dims, skipna=False)
-        weight = weights.sum(dims)
-        return total / weight.where(weight > 0)
-
-    def _axes(self, axis: int | str | Sequence[int | str]) -> list[str]:
-        axes = [axis] if isinstance(axis, (int, str)) else list(axis)
-        known = {name: name for name in self.truth.dims}
-        if not self.labelled:
-            known = {i: name for k, name in enumerate(self.truth.dims) for i in (k, k - self.truth.ndim)}
-        if wrong := [i for i in axes if i not in known]:
-            raise ValueError(f"axis {wrong} is not among those of the truth: {list(known)}.")
-        return [str(known[i]) for i in axes]
-
-    def answer(self, score: xarray.DataArray) -> Any:
-        """In the kind of the ensemble; a number where numpy arrays leave no axis."""
-        if self.labelled:
-            return score
-        return score.item() if score.ndim == 0 else score.values

@@ -8,6 +8,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+import scipy.linalg
 import scipy.stats
 
 from numpyro_diffusion_da import smoothing
@@ -30,8 +31,8 @@ needs_gencast = [
     pytest.mark.gencast,
     pytest.mark.skipif(importlib.util.find_spec("weathernext") is None, reason="weathernext is not installed"),
 ]
-# .ci/run has the longest page run by both Pythons, hence by both generations of ArviZ.
-MARKS = {"gencast.md": needs_gencast, "arviz.md": [pytest.mark.slow]}
+# .ci/run has the page on ArviZ run by both Pythons, hence by both generations of ArviZ.
+MARKS = {"gencast.md": needs_gencast, "arviz.md": [pytest.mark.slow], "verification.md": [pytest.mark.slow]}
 WITH_EXAMPLES = [pytest.param(page, marks=MARKS.get(page.name, [])) for page in PAGES if examples(page)]
 
 
@@ -85,7 +86,37 @@ def says_of_arviz(names):
     assert names["tree"]["lag_5"].attrs["smoothing"] == "fixed lag"
 
 
-SAYS = {"arviz.md": says_of_arviz}
+def says_of_verification(names):
+    """What docs/verification.md says, against the exact filter where it is about variances."""
+    right, wrong, flat, not_flat = (names[name] for name in ("right", "wrong", "flat", "not_flat"))
+    assert right["crps"] < wrong["crps"]
+    assert right["energy"] < wrong["energy"]
+    assert right["rmse"] < wrong["rmse"] < 1.1 * right["rmse"]
+    assert abs(right["spread_skill"] - 1) < 0.05
+    assert wrong["spread_skill"] < 0.7
+    assert flat.p_value > 0.01
+    assert not_flat.dispersion > 8
+    assert abs(not_flat.bias) < 3
+    assert names["rough"]["mean"] < 0.9 * names["rough"]["members"] < 0.9 * names["rough"]["patched"]
+    assert np.all(names["power"]["patched"][3:] > 1.3 * names["power"]["members"][3:])
+
+    a, q, h = names["moved"], names["noise"] @ names["noise"].T, np.eye(12)[::2]
+    p = h @ scipy.linalg.solve_discrete_are(a.T, h.T, q, 0.25 * np.eye(6)) @ h.T
+    for found, expected in (
+        (names["found"]["O-B"].mean, 0.0),
+        (names["found_too_sure"]["O-B"].mean, 0.0),
+        (names["found"]["consistency"].ratio, 1.0),
+        (names["found"]["variances"].observation, 0.25),
+        (names["found"]["variances"].background, np.trace(p) / 6),
+    ):
+        assert abs(found.value - expected) < 3 * found.standard_error
+    ratio, variances = names["found_too_sure"]["consistency"].ratio, names["found_too_sure"]["variances"]
+    assert ratio.value - 1 > 4 * ratio.standard_error
+    value, error = variances.observation
+    assert 0.0625 + 4 * error < value < 0.25 - 4 * error
+
+
+SAYS = {"arviz.md": says_of_arviz, "verification.md": says_of_verification}
 
 
 @pytest.mark.parametrize("page", WITH_EXAMPLES, ids=lambda p: p.name)

@@ -37,7 +37,8 @@ ALLOWED = {
 
 # From the top down: a module imports only from later entries.
 ORDER = [
-    "__init__", "cli", "plots", "twin", "verification", "filtering", "online", "pmmh", "smc2", "inference",
+    "__init__", "cli", "plots", "twin", "verification", "innovations", "spectra", "labelling",
+    "filtering", "online", "pmmh", "smc2", "inference",
     "summary", "backward", "smoothing", "convert", "result_axes", "result", "progress", "storage", "evidence",
     "algorithm", "feynman_kac", "linear_gaussian", "smc", "parameters", "state_space", "program", "dependence",
     "site", "free_parameters", "distribution", "density", "weight",

@@ -185,3 +185,139 @@ def test_arrays_that_do_not_fit_are_refused():
             score(ensemble[:1], truth)
     with pytest.raises(ValueError, match="two members"):
         v.spread(ensemble[:1])
+
+
+def test_energy_score_of_one_element_is_the_crps():
+    ensemble, truth = ensembles(2, 6, 40)
+    one = v.energy_score(ensemble[..., None], truth[:, None], vector=1, axis=())
+    assert one == pytest.approx(v.crps(ensemble, truth, axis=()))
+    assert v.energy_score(ensemble[..., None], truth[:, None], vector=-1) == pytest.approx(v.crps(ensemble, truth))
+
+
+@pytest.mark.parametrize("elements", [3, 50])  # fewer than members, and more
+def test_energy_score_is_the_mean_over_pairs(elements):
+    rng = np.random.default_rng(elements)
+    x, y, w = rng.normal(size=(4, 7, elements)), rng.normal(size=(4, elements)), rng.uniform(0, 2, elements)
+
+    def norm(d):
+        return np.sqrt(np.sum(w * d**2, -1))
+
+    pairs = norm(x[:, :, None] - x[:, None]).sum((1, 2)) / (7 * 6)
+    expected = norm(x - y[:, None]).mean(1) - pairs / 2
+    assert v.energy_score(x, y, member=1, vector=1, axis=(), weights=w) == pytest.approx(expected)
+    assert v.energy_score(x, y, member=1, vector=1, weights=w) == pytest.approx(expected.mean())
+    assert v.energy_score(x + 1e6, y + 1e6, member=1, vector=1, weights=w) == pytest.approx(expected.mean(), rel=1e-8)
+
+
+@pytest.mark.parametrize("members", [2, 10])
+def test_energy_score_of_a_gaussian_ensemble_has_its_closed_form_for_any_size(members):
+    # At y = 0 E ||X - y|| is the mean of a chi variable, and E ||X - X'|| sqrt(2) times it.
+    cases, d = 4000, 3
+    x = np.random.default_rng(members).normal(size=(members, cases, d))
+    chi = stats.chi(d).mean()
+    scores = v.energy_score(x, np.zeros((cases, d)), vector=1, axis=())
+    expected = chi - np.sqrt(2) * chi / 2
+    assert abs(scores.mean() - expected) < 4 * scores.std() / np.sqrt(cases)
+
+
+def test_energy_score_leaves_out_what_is_missing():
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(5, 3, 8)), rng.normal(size=(3, 8))
+    y[0, 2], y[1] = np.nan, np.nan
+    kept = np.arange(8) != 2
+    first = v.energy_score(x[:, :1, kept], y[:1, kept], vector=1)
+    last = v.energy_score(x[:, 2:], y[2:], vector=1)
+    assert v.energy_score(x, y, vector=1) == pytest.approx((first + last) / 2)
+    assert np.isnan(v.energy_score(x, y, vector=1, axis=())[1])
+    x[2, 0, 4] = np.nan
+    assert np.isnan(v.energy_score(x, y, vector=1, axis=())[0])
+    assert np.isnan(v.energy_score(x, y, vector=1))
+    with pytest.raises(ValueError, match="make up the vector"):
+        v.energy_score(x, y, vector=1, axis=(0, 1))
+    with pytest.raises(ValueError, match="take crps"):
+        v.energy_score(x, y, vector=())
+    with pytest.raises(ValueError, match="two members"):
+        v.energy_score(x[:1], y, vector=1)
+
+
+def test_energy_score_by_name():
+    rng = np.random.default_rng(0)
+    ensemble, truth = rng.normal(size=(2, 5, 3, 4)), rng.normal(size=(2, 3, 4))
+    named = xr.DataArray(ensemble, dims=("time", "draw", "latitude", "longitude"))
+    named_truth = xr.DataArray(truth, dims=("time", "latitude", "longitude")).transpose("longitude", "time", "latitude")
+    weights = np.array([0.5, 1.5, 1.0])
+    got = v.energy_score(
+        named,
+        named_truth,
+        member="draw",
+        vector=["longitude", "latitude"],
+        axis=(),
+        weights=xr.DataArray(weights, dims="latitude"),
+    )
+    assert got.dims == ("time",)
+    numbers = v.energy_score(ensemble, truth, member=1, vector=(1, 2), axis=(), weights=weights[:, None])
+    assert got.values == pytest.approx(numbers)
+
+
+def test_flatness_is_pearsons_test_and_its_parts():
+    counts = np.array([12.0, 7.0, 9.0, 14.0, 18.0])
+    found = v.flatness(counts)
+    assert (found.chi_square, found.p_value) == pytest.approx(tuple(stats.chisquare(counts)))
+    # The orthogonal polynomials of five points.
+    x = (counts - 12) / np.sqrt(12)
+    assert found.bias == pytest.approx(np.array([-2, -1, 0, 1, 2]) @ x / np.sqrt(10))
+    assert found.dispersion == pytest.approx(np.array([2, -1, -2, -1, 2]) @ x / np.sqrt(14))
+    cubic, quartic = np.array([-1, 2, 0, -2, 1]) / np.sqrt(10), np.array([1, -4, 6, -4, 1]) / np.sqrt(70)
+    assert found.rest == pytest.approx((cubic @ x) ** 2 + (quartic @ x) ** 2)
+    assert found.bias_p_value == pytest.approx(stats.chi2.sf(found.bias**2, 1))
+    assert found.dispersion_p_value == pytest.approx(stats.chi2.sf(found.dispersion**2, 1))
+    assert found.rest_p_value == pytest.approx(stats.chi2.sf(found.rest, 2))
+
+
+def test_flatness_sees_nothing_but_the_slope_or_the_u():
+    ranks = np.arange(11) - 5.0
+    slope = v.flatness(100 + 4 * ranks)
+    assert slope.bias**2 == pytest.approx(slope.chi_square)
+    assert slope.dispersion == pytest.approx(0, abs=1e-9)
+    assert slope.rest == pytest.approx(0, abs=1e-9)
+    u = v.flatness(100 + ranks**2)
+    assert u.dispersion**2 == pytest.approx(u.chi_square)
+    assert u.bias == pytest.approx(0, abs=1e-9)
+    assert v.flatness(200 - ranks**2).dispersion < 0
+
+
+def test_flatness_of_calibrated_ensembles_has_uniform_p_values():
+    rng = np.random.default_rng(0)
+    found = [v.flatness(rng.multinomial(400, np.full(10, 0.1))) for _ in range(400)]
+    for name in ("p_value", "bias_p_value", "dispersion_p_value", "rest_p_value"):
+        assert stats.kstest([getattr(one, name) for one in found], "uniform").pvalue > 1e-3
+    assert np.corrcoef([one.bias for one in found], [one.dispersion for one in found])[0, 1] < 4 / np.sqrt(400)
+
+
+def test_flatness_says_what_is_wrong_with_an_ensemble():
+    ensemble, truth = ensembles(0, 9, 2000)
+    assert v.flatness(v.rank_histogram(ensemble, truth)).p_value > 1e-3
+    narrow = v.flatness(v.rank_histogram(*ensembles(0, 9, 2000, spread=0.6)))
+    wide = v.flatness(v.rank_histogram(*ensembles(0, 9, 2000, spread=1.6)))
+    low, high = (v.flatness(v.rank_histogram(ensemble + shift, truth)) for shift in (-0.4, 0.4))
+    assert narrow.dispersion > 4
+    assert wide.dispersion < -4
+    assert low.bias > 4
+    assert high.bias < -4
+    for one in (narrow, wide):
+        assert abs(one.bias) < 4
+    for one in (low, high):
+        assert abs(one.dispersion) < 4
+
+
+def test_flatness_of_copies_stands_for_the_independent_points():
+    ensemble, truth = ensembles(3, 9, 200)
+    counts = v.rank_histogram(ensemble, truth)
+    assert v.flatness(10 * counts, effective=200) == pytest.approx(v.flatness(counts))
+    assert v.flatness([3.0, 5.0, 4.0]).rest == pytest.approx(0, abs=1e-12)
+    assert np.isnan(v.flatness([3.0, 5.0, 4.0]).rest_p_value)
+    for wrong in ([1.0, 2.0], [0.0, 0.0, 0.0], [1.0, -1.0, 3.0], [1.0, np.nan, 3.0], [[1.0, 2.0, 3.0]]):
+        with pytest.raises(ValueError, match="three ranks"):
+            v.flatness(wrong)
+    with pytest.raises(ValueError, match="effective=201"):
+        v.flatness(counts, effective=201)

@@ -281,8 +281,8 @@ class Taper:
     Args:
         radius: the half-width c of the taper, in the unit of the distance: the taper is 5/24 there, and 0 from 2 c on.
             One for all observations, or one by the name of each observed site.
-        distance: `Ring`, `Euclidean`, `GreatCircle`, or `WithHeight` of one of them. On a ring and on the sphere a taper
-            is a covariance only if it does not reach around: c of at most a quarter of the circle.
+        distance: `Ring`, `Euclidean`, `GreatCircle`, or `WithHeight` of one of them. On a ring and on the sphere a
+            taper is a covariance only if it does not reach around: c of at most a quarter of the circle.
         observations: positions of each observed site's values, by its name.
         state: positions of the state's values; by default the coordinates of the prior's layout.
 
