@@ -103,7 +103,12 @@ def _sampler_settings(sampler: Sampler | None, program: StateSpaceModel) -> str:
     return _in_full(transition.sampler if sampler is None else sampler)
 
 
-def _placed(taper: Taper, program: StateSpaceModel) -> PlacedTaper:
+def place_taper(taper: Taper, program: StateSpaceModel) -> PlacedTaper:
+    """The taper at the places of a program's values, those of the state by default from its prior's layout.
+
+    Raises:
+        ValueError: positions that do not fit the program, see `Taper.place`.
+    """
     diffusion = program.diffusion()
     return taper.place(*program.shapes(), layout=None if diffusion is None else diffusion.prior.layout)
 
@@ -195,7 +200,7 @@ class FAAPF(Algorithm):
     def _local(self, program: StateSpaceModel) -> LocalAncestors | None:
         if self.taper is None:
             return None
-        return LocalAncestors.at(_placed(self.taper, program), program.shapes()[0], self.block_radius)
+        return LocalAncestors.at(place_taper(self.taper, program), program.shapes()[0], self.block_radius)
 
     def parents(self, program: StateSpaceModel, ancestors: Array, values: Array) -> Array:
         """Glued together where ancestors are local."""
@@ -379,7 +384,7 @@ class EnKF(Algorithm):
         ) -> tuple[PyTree, Proposal]:
             return program.advance(x, carry, inputs), Proposal(draw, program.record(rng_key, x, carry, inputs))
 
-        taper = None if self.taper is None else _placed(self.taper, program)
+        taper = None if self.taper is None else place_taper(self.taper, program)
         return enkf.build_kernel(forecast, residual, advance, self.inflation, batch_size, self.update, taper, self.rtps)
 
     def settings(self, program: StateSpaceModel) -> dict[str, str | float]:

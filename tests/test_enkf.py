@@ -12,6 +12,7 @@ import scipy.linalg
 from numpyro.contrib.control_flow import scan
 
 import numpyro_diffusion_da as ndda
+from numpyro_diffusion_da.algorithm import place_taper
 from numpyro_diffusion_da.smc import ensemble_update
 from numpyro_diffusion_da.smc.enkf import build_kernel, init, relaxed
 
@@ -202,7 +203,7 @@ def test_a_prior_gives_the_places_of_its_state():
         scan(step, jnp.zeros(D), y)
 
     taper = ndda.Taper(30.0, ndda.Ring(60), {"y": [0, 20, 40], "pair": [35]})
-    placed = ndda.EnKF(model, taper=taper)._placed_taper(ndda.StateSpaceModel(model, (np.zeros((2, 5)),)))
+    placed = place_taper(taper, ndda.StateSpaceModel(model, (np.zeros((2, 5)),)))
     np.testing.assert_array_equal(placed.points[:, 0], 10 * SITES)
     np.testing.assert_array_equal(placed.observations[:, 0], [35, 35, 0, 20, 40])
 

@@ -90,7 +90,7 @@ class LocalAncestors:
             which, weights = inputs
             nearby = log_predictive[:, which]
             # 0 times -inf would be NaN: what is out of reach must not count.
-            log_weights = jnp.sum(jnp.where(weights > 0, weights * nearby, 0.0), axis=1)
+            log_weights = jnp.sum(jnp.where(weights[None] > 0, weights[None] * nearby, 0.0), axis=1)
             ancestors, alpha = select(rng_key, log_weights, resampling_fn, target_ess)
             return log_weights, keep_places(ancestors), alpha
 
