@@ -6,7 +6,9 @@ import contextlib
 import dataclasses
 import importlib.util
 import os
+import shutil
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -25,6 +27,15 @@ import numpyro_diffusion_da as ndda
 jax.config.update("jax_numpy_rank_promotion", "raise")
 # Most tests compile longer than they compute: a third less time for the suite.
 jax.config.update("jax_disable_most_optimizations", True)
+# What several tests compile, each with a filter of its own, XLA sees once in a process. Workers do not share: JAX
+# writes an entry in place, where another may read half of it.
+COMPILED = tempfile.mkdtemp(prefix="compiled-by-tests-")
+jax.config.update("jax_compilation_cache_dir", COMPILED)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+
+
+def pytest_unconfigure() -> None:
+    shutil.rmtree(COMPILED, ignore_errors=True)
 
 
 @dataclasses.dataclass(frozen=True)

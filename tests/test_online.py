@@ -20,16 +20,27 @@ def loop(filter, y, state, run_key, start=0):
     return state, infos
 
 
+@pytest.fixture(scope="module")
+def series(small):
+    """(program, observations)"""
+    return small.diffusion_program(), small.simulate(3, 4)[1].astype(np.float32)
+
+
 @pytest.mark.parametrize("algorithm", [ndda.FAAPF, ndda.Bootstrap, ndda.EnKF])
-def test_online_is_the_whole_run(small, tmp_path, algorithm):
-    y = small.simulate(3, 4)[1].astype(np.float32)
-    model = small.diffusion_program()
+def test_online_is_the_whole_run_and_steps_after_the_first_compile_nothing(series, algorithm):
+    model, y = series
     whole = ndda.ParticleFilter(algorithm(model), num_particles=6, progress_bar=False)
     whole.run(KEY, y)
     init_key, run_key = jax.random.split(jax.random.fold_in(KEY, 0))
     online = ndda.OnlineFilter(algorithm(model), num_particles=6)
-    first = online.init(init_key, y[:1])
-    state, infos = loop(online, y, first, run_key)
+    state, first = loop(online, y[:1], online.init(init_key, y[:1]), run_key)
+    keys = [jax.random.fold_in(run_key, t) for t in range(4)]
+    infos = [*first]
+    with compilations() as compiled:
+        for t in range(1, 4):
+            state, info = online.step(keys[t], state, y[t][None])
+            infos.append(info)
+    assert not compiled
     x = np.stack([info.proposal.sites["posterior"]["x"] for info in infos], 1)
     np.testing.assert_allclose(x, whole.result.posterior["x"][0], atol=1e-5)
     ess = [float(info.ess) for info in infos]
@@ -38,24 +49,19 @@ def test_online_is_the_whole_run(small, tmp_path, algorithm):
         state.log_evidence, whole.result.sample_stats["log_evidence_increment"][0].sum(), rtol=1e-4
     )
 
-    # Kept on disk after two steps, taken up by another filter.
-    state, _ = loop(online, y[:2], first, run_key)
+
+def test_kept_on_disk_after_two_steps_and_taken_up_by_another_filter(series, tmp_path):
+    model, y = series
+    online, other = (ndda.OnlineFilter(ndda.FAAPF(model), num_particles=6) for _ in range(2))
+    first = online.init(KEY, y[:1])
+    _, whole = loop(online, y, first, KEY)
+    state, _ = loop(online, y[:2], first, KEY)
     np.savez(tmp_path / "state.npz", *jax.tree.leaves(state))
     with np.load(tmp_path / "state.npz") as file:
         state = jax.tree.unflatten(jax.tree.structure(state), [jax.numpy.asarray(file[n]) for n in file.files])
-    _, infos = loop(ndda.OnlineFilter(algorithm(model), num_particles=6), y, state, run_key, start=2)
-    np.testing.assert_array_equal(infos[-1].proposal.sites["posterior"]["x"], x[:, -1])
-
-
-def test_steps_after_the_first_compile_nothing(small):
-    y = small.simulate(3, 4)[1].astype(np.float32)
-    online = ndda.OnlineFilter(ndda.FAAPF(small.diffusion_program()), num_particles=6)
-    keys = [jax.random.fold_in(KEY, t) for t in range(4)]
-    state, _ = online.step(keys[0], online.init(KEY, y[:1]), y[:1])
-    with compilations() as compiled:
-        for t in range(1, 4):
-            state, _ = online.step(keys[t], state, y[t][None])
-    assert not compiled
+    _, infos = loop(other, y, state, KEY, start=2)
+    last = [found[-1].proposal.sites["posterior"]["x"] for found in (whole, infos)]
+    np.testing.assert_array_equal(*last)
 
 
 def test_wrong_use_is_refused(small):

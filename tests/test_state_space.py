@@ -231,8 +231,10 @@ def test_scaled_site_and_reversed_scan():
         run(backwards, Y)
 
 
-@pytest.mark.parametrize("error", [0.0, -1.0, np.nan])
-def test_observation_error_that_is_no_error(error):
+@pytest.fixture(scope="module")
+def with_errors():
+    """A filter of a program whose observation errors vary with time."""
+
     def model(y, errors):
         def step(x, given):
             y_t, error = given
@@ -242,21 +244,22 @@ def test_observation_error_that_is_no_error(error):
 
         scan(step, initial(), (y, errors))
 
+    return ndda.ParticleFilter(ndda.FAAPF(model), num_particles=8, progress_bar=False)
+
+
+@pytest.mark.parametrize("error", [0.0, -1.0, np.nan])
+def test_observation_error_that_is_no_error(with_errors, error):
     errors = np.full(4, 0.5, np.float32)
     errors[2] = error
     with pytest.raises(ValueError, match="error of site 'y' at step 2"):
-        run(model, Y, errors)
+        with_errors.run(KEY, Y, errors)
 
 
-def test_infinite_observation():
+def test_infinite_observation(with_errors):
     y = Y.copy()
     y[1, 0] = np.inf
-
-    def model(y):
-        scan(walking, initial(), y)
-
     with pytest.raises(ValueError, match="'y' has an infinite observation at step 1"):
-        run(model, y)
+        with_errors.run(KEY, y, np.full(4, 0.5, np.float32))
 
 
 def test_all_particles_non_finite_names_step_and_count():

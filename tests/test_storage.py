@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
+import copy
 
 import jax
 import numpy as np
@@ -12,12 +12,13 @@ import pytest
 from numpyro.contrib.control_flow import scan
 
 import numpyro_diffusion_da as ndda
+from numpyro_diffusion_da import storage
 
 KEY = jax.random.key(3)
 
 
-@pytest.fixture(scope="module")
-def program(small):
+def program_of(small, error):
+    """A program with a pair as its carry and a site whose name no file could have."""
     prior = ndda.GaussianPrior(small.transition, small.covariance)
 
     def model(y):
@@ -27,17 +28,46 @@ def program(small):
             before, x = carry
             x = numpyro.sample("x", ndda.DiffusionTransition(prior, x))
             numpyro.deterministic("mean:of both", (x + before).mean())
-            numpyro.sample("y", dist.Normal(x[::2], small.error).to_event(1), obs=y_t)
+            numpyro.sample("y", dist.Normal(x[::2], error).to_event(1), obs=y_t)
             return (x, x), None
 
         scan(step, (x0, x0), y)
 
-    return model, small.simulate(2, 4)[1].astype(np.float32)
+    return model
 
 
-def make(model, **settings):
+@pytest.fixture(scope="module")
+def program(small):
+    return program_of(small, small.error), small.simulate(2, 4)[1].astype(np.float32)
+
+
+def make(model, algorithm=ndda.FAAPF, **settings):
     arguments = {"num_particles": 8, "num_chains": 2, "progress_bar": False, **settings}
-    return ndda.ParticleFilter(ndda.FAAPF(model), **arguments)
+    return ndda.ParticleFilter(algorithm(model), **arguments)
+
+
+@pytest.fixture(scope="module")
+def whole(program):
+    """The run that never dies; nothing on disk."""
+    model, y = program
+    filter = make(model)
+    filter.run(KEY, y)
+    return filter
+
+
+def writing(filter, directory):
+    """The same filter, compiled already, with a directory and no run yet."""
+    other = copy.copy(filter)
+    other.directory, other._result = directory, None
+    return other
+
+
+@pytest.fixture(scope="module")
+def kept_run(program, whole, tmp_path_factory):
+    """A directory with a run of two steps."""
+    directory = tmp_path_factory.mktemp("run")
+    writing(whole, directory).run(KEY, program[1][:2])
+    return directory
 
 
 def assert_same(a, b):
@@ -52,12 +82,8 @@ class Killed(BaseException):
 
 
 @pytest.mark.parametrize("when", ["before the outputs", "before the state", "after the state"])
-def test_a_run_that_died_goes_on(program, tmp_path, monkeypatch, when):
-    model, y = program
-    whole = make(model)
-    whole.run(KEY, y)
-    import numpyro_diffusion_da.storage as storage
-
+def test_a_run_that_died_goes_on(program, whole, tmp_path, monkeypatch, when):
+    _, y = program
     written = []
     replace_arrays = storage._replace_arrays
 
@@ -75,25 +101,24 @@ def test_a_run_that_died_goes_on(program, tmp_path, monkeypatch, when):
 
     monkeypatch.setattr(storage, "_replace_arrays", dying)
     with pytest.raises(Killed):
-        make(model, directory=tmp_path / "run").run(KEY, y)
+        writing(whole, tmp_path / "run").run(KEY, y)
     monkeypatch.undo()
-    again = make(model, directory=tmp_path / "run")
+    again = writing(whole, tmp_path / "run")
     again.run(KEY, y)
     assert_same(whole.result, again.result)
     # Finished: nothing is computed any more, and another reader finds the same.
     monkeypatch.setattr(storage, "_replace_arrays", lambda path, arrays: pytest.fail("a step was made again"))
-    read = make(model, directory=tmp_path / "run")
+    read = writing(whole, tmp_path / "run")
     read.run(KEY, y)
     assert_same(whole.result, read.result)
 
 
-def test_a_longer_series_goes_on_from_a_shorter(program, tmp_path):
+def test_a_longer_series_goes_on_from_a_shorter(program, whole, tmp_path):
+    """The longer one by a filter that shares nothing with the first, as in another process."""
     model, y = program
-    make(model, directory=tmp_path).run(KEY, y[:2])
+    writing(whole, tmp_path).run(KEY, y[:2])
     longer = make(model, directory=tmp_path)
     longer.run(KEY, y)
-    whole = make(model)
-    whole.run(KEY, y)
     assert_same(whole.result, longer.result)
 
 
@@ -108,27 +133,24 @@ def test_a_longer_series_goes_on_from_a_shorter(program, tmp_path):
         ({"error": 0.4}, "another program: error of y is not what it was"),
     ],
 )
-def test_another_run_is_refused(small, program, tmp_path, change, message):
+def test_another_run_is_refused(small, program, kept_run, change, message):
     model, y = program
-    if "error" in change:
-        model = small.diffusion_program()
-    make(model, directory=tmp_path).run(KEY, y[:2])
     settings = {name: value for name, value in change.items() if name.startswith(("num", "keep"))}
     if "error" in change:
-        model = dataclasses.replace(small, error=change["error"]).diffusion_program()
+        model = program_of(small, change["error"])
     with pytest.raises(ValueError, match=message):
-        make(model, directory=tmp_path, **settings).run(change.get("key", KEY), y[:2] + change.get("y", 0.0))
+        make(model, directory=kept_run, **settings).run(change.get("key", KEY), y[:2] + change.get("y", 0.0))
 
 
 def test_only_what_is_wanted_is_kept(program):
     model, y = program
-    filter = make(model, keep=["mean:of both"])
+    filter = make(model, ndda.Bootstrap, keep=["mean:of both"])
     filter.run(KEY, y)
     assert set(filter.result.posterior) == {"mean:of both"}
     assert filter.result.posterior["mean:of both"].shape == (2, 8, 4)
     assert set(filter.to_datatree()["posterior"].data_vars) == {"mean:of both"}
     filter.print_summary()
-    bare = make(model, keep_observed=False)
+    bare = make(model, ndda.Bootstrap, keep_observed=False)
     bare.run(KEY, y)
     np.testing.assert_array_equal(bare.result.posterior["mean:of both"], filter.result.posterior["mean:of both"])
     assert set(bare.to_datatree().children) == {"posterior", "observed_data", "constant_data", "sample_stats"}

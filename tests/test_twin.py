@@ -35,6 +35,7 @@ def test_benchmark_runs_small(tmp_path):
     assert json.loads(out.read_text())["scores"][MAIN]["passes"]["mean"] == 51
 
 
+@pytest.mark.slow  # tests/test_package.py holds what must not be imported
 def test_import_time_benchmark(tmp_path):
     out = tmp_path / "import.json"
     load("import_time").main(repeats=1, out=out)
