@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
+import sys
 
 import equinox as eqx
 import jax
@@ -10,22 +12,30 @@ import jax.numpy as jnp
 import numpy as np
 import numpyro.distributions as dist
 import pytest
+from test_examples import BENCHMARKS
 from test_gaussian_oracle import Problem
+from test_path import MEAN, assert_unbiased, draw, law, step_of
 
 import numpyro_diffusion_da as ndda
 from numpyro_diffusion_da.denoiser import PriorDenoiser
 from numpyro_diffusion_da.likelihood import GeneralLikelihood
-from numpyro_diffusion_da.linear_solve import LinearSolver, RowSumSolve, Solution, relative_residual
+from numpyro_diffusion_da.linear_solve import RowSumSolve
 from numpyro_diffusion_da.site import general_observation
 
 LEVELS = (20.0, 1.0, 0.1)
 
 
+@eqx.filter_jit
+def _denoised(guidance, prior, h, factor, y, x, level, z):
+    like = ndda.GaussianLikelihood(lambda x: [ndda.GaussianObservation(h @ x, factor, y, jnp.ones(len(y), bool))])
+    guided = guidance(PriorDenoiser(prior, prior.condition(x)), like)
+    return guided(z, level, guided.init())
+
+
 def denoised_by(guidance, problem, level, z):
-    """(D_y(z, level), passes as a tuple), in double precision."""
-    prior = problem.prior()
-    guided = guidance(PriorDenoiser(prior, prior.condition(problem.x)), problem.likelihood())
-    value, memory = jax.jit(lambda z: guided(z, jnp.asarray(level), guided.init()))(jnp.asarray(z))
+    """(D_y(z, level), passes as a tuple, solver residual)."""
+    given = (problem.h, np.linalg.cholesky(problem.r), problem.y, problem.x, level, z)
+    value, memory = _denoised(guidance, problem.prior(), *(jnp.asarray(v) for v in given))
     return np.asarray(value), tuple(int(n) for n in memory.passes), float(memory.solver_residual)
 
 
@@ -179,37 +189,45 @@ def counts():
     return GeneralLikelihood(lambda x: [general_observation("y", dist.Poisson(jnp.exp(x[:3])), jnp.asarray(COUNTS))])
 
 
-def of_counts(guidance, level, z, q=None):
-    prior = ndda.GaussianPrior(np.zeros((4, 4)), np.eye(4) if q is None else q)
+def of_counts(guidance, level, z):
+    prior = ndda.GaussianPrior(np.zeros((4, 4)), np.eye(4))
     guided = guidance(PriorDenoiser(prior, prior.condition(jnp.zeros(4))), counts())
     value, memory = jax.jit(lambda z: guided(z, jnp.asarray(level), guided.init()))(jnp.asarray(z))
     return np.asarray(value), tuple(int(n) for n in memory.passes)
 
 
-def test_counts():
-    """Independent components: all but DPS are exact, and agree with quadrature of the posterior; DPS is the gradient."""
-    z, level = np.array([0.3, -0.5, 1.0, 0.2]), 0.8
-    shrink, variance = 1 / (1 + level**2), level**2 / (1 + level**2)
-    grid = np.linspace(-8.0, 8.0, 20_001)
-    log_density = -0.5 * (grid - shrink * z[:3, None]) ** 2 / variance + COUNTS[:, None] * grid - np.exp(grid)
+Z, LEVEL = np.array([0.3, -0.5, 1.0, 0.2]), 0.8
+SHRINK = 1 / (1 + LEVEL**2)
+
+
+@pytest.mark.parametrize(
+    ("guidance", "passes"),
+    [
+        pytest.param(ndda.MMPS(ndda.DirectSolve()), (1, 0, 6), id="MMPS", marks=pytest.mark.slow),
+        pytest.param(ndda.TMPD(), (1, 0, 3), id="TMPD"),
+        pytest.param(ndda.PiGDM(solver=ndda.DirectSolve()), (1, 0, 1), id="PiGDM", marks=pytest.mark.slow),
+        pytest.param(ndda.JFPS(solver=ndda.DirectSolve()), (1, 0, 0), id="JFPS"),
+    ],
+)
+def test_counts(guidance, passes):
+    """Independent components: exact, by quadrature of the posterior."""
+    grid, variance = np.linspace(-8.0, 8.0, 20_001), LEVEL**2 * SHRINK
+    log_density = -0.5 * (grid - SHRINK * Z[:3, None]) ** 2 / variance + COUNTS[:, None] * grid - np.exp(grid)
     weights = np.exp(log_density - log_density.max(1, keepdims=True))
-    posterior = (weights @ grid) / weights.sum(1)
     with jax.enable_x64(True):
-        for guidance, passes in (
-            (ndda.MMPS(ndda.DirectSolve()), (1, 0, 6)),
-            (ndda.TMPD(), (1, 0, 3)),
-            (ndda.PiGDM(solver=ndda.DirectSolve()), (1, 0, 1)),
-            (ndda.JFPS(solver=ndda.DirectSolve()), (1, 0, 0)),
-        ):
-            value, counted = of_counts(guidance, level, z)
-            assert counted == passes
-            np.testing.assert_allclose(value[:3], posterior, atol=2e-4)
-            np.testing.assert_allclose(value[3], shrink * z[3], atol=1e-9)
-        value, counted = of_counts(ndda.DPS(), level, z)
+        value, counted = of_counts(guidance, LEVEL, Z)
+    assert counted == passes
+    np.testing.assert_allclose(value[:3], (weights @ grid) / weights.sum(1), atol=2e-4)
+    np.testing.assert_allclose(value[3], SHRINK * Z[3], atol=1e-9)
+
+
+def test_dps_of_counts_takes_the_gradient():
+    with jax.enable_x64(True):
+        value, counted = of_counts(ndda.DPS(), LEVEL, Z)
         with pytest.raises(ValueError, match="Gaussian observations"):
-            of_counts(ndda.DPS(1.0), level, z)
-    gradient = COUNTS - np.exp(shrink * z[:3])
-    np.testing.assert_allclose(value[:3], shrink * z[:3] + level**2 * shrink * gradient, atol=1e-9)
+            of_counts(ndda.DPS(1.0), LEVEL, Z)
+    gradient = np.append(COUNTS - np.exp(SHRINK * Z[:3]), 0.0)
+    np.testing.assert_allclose(value, SHRINK * Z + LEVEL**2 * SHRINK * gradient, atol=1e-9)
     assert counted == (1, 0, 1)
 
 
@@ -224,9 +242,6 @@ class Counter:
 
     def network(self):
         """z / (1 + s^2), counted where it is executed; under vmap, once for each member."""
-
-        def tick(name):
-            jax.debug.callback(lambda: setattr(self, name, getattr(self, name) + 1))
 
         def tick_forward(z, level):
             jax.debug.callback(lambda _: setattr(self, "forward", self.forward + 1), z[0])
@@ -255,11 +270,10 @@ def observe_first_two(error):
     )
 
 
-@pytest.mark.parametrize("members", [1, 3])
-def test_skipped_passes_are_not_executed(members):
-    """Callbacks in the network say what ran: as counted, also under vmap over draws."""
-    counter = Counter()
-    prior = ndda.DenoiserPrior(counter.network(), layout=4)
+def test_skipped_passes_are_not_executed():
+    """Callbacks in the network say what ran: as counted, under vmap over draws."""
+    members, counter = 3, Counter()
+    prior = ndda.DenoiserPrior(counter.network(), layout=4, noise_range=(0.02, 80.0))
     guidance = ndda.Piecewise((ndda.Unguided(), ndda.MMPS(), ndda.JFPS()), (10.0, 0.1))
     sampler = ndda.Sampler(schedule=ndda.KarrasSchedule(6))
     levels = sampler.schedule.levels(prior.noise_range)
@@ -278,61 +292,100 @@ def test_skipped_passes_are_not_executed(members):
     assert (counter.forward, counter.vjp) == (6 * members, 2 * guided * members)
 
 
-def test_one_guidance_at_all_levels_is_itself():
-    problem = Problem.random(0, False)
+def test_the_level_chooses():
+    """A level belongs to the part below it."""
+    problem, between = Problem.random(0, False), ndda.Piecewise((ndda.Unguided(), ndda.MMPS()), (1.0,))
     z = np.random.default_rng(0).normal(size=len(problem.x))
-    for guidance in (ndda.Piecewise((ndda.MMPS(),), ()), ndda.Piecewise((ndda.MMPS(), ndda.MMPS()), (1.0,))):
-        step = ndda.DiffusionTransition(problem.prior(), problem.x).only_step()
-        draws = [
-            jax.jit(lambda key, g=g: step.conditional_draw(key, problem.likelihood(), g))(jax.random.key(0))
-            for g in (guidance, ndda.MMPS())
-        ]
-        np.testing.assert_allclose(draws[0][0], draws[1][0], rtol=1e-5, atol=1e-5)  # the warm start goes on
-        assert int(draws[0][1].passes.total()) == int(draws[1][1].passes.total())
-    prior = problem.prior()
-    parts = ndda.Piecewise((ndda.Unguided(), ndda.MMPS()), (1.0,))
-    guided = parts(PriorDenoiser(prior, prior.condition(problem.x)), problem.likelihood())
-    for level, same in ((1.01, ndda.Unguided()), (1.0, ndda.MMPS())):
-        value, memory = guided(jnp.asarray(z, jnp.float32), jnp.asarray(level), guided.init())
-        expected, passes, _ = denoised_by(same, problem, level, np.float32(z))
-        np.testing.assert_allclose(value, expected, rtol=1e-5, atol=1e-5)
-        assert tuple(int(n) for n in memory.passes) == passes
+    with jax.enable_x64(True):
+        for level, same in ((1.01, ndda.Unguided()), (1.0, ndda.MMPS())):
+            value, passes, _ = denoised_by(between, problem, level, z)
+            expected, those, _ = denoised_by(same, problem, level, z)
+            np.testing.assert_allclose(value, expected, rtol=1e-12)
+            assert passes == those
 
 
-def test_path_weights_with_unguided_levels_are_unbiased():
-    """Levels without guidance, with one and with two directions: the mean weight is p(y) of the discretised emulator."""
-    problem = dataclasses.replace(Problem.random(1, False), r=0.5 * np.eye(len(Problem.random(1, False).y)))
-    sampler = ndda.Sampler(ndda.SDEDPMSolverPP2M(), ndda.KarrasSchedule(24, 20.0))
+@pytest.mark.slow
+def test_the_warm_start_goes_on():
+    """Two equal parts are one guidance."""
+    problem, sampler = Problem.random(0, False), ndda.Sampler(schedule=ndda.KarrasSchedule(6))
     step = ndda.DiffusionTransition(problem.prior(), problem.x, sampler=sampler).only_step()
+    whole, parts = ndda.MMPS(), ndda.Piecewise((ndda.MMPS(), ndda.MMPS()), (1.0,))
+    (once, first), (twice, second) = jax.jit(
+        lambda key: [step.conditional_draw(key, problem.likelihood(), guidance) for guidance in (whole, parts)]
+    )(jax.random.key(0))
+    np.testing.assert_allclose(once, twice, rtol=1e-5, atol=1e-5)
+    assert int(first.passes.total()) == int(second.passes.total()) == 18
+
+
+@pytest.mark.slow
+def test_path_weights_with_unguided_levels_are_unbiased():
+    """Levels without guidance, with two directions and with one: for the law that the sampler has."""
+    sampler = ndda.Sampler(ndda.SDEDPMSolverPP2M(), ndda.KarrasSchedule(10, 20.0))
+    step = step_of(sampler, "C")
     pieces = (ndda.Unguided(), ndda.MMPS(ndda.DirectSolve()), ndda.MMPS(ndda.KrylovSolve(1)))
-    guidance, likelihood = ndda.Piecewise(pieces, (10.0, 0.1)), problem.likelihood()
-    keys = jax.random.split(jax.random.key(0), 4000)
-    x, log_weight, record = jax.jit(jax.vmap(lambda key: step.weighted_draw(key, likelihood, guidance)))(keys)
-    weight = np.exp(np.asarray(log_weight, np.float64) - problem.log_predictive())
-    levels = sampler.schedule.levels(problem.prior().noise_range)[:-1]
-    m = len(problem.y)
-    expected = m * np.sum((levels <= 10.0) & (levels > 0.1)) + np.sum(levels <= 0.1)
+    x, log_weights, record = draw(step, ndda.Piecewise(pieces, (10.0, 0.1)), 3000)
+    assert_unbiased(x, log_weights, MEAN, law(step.prior, sampler))
+    levels = sampler.schedule.levels(step.prior.noise_range)[:-1]
+    expected = 2 * np.sum((levels <= 10.0) & (levels > 0.1)) + np.sum(levels <= 0.1)
     assert np.all(np.asarray(record.passes.vjp) == expected)
-    assert abs(weight.mean() - 1.0) < 5 * weight.std() / np.sqrt(len(weight)) + 0.02  # 0.02: of the discretisation
-    assert weight.std() < 2.0
+    assert np.std(log_weights) < 3.0
 
 
+@pytest.mark.slow
 def test_filter_takes_them(small):
-    """As `FAAPF(guidance=...)`: another guidance, another number of passes."""
+    """As `FAAPF(guidance=...)`, with an array as its setting: another guidance, another number of passes."""
     _, y = small.simulate(0, 2)
-    for guidance, passes in (
-        (ndda.JFPS(), 16),
-        (ndda.PiGDM(), 32),
-        (ndda.Piecewise((ndda.Unguided(), ndda.MMPS()), (1.0,)), 16 + 2 * 7),
-    ):
-        program = small.diffusion_program()
-        filtered = ndda.ParticleFilter(
-            ndda.FAAPF(program, guidance=guidance, weight=ndda.Dirac()), num_particles=8, progress_bar=False
-        )
-        filtered.run(jax.random.key(0), jnp.asarray(y))
-        spent = sum(
-            np.asarray(filtered.result.sample_stats[name]).max()
-            for name in ("passes_forward", "passes_vjp")
-            if name in filtered.result.sample_stats
-        )
-        assert spent == passes + 1
+    sampler = ndda.Sampler(schedule=ndda.KarrasSchedule(6))
+    levels = sampler.schedule.levels((0.02, 80.0))
+    guidance = ndda.Piecewise((ndda.Unguided(), ndda.MMPS(), ndda.JFPS(np.ones(4))), (10.0, 0.1))
+    filtered = ndda.ParticleFilter(
+        ndda.FAAPF(small.diffusion_program(sampler), guidance=guidance, weight=ndda.Dirac()),
+        num_particles=8,
+        progress_bar=False,
+    )
+    filtered.run(jax.random.key(0), jnp.asarray(y))
+    guided = int(np.sum((levels <= 10.0) & (levels > 0.1)))
+    passes = filtered.result.network_passes
+    np.testing.assert_allclose(passes["forward"], 6 + 1)  # the weight, then the levels
+    np.testing.assert_allclose(passes["vjp"], 2 * guided)
+
+
+# --- the safeguard of the solve ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def safeguard():
+    """The benchmark as a module; a dataclass of it asks for its module by name."""
+    spec = importlib.util.spec_from_file_location("safeguard", BENCHMARKS / "safeguard.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["safeguard"] = module
+    spec.loader.exec_module(module)
+    yield module
+    del sys.modules["safeguard"]
+
+
+def test_safeguard_bounds_a_network_with_random_weights(safeguard):
+    """Three steps of plain conjugate gradients send draws to thousands of spreads; the library's stay with the data."""
+    case = safeguard.Case(safeguard.random_network(1.0), jnp.zeros(safeguard.SITES), 0.1)
+    of_system = case.systems()
+    assert of_system["asymmetry"] > 0.5
+    assert of_system["smallest eigenvalue"] < -100.0
+    unguarded = case.draws(safeguard.ConjugateGradients(3), 8)
+    guarded = case.draws(ndda.KrylovSolve(3), 8)
+    assert not unguarded["farthest"] < 1e3
+    assert guarded["farthest"] < 100.0
+    assert guarded["misfit"] < 20.0
+    assert guarded["solver residual"] > 1.0  # and the repair is visible
+
+
+@pytest.mark.slow
+def test_shipped_emulator_needs_no_safeguard(safeguard):
+    """Its Jacobian is symmetric by its form, and positive: plain conjugate gradients give the same draws."""
+    emulator = ndda.load_prior("lorenz96")
+    case = safeguard.Case(emulator, emulator.climatology().sample(jax.random.key(0)), 0.1)
+    of_system = case.systems()
+    assert of_system["asymmetry"] < 1e-5
+    assert of_system["smallest eigenvalue"] > -1e-3
+    unguarded, guarded = (case.draws(solver, 8) for solver in (safeguard.ConjugateGradients(4), ndda.KrylovSolve(4)))
+    np.testing.assert_allclose(unguarded["misfit"], guarded["misfit"], rtol=1e-3)
+    np.testing.assert_allclose(unguarded["farthest"], guarded["farthest"], rtol=1e-3)
