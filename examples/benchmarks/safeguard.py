@@ -115,7 +115,7 @@ class Case:
     def systems(self) -> dict[str, float]:
         """Over draws and the default levels: the largest asymmetry, the smallest eigenvalue."""
         levels = ndda.KarrasSchedule().levels(self.prior.noise_range)
-        z = (self.unguided[:16] - self.prior.location(self.conditioning)) / self.spread
+        z = (self.unguided[:16] - self.prior.location(self.conditioning)[None]) / self.spread
         e = jax.random.normal(jax.random.key(3), z.shape)
         b = np.stack([jax.vmap(lambda z, s=s: self.system(jnp.asarray(s), z))(z + s * e) for s in levels])
         b = np.asarray(b, np.float64)
@@ -131,10 +131,10 @@ class Case:
         guidance, likelihood = ndda.MMPS(solver), self.likelihood()
         keys = jax.random.split(jax.random.key(4), n)
         x, record = jax.jit(jax.vmap(lambda key: self.step.conditional_draw(key, likelihood, guidance)))(keys)
-        misfit = (x[:, ::2] - self.value) / self.error
+        misfit = (x[:, ::2] - self.value[None]) / self.error
         return {
             "misfit": float(jnp.sqrt(jnp.mean(misfit**2))),
-            "farthest": float(jnp.max(jnp.abs(x - self.unguided.mean(0)))) / self.spread,
+            "farthest": float(jnp.max(jnp.abs(x - self.unguided.mean(0)[None]))) / self.spread,
             "solver residual": float(jnp.max(record.solver_residual)),
         }
 
