@@ -40,7 +40,8 @@ ORDER = [
     "summary", "backward", "smoothing", "convert", "result", "progress", "storage", "evidence",
     "algorithm", "feynman_kac", "linear_gaussian", "smc", "parameters", "state_space", "dependence", "site",
     "free_parameters", "distribution", "density", "weight",
-    "transition", "path", "piecewise_guidance", "approximate_guidance", "guidance", "likelihood", "moment_matching", "linear_solve", "sampler", "schedule",
+    "transition", "path", "piecewise_guidance", "approximate_guidance",
+    "guidance", "likelihood", "moment_matching", "linear_solve", "sampler", "schedule",
     "denoiser", "priors", "prior", "spherical_noise", "noise", "gridded_data", "units", "layout", "compilation",
     "footprint",
 ]  # fmt: skip
