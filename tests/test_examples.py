@@ -185,10 +185,10 @@ def test_ring64_help():
 @pytest.mark.slow
 def test_ring64_runs(tmp_path):
     out = tmp_path / "tables.json"
-    done = run_program("ring64.py", "--points", "16", "--paths", "4", "--reference-levels", "8", "--out", str(out))
+    done = run_program("ring64.py", "--points", "32", "--paths", "4", "--reference-levels", "8", "--out", str(out))
     assert done.returncode == 0, done.stderr
     tables = json.loads(out.read_text())
-    assert tables["settings"]["points"] == 16
+    assert tables["settings"]["points"] == 32
     assert all(row["sampler"][:10] in done.stdout for row in tables["samplers"])
     assert all(0.0 < row["error"] < 0.5 for row in tables["samplers"] + tables["solves"])
     moment_matched = [row for row in tables["guidance"] if row["guidance"].startswith(("MMPS", "library", "1 product"))]

@@ -345,7 +345,7 @@ def show(console: Console, title: str, rows: list[dict[str, Any]]) -> None:
 
 def main(
     out: Annotated[Path | None, typer.Option(help="Write the tables to this JSON file.")] = None,
-    points: Annotated[int, typer.Option(help="Points on the ring; the published tables have 64.")] = 64,
+    points: Annotated[int, typer.Option(help="Points on the ring, 24 or more; the published tables have 64.")] = 64,
     paths: Annotated[int, typer.Option(help="Paths of the second table.")] = 256,
     reference_levels: Annotated[int, typer.Option(help="Noise levels of the second table's exact flow.")] = 400,
 ) -> None:
