@@ -6,6 +6,7 @@ filter observations with a fully adapted auxiliary particle filter, and read the
 
 from numpyro_diffusion_da import convert, feynman_kac, innovations, smc, smoothing, spectra, verification
 from numpyro_diffusion_da.algorithm import FAAPF, Algorithm, Bootstrap, EnKF, GuidedPF
+from numpyro_diffusion_da.approximate_guidance import DPS, JFPS, TMPD, PiGDM
 from numpyro_diffusion_da.density import ExactTrace, Hutchinson, ProbabilityFlow
 from numpyro_diffusion_da.distribution import ConditionedTransition, DiffusionTransition
 from numpyro_diffusion_da.filtering import ParticleFilter
@@ -16,6 +17,7 @@ from numpyro_diffusion_da.linear_gaussian import LinearGaussian
 from numpyro_diffusion_da.linear_solve import DirectSolve, KrylovSolve, LinearSolver
 from numpyro_diffusion_da.noise import FactorNoise, Noise, WhiteNoise
 from numpyro_diffusion_da.online import OnlineFilter
+from numpyro_diffusion_da.piecewise_guidance import Piecewise, Unguided
 from numpyro_diffusion_da.pmmh import PMMH
 from numpyro_diffusion_da.prior import DiffusionPrior
 from numpyro_diffusion_da.priors import parametrisation
@@ -49,10 +51,13 @@ __version__ = "0.1.0"
 
 __all__ = [
     "DDIM",
+    "DPS",
     "FAAPF",
+    "JFPS",
     "MMPS",
     "PMMH",
     "SMC2",
+    "TMPD",
     "AdamsBashforth",
     "Algorithm",
     "Bootstrap",
@@ -94,6 +99,8 @@ __all__ = [
     "ParameterResult",
     "ParticleFilter",
     "PerturbedObservations",
+    "PiGDM",
+    "Piecewise",
     "ProbabilityFlow",
     "Ring",
     "RingEmulator",
@@ -106,6 +113,7 @@ __all__ = [
     "Step",
     "StochasticStep",
     "Taper",
+    "Unguided",
     "Variable",
     "Weight",
     "WhiteNoise",

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import equinox as eqx
 import jax
@@ -26,7 +26,7 @@ from jaxtyping import Array, Float
 
 from numpyro_diffusion_da.denoiser import Denoiser, Memory, NetworkPasses, PriorDenoiser
 from numpyro_diffusion_da.likelihood import Coordinates, Likelihood, probe_signs
-from numpyro_diffusion_da.linear_solve import KrylovSolve, LinearSolver, Solution
+from numpyro_diffusion_da.linear_solve import KrylovSolve, LinearSolver, Product, Solution
 from numpyro_diffusion_da.noise import Noise
 
 
@@ -99,21 +99,7 @@ class MMPSDenoiser(ObservingDenoiser):
 
     def init(self) -> Memory:
         """No passes yet, and the solver's cold start."""
-        location = self.base.prior.location(self.base.conditioning)
-
-        def residual(x: Array) -> Array:
-            coordinates = self._coordinates(x)
-            variances = None if coordinates is None else jnp.ones(coordinates.observed.shape, x.dtype)
-            return self.likelihood.around(coordinates, variances).residual(x)
-
-        size = jax.eval_shape(residual, location).shape[0]
-        return self.base.init()._replace(
-            warm_start=self.solver.init(size, location.dtype), solver_residual=jnp.zeros((), location.dtype)
-        )
-
-    def _coordinates(self, x: Float[Array, ...]) -> Coordinates | None:
-        spread = jnp.broadcast_to(self.base.prior.scale(self.base.conditioning), x.shape)
-        return self.likelihood.coordinates(x, spread[None] * probe_signs(x.shape, x.dtype))
+        return initial_memory(self.base, self.likelihood, self.solver)
 
     def __call__(
         self, z_s: Float[Array, ...], noise_level: Float[Array, ""], memory: Memory
@@ -140,38 +126,92 @@ class MMPSDenoiser(ObservingDenoiser):
     ) -> tuple[Array, Solution, Array, Memory]:
         """(D, the solution of the module's system, r, memory)."""
         prior, conditioning = self.base.prior, self.base.conditioning
-        location, scale = prior.location(conditioning), prior.scale(conditioning)
         denoised, pull_denoiser = jax.vjp(lambda z: prior.denoise(z, noise_level, conditioning), z_s)
-        x = location + scale * denoised
 
-        def seen_by(observe: Callable[[Array], Array]) -> tuple[Array, Callable[[Array], Any]]:
-            """Observe(x), and v -> (H S s^2 C J^T S H^T v, J^T S H^T v), H its derivative."""
-            value, push = jax.linearize(observe, x)
-            transposed = jax.linear_transpose(push, x)
+        # J C is symmetric for a true denoiser, so S J C S = S C J^T S: one vjp a product, no jvp.
+        def covariance(w: Array) -> tuple[Array, Array]:
+            (pulled,) = pull_denoiser(w)
+            return noise_level**2 * self.noise.covariance_product(pulled), pulled
 
-            # J C is symmetric for a true denoiser, so H S J C S H^T = H S C J^T S H^T: one vjp a product, no jvp.
-            def product(v: Array) -> tuple[Array, Array]:
-                (pulled,) = pull_denoiser(scale * transposed(v)[0])
-                return noise_level**2 * push(scale * self.noise.covariance_product(pulled)), pulled
-
-            return value, product
-
-        coordinates = self._coordinates(x)
-        variances, extra = None, 0
-        if coordinates is not None:
-            _, of_coordinates = seen_by(coordinates)
-            size = len(coordinates.observed)
-            variances = self.solver.diagonal(lambda v: of_coordinates(v)[0], size, x.dtype)
-            extra = self.solver.diagonal_products(size)
-        local = self.likelihood.around(coordinates, variances)
-        # In these residuals H = -dr/dx: what is seen of -r.
-        towards, product = seen_by(lambda x: -local.residual(x))
-
-        def system(v: Array) -> tuple[Array, Array]:
-            image, pulled = product(v)
-            return v + image, pulled
-
-        solution, warm_start = self.solver(system, -towards, memory.warm_start)
+        residual, system, extra = linear_system(self.base, self.likelihood, self.solver, denoised, covariance)
+        solution, warm_start = self.solver(system, residual, memory.warm_start)
         passes = NetworkPasses.of(forward=1)._replace(vjp=solution.products + extra)
         memory = Memory(memory.passes.plus(passes), warm_start, jnp.maximum(memory.solver_residual, solution.residual))
-        return denoised, solution, -towards, memory
+        return denoised, solution, residual, memory
+
+
+def state_of(base: PriorDenoiser, denoised: Float[Array, ...]) -> Float[Array, ...]:
+    """a + S D."""
+    return base.prior.location(base.conditioning) + base.prior.scale(base.conditioning) * denoised
+
+
+def coordinates_near(base: PriorDenoiser, likelihood: Likelihood, x: Float[Array, ...]) -> Coordinates | None:
+    """What the observations that are not Gaussian look at near x, its components moving by S; no network pass."""
+    spread = jnp.broadcast_to(base.prior.scale(base.conditioning), x.shape)
+    return likelihood.coordinates(x, spread[None] * probe_signs(x.shape, x.dtype))
+
+
+def initial_memory(base: PriorDenoiser, likelihood: Likelihood, solver: LinearSolver) -> Memory:
+    """No passes yet, and the solver's cold start for as many unknowns as there are residuals."""
+    location = base.prior.location(base.conditioning)
+
+    def residual(x: Array) -> Array:
+        coordinates = coordinates_near(base, likelihood, x)
+        variances = None if coordinates is None else jnp.ones(coordinates.observed.shape, x.dtype)
+        return likelihood.around(coordinates, variances).residual(x)
+
+    size = jax.eval_shape(residual, location).shape[0]
+    return base.init()._replace(
+        warm_start=solver.init(size, location.dtype), solver_residual=jnp.zeros((), location.dtype)
+    )
+
+
+def linear_system(
+    base: PriorDenoiser,
+    likelihood: Likelihood,
+    solver: LinearSolver,
+    denoised: Float[Array, ...],
+    covariance: Callable[[Array], tuple[Array, Array]],
+) -> tuple[Float[Array, " m"], Product, int]:
+    """The system of a guidance that takes the latent to be N(D, V) at a noise level.
+
+    Args:
+        base: the prior's denoiser.
+        likelihood: of the step.
+        solver: for the variances of coordinates, where the likelihood is not Gaussian.
+        denoised: D.
+        covariance: w -> (V w, what a product with the system brings for w = S H^T v).
+
+    Returns:
+        (r, v -> ((I + H S V S H^T) v, what it brings), calls of `covariance` made so far).
+    """
+    scale = base.prior.scale(base.conditioning)
+    x = state_of(base, denoised)
+
+    def seen_by(observe: Callable[[Array], Array]) -> tuple[Array, Product]:
+        """Observe(x), and v -> (H S V S H^T v, what it brings), H its derivative."""
+        value, push = jax.linearize(observe, x)
+        transposed = jax.linear_transpose(push, x)
+
+        def product(v: Array) -> tuple[Array, Array]:
+            image, brought = covariance(scale * transposed(v)[0])
+            return push(scale * image), brought
+
+        return value, product
+
+    coordinates = coordinates_near(base, likelihood, x)
+    variances, extra = None, 0
+    if coordinates is not None:
+        _, of_coordinates = seen_by(coordinates)
+        size = len(coordinates.observed)
+        variances = solver.diagonal(lambda v: of_coordinates(v)[0], size, x.dtype)
+        extra = solver.diagonal_products(size)
+    local = likelihood.around(coordinates, variances)
+    # In these residuals H = -dr/dx: what is seen of -r.
+    towards, product = seen_by(lambda x: -local.residual(x))
+
+    def system(v: Array) -> tuple[Array, Array]:
+        image, brought = product(v)
+        return v + image, brought
+
+    return -towards, system, extra

@@ -189,3 +189,26 @@ class KrylovSolve(LinearSolver):
             Directions(basis, columns, images),
         )
         return solution, solution.answer
+
+
+class RowSumSolve(LinearSolver):
+    """v = r / max(1, (I + B) 1): takes B for the diagonal matrix of its row sums (Boys et al. 2023, arXiv 2310.06721).
+
+    Two products: that of the ones, and that of the answer, whose image guidance needs. Exact for a diagonal B, that is
+    where observations look at independent components. The residual says how far from that B is.
+    """
+
+    def init(self, size: int, dtype: jnp.dtype) -> PyTree:
+        """No warm start."""
+        return ()
+
+    def __call__(self, product: Product, rhs: Float[Array, " m"], warm_start: PyTree) -> tuple[Solution, PyTree]:
+        """Divide, with two products."""
+        sums, _ = product(jnp.ones_like(rhs))
+        answer = rhs / jnp.maximum(sums, 1.0)
+        column, image = product(answer)
+        return Solution(answer, image, relative_residual(rhs, column), jnp.asarray(2)), warm_start
+
+    def diagonal(self, product: Callable[[Array], Array], size: int, dtype: jnp.dtype) -> Float[Array, " m"]:
+        """The row sums, where positive."""
+        return jnp.maximum(product(jnp.ones((size,), dtype)), 0.0)

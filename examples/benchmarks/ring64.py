@@ -1,13 +1,16 @@
 """How far a guided reverse diffusion is from the exact posterior, and what it costs: the ring of 64 points.
 
 The prior is exact and Gaussian (64 points on a ring, covariance exp(-(distance / 4)^1.5) + 0.001 I; every fourth point
-observed with error 0.1), so all the error is the sampler's. Two tables:
+observed with error 0.1), so all the error is the sampler's. Three tables:
 
 1. Samplers, with exact linear solves. Error: 2-Wasserstein distance between the sampler's Gaussian and the exact
    posterior, over sqrt(trace of the posterior covariance). No Monte Carlo: with exact solves a sample is an affine
    function of the noise that was drawn, and the law follows from that function.
 2. Solves, with DPM-Solver++(2M). With inexact solves a sample is no longer affine in the noise. Error: RMS distance,
    path by path, to the exact flow from the same noise, over the same number: an upper bound on the first error.
+
+3. Guidance: the published alternatives, and products where they are needed only. Error as in 2. The settings of the
+   cheaper rows were chosen on two other rings, the columns before the last, which is the ring of the other tables.
 
 "passes" counts every pass through the network of one draw, one vjp as one forward. With exact solves that is one vjp
 for each of the 16 observations at each level: what a table of samplers compares is evaluations.
@@ -35,6 +38,8 @@ import numpyro_diffusion_da as ndda
 from numpyro_diffusion_da.denoiser import Memory, PriorDenoiser
 from numpyro_diffusion_da.linear_solve import LinearSolver, Product, Solution, relative_residual
 from numpyro_diffusion_da.sampler import StepInputs
+
+EXACT = ndda.MMPS(ndda.DirectSolve())
 
 
 class DiagonalSolve(LinearSolver):
@@ -67,15 +72,22 @@ class GivenNoise(ndda.Noise):
 
 
 class Ring:
-    """The problem: prior, likelihood and exact posterior."""
+    """The problem: prior, likelihood and exact posterior.
 
-    def __init__(self, points: int) -> None:
+    Args:
+        points: on the ring.
+        length: correlation length of the prior, in points.
+        spacing: of the observed points.
+        error: standard deviation of the observations' errors.
+    """
+
+    def __init__(self, points: int, length: float = 4.0, spacing: int = 4, error: float = 0.1) -> None:
         i = np.arange(points)
         distance = np.abs(i[:, None] - i[None])
         distance = np.minimum(distance, points - distance)
-        covariance = np.exp(-((distance / 4.0) ** 1.5)) + 1e-3 * np.eye(points)
-        observed = i[::4]
-        h, error = np.eye(points)[observed], 0.1
+        covariance = np.exp(-((distance / length) ** 1.5)) + 1e-3 * np.eye(points)
+        observed = i[::spacing]
+        h = np.eye(points)[observed]
         gain = covariance @ h.T @ np.linalg.inv(h @ covariance @ h.T + error**2 * np.eye(len(observed)))
         rng = np.random.default_rng(0)
         truth = np.linalg.cholesky(covariance) @ rng.normal(size=points)
@@ -86,18 +98,18 @@ class Ring:
         self.prior = ndda.GaussianPrior(np.zeros((points, points)), covariance)
         self.likelihood = ndda.GaussianLikelihood(
             lambda x: [
-                ndda.GaussianObservation(x[::4], jnp.full(len(y), error), jnp.asarray(y), jnp.ones(len(y), bool))
+                ndda.GaussianObservation(x[::spacing], jnp.full(len(y), error), jnp.asarray(y), jnp.ones(len(y), bool))
             ]
         )
 
-    def denoiser(self, solver: LinearSolver) -> Any:
+    def denoiser(self, guidance: ndda.Guidance) -> Any:
         """The posterior's denoiser."""
         conditioning = self.prior.condition(jnp.zeros(self.points))
-        return ndda.MMPS(solver)(PriorDenoiser(self.prior, conditioning), self.likelihood)
+        return guidance(PriorDenoiser(self.prior, conditioning), self.likelihood)
 
-    def flow(self, sampler: ndda.Sampler, solver: LinearSolver) -> Callable[[jax.Array], tuple[jax.Array, Memory]]:
+    def flow(self, sampler: ndda.Sampler, guidance: ndda.Guidance) -> Callable[[jax.Array], tuple[jax.Array, Memory]]:
         """The map from the starting noise to the sample, for a deterministic sampler."""
-        denoiser, prior = self.denoiser(solver), self.prior
+        denoiser, prior = self.denoiser(guidance), self.prior
 
         def draw(z: jax.Array) -> tuple[jax.Array, Memory]:
             z, memory = sampler(jax.random.key(0), denoiser, prior.noise, prior.noise_range, z)
@@ -121,7 +133,7 @@ def affine(fn: Callable[[jax.Array], jax.Array], size: int) -> tuple[jax.Array, 
 
 def law_of_flow(ring: Ring, sampler: ndda.Sampler) -> tuple[np.ndarray, np.ndarray]:
     """Mean and covariance of a deterministic sampler's draws, from its own affine map."""
-    flow = ring.flow(sampler, ndda.DirectSolve())
+    flow = ring.flow(sampler, EXACT)
     b, m = affine(lambda z: flow(z)[0], ring.points)
     highest = sampler.schedule.levels(ring.prior.noise_range)[0]
     return np.asarray(b), highest**2 * np.asarray(m @ m.T)
@@ -132,7 +144,7 @@ def law_of_langevin(ring: Ring, sampler: ndda.Sampler) -> tuple[np.ndarray, np.n
 
     Every move is an affine function of (z, the step's history) and of the noise drawn in it.
     """
-    denoiser, prior, step, corrector = ring.denoiser(ndda.DirectSolve()), ring.prior, sampler.step, sampler.corrector
+    denoiser, prior, step, corrector = ring.denoiser(EXACT), ring.prior, sampler.step, sampler.corrector
     levels = sampler.schedule.levels(prior.noise_range)
     start, stop = levels[:-1], levels[1:]
     constants = jax.tree.map(jnp.asarray, step.coefficients(start, stop))
@@ -221,11 +233,26 @@ def sampler_rows(ring: Ring) -> list[dict[str, Any]]:
     return rows
 
 
+def starting_noise(ring: Ring, paths: int) -> jax.Array:
+    """The unit noise of the paths."""
+    return jax.random.normal(jax.random.key(3), (paths, ring.points))
+
+
+def exact_flow(ring: Ring, paths: int, levels: int) -> jax.Array:
+    """Where the exact flow takes every path, shape (paths, points)."""
+    reference = ndda.Sampler(ndda.DPMSolverPP2S(), ndda.KarrasSchedule(levels, 7.0, 2e-4, 80.0))
+    return jax.vmap(lambda z: ring.flow(reference, EXACT)(z)[0])(80.0 * starting_noise(ring, paths))
+
+
+def path_error(ring: Ring, sampler: ndda.Sampler, guidance: ndda.Guidance, exact: jax.Array) -> tuple[float, Memory]:
+    """RMS distance to the exact flow, path by path, over the posterior's spread; and the memories of the paths."""
+    x, memory = jax.vmap(ring.flow(sampler, guidance))(80.0 * starting_noise(ring, len(exact)))
+    return float(jnp.sqrt(jnp.mean(jnp.sum((x - exact) ** 2, -1)))) / ring.spread, memory
+
+
 def solve_rows(ring: Ring, paths: int, reference_levels: int) -> list[dict[str, Any]]:
     """Table 2."""
-    white = jax.random.normal(jax.random.key(3), (paths, ring.points))
-    reference = ndda.Sampler(ndda.DPMSolverPP2S(), ndda.KarrasSchedule(reference_levels, 7.0, 2e-4, 80.0))
-    exact = jax.vmap(lambda z: ring.flow(reference, ndda.DirectSolve())(z)[0])(80.0 * white)
+    exact = exact_flow(ring, paths, reference_levels)
 
     def edm(levels: int) -> ndda.KarrasSchedule:
         return ndda.KarrasSchedule(levels, 7.0, 2e-3, 80.0)
@@ -243,8 +270,7 @@ def solve_rows(ring: Ring, paths: int, reference_levels: int) -> list[dict[str, 
     rows = []
     for name, schedule, solver in entries:
         sampler = ndda.Sampler(ndda.DPMSolverPP2M(), schedule)
-        flow = ring.flow(sampler, solver)
-        x, memory = jax.vmap(flow)(80.0 * white)
+        error, memory = path_error(ring, sampler, ndda.MMPS(solver), exact)
         evaluations, passes = int(memory.passes.forward[0]), int(memory.passes.total()[0])
         rows.append(
             {
@@ -253,9 +279,57 @@ def solve_rows(ring: Ring, paths: int, reference_levels: int) -> list[dict[str, 
                 "products": (passes - evaluations) // evaluations,
                 "passes": passes,
                 "largest residual": float(jnp.max(memory.solver_residual)),
-                "error": float(jnp.sqrt(jnp.mean(jnp.sum((x - exact) ** 2, -1)))) / ring.spread,
+                "error": error,
             }
         )
+    return rows
+
+
+def guidance_rows(points: int, paths: int, reference_levels: int) -> list[dict[str, Any]]:
+    """Table 3."""
+    rings = {
+        "error, length 6, every 4th, 0.15": Ring(points, 6.0, 4, 0.15),
+        "error, length 3, every 3rd, 0.2": Ring(points, 3.0, 3, 0.2),
+        "error": Ring(points),
+    }
+    exact = {name: exact_flow(ring, paths, reference_levels) for name, ring in rings.items()}
+
+    def default(levels: int = 16) -> ndda.KarrasSchedule:
+        return ndda.KarrasSchedule(levels, lowest=2e-2, highest=80.0)
+
+    def shorter(levels: int) -> ndda.KarrasSchedule:
+        return ndda.KarrasSchedule(levels, 20.0, 4e-2, 80.0)
+
+    one, two, three = (ndda.MMPS(ndda.KrylovSolve(k)) for k in (1, 2, 3))
+    entries = [
+        ("library default: MMPS, 2 products", default(), two),
+        ("MMPS, 2 products", default(15), two),
+        ("MMPS, 2 products", default(14), two),
+        ("none above 40", default(), ndda.Piecewise((ndda.Unguided(), two), (40.0,))),
+        ("none above 10", default(), ndda.Piecewise((ndda.Unguided(), two), (10.0,))),
+        ("none below 0.06", default(), ndda.Piecewise((two, ndda.Unguided()), (0.06,))),
+        ("1 product below 0.2", default(), ndda.Piecewise((two, one), (0.2,))),
+        ("JFPS below 0.06", default(), ndda.Piecewise((two, ndda.JFPS()), (0.06,))),
+        ("MMPS, 2 products", shorter(13), two),
+        ("3 products to 3, 2 to 0.3, then 1", shorter(13), ndda.Piecewise((three, two, one), (3.0, 0.3))),
+        ("1 product above 40 and below 0.2", shorter(13), ndda.Piecewise((one, two, one), (40.0, 0.2))),
+        ("1 product above 40 and below 0.2", shorter(12), ndda.Piecewise((one, two, one), (40.0, 0.2))),
+        ("TMPD", default(), ndda.TMPD()),
+        ("PiGDM", default(24), ndda.PiGDM()),
+        ("JFPS", default(48), ndda.JFPS()),
+        ("DPS", default(24), ndda.DPS()),
+        ("DPS, zeta 0.3", default(24), ndda.DPS(0.3)),
+        ("DPS, zeta 1", default(24), ndda.DPS(1.0)),
+        ("DPS, zeta 3", default(24), ndda.DPS(3.0)),
+    ]
+    rows = []
+    for name, schedule, guidance in entries:
+        row: dict[str, Any] = {"guidance": name, "noise levels": describe(schedule), "passes": 0}
+        for column, ring in rings.items():
+            error, memory = path_error(ring, ndda.Sampler(schedule=schedule), guidance, exact[column])
+            row["passes"] = int(memory.passes.total()[0])
+            row[column] = error
+        rows.append(row)
     return rows
 
 
@@ -271,7 +345,7 @@ def show(console: Console, title: str, rows: list[dict[str, Any]]) -> None:
 
 def main(
     out: Annotated[Path | None, typer.Option(help="Write the tables to this JSON file.")] = None,
-    points: Annotated[int, typer.Option(help="Points on the ring; the published tables have 64.")] = 64,
+    points: Annotated[int, typer.Option(help="Points on the ring, 24 or more; the published tables have 64.")] = 64,
     paths: Annotated[int, typer.Option(help="Paths of the second table.")] = 256,
     reference_levels: Annotated[int, typer.Option(help="Noise levels of the second table's exact flow.")] = 400,
 ) -> None:
@@ -279,9 +353,14 @@ def main(
     console = Console()
     with jax.enable_x64(True):
         ring = Ring(points)
-        tables = {"samplers": sampler_rows(ring), "solves": solve_rows(ring, paths, reference_levels)}
+        tables = {
+            "samplers": sampler_rows(ring),
+            "solves": solve_rows(ring, paths, reference_levels),
+            "guidance": guidance_rows(points, paths, reference_levels),
+        }
     show(console, f"Samplers on a ring of {points}, exact solves", tables["samplers"])
     show(console, f"Solves on a ring of {points}, DPM-Solver++(2M)", tables["solves"])
+    show(console, f"Guidance on a ring of {points}, DPM-Solver++(2M)", tables["guidance"])
     if out is not None:
         settings = {"points": points, "paths": paths, "reference_levels": reference_levels}
         out.write_text(json.dumps({"version": ndda.__version__, "settings": settings, **tables}, indent=2) + "\n")
