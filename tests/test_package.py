@@ -42,8 +42,9 @@ ORDER = [
     "summary", "backward", "smoothing", "convert", "result_axes", "result", "progress", "storage", "evidence",
     "algorithm", "feynman_kac", "linear_gaussian", "smc", "parameters", "state_space", "program", "dependence",
     "site", "free_parameters", "distribution", "density", "weight",
-    "transition", "path", "piecewise_guidance", "approximate_guidance", "guidance", "likelihood", "moment_matching", "linear_solve",
-    "sampler", "schedule", "denoiser", "priors", "prior", "spherical_noise", "noise", "gridded_data", "axis_positions", "units", "layout",
+    "transition", "path", "piecewise_guidance", "approximate_guidance", "guidance", "likelihood",
+    "moment_matching", "linear_solve", "sampler", "schedule",
+    "denoiser", "priors", "prior", "spherical_noise", "noise", "gridded_data", "axis_positions", "units", "layout",
     "compilation", "footprint",
 ]  # fmt: skip
 
