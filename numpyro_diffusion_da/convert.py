@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from numpyro_diffusion_da.result import PER_PARTICLE
+from numpyro_diffusion_da.result import OF_WEIGHTS
 from numpyro_diffusion_da.result_axes import CHAIN, PARTICLE, SHARED, Axes, Coords, Dims
 
 if TYPE_CHECKING:
@@ -292,8 +292,9 @@ def _as_installed(tree: xarray.DataTree) -> Any:
 
 def _statistic(axes: Axes, name: str, values: np.ndarray) -> Any:
     long_name, description = STATS.get(name, (name.replace("_", " "), ""))
-    leading = PARTICLE if name in PER_PARTICLE else CHAIN
-    own = ("block",) if values.ndim > len(leading) else ()  # of localised ancestors
+    block = ("block",) if axes.result.is_local and name in OF_WEIGHTS else ()
+    leading = PARTICLE if values.ndim - len(block) >= len(PARTICLE) else CHAIN
+    own = block or tuple(f"{name}_dim_{i}" for i in range(values.ndim - len(leading)))
     axes.sizes.update(zip(own, values.shape[len(leading) :], strict=True))
     return (*leading, *own), values, {"long_name": long_name, "description": description}
 

@@ -9,11 +9,11 @@ import numpy as np
 
 from numpyro_diffusion_da.layout import Layout
 
-PER_PARTICLE = frozenset(
-    {"log_weights", "ancestors", "solver_residual", "filter_draw", "backward_ess"}
-    | {f"backward_passes_{kind}" for kind in ("forward", "jvp", "vjp")}
-)
-"""Statistics of a step that have a value for each particle, or draw."""
+PER_PARTICLE = frozenset({"log_weights", "ancestors", "solver_residual", "filter_draw"})
+"""Statistics of a step that have a value for each particle."""
+
+OF_WEIGHTS = frozenset({"log_weights", "ancestors", "ess", "inflation", "distinct_ancestors", "log_weight_std"})
+"""Statistics of a step that have a value for each block, where ancestors are local."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +49,11 @@ class FilterResult:
     latent_name: str
     layout: Layout | None
     attributes: dict[str, Any]
+
+    @property
+    def is_local(self) -> bool:
+        """Whether ancestors are local: what is said of weights then has a last axis of blocks."""
+        return "log_weights" in self.sample_stats and self.sample_stats["log_weights"].ndim > 3
 
 
 @dataclasses.dataclass(frozen=True)

@@ -255,7 +255,7 @@ def pointwise_log_likelihood(fn: dist.Distribution, value: Array, power: Array |
         # By the Gaussian observations, which know how to leave single components of an event out.
         events = gaussian_observations("", fn, value, power)
         residuals, normalizers = zip(*map(whiten, events), strict=True)
-        logs = [n - 0.5 * jnp.vdot(r, r) for r, n in zip(residuals, normalizers, strict=True)]
+        logs = [jnp.sum(n) - 0.5 * jnp.vdot(r, r) for r, n in zip(residuals, normalizers, strict=True)]
         return jnp.stack(logs).reshape(value.shape[:-1])
     filled = jnp.where(observed, value, base_point(base, value))
     if base.event_dim == 0:

@@ -21,7 +21,7 @@ import operator
 
 import numpy as np
 
-from numpyro_diffusion_da.result import PER_PARTICLE, FilterResult
+from numpyro_diffusion_da.result import FilterResult
 
 WITHOUT_ANCESTORS = ("EnKF",)
 """Filters that move particles and never select them: their lines know nothing of later observations."""
@@ -98,7 +98,7 @@ def _lines(result: FilterResult, lag: int | None) -> np.ndarray:
         done = "is already smoothed" if "smoothing" in result.attributes else "has no ancestors"
         raise ValueError(f"this result {done}; give the one of the filter, ParticleFilter.result.")
     ancestors = result.sample_stats["ancestors"]
-    if ancestors.ndim > len(("chain", "draw", "time")):
+    if result.is_local:
         raise ValueError(
             "particles of localised ancestors have a parent for each block of the state, and so no lines; smooth a "
             "result without a taper, or use ParticleFilter.backward_simulation."
@@ -133,7 +133,7 @@ def along(result: FilterResult, lines: np.ndarray, attributes: dict[str, str | i
         return {name: values[at] for name, values in sites.items()}
 
     stats = {name: values for name, values in result.sample_stats.items() if name != "ancestors"}
-    of_draws = {n: v for n, v in stats.items() if n in PER_PARTICLE and n not in BEFORE_SELECTION}
+    of_draws = {n: v for n, v in stats.items() if v.ndim >= lines.ndim and n not in BEFORE_SELECTION}
     return dataclasses.replace(
         result,
         posterior=moved(result.posterior),

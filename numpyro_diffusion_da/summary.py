@@ -50,11 +50,10 @@ def _filter_table(result: FilterResult) -> Any:
     table.add_row("particles x chains x steps", f"{draws} x {chains} x {steps}")
     observed = sum(int(mask.sum()) for mask in result.observed_mask.values())
     table.add_row("observations", f"{observed} of {sum(mask.size for mask in result.observed_mask.values())}")
-    local = stats["log_weights"].ndim > len(("chain", "draw", "time"))
-    if local:
+    if result.is_local:
         table.add_row("ancestors", f"local, of {stats['log_weights'].shape[-1]} blocks")
     if _selects(result):
-        where = "steps and blocks" if local else "steps"
+        where = "steps and blocks" if result.is_local else "steps"
         low = np.mean(stats["inflation"] < 0.1)
         step = int(np.unravel_index(np.argmin(stats["ess"]), stats["ess"].shape)[1])
         table.add_row("ESS before inflation", f"{_middle_and_least(stats['ess'], '.1f')} (step {step})")
@@ -66,7 +65,7 @@ def _filter_table(result: FilterResult) -> Any:
             lagged, whole = (np.median(smoothing.distinct_ancestors_at(result, lag)[:, 0]) for lag in (LAG, None))
             lines = f"{lagged:.0f} of the first step after {LAG} steps, " if steps > LAG + 1 else ""
             table.add_row("distinct lines", f"{lines}{whole:.0f} after {steps - 1}")
-        if local:
+        if result.is_local:
             table.add_row("log-evidence", "none of localised ancestors")
         else:
             total = stats["log_evidence_increment"].sum(1, dtype=float)
@@ -89,8 +88,7 @@ def _filter_table(result: FilterResult) -> Any:
 
 def _has_genealogy(result: FilterResult) -> bool:
     """Whether its lines can be followed: not an ensemble Kalman filter's, local ancestors', or a smoothed result's."""
-    ancestors = result.sample_stats.get("ancestors")
-    known = ancestors is not None and ancestors.ndim == len(("chain", "draw", "time"))
+    known = "ancestors" in result.sample_stats and not result.is_local
     return known and result.attributes.get("algorithm") not in smoothing.WITHOUT_ANCESTORS
 
 
