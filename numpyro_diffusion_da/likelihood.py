@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import jax.scipy.linalg as jsl
 import numpy as np
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from numpyro_diffusion_da.moment_matching import (
     LEAST_VARIANCE,
@@ -76,11 +76,14 @@ class GeneralObservation(NamedTuple):
             shape (m, p).
         log_prob: parameters, shape (m, p) -> log p(y_i) of each element, shape (m,); anything where missing.
         observed: False where the value is missing, shape (m,).
+        components: the one component of the flattened state that each element looks at, shape (m,); None where it is
+            another linear functional, or not known.
     """
 
     parameters: Float[Array, "m p"]
     log_prob: Callable[[Float[Array, "m p"]], Float[Array, " m"]]
     observed: Bool[Array, " m"]
+    components: Int[np.ndarray, " m"] | None = None
 
 
 class Likelihood(eqx.Module):
@@ -186,6 +189,13 @@ class GeneralLikelihood(Likelihood):
         general = [jnp.where(s.observed, s.log_prob(s.parameters), 0.0) for s in self.general(x)]
         gaussian = [normalizer - 0.5 * r**2 for r, normalizer in map(whiten, self.gaussian(x))]
         return self.in_order(x, [*gaussian, *general])
+
+    def are_separate(self, x: Float[Array, ...]) -> bool:
+        """Whether every observation looks at one component of the state that no other looks at."""
+        sites = self.observe(x)
+        known = [s.components for s in sites if isinstance(s, GeneralObservation) and s.components is not None]
+        components = np.concatenate(known) if known else np.zeros(0, int)
+        return len(known) == len(sites) and len(np.unique(components)) == len(components)
 
     def in_order(self, x: Float[Array, ...], parts: Sequence[Float[Array, " m"]]) -> Float[Array, " m"]:
         """What is known of each site, those that are Gaussian first, in the order of all sites."""

@@ -51,10 +51,12 @@ class LinearPredictor(NamedTuple):
     Attributes:
         predictor: x -> b, affine, shape (m,).
         link: b, shape (m,) -> f, shape (m,); element i depends on b_i alone.
+        components: the element of x, flattened, that is b_i but for a shift and a factor; None where there is none.
     """
 
     predictor: Callable[[Float[Array, ...]], Float[Array, " m"]]
     link: Callable[[Float[Array, " m"]], Float[Array, " m"]]
+    components: Int[np.ndarray, " m"] | None
 
 
 def linear_predictor(fn: Callable[[Array], Array], shape: tuple[int, ...]) -> LinearPredictor | None:
@@ -80,7 +82,7 @@ def linear_predictor(fn: Callable[[Array], Array], shape: tuple[int, ...]) -> Li
         whole = jnp.zeros(int(np.prod(size)), b.dtype).at[index].set(b).reshape(size)
         return _evaluate(flat, {flat.argument: jnp.zeros(shape, b.dtype), base: whole}, flat.result)
 
-    return LinearPredictor(predictor, link)
+    return LinearPredictor(predictor, link, index if base == flat.argument else None)
 
 
 class _Equation(NamedTuple):

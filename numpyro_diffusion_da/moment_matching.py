@@ -51,10 +51,30 @@ def tilted_moments(
         centre: mean of the Gaussian.
         variance: of the Gaussian, positive.
     """
+    return _tilted(log_prob, centre, variance)[0]
+
+
+def tilted_quantiles(
+    log_prob: ElementwiseLogProb, centre: Float[Array, " m"], variance: Float[Array, " m"], levels: Float[Array, " m"]
+) -> Float[Array, " m"]:
+    """Where the distribution functions of the tilted densities reach the levels, from 0 to 1; see `tilted_moments`."""
+    _, nodes, weights = _tilted(log_prob, centre, variance)
+    # Each node stands for the interval around it, on which its density is constant.
+    below = jnp.cumsum(weights, axis=0)
+    at = jnp.clip(jnp.sum(below < levels[None], axis=0), 0, NODES - 1)[None]
+    share, until = jnp.take_along_axis(weights, at, axis=0)[0], jnp.take_along_axis(below, at, axis=0)[0]
+    inside = jnp.where(share > 0, 0.5 - (until - levels) / jnp.where(share > 0, share, 1.0), 0.0)
+    return jnp.take_along_axis(nodes, at, axis=0)[0] + jnp.clip(inside, -0.5, 0.5) * (nodes[1] - nodes[0])
+
+
+def _tilted(
+    log_prob: ElementwiseLogProb, centre: Float[Array, " m"], variance: Float[Array, " m"]
+) -> tuple[TiltedMoments, Float[Array, "k m"], Float[Array, "k m"]]:
+    """The moments, and the last grid with the weights of its nodes."""
     spread = jnp.sqrt(variance)
     steps = jnp.linspace(-1.0, 1.0, NODES, dtype=centre.dtype)
 
-    def on_grid(middle: Array, half: Array) -> tuple[TiltedMoments, Array]:
+    def on_grid(middle: Array, half: Array) -> tuple[TiltedMoments, Array, Array, Array]:
         t = middle[None] + half[None] * steps[:, None]
         logs = jax.vmap(log_prob)(t)
         exponent = -0.5 * ((t - centre[None]) / spread[None]) ** 2
@@ -67,10 +87,10 @@ def tilted_moments(
         second = jnp.sum(weights * (t - mean[None]) ** 2, axis=0)
         spacing = 2.0 * half / (NODES - 1)
         log_normalizer = total + jnp.log(spacing / spread) - 0.5 * jnp.log(2.0 * jnp.pi)
-        return TiltedMoments(jnp.where(possible, log_normalizer, -jnp.inf), mean, second), spacing
+        return TiltedMoments(jnp.where(possible, log_normalizer, -jnp.inf), mean, second), spacing, t, weights
 
     def refine(_: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
-        moments, spacing = on_grid(*carry)
+        moments, spacing, *_ = on_grid(*carry)
         _, half = carry
         # A mean near the edge: the mass may lie beyond it, so move, and look further.
         inside = jnp.abs(moments.mean - carry[0]) < 0.8 * half
@@ -78,7 +98,8 @@ def tilted_moments(
         return moments.mean, jnp.where(inside, narrower, 2.0 * half)
 
     grid = jax.lax.fori_loop(0, ROUNDS - 1, refine, (centre, REACH * spread))
-    return on_grid(*grid)[0]
+    found, _, nodes, weights = on_grid(*grid)
+    return found, nodes, weights
 
 
 class PseudoObservations(NamedTuple):
@@ -107,10 +128,14 @@ class Evidence(NamedTuple):
     Attributes:
         log_evidence: log of the integral of all likelihoods against the Gaussian.
         pseudo: the pseudo observations at the end, missing ones with an infinite scale replaced by value 0, scale 1.
+        cavity: mean and variance of each coordinate given all observations but its own.
+        marginal: mean and variance of each coordinate given all pseudo observations.
     """
 
     log_evidence: Float[Array, ""]
     pseudo: PseudoObservations
+    cavity: tuple[Float[Array, " m"], Float[Array, " m"]]
+    marginal: tuple[Float[Array, " m"], Float[Array, " m"]]
 
 
 def expectation_propagation(
@@ -161,7 +186,7 @@ def expectation_propagation(
     precision, shift = jax.lax.fori_loop(0, rounds, update, (zero, zero))
     centre, variance = cavity(precision, shift)
     tilted = tilted_moments(log_prob, centre, variance)
-    mean, _, log_determinant = joint(precision, shift)
+    mean, within, log_determinant = joint(precision, shift)
     # Rasmussen & Williams (3.65), with 1/s = the pseudo precision, which may be zero.
     sites = tilted.log_normalizer + 0.5 * jnp.log1p(precision * variance)
     sites = sites + 0.5 * (precision * centre**2 - 2.0 * centre * shift - variance * shift**2) / (
@@ -171,4 +196,5 @@ def expectation_propagation(
     log_evidence = fixed + sites - 0.5 * log_determinant + 0.5 * jnp.vdot(mean, shift)
     some = precision > 0
     safe = jnp.where(some, precision, 1.0)
-    return Evidence(log_evidence, PseudoObservations(jnp.where(some, shift / safe, 0.0), safe**-0.5))
+    stand_ins = PseudoObservations(jnp.where(some, shift / safe, 0.0), safe**-0.5)
+    return Evidence(log_evidence, stand_ins, (centre, variance), (mean, jnp.maximum(within, LEAST_VARIANCE)))

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
 import jax.scipy.linalg as jsl
+import numpy as np
 import numpyro.distributions as dist
 from jaxtyping import Array, Bool, Float, Int
 
@@ -233,6 +235,31 @@ def general_observation(
         return powers * rebuild(parameters).log_prob(filled).reshape(-1)
 
     return GeneralObservation(parameters, log_prob, observed)
+
+
+def predicted_observation(
+    fn: dist.Distribution,
+    value: Array,
+    predictor: Float[Array, " m"],
+    link: Callable[[Float[Array, " m"]], Float[Array, " m"]],
+    components: Int[np.ndarray, " m"] | None,
+) -> GeneralObservation:
+    """An observed site that looks at the state through a linear predictor, one an element (`linear_predictor`).
+
+    Args:
+        fn: its distribution.
+        value: what is observed.
+        predictor: at the state.
+        link: predictor -> log p(y_i | x), 0 where missing.
+        components: see `GeneralObservation`.
+    """
+    observed = (~missing(value) & site_mask(fn)).reshape(-1)
+    return GeneralObservation(predictor[:, None], lambda parameters: link(parameters[:, 0]), observed, components)
+
+
+def has_own_errors(fn: dist.Distribution) -> bool:
+    """Whether a Gaussian distribution's elements have errors of their own."""
+    return isinstance(unmasked(fn)[0], dist.Normal)
 
 
 def missing(value: Array) -> Bool[Array, ...]:

@@ -28,20 +28,24 @@ from numpyro_diffusion_da.likelihood import (
     GeneralObservation,
     Likelihood,
 )
+from numpyro_diffusion_da.linear_predictor import LinearPredictor, linear_predictor
 from numpyro_diffusion_da.program import BodySites, ScanCall, SkipScan, TimeInputs, abstractly, run_body, run_to_scan
 from numpyro_diffusion_da.sampler import Sampler
 from numpyro_diffusion_da.site import (
     gaussian_observations,
     general_observation,
+    has_own_errors,
     independent_errors,
     is_gaussian,
     non_positive_error,
     observation_error,
     one_step,
     pointwise_log_likelihood,
+    predicted_observation,
     site_mask,
     site_mean,
     undefined_means,
+    unmasked,
     values_per_error,
 )
 from numpyro_diffusion_da.transition import DrawRecord, OneStep
@@ -81,6 +85,7 @@ class StateSpaceModel:
         latent = tuple(n for n, s in probe.before.items() if not s["is_observed"])
         self.initial_names = tuple(n for n in latent if n not in self.global_names)
         self.outside_names = tuple(n for n, s in probe.before.items() if s["is_observed"])
+        self.state_shape = tuple(sites.latent[self.latent_name].shape())
         self.general_names = self._general_names()
 
     def at(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> StateSpaceModel:
@@ -226,16 +231,30 @@ class StateSpaceModel:
         if not self.general_names:
             return self.gaussian_likelihood(carry, inputs)
 
+        taken_apart = {name: self._linear_predictor(name, carry, inputs) for name in self.general_names}
+
         def observe(x: Array) -> list[GaussianObservation | GeneralObservation]:
             found: list[GaussianObservation | GeneralObservation] = []
             for name, site in self.sites(carry, inputs, x).observed.items():
-                if name in self.general_names:
+                if (parts := taken_apart.get(name)) is not None:
+                    found.append(
+                        predicted_observation(site.fn, site.value, parts.predictor(x), parts.link, parts.components)
+                    )
+                elif name in self.general_names:
                     found.append(general_observation(name, *site))
                 else:
                     found.extend(gaussian_observations(name, *site))
             return found
 
         return GeneralLikelihood(observe)
+
+    def _linear_predictor(self, name: str, carry: PyTree, inputs: TimeInputs) -> LinearPredictor | None:
+        """The log-likelihood of a site's elements as a link of a linear predictor; None where it is not one."""
+
+        def logs(x: Array) -> Array:
+            return pointwise_log_likelihood(*self.sites(carry, inputs, x).observed[name]).reshape(-1)
+
+        return linear_predictor(logs, self.state_shape)
 
     def gaussian_likelihood(self, carry: PyTree, inputs: TimeInputs) -> GaussianLikelihood:
         """The same for Gaussian sites only, whose errors may change with x': the derivative of that is left out.
@@ -392,8 +411,12 @@ class StateSpaceModel:
         return skip, sites
 
     def _general_names(self) -> frozenset[str]:
-        """Observed sites that are not Gaussian, or whose independent errors change with the state."""
+        """Observed sites that are not Gaussian, or that look at the state in a way that is not linear.
+
+        Errors that change with it, or a mean that is not linear in it but in its linear predictor.
+        """
         general: list[str] = []
+        curved: list[str] = []
 
         def errors(latent: Array) -> dict[str, Array]:
             call = self.call(jax.random.key(0))
@@ -401,12 +424,25 @@ class StateSpaceModel:
             general.extend(name for name, (fn, *_) in observed.items() if not is_gaussian(fn))
             return {name: independent_errors(fn) for name, (fn, *_) in observed.items() if is_gaussian(fn)}
 
-        changes = depends_on_first(errors, jax.eval_shape(self._latent_like))
-        return frozenset([*general, *(name for name, changing in changes.items() if changing)])
+        def slopes(latent: Array, v: Array) -> dict[str, Array]:
+            call = self.call(jax.random.key(0))
 
-    def _latent_like(self) -> Array:
-        call = self.call(jax.random.key(0))
-        return jnp.zeros(self.sites(call.init, call.first_inputs()).latent[self.latent_name].shape())
+            def means(x: Array) -> dict[str, Array]:
+                observed = self.sites(call.init, call.first_inputs(), x).observed
+                return {name: unmasked(fn)[0].mean for name, (fn, *_) in observed.items() if has_own_errors(fn)}
+
+            return jax.jvp(means, (latent,), (v,))[1]
+
+        def take_apart() -> None:
+            call = self.call(jax.random.key(0))
+            given = call.init, call.first_inputs()
+            curved.extend(name for name in bent if self._linear_predictor(name, *given) is not None)
+
+        latent = jnp.zeros(self.state_shape)
+        changing = [name for name, changes in depends_on_first(errors, latent).items() if changes]
+        bent = [name for name, bends in depends_on_first(slopes, latent, latent).items() if bends]
+        jax.eval_shape(take_apart)
+        return frozenset([*general, *changing, *curved])
 
     def _find_globals(self, before: dict[str, dict[str, Any]]) -> tuple[list[str], list[str]]:
         """Latent sites outside the scan that its body depends on, and those that something is observed of besides.

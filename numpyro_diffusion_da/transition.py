@@ -19,13 +19,22 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from numpyro_diffusion_da.denoiser import Denoiser, Memory, NetworkPasses, PriorDenoiser
 from numpyro_diffusion_da.footprint import backward_bytes
 from numpyro_diffusion_da.guidance import Guidance, ObservingDenoiser
-from numpyro_diffusion_da.likelihood import GaussianLikelihood, GeneralLikelihood, Likelihood, probe_signs, whiten
+from numpyro_diffusion_da.likelihood import (
+    Coordinates,
+    GaussianLikelihood,
+    GeneralLikelihood,
+    Likelihood,
+    probe_signs,
+    whiten,
+)
 from numpyro_diffusion_da.linear_solve import projected_solve
 from numpyro_diffusion_da.moment_matching import (
     LEAST_VARIANCE,
+    Evidence,
     PseudoObservations,
     expectation_propagation,
     tilted_moments,
+    tilted_quantiles,
 )
 from numpyro_diffusion_da.path import weighted_path
 from numpyro_diffusion_da.prior import Conditioning, DiffusionPrior
@@ -231,9 +240,52 @@ class GaussianStep(OneStep):
     ) -> tuple[Float[Array, ...], DrawRecord]:
         """A draw of the prior moved by the gain of its own perturbed innovation (Matheron's rule).
 
-        Observations that are not Gaussian are those that expectation propagation puts in their place.
+        Observations that are not Gaussian are first those that expectation propagation puts in their place. Then each
+        coordinate is moved to where its own tilted density has the same quantile (a Gaussian copula): exact where
+        coordinates are independent, two modes included, and then made at once.
         """
-        return self._matheron(rng_key, matched(self.moments(), self.tangents(), likelihood)[0])[:2]
+        if not isinstance(likelihood, GeneralLikelihood):
+            return self._matheron(rng_key, matched(self.moments(), self.tangents(), likelihood)[0])[:2]
+        if self.factor.shape == self.mean.shape and likelihood.are_separate(self.mean):
+            x, record = self.draw(rng_key)
+            return x + self._towards_separate(x, likelihood), record
+        found = _by_coordinates(self.moments(), self.tangents(), likelihood)
+        x, record, _ = self._matheron(rng_key, found.local)
+        return x + self._towards_tilted(x, found), record
+
+    def _towards_separate(self, x: Float[Array, ...], likelihood: GeneralLikelihood) -> Float[Array, ...]:
+        """What moves independent coordinates of an unguided draw to their posterior quantiles."""
+        coordinates = likelihood.coordinates(self.mean, self.tangents())
+        _, push = jax.linearize(coordinates, self.mean)
+        transposed = jax.linear_transpose(push, self.mean)
+
+        def covariance_product(v: Array) -> Array:
+            return self.moments().covariance_product(transposed(v)[0])
+
+        # The covariance of the coordinates is diagonal: its product with ones is the diagonal.
+        variance = jnp.maximum(push(covariance_product(jnp.ones(coordinates.observed.shape, x.dtype))), LEAST_VARIANCE)
+        t = coordinates(x)
+        levels = jax.scipy.stats.norm.cdf(t / jnp.sqrt(variance))
+        moved = tilted_quantiles(coordinates.log_prob, jnp.zeros_like(t), variance, levels)
+        return covariance_product(jnp.where(coordinates.observed, moved - t, 0.0) / variance)
+
+    def _towards_tilted(self, x: Float[Array, ...], found: _ByCoordinates) -> Float[Array, ...]:
+        """What moves the coordinates of a draw to their tilted quantiles, and the state along with them."""
+        coordinates, n = found.coordinates, len(found.coordinates.observed)
+        t = coordinates(x)
+        (mean, variance), (centre, without) = (
+            (a[-n:], b[-n:]) for a, b in (found.evidence.marginal, found.evidence.cavity)
+        )
+        levels = jax.scipy.stats.norm.cdf((t - mean) / jnp.sqrt(variance))
+        moved = tilted_quantiles(coordinates.log_prob, centre, without, levels)
+        shift = jnp.where(coordinates.observed, moved - t, 0.0)
+        # The regression of the state on the coordinates, given the Gaussian observations.
+        known = found.between[:-n, :-n] + jnp.eye(len(found.between) - n, dtype=t.dtype)
+        gain = jnp.linalg.solve(known, found.between[:-n, -n:])
+        within = found.between[-n:, -n:] - found.between[-n:, :-n] @ gain
+        within = within + 1e-6 * jnp.maximum(jnp.mean(jnp.diagonal(within)), LEAST_VARIANCE) * jnp.eye(n, dtype=t.dtype)
+        weights = jnp.linalg.solve(within, shift)
+        return self.moments().covariance_product(found.pull(jnp.concatenate([-gain @ weights, weights])))
 
     def weighted_draw(
         self, rng_key: PRNGKeyArray, likelihood: Likelihood, guidance: Guidance
@@ -349,10 +401,34 @@ def matched(
         exponent = jnp.sum(jnp.log(values)) + jnp.sum((vectors.T @ residual) ** 2 / values)
         return likelihood, likelihood.log_normalizer(moments.mean) - 0.5 * exponent
     assert isinstance(likelihood, GeneralLikelihood)
+    found = _by_coordinates(moments, tangents, likelihood)
+    log_evidence = found.evidence.log_evidence + likelihood.gaussian_log_normalizer(moments.mean)
+    return found.local, log_evidence
+
+
+class _ByCoordinates(NamedTuple):
+    """What is known of observations by expectation propagation, the Gaussian ones first.
+
+    Attributes:
+        coordinates: of the n others.
+        local: the Gaussian likelihood with the same effect.
+        evidence: of all.
+        between: covariance of the coordinates before they are observed, of all.
+        pull: v -> H^T v, of all.
+    """
+
+    coordinates: Coordinates
+    local: GaussianLikelihood
+    evidence: Evidence
+    between: Float[Array, "m m"]
+    pull: Pull
+
+
+def _by_coordinates(moments: Moments, tangents: Float[Array, "k ..."], likelihood: GeneralLikelihood) -> _ByCoordinates:
     coordinates = likelihood.coordinates(moments.mean, tangents)
     n = len(coordinates.observed)
     unit = PseudoObservations(jnp.zeros(n, moments.mean.dtype), jnp.ones(n, moments.mean.dtype))
-    residual, covariance, _ = observed_covariance(moments, likelihood.with_pseudo(coordinates, unit))
+    residual, covariance, pull = observed_covariance(moments, likelihood.with_pseudo(coordinates, unit))
     known = residual[:-n]
 
     # What is Gaussian is whitened: its coordinate is h(x) - h(m) over the error, its likelihood a unit Gaussian.
@@ -364,5 +440,4 @@ def matched(
     seen = jnp.concatenate([jnp.ones(len(known), bool), coordinates.observed])
     evidence = expectation_propagation(log_prob, between, seen)
     pseudo = PseudoObservations(evidence.pseudo.value[-n:], evidence.pseudo.scale[-n:])
-    log_evidence = evidence.log_evidence + likelihood.gaussian_log_normalizer(moments.mean)
-    return likelihood.with_pseudo(coordinates, pseudo), log_evidence
+    return _ByCoordinates(coordinates, likelihood.with_pseudo(coordinates, pseudo), evidence, between, pull)
