@@ -1,0 +1,288 @@
+"""Spread repair: each by its definition, in the filters, and its amount found from innovations."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro
+import numpyro.distributions as dist
+import pytest
+from numpyro.contrib.control_flow import scan
+
+import numpyro_diffusion_da as ndda
+from numpyro_diffusion_da.algorithm import Proposal
+from numpyro_diffusion_da.smc import fa_apf
+from numpyro_diffusion_da.smc.spread_repair import repaired
+
+KEY = jax.random.key(0)
+
+
+def ensembles(n: int = 30) -> tuple[jax.Array, jax.Array]:
+    """(analysis, forecast) of states of shape (2, 3), with spreads that differ; one component of the analysis is one
+    value in all members."""
+    rng = np.random.default_rng(0)
+    forecast = rng.normal(size=(n, 2, 3)) * [1.5, 0.7, 2.0] + 4.0
+    analysis = 0.3 * forecast + 0.2 * rng.normal(size=(n, 2, 3)) + 1.0
+    analysis[:, 0, 2] = 5.0
+    return jnp.asarray(analysis, jnp.float32), jnp.asarray(forecast, jnp.float32)
+
+
+def anomalies(x) -> np.ndarray:
+    x = np.asarray(x, np.float64)
+    return x - x.mean(0)
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.4, 1.0])
+def test_rtps_by_its_definition(alpha):
+    analysis, forecast = ensembles()
+    got = ndda.RTPS(alpha)(KEY, analysis, forecast)
+    s_a, s_b = np.std(analysis, axis=0), np.std(forecast, axis=0)
+    expected = np.where(s_a > 0, s_a + alpha * (s_b - s_a), 0.0)
+    np.testing.assert_allclose(np.std(got, axis=0), expected, rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(got.mean(0), analysis.mean(0), rtol=1e-6)
+    factor = np.divide(expected, s_a, out=np.ones_like(s_a), where=s_a > 0)
+    np.testing.assert_allclose(anomalies(got), factor * anomalies(analysis), atol=1e-5)  # and no member changes places
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.4, 1.0])
+def test_rtpp_by_its_definition(alpha):
+    analysis, forecast = ensembles()
+    got = ndda.RTPP(alpha)(KEY, analysis, forecast)
+    np.testing.assert_allclose(
+        anomalies(got), (1 - alpha) * anomalies(analysis) + alpha * anomalies(forecast), atol=1e-5
+    )
+    np.testing.assert_allclose(got.mean(0), analysis.mean(0), rtol=1e-6)
+
+
+def test_multiplicative_by_its_definition():
+    analysis, _ = ensembles()
+    got = ndda.Multiplicative(1.3)(KEY, analysis, None)
+    np.testing.assert_allclose(anomalies(got), 1.3 * anomalies(analysis), atol=1e-5)
+    np.testing.assert_allclose(got.mean(0), analysis.mean(0), rtol=1e-6)
+
+
+def test_jitter_has_its_size():
+    """In each component, whatever the spread was, none included; the mean stays."""
+    n, scale = 2000, np.array([0.5, 0.0, 2.0])
+    x = jnp.full((n, 2, 3), 7.0)
+    got = ndda.Jitter(scale)(KEY, x, None)
+    np.testing.assert_allclose(got.mean(0), 7.0, atol=1e-5)
+    expected = np.broadcast_to(scale, (2, 3))
+    assert np.all(np.abs(np.std(got, axis=0, ddof=1) - expected) <= 4 * expected / np.sqrt(2 * n) + 1e-6)
+    np.testing.assert_allclose(np.corrcoef(got[:, :, 0].T)[0, 1], 0.0, atol=4 / np.sqrt(n))
+    # The variance is scale^2 in the mean for few members too.
+    few = [np.var(ndda.Jitter(1.0)(jax.random.key(i), jnp.zeros((2, 500)), None), axis=0, ddof=1) for i in range(4)]
+    np.testing.assert_allclose(np.mean(few), 1.0, atol=4 * np.sqrt(2 / 2000))
+    np.testing.assert_array_equal(ndda.Jitter(1.0)(KEY, x[:1], None), x[:1])
+
+
+def test_the_order_is_that_of_the_sequence():
+    analysis, forecast = ensembles()
+    rtps, twice = ndda.RTPS(0.5), ndda.Multiplicative(2.0)
+    first, last = (repaired(order, KEY, analysis, forecast) for order in ((rtps, twice), (twice, rtps)))
+    s_a, s_b = np.std(analysis, axis=0), np.std(forecast, axis=0)
+    alive = s_a > 0
+    np.testing.assert_allclose(np.std(first, axis=0)[alive], (s_a + s_b)[alive], rtol=1e-4)
+    np.testing.assert_allclose(np.std(last, axis=0)[alive], (s_a + 0.5 * s_b)[alive], rtol=1e-4)
+    np.testing.assert_array_equal(repaired((), KEY, analysis, None), analysis)
+    two = repaired((ndda.Jitter(1.0), ndda.Jitter(1.0)), KEY, jnp.zeros((2000, 1)), None)
+    np.testing.assert_allclose(np.var(two, ddof=1), 2.0, atol=4 * 2 * np.sqrt(2 / 2000))  # two draws, not one twice
+
+
+def test_a_lost_member_counts_for_nothing():
+    analysis, forecast = ensembles()
+    lost = analysis.at[3, 1, 1].set(jnp.nan)
+    others = np.arange(30) != 3
+    for repair in (ndda.RTPS(0.5), ndda.Multiplicative(1.5)):
+        got = repair(KEY, lost, forecast)
+        np.testing.assert_allclose(got[others].mean(0), analysis[others].mean(0), rtol=1e-5)
+        assert np.isfinite(got[others]).all()
+    expected = 0.5 * (np.std(analysis[others], axis=0) + np.std(forecast, axis=0))[1]
+    np.testing.assert_allclose(np.std(ndda.RTPS(0.5)(KEY, lost, forecast)[others], axis=0)[1], expected, rtol=1e-4)
+
+
+def test_amounts_are_refused():
+    for kind, name, wrong in (
+        (ndda.RTPS, "alpha", (-0.1, 1.5)),
+        (ndda.RTPP, "alpha", (-0.1, 1.5)),
+        (ndda.Multiplicative, "factor", (0.9, np.nan)),
+        (ndda.Jitter, "scale", (-1.0, np.array([1.0, -1.0]))),
+    ):
+        for value in wrong:
+            with pytest.raises(ValueError, match=rf"{kind.__name__} got {name}=.*; give [01].0"):
+                kind(value)
+    with pytest.raises(ValueError, match=r"RTPS\(alpha=0.3\) needs members of the forecast"):
+        ndda.RTPS(0.3)(KEY, jnp.ones((2, 1)), None)
+
+
+# --- in the filters ---------------------------------------------------------------------------------------------------
+
+D = 6
+Y = np.random.default_rng(0).normal(size=(5, 3)).astype(np.float32)
+
+
+def program(y, memory=0.9, noise=0.5):
+    """Independent AR(1) sites, the first of each two observed; its carry is a pair."""
+    x0 = numpyro.sample("x0", dist.Normal(jnp.zeros(D), 1.0).to_event(1))
+
+    def step(carry, y_t):
+        x, previous = carry
+        new = numpyro.sample("x", dist.Normal(memory * x, noise).to_event(1))
+        numpyro.sample("y", dist.Normal(new[::2], 0.5).to_event(1), obs=y_t)
+        return (new, x), None
+
+    scan(step, (x0, x0), y)
+
+
+def run(algorithm, y=Y, n=40, **settings):
+    filter_ = ndda.ParticleFilter(algorithm, num_particles=n, progress_bar=False, **settings)
+    filter_.run(jax.random.key(1), y)
+    return filter_.result
+
+
+def stepped(algorithm, y=Y, n=40):
+    """(carry, info) after one step."""
+    online = ndda.OnlineFilter(algorithm, num_particles=n)
+    state, info = online.step(jax.random.key(2), online.init(jax.random.key(1), y[:1]), y[:1])
+    return state.particles, info
+
+
+@pytest.mark.parametrize("batch_size", [0, 7])
+def test_without_repair_nothing_changes(batch_size):
+    """Bit for bit the filter of draw, record and advance in one function."""
+    model = ndda.StateSpaceModel(program, (Y,))
+    algorithm = ndda.FAAPF(program)
+
+    def log_predictive(carry, inputs):
+        return ndda.Moment()(model.transition(carry, inputs), model.likelihood(carry, inputs))
+
+    def propose(rng_key, carry, inputs):
+        draw_key, record_key = jax.random.split(rng_key)
+        step = model.transition(carry, inputs)
+        x, draw = step.conditional_draw(draw_key, model.likelihood(carry, inputs), algorithm.guidance)
+        return model.advance(x, carry, inputs), Proposal(draw, model.record(record_key, x, carry, inputs))
+
+    online = ndda.OnlineFilter(algorithm, num_particles=40)
+    start = online.init(jax.random.key(1), Y[:1])
+    inputs = jax.tree.map(lambda x: x[0], model.time_inputs())
+    plain = fa_apf.build_kernel(log_predictive, propose, batch_size=batch_size)
+    results = [
+        jax.jit(lambda key, state, kernel=kernel: kernel(key, state, inputs))(jax.random.key(2), start)
+        for kernel in (plain, algorithm.kernel(model, batch_size))
+    ]
+    jax.tree.map(np.testing.assert_array_equal, *results)
+    assert results[1][1].forecast == ()
+
+
+TAPER = ndda.Taper(0.4, ndda.Ring(D), {"y": np.arange(0, D, 2)}, state=np.arange(D))
+FILTERS = {
+    "FAAPF": ndda.FAAPF,
+    "FAAPF, equal weights": lambda model, **settings: ndda.FAAPF(model, weight=ndda.Equal(), **settings),
+    "FAAPF, local": lambda model, **settings: ndda.FAAPF(model, taper=TAPER, **settings),
+    "EnKF": ndda.EnKF,
+    "EnKF, local": lambda model, **settings: ndda.EnKF(model, update=ndda.SquareRoot(), taper=TAPER, **settings),
+}
+
+
+@pytest.mark.parametrize("name", FILTERS)
+def test_the_state_is_repaired_before_it_is_advanced(name):
+    """Record and carry hold the repaired state; all else is what it was without repair."""
+    make = FILTERS[name]
+    (x, previous), info = stepped(make(program))
+    (spread_out, same), repaired_info = stepped(make(program, spread_repair=(ndda.Multiplicative(1.5),)))
+    np.testing.assert_allclose(anomalies(spread_out), 1.5 * anomalies(x), atol=2e-5)
+    np.testing.assert_allclose(spread_out.mean(0), x.mean(0), atol=1e-5)
+    np.testing.assert_array_equal(same, previous)
+    np.testing.assert_array_equal(repaired_info.ancestors, info.ancestors)
+    np.testing.assert_array_equal(repaired_info.proposal.sites["posterior"]["x"], spread_out)
+    likelihood = dist.Normal(spread_out[:, ::2], 0.5).log_prob(Y[0])
+    np.testing.assert_allclose(repaired_info.proposal.sites["log_likelihood"]["y"], likelihood, rtol=1e-4)
+    assert repaired_info.forecast == ()  # nothing was drawn that is not looked at
+
+
+@pytest.mark.parametrize("name", FILTERS)
+def test_rtps_relaxes_to_the_spread_of_the_forecast(name):
+    """That of the predictive distribution, 0.81 + 0.25 of each component before anything is observed."""
+    make, n = FILTERS[name], 4000
+    (x, _), _ = stepped(make(program), n=n)
+    (half, _), _ = stepped(make(program, spread_repair=(ndda.RTPS(0.5),)), n=n)
+    s_a, s_b = np.std(x, axis=0), np.sqrt(0.81 + 0.25)
+    np.testing.assert_allclose(half.mean(0), x.mean(0), atol=1e-4)
+    np.testing.assert_allclose(np.std(half, axis=0), s_a + 0.5 * (s_b - s_a), atol=0.5 * 4 * s_b / np.sqrt(2 * n))
+    assert np.all(s_a[::2] < 0.6)
+    if not name.startswith("EnKF"):  # where selection by unobserved components moves the spread by chance only
+        np.testing.assert_allclose(s_a[1::2], s_b, atol=0.2)
+
+
+@pytest.mark.parametrize("prior", ["closed form", "diffusion"])
+def test_with_nothing_observed_forecast_and_analysis_are_the_same(prior):
+    """RTPS then does nothing, to rounding: the forecast is drawn with the analysis' random numbers."""
+    model = program
+    if prior == "diffusion":
+        emulator = ndda.GaussianPrior(0.9 * jnp.eye(D), 0.25 * jnp.eye(D))
+
+        def model(y):
+            def step(x, y_t):
+                x = numpyro.sample("x", ndda.DiffusionTransition(emulator, x))
+                numpyro.sample("y", dist.Normal(x[::2], 0.5).to_event(1), obs=y_t)
+                return x, None
+
+            scan(step, jnp.zeros(D), y)
+
+    nothing = np.full_like(Y, np.nan)
+    plain, _ = stepped(ndda.FAAPF(model), nothing)
+    relaxed, info = stepped(ndda.FAAPF(model, spread_repair=(ndda.RTPS(1.0),)), nothing)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), plain, relaxed)
+    guided = int(info.proposal.draw.passes.forward[0])
+    unguided = int(info.forecast.passes.forward[0])
+    assert (0 < unguided <= guided) if prior == "diffusion" else (unguided == guided == 0)
+
+
+def test_the_passes_of_forecasts_are_counted():
+    emulator = ndda.GaussianPrior(0.9 * jnp.eye(D), 0.25 * jnp.eye(D))
+
+    def model(y):
+        def step(x, y_t):
+            x = numpyro.sample("x", ndda.DiffusionTransition(emulator, x))
+            numpyro.sample("y", dist.Normal(x[::2], 0.5).to_event(1), obs=y_t)
+            return x, None
+
+        scan(step, jnp.zeros(D), y)
+
+    forward = [
+        run(ndda.FAAPF(model, spread_repair=repairs), Y[:2], n=5).network_passes["forward"][0, 0]
+        for repairs in ((), (ndda.Multiplicative(1.1),), (ndda.RTPS(0.3), ndda.Jitter(0.1)))
+    ]
+    draw = ndda.DiffusionTransition(emulator, jnp.zeros(D)).sampler.schedule
+    assert forward[0] == forward[1]
+    assert forward[2] == forward[0] + draw.steps
+
+
+def test_enkf_knows_rtps_by_two_names():
+    by_number = run(ndda.EnKF(program, rtps=0.3, inflation=1.05))
+    by_value = run(ndda.EnKF(program, spread_repair=(ndda.RTPS(0.3),), inflation=1.05))
+    np.testing.assert_array_equal(by_number.posterior["x"], by_value.posterior["x"])
+    both = run(ndda.EnKF(program, rtps=0.3, spread_repair=(ndda.Jitter(0.1), ndda.RTPP(0.2))))
+    one = run(ndda.EnKF(program, spread_repair=(ndda.RTPS(0.3), ndda.Jitter(0.1), ndda.RTPP(0.2))))
+    np.testing.assert_array_equal(both.posterior["x"], one.posterior["x"])
+
+
+def test_a_result_says_what_was_repaired():
+    result = run(ndda.FAAPF(program, spread_repair=(ndda.RTPS(0.3), ndda.Jitter(0.1))))
+    assert result.attributes["spread_repair"] == "RTPS(alpha=0.3), Jitter(scale=0.1)"
+    assert "the particles' spread is repaired: RTPS" in result.attributes["evidence_caveats"]
+    assert run(ndda.EnKF(program)).attributes["spread_repair"] == "none"
+
+
+def test_what_a_filter_cannot_do_is_refused():
+    with pytest.raises(ValueError, match=r"FAAPF got spread_repair=RTPP\(alpha=0.3\), .* use ndda.RTPS"):
+        ndda.FAAPF(program, spread_repair=(ndda.RTPP(0.3),))
+    for kind in (ndda.FAAPF, ndda.EnKF):
+        with pytest.raises(TypeError, match=r"give a sequence of repairs: \(RTPS\(alpha=0.3\),\)"):
+            kind(program, spread_repair=ndda.RTPS(0.3))
+        with pytest.raises(TypeError, match=r"got 0.3 among its spread_repair; give values of ndda.RTPS"):
+            kind(program, spread_repair=(0.3,))
+    for missing, given in (("advance_fn", {}), ("forecast_fn", {"advance_fn": lambda *_: None})):
+        with pytest.raises(ValueError, match=f"needs {missing}"):
+            fa_apf.build_kernel(lambda *_: 0.0, lambda *_: None, spread_repair=(ndda.RTPS(0.3),), **given)
