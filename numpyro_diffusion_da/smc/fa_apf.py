@@ -24,7 +24,7 @@ state x in place of the particle, and the kernel asks two more, which are those 
 - ``forecast_fn(rng_key, particle, observation) -> (x, record)``: a draw of p(x' | c), for a repair that looks at the
   forecast. The forecast ensemble is one such draw from each particle before selection: equally weighted draws of
   p(x' | y_1, ..., y_k-1), whose spread is that of the means E[x' | c_i] and of the transition together. The draws have
-  the keys of `propose_fn`, so that with nothing observed forecast and analysis can be the same.
+  the keys of `propose_fn`: a draw whose guidance has nothing to do is then the forecast itself.
 
 A record is any pytree (``()`` for none); records come back in `Info`, stacked over particles.
 """

@@ -139,8 +139,8 @@ class Jitter(SpreadRepair):
 
     Its size is in the unit of the state and not relative to the spread: a multiple of a spread that has collapsed is
     nothing, and to spread out what still has a spread is what `Multiplicative` and `RTPS` are for. The noise is centred
-    over members, so that the mean stays; its variance is scale^2 all the same. It knows nothing of how smooth a field
-    is.
+    over members, so that the mean stays; scale^2 is what it adds to the members' unbiased variance. One member alone
+    stays where it is. It knows nothing of how smooth a field is.
 
     Args:
         scale: standard deviation, in the unit of the state: a number, or an array that broadcasts to one state, for a
@@ -162,9 +162,8 @@ class Jitter(SpreadRepair):
         n, shape = len(analysis), analysis.shape[1:]
         draw = jax.vmap(lambda key: jax.random.normal(key, shape, analysis.dtype))
         noise = draw(particle_keys(rng_key, n))
-        # Centring takes 1 / n of the variance; one particle alone has no spread to repair, and stays where it is.
-        noise = np.sqrt(n / max(n - 1, 1)) * (noise - noise.mean(0, keepdims=True))
-        return analysis + jnp.broadcast_to(jnp.asarray(self.scale, analysis.dtype), shape)[None] * noise
+        scale = jnp.broadcast_to(jnp.asarray(self.scale, analysis.dtype), shape)
+        return analysis + scale[None] * (noise - noise.mean(0, keepdims=True))
 
 
 def repaired(
