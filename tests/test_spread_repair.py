@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,6 +14,7 @@ from numpyro.contrib.control_flow import scan
 
 import numpyro_diffusion_da as ndda
 from numpyro_diffusion_da.algorithm import Proposal
+from numpyro_diffusion_da.innovations import _ratio
 from numpyro_diffusion_da.smc import fa_apf
 from numpyro_diffusion_da.smc.spread_repair import repaired
 
@@ -263,3 +266,174 @@ def test_what_a_filter_cannot_do_is_refused():
     for missing, given in (("advance_fn", {}), ("forecast_fn", {"advance_fn": lambda *_: None})):
         with pytest.raises(ValueError, match=f"needs {missing}"):
             fa_apf.build_kernel(lambda *_: 0.0, lambda *_: None, spread_repair=(ndda.RTPS(0.3),), **given)
+
+
+# --- the amount -------------------------------------------------------------------------------------------------------
+
+SITES, MEMORY, ERROR = 8, 0.9, 0.5
+
+
+def all_observed(noise):
+    """Independent AR(1) sites, each observed, whose transition has errors of this size."""
+
+    def model(y):
+        x0 = numpyro.sample("x0", dist.Normal(jnp.zeros(SITES), 1.0).to_event(1))
+
+        def step(x, y_t):
+            x = numpyro.sample("x", dist.Normal(MEMORY * x, noise).to_event(1))
+            numpyro.sample("y", dist.Normal(x, ERROR).to_event(1), obs=y_t)
+            return x, None
+
+        scan(step, x0, y)
+
+    return model
+
+
+def truth_and_observations(seed, steps=200):
+    """Errors of size 0.5 in the transition."""
+    rng = np.random.default_rng(seed)
+    x, states = rng.normal(size=SITES), []
+    for _ in range(steps):
+        x = MEMORY * x + 0.5 * rng.normal(size=SITES)
+        states.append(x)
+    truth = np.array(states)
+    return truth, (truth + ERROR * rng.normal(size=truth.shape)).astype(np.float32)
+
+
+def forecast_spread_skill(algorithm, noise, truth, y, n):
+    """Of forecasts made here, from the particles of each step but the first 20."""
+    particles = run(algorithm, y, n).posterior["x"][0, :, 20:-1]
+    forecast = MEMORY * particles + noise * np.random.default_rng(0).normal(size=particles.shape)
+    return ndda.verification.spread_skill(forecast, truth[21:])
+
+
+def exact_amounts() -> dict[str, float]:
+    """What makes up for a noise of 0.25 where 0.5 is true: the forecast variance of the right Kalman filter."""
+    p = 1.0
+    for _ in range(200):
+        analysis = p * ERROR**2 / (p + ERROR**2)
+        p = MEMORY**2 * analysis + 0.5**2
+    return {
+        "multiplicative": np.sqrt((p - 0.25**2) / (MEMORY**2 * analysis)),
+        "jitter": np.sqrt((0.5**2 - 0.25**2) / MEMORY**2),
+    }
+
+
+REPAIRS = {"multiplicative": (ndda.Multiplicative, (1.0, 3.0)), "jitter": (ndda.Jitter, (0.0, 1.0))}
+slow = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    ("kind", "seed"),
+    [("jitter", 0), *(pytest.param(*case, marks=slow) for case in [("jitter", 1), ("jitter", 2)])]
+    + [pytest.param("multiplicative", seed, marks=slow) for seed in range(3)],
+)
+def test_the_amount_that_makes_up_for_a_noise_given_too_small(kind, seed):
+    """Within its own statistical error of the exact one; steps that were not tuned on have the right spread then."""
+    (repair, between), (truth, y) = REPAIRS[kind], truth_and_observations(seed)
+
+    def make(amount):
+        return ndda.FAAPF(all_observed(0.25), spread_repair=(repair(amount),))
+
+    found = ndda.innovations.tune_spread(
+        make, jax.random.key(seed), y[:100], between=between, num_particles=100, discard=10
+    )
+    assert found.within_tolerance
+    assert found.trail[0].ratio.value > 1.5
+    assert (found.amount, found.ratio) in found.trail
+    nearest = sorted(found.trail, key=lambda trial: abs(trial.amount - found.amount))[:2]
+    slope = (nearest[0].ratio.value - nearest[1].ratio.value) / (nearest[0].amount - nearest[1].amount)
+    allowed = (3 * found.ratio.standard_error + 0.05) / abs(slope)
+    assert abs(found.amount - exact_amounts()[kind]) < allowed < 0.5 * exact_amounts()[kind]
+    before, after = (
+        forecast_spread_skill(make(amount), 0.25, truth[100:], y[100:], 100) for amount in (between[0], found.amount)
+    )
+    assert before < 0.65
+    assert abs(after - 1.0) < 0.12
+
+
+@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=slow), pytest.param(2, marks=slow)])
+def test_the_amount_for_few_members(seed):
+    """Eight members of an ensemble Kalman filter with the right model."""
+    truth, y = truth_and_observations(seed)
+
+    def make(alpha):
+        return ndda.EnKF(all_observed(0.5), spread_repair=(ndda.RTPS(alpha),))
+
+    found = ndda.innovations.tune_spread(
+        make, jax.random.key(seed), y[:100], between=(0.0, 1.0), num_particles=8, discard=10
+    )
+    assert found.within_tolerance
+    before, after = (forecast_spread_skill(make(a), 0.5, truth[100:], y[100:], 8) for a in (0.0, found.amount))
+    assert before < 0.9
+    assert abs(after - 1.0) < 0.12
+
+
+def test_runs_are_bounded():
+    """The best amount then, and a word that it is not within the tolerance; `inflation` is an amount too."""
+    _, y = truth_and_observations(0, 15)
+    found = ndda.innovations.tune_spread(
+        lambda amount: ndda.EnKF(all_observed(0.1), inflation=amount),
+        KEY,
+        y,
+        between=(1.0, 4.0),
+        num_particles=20,
+        tolerance=1e-9,
+        max_runs=4,
+    )
+    assert [trial.amount for trial in found.trail[:3]] == [1.0, 4.0, 2.5]
+    assert len(found.trail) == 4
+    assert not found.within_tolerance
+    assert abs(found.ratio.value - 1) == min(abs(trial.ratio.value - 1) for trial in found.trail)
+
+
+def test_a_background_is_as_inflated_as_the_update_takes_it_to_be():
+    model = ndda.StateSpaceModel(program, (Y,))
+    carry = jax.vmap(model.initial)(jax.random.split(KEY, 30))
+    inputs = jax.tree.map(lambda x: x[0], model.time_inputs())
+    plain, inflated = (
+        ndda.EnKF(program, inflation=inflation).background(model)(KEY, carry, inputs) for inflation in (1.0, 1.5)
+    )
+    x, wide = plain["posterior"]["x"], inflated["posterior"]["x"]
+    np.testing.assert_allclose(anomalies(wide), 1.5 * anomalies(x), atol=1e-5)
+    noise = plain["posterior_predictive"]["y"] - x[:, ::2]
+    np.testing.assert_allclose(inflated["posterior_predictive"]["y"] - wide[:, ::2], noise, atol=1e-5)
+
+
+def test_units_of_observations_do_not_count():
+    rng = np.random.default_rng(0)
+    o, b = rng.normal(size=(12, 4)), rng.normal(size=(1, 9, 12, 4))
+    o[3, 1] = np.nan
+    b[0, :, 3, 1] = np.nan
+
+    def ratio(**sites):
+        observed, members = ({name: pair[i] for name, pair in sites.items()} for i in (0, 1))
+        return _ratio(SimpleNamespace(observed_data=observed, posterior=members), 2, 1)
+
+    one = ratio(y=(o, b))
+    two = ratio(y=(o[:, :2], b[..., :2]), z=(1e4 * o[:, 2:], 1e4 * b[..., 2:]))
+    np.testing.assert_allclose(two, one, rtol=1e-9)
+    assert np.isfinite(one).all()
+
+
+def test_what_cannot_be_tuned_is_refused():
+    _, y = truth_and_observations(0, 15)
+
+    def tune(y=y, between=(0.0, 1.0), **settings):
+        def make(alpha):
+            return ndda.FAAPF(all_observed(0.1), spread_repair=(ndda.RTPS(alpha),))
+
+        return ndda.innovations.tune_spread(make, KEY, y, between=between, num_particles=20, **settings)
+
+    with pytest.raises(ValueError, match=r"times what is expected at 0 and .* times at 0.1, .*; allow more repair"):
+        tune(between=(0.0, 0.1))
+    with pytest.raises(ValueError, match=r"RTPS got alpha=1.5"):
+        tune(between=(0.0, 1.5))
+    with pytest.raises(ValueError, match=r"between=\(1.0, 0.0\)"):
+        tune(between=(1.0, 0.0))
+    with pytest.raises(ValueError, match="max_runs=1"):
+        tune(max_runs=1)
+    with pytest.raises(ValueError, match="discard=15; the spin-up has 15 steps"):
+        tune(discard=15)
+    with pytest.raises(ValueError, match="nothing is observed after the first 5 steps"):
+        tune(np.full_like(y, np.nan), discard=5)
