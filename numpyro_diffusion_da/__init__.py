@@ -42,6 +42,7 @@ from numpyro_diffusion_da.sampler import (
 from numpyro_diffusion_da.schedule import KarrasSchedule, Schedule
 from numpyro_diffusion_da.smc.ensemble_update import EnsembleUpdate, PerturbedObservations, SquareRoot
 from numpyro_diffusion_da.smc.localization import Distance, Euclidean, GreatCircle, Ring, Taper, WithHeight
+from numpyro_diffusion_da.smc.spread_repair import RTPP, RTPS, Jitter, Multiplicative, SpreadRepair
 from numpyro_diffusion_da.smc2 import SMC2
 from numpyro_diffusion_da.spherical_noise import SphericalNoise
 from numpyro_diffusion_da.state_space import StateSpaceModel
@@ -56,6 +57,8 @@ __all__ = [
     "JFPS",
     "MMPS",
     "PMMH",
+    "RTPP",
+    "RTPS",
     "SMC2",
     "TMPD",
     "AdamsBashforth",
@@ -87,6 +90,7 @@ __all__ = [
     "GuidedPF",
     "Heun",
     "Hutchinson",
+    "Jitter",
     "KarrasSchedule",
     "KrylovSolve",
     "LangevinCorrector",
@@ -94,6 +98,7 @@ __all__ = [
     "LinearGaussian",
     "LinearSolver",
     "Moment",
+    "Multiplicative",
     "Noise",
     "OnlineFilter",
     "ParameterResult",
@@ -108,6 +113,7 @@ __all__ = [
     "Sampler",
     "Schedule",
     "SphericalNoise",
+    "SpreadRepair",
     "SquareRoot",
     "StateSpaceModel",
     "Step",

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import equinox as eqx
@@ -23,10 +23,11 @@ from numpyro_diffusion_da.program import TimeInputs
 from numpyro_diffusion_da.sampler import Sampler, SDEDPMSolverPP2M
 from numpyro_diffusion_da.schedule import KarrasSchedule
 from numpyro_diffusion_da.smc import bootstrap, enkf, fa_apf, guided_pf
-from numpyro_diffusion_da.smc.base import Info, Kernel, Resampling, check_target_ess
+from numpyro_diffusion_da.smc.base import Info, Kernel, Resampling, check_target_ess, map_particles, particle_keys
 from numpyro_diffusion_da.smc.ensemble_update import EnsembleUpdate, PerturbedObservations
 from numpyro_diffusion_da.smc.local_ancestors import LocalAncestors
 from numpyro_diffusion_da.smc.localization import PlacedTaper, Taper
+from numpyro_diffusion_da.smc.spread_repair import Multiplicative, SpreadRepair, check_repairs
 from numpyro_diffusion_da.state_space import StateSpaceModel
 from numpyro_diffusion_da.transition import DrawRecord, GaussianStep
 from numpyro_diffusion_da.weight import Dirac, Equal, Moment, Weight
@@ -54,6 +55,8 @@ class Algorithm(abc.ABC):
     """Whether all observed sites must be Gaussian."""
     target_ess: float = 0.0
     """Effective sample size that inflation aims at, as a fraction of the particles; 0 for no inflation."""
+    sampler: Sampler | None = None
+    """Reverse diffusion of the filter's draws; None for the transition's own."""
 
     @abc.abstractmethod
     def kernel(self, program: StateSpaceModel, batch_size: int) -> Kernel:
@@ -80,11 +83,38 @@ class Algorithm(abc.ABC):
         """What particles come from, of values that each has, leading axis N."""
         return values[ancestors]
 
+    def background(
+        self, program: StateSpaceModel, batch_size: int = 0
+    ) -> Callable[[PRNGKeyArray, PyTree, TimeInputs], dict[str, dict[str, Array]]]:
+        """The forecast as the filter takes it to be, one draw from each particle that has not seen the observation.
+
+        Args:
+            program: the program.
+            batch_size: particles moved at a time; 0 for all at once.
+
+        Returns:
+            (rng_key, particles, inputs) -> `StateSpaceModel.record` of N forecasts, with a leading axis of N.
+        """
+
+        def background(rng_key: PRNGKeyArray, particles: PyTree, inputs: TimeInputs) -> dict[str, dict[str, Array]]:
+            draw_key, record_key = jax.random.split(rng_key)
+            n = len(jax.tree.leaves(particles)[0])
+            draw = map_particles(lambda key, carry: program.draw(key, carry, inputs, self.sampler)[0], batch_size)
+            record = map_particles(lambda key, x, carry: program.record(key, x, carry, inputs), batch_size)
+            x = self._as_background(draw(particle_keys(draw_key, n), particles))
+            return record(particle_keys(record_key, n), x, particles)
+
+        return background
+
+    def _as_background(self, forecast: Array) -> Array:
+        return forecast
+
     def passes(self, info: Info) -> NetworkPasses:
         """Network passes per particle of one step, averaged over particles."""
         total = info.proposal.draw.passes
-        if info.weighing != ():
-            total = jax.tree.map(jnp.add, total, info.weighing.passes)
+        for record in (info.weighing, info.forecast):
+            if record != ():
+                total = jax.tree.map(jnp.add, total, record.passes)
         return jax.tree.map(lambda n: jnp.mean(n.astype(float)), total)
 
 
@@ -117,6 +147,10 @@ def _taper_settings(taper: Taper | None) -> str:
     return "none" if taper is None else repr(taper)
 
 
+def _repair_settings(repairs: Sequence[SpreadRepair]) -> str:
+    return ", ".join(_in_full(repair) for repair in repairs) or "none"
+
+
 def _resampling_settings(resampling: Resampling | None) -> str:
     return "systematic" if resampling is None else getattr(resampling, "__name__", repr(resampling))
 
@@ -139,9 +173,14 @@ class FAAPF(Algorithm):
             `Taper(radius, distance, observations)`. None for a selection of whole particles. There is no evidence then.
         block_radius: how far the places of one block may be from its centre, in the unit of the taper's distance; 0 for
             each place by itself.
+        spread_repair: what is done to the new particles' states, in this order: `RTPS(0.3)`, `Multiplicative(1.05)`,
+            `Jitter(0.1)`. Nothing by default. RTPS relaxes to the spread of forecasts, for which each particle makes
+            one more draw, unguided.
 
     Raises:
-        ValueError: target_ess outside [0, 1), or a negative block_radius, or one without a taper.
+        TypeError: what is no sequence of repairs.
+        ValueError: target_ess outside [0, 1), or a negative block_radius, or one without a taper; `RTPP`, which pairs
+            members.
     """
 
     model: Callable[..., Any]
@@ -152,9 +191,11 @@ class FAAPF(Algorithm):
     resampling: Resampling | None = None
     taper: Taper | None = None
     block_radius: float = 0.0
+    spread_repair: Sequence[SpreadRepair] = ()
 
     def __post_init__(self) -> None:
         check_target_ess(self.target_ess)
+        check_repairs(self.spread_repair, "FAAPF", paired=False)
         if not self.block_radius >= 0.0:
             raise ValueError(f"FAAPF got block_radius={self.block_radius}; give 0 or more.")
         if self.block_radius and self.taper is None:
@@ -165,9 +206,11 @@ class FAAPF(Algorithm):
         return not isinstance(self.weight, Equal) and self.taper is None
 
     def weight_caveats(self, program: StateSpaceModel) -> list[str]:
-        """What the weight says."""
+        """What the weight says, and that repaired particles are not those of the program."""
         closed_form = program.diffusion() is None
-        return self._weight(closed_form).caveats(closed_form, program.observes_linearly())
+        caveats = self._weight(closed_form).caveats(closed_form, program.observes_linearly())
+        repairs = _repair_settings(self.spread_repair)
+        return caveats + ([f"the particles' spread is repaired: {repairs}"] if self.spread_repair else [])
 
     def _weight(self, closed_form: bool) -> Weight:
         if self.weight is not None:
@@ -188,14 +231,37 @@ class FAAPF(Algorithm):
             weigh = weight if local is None else weight.pointwise
             return weigh(step, program.likelihood(carry, inputs))
 
-        def propose(rng_key: PRNGKeyArray, carry: PyTree, inputs: TimeInputs) -> tuple[PyTree, Proposal]:
-            draw_key, record_key = jax.random.split(rng_key)
+        def draw(rng_key: PRNGKeyArray, carry: PyTree, inputs: TimeInputs) -> tuple[Array, DrawRecord]:
+            draw_key, _ = jax.random.split(rng_key)
             step = program.transition(carry, inputs, self.sampler)
-            x, draw = step.conditional_draw(draw_key, program.likelihood(carry, inputs), self.guidance)
-            sites = program.record(record_key, x, carry, inputs)
-            return program.advance(x, carry, inputs), Proposal(draw, sites)
+            return step.conditional_draw(draw_key, program.likelihood(carry, inputs), self.guidance)
 
-        return fa_apf.build_kernel(log_predictive, propose, self.resampling, self.target_ess, batch_size, local)
+        def advance(
+            rng_key: PRNGKeyArray, x: Array, carry: PyTree, inputs: TimeInputs, record: DrawRecord
+        ) -> tuple[PyTree, Proposal]:
+            _, record_key = jax.random.split(rng_key)
+            sites = program.record(record_key, x, carry, inputs)
+            return program.advance(x, carry, inputs), Proposal(record, sites)
+
+        def propose(rng_key: PRNGKeyArray, carry: PyTree, inputs: TimeInputs) -> tuple[PyTree, Proposal]:
+            x, record = draw(rng_key, carry, inputs)
+            return advance(rng_key, x, carry, inputs, record)
+
+        def forecast(rng_key: PRNGKeyArray, carry: PyTree, inputs: TimeInputs) -> tuple[Array, DrawRecord]:
+            draw_key, _ = jax.random.split(rng_key)
+            return program.draw(draw_key, carry, inputs, self.sampler)
+
+        return fa_apf.build_kernel(
+            log_predictive,
+            draw if self.spread_repair else propose,
+            self.resampling,
+            self.target_ess,
+            batch_size,
+            local,
+            self.spread_repair,
+            advance,
+            forecast,
+        )
 
     def _local(self, program: StateSpaceModel) -> LocalAncestors | None:
         if self.taper is None:
@@ -218,6 +284,7 @@ class FAAPF(Algorithm):
             "resampling": _resampling_settings(self.resampling),
             "taper": _taper_settings(self.taper),
             "block_radius": self.block_radius,
+            "spread_repair": _repair_settings(self.spread_repair),
         }
 
 
@@ -344,9 +411,12 @@ class EnKF(Algorithm):
         sampler: reverse diffusion of the forecast; by default the transition's own.
         update: `PerturbedObservations()` or `SquareRoot()`.
         taper: localisation, `Taper(radius, distance, observations)`; None for none.
-        rtps: relaxation of the analysis spread to the forecast's, from 0 (none) to 1 (all of it).
+        rtps: relaxation of the analysis spread to the forecast's, from 0 (none) to 1 (all of it): `RTPS(rtps)` before
+            any other repair.
+        spread_repair: what is done to the analysis, in this order: `RTPS`, `RTPP`, `Multiplicative`, `Jitter`.
 
     Raises:
+        TypeError: what is no sequence of repairs.
         ValueError: inflation below 1, or rtps outside [0, 1].
     """
 
@@ -358,9 +428,11 @@ class EnKF(Algorithm):
     update: EnsembleUpdate = dataclasses.field(default_factory=PerturbedObservations)
     taper: Taper | None = None
     rtps: float = 0.0
+    spread_repair: Sequence[SpreadRepair] = ()
 
     def __post_init__(self) -> None:
         enkf.check_spread_repair(self.inflation, self.rtps)
+        check_repairs(self.spread_repair, "EnKF", paired=True)
 
     def has_evidence(self) -> bool:
         """None: there are no weights."""
@@ -385,7 +457,21 @@ class EnKF(Algorithm):
             return program.advance(x, carry, inputs), Proposal(draw, program.record(rng_key, x, carry, inputs))
 
         taper = None if self.taper is None else place_taper(self.taper, program)
-        return enkf.build_kernel(forecast, residual, advance, self.inflation, batch_size, self.update, taper, self.rtps)
+        return enkf.build_kernel(
+            forecast,
+            residual,
+            advance,
+            self.inflation,
+            batch_size,
+            self.update,
+            taper,
+            self.rtps,
+            self.spread_repair,
+        )
+
+    def _as_background(self, forecast: Array) -> Array:
+        """As inflated as the update takes it to be."""
+        return Multiplicative(self.inflation)(jax.random.key(0), forecast, None)
 
     def settings(self, program: StateSpaceModel) -> dict[str, str | float]:
         """Plain values."""
@@ -394,6 +480,7 @@ class EnKF(Algorithm):
             "update": _in_full(self.update),
             "inflation": self.inflation,
             "rtps": self.rtps,
+            "spread_repair": _repair_settings(self.spread_repair),
             "taper": _taper_settings(self.taper),
             "sampler": _sampler_settings(self.sampler, program),
         }

@@ -14,7 +14,7 @@ from numpyro.contrib.control_flow import scan
 import numpyro_diffusion_da as ndda
 from numpyro_diffusion_da.algorithm import place_taper
 from numpyro_diffusion_da.smc import ensemble_update
-from numpyro_diffusion_da.smc.enkf import build_kernel, init, relaxed
+from numpyro_diffusion_da.smc.enkf import build_kernel, init
 
 UPDATES = {"perturbed": ndda.PerturbedObservations(), "square root": ndda.SquareRoot()}
 D = 6
@@ -122,18 +122,6 @@ def test_perturbed_observations_with_a_taper():
 def test_nothing_observed_changes_nothing(name):
     (x, h, _), seen = ensemble(5, 2), np.full(2, np.nan)
     np.testing.assert_allclose(analysed(UPDATES[name], x, h, seen), x, atol=1e-5)
-
-
-def test_relaxation_to_prior_spread():
-    rng = np.random.default_rng(0)
-    x = jnp.asarray(rng.normal(size=(20, 3)) * [1.0, 0.2, 0.0] + 5.0, jnp.float32)
-    prior_spread = jnp.array([1.5, 1.5, 0.7])
-    own = np.std(x, axis=0)
-    for rtps in (0.0, 0.4, 1.0):
-        got = relaxed(x, prior_spread, rtps)
-        np.testing.assert_allclose(got.mean(0), x.mean(0), rtol=1e-5)
-        expected = own + rtps * (prior_spread - own)
-        np.testing.assert_allclose(np.std(got, axis=0), np.where(own > 0, expected, 0.0), rtol=1e-4, atol=1e-6)
 
 
 def test_settings_are_refused():

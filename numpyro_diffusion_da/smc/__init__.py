@@ -10,6 +10,7 @@ from numpyro_diffusion_da.smc import (
     localization,
     pmmh,
     smc2,
+    spread_repair,
 )
 
 __all__ = [
@@ -22,4 +23,5 @@ __all__ = [
     "localization",
     "pmmh",
     "smc2",
+    "spread_repair",
 ]

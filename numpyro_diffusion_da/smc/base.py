@@ -45,6 +45,7 @@ class Info(NamedTuple):
         nonfinite_particles: number of new particles that hold a non-finite value.
         weighing: records of the weight function, leading axis N, index = the particle before resampling.
         proposal: records of the draw, leading axis N, index = the new particle.
+        forecast: records of forecasts that spread repair had drawn, index = the particle before resampling; () if none.
     """
 
     log_weights: Float[Array, " n"]
@@ -58,6 +59,7 @@ class Info(NamedTuple):
     nonfinite_particles: Int[Array, ""]
     weighing: PyTree
     proposal: PyTree
+    forecast: PyTree = ()
 
 
 def init(particles: PyTree) -> State:
@@ -174,6 +176,7 @@ def make_info(
     particles: PyTree,
     weighing: PyTree,
     proposal: PyTree,
+    forecast: PyTree = (),
 ) -> Info:
     """Diagnostics of a step from its log-weights (non-finite ones as -inf), ancestors and new particles.
 
@@ -194,6 +197,7 @@ def make_info(
         nonfinite_particles=jnp.sum(~jax.vmap(finite_leaves)(particles)),
         weighing=weighing,
         proposal=proposal,
+        forecast=forecast,
     )
 
 

@@ -7,17 +7,17 @@ The baseline of the trade. The kernel asks of a model
 - ``advance_fn(rng_key, x, particle, observation, record) -> (particle, record)``: the particle once x is analysed,
 
 and of an `EnsembleUpdate` what is added to each member: with perturbed observations or by a square root, with a taper
-or without. The spread is repaired before it (`inflation`) or after it (`rtps`).
+or without. The spread is repaired before it (`inflation`) or after it (`rtps`, `spread_repair`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, PRNGKeyArray, PyTree
+from jaxtyping import PRNGKeyArray, PyTree
 
 from numpyro_diffusion_da.smc.base import (
     Info,
@@ -31,6 +31,7 @@ from numpyro_diffusion_da.smc.base import (
 )
 from numpyro_diffusion_da.smc.ensemble_update import EnsembleUpdate, PerturbedObservations
 from numpyro_diffusion_da.smc.localization import PlacedTaper
+from numpyro_diffusion_da.smc.spread_repair import RTPS, SpreadRepair, check_repairs, is_traced, repaired
 
 __all__ = ["Info", "State", "build_kernel", "init"]
 
@@ -44,6 +45,7 @@ def build_kernel(
     update: EnsembleUpdate | None = None,
     taper: PlacedTaper | None = None,
     rtps: float = 0.0,
+    spread_repair: Sequence[SpreadRepair] = (),
 ) -> Kernel:
     """Build the kernel.
 
@@ -55,12 +57,16 @@ def build_kernel(
         batch_size: particles mapped at a time; 0 for all at once.
         update: `PerturbedObservations()` by default, or `SquareRoot()`.
         taper: localisation at the places of the model's values; None for none.
-        rtps: relaxation to prior spread, see `relaxed`; 0 for none.
+        rtps: relaxation to prior spread, `RTPS(rtps)` before any other `spread_repair`; 0 for none.
+        spread_repair: what is done to the analysis, in this order.
 
     Raises:
+        TypeError: what is no sequence of repairs.
         ValueError: inflation below 1, or rtps outside [0, 1]; from the kernel, fewer than two particles.
     """
     check_spread_repair(inflation, rtps)
+    check_repairs(spread_repair, "EnKF", paired=True)
+    repairs = (*((RTPS(rtps),) if is_traced(rtps) or rtps else ()), *spread_repair)
     add = PerturbedObservations() if update is None else update
 
     def kernel(rng_key: PRNGKeyArray, state: State, observation: PyTree) -> tuple[State, Info]:
@@ -74,10 +80,10 @@ def build_kernel(
         mean = x.mean(0, keepdims=True)
         x = mean + inflation * (x - mean)
         residual = jax.vmap(lambda x, particle: residual_fn(x, particle, observation))(x, state.particles)
-        prior = (x - mean).reshape(n, -1)
-        x = x + add(error_key, prior, residual, taper).reshape(x.shape)
-        if rtps:
-            x = relaxed(x, jnp.std(prior, axis=0).reshape(x.shape[1:]), rtps)
+        prior = x
+        x = x + add(error_key, (x - mean).reshape(n, -1), residual, taper).reshape(x.shape)
+        # A fourth key beside the three, which are the same with and without repair.
+        x = repaired(repairs, jax.random.split(rng_key, 4)[3], x, prior)
 
         advance = map_particles(
             lambda key, x, particle, record: advance_fn(key, x, particle, observation, record), batch_size
@@ -90,27 +96,13 @@ def build_kernel(
     return kernel
 
 
-def relaxed(x: Float[Array, "n ..."], prior_spread: Float[Array, ...], rtps: float) -> Float[Array, "n ..."]:
-    """Relaxation to prior spread (Whitaker & Hamill 2012): s_a becomes s_a + rtps (s_b - s_a) in each component.
-
-    Args:
-        x: members of the analysis.
-        prior_spread: standard deviations s_b of the forecast.
-        rtps: from 0, the analysis' own spread s_a, to 1, the forecast's.
-    """
-    mean, spread = x.mean(0, keepdims=True), jnp.std(x, axis=0)
-    known = spread > 0.0
-    factor = jnp.where(known, 1.0 + rtps * (prior_spread / jnp.where(known, spread, 1.0) - 1.0), 1.0)
-    return mean + factor[None] * (x - mean)
-
-
 def check_spread_repair(inflation: float, rtps: float) -> None:
     """Refuse settings that would shrink the ensemble.
 
     Raises:
         ValueError: inflation below 1, or rtps outside [0, 1].
     """
-    if not inflation >= 1.0:
+    if not (is_traced(inflation) or inflation >= 1.0):
         raise ValueError(f"EnKF got inflation={inflation}; give 1.0 (none) or more.")
-    if not 0.0 <= rtps <= 1.0:
+    if not (is_traced(rtps) or 0.0 <= rtps <= 1.0):
         raise ValueError(f"EnKF got rtps={rtps}; give 0.0 (none) to 1.0 (the forecast's whole spread).")

@@ -17,12 +17,21 @@ The kernel asks two functions of a model and knows nothing else about it:
   of each observation
 - ``propose_fn(rng_key, particle, observation) -> (particle, record)``
 
+With `spread_repair` the new states are repaired together before they become particles. Then `propose_fn` returns the
+state x in place of the particle, and the kernel asks two more, which are those of `enkf`:
+
+- ``advance_fn(rng_key, x, particle, observation, record) -> (particle, record)``: the new particle, x being its state;
+- ``forecast_fn(rng_key, particle, observation) -> (x, record)``: a draw of p(x' | c), for a repair that looks at the
+  forecast. The forecast ensemble is one such draw from each particle before selection: equally weighted draws of
+  p(x' | y_1, ..., y_k-1), whose spread is that of the means E[x' | c_i] and of the transition together. The draws have
+  the keys of `propose_fn`: a draw whose guidance has nothing to do is then the forecast itself.
+
 A record is any pytree (``()`` for none); records come back in `Info`, stacked over particles.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -43,17 +52,27 @@ from numpyro_diffusion_da.smc.base import (
     select,
 )
 from numpyro_diffusion_da.smc.local_ancestors import LocalAncestors
+from numpyro_diffusion_da.smc.spread_repair import SpreadRepair, check_repairs, need_forecast, repaired
 
 __all__ = ["Info", "State", "as_top_level_api", "build_kernel", "init"]
+
+Draw = Callable[[PRNGKeyArray, PyTree, PyTree], tuple[PyTree, PyTree]]
+"""(rng_key, particle, observation) -> (new particle or state, record), for one particle."""
+
+Advance = Callable[[PRNGKeyArray, Any, PyTree, PyTree, PyTree], tuple[PyTree, PyTree]]
+"""(rng_key, x, particle, observation, record) -> (new particle, record), for one particle."""
 
 
 def build_kernel(
     log_predictive_fn: Callable[[PyTree, PyTree], tuple[Any, PyTree]],
-    propose_fn: Callable[[PRNGKeyArray, PyTree, PyTree], tuple[PyTree, PyTree]],
+    propose_fn: Draw,
     resampling_fn: Resampling | None = None,
     target_ess: float = 0.2,
     batch_size: int = 0,
     local: LocalAncestors | None = None,
+    spread_repair: Sequence[SpreadRepair] = (),
+    advance_fn: Advance | None = None,
+    forecast_fn: Draw | None = None,
 ) -> Kernel:
     """Build the kernel.
 
@@ -65,14 +84,23 @@ def build_kernel(
         batch_size: particles mapped at a time, which bounds the memory; 0 for all at once.
         local: localised ancestors; None for one selection of whole particles. Then `Info` has one set of weights and
             ancestors for each block, and no evidence is estimated.
+        spread_repair: what is done to the new states, in this order; then `propose_fn` returns states.
+        advance_fn: see the module; needed with `spread_repair`.
+        forecast_fn: see the module; needed with a repair that looks at the forecast.
 
     Returns:
         kernel(rng_key, state, observation) -> (State, Info), pure and jit-able.
 
     Raises:
-        ValueError: target_ess outside [0, 1).
+        TypeError: what is no sequence of repairs.
+        ValueError: target_ess outside [0, 1); a repair that pairs members; one without the functions that it needs.
     """
     check_target_ess(target_ess)
+    check_repairs(spread_repair, "FAAPF", paired=False)
+    look_ahead = need_forecast(spread_repair)
+    if spread_repair and (advance_fn is None or (look_ahead and forecast_fn is None)):
+        missing = "advance_fn" if advance_fn is None else "forecast_fn"
+        raise ValueError(f"spread_repair={tuple(spread_repair)} needs {missing}, and fa_apf.build_kernel got none.")
 
     def kernel(rng_key: PRNGKeyArray, state: State, observation: PyTree) -> tuple[State, Info]:
         n = num_particles(state.particles)
@@ -87,8 +115,22 @@ def build_kernel(
             log_weights, ancestors, alpha = local.select(resampling_key, log_weights, resampling_fn, target_ess)
             parents = local.glue(state.particles, ancestors)
         propose = map_particles(lambda key, particle: propose_fn(key, particle, observation), batch_size)
-        particles, proposal = propose(particle_keys(proposal_key, n), parents)
-        info = make_info(log_weights, ancestors, alpha, particles, weighing, proposal)
+        keys = particle_keys(proposal_key, n)
+        particles, proposal = propose(keys, parents)
+        forecast, forecasting = None, ()
+        if look_ahead:
+            assert forecast_fn is not None
+            look = map_particles(lambda key, particle: forecast_fn(key, particle, observation), batch_size)
+            forecast, forecasting = look(keys, state.particles)
+        if spread_repair:
+            assert advance_fn is not None
+            # A third key beside the two, which are the same with and without repair.
+            x = repaired(spread_repair, jax.random.split(rng_key, 3)[2], particles, forecast)
+            advance = map_particles(
+                lambda key, x, particle, record: advance_fn(key, x, particle, observation, record), batch_size
+            )
+            particles, proposal = advance(keys, x, parents, proposal)
+        info = make_info(log_weights, ancestors, alpha, particles, weighing, proposal, forecasting)
         return State(particles, state.log_evidence + info.log_evidence_increment), info
 
     return kernel
@@ -96,11 +138,14 @@ def build_kernel(
 
 def as_top_level_api(
     log_predictive_fn: Callable[[PyTree, PyTree], tuple[Any, PyTree]],
-    propose_fn: Callable[[PRNGKeyArray, PyTree, PyTree], tuple[PyTree, PyTree]],
+    propose_fn: Draw,
     resampling_fn: Resampling | None = None,
     target_ess: float = 0.2,
     batch_size: int = 0,
     local: LocalAncestors | None = None,
+    spread_repair: Sequence[SpreadRepair] = (),
+    advance_fn: Advance | None = None,
+    forecast_fn: Draw | None = None,
 ) -> Any:
     """The filter as a `blackjax.base.SamplingAlgorithm`: ``init(particles)``, ``step(rng_key, state, observation)``.
 
@@ -108,5 +153,15 @@ def as_top_level_api(
     """
     from blackjax.base import SamplingAlgorithm
 
-    kernel = build_kernel(log_predictive_fn, propose_fn, resampling_fn, target_ess, batch_size, local)
+    kernel = build_kernel(
+        log_predictive_fn,
+        propose_fn,
+        resampling_fn,
+        target_ess,
+        batch_size,
+        local,
+        spread_repair,
+        advance_fn,
+        forecast_fn,
+    )
     return SamplingAlgorithm(init, kernel)
