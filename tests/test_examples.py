@@ -129,7 +129,7 @@ def test_enkf_of_lorenz96(tmp_path):
 
 @pytest.mark.slow
 def test_published_settings_run(tmp_path):
-    """The benchmark, small: a published score of Lorenz-96 is reached, with the library's inflation and with DAPPER's."""
+    """The benchmark, small: a published score of Lorenz-96 is reached, with inflation before the update and after."""
     out = tmp_path / "table.json"
     tiny = (
         "--truths",
