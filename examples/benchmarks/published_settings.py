@@ -243,7 +243,7 @@ TUNED = {
     ("Lorenz96/bocquet2010", "Bootstrap", 50): 0.3,
     ("Lorenz96/bocquet2010", "FAAPF", 50): 0.3,
     ("Lorenz96/bocquet2010", "Bootstrap", 100): 0.3,
-    ("Lorenz96/bocquet2010", "FAAPF", 100): 0.2,
+    ("Lorenz96/bocquet2010", "FAAPF", 100): 0.15,
     ("Lorenz96/bocquet2010", "Bootstrap", 800): 0.1,
 }
 GRID = {
