@@ -90,7 +90,7 @@ def _tilted(
         return TiltedMoments(jnp.where(possible, log_normalizer, -jnp.inf), mean, second), spacing, t, weights
 
     def refine(_: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
-        moments, spacing, *_ = on_grid(*carry)
+        moments, spacing = on_grid(*carry)[:2]
         _, half = carry
         # A mean near the edge: the mass may lie beyond it, so move, and look further.
         inside = jnp.abs(moments.mean - carry[0]) < 0.8 * half

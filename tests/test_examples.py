@@ -127,6 +127,72 @@ def test_enkf_of_lorenz96(tmp_path):
         load("enkf").main(members=[7])
 
 
+@pytest.mark.slow
+def test_published_settings_run(tmp_path):
+    """The benchmark, small: a published score of Lorenz-96 is reached, with inflation before the update and after."""
+    out = tmp_path / "table.json"
+    tiny = (
+        "--truths",
+        "2",
+        "--cycles",
+        "400",
+        "--burn-in",
+        "200",
+        "--settings",
+        "Lorenz96/sakov2008",
+        "--members",
+        "24",
+    )
+    done = run_program("published_settings.py", *tiny, "--out", str(out))
+    assert done.returncode == 0, done.stderr
+    before, after = json.loads(out.read_text())["rows"]
+    assert (before["as DAPPER"], after["as DAPPER"], before["published"]) == (False, True, 0.18)
+    for row in (before, after):
+        assert row["lost"] == 0
+        assert abs(row["rmse.a"] - 0.18) < 0.03
+    assert "sakov2008" in done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "noise"), [(0, None), (5, 0.1)])
+def test_published_settings_are_the_particle_filters(number, noise):
+    """Compiled as a whole, the filters of the benchmark are those of `ParticleFilter`, and their flow is RK4's."""
+    benchmark = load("published_settings")
+    row, key = benchmark.ROWS[number], jax.random.key(3)
+    setting = benchmark.SETTINGS[row.setting]
+    _, y = setting.truth(jax.random.key(0), 12)
+    algorithm = benchmark.algorithm_of(row, False, noise)
+    mean, variance = jax.jit(lambda key, y: benchmark.moments(algorithm, row.members, key, y))(key, y)
+    filter_ = ndda.ParticleFilter(algorithm, num_particles=row.members, batch_size=0, progress_bar=False)
+    filter_.run(key, y)
+    x = filter_.result.posterior["x"][0]
+    np.testing.assert_allclose(mean[:3], x.mean(0)[:3], rtol=1e-3, atol=1e-3)  # later, chaos has parted them
+    np.testing.assert_allclose(variance[:3], x.var(0, ddof=1)[:3], rtol=2e-2, atol=1e-3)
+
+
+def test_rotation_of_the_published_settings_keeps_mean_and_covariance():
+    benchmark = load("published_settings")
+    keys = jax.random.split(jax.random.key(0), 3)
+    anomalies = jax.random.normal(keys[0], (10, 3))
+    anomalies = anomalies - anomalies.mean(0, keepdims=True)
+    residual = jax.random.normal(keys[1], (10, 2))
+    plain = anomalies + ndda.SquareRoot()(keys[2], anomalies, residual)
+    turned = anomalies + benchmark.AsDapper(ndda.SquareRoot(), 1.1, rotate=True)(keys[2], anomalies, residual)
+    np.testing.assert_allclose(turned.mean(0), plain.mean(0), atol=1e-5)
+    np.testing.assert_allclose(np.cov(turned.T), 1.1**2 * np.cov(plain.T), atol=1e-5)
+    assert np.abs(turned - plain).max() > 0.5
+
+
+def test_published_settings_refuse():
+    for arguments, sentence in (
+        ({"filters": ["magic"]}, "no filter called magic"),
+        ({"members": [7], "filters": ["FAAPF"]}, "no score is published"),
+        ({"cycles": 10}, "leaves none of 10 cycles"),
+    ):
+        with pytest.raises(typer.BadParameter, match=sentence):
+            load("published_settings").main(**{"cycles": None, "burn_in": None, **arguments})
+
+
 def test_smoother_of_the_benchmark():
     smoothing = load("smoothing")
     a, initial, y = smoothing.simulate(np.random.default_rng(0), 3, 10)
