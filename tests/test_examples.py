@@ -128,6 +128,28 @@ def test_enkf_of_lorenz96(tmp_path):
 
 
 @pytest.mark.slow
+def test_local_ancestors_of_lorenz96(tmp_path):
+    """The benchmark, small: local ancestors are ahead of global ones where the state is seen as |x|."""
+    out = tmp_path / "table.json"
+    load("local_ancestors").main(
+        case=["modulus"],
+        only=["local, Moment", "global, Dirac"],
+        truths=1,
+        particles=64,
+        cycles=40,
+        spin_up=20,
+        out=out,
+    )
+    local, whole = json.loads(out.read_text())["rows"]
+    assert (local["filter"], whole["filter"]) == ("local, Moment", "global, Dirac")
+    assert local["CRPS"] < 0.5 * whole["CRPS"]
+    assert 0.6 < local["spread/skill"] < 1.3
+    assert local["passes"] == 0
+    with pytest.raises(typer.BadParameter, match="no case called cubes"):
+        load("local_ancestors").main(case=["cubes"])
+
+
+@pytest.mark.slow
 def test_published_settings_run(tmp_path):
     """The benchmark, small: a published score of Lorenz-96 is reached, with inflation before the update and after."""
     out = tmp_path / "table.json"

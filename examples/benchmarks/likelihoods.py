@@ -29,8 +29,9 @@ from rich.table import Table
 from scipy import stats
 
 import numpyro_diffusion_da as ndda
-from numpyro_diffusion_da.likelihood import GeneralLikelihood
-from numpyro_diffusion_da.site import general_observation
+from numpyro_diffusion_da.likelihood import GeneralLikelihood, GeneralObservation
+from numpyro_diffusion_da.linear_predictor import linear_predictor
+from numpyro_diffusion_da.site import general_observation, pointwise_log_likelihood, predicted_observation
 from numpyro_diffusion_da.transition import DiffusionStep, GaussianStep
 
 Kind = Callable[[jax.Array], dist.Distribution]
@@ -63,8 +64,15 @@ SERIES: dict[str, Kind] = {
 
 
 def likelihood_of(kind: Kind, value: jax.Array, look: jax.Array) -> GeneralLikelihood:
-    """The likelihood of `value`, a draw of `kind(look @ x)`."""
-    return GeneralLikelihood(lambda x: [general_observation("y", kind(look @ x), value)])
+    """The likelihood of `value`, a draw of `kind(look @ x)`, as a program's is made."""
+    parts = linear_predictor(lambda x: pointwise_log_likelihood(kind(look @ x), value).reshape(-1), look.shape[1:])
+
+    def observe(x: jax.Array) -> list[GeneralObservation]:
+        if parts is None:
+            return [general_observation("y", kind(look @ x), value)]
+        return [predicted_observation(kind(look @ x), value, parts.predictor(x), parts.link, parts.components)]
+
+    return GeneralLikelihood(observe)
 
 
 def guided(covariance: np.ndarray, likelihood: Any, guidance: ndda.Guidance, draws: int) -> tuple[np.ndarray, int]:
