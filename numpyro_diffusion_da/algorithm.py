@@ -406,7 +406,7 @@ class EnKF(Algorithm):
     """The ensemble Kalman filter (`smc.enkf`) on the same program.
 
     Args:
-        model: as `FAAPF`, with Gaussian observations.
+        model: as `FAAPF`, but with any transition that can be sampled (a `Delta` too), and Gaussian observations.
         inflation: factor on the forecast anomalies, at least 1.
         sampler: reverse diffusion of the forecast; by default the transition's own.
         update: `PerturbedObservations()` or `SquareRoot()`.
@@ -420,6 +420,7 @@ class EnKF(Algorithm):
         ValueError: inflation below 1, or rtps outside [0, 1].
     """
 
+    needs_gaussian: ClassVar[bool] = False
     needs_gaussian_errors: ClassVar[bool] = True
 
     model: Callable[..., Any]

@@ -207,3 +207,26 @@ def test_a_prior_gives_the_places_of_its_state():
 def test_a_program_and_a_taper_that_do_not_fit(model, taper, sentence):
     with pytest.raises(ValueError, match=sentence):
         ndda.EnKF(model, taper=taper).kernel(ndda.StateSpaceModel(model, (Y,)))
+
+
+def test_a_transition_without_noise_is_taken():
+    """It is only sampled: `Delta` gives what a `Normal` of next to no spread gives."""
+    y = jnp.asarray(np.random.default_rng(0).normal(size=(3, 2)), jnp.float32)
+
+    def model_of(transition):
+        def model(y):
+            def step(x, y_t):
+                x = numpyro.sample("x", transition(x))
+                numpyro.sample("y", dist.Normal(x, 0.5).to_event(1), obs=y_t)
+                return x, None
+
+            scan(step, numpyro.sample("x0", dist.Normal(jnp.zeros(2), 1.0).to_event(1)), y)
+
+        return model
+
+    found = []
+    for transition in (lambda x: dist.Delta(0.9 * x).to_event(1), lambda x: dist.Normal(0.9 * x, 1e-6).to_event(1)):
+        run = ndda.ParticleFilter(ndda.EnKF(model_of(transition)), num_particles=20, progress_bar=False)
+        run.run(jax.random.key(0), y)
+        found.append(run.result.posterior["x"])
+    np.testing.assert_allclose(found[0], found[1], atol=1e-4)

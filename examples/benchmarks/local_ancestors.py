@@ -80,9 +80,9 @@ TUNED: dict[str, dict[str, Setting]] = {
     },
 }  # fmt: skip
 GRID = {
-    "local, Moment": [Setting(r, e) for r in (3.0, 5.0, 8.0) for e in (0.1, 0.2)],
-    "local, Dirac": [Setting(r, e) for r in (5.0, 8.0) for e in (0.1, 0.2)],
-    "EnKF": [Setting(4.0, 1.02), Setting(4.0, 1.1), Setting(6.0, 1.02), Setting(9.0, 1.02), Setting(9.0, 1.1)],
+    "local, Moment": [Setting(3.0, 0.1), Setting(5.0, 0.1), Setting(5.0, 0.2), Setting(8.0, 0.1)],
+    "local, Dirac": [Setting(5.0, 0.1), Setting(5.0, 0.2), Setting(8.0, 0.1), Setting(8.0, 0.2)],
+    "EnKF": [Setting(r, i) for r in (4.0, 6.0, 9.0) for i in (1.0, 1.02)] + [Setting(4.0, 1.1), Setting(9.0, 1.1)],
 }
 CONTROLS = ("free ensemble", "bootstrap", "equal weights", "global, Dirac")
 SAMPLER = ndda.Sampler(schedule=ndda.KarrasSchedule(13, rho=20.0, lowest=0.04))
