@@ -364,6 +364,7 @@ def safeguard():
     del sys.modules["safeguard"]
 
 
+@pytest.mark.slow
 def test_safeguard_bounds_a_network_with_random_weights(safeguard):
     """Three steps of plain conjugate gradients send draws to thousands of spreads; the library's stay with the data."""
     case = safeguard.Case(safeguard.random_network(1.0), jnp.zeros(safeguard.SITES), 0.1)
