@@ -75,7 +75,7 @@ TUNED: dict[str, dict[str, Setting]] = {
         "arctan": Setting(5.0, 0.1),
     },
     "EnKF": {
-        "linear": Setting(9.0, 1.02), "modulus": Setting(6.0, 1.02), "square": Setting(6.0, 1.02),
+        "linear": Setting(9.0, 1.02), "modulus": Setting(6.0, 1.0), "square": Setting(9.0, 1.02),
         "arctan": Setting(6.0, 1.02),
     },
 }  # fmt: skip
