@@ -32,11 +32,8 @@ needs_gencast = [
     pytest.mark.skipif(importlib.util.find_spec("weathernext") is None, reason="weathernext is not installed"),
 ]
 # .ci/run has the page on ArviZ run by both Pythons, hence by both generations of ArviZ.
-MARKS = {
-    "gencast.md": needs_gencast,
-    "arviz.md": [pytest.mark.slow],
-    "verification.md": [pytest.mark.slow],
-    "neighbours.md": [pytest.mark.slow],
+MARKS = {"gencast.md": needs_gencast} | {
+    page: [pytest.mark.slow] for page in ("arviz.md", "verification.md", "neighbours.md")
 }
 WITH_EXAMPLES = [pytest.param(page, marks=MARKS.get(page.name, [])) for page in PAGES if examples(page)]
 
