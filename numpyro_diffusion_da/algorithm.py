@@ -266,7 +266,7 @@ class FAAPF(Algorithm):
     def _local(self, program: StateSpaceModel) -> LocalAncestors | None:
         if self.taper is None:
             return None
-        return LocalAncestors.at(place_taper(self.taper, program), program.shapes()[0], self.block_radius)
+        return LocalAncestors.at(place_taper(self.taper, program), program.state_shape, self.block_radius)
 
     def parents(self, program: StateSpaceModel, ancestors: Array, values: Array) -> Array:
         """Glued together where ancestors are local."""

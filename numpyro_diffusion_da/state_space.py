@@ -361,7 +361,7 @@ class StateSpaceModel:
 
     def _shapes(self) -> tuple[Array, PyTree, TimeInputs]:
         """Shapes of the latent site, the carry and the inputs of one time."""
-        x = self.look(lambda sites: jnp.zeros(sites.latent[self.latent_name].shape()))
+        x = jax.eval_shape(lambda: jnp.zeros(self.state_shape))
 
         def given() -> tuple[PyTree, TimeInputs]:
             call = self.call(jax.random.key(0))
