@@ -9,8 +9,8 @@ Stochastic Lorenz-96 (F = 8, step 0.1, noise variance 0.5) on a ring of sites. C
 
 Filters: localised FA-APF with Moment and with Dirac weights; the published FA-APF, whose weights are global; controls:
 the free ensemble, a bootstrap filter, guided particles with equal weights, and a localised ensemble Kalman filter. All
-have the same transition, the true one or the emulator's. No setting was chosen on the truths reported; `--tune` prints the
-scores of the grid on others.
+have the same transition, the true one or the emulator's. No setting was chosen on the truths reported; `--tune` prints
+the scores of the grid on others.
 
     python examples/benchmarks/local_ancestors.py --case linear --case modulus --out local.json
     python examples/benchmarks/local_ancestors.py --emulator --truths 3
