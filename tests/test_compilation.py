@@ -61,6 +61,7 @@ def test_backward_bytes_counts_what_is_kept_and_not_what_is_there():
     assert device_memory() > 2**28
 
 
+@pytest.mark.slow
 def test_particles_move_in_batches_that_fit(small, monkeypatch):
     y = small.simulate(1, 2)[1].astype(np.float32)
     results = []

@@ -64,6 +64,7 @@ def test_crosses_jit_and_vmap(prior):
     assert mapped.shape == (3, 4)
 
 
+@pytest.mark.slow
 def test_jit_and_no_jit_agree(prior):
     transition = ndda.DiffusionTransition(prior, jnp.ones(4), sampler=FEW_LEVELS)
     with jax.disable_jit():

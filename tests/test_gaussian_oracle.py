@@ -163,7 +163,7 @@ def test_conditioned_transition_has_the_posterior_moments():
     assert np.all(record.solver_residual < 1e-3)
 
 
-@pytest.mark.parametrize("correlated", [False, True])
+@pytest.mark.parametrize("correlated", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_missing_observations_are_rows_that_are_not_there(correlated):
     problem = Problem.random(0, False)
     y = np.where(np.arange(len(problem.y)) % 2 == 0, np.nan, problem.y)
@@ -402,7 +402,7 @@ def assert_limit(result: ndda.FilterResult, limit: Limit, sigmas: float = 6.0) -
         assert np.mean(se / unit) < 0.05
 
 
-@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (1, 2))])
 def test_moment_weights_give_the_kalman_filter(seed):
     model, y, result = run_closed_form("moment", seed)
     exact = Limit.kalman(model, y)
@@ -414,7 +414,7 @@ def test_moment_weights_give_the_kalman_filter(seed):
     assert np.all(result.sample_stats["inflation"] == 1.0)
 
 
-@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (1, 2))])
 def test_dirac_weights_have_their_own_limit(seed):
     """Their bias is known in closed form: the filter must show it, and no more."""
     model, y, result = run_closed_form("dirac", seed)
@@ -492,6 +492,7 @@ M = 10
 G, RHS = np.random.default_rng(0).normal(size=(3, M)), np.random.default_rng(1).normal(size=M)
 
 
+@pytest.mark.slow
 def test_krylov_is_conjugate_gradients():
     b = spread_matrix(M, 0)
     with jax.enable_x64(True):

@@ -165,6 +165,7 @@ def test_a_distribution_is_taken_apart_and_put_together(fn):
     np.testing.assert_allclose(site.log_prob(site.parameters), fn.log_prob(value), rtol=2e-5, atol=2e-6)
 
 
+@pytest.mark.slow
 def test_missing_counts_change_nothing_and_have_no_weight():
     some = GeneralLikelihood(lambda x: [general_observation("y", dist.Poisson(jnp.exp(x)), jnp.array([3.0]))])
     both = GeneralLikelihood(

@@ -237,6 +237,7 @@ def test_enkf_needs_two_particles():
             algorithms()[name].step(jax.random.key(0), init(start(1)), jnp.asarray(1.5))
 
 
+@pytest.mark.slow
 def test_pytree_particles():
     """Particles, observations and records may be any pytrees, integers among them."""
 
@@ -389,6 +390,7 @@ def test_enkf_inflation():
     np.testing.assert_array_equal(info.ancestors, np.arange(64))
 
 
+@pytest.mark.slow
 def test_enkf_in_ensemble_space_is_the_same():
     """With more observations than members the gain is solved the other way round."""
     n, m = 6, 20

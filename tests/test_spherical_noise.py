@@ -104,6 +104,7 @@ def test_product_is_symmetric_linear_and_the_same_for_every_channel():
     np.testing.assert_allclose(energy, product, atol=2e-5)
 
 
+@pytest.mark.slow
 def test_double_and_half_precision():
     noise = ndda.SphericalNoise(5, 8)
     single = noise.covariance_product(jnp.ones((5, 8)))
@@ -131,6 +132,7 @@ def test_draws_have_the_covariance(grid):
     assert_covariance(draws.reshape(-1, 20_000).T, formula(*grid))
 
 
+@pytest.mark.slow
 def test_draws_with_jit_and_vmap():
     noise, dtype = ndda.SphericalNoise(7, 12), jnp.dtype("float32")
     keys = jax.random.split(jax.random.key(0), 3)

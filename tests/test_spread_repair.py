@@ -192,7 +192,7 @@ FILTERS = {
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[pytest.mark.slow] if name == "FAAPF" else []) for name in FILTERS]
+    "name", [pytest.param(name, marks=[pytest.mark.slow] if name.startswith("FAAPF") else []) for name in FILTERS]
 )
 def test_the_state_is_repaired_before_it_is_advanced(name):
     """Record and carry hold the repaired state; all else is what it was without repair. RTPS relaxes to the spread of
@@ -239,6 +239,7 @@ def test_forecasts_of_a_diffusion():
     assert relaxing.passes(relaxed_info).forward == plain.passes(info).forward - 1 + levels
 
 
+@pytest.mark.slow
 def test_enkf_knows_rtps_by_two_names():
     by_number = run(ndda.EnKF(program, rtps=0.3, inflation=1.05))
     by_value = run(ndda.EnKF(program, spread_repair=(ndda.RTPS(0.3),), inflation=1.05))
@@ -372,6 +373,7 @@ def test_the_amount_for_few_members(seed):
     assert abs(after - 1.0) < 0.12
 
 
+@pytest.mark.slow
 def test_runs_are_bounded():
     """The best amount then, and a word that it is not within the tolerance; `inflation` is an amount too."""
     _, y = truth_and_observations(0, 15)
@@ -390,6 +392,7 @@ def test_runs_are_bounded():
     assert abs(found.ratio.value - 1) == min(abs(trial.ratio.value - 1) for trial in found.trail)
 
 
+@pytest.mark.slow
 def test_a_background_is_as_inflated_as_the_update_takes_it_to_be():
     model = ndda.StateSpaceModel(program, (Y,))
     carry = jax.vmap(model.initial)(jax.random.split(KEY, 30))
@@ -403,6 +406,7 @@ def test_a_background_is_as_inflated_as_the_update_takes_it_to_be():
     np.testing.assert_allclose(inflated["posterior_predictive"]["y"] - wide[:, ::2], noise, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_units_of_observations_do_not_count():
     rng = np.random.default_rng(0)
     o, b = rng.normal(size=(12, 4)), rng.normal(size=(1, 9, 12, 4))
@@ -419,6 +423,7 @@ def test_units_of_observations_do_not_count():
     assert np.isfinite(one).all()
 
 
+@pytest.mark.slow
 def test_what_cannot_be_tuned_is_refused():
     _, y = truth_and_observations(0, 15)
 

@@ -142,6 +142,7 @@ def test_another_run_is_refused(small, program, kept_run, change, message):
         make(model, directory=kept_run, **settings).run(change.get("key", KEY), y[:2] + change.get("y", 0.0))
 
 
+@pytest.mark.slow
 def test_only_what_is_wanted_is_kept(program):
     model, y = program
     filter = make(model, ndda.Bootstrap, keep=["mean:of both"])
