@@ -62,7 +62,7 @@ def tilted_by_quadrature(likelihood, mean, variance):
     return log_normalizer, at, weights @ (x - at) ** 2
 
 
-QUICK = ("Poisson", "StudentT, an outlier", "volatility")
+QUICK = ("Poisson", "volatility")
 
 
 @pytest.mark.parametrize("kind", [k if k in QUICK else pytest.param(k, marks=pytest.mark.slow) for k in KINDS])
@@ -158,6 +158,7 @@ DISTRIBUTIONS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fn", DISTRIBUTIONS, ids=lambda fn: type(fn).__name__)
 def test_a_distribution_is_taken_apart_and_put_together(fn):
     value = jnp.asarray(fn.sample(jax.random.key(0)))

@@ -104,7 +104,13 @@ STOCHASTIC = {
 }
 
 
-@pytest.mark.parametrize(("name", "singular"), [("ancestral", False), *((name, True) for name in STOCHASTIC)])
+LAWS = [pytest.param(name, True, marks=pytest.mark.slow) for name in STOCHASTIC]
+
+
+@pytest.mark.parametrize(
+    ("name", "singular"),
+    [("ancestral", False), *LAWS],
+)
 def test_stochastic_samplers_leave_the_right_law(name, singular):
     values, vectors = np.linalg.eigh(COVARIANCE)
     covariance = COVARIANCE

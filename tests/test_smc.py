@@ -173,7 +173,10 @@ def assert_same(got, expected):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize(("name", "sizes"), [("fa_apf", (1, 7)), ("guided_pf", (7,)), ("enkf", (7,))])
+@pytest.mark.parametrize(
+    ("name", "sizes"),
+    [("fa_apf", (1, 7)), *(pytest.param(name, (7,), marks=pytest.mark.slow) for name in ("guided_pf", "enkf"))],
+)
 def test_batches_agree_and_a_step_is_traced_once(name, sizes):
     step, traces = jitted(name)
     key, state, y = jax.random.key(0), init(start(16)), jnp.asarray(1.5)
@@ -186,6 +189,7 @@ def test_batches_agree_and_a_step_is_traced_once(name, sizes):
     assert type(again) is fa_apf.State
 
 
+@pytest.mark.slow
 def test_jit_and_not_jit_agree():
     key, state, y = jax.random.key(0), init(start(16)), jnp.asarray(1.5)
     assert_same(algorithms(target_ess=0.2)["fa_apf"].step(key, state, y), jitted("fa_apf")[0](key, state, y))
