@@ -46,7 +46,8 @@ class SphericalNoise(Noise):
                 f"SphericalNoise got {num_latitudes} latitudes and {num_longitudes} longitudes, expected "
                 "num_longitudes = 2 (num_latitudes - 1), a regular grid with both poles; regrid, or write a Noise."
             )
-        self.factor = jnp.asarray(legendre_functions(num_latitudes, num_longitudes // 2), jnp.float32)
+        latitudes = np.linspace(-0.5 * np.pi, 0.5 * np.pi, num_latitudes)
+        self.factor = jnp.asarray(legendre_functions(latitudes, num_longitudes // 2), jnp.float32)
 
     @classmethod
     def from_coordinates(cls, latitudes: ArrayLike, longitudes: ArrayLike) -> SphericalNoise:
@@ -152,18 +153,18 @@ class SphericalNoise(Noise):
 
 
 def legendre_functions(
-    num_latitudes: int, wavenumbers: int
-) -> Float[np.ndarray, "wavenumbers num_latitudes wavenumbers"]:
-    """F_m(p, l) of the module's formula on equally spaced latitudes with both poles; zero for l < m.
+    latitude: Float[np.ndarray, " latitude"], wavenumbers: int
+) -> Float[np.ndarray, "wavenumbers latitude wavenumbers"]:
+    """F_m(p, l) of the module's formula at latitudes in radians; zero for l < m.
 
     By the three-term recurrence in l from the diagonal l = m, stable in double precision: with half a degree between
     latitudes the sum of squares is 1 to 1e-12.
     """
-    latitude = np.linspace(-0.5 * np.pi, 0.5 * np.pi, num_latitudes)
-    sine, cosine = np.sin(latitude), np.cos(latitude)
-    cosine[[0, -1]] = 0.0  # cos(pi / 2) is 6e-17 in floating point: a pole would not be one point
-    functions = np.zeros((wavenumbers, num_latitudes, wavenumbers))
-    diagonal = np.ones(num_latitudes)
+    # cos(pi / 2) is 6e-17 in floating point: a pole would not be one point.
+    pole = np.abs(latitude) > 0.5 * np.pi - 1e-9
+    sine, cosine = np.sin(latitude), np.where(pole, 0.0, np.cos(latitude))
+    functions = np.zeros((wavenumbers, len(latitude), wavenumbers))
+    diagonal = np.ones(len(latitude))
     for m in range(wavenumbers):
         if m > 0:
             # Not 1/2 at m = 1, because every m > 0 is two functions, cosine and sine, and m = 0 is one.

@@ -22,8 +22,6 @@ Both networks are translation equivariant: they run on a ring of any number of s
 
 from __future__ import annotations
 
-import hashlib
-import importlib.resources
 import json
 from importlib.resources.abc import Traversable
 from pathlib import Path
@@ -38,15 +36,13 @@ from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 from numpyro_diffusion_da.layout import Layout
 from numpyro_diffusion_da.noise import Noise, WhiteNoise
 from numpyro_diffusion_da.prior import DiffusionPrior
+from numpyro_diffusion_da.priors.stored import named_arrays, part, read_stored, write_stored
 
 if TYPE_CHECKING:
     import numpyro.distributions as dist
 
 WIDTH = 5
 """Sites under every convolution: two on either side."""
-
-SHIPPED = ("lorenz96",)
-"""What `load_prior` knows."""
 
 
 def neighbourhoods(values: Float[Array, "sites channels"]) -> Float[Array, "sites width_channels"]:
@@ -180,7 +176,7 @@ class RingEmulator(DiffusionPrior):
         climatology_mean: mean of a site over a long run of the true system.
         climatology_covariance: covariance of two sites by their distance, shape (largest distance + 1,), the system's
             unit squared.
-        checksum: sha256 of all arrays, see `arrays_checksum`.
+        checksum: sha256 of all arrays, see `priors.stored`.
         card_text: the data card, as JSON; `card` is the same as a dictionary.
     """
 
@@ -265,29 +261,9 @@ class RingEmulator(DiffusionPrior):
         return dist.MultivariateNormal(jnp.full((sites,), self.climatology_mean), scale_tril=jnp.asarray(factor))
 
 
-def emulator_arrays(emulator: RingEmulator) -> dict[str, np.ndarray]:
-    """All arrays of an emulator by name, for instance 'mean_network.encode'."""
-    leaves, _ = jax.tree_util.tree_flatten_with_path(emulator)
-    return {jax.tree_util.keystr(path).lstrip("."): np.asarray(leaf) for path, leaf in leaves}
-
-
-def arrays_checksum(arrays: dict[str, np.ndarray]) -> str:
-    """sha256 over name, type, shape and bytes of each array, in the order of their names; independent of the file."""
-    digest = hashlib.sha256()
-    for name in sorted(arrays):
-        value = np.ascontiguousarray(arrays[name])
-        digest.update(f"{name} {value.dtype.str} {value.shape}\n".encode())
-        digest.update(value.tobytes())
-    return digest.hexdigest()
-
-
 def save_emulator(emulator: RingEmulator, card: dict[str, Any], folder: Path, name: str) -> None:
     """Write NAME.npz (plain arrays) and NAME.json (the card, with noise range and checksum added) into `folder`."""
-    arrays: dict[str, Any] = emulator_arrays(emulator)
-    card = {**card, "noise_range": list(emulator.noise_range), "sha256": arrays_checksum(arrays)}
-    folder.mkdir(parents=True, exist_ok=True)
-    np.savez(folder / f"{name}.npz", **arrays)
-    (folder / f"{name}.json").write_text(json.dumps(card, indent=2) + "\n")
+    write_stored(named_arrays(emulator), {**card, "noise_range": list(emulator.noise_range)}, folder, name)
 
 
 def read_emulator(folder: Path | Traversable, name: str, num_sites: int) -> RingEmulator:
@@ -297,42 +273,16 @@ def read_emulator(folder: Path | Traversable, name: str, num_sites: int) -> Ring
         FileNotFoundError: the folder has no such files.
         ValueError: the arrays are not those that the card describes, or `num_sites` is too small.
     """
-    card_text = folder.joinpath(f"{name}.json").read_text()
+    stored, card_text = read_stored(folder, name, "examples/train_lorenz96.py")
     card = json.loads(card_text)
-    with folder.joinpath(f"{name}.npz").open("rb") as file, np.load(file, allow_pickle=False) as stored:
-        arrays = dict(stored)
-    checksum = arrays_checksum(arrays)
-    if checksum != card["sha256"]:
-        raise ValueError(
-            f"{name}.npz has the checksum {checksum}, but its card says {card['sha256']}: the file is damaged or not "
-            "the one described. Install the package again, or run examples/train_lorenz96.py."
-        )
-
-    def part(prefix: str) -> dict[str, Array]:
-        return {key[len(prefix) :]: jnp.asarray(v) for key, v in arrays.items() if key.startswith(prefix)}
-
-    scalars = {key: jnp.asarray(v) for key, v in arrays.items() if "." not in key}
+    arrays = {key: jnp.asarray(value) for key, value in stored.items()}
+    scalars = {key: value for key, value in arrays.items() if "." not in key}
     return RingEmulator(
-        mean_network=MeanNetwork(**part("mean_network.")),
-        residual_network=ResidualNetwork(**part("residual_network.")),
+        mean_network=MeanNetwork(**part(arrays, "mean_network.")),
+        residual_network=ResidualNetwork(**part(arrays, "residual_network.")),
         layout=Layout((num_sites,), ("site",), (("site", tuple(range(num_sites))),)),
         noise_range=(float(card["noise_range"][0]), float(card["noise_range"][1])),
-        checksum=checksum,
+        checksum=card["sha256"],
         card_text=card_text,
         **scalars,
     )
-
-
-def load_prior(name: str, num_sites: int = 40) -> RingEmulator:
-    """A trained prior that comes with this package.
-
-    Args:
-        name: "lorenz96": stochastic Lorenz-96, F = 8, steps of 0.1, noise variance 0.5 (`priors.lorenz96`).
-        num_sites: sites on the ring. Trained on 40; the networks are local, so other rings work.
-
-    Raises:
-        ValueError: an unknown name, too few sites, or a file that is not the one its card describes.
-    """
-    if name not in SHIPPED:
-        raise ValueError(f"no prior named '{name}' ships with this package; there is {', '.join(map(repr, SHIPPED))}.")
-    return read_emulator(importlib.resources.files("numpyro_diffusion_da").joinpath("data"), name, num_sites)

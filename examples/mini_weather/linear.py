@@ -1,0 +1,68 @@
+"""What has a closed form: the linear forecast and the covariances, one matrix for each zonal wavenumber.
+
+The system is the same at every longitude, so coefficients of different wavenumbers are uncorrelated, and it is its own
+mirror image at the equator, so what is symmetric is uncorrelated with what is not.
+"""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+import numpy as np
+
+from numpyro_diffusion_da.priors.spherical_networks import GaussianDenoiser, ZonalOperator
+from numpyro_diffusion_da.spherical_harmonics import SphericalHarmonics
+
+
+def complex_waves(coefficients: np.ndarray, m: int) -> np.ndarray:
+    """a_m - i b_m, shape (samples, degrees * channels)."""
+    return (coefficients[:, 0, m] - 1j * coefficients[:, 1, m]).reshape(len(coefficients), -1)
+
+
+def parities(harmonics: SphericalHarmonics, m: int) -> list[np.ndarray]:
+    """Indices of the functions of wavenumber m that keep their sign in the mirror, and of those that change it."""
+    exists = harmonics.mask[0, m].reshape(-1) > 0
+    sign = harmonics.reflection[m].reshape(-1)
+    return [np.flatnonzero(exists & (sign == s)) for s in (1.0, -1.0)]
+
+
+def linear_forecast(
+    before: np.ndarray, after: np.ndarray, harmonics: SphericalHarmonics, ridge: float
+) -> ZonalOperator:
+    """P of the least squares after = P before, with `ridge` times the mean variance added to the normal equations."""
+    size = harmonics.degrees * harmonics.num_channels
+    matrices = np.zeros((harmonics.degrees, size, size), np.complex64)
+    for m in range(harmonics.degrees):
+        x, y = complex_waves(before, m), complex_waves(after, m)
+        for index in parities(harmonics, m):
+            p, q = x[:, index], y[:, index]
+            gram = p.conj().T @ p
+            gram += ridge * np.mean(np.diag(gram).real) * np.eye(len(index))
+            found = np.linalg.solve(gram, p.conj().T @ q).T
+            matrices[m][np.ix_(index, index)] = found.real if m == 0 else found
+    return ZonalOperator(jnp.asarray(matrices.real), jnp.asarray(matrices.imag))
+
+
+def gaussian(samples: np.ndarray, harmonics: SphericalHarmonics, rank: int, shrinkage: float) -> GaussianDenoiser:
+    """Covariance of coefficients of unit noise, shape (samples, 2, m, l, channels), by its `rank` leading vectors.
+
+    `shrinkage` is the part of the diagonal in a mixture with the sample covariance.
+    """
+    size = harmonics.degrees * harmonics.num_channels
+    vectors = np.zeros((harmonics.degrees, rank, size), np.complex64)
+    values = np.zeros((harmonics.degrees, rank), np.float32)
+    for m in range(harmonics.degrees):
+        x = complex_waves(samples, m)
+        found: list[tuple[float, np.ndarray]] = []
+        for index in parities(harmonics, m):
+            p = x[:, index]
+            covariance = p.T @ p.conj() / (len(p) * (1.0 if m == 0 else 2.0))
+            covariance = (1.0 - shrinkage) * covariance + shrinkage * np.diag(np.diag(covariance))
+            eigenvalues, eigenvectors = np.linalg.eigh(covariance.real if m == 0 else covariance)
+            for value, vector in zip(eigenvalues, eigenvectors.T, strict=True):
+                whole = np.zeros(size, np.complex128)
+                whole[index] = vector
+                found.append((max(float(value), 0.0), whole))
+        found.sort(key=lambda pair: -pair[0])
+        for i, (value, vector) in enumerate(found[:rank]):
+            values[m, i], vectors[m, i] = value, vector.conj()
+    return GaussianDenoiser(ZonalOperator(jnp.asarray(vectors.real), jnp.asarray(vectors.imag)), jnp.asarray(values))

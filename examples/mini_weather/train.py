@@ -1,0 +1,276 @@
+"""Train the emulator of the mini weather on the shards of generate.py.
+
+    pip install "numpyro-diffusion-da[train]"
+    python examples/mini_weather/train.py --data weather_data --out weather_emulator
+
+In order: the linear forecast by least squares; the mean network on top of it, by area-weighted least squares; the
+covariance of what it leaves, whose scale is that of the validation run; the correction of the denoiser, by denoising
+score matching. The two networks are exponential moving averages over the optimiser's steps. Every --save-every steps
+all of it is written to --out: call the script again and it goes on from there.
+"""
+
+from __future__ import annotations
+
+import json
+import pickle
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import data
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import linear
+import numpy as np
+import optax
+import typer
+
+from numpyro_diffusion_da.priors.spherical_emulator import SphericalEmulator, save_spherical_emulator
+from numpyro_diffusion_da.priors.spherical_networks import MeanNetwork, ResidualNetwork, ZonalOperator
+
+NAME = "held_suarez"
+NOISE_RANGE = (0.02, 80.0)
+RIDGES = (1e-4, 1e-3, 1e-2, 3e-2, 1e-1)
+
+
+def relative_error(forecast: np.ndarray, after: np.ndarray, before: np.ndarray) -> np.ndarray:
+    """Rms error over persistence's, for each channel; rotational and divergent winds are one."""
+    error, change = (np.mean(np.sum((x - after) ** 2, axis=(1, 2, 3)), axis=0) for x in (forecast, before))
+    return np.sqrt(error / np.maximum(change, 1e-12))
+
+
+def by_variable(error: np.ndarray, change: np.ndarray, winds: int) -> np.ndarray:
+    """Ratio of squared errors with the two kinds of a wind added."""
+    scalars = len(error) - 2 * winds
+    add = lambda x: np.concatenate([x[:scalars], x[scalars : scalars + winds] + x[scalars + winds :]])  # noqa: E731
+    return np.sqrt(add(error) / add(change))
+
+
+def squares(difference: np.ndarray) -> np.ndarray:
+    """Mean over samples of the summed squares, for each channel."""
+    return np.mean(np.sum(np.asarray(difference, np.float64) ** 2, axis=(1, 2, 3)), axis=0)
+
+
+class Optimisation:
+    """AdamW with warm-up and cosine decay, an average of the weights, and a file to go on from."""
+
+    def __init__(self, path: Path, steps: int, rate: float, seed: int) -> None:
+        self.path, self.steps, self.seed = path, steps, seed
+        schedule = optax.warmup_cosine_decay_schedule(0.0, rate, max(steps // 20, 1), steps)
+        self.optimiser = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, weight_decay=1e-4))
+
+    def run(
+        self,
+        model: Any,
+        loss: Callable[[Any, jax.Array, Any], jax.Array],
+        batch: Callable[[np.random.Generator], Any],
+        save_every: int,
+        check: Callable[[Any], str],
+        minutes: float,
+    ) -> Any:
+        """The averaged model. Stops after `minutes`, to be gone on with later."""
+        state = self.optimiser.init(model)
+        done, average, spent = 0, model, 0.0
+        if self.path.exists():
+            leaves, done, spent = pickle.loads(self.path.read_bytes())
+            structure = jax.tree.structure((model, state, average))
+            model, state, average = jax.tree.unflatten(structure, [jnp.asarray(x) for x in leaves])
+
+        @jax.jit
+        def update(model: Any, state: Any, average: Any, step: jax.Array, given: Any) -> tuple[Any, ...]:
+            key = jax.random.fold_in(jax.random.key(self.seed), step)
+            value, gradient = jax.value_and_grad(loss)(model, key, given)
+            change, state = self.optimiser.update(gradient, state, model)
+            model = optax.apply_updates(model, change)
+            decay = jnp.minimum(0.999, (1.0 + step) / (10.0 + step))
+            average = jax.tree.map(lambda a, x: decay * a + (1.0 - decay) * x, average, model)
+            return model, state, average, value
+
+        began, values = time.time(), []
+        for step in range(done, self.steps):
+            given = batch(np.random.default_rng((self.seed, step)))
+            model, state, average, value = update(model, state, average, jnp.asarray(step), given)
+            values.append(value)
+            late = time.time() - began > 60.0 * minutes
+            if (step + 1) % save_every == 0 or step + 1 == self.steps or late:
+                elapsed = spent + time.time() - began
+                leaves = [np.asarray(x) for x in jax.tree.leaves((model, state, average))]
+                self.path.write_bytes(pickle.dumps((leaves, step + 1, elapsed)))
+                mean = float(np.mean(values))
+                print(f"{step + 1} steps, {elapsed / 60:.1f} min: loss {mean:.4f}; {check(average)}", flush=True)
+                values = []
+            if late:
+                print(f"stopped after {minutes} minutes; call again to go on", flush=True)
+                break
+        return average
+
+
+def main(
+    data_folder: Annotated[Path, typer.Option("--data", help="folder of generate.py")] = Path("weather_data"),
+    out: Annotated[Path, typer.Option(help="folder for the emulator and what training goes on from")] = Path(
+        "weather_emulator"
+    ),
+    seed: Annotated[int, typer.Option(help="of initial weights and batches")] = 0,
+    stages: Annotated[int, typer.Option(help="corrections of the mean network in the course of a step")] = 3,
+    hidden: Annotated[int, typer.Option(help="products of each kind at a grid point")] = 32,
+    correction: Annotated[int, typer.Option(help="hidden units of the denoiser's correction")] = 24,
+    steps: Annotated[int, typer.Option(help="optimiser steps of the mean network")] = 20000,
+    residual_steps: Annotated[int, typer.Option(help="of the denoiser's correction")] = 10000,
+    batch: Annotated[int, typer.Option(help="states of a step")] = 8,
+    rate: Annotated[float, typer.Option(help="largest learning rate")] = 2e-3,
+    rank: Annotated[int, typer.Option(help="vectors of a covariance for each wavenumber")] = 80,
+    shards: Annotated[int | None, typer.Option(help="of the training runs, if not all")] = None,
+    save_every: Annotated[int, typer.Option(help="steps")] = 500,
+    minutes: Annotated[float, typer.Option(help="for each network in this call")] = 1e9,
+) -> None:
+    """Train, and write the emulator."""
+    out.mkdir(parents=True, exist_ok=True)
+    known = data.statistics(data_folder, shards)
+    h = known.noise.harmonics
+    train = data.trajectories(data_folder, "train", known, shards)
+    check = data.trajectories(data_folder, "validation", known, shards)
+
+    def pairs(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        shape = h.coefficients_shape
+        return x[:, :-1].reshape(-1, *shape), x[:, 1:].reshape(-1, *shape)
+
+    before, after = pairs(train)
+    check_before, check_after = pairs(check)
+    change = squares(check_after - check_before)
+    print(f"{len(before)} pairs to train on, {len(check_before)} to validate", flush=True)
+
+    def linear_error(operator: ZonalOperator) -> np.ndarray:
+        apply = jax.jit(lambda y: jax.lax.map(operator.on_coefficients, y))
+        return by_variable(squares(np.asarray(apply(check_before)) - check_after), change, h.num_winds)
+
+    fits = [(linear.linear_forecast(before, after, h, ridge), ridge) for ridge in RIDGES]
+    errors = [linear_error(fit) for fit, _ in fits]
+    best = int(np.argmin([np.mean(e) for e in errors]))
+    propagator = fits[best][0]
+    print(f"linear forecast / persistence, ridge {RIDGES[best]:g}: {np.round(errors[best], 3)}", flush=True)
+
+    network = MeanNetwork.init(jax.random.key(seed), h, propagator, stages, hidden)
+    # Winds are weighed as one vector.
+    both = change.copy()
+    both[h.num_scalars :] = np.tile(change[h.num_scalars :].reshape(2, -1).sum(0), 2)
+    weight = jnp.asarray(1.0 / both, jnp.float32)
+    reflection = jnp.asarray(h.reflection, jnp.float32)[None]
+
+    def mean_batch(generator: np.random.Generator) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        index = generator.integers(len(before), size=batch)
+        return before[index], after[index], generator.random(batch) < 0.5
+
+    def mean_loss(network: MeanNetwork, rng_key: jax.Array, given: Any) -> jax.Array:
+        def one(y: jax.Array, target: jax.Array, mirrored: jax.Array) -> jax.Array:
+            sign = jnp.where(mirrored, reflection, 1.0)
+            forecast, _ = network(sign * y, h)
+            return jnp.sum(jnp.sum((forecast - sign * target) ** 2, axis=(0, 1, 2)) * weight)
+
+        return jnp.mean(jax.vmap(one)(*given)) / (h.num_scalars + h.num_winds)
+
+    def run_mean(network: MeanNetwork, y: np.ndarray) -> np.ndarray:
+        return np.asarray(jax.jit(lambda y: jax.lax.map(lambda y: network(y, h)[0], y))(y))
+
+    sample = np.linspace(0, len(check_before) - 1, min(96, len(check_before))).astype(int)
+
+    def mean_check(network: MeanNetwork) -> str:
+        left = squares(run_mean(network, check_before[sample]) - check_after[sample])
+        ratio = by_variable(left, squares(check_after[sample] - check_before[sample]), h.num_winds)
+        return f"validation error / persistence {np.sqrt(np.mean(ratio**2)):.3f} {np.round(ratio, 3)}"
+
+    fitting = Optimisation(out / "mean.pickle", steps, rate, seed)
+    network = fitting.run(network, mean_loss, mean_batch, save_every, mean_check, minutes)
+
+    # Winds of the state share a scale, so that rotating a wind and scaling it are one and the same.
+    left = after - run_mean(network, before)
+    check_left = check_after - run_mean(network, check_before)
+    total = squares(check_left)
+    wind = 0.5 * total[h.num_scalars :].reshape(2, -1).sum(0)
+    latent = np.sqrt(np.concatenate([total[: h.num_scalars], wind, wind])).astype(np.float32)
+    amplitude = known.noise.amplitude()[None, None, None]
+    train_total = squares(left)
+    train_wind = 0.5 * train_total[h.num_scalars :].reshape(2, -1).sum(0)
+    own = np.sqrt(np.concatenate([train_total[: h.num_scalars], train_wind, train_wind]))
+    zeta = (left / own / amplitude).astype(np.float32)
+    climate = before / amplitude
+    emulator = SphericalEmulator(
+        mean_network=network,
+        gaussian=linear.gaussian(zeta, h, rank, 0.05),
+        residual_network=ResidualNetwork.init(jax.random.key(seed + 1), h, correction),
+        state_mean=jnp.asarray(known.state_mean),
+        state_scale=jnp.asarray(known.state_scale),
+        latent_scale=jnp.asarray(latent) * jnp.asarray(known.state_scale),
+        climate=linear.gaussian(climate, h, rank, 0.05),
+        noise=known.noise,
+        layout=known.layout,
+        noise_range=NOISE_RANGE,
+    )
+
+    power = jnp.asarray(known.noise.amplitude() ** 2, jnp.float32)[None, None]
+
+    def residual_batch(generator: np.random.Generator) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        index = generator.integers(len(before), size=batch)
+        low, high = np.log(NOISE_RANGE[0]), np.log(NOISE_RANGE[1])
+        # Evenly over the range in every batch, with a common random shift.
+        level = np.exp(low + (high - low) * ((np.arange(batch) + generator.random()) / batch))
+        return before[index], zeta[index], level.astype(np.float32), generator.random(batch) < 0.5
+
+    def denoising_losses(network: ResidualNetwork, rng_key: jax.Array, given: Any) -> jax.Array:
+        trained = eqx.tree_at(lambda e: e.residual_network, emulator, network)
+
+        def one(key: jax.Array, y: jax.Array, z: jax.Array, level: jax.Array, mirrored: jax.Array) -> jax.Array:
+            sign = jnp.where(mirrored, reflection, 1.0)
+            _, features = trained.mean_network(sign * y, h)
+            noisy = sign * z + level * jax.random.normal(key, z.shape)
+            noisy = noisy * jnp.asarray(h.mask, z.dtype)
+            found = trained.denoise_coefficients(noisy, level, network.terms(features))
+            return (1.0 + 1.0 / level**2) * jnp.sum(power * (found - sign * z) ** 2) / h.num_channels
+
+        return jax.vmap(one)(jax.random.split(rng_key, len(given[0])), *given)
+
+    def residual_loss(network: ResidualNetwork, rng_key: jax.Array, given: Any) -> jax.Array:
+        return jnp.mean(denoising_losses(network, rng_key, given))
+
+    check_zeta = (check_left / latent / amplitude).astype(np.float32)
+    levels = np.geomspace(*NOISE_RANGE, len(sample)).astype(np.float32)
+    fixed = (check_before[sample], check_zeta[sample], levels, np.zeros(len(sample), bool))
+    score = jax.jit(denoising_losses)
+
+    def residual_check(network: ResidualNetwork) -> str:
+        now = np.asarray(score(network, jax.random.key(9), fixed))
+        start = np.asarray(score(emulator.residual_network, jax.random.key(9), fixed))
+        return f"validation {now.mean():.4f}, of the Gaussian denoiser alone {start.mean():.4f}"
+
+    if residual_steps:
+        fitting = Optimisation(out / "residual.pickle", residual_steps, rate, seed + 1)
+        found = fitting.run(
+            emulator.residual_network, residual_loss, residual_batch, save_every, residual_check, minutes
+        )
+        emulator = eqx.tree_at(lambda e: e.residual_network, emulator, found)
+
+    final = by_variable(squares(check_left), change, h.num_winds)
+    card = {
+        "name": NAME,
+        "system": json.loads((data_folder / "data.json").read_text())["model"],
+        "training": {
+            "pairs": len(before),
+            "seed": seed,
+            "optimiser_steps": {"mean_network": steps, "residual_network": residual_steps},
+            "batch": batch,
+            "stages": stages,
+            "hidden": hidden,
+            "correction": correction,
+            "ridge": RIDGES[best],
+            "script": "examples/mini_weather/train.py",
+        },
+        "one_step_mean_error_relative_to_persistence": [float(v) for v in final],
+        "linear_forecast_error_relative_to_persistence": [float(v) for v in errors[best]],
+    }
+    save_spherical_emulator(emulator, card, out, NAME)
+    print(f"{out / NAME}.npz: {(out / f'{NAME}.npz').stat().st_size / 1e6:.1f} MB", flush=True)
+
+
+if __name__ == "__main__":
+    typer.run(main)
