@@ -1,6 +1,6 @@
 """Spherical harmonics of scalars and of winds on a Gaussian grid, and noise that is isotropic in both.
 
-With the real functions Y of degree l = 0 .. n-1 and zonal wavenumber m, normalised to a mean square of 1 over the sphere,
+With the real functions Y of degree l = 0 .. n-1 and zonal wavenumber m, of mean square 1 over the sphere,
 
     scalar = sum a_lm Y_lm,    wind = sum ( b_lm k x grad Y_lm + g_lm grad Y_lm ) / sqrt(l (l + 1)),
 
@@ -197,8 +197,8 @@ def _gauss(num_latitudes: int) -> tuple[np.ndarray, np.ndarray]:
 class HarmonicNoise(Noise):
     """Noise of unit variance in every channel, isotropic on the sphere for scalars and for winds.
 
-    Equal power at every degree, as `SphericalNoise` has it for scalars; a wind's is shared by its two kinds. Its rank is
-    n^2 for a scalar and 2 (n^2 - 1) for a wind.
+    Equal power at every degree, as `SphericalNoise` has it for scalars; a wind's is shared by its two kinds. Its rank
+    is n^2 for a scalar and 2 (n^2 - 1) for a wind.
 
     Args:
         harmonics: the grid, the channels and n.
@@ -234,7 +234,9 @@ class HarmonicNoise(Noise):
             ValueError: another shape than the grid's.
         """
         self._check(v.shape)
-        return self.synthesis(jnp.asarray(self.amplitude(), v.dtype)[None, None] * self.harmonics.synthesis_transpose(v))
+        return self.synthesis(
+            jnp.asarray(self.amplitude(), v.dtype)[None, None] * self.harmonics.synthesis_transpose(v)
+        )
 
     def synthesis(self, white: Float[Array, "2 m l channels"]) -> Float[Array, "latitude longitude channels"]:
         """A: coefficients of unit variance -> fields."""

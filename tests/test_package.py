@@ -44,7 +44,8 @@ ORDER = [
     "linear_predictor", "dependence", "site", "free_parameters", "distribution", "density", "weight",
     "transition", "path", "piecewise_guidance", "approximate_guidance", "guidance", "likelihood",
     "moment_matching", "linear_solve", "sampler", "schedule",
-    "denoiser", "priors", "prior", "spherical_noise", "noise", "gridded_data", "axis_positions", "units", "layout",
+    "denoiser", "priors", "prior", "spherical_harmonics", "spherical_noise", "noise",
+    "gridded_data", "axis_positions", "units", "layout",
     "compilation", "footprint",
 ]  # fmt: skip
 

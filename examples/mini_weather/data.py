@@ -86,5 +86,9 @@ def trajectories(folder: Path, split: str, known: Statistics, limit: int | None 
     parts = []
     for values in shards(folder, split, limit):
         flat = values.reshape(-1, *values.shape[2:])
-        parts.append(np.asarray(coefficients(jnp.asarray(flat))).reshape(*values.shape[:2], *known.noise.harmonics.coefficients_shape))
+        parts.append(
+            np.asarray(coefficients(jnp.asarray(flat))).reshape(
+                *values.shape[:2], *known.noise.harmonics.coefficients_shape
+            )
+        )
     return np.concatenate(parts, axis=1)

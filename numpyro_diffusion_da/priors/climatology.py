@@ -36,7 +36,7 @@ class ZonalClimatology(dist.Distribution):
         shape = (harmonics.num_latitudes, harmonics.num_longitudes, harmonics.num_channels)
         super().__init__(batch_shape=(), event_shape=shape)
 
-    def sample(self, key: PRNGKeyArray, sample_shape: tuple[int, ...] = ()) -> Float[Array, "..."]:
+    def sample(self, key: PRNGKeyArray, sample_shape: tuple[int, ...] = ()) -> Float[Array, ...]:
         """Draws of shape (*sample_shape, latitude, longitude, channel)."""
         count = 1
         for size in sample_shape:
@@ -52,7 +52,7 @@ class ZonalClimatology(dist.Distribution):
         draws = jax.vmap(one)(jax.random.split(key, count))
         return draws.reshape(*sample_shape, *self.event_shape)
 
-    def log_prob(self, value: Float[Array, "..."]) -> Float[Array, "..."]:
+    def log_prob(self, value: Float[Array, ...]) -> Float[Array, ...]:
         """None: the covariance is singular on the grid.
 
         Raises:

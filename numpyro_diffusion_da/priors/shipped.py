@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.resources
+from typing import Literal, overload
 
 from numpyro_diffusion_da.priors.emulator import RingEmulator, read_emulator
 from numpyro_diffusion_da.priors.spherical_emulator import SphericalEmulator, read_spherical_emulator
@@ -11,13 +12,26 @@ SHIPPED = ("lorenz96", "held_suarez")
 """What `load_prior` knows."""
 
 
+@overload
+def load_prior(name: Literal["lorenz96"], num_sites: int | None = None) -> RingEmulator: ...
+
+
+@overload
+def load_prior(name: Literal["held_suarez"], num_sites: None = None) -> SphericalEmulator: ...
+
+
+@overload
+def load_prior(name: str, num_sites: int | None = None) -> RingEmulator | SphericalEmulator: ...
+
+
 def load_prior(name: str, num_sites: int | None = None) -> RingEmulator | SphericalEmulator:
     """A trained prior that comes with this package.
 
     Args:
         name: "lorenz96": stochastic Lorenz-96, F = 8, steps of 0.1, noise variance 0.5 (`priors.lorenz96`).
             "held_suarez": the dry atmosphere of Held & Suarez (1994) at T21, steps of 12 hours.
-        num_sites: sites of the Lorenz-96 ring, 40 by default. Trained on 40; the networks are local, so other rings work.
+        num_sites: sites of the Lorenz-96 ring, 40 by default. Trained on 40; the networks are local, so other rings
+            work.
 
     Raises:
         ValueError: an unknown name, too few sites, sites of a prior that has none, or a file that is not the one its

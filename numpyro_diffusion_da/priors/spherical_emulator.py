@@ -64,7 +64,7 @@ class SphericalEmulator(DiffusionPrior):
         state_mean: mean of each channel along a latitude in training; `state_scale` the standard deviation of a channel
             around it.
         latent_scale: S, rms of the next state minus the conditional mean, for each channel.
-        climate: the states' own covariance as a Gaussian denoiser's: unit noise and `state_scale` make it a climatology.
+        climate: covariance of the normalised states themselves, of which only the vectors and values are used.
         card_text: the data card, as JSON; `card` is the same as a dictionary.
     """
 
@@ -105,9 +105,7 @@ class SphericalEmulator(DiffusionPrior):
         mean, features = self.mean_network(self.coefficients(x), self.noise.harmonics)
         return SphericalConditioning(self.fields(mean), self.residual_network.terms(features))
 
-    def coefficients(
-        self, x: Float[Array, "latitude longitude channel"]
-    ) -> Float[Array, "2 m l channel"]:
+    def coefficients(self, x: Float[Array, "latitude longitude channel"]) -> Float[Array, "2 m l channel"]:
         """Harmonic coefficients of the normalised state."""
         anomaly = (x - self.state_mean[:, None]) / self.state_scale[None, None]
         return self.noise.harmonics.analysis(anomaly)

@@ -74,9 +74,9 @@ class Winds(NamedTuple):
 class MeanNetwork(eqx.Module):
     """Coefficients of the normalised state -> those of its conditional mean, and features of every grid point.
 
-    The forecast of a linear model, P y, and `stages` corrections N_k, products of fields at a point in the course of the
-    step. N_k sees the state at the fraction t_k = (k + 1/2) / stages of the step, taken from the straight line between y
-    and P y with the corrections so far, and the rest of the step carries it to the end as (1 - t_k) P + t_k:
+    The forecast of a linear model, P y, and `stages` corrections N_k, products of fields at a point in the course of
+    the step. N_k sees the state at the fraction t_k = (k + 1/2) / stages of the step, taken from the straight line
+    between y and P y with the corrections so far, and the rest of the step carries it to the end as (1 - t_k) P + t_k:
 
         y' = P y + sum_k ((1 - t_k) P + t_k) N_k(y_k)
 
@@ -177,8 +177,8 @@ def features(
 ) -> tuple[Float[Array, "latitude longitude scalars"], Winds]:
     """What a state has at every grid point.
 
-    Scalars: its own, vorticity and divergence of its winds, and sin(latitude), its square and 1. Vectors: its winds, and
-    the gradients of its scalars. Derivatives are divided by n / 4, so that all are of order 1.
+    Scalars: its own, vorticity and divergence of its winds, and sin(latitude), its square and 1. Vectors: its winds,
+    and the gradients of its scalars. Derivatives are divided by n / 4, so that all are of order 1.
     """
     scalars, winds = harmonics.num_scalars, harmonics.num_winds
     a, b, g = jnp.split(y, [scalars, scalars + winds], axis=-1)
