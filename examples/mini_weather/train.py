@@ -32,7 +32,7 @@ from numpyro_diffusion_da.priors.spherical_networks import MeanNetwork, Residual
 
 NAME = "held_suarez"
 NOISE_RANGE = (0.02, 80.0)
-RIDGES = (1e-4, 1e-3, 1e-2, 3e-2, 1e-1)
+RIDGES = (1e-5, 1e-4, 1e-3, 1e-2)
 
 
 def relative_error(forecast: np.ndarray, after: np.ndarray, before: np.ndarray) -> np.ndarray:

@@ -38,7 +38,7 @@ def write_stored(arrays: dict[str, np.ndarray], card: dict[str, Any], folder: Pa
     """Write NAME.npz and NAME.json, the card with the checksum of the arrays added, into `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / f"{name}.npz").open("wb") as file:
-        np.savez_compressed(file, **arrays)
+        np.savez_compressed(file, allow_pickle=False, **arrays)
     card = {**card, "sha256": arrays_checksum(arrays)}
     (folder / f"{name}.json").write_text(json.dumps(card, indent=2) + "\n")
 

@@ -1,0 +1,172 @@
+"""Measure the emulator of the mini weather on the test runs: a table, and validation.json beside the emulator.
+
+    python examples/mini_weather/validate.py --data weather_data --emulator weather_emulator
+
+One step: spread over error (with the factor of a finite ensemble), fair CRPS over the mean absolute error of
+persistence, and the error of the conditional mean over that of persistence. Long runs: `--runs` free runs of `--days`
+from test states, against the truth: mean, variance and power by zonal wavenumber. Everything is weighted by area. The
+same statistics of the two halves of the truth, against one another, say how much of a difference is chance.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import data
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import scoringrules
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from numpyro_diffusion_da.layout import Layout
+from numpyro_diffusion_da.priors.spherical_emulator import SphericalEmulator, read_spherical_emulator
+from numpyro_diffusion_da.sampler import Sampler
+from numpyro_diffusion_da.schedule import KarrasSchedule
+from numpyro_diffusion_da.transition import DiffusionStep
+
+NAME = "held_suarez"
+
+
+def channel_names(layout: Layout) -> list[str]:
+    """For instance "temperature 850"."""
+    return [f"{v.name} {level}".strip() for v in layout.variables for level in v.levels or ("",)]
+
+
+def area_mean(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """Over all axes but the last, of fields (..., latitude, longitude, channel)."""
+    flat = values.reshape(-1, *values.shape[-3:]).astype(np.float64)
+    return np.einsum("j,tjqc->c", weights, flat) / (len(flat) * flat.shape[2])
+
+
+def one_step(emulator: SphericalEmulator, draw: Any, before: np.ndarray, after: np.ndarray, members: int) -> dict:
+    """Scores of each channel, from ensembles of the states after `before`."""
+    weights = emulator.noise.harmonics.weights
+    keys = jax.random.split(jax.random.key(1), len(before))
+    ensemble = np.asarray(
+        jax.jit(
+            lambda k, x: jax.lax.map(
+                lambda kx: jax.vmap(draw, (0, None))(jax.random.split(kx[0], members), kx[1]), (k, x)
+            )
+        )(keys, jnp.asarray(before))
+    )
+    mean, spread = ensemble.mean(axis=1), ensemble.var(axis=1, ddof=1)
+    condition = jax.jit(lambda x: jax.lax.map(lambda x: emulator.condition(x).mean, x))
+    crps = scoringrules.crps_ensemble(after, np.moveaxis(ensemble, 1, -1), estimator="fair")
+    error, change = area_mean((mean - after) ** 2, weights), area_mean((before - after) ** 2, weights)
+    return {
+        "spread_over_error": np.sqrt((members + 1) / members * area_mean(spread, weights) / error),
+        "crps_over_persistence": area_mean(crps, weights) / area_mean(np.abs(before - after), weights),
+        "mean_error_over_persistence": np.sqrt(
+            area_mean((np.asarray(condition(jnp.asarray(before))) - after) ** 2, weights) / change
+        ),
+        "persistence_error": np.sqrt(change),
+    }
+
+
+def climate(emulator: SphericalEmulator, states: np.ndarray) -> dict[str, np.ndarray]:
+    """Of fields (runs, times, latitude, longitude, channel)."""
+    weights = emulator.noise.harmonics.weights
+    profile = states.astype(np.float64).mean(axis=(0, 1, 3))
+    anomaly = states - profile[None, None, :, None]
+    waves = np.abs(np.fft.rfft(states, axis=3)[:, :, :, 1 : emulator.noise.harmonics.degrees - 1]) ** 2
+    return {
+        "mean": profile,
+        "variance": area_mean(anomaly**2, weights),
+        "power": np.einsum("j,rtjmc->mc", weights, waves) / (states.shape[0] * states.shape[1]),
+    }
+
+
+def differences(
+    found: dict[str, np.ndarray], truth: dict[str, np.ndarray], weights: np.ndarray
+) -> dict[str, np.ndarray]:
+    """For each channel: the mean's in standard deviations, the others' relative ones.
+
+    The power is that of the largest three quarters of the wavenumbers, and of the smallest scales apart.
+    """
+    bias = np.sqrt(np.einsum("j,jc->c", weights, (found["mean"] - truth["mean"]) ** 2) / truth["variance"])
+    power = found["power"] / truth["power"] - 1.0
+    quarter = 3 * len(power) // 4
+    return {
+        "mean": bias,
+        "variance": found["variance"] / truth["variance"] - 1.0,
+        "power": power[np.abs(power[:quarter]).argmax(0), np.arange(power.shape[1])],
+        "power_of_smallest_quarter": power[quarter + np.abs(power[quarter:]).argmax(0), np.arange(power.shape[1])],
+    }
+
+
+def main(
+    data_folder: Annotated[Path, typer.Option("--data", help="folder of generate.py")] = Path("weather_data"),
+    emulator_folder: Annotated[Path, typer.Option("--emulator", help="folder of train.py")] = Path("weather_emulator"),
+    states: Annotated[int, typer.Option(help="of the one-step scores")] = 64,
+    members: Annotated[int, typer.Option(help="of the one-step scores")] = 16,
+    runs: Annotated[int, typer.Option(help="free runs")] = 8,
+    days: Annotated[int, typer.Option(help="of each")] = 100,
+    levels: Annotated[int, typer.Option(help="noise levels of a draw")] = 13,
+    split: Annotated[str, typer.Option(help="of the data")] = "test",
+) -> None:
+    """Measure, print and write."""
+    emulator = read_spherical_emulator(emulator_folder, NAME)
+    h, sampler = emulator.noise.harmonics, Sampler(schedule=KarrasSchedule(levels))
+    truth = np.concatenate(list(data.shards(data_folder, split)), axis=1)
+
+    def draw(rng_key: jax.Array, x: jax.Array) -> jax.Array:
+        return DiffusionStep(emulator, emulator.condition(x), sampler).draw(rng_key)[0]
+
+    flat_before = truth[:, :-1].reshape(-1, *truth.shape[2:])
+    flat_after = truth[:, 1:].reshape(-1, *truth.shape[2:])
+    chosen = np.linspace(0, len(flat_before) - 1, min(states, len(flat_before))).astype(int)
+    scores = one_step(emulator, draw, flat_before[chosen], flat_after[chosen], members)
+
+    @eqx.filter_jit
+    def run(rng_key: jax.Array, x: jax.Array) -> jax.Array:
+        def step(x: jax.Array, i: jax.Array) -> tuple[jax.Array, jax.Array]:
+            x = jax.vmap(draw)(jax.random.split(jax.random.fold_in(rng_key, i), len(x)), x)
+            return x, x
+
+        return jax.lax.scan(step, x, jnp.arange(2 * days))[1]
+
+    starts = flat_before[np.linspace(0, len(flat_before) - 1, runs).astype(int)]
+    free = np.moveaxis(np.asarray(run(jax.random.key(2), jnp.asarray(starts))), 1, 0)
+    finite = bool(np.all(np.isfinite(free)))
+    expected = climate(emulator, truth)
+    half = truth.shape[1] // 2
+    halves = climate(emulator, truth[:, :half]), climate(emulator, truth[:, half:])
+    found = {
+        "one_step": scores,
+        "climate": differences(climate(emulator, free), expected, h.weights),
+        "climate_of_halves_of_the_truth": differences(*halves, h.weights),
+        "truth": {"mean_variance": expected["variance"]},
+    }
+    names = channel_names(emulator.layout)
+    table = Table("", "spread/error", "CRPS/pers.", "mean/pers.", "mean (sd)", "variance", "power", "small scales")
+    for i, name in enumerate(names):
+        one = [
+            f"{scores[k][i]:.3f}" for k in ("spread_over_error", "crps_over_persistence", "mean_error_over_persistence")
+        ]
+        table.add_row(name, *one, *(f"{v[i]:+.2f}" for v in found["climate"].values()))
+    Console(width=120).print(table)
+    print(f"free runs finite: {finite}")
+    written: dict[str, Any] = jax.tree.map(lambda v: [float(x) for x in np.ravel(v)], found)
+    written |= {
+        "channels": names,
+        "finite": finite,
+        "settings": {
+            "states": len(chosen),
+            "members": members,
+            "runs": runs,
+            "days": days,
+            "levels": levels,
+            "split": split,
+        },
+    }
+    (emulator_folder / "validation.json").write_text(json.dumps(written, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    typer.run(main)
