@@ -112,11 +112,6 @@ def packed(values: np.ndarray) -> dict[str, np.ndarray]:
     }
 
 
-def unpack(shard: Any) -> np.ndarray:
-    """What `packed` packed, as float32."""
-    return shard["packed"] * shard["scale"] + shard["offset"]
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, default=Path("weather_data"))
