@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from numpyro_diffusion_da.priors.spherical_emulator import read_spherical_emulator
-from numpyro_diffusion_da.priors.stored import read_stored
+from numpyro_diffusion_da.priors.stored import pack, read_stored
 
 ROOT = Path(__file__).parents[1] / "examples" / "mini_weather"
 
@@ -28,8 +28,6 @@ def scripts(monkeypatch):
 
 def made_up(folder, data, rng):
     """Autoregressive noise in the harmonics of a grid of 8 x 16."""
-    from numpyro_diffusion_da.priors.shipped import pack
-
     h = data.harmonics(8)
     synthesis = jax.jit(jax.vmap(h.synthesis))
     names = ["surface_pressure", *(f"{v}_{level}" for v in ("temperature", "u", "v") for level in data.LEVELS)]

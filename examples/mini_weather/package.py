@@ -19,8 +19,7 @@ import numpy as np
 import typer
 
 import numpyro_diffusion_da
-from numpyro_diffusion_da.priors.shipped import pack
-from numpyro_diffusion_da.priors.stored import read_stored, write_stored
+from numpyro_diffusion_da.priors.stored import pack, read_stored, write_stored
 
 NAME = "held_suarez"
 
