@@ -324,9 +324,8 @@ def test_ring64_cheaper_guidance():
 def test_linear_gaussian_is_the_yardstick(setting, name, variance_ratio):
     """Variance ratios of the published table, within the standard errors of both and the last digit printed."""
     benchmark = load("linear_gaussian")
-    row = benchmark.run(
-        benchmark.SETTINGS[setting], name, diffusion=False, seeds=8, steps=40, spin_up=10, particles=256
-    )
+    size = benchmark.Setting(*benchmark.SIZES[setting])
+    row = benchmark.run(size, name, diffusion=False, seeds=8, steps=40, spin_up=10, particles=256)
     assert abs(row["variance ratio"] - variance_ratio) < 3 * math.sqrt(2) * row["variance ratio SE"] + 0.005
 
 

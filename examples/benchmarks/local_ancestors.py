@@ -58,10 +58,14 @@ CASES = {
 
 
 class Setting(NamedTuple):
-    """Half-width of the taper in sites, with the particle filter's target ESS or the Kalman filter's inflation."""
+    """Half-width of the taper in sites, with the particle filter's target ESS or the Kalman filter's inflation.
+
+    `factor` is that of the particle filter's spread repair, `Multiplicative`; the Kalman filter has its inflation.
+    """
 
     radius: float
     amount: float
+    factor: float = 1.0
 
 
 # The lowest CRPS of `GRID` on two truths of `TUNING_SEED`, d = 40, true transition.
@@ -80,7 +84,10 @@ TUNED: dict[str, dict[str, Setting]] = {
     },
 }  # fmt: skip
 GRID = {
-    "local, Moment": [Setting(3.0, 0.1), Setting(5.0, 0.1), Setting(5.0, 0.2), Setting(8.0, 0.1)],
+    "local, Moment": [
+        *[Setting(3.0, 0.1), Setting(4.0, 0.1), Setting(5.0, 0.05), Setting(5.0, 0.1), Setting(5.0, 0.2)],
+        *[Setting(8.0, 0.1), Setting(4.0, 0.1, 1.02), Setting(5.0, 0.1, 1.02), Setting(5.0, 0.1, 1.05)],
+    ],
     "local, Dirac": [Setting(5.0, 0.1), Setting(5.0, 0.2), Setting(8.0, 0.1), Setting(8.0, 0.2)],
     "EnKF": [Setting(r, i) for r in (4.0, 6.0, 9.0) for i in (1.0, 1.02)] + [Setting(4.0, 1.1), Setting(9.0, 1.1)],
 }
@@ -141,7 +148,10 @@ def make(name: str, setting: Setting | None, model: Any, case: Case, sites: int,
     if name == "global, Dirac":
         return ndda.FAAPF(model, weight=ndda.Dirac(), guidance=GUIDANCE)
     weight = moment if name == "local, Moment" else ndda.Dirac()
-    return ndda.FAAPF(model, weight=weight, taper=taper, target_ess=setting.amount, guidance=GUIDANCE)
+    repair = () if setting.factor == 1.0 else (ndda.Multiplicative(setting.factor),)
+    return ndda.FAAPF(
+        model, weight=weight, taper=taper, target_ess=setting.amount, guidance=GUIDANCE, spread_repair=repair
+    )
 
 
 def row_of(
@@ -175,7 +185,7 @@ def row_of(
             }
         )
     row: dict[str, Any] = {"case": case, "d": sites, "filter": name, "lost": lost}
-    row |= {"radius": None, "amount": None} if setting is None else setting._asdict()
+    row |= {"radius": None, "amount": None, "factor": None} if setting is None else setting._asdict()
     for key in ("RMSE", "spread/skill", "CRPS", "roughness", "inflation", "passes"):
         values = np.array([score[key] for score in scores])
         row[key] = float(values.mean()) if len(values) else None
@@ -192,6 +202,7 @@ def show(console: Console, title: str, rows: list[dict[str, Any]]) -> None:
         "filter",
         "radius",
         "ESS/infl.",
+        "factor",
         "RMSE",
         "spread/skill",
         "CRPS",
@@ -208,7 +219,7 @@ def show(console: Console, title: str, rows: list[dict[str, Any]]) -> None:
                 return "-"
             return f"{value:.{digits}f}" + (f" ± {se:.{digits}f}" if se is not None else "")
 
-        amounts = ["-" if row[key] is None else f"{row[key]:g}" for key in ("radius", "amount")]
+        amounts = ["-" if row[key] is None else f"{row[key]:g}" for key in ("radius", "amount", "factor")]
         scores = [cell("RMSE", 3), cell("spread/skill", 3), cell("CRPS", 4), cell("roughness", 3)]
         table.add_row(
             row["case"], str(row["d"]), row["filter"], *amounts, *scores, f"{row['passes'] or 0:.0f}", str(row["lost"])
