@@ -150,6 +150,44 @@ def test_local_ancestors_of_lorenz96(tmp_path):
 
 
 @pytest.mark.slow
+def test_localisation_is_right_on_a_ring():
+    """Linear-Gaussian: where what is far apart is nearly independent, local ancestors are as good as Kalman's mean."""
+    benchmark = load("linear_gaussian")
+    sizes = {"diffusion": False, "seeds": 1, "steps": 16, "spin_up": 4, "particles": 128}
+    row = benchmark.run(benchmark.Setting(20, 0.5, 0.5, ring=True), "localised, exact weights", **sizes)
+    assert 0.98 < row["RMSE / Kalman's"] < 1.1
+    assert row["log evidence"] is None
+
+
+@pytest.mark.slow
+def test_filter_recipes_run(tmp_path):
+    out = tmp_path / "recipes.json"
+    tiny = {"sites": 21, "truths": 1, "particles": 8, "cycles": 4, "spin_up": 1}
+    load("filter_recipes").main(only=["8 levels, 1 product"], **tiny, out=out)
+    found = json.loads(out.read_text())["by truth"]
+    # The weight: two forward passes and a product; then each level's forward pass and products.
+    assert {name: row["passes"] for name, row in found.items()} == {
+        "48 levels, 4 products": 3 + 48 * 5,
+        "8 levels, 1 product": 3 + 8 * 2,
+    }
+    assert all(0.0 < row["CRPS"][0] < 3.0 for row in found.values())
+    with pytest.raises(typer.BadParameter, match="no recipe called magic"):
+        load("filter_recipes").main(only=["magic"])
+
+
+@pytest.mark.slow
+def test_widest_gap_runs(tmp_path):
+    """The benchmark, small: particles are ahead of the Kalman filter in Lorenz-63."""
+    out = tmp_path / "gap.json"
+    names = ["FA-APF, Moment", "EnKF"]
+    load("widest_gap").main(case=["lorenz63"], only=names, truths=2, particles=128, cycles=80, spin_up=20, out=out)
+    particles, kalman = json.loads(out.read_text())["rows"]
+    assert sum(particles["CRPS"]) < sum(kalman["CRPS"])
+    with pytest.raises(typer.BadParameter, match="no case called pendulum"):
+        load("widest_gap").main(case=["pendulum"])
+
+
+@pytest.mark.slow
 def test_published_settings_run(tmp_path):
     """The benchmark, small: a published score of Lorenz-96 is reached, with inflation before the update and after."""
     out = tmp_path / "table.json"
