@@ -10,7 +10,8 @@ Stochastic Lorenz-96 (F = 8, step 0.1, noise variance 0.5) on a ring of sites. C
 Filters: localised FA-APF with Moment and with Dirac weights; the published FA-APF, whose weights are global; controls:
 the free ensemble, a bootstrap filter, guided particles with equal weights, and a localised ensemble Kalman filter. All
 have the same transition, the true one or the emulator's. No setting was chosen on the truths reported; `--tune` prints
-the scores of the grid on others.
+the scores of the grid on others. Seams show in the roughness of particles over that of the truth: after the transition
+("roughness"), and of the states glued together before it ("glued").
 
     python examples/benchmarks/local_ancestors.py --case linear --case modulus --out local.json
     python examples/benchmarks/local_ancestors.py --emulator --truths 3
@@ -155,6 +156,15 @@ def make(name: str, setting: Setting | None, model: Any, case: Case, sites: int,
     )
 
 
+def glued(result: ndda.FilterResult, spin_up: int) -> np.ndarray:
+    """The states that the draws were conditioned on, with their seams, shape (particles, time - 1, sites)."""
+    x = result.posterior["x"][0, :, spin_up:-1]
+    if not result.is_local:
+        return x
+    # Each site is a block, in the order of the sites.
+    return np.take_along_axis(x, result.sample_stats["ancestors"][0, :, spin_up + 1 :], axis=0)
+
+
 def row_of(
     name: str, setting: Setting | None, case: str, sites: int, emulator: bool, *,
     seed: int, truths: int, particles: int, cycles: int, spin_up: int,
@@ -175,19 +185,21 @@ def row_of(
             lost += 1
             continue
         x, truth = run.result.posterior["x"][0, :, spin_up:], states[spin_up:]
+        smooth = float(np.mean(spectra.roughness(truth, axis=-1)))
         scores.append(
             {
                 "RMSE": verification.rmse(x, truth),
                 "spread/skill": verification.spread_skill(x, truth),
                 "CRPS": verification.crps(x, truth),
-                "roughness": float(np.mean(spectra.roughness(x, axis=-1)) / np.mean(spectra.roughness(truth, axis=-1))),
+                "roughness": float(np.mean(spectra.roughness(x, axis=-1))) / smooth,
+                "glued": float(np.mean(spectra.roughness(glued(run.result, spin_up), axis=-1))) / smooth,
                 "inflation": float(np.median(run.result.sample_stats["inflation"])),
                 "passes": float(sum(v.mean() for v in run.result.network_passes.values())),
             }
         )
     row: dict[str, Any] = {"case": case, "d": sites, "filter": name, "lost": lost}
     row |= {"radius": None, "amount": None, "factor": None} if setting is None else setting._asdict()
-    for key in ("RMSE", "spread/skill", "CRPS", "roughness", "inflation", "passes"):
+    for key in ("RMSE", "spread/skill", "CRPS", "roughness", "glued", "inflation", "passes"):
         values = np.array([score[key] for score in scores])
         row[key] = float(values.mean()) if len(values) else None
         row[f"{key} SE"] = float(values.std(ddof=1) / np.sqrt(len(values))) if len(values) > 1 else None
@@ -208,6 +220,7 @@ def show(console: Console, title: str, rows: list[dict[str, Any]]) -> None:
         "spread/skill",
         "CRPS",
         "roughness",
+        "glued",
         "passes",
         "lost",
     ):
@@ -221,7 +234,8 @@ def show(console: Console, title: str, rows: list[dict[str, Any]]) -> None:
             return f"{value:.{digits}f}" + (f" ± {se:.{digits}f}" if se is not None else "")
 
         amounts = ["-" if row[key] is None else f"{row[key]:g}" for key in ("radius", "amount", "factor")]
-        scores = [cell("RMSE", 3), cell("spread/skill", 3), cell("CRPS", 4), cell("roughness", 3)]
+        scores = [cell("RMSE", 3), cell("spread/skill", 3), cell("CRPS", 4)]
+        scores += [cell("roughness", 3), cell("glued", 3)]
         table.add_row(
             row["case"], str(row["d"]), row["filter"], *amounts, *scores, f"{row['passes'] or 0:.0f}", str(row["lost"])
         )
