@@ -165,10 +165,11 @@ def test_filter_recipes_run(tmp_path):
     tiny = {"sites": 21, "truths": 1, "particles": 8, "cycles": 4, "spin_up": 1}
     load("filter_recipes").main(only=["8 levels, 1 product"], **tiny, out=out)
     found = json.loads(out.read_text())["by truth"]
-    # The weight: two forward passes and a product; then each level's forward pass and products.
+    # Conditioning: one for the draw, two for the weight, which looks at two levels and makes one product; then what
+    # each evaluation of the guided denoiser costs.
     assert {name: row["passes"] for name, row in found.items()} == {
-        "48 levels, 4 products": 3 + 48 * 5,
-        "8 levels, 1 product": 3 + 8 * 2,
+        "8 levels, 1 product": 6 + 8 * 2,
+        "published: Adams-Bashforth 3, 2 Langevin": 6 + 96 * 7,
     }
     assert all(0.0 < row["CRPS"][0] < 3.0 for row in found.values())
     with pytest.raises(typer.BadParameter, match="no recipe called magic"):

@@ -60,7 +60,7 @@ RECIPES = {
         ndda.MMPS(ndda.KrylovSolve(6, warm_start=False)),
     ),
 }
-REFERENCE = "48 levels, 4 products"
+REFERENCE = "published: Adams-Bashforth 3, 2 Langevin"
 
 
 def program(sites: int, recipe: Recipe) -> Any:
