@@ -41,6 +41,7 @@ from numpyro_diffusion_da.sampler import (
 )
 from numpyro_diffusion_da.schedule import KarrasSchedule, Schedule
 from numpyro_diffusion_da.smc.ensemble_update import EnsembleUpdate, PerturbedObservations, SquareRoot
+from numpyro_diffusion_da.smc.inflation import Inflation, ObservationInflation, Tempering
 from numpyro_diffusion_da.smc.localization import Distance, Euclidean, GreatCircle, Ring, Taper, WithHeight
 from numpyro_diffusion_da.smc.spread_repair import RTPP, RTPS, Jitter, Multiplicative, SpreadRepair
 from numpyro_diffusion_da.smc2 import SMC2
@@ -90,6 +91,7 @@ __all__ = [
     "GuidedPF",
     "Heun",
     "Hutchinson",
+    "Inflation",
     "Jitter",
     "KarrasSchedule",
     "KrylovSolve",
@@ -100,6 +102,7 @@ __all__ = [
     "Moment",
     "Multiplicative",
     "Noise",
+    "ObservationInflation",
     "OnlineFilter",
     "ParameterResult",
     "ParticleFilter",
@@ -119,6 +122,7 @@ __all__ = [
     "Step",
     "StochasticStep",
     "Taper",
+    "Tempering",
     "Unguided",
     "Variable",
     "Weight",

@@ -54,7 +54,11 @@ STATS = {
         "for each draw of posterior, the draw at the previous time that it comes from",
     ),
     "ess": ("effective sample size of the weights before inflation", "between 1 and the number of particles"),
-    "inflation": ("exponent alpha on the weights", "in (0, 1]; below 1 the weights would have kept too few particles"),
+    "inflation": (
+        "alpha of the inflation of the weights",
+        "in (0, 1]: their exponent, or that of the likelihood in them (the attribute inflation says which); below 1 "
+        "the weights would have kept too few particles",
+    ),
     "log_evidence_increment": (
         "estimate of log p(y_k | y_1, ..., y_k-1)",
         "log mean of the weights before inflation; sum over time for the log-evidence",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,7 @@ from numpyro_diffusion_da.result import PER_PARTICLE, FilterResult
 from numpyro_diffusion_da.smc.base import Info, State, init
 from numpyro_diffusion_da.state_space import StateSpaceModel
 from numpyro_diffusion_da.storage import RunStore
+from numpyro_diffusion_da.summary import inflation_advice
 
 if TYPE_CHECKING:
     import xarray
@@ -96,7 +98,8 @@ class ParticleFilter:
         """Filter the observations in the program's arguments.
 
         A chain's key is fold_in(rng_key, chain), a step's fold_in of that and the step, a particle's fold_in of that
-        and the particle: neither batching nor the number of chains changes a draw.
+        and the particle: neither batching nor the number of chains changes a draw. Warns where half of the weights or
+        more are inflated to alpha below 0.1, and says what to do.
 
         Args:
             rng_key: from `jax.random.key`.
@@ -142,6 +145,8 @@ class ParticleFilter:
                 chains.append(jax.tree.map(lambda *v: np.stack(v), *steps))
         self._result = self._collect(program, attributes, chains)
         self._given, self._inputs = given, xs
+        if (advice := inflation_advice(self._result)) is not None:
+            warnings.warn(advice, stacklevel=2)
 
     def _functions(self, program: StateSpaceModel) -> tuple[Any, Any, Any]:
         """The jitted start, step and step back. Kept: a second run with the same shapes compiles nothing."""

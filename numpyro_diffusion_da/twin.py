@@ -8,6 +8,7 @@ emulator, and an ensemble Kalman filter that is given the *true* dynamics.
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -246,7 +247,10 @@ def run_twin(
             first_states = states
         for i, (name, filter) in enumerate(filters.items()):
             on_step(name)
-            filter.run(jax.random.fold_in(filter_key, i), np.full_like(y, np.nan) if name == FREE else y)
+            with warnings.catch_warnings():
+                # What is warned of is a column of the table.
+                warnings.filterwarnings("ignore", message="weights are inflated")
+                filter.run(jax.random.fold_in(filter_key, i), np.full_like(y, np.nan) if name == FREE else y)
             scores[name].append(experiment.score(filter.result, states))
             by_time[name].append(verification.rmse(filter.result.posterior["x"][0], states, axis=1))
             if number == 0:

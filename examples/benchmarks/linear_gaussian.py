@@ -75,6 +75,9 @@ FILTERS: dict[str, Callable[[Any], ndda.Algorithm]] = {  # of whole states
     "Dirac": lambda model: ndda.FAAPF(model, weight=ndda.Dirac(), target_ess=0.0),
     "Dirac + inflation": lambda model: ndda.FAAPF(model, weight=ndda.Dirac()),
     "exact weights + inflation": lambda model: ndda.FAAPF(model, weight=ndda.Moment()),
+    "exact weights + observation inflation": lambda model: ndda.FAAPF(
+        model, weight=ndda.Moment(), inflation=ndda.ObservationInflation()
+    ),
     "equal weights": lambda model: ndda.FAAPF(model, weight=ndda.Equal()),
     "ensemble Kalman": ndda.EnKF,
     "ensemble Kalman, square root": lambda model: ndda.EnKF(model, update=ndda.SquareRoot()),
