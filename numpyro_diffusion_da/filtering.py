@@ -15,6 +15,7 @@ from numpyro_diffusion_da import backward, smoothing
 from numpyro_diffusion_da.algorithm import Algorithm
 from numpyro_diffusion_da.compilation import Compiled
 from numpyro_diffusion_da.footprint import device_memory
+from numpyro_diffusion_da.gross_error_check import warn_if_most_rejected
 from numpyro_diffusion_da.program import TimeInputs
 from numpyro_diffusion_da.progress import step_progress
 from numpyro_diffusion_da.result import PER_PARTICLE, FilterResult
@@ -141,6 +142,7 @@ class ParticleFilter:
                     advance(output["stats"])
                 chains.append(jax.tree.map(lambda *v: np.stack(v), *steps))
         self._result = self._collect(program, attributes, chains)
+        warn_if_most_rejected(self._result)
         self._given, self._inputs = given, xs
 
     def _functions(self, program: StateSpaceModel) -> tuple[Any, Any, Any]:
@@ -174,6 +176,7 @@ class ParticleFilter:
                     "stats": stats,
                     "passes": self.algorithm.passes(info)._asdict(),
                     "observations": at.observations(first, inputs),
+                    **({} if info.check == () else {"rejected": info.check.rejected}),
                     "nonfinite_weights": info.nonfinite_weights,
                     "nonfinite_particles": info.nonfinite_particles,
                 }
@@ -279,6 +282,7 @@ class ParticleFilter:
             latent_name=program.latent_name if has_state else next(iter(groups["posterior"])),
             layout=transition.prior.layout if transition is not None and has_state else None,
             attributes={**attributes, "num_chains": self.num_chains, "batch_size": self._batch_size(program)},
+            rejected=outputs.get("rejected", {}),
         )
 
     @property
