@@ -317,7 +317,8 @@ class ParticleFilter:
         density and not taken from the genealogy: lines part again after they have met, so that fewer draws are copies.
         Any filter's particles can be linked, an ensemble Kalman filter's too. What the program derives (deterministic
         sites, log-likelihoods, predictive draws) is computed along the paths; forecasts are those of the particles.
-        `convert.to_datatree` and `convert.to_arviz` name the result as any other.
+        `convert.to_datatree` and `convert.to_arviz` name the result as any other. Log-likelihoods are of all
+        observations, those too that a gross-error check rejected.
 
         In `sample_stats`, `filter_draw` says which particle each draw is and `distinct_lines` counts them;
         `backward_ess` is the effective sample size of the weights that a link was chosen by, and
