@@ -341,9 +341,9 @@ def tune(console: Console, emulator: bool, particles: int, cycles: int, wanted: 
                 factors = ", ".join(f"{r / SCENARIOS[name].given:.3f}" for r in found)
                 console.print(f"{name}, {treatment.filter}: estimates of R over the given one: {factors}")
     for name, treatment, repair, between in (
-        ("R too small", FA, "Multiplicative", (1.0, 1.5)), ("R too small", EK, "Multiplicative", (1.0, 1.5)),
-        ("biased transition", FA, "Multiplicative", (1.0, 1.5)), ("biased transition", FA, "Jitter", (0.0, 1.0)),
-        ("biased transition", EK, "Multiplicative", (1.0, 1.5)),
+        ("R too small", FA, "Multiplicative", (1.0, 1.2)), ("R too small", EK, "Multiplicative", (1.0, 1.2)),
+        ("biased transition", FA, "Multiplicative", (1.0, 1.2)), ("biased transition", FA, "Jitter", (0.0, 1.0)),
+        ("biased transition", EK, "Multiplicative", (1.0, 1.2)),
     ):  # fmt: skip
         if name not in wanted:
             continue
@@ -360,7 +360,7 @@ def tune(console: Console, emulator: bool, particles: int, cycles: int, wanted: 
                 make, filter_key, y, error, between=between, num_particles=particles, discard=cycles // 4, max_runs=6
             )
             console.print(f"{name}, {treatment.filter}, {repair}: {found_amount.amount:.3f}, {found_amount.ratio}")
-        except ValueError as problem:
+        except (ValueError, FloatingPointError) as problem:
             console.print(f"{name}, {treatment.filter}, {repair}: {problem}")
     if "correlated errors" in wanted:
         trials = [of._replace(error_factor=f) for of in (FA, EK) for f in (1.5, 2.0, 3.0, 4.0)]
