@@ -116,7 +116,7 @@ class Scenario(NamedTuple):
 
 FA, EK, FREE = Treatment("FA-APF"), Treatment("EnKF"), Treatment("free ensemble")
 GLOBAL_FA, GLOBAL_EK = Treatment("FA-APF global"), Treatment("EnKF global")
-# From `--tune`.
+# Factors on R and amounts of repair are those that `--tune` found.
 SCENARIOS: dict[str, Scenario] = {
     "clean": Scenario(
         treatments=(
@@ -132,8 +132,16 @@ SCENARIOS: dict[str, Scenario] = {
             EK._replace(threshold=3.0), EK._replace(threshold=5.0),
         ),
     ),
-    "R too small": Scenario(given=0.25, treatments=(FA, EK)),
-    "R too large": Scenario(given=4.0, treatments=(FA, EK)),
+    "R too small": Scenario(
+        given=0.25,
+        treatments=(
+            FA, FA._replace(error_factor=2.54), FA._replace(repair="Multiplicative", amount=1.1), EK,
+            EK._replace(error_factor=1.94), EK._replace(repair="Multiplicative", amount=1.1),
+        ),
+    ),
+    "R too large": Scenario(
+        given=4.0, treatments=(FA, FA._replace(error_factor=0.457), EK, EK._replace(error_factor=0.368))
+    ),
     "correlated errors": Scenario(
         correlated=True,
         treatments=(
@@ -141,7 +149,13 @@ SCENARIOS: dict[str, Scenario] = {
             GLOBAL_EK._replace(likelihood="correlated"),
         ),
     ),
-    "biased transition": Scenario(bias=BIAS, treatments=(FA, EK, FREE)),
+    "biased transition": Scenario(
+        bias=BIAS,
+        treatments=(
+            FA, FA._replace(repair="Multiplicative", amount=1.075), FA._replace(repair="Jitter", amount=0.312), EK,
+            EK._replace(repair="Multiplicative", amount=1.05), FREE,
+        ),
+    ),
 }  # fmt: skip
 
 
