@@ -10,7 +10,9 @@ from numpyro_diffusion_da.approximate_guidance import DPS, JFPS, TMPD, PiGDM
 from numpyro_diffusion_da.density import ExactTrace, Hutchinson, ProbabilityFlow
 from numpyro_diffusion_da.distribution import ConditionedTransition, DiffusionTransition
 from numpyro_diffusion_da.filtering import ParticleFilter
+from numpyro_diffusion_da.gross_error_check import GrossErrorCheck
 from numpyro_diffusion_da.guidance import MMPS, Guidance
+from numpyro_diffusion_da.huber import Huber
 from numpyro_diffusion_da.layout import Layout, Variable
 from numpyro_diffusion_da.likelihood import GaussianLikelihood, GaussianObservation
 from numpyro_diffusion_da.linear_gaussian import LinearGaussian
@@ -87,9 +89,11 @@ __all__ = [
     "GaussianPrior",
     "GenCastPrior",
     "GreatCircle",
+    "GrossErrorCheck",
     "Guidance",
     "GuidedPF",
     "Heun",
+    "Huber",
     "Hutchinson",
     "Inflation",
     "Jitter",

@@ -23,7 +23,15 @@ from numpyro_diffusion_da.program import TimeInputs
 from numpyro_diffusion_da.sampler import Sampler, SDEDPMSolverPP2M
 from numpyro_diffusion_da.schedule import KarrasSchedule
 from numpyro_diffusion_da.smc import bootstrap, enkf, fa_apf, guided_pf
-from numpyro_diffusion_da.smc.base import Info, Kernel, Resampling, check_target_ess, map_particles, particle_keys
+from numpyro_diffusion_da.smc.base import (
+    Info,
+    Kernel,
+    Resampling,
+    check_target_ess,
+    map_particles,
+    num_particles,
+    particle_keys,
+)
 from numpyro_diffusion_da.smc.ensemble_update import EnsembleUpdate, PerturbedObservations
 from numpyro_diffusion_da.smc.inflation import Inflation, Tempering
 from numpyro_diffusion_da.smc.local_ancestors import LocalAncestors
@@ -84,10 +92,30 @@ class Algorithm(abc.ABC):
         """What particles come from, of values that each has, leading axis N."""
         return values[ancestors]
 
+    def forecasts(
+        self, program: StateSpaceModel, batch_size: int = 0
+    ) -> Callable[[PRNGKeyArray, PyTree, TimeInputs], tuple[Array, DrawRecord]]:
+        """The next state as the filter takes it to be, one draw from each particle that has not seen the observation.
+
+        Args:
+            program: the program.
+            batch_size: particles moved at a time; 0 for all at once.
+
+        Returns:
+            (rng_key, particles, inputs) -> (N states, records of their draws), with a leading axis of N.
+        """
+
+        def forecasts(rng_key: PRNGKeyArray, particles: PyTree, inputs: TimeInputs) -> tuple[Array, DrawRecord]:
+            draw = map_particles(lambda key, carry: program.draw(key, carry, inputs, self.sampler), batch_size)
+            x, record = draw(particle_keys(rng_key, num_particles(particles)), particles)
+            return self._as_background(x), record
+
+        return forecasts
+
     def background(
         self, program: StateSpaceModel, batch_size: int = 0
     ) -> Callable[[PRNGKeyArray, PyTree, TimeInputs], dict[str, dict[str, Array]]]:
-        """The forecast as the filter takes it to be, one draw from each particle that has not seen the observation.
+        """What is seen in `forecasts`, observations with their errors among it.
 
         Args:
             program: the program.
@@ -99,11 +127,9 @@ class Algorithm(abc.ABC):
 
         def background(rng_key: PRNGKeyArray, particles: PyTree, inputs: TimeInputs) -> dict[str, dict[str, Array]]:
             draw_key, record_key = jax.random.split(rng_key)
-            n = len(jax.tree.leaves(particles)[0])
-            draw = map_particles(lambda key, carry: program.draw(key, carry, inputs, self.sampler)[0], batch_size)
             record = map_particles(lambda key, x, carry: program.record(key, x, carry, inputs), batch_size)
-            x = self._as_background(draw(particle_keys(draw_key, n), particles))
-            return record(particle_keys(record_key, n), x, particles)
+            x, _ = self.forecasts(program, batch_size)(draw_key, particles, inputs)
+            return record(particle_keys(record_key, num_particles(particles)), x, particles)
 
         return background
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from numpyro_diffusion_da import smoothing
+from numpyro_diffusion_da.gross_error_check import rejected_share
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -52,6 +53,9 @@ def _filter_table(result: FilterResult) -> Any:
     table.add_row("particles x chains x steps", f"{draws} x {chains} x {steps}")
     observed = sum(int(mask.sum()) for mask in result.observed_mask.values())
     table.add_row("observations", f"{observed} of {sum(mask.size for mask in result.observed_mask.values())}")
+    if result.rejected:
+        share = rejected_share(result)
+        table.add_row("rejected as gross errors", f"{share:.2%} of the checked" if share else "none")
     if result.is_local:
         table.add_row("ancestors", f"local, of {stats['log_weights'].shape[-1]} blocks")
     if _selects(result):

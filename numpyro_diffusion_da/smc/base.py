@@ -46,6 +46,7 @@ class Info(NamedTuple):
         weighing: records of the weight function, leading axis N, index = the particle before resampling.
         proposal: records of the draw, leading axis N, index = the new particle.
         forecast: records of forecasts that spread repair had drawn, index = the particle before resampling; () if none.
+        check: record of a check of the observations before the step, of all particles together; () if none.
     """
 
     log_weights: Float[Array, " n"]
@@ -60,6 +61,7 @@ class Info(NamedTuple):
     weighing: PyTree
     proposal: PyTree
     forecast: PyTree = ()
+    check: PyTree = ()
 
 
 def init(particles: PyTree) -> State:
