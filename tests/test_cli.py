@@ -10,7 +10,10 @@ import numpyro_diffusion_da as ndda
 from numpyro_diffusion_da.cli import app
 from numpyro_diffusion_da.twin import COLUMNS, ENKF, FREE, GLOBAL, MAIN, TwinExperiment, run_twin
 
+COMPILES_A_LOT = True
 
+
+@pytest.mark.slow
 def test_demo_writes_table_figure_and_file(tmp_path):
     arguments = ["demo", "--out", str(tmp_path / "new"), "--truths", "2", "--cycles", "3", "--spin-up", "1"]
     result = CliRunner().invoke(app, [*arguments, "--particles", "8"], catch_exceptions=False)

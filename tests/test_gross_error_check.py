@@ -18,6 +18,8 @@ from numpyro_diffusion_da.summary import summary
 A = 0.95 * np.linalg.qr(np.random.default_rng(0).normal(size=(4, 4)))[0].astype(np.float32)
 ERROR = 0.5
 
+COMPILES_A_LOT = True
+
 
 def model(y):
     def step(x, y_t):
@@ -76,6 +78,7 @@ def assert_equal(one, other):
             np.testing.assert_array_equal(getattr(other, group)[key], values, err_msg=f"{group} {key}")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", EACH)
 def test_exactly_what_is_planted_is_left_out(name, checked):
     """What is left of the run is that of observations that were missing there from the start, to the last bit."""
@@ -101,6 +104,7 @@ def test_a_huge_threshold_changes_nothing(name):
     assert_equal(plain, checked)
 
 
+@pytest.mark.slow
 def test_the_expected_departure_is_that_of_kalman():
     """First step: y - 0 has the variance A P0 A^T + Q + R, and rejection begins at k of its roots."""
     scale = np.sqrt(np.diag(A @ A.T) + 0.25 + ERROR**2)

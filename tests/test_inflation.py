@@ -25,6 +25,8 @@ from numpyro_diffusion_da.transition import DiffusionStep, GaussianStep
 KEY = jax.random.key(0)
 TEMPERING, INFLATION = ndda.Tempering(), ndda.ObservationInflation()
 
+COMPILES_A_LOT = True
+
 
 @functools.partial(jax.jit, static_argnums=(0, 3))
 def select(inflation, weights, reach, target):
@@ -169,6 +171,7 @@ def test_what_cannot_be_selected_is_not():
         assert alpha == 1.0
 
 
+@pytest.mark.slow
 def test_blocks_have_alphas_of_their_own():
     weights = curve(64, 12, spread=30.0)
     taper = ndda.Taper(2.0, ndda.Ring(12), {"y": np.arange(12)}, state=np.arange(12))
@@ -210,6 +213,7 @@ def make(**settings) -> ndda.ParticleFilter:
 Y = np.random.default_rng(0).normal(size=(3, 12)).astype(np.float32)
 
 
+@pytest.mark.slow
 def test_filters_with_either_inflation():
     tempered, inflated = make(), make(inflation=INFLATION)
     tempered.run(KEY, Y)

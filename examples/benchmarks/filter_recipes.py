@@ -128,7 +128,7 @@ def mean_and_error(values: Any) -> tuple[float, float]:
 def main(
     only: Annotated[list[str] | None, typer.Option(help="Only this recipe beside the reference; repeatable.")] = None,
     sites: Annotated[int, typer.Option(min=21, help="Sites of the ring.")] = 40,
-    truths: Annotated[int, typer.Option(min=1, help="Truths.")] = 8,
+    truths: Annotated[int, typer.Option(min=1, help="Truths.")] = 4,
     particles: Annotated[int, typer.Option(min=2, help="Particles.")] = 64,
     cycles: Annotated[int, typer.Option(min=2, help="Cycles of each truth.")] = 120,
     spin_up: Annotated[int, typer.Option(min=0, help="Cycles that are not scored.")] = 30,
@@ -150,9 +150,10 @@ def main(
             settings = {**sizes, "seed": seed}
             written = {"version": ndda.__version__, "settings": settings, "by truth": found}
             out.write_text(json.dumps(written, indent=1) + "\n")
-    table = Table(title=f"Lorenz-96, {sites} sites, N = {particles}, {truths} truths of {cycles} cycles")
-    for column in ("recipe", "passes", "RMSE", "spread/skill", "CRPS", f"CRPS / {REFERENCE}, %"):
-        table.add_column(column)
+    title = f"Lorenz-96, {sites} sites, N = {particles}, {truths} truths of {cycles} cycles; % of the published recipe"
+    table = Table(title=title, box=None, padding=(0, 1, 0, 0))
+    for column in ("recipe", "passes", "RMSE", "spread/skill", "CRPS", "CRPS, %"):
+        table.add_column(column, no_wrap=True)
     reference = np.asarray(found[REFERENCE]["CRPS"])
     for name, scores in found.items():
         cells = [
