@@ -14,6 +14,8 @@ from scipy import integrate, stats
 import numpyro_diffusion_da as ndda
 from numpyro_diffusion_da.state_space import StateSpaceModel
 
+COMPILES_A_LOT = True
+
 
 def unnormalised(y, loc, scale, k):
     r = abs(y - loc) / scale
@@ -106,7 +108,7 @@ def exact():
 @pytest.mark.parametrize("name", ["FAAPF", "GuidedPF", "Bootstrap", "local"])
 def test_filters_against_a_grid(name):
     """With a gross error and a missing value among six; Moment weights of one observation are exact."""
-    n = 1000
+    n = 8000 if name == "Bootstrap" else 1000
     algorithm = {
         "FAAPF": lambda: ndda.FAAPF(model, target_ess=0.0),
         "GuidedPF": lambda: ndda.GuidedPF(model),
@@ -120,9 +122,9 @@ def test_filters_against_a_grid(name):
     means, spreads, evidence = exact()
     x = filter.result.posterior["x"][0, :, :, 0].astype(float)
     # Selection and the move each add about one draw's error; a bootstrap filter's is that of its effective sample.
-    standard_error = spreads * np.sqrt(2.0 / np.minimum(n, filter.result.sample_stats["ess"][0].reshape(len(Y))))
-    assert np.all(np.abs(x.mean(0) - means) < 4.0 * standard_error)
-    np.testing.assert_allclose(x.std(0), spreads, rtol=0.1)
+    error = np.sqrt(2.0 / np.minimum(n, filter.result.sample_stats["ess"][0].reshape(len(Y))))
+    assert np.all(np.abs(x.mean(0) - means) < 4.0 * spreads * error)
+    assert np.all(np.abs(x.std(0) / spreads - 1.0) < 4.0 * error)
     if name != "local":
         assert abs(filter.result.sample_stats["log_evidence_increment"].sum() - evidence) < 0.25
 
