@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import warnings
 
@@ -17,6 +18,7 @@ from numpyro.contrib.control_flow import scan
 from scipy import stats
 
 import numpyro_diffusion_da as ndda
+from numpyro_diffusion_da import summary
 from numpyro_diffusion_da.likelihood import GaussianLikelihood, InflatableLogWeight
 from numpyro_diffusion_da.site import gaussian_observations
 from numpyro_diffusion_da.smc.local_ancestors import LocalAncestors, keep_places
@@ -25,13 +27,14 @@ from numpyro_diffusion_da.transition import DiffusionStep, GaussianStep
 KEY = jax.random.key(0)
 TEMPERING, INFLATION = ndda.Tempering(), ndda.ObservationInflation()
 
-COMPILES_A_LOT = True
+
+N, M, TARGET = 200, 8, 0.55  # of all selections, which then are compiled once
 
 
-@functools.partial(jax.jit, static_argnums=(0, 3))
-def select(inflation, weights, reach, target):
+@functools.partial(jax.jit, static_argnums=0)
+def select(inflation, weights, reach=None):
     """(log-weights, ancestors, alpha), with one key."""
-    return inflation.select(KEY, weights, reach, systematic, target)
+    return inflation.select(KEY, weights, reach, systematic, TARGET)
 
 
 def ess(log_weights) -> float:
@@ -40,11 +43,11 @@ def ess(log_weights) -> float:
     return float(w.sum() ** 2 / (w**2).sum())
 
 
-def curve(n: int, m: int, seed: int = 0, spread: float = 1.0) -> InflatableLogWeight:
-    """Weights of n particles, m observations; errors that differ from particle to particle."""
-    rng = np.random.default_rng(seed)
-    draws = rng.normal(size=(n, m)), spread * rng.chisquare(1, size=(n, m)), rng.gamma(1.0, 3.0, size=(n, m))
-    return InflatableLogWeight(*(jnp.asarray(x, jnp.float32) for x in draws))
+def curve(spread: float = 1.0) -> InflatableLogWeight:
+    """Weights of N particles, M observations; errors that differ from particle to particle."""
+    rng = np.random.default_rng(0)
+    draws = rng.normal(size=(N, M)), spread * rng.chisquare(1, size=(N, M)), rng.gamma(1.0, 3.0, size=(N, M))
+    return InflatableLogWeight(*(x.astype(np.float32) for x in draws))
 
 
 def exact_terms(weights: InflatableLogWeight, alpha: float) -> np.ndarray:
@@ -115,12 +118,11 @@ def test_no_further_network_pass():
         ndda.Moment(probes=1).inflatable(step, likelihood)
 
 
-@pytest.mark.parametrize("reach", [None, np.array([1.0, 0.4, 0.0, 0.2, 1.0], np.float32)])
+@pytest.mark.parametrize("reach", [None, np.linspace(0.0, 1.0, M, dtype=np.float32)])
 def test_without_spread_it_is_tempering(reach):
-    weights = curve(256, 5, spread=20.0)._replace(variances=jnp.zeros((256, 5)))
-    logs = weights.terms(1.0) if reach is not None else jnp.sum(weights.terms(1.0), axis=1)
-    expected = select(TEMPERING, logs, reach, 0.2)
-    found = select(INFLATION, weights, reach, 0.2)
+    weights = curve(20.0)._replace(variances=np.zeros((N, M), np.float32))
+    logs = weights.terms(1.0) @ (np.ones(M, np.float32) if reach is None else reach)
+    expected, found = select(TEMPERING, logs), select(INFLATION, weights, reach)
     np.testing.assert_allclose(found[0], expected[0], rtol=1e-5)
     assert 0.0 < expected[2] < 0.9
     np.testing.assert_allclose(found[2], expected[2], rtol=1e-3)
@@ -130,63 +132,63 @@ def test_without_spread_it_is_tempering(reach):
 
 @pytest.mark.parametrize("spread", [1e-3, 3.0, 1e2, 1e5])
 def test_it_hits_its_target(spread):
-    weights, target = curve(200, 8, spread=spread), 0.2
-    log_weights, ancestors, alpha = select(INFLATION, weights, None, target)
-    np.testing.assert_allclose(log_weights, exact_terms(weights, 1.0).sum(1), rtol=1e-4, atol=1e-3)
-    at_alpha = exact_terms(weights, float(alpha)).sum(1)
-    if ess(exact_terms(weights, 1.0).sum(1)) >= target * 200:
+    weights = curve(spread)
+    weights = weights._replace(log_normalizers=min(spread, 1.0) * weights.log_normalizers)
+    log_weights, ancestors, alpha = select(INFLATION, weights)
+    at_one, at_alpha = (exact_terms(weights, a).sum(1) for a in (1.0, float(alpha)))
+    np.testing.assert_allclose(log_weights, at_one, rtol=1e-4, atol=1e-3)
+    if ess(at_one) >= TARGET * N:
         assert alpha == 1.0
     else:
-        np.testing.assert_allclose(ess(at_alpha), target * 200, rtol=1e-2)
+        np.testing.assert_allclose(ess(at_alpha), TARGET * N, rtol=1e-2)
     # Ancestors are by the weights at alpha: systematic resampling is within one of each number.
     w = np.exp(at_alpha - at_alpha.max())
-    counts = np.bincount(np.asarray(ancestors), minlength=200)
-    assert np.all(np.abs(counts - 200 * w / w.sum()) < 1.02)
+    counts = np.bincount(np.asarray(ancestors), minlength=N)
+    assert np.all(np.abs(counts - N * w / w.sum()) < 1.02)
 
 
 def test_an_ess_that_is_not_monotone():
     """Where V is large the weight falls at once and then hardly; where it is zero it falls steadily, and they cross."""
-    s, v = np.repeat([[30.0, 1e5], [0.0, 1e5]], 100, axis=1)[:, :, None]
-    weights = InflatableLogWeight(*(jnp.asarray(x, jnp.float32) for x in (np.zeros((200, 1)), s, v)))
+    weights = InflatableLogWeight(*np.zeros((3, N, M), np.float32))
+    weights.squared_residuals[:, 0], weights.variances[:, 0] = np.repeat([[30.0, 1e5], [0.0, 1e5]], N // 2, axis=1)
     at = [ess(exact_terms(weights, alpha).sum(1)) for alpha in (1e-6, 0.05, 0.4, 1.0)]
-    assert at[1] < 110 < 190 < at[2]
-    assert at[3] < 110 < 190 < at[0]
-    for target in (0.55, 0.9):
-        alpha = float(select(INFLATION, weights, None, target)[2])
-        assert 0.0 < alpha < 1.0
-        assert ess(exact_terms(weights, alpha).sum(1)) >= target * 200 * (1 - 1e-3)
+    assert at[1] < TARGET * N < 190 < at[2]
+    assert at[3] < TARGET * N < 190 < at[0]
+    alpha = float(select(INFLATION, weights)[2])
+    assert 0.0 < alpha < 1.0
+    assert ess(exact_terms(weights, alpha).sum(1)) >= TARGET * N * (1 - 1e-3)
 
 
 def test_what_cannot_be_selected_is_not():
-    weights = curve(50, 3)
-    dead = weights._replace(squared_residuals=np.where(np.arange(50)[:, None] % 2, weights.squared_residuals, -np.inf))
-    log_weights, ancestors, alpha = select(INFLATION, dead, None, 0.4)
+    weights = curve()
+    dead = np.where(np.arange(N)[:, None] % 2, weights.squared_residuals, -np.inf)
+    log_weights, ancestors, alpha = select(INFLATION, weights._replace(squared_residuals=dead))
     assert np.all(np.isneginf(log_weights[::2]))
     assert np.all(np.asarray(ancestors) % 2 == 1)
-    assert 0.0 < alpha <= 1.0
+    assert 0.0 < alpha < 1.0
     for value in (0.0, -np.inf):
-        weights = InflatableLogWeight(*(np.full((50, 3), value, np.float32) for _ in range(3)))
-        _, ancestors, alpha = select(INFLATION, weights, None, 0.4)
-        np.testing.assert_array_equal(ancestors, np.arange(50))
+        weights = InflatableLogWeight(*np.full((3, N, M), value, np.float32))
+        _, ancestors, alpha = select(INFLATION, weights)
+        np.testing.assert_array_equal(ancestors, np.arange(N))
         assert alpha == 1.0
 
 
 @pytest.mark.slow
 def test_blocks_have_alphas_of_their_own():
-    weights = curve(64, 12, spread=30.0)
-    taper = ndda.Taper(2.0, ndda.Ring(12), {"y": np.arange(12)}, state=np.arange(12))
-    placed = taper.place((12,), {"y": ((12,), 1)})
-    each = LocalAncestors.at(placed, (12,), 0.0)
-    log_weights, ancestors, alphas = each.select(KEY, weights, systematic, 0.3, INFLATION)
+    weights = curve(30.0)
+    taper = ndda.Taper(2.0, ndda.Ring(M), {"y": np.arange(M)}, state=np.arange(M))
+    placed = taper.place((M,), {"y": ((M,), 1)})
+    each = LocalAncestors.at(placed, (M,), 0.0)
+    log_weights, ancestors, alphas = each.select(KEY, jax.tree.map(jnp.asarray, weights), systematic, TARGET, INFLATION)
     reach = np.asarray(placed.taper(placed.points), np.float32)
-    assert len(np.unique(alphas)) == 12
+    assert len(np.unique(alphas)) == M
     for block in (0, 5):
-        alone = select(INFLATION, weights, jnp.asarray(reach[block]), 0.3)
+        alone = select(INFLATION, weights, reach[block])
         np.testing.assert_allclose(log_weights[:, block], alone[0], rtol=1e-4, atol=1e-4)
         np.testing.assert_allclose(alphas[block], alone[2], rtol=1e-3)
         assert np.mean(np.asarray(ancestors[:, block]) == np.asarray(keep_places(alone[1]))) > 0.95
         at_alpha = exact_terms(weights, float(alphas[block])) @ reach[block]
-        np.testing.assert_allclose(ess(at_alpha), 0.3 * 64, rtol=1e-2)
+        np.testing.assert_allclose(ess(at_alpha), TARGET * N, rtol=1e-2)
 
 
 # --- programs ---------------------------------------------------------------------------------------------------------
@@ -213,15 +215,22 @@ def make(**settings) -> ndda.ParticleFilter:
 Y = np.random.default_rng(0).normal(size=(3, 12)).astype(np.float32)
 
 
+@pytest.fixture(scope="module")
+def tempered():
+    filter_ = make()
+    filter_.run(KEY, Y)
+    return filter_
+
+
 @pytest.mark.slow
-def test_filters_with_either_inflation():
-    tempered, inflated = make(), make(inflation=INFLATION)
-    tempered.run(KEY, Y)
+def test_filters_with_either_inflation(tempered):
+    inflated = make(inflation=INFLATION)
     inflated.run(KEY, Y)
     with compilations() as found:
         inflated.run(KEY, Y + 0.1)
         inflated.run(KEY, Y)
     assert not found
+    tempered.run(KEY, Y)
     first, second = tempered.result.sample_stats, inflated.result.sample_stats
     # Before inflation the weights of the first step are the same, and so is what is said of the evidence.
     np.testing.assert_allclose(second["log_weights"][..., 0], first["log_weights"][..., 0], rtol=1e-4)
@@ -231,13 +240,14 @@ def test_filters_with_either_inflation():
     assert inflated.to_datatree().attrs["inflation"] == "ObservationInflation()"
 
 
-@pytest.mark.slow
-def test_a_filter_of_local_ancestors():
+def test_a_filter_of_local_ancestors_inflates_block_by_block():
     taper = ndda.Taper(1.0, ndda.Ring(12), {"y": np.arange(12)}, state=np.arange(12))
-    local = make(inflation=INFLATION, taper=taper)
-    local.run(KEY, Y)
-    assert local.result.sample_stats["inflation"].shape == (1, 3, 12)
-    assert np.all(local.result.sample_stats["ess"][local.result.sample_stats["inflation"] == 1.0] >= 9.99)
+    local = ndda.FAAPF(program, inflation=INFLATION, taper=taper)
+    model = ndda.StateSpaceModel(program, (Y,))
+    inputs = jax.tree.map(lambda x: x[0], model.time_inputs())
+    state = ndda.smc.fa_apf.init(jnp.zeros((50, 12)))
+    _, info = jax.eval_shape(local.kernel(model), KEY, state, inputs)  # traced, not computed
+    assert (info.inflation.shape, info.log_weights.shape, info.ancestors.shape) == ((12,), (50, 12), (50, 12))
 
 
 def test_refusals():
@@ -257,12 +267,17 @@ def test_refusals():
         make(weight=Halved(), inflation=INFLATION).run(KEY, Y)
 
 
-def test_a_run_warns_of_strong_inflation(capsys):
-    far, dirac = Y + 30.0, make(weight=ndda.Dirac())
-    with pytest.warns(UserWarning, match=r"inflated to alpha = 0\.0.*ndda\.Taper.*weight=ndda\.Moment\(\)"):
-        dirac.run(KEY, far)
-    dirac.print_summary()
+def test_a_run_warns_of_strong_inflation(tempered, capsys):
+    with pytest.warns(UserWarning, match=r"inflated to alpha = 0\.0.*FAAPF\(model, taper=ndda\.Taper.*more particles"):
+        tempered.run(KEY, Y + 30.0)
+    tempered.print_summary()
     assert "or take more particles" in " ".join(capsys.readouterr().out.split())
+    for attributes, words in (
+        ({"weight": "Dirac()"}, r"weight=ndda.Moment()"),
+        ({"algorithm": "Bootstrap"}, "use ndda.FAAPF(model)"),
+    ):
+        result = dataclasses.replace(tempered.result, attributes={**tempered.result.attributes, **attributes})
+        assert words in summary.inflation_advice(result)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        dirac.run(KEY, np.full_like(Y, np.nan))
+        tempered.run(KEY, np.full_like(Y, np.nan))
