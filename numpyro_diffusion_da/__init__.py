@@ -10,7 +10,9 @@ from numpyro_diffusion_da.approximate_guidance import DPS, JFPS, TMPD, PiGDM
 from numpyro_diffusion_da.density import ExactTrace, Hutchinson, ProbabilityFlow
 from numpyro_diffusion_da.distribution import ConditionedTransition, DiffusionTransition
 from numpyro_diffusion_da.filtering import ParticleFilter
+from numpyro_diffusion_da.gross_error_check import GrossErrorCheck
 from numpyro_diffusion_da.guidance import MMPS, Guidance
+from numpyro_diffusion_da.huber import Huber
 from numpyro_diffusion_da.layout import Layout, Variable
 from numpyro_diffusion_da.likelihood import GaussianLikelihood, GaussianObservation
 from numpyro_diffusion_da.linear_gaussian import LinearGaussian
@@ -43,6 +45,7 @@ from numpyro_diffusion_da.sampler import (
 )
 from numpyro_diffusion_da.schedule import KarrasSchedule, Schedule
 from numpyro_diffusion_da.smc.ensemble_update import EnsembleUpdate, PerturbedObservations, SquareRoot
+from numpyro_diffusion_da.smc.inflation import Inflation, ObservationInflation, Tempering
 from numpyro_diffusion_da.smc.localization import Distance, Euclidean, GreatCircle, Ring, Taper, WithHeight
 from numpyro_diffusion_da.smc.spread_repair import RTPP, RTPS, Jitter, Multiplicative, SpreadRepair
 from numpyro_diffusion_da.smc2 import SMC2
@@ -88,10 +91,13 @@ __all__ = [
     "GaussianPrior",
     "GenCastPrior",
     "GreatCircle",
+    "GrossErrorCheck",
     "Guidance",
     "GuidedPF",
     "Heun",
+    "Huber",
     "Hutchinson",
+    "Inflation",
     "Jitter",
     "KarrasSchedule",
     "KrylovSolve",
@@ -102,6 +108,7 @@ __all__ = [
     "Moment",
     "Multiplicative",
     "Noise",
+    "ObservationInflation",
     "OnlineFilter",
     "ParameterResult",
     "ParticleFilter",
@@ -122,6 +129,7 @@ __all__ = [
     "Step",
     "StochasticStep",
     "Taper",
+    "Tempering",
     "Unguided",
     "Variable",
     "Weight",

@@ -23,8 +23,17 @@ from numpyro_diffusion_da.program import TimeInputs
 from numpyro_diffusion_da.sampler import Sampler, SDEDPMSolverPP2M
 from numpyro_diffusion_da.schedule import KarrasSchedule
 from numpyro_diffusion_da.smc import bootstrap, enkf, fa_apf, guided_pf
-from numpyro_diffusion_da.smc.base import Info, Kernel, Resampling, check_target_ess, map_particles, particle_keys
+from numpyro_diffusion_da.smc.base import (
+    Info,
+    Kernel,
+    Resampling,
+    check_target_ess,
+    map_particles,
+    num_particles,
+    particle_keys,
+)
 from numpyro_diffusion_da.smc.ensemble_update import EnsembleUpdate, PerturbedObservations
+from numpyro_diffusion_da.smc.inflation import Inflation, Tempering
 from numpyro_diffusion_da.smc.local_ancestors import LocalAncestors
 from numpyro_diffusion_da.smc.localization import PlacedTaper, Taper
 from numpyro_diffusion_da.smc.spread_repair import Multiplicative, SpreadRepair, check_repairs
@@ -83,10 +92,30 @@ class Algorithm(abc.ABC):
         """What particles come from, of values that each has, leading axis N."""
         return values[ancestors]
 
+    def forecasts(
+        self, program: StateSpaceModel, batch_size: int = 0
+    ) -> Callable[[PRNGKeyArray, PyTree, TimeInputs], tuple[Array, DrawRecord]]:
+        """The next state as the filter takes it to be, one draw from each particle that has not seen the observation.
+
+        Args:
+            program: the program.
+            batch_size: particles moved at a time; 0 for all at once.
+
+        Returns:
+            (rng_key, particles, inputs) -> (N states, records of their draws), with a leading axis of N.
+        """
+
+        def forecasts(rng_key: PRNGKeyArray, particles: PyTree, inputs: TimeInputs) -> tuple[Array, DrawRecord]:
+            draw = map_particles(lambda key, carry: program.draw(key, carry, inputs, self.sampler), batch_size)
+            x, record = draw(particle_keys(rng_key, num_particles(particles)), particles)
+            return self._as_background(x), record
+
+        return forecasts
+
     def background(
         self, program: StateSpaceModel, batch_size: int = 0
     ) -> Callable[[PRNGKeyArray, PyTree, TimeInputs], dict[str, dict[str, Array]]]:
-        """The forecast as the filter takes it to be, one draw from each particle that has not seen the observation.
+        """What is seen in `forecasts`, observations with their errors among it.
 
         Args:
             program: the program.
@@ -98,11 +127,9 @@ class Algorithm(abc.ABC):
 
         def background(rng_key: PRNGKeyArray, particles: PyTree, inputs: TimeInputs) -> dict[str, dict[str, Array]]:
             draw_key, record_key = jax.random.split(rng_key)
-            n = len(jax.tree.leaves(particles)[0])
-            draw = map_particles(lambda key, carry: program.draw(key, carry, inputs, self.sampler)[0], batch_size)
             record = map_particles(lambda key, x, carry: program.record(key, x, carry, inputs), batch_size)
-            x = self._as_background(draw(particle_keys(draw_key, n), particles))
-            return record(particle_keys(record_key, n), x, particles)
+            x, _ = self.forecasts(program, batch_size)(draw_key, particles, inputs)
+            return record(particle_keys(record_key, num_particles(particles)), x, particles)
 
         return background
 
@@ -176,9 +203,11 @@ class FAAPF(Algorithm):
         spread_repair: what is done to the new particles' states, in this order: `RTPS(0.3)`, `Multiplicative(1.05)`,
             `Jitter(0.1)`. Nothing by default. RTPS relaxes to the spread of forecasts, for which each particle makes
             one more draw, unguided.
+        inflation: of the weights, where their effective sample size is below its target: `Tempering()` or
+            `ObservationInflation()` (`smc.inflation`), which are one with Dirac weights.
 
     Raises:
-        TypeError: what is no sequence of repairs.
+        TypeError: what is no sequence of repairs, or no inflation of weights.
         ValueError: target_ess outside [0, 1), or a negative block_radius, or one without a taper; `RTPP`, which pairs
             members.
     """
@@ -192,10 +221,16 @@ class FAAPF(Algorithm):
     taper: Taper | None = None
     block_radius: float = 0.0
     spread_repair: Sequence[SpreadRepair] = ()
+    inflation: Inflation = dataclasses.field(default_factory=Tempering)
 
     def __post_init__(self) -> None:
         check_target_ess(self.target_ess)
         check_repairs(self.spread_repair, "FAAPF", paired=False)
+        if not isinstance(self.inflation, Inflation):
+            raise TypeError(
+                f"FAAPF got inflation={self.inflation!r}; give ndda.Tempering() or ndda.ObservationInflation(), which "
+                "act on its weights (a factor on particles is spread_repair=(ndda.Multiplicative(1.05),))."
+            )
         if not self.block_radius >= 0.0:
             raise ValueError(f"FAAPF got block_radius={self.block_radius}; give 0 or more.")
         if self.block_radius and self.taper is None:
@@ -221,14 +256,21 @@ class FAAPF(Algorithm):
         """The FA-APF kernel of the program.
 
         Raises:
-            ValueError: a taper whose positions do not fit the program.
+            ValueError: a taper whose positions do not fit the program; a site whose errors are to be inflated and
+                cannot be (naming it).
         """
         local = self._local(program)
+        if self.inflation.asks_inflatable and not isinstance(self.weight, Equal):
+            self._check_errors(program)
 
-        def log_predictive(carry: PyTree, inputs: TimeInputs) -> tuple[Array, PyTree]:
+        def log_predictive(carry: PyTree, inputs: TimeInputs) -> tuple[Any, PyTree]:
             step = program.transition(carry, inputs, self.sampler)
             weight = self._weight(closed_form=isinstance(step, GaussianStep))
-            weigh = weight if local is None else weight.pointwise
+            weigh: Callable[..., tuple[Any, PyTree]]
+            if self.inflation.asks_inflatable:
+                weigh = weight.inflatable if local is None else weight.inflatable_pointwise
+            else:
+                weigh = weight if local is None else weight.pointwise
             return weigh(step, program.likelihood(carry, inputs))
 
         def draw(rng_key: PRNGKeyArray, carry: PyTree, inputs: TimeInputs) -> tuple[Array, DrawRecord]:
@@ -261,7 +303,16 @@ class FAAPF(Algorithm):
             self.spread_repair,
             advance,
             forecast,
+            self.inflation,
         )
+
+    def _check_errors(self, program: StateSpaceModel) -> None:
+        for name in program.observed_names:
+            if name in program.general_names:
+                raise ValueError(
+                    f"the errors of site '{name}' cannot be inflated: it is not Gaussian, or its error or the slope of "
+                    f"its mean changes with the state; use inflation=ndda.Tempering() in place of {self.inflation}."
+                )
 
     def _local(self, program: StateSpaceModel) -> LocalAncestors | None:
         if self.taper is None:
@@ -279,6 +330,7 @@ class FAAPF(Algorithm):
             "algorithm": "FAAPF",
             "weight": _in_full(self._weight(closed_form=program.diffusion() is None)),
             "target_ess": self.target_ess,
+            "inflation": _in_full(self.inflation),
             "guidance": _in_full(self.guidance),
             "sampler": _sampler_settings(self.sampler, program),
             "resampling": _resampling_settings(self.resampling),

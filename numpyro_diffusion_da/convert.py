@@ -42,7 +42,11 @@ PARAMETER_GROUPS = {
     "sample_stats": "Diagnostics of the inference.",
 }
 
-MISSING = {"log_likelihood": "0", "observed_data": "NaN", "posterior_predictive": "a draw, as elsewhere"}
+MISSING = {
+    "log_likelihood": "0, where rejected too",
+    "observed_data": "NaN",
+    "posterior_predictive": "a draw, as elsewhere",
+}
 
 STATS = {
     "log_weights": (
@@ -54,7 +58,11 @@ STATS = {
         "for each draw of posterior, the draw at the previous time that it comes from",
     ),
     "ess": ("effective sample size of the weights before inflation", "between 1 and the number of particles"),
-    "inflation": ("exponent alpha on the weights", "in (0, 1]; below 1 the weights would have kept too few particles"),
+    "inflation": (
+        "alpha of the inflation of the weights",
+        "in (0, 1]: their exponent, or that of the likelihood in them (the attribute inflation says which); below 1 "
+        "the weights would have kept too few particles",
+    ),
     "log_evidence_increment": (
         "estimate of log p(y_k | y_1, ..., y_k-1)",
         "log mean of the weights before inflation; sum over time for the log-evidence",
@@ -97,9 +105,10 @@ def to_datatree(
     """The result of a run with names for everything, ready for xarray, netCDF and Zarr.
 
     Groups: `posterior`, `prior` where forecasts were kept, `posterior_predictive`, `log_likelihood`, `observed_data`,
-    `constant_data` (for each observed site ``{site}_error`` and ``{site}_missing``) and `sample_stats`; each says in
-    its attribute `description` what it is. Dimensions are `chain` (independent filter), `draw` (particle), `time`,
-    then those of the site: the layout's for the state, ``{site}_dim_0``, ... for others.
+    `constant_data` (for each observed site ``{site}_error`` and ``{site}_missing``) and `sample_stats` (with
+    ``{site}_rejected`` of a gross-error check); each says in its attribute `description` what it is. Dimensions are
+    `chain` (independent filter), `draw` (particle), `time`, then those of the site: the layout's for the state,
+    ``{site}_dim_0``, ... for others.
 
     A state whose layout names variables (a gridded one) is not one array there but a variable for every field, such as
     ``posterior["temperature"]`` with (chain, draw, time, level, latitude, longitude), in its unit, and NaN where it is
@@ -141,7 +150,11 @@ def to_datatree(
                 ("missing", ~mask, "missing values of"),
             )
         },
-        "sample_stats": {name: _statistic(axes, name, values) for name, values in stats.items()},
+        "sample_stats": {name: _statistic(axes, name, values) for name, values in stats.items()}
+        | {
+            f"{site}_rejected": axes.variable(site, values, CHAIN, {"long_name": f"values left out of {site}"})
+            for site, values in result.rejected.items()
+        },
     }
     axes.check_all_used()
     attributes = _attributes(result)
@@ -163,7 +176,8 @@ def to_arviz(result: FilterResult, *, time: Any = None, dims: Dims | None = None
     `posterior_predictive` and `observed_data` the site `y` has one dimension ``y_observed``, whose coordinates
     ``y_time``, ... say where each value belongs. ArviZ has no notion of missing values: it would count them as data
     points in `loo` (ArviZ 1 fails), and draws of them in predictive plots; and some plots of ArviZ 1 take observations
-    along one dimension only. A site of which nothing was observed is left out.
+    along one dimension only. A site of which nothing was observed is left out, and so is what a gross-error check
+    rejected in any chain.
 
     What ArviZ's numbers mean here:
 
@@ -195,8 +209,10 @@ def to_arviz(result: FilterResult, *, time: Any = None, dims: Dims | None = None
 
     tree = to_datatree(result, time=time, dims=dims, coords=coords)
     groups = {name: group.to_dataset() for name, group in tree.children.items()}
+    rejected = {site: values.any(0) for site, values in result.rejected.items()}
+    used = {site: mask & ~rejected.get(site, np.False_) for site, mask in result.observed_mask.items()}
     for name in {"log_likelihood", "posterior_predictive", "observed_data"} & set(groups):
-        groups[name] = _as_lists(groups[name], result.observed_mask)
+        groups[name] = _as_lists(groups[name], used)
     listed = xarray.DataTree.from_dict({name: group for name, group in groups.items() if group.data_vars})
     listed.attrs.update(tree.attrs)
     return _as_installed(listed)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -15,12 +16,14 @@ from numpyro_diffusion_da import backward, smoothing
 from numpyro_diffusion_da.algorithm import Algorithm
 from numpyro_diffusion_da.compilation import Compiled
 from numpyro_diffusion_da.footprint import device_memory
+from numpyro_diffusion_da.gross_error_check import warn_if_most_rejected
 from numpyro_diffusion_da.program import TimeInputs
 from numpyro_diffusion_da.progress import step_progress
 from numpyro_diffusion_da.result import PER_PARTICLE, FilterResult
 from numpyro_diffusion_da.smc.base import Info, State, init
 from numpyro_diffusion_da.state_space import StateSpaceModel
 from numpyro_diffusion_da.storage import RunStore
+from numpyro_diffusion_da.summary import inflation_advice
 
 if TYPE_CHECKING:
     import xarray
@@ -96,7 +99,8 @@ class ParticleFilter:
         """Filter the observations in the program's arguments.
 
         A chain's key is fold_in(rng_key, chain), a step's fold_in of that and the step, a particle's fold_in of that
-        and the particle: neither batching nor the number of chains changes a draw.
+        and the particle: neither batching nor the number of chains changes a draw. Warns where half of the weights or
+        more are inflated to alpha below 0.1, and says what to do.
 
         Args:
             rng_key: from `jax.random.key`.
@@ -141,7 +145,10 @@ class ParticleFilter:
                     advance(output["stats"])
                 chains.append(jax.tree.map(lambda *v: np.stack(v), *steps))
         self._result = self._collect(program, attributes, chains)
+        warn_if_most_rejected(self._result)
         self._given, self._inputs = given, xs
+        if (advice := inflation_advice(self._result)) is not None:
+            warnings.warn(advice, stacklevel=2)
 
     def _functions(self, program: StateSpaceModel) -> tuple[Any, Any, Any]:
         """The jitted start, step and step back. Kept: a second run with the same shapes compiles nothing."""
@@ -174,6 +181,7 @@ class ParticleFilter:
                     "stats": stats,
                     "passes": self.algorithm.passes(info)._asdict(),
                     "observations": at.observations(first, inputs),
+                    **({} if info.check == () else {"rejected": info.check.rejected}),
                     "nonfinite_weights": info.nonfinite_weights,
                     "nonfinite_particles": info.nonfinite_particles,
                 }
@@ -279,6 +287,7 @@ class ParticleFilter:
             latent_name=program.latent_name if has_state else next(iter(groups["posterior"])),
             layout=transition.prior.layout if transition is not None and has_state else None,
             attributes={**attributes, "num_chains": self.num_chains, "batch_size": self._batch_size(program)},
+            rejected=outputs.get("rejected", {}),
         )
 
     @property
@@ -313,7 +322,8 @@ class ParticleFilter:
         density and not taken from the genealogy: lines part again after they have met, so that fewer draws are copies.
         Any filter's particles can be linked, an ensemble Kalman filter's too. What the program derives (deterministic
         sites, log-likelihoods, predictive draws) is computed along the paths; forecasts are those of the particles.
-        `convert.to_datatree` and `convert.to_arviz` name the result as any other.
+        `convert.to_datatree` and `convert.to_arviz` name the result as any other. Log-likelihoods are of all
+        observations, those too that a gross-error check rejected.
 
         In `sample_stats`, `filter_draw` says which particle each draw is and `distinct_lines` counts them;
         `backward_ess` is the effective sample size of the weights that a link was chosen by, and

@@ -382,6 +382,8 @@ def _ratio(result: FilterResult, discard: int, block: int) -> Estimate:
     observations, members = [], []
     for name, values in result.observed_data.items():
         of_site = result.posterior[name][0, :, discard:]
+        if name in result.rejected:  # what the filter does not use says nothing of its spread
+            values = np.where(result.rejected[name][0], np.nan, values)
         spread = np.sqrt(of_site.var(0, ddof=1).mean(0))
         unit = np.where(spread > 0, spread, 1.0)
         steps = of_site.shape[1]

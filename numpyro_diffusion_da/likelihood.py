@@ -140,9 +140,13 @@ class GaussianLikelihood(Likelihood):
         sites = [site._replace(scale=jax.lax.stop_gradient(site.scale)) for site in self.observe(x)]
         return jnp.concatenate([whiten(site)[0] for site in sites])
 
+    def log_normalizers(self, x: Float[Array, ...]) -> Float[Array, " m"]:
+        """The terms of -1/2 log det(2 pi R) over the observed values, R at x."""
+        return jnp.concatenate([whiten(site)[1] for site in self.observe(x)])
+
     def log_normalizer(self, x: Float[Array, ...]) -> Float[Array, ""]:
-        """-1/2 log det(2 pi R) over the observed values, R at x."""
-        return jnp.sum(jnp.concatenate([whiten(site)[1] for site in self.observe(x)]))
+        """Their sum."""
+        return jnp.sum(self.log_normalizers(x))
 
     def log_prob(self, x: Float[Array, ...]) -> Float[Array, ""]:
         """log N(y; h(x), R)."""
@@ -161,6 +165,30 @@ class GaussianLikelihood(Likelihood):
     def around(self, coordinates: Coordinates | None, variances: Float[Array, " n"] | None) -> GaussianLikelihood:
         """Itself."""
         return self
+
+
+class InflatableLogWeight(NamedTuple):
+    """log of int p(y | x)^alpha N(x; m, V) dx for any alpha, p(y | x) = N(y; h(x), R) with h linearised at m.
+
+    It is log N(y; h(m), R / alpha + H V H^T) and a term of R and alpha alone. In whitened coordinates that are
+    independent, those of the eigenvectors of H V H^T, it is a sum of one term each, which needs no more than these:
+
+    Attributes:
+        log_normalizers: the terms of -1/2 log det(2 pi R), shape (m,); of all together, so that only their sum counts,
+            unless the coordinates are the observations.
+        squared_residuals: of R^{-1/2} (y - h(m)) in these coordinates, shape (m,); 0 where missing.
+        variances: of R^{-1/2} H V H^T R^{-1/2} in these coordinates, shape (m,), at least 0.
+    """
+
+    log_normalizers: Float[Array, "... m"]
+    squared_residuals: Float[Array, "... m"]
+    variances: Float[Array, "... m"]
+
+    def terms(self, alpha: Float[Array, ""] | float) -> Float[Array, "... m"]:
+        """What is summed, at this alpha."""
+        widened = 1.0 + alpha * self.variances
+        quadratic = alpha * self.squared_residuals / widened
+        return alpha * self.log_normalizers - 0.5 * (quadratic + jnp.log(widened))
 
 
 class GeneralLikelihood(Likelihood):

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from numpyro_diffusion_da import smoothing
-from numpyro_diffusion_da.twin import BOOTSTRAP, ENKF, FREE, GUIDED, MAIN, TwinExperiment, TwinResult
+from numpyro_diffusion_da.twin import BOOTSTRAP, ENKF, FREE, GLOBAL, GUIDED, MAIN, TwinExperiment, TwinResult
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -18,7 +18,14 @@ if TYPE_CHECKING:
 
 # Okabe & Ito's palette, readable without colour vision.
 PALETTE = ("#D55E00", "#777777", "#0072B2", "#009E73", "#E69F00", "#000000")
-COLOURS = {FREE: "#999999", BOOTSTRAP: "#E69F00", GUIDED: "#56B4E9", MAIN: "#D55E00", ENKF: "#000000"}
+COLOURS = {
+    FREE: "#999999",
+    BOOTSTRAP: "#E69F00",
+    GUIDED: "#56B4E9",
+    GLOBAL: "#CC79A7",
+    MAIN: "#D55E00",
+    ENKF: "#000000",
+}
 
 
 def twin_figure(experiment: TwinExperiment, result: TwinResult) -> Figure:

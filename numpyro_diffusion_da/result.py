@@ -23,7 +23,7 @@ class FilterResult:
     Attributes:
         posterior: latent and deterministic sites, each (chain, draw, time, ...); draws are equally weighted.
         posterior_predictive: a draw of each observed site, (chain, draw, time, ...).
-        log_likelihood: of each observed site, (chain, draw, time, ...); 0 where missing.
+        log_likelihood: of each observed site, (chain, draw, time, ...); 0 where missing or rejected.
         observed_data: observed values, (time, ...), NaN where missing.
         observed_mask: False where missing, (time, ...).
         observed_error: standard deviation of each observation's error, (time, ...); NaN where it has none.
@@ -35,6 +35,8 @@ class FilterResult:
         latent_name: which posterior variable is the state; the first of them where the state was not kept.
         layout: the state's layout, or None where the transition has none.
         attributes: what is needed to run it again.
+        rejected: True where a gross-error check left an observation out, by observed site that was checked,
+            (chain, time, ...).
     """
 
     posterior: dict[str, np.ndarray]
@@ -49,6 +51,7 @@ class FilterResult:
     latent_name: str
     layout: Layout | None
     attributes: dict[str, Any]
+    rejected: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
     @property
     def is_local(self) -> bool:

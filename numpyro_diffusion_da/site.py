@@ -152,6 +152,24 @@ def site_mean(fn: dist.Distribution) -> Float[Array, ...]:
     return jnp.concatenate([mean for mean, _ in parts]).reshape(fn.shape())
 
 
+def mean_and_variance(name: str, fn: dist.Distribution) -> tuple[Float[Array, ...], Float[Array, ...]]:
+    """Of any site, at the shape of its value; a variance may be infinite.
+
+    Raises:
+        ValueError: the distribution does not know them; the sentence names the site.
+    """
+    base, _ = unmasked(fn)
+    try:
+        moments = base.mean, base.variance
+    except NotImplementedError:
+        raise ValueError(
+            f"site '{name}' has the distribution {type(base).__name__}, which has no mean and variance to compare an "
+            "observation with."
+        ) from None
+    mean, variance = (jnp.broadcast_to(moment, fn.shape()) for moment in moments)
+    return mean, variance
+
+
 def values_per_error(fn: dist.Distribution) -> int:
     """How many consecutive values of a Gaussian site share a correlated error; 1 where each has its own."""
     parts = gaussian_parts(fn)

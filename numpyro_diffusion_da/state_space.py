@@ -74,6 +74,7 @@ class StateSpaceModel:
 
     def __init__(self, model: Callable[..., Any], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None):
         self.model, self.args, self.kwargs = model, args, kwargs or {}
+        self._left_out: dict[str, Array] = {}
         self.name = _name_of(model)
         probe, sites = self._probe()
         self.length = probe.scans[0].length
@@ -100,6 +101,12 @@ class StateSpaceModel:
         other = self.at(self.args, self.kwargs)
         other.model = handlers.substitute(self.model, data=values)
         other.needed_names, other.global_names = (), ()
+        return other
+
+    def without(self, left_out: dict[str, Array]) -> StateSpaceModel:
+        """The same program with observed values missing where True, by site, at the shape of the value (or tracers)."""
+        other = self.at(self.args, self.kwargs)
+        other._left_out = left_out
         return other
 
     # --- the parts a filter needs -------------------------------------------------------------------------------
@@ -129,7 +136,11 @@ class StateSpaceModel:
     def sites(self, carry: PyTree, inputs: TimeInputs, x: Array | None = None) -> BodySites:
         """The sites of the body at a given carry and, where given, value of the latent site."""
         key = jax.random.key(0)  # never used: the one latent site is given its value
-        return run_body(self.call(key), key, carry, inputs, x)[0]
+        sites = run_body(self.call(key), key, carry, inputs, x)[0]
+        for name, left_out in self._left_out.items():
+            site = sites.observed[name]
+            sites.observed[name] = site._replace(value=jnp.where(left_out, jnp.nan, site.value))
+        return sites
 
     def transition(self, carry: PyTree, inputs: TimeInputs, sampler: Sampler | None = None) -> OneStep:
         """p(x' | c); `sampler` replaces the transition's own where given.

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from numpyro_diffusion_da import smoothing
+from numpyro_diffusion_da.gross_error_check import rejected_share
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 
 LAG = 5  # steps after which lines are counted, beside the whole way
 UNSOLVED = 0.5  # relative residual of a guidance's linear solve that is worth a word
+INFLATED = 0.1  # alpha, below which selection hardly looks at the observations
 NOISY = 3.0  # standard deviation of log p^(y) above which a chain on it hardly moves
 
 
@@ -42,6 +44,7 @@ def summary(result: FilterResult, max_rows: int = 8) -> Group:
 
 def _filter_table(result: FilterResult) -> Any:
     from rich.box import SIMPLE
+    from rich.markup import escape
     from rich.table import Table
 
     stats = result.sample_stats
@@ -50,16 +53,21 @@ def _filter_table(result: FilterResult) -> Any:
     table.add_row("particles x chains x steps", f"{draws} x {chains} x {steps}")
     observed = sum(int(mask.sum()) for mask in result.observed_mask.values())
     table.add_row("observations", f"{observed} of {sum(mask.size for mask in result.observed_mask.values())}")
+    if result.rejected:
+        share = rejected_share(result)
+        table.add_row("rejected as gross errors", f"{share:.2%} of the checked" if share else "none")
     if result.is_local:
         table.add_row("ancestors", f"local, of {stats['log_weights'].shape[-1]} blocks")
     if _selects(result):
         where = "steps and blocks" if result.is_local else "steps"
-        low = np.mean(stats["inflation"] < 0.1)
+        low = np.mean(stats["inflation"] < INFLATED)
         step = int(np.unravel_index(np.argmin(stats["ess"]), stats["ess"].shape)[1])
         table.add_row("ESS before inflation", f"{_middle_and_least(stats['ess'], '.1f')} (step {step})")
         table.add_row(
-            "inflation alpha", f"{_middle_and_least(stats['inflation'], '.2f')}, < 0.1 in {low:.0%} of {where}"
+            "inflation alpha", f"{_middle_and_least(stats['inflation'], '.2f')}, < {INFLATED} in {low:.0%} of {where}"
         )
+        if (advice := inflation_advice(result)) is not None:
+            table.add_row("", f"[yellow]{escape(advice)}[/yellow]")
         table.add_row("distinct ancestors", _middle_and_least(stats["distinct_ancestors"], ".0f"))
         if _has_genealogy(result):
             lagged, whole = (np.median(smoothing.distinct_ancestors_at(result, lag)[:, 0]) for lag in (LAG, None))
@@ -100,6 +108,25 @@ def _selects(result: FilterResult) -> bool:
 
 def _middle_and_least(values: np.ndarray, fmt: str) -> str:
     return f"median {np.median(values):{fmt}}, least {np.min(values):{fmt}}"
+
+
+def inflation_advice(result: FilterResult) -> str | None:
+    """What to do where half of the weights are inflated to alpha below 0.1, or more; None where they are not."""
+    alpha = float(np.median(result.sample_stats["inflation"]))
+    if alpha >= INFLATED:
+        return None
+    algorithm, weight = (str(result.attributes.get(name, "")) for name in ("algorithm", "weight"))
+    if result.is_local:
+        instead = ["leave fewer observations to a block, by a smaller radius of the taper"]
+    elif algorithm == "FAAPF":
+        instead = ["choose ancestors by the observations near each place, FAAPF(model, taper=ndda.Taper(...))"]
+    else:
+        instead = ["use ndda.FAAPF(model), which weighs before it moves"]
+    instead += ["give the weights the transition's spread, weight=ndda.Moment()"] if weight == "Dirac()" else []
+    return (
+        f"weights are inflated to alpha = {alpha:.2g} (median), below {INFLATED}: a few particles would hold them all, "
+        f"and selection uses less of what is observed; {'; '.join(instead)}; or take more particles."
+    )
 
 
 def evidence_caveats(result: FilterResult) -> list[str]:

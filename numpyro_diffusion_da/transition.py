@@ -23,6 +23,7 @@ from numpyro_diffusion_da.likelihood import (
     Coordinates,
     GaussianLikelihood,
     GeneralLikelihood,
+    InflatableLogWeight,
     Likelihood,
     probe_signs,
     whiten,
@@ -357,25 +358,16 @@ def matched_pointwise(
             Numer. Math. 57, 1214); None for one product an observation, and no error.
     """
 
-    def variances(local: GaussianLikelihood) -> tuple[Array, Array]:
-        residual, row, _ = _observed_product(moments, local)
-        if probes is None:
-            found = jax.vmap(row, out_axes=1)(jnp.eye(len(residual), dtype=residual.dtype)).diagonal()
-        else:
-            signs = jax.random.rademacher(jax.random.key(0), (probes, len(residual)), residual.dtype)
-            found = jnp.mean(signs * jax.vmap(row)(signs), axis=0)
-        return residual, jnp.maximum(found - 1.0, 0.0)
-
     def widened(logs: Array, residual: Array, variance: Array) -> Array:
         return logs + 0.5 * residual**2 * variance / (1.0 + variance) - 0.5 * jnp.log1p(variance)
 
     if isinstance(likelihood, GaussianLikelihood):
-        return widened(likelihood.pointwise(moments.mean), *variances(likelihood))
+        return widened(likelihood.pointwise(moments.mean), *_own_variances(moments, likelihood, probes))
     assert isinstance(likelihood, GeneralLikelihood)
     coordinates = likelihood.coordinates(moments.mean, tangents)
     n = len(coordinates.observed)
     unit = PseudoObservations(jnp.zeros(n, moments.mean.dtype), jnp.ones(n, moments.mean.dtype))
-    _, variance = variances(likelihood.with_pseudo(coordinates, unit))
+    _, variance = _own_variances(moments, likelihood.with_pseudo(coordinates, unit), probes)
     spread = jnp.maximum(variance[-n:], LEAST_VARIANCE)
     tilted = tilted_moments(coordinates.log_prob, jnp.zeros_like(spread), spread)
     general = jnp.split(tilted.log_normalizer, np.cumsum(coordinates.sizes)[:-1])
@@ -384,6 +376,33 @@ def matched_pointwise(
         gaussian.append(widened(normalizer - 0.5 * r**2, r, variance[start : start + len(r)]))
         start += len(r)
     return likelihood.in_order(moments.mean, [*gaussian, *general])
+
+
+def _own_variances(
+    moments: Moments, likelihood: GaussianLikelihood, probes: int | None
+) -> tuple[Float[Array, " m"], Float[Array, " m"]]:
+    """The whitened residual r at the mean, and the diagonal of H V H^T there; probes as `matched_pointwise`."""
+    residual, row, _ = _observed_product(moments, likelihood)
+    if probes is None:
+        found = jax.vmap(row, out_axes=1)(jnp.eye(len(residual), dtype=residual.dtype)).diagonal()
+    else:
+        signs = jax.random.rademacher(jax.random.key(0), (probes, len(residual)), residual.dtype)
+        found = jnp.mean(signs * jax.vmap(row)(signs), axis=0)
+    return residual, jnp.maximum(found - 1.0, 0.0)
+
+
+def inflatable_pointwise(moments: Moments, likelihood: GaussianLikelihood, probes: int | None) -> InflatableLogWeight:
+    """log of int p(y_j | x)^alpha N(x; m, V) dx of each observation by itself; arguments as `matched_pointwise`."""
+    residual, variances = _own_variances(moments, likelihood, probes)
+    return InflatableLogWeight(likelihood.log_normalizers(moments.mean), residual**2, variances)
+
+
+def inflatable(moments: Moments, likelihood: GaussianLikelihood) -> InflatableLogWeight:
+    """log of int p(y | x)^alpha N(x; m, V) dx, along the eigenvectors of H V H^T. One product an observation."""
+    residual, covariance, _ = observed_covariance(moments, likelihood)
+    values, vectors = jnp.linalg.eigh(0.5 * (covariance + covariance.T))
+    along = (vectors.T @ residual) ** 2
+    return InflatableLogWeight(likelihood.log_normalizers(moments.mean), along, jnp.maximum(values - 1.0, 0.0))
 
 
 def matched(

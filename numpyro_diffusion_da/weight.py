@@ -15,8 +15,15 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from numpyro_diffusion_da.denoiser import NetworkPasses
-from numpyro_diffusion_da.likelihood import Likelihood
-from numpyro_diffusion_da.transition import Moments, OneStep, matched, matched_pointwise
+from numpyro_diffusion_da.likelihood import GaussianLikelihood, InflatableLogWeight, Likelihood
+from numpyro_diffusion_da.transition import (
+    Moments,
+    OneStep,
+    inflatable,
+    inflatable_pointwise,
+    matched,
+    matched_pointwise,
+)
 
 
 class WeightRecord(NamedTuple):
@@ -49,6 +56,28 @@ class Weight(eqx.Module):
             "ancestors need that; use ndda.Dirac() or ndda.Moment(), or leave the taper out."
         )
 
+    def inflatable(self, step: OneStep, likelihood: Likelihood) -> tuple[InflatableLogWeight, WeightRecord]:
+        """The same at any inflation of the observation errors, and the record: for `ObservationInflation`.
+
+        Raises:
+            TypeError: the weight does not say it, or the likelihood is not Gaussian.
+        """
+        raise TypeError(self._cannot_inflate())
+
+    def inflatable_pointwise(self, step: OneStep, likelihood: Likelihood) -> tuple[InflatableLogWeight, WeightRecord]:
+        """The same for each observation by itself, as `pointwise`.
+
+        Raises:
+            TypeError: as `inflatable`.
+        """
+        raise TypeError(self._cannot_inflate())
+
+    def _cannot_inflate(self) -> str:
+        return (
+            f"{type(self).__name__} weights do not say what they are with inflated observation errors; "
+            "use inflation=ndda.Tempering(), or ndda.Dirac() or ndda.Moment() weights."
+        )
+
     def caveats(self, closed_form: bool, linear: bool) -> list[str]:
         """Why it is not exact; empty where it is.
 
@@ -75,6 +104,15 @@ class Equal(Weight):
         observations = jax.eval_shape(likelihood.pointwise, jax.eval_shape(lambda: step.moments().mean))
         return jnp.zeros(observations.shape, observations.dtype), WeightRecord(NetworkPasses.of(), None)
 
+    def inflatable(self, step: OneStep, likelihood: Likelihood) -> tuple[InflatableLogWeight, WeightRecord]:
+        """Zeros: there is nothing to inflate."""
+        return self.inflatable_pointwise(step, likelihood)
+
+    def inflatable_pointwise(self, step: OneStep, likelihood: Likelihood) -> tuple[InflatableLogWeight, WeightRecord]:
+        """Zeros: there is nothing to inflate."""
+        zeros, record = self.pointwise(step, likelihood)
+        return InflatableLogWeight(zeros, zeros, zeros), record
+
 
 class Dirac(Weight):
     """log p(y | m) with m = E[x' | c]: p(x' | c) taken as a point (Savary et al. 2026, arXiv 2605.20028, Sec. 3).
@@ -97,6 +135,18 @@ class Dirac(Weight):
         """The terms of that."""
         moments = step.moments()
         return likelihood.pointwise(moments.mean), WeightRecord(moments.passes, moments.mean)
+
+    def inflatable(self, step: OneStep, likelihood: Likelihood) -> tuple[InflatableLogWeight, WeightRecord]:
+        """alpha log p(y | m): with no spread of the transition there is nothing else to it."""
+        return self.inflatable_pointwise(step, likelihood)
+
+    def inflatable_pointwise(self, step: OneStep, likelihood: Likelihood) -> tuple[InflatableLogWeight, WeightRecord]:
+        """The terms of that."""
+        moments = step.moments()
+        gaussian = _gaussian(likelihood)
+        residual, normalizers = gaussian.residual(moments.mean), gaussian.log_normalizers(moments.mean)
+        curve = InflatableLogWeight(normalizers, residual**2, jnp.zeros_like(residual))
+        return curve, WeightRecord(moments.passes, moments.mean)
 
 
 class Moment(Weight):
@@ -137,24 +187,37 @@ class Moment(Weight):
 
     def __call__(self, step: OneStep, likelihood: Likelihood) -> tuple[Float[Array, ""], WeightRecord]:
         """The likelihood of the forecast mean under forecast and observation error together."""
-        if self.probes is not None:
-            raise ValueError(
-                f"Moment(probes={self.probes}) estimates the variance of each observation by itself, and a weight of "
-                "whole particles needs their covariance; leave probes out, or give the filter a taper."
-            )
+        self._check_whole()
         moments, passes = self._moments(step)
         local, log_weight = matched(moments, step.tangents(), likelihood)
         observations = jax.eval_shape(local.residual, moments.mean).shape[0]
-        products = jax.tree.map(lambda n: n * observations, moments.passes_per_product)
-        return log_weight, WeightRecord(passes.plus(products), moments.mean)
+        return log_weight, _record(moments, passes, observations)
 
     def pointwise(self, step: OneStep, likelihood: Likelihood) -> tuple[Float[Array, " m"], WeightRecord]:
         """Each observation under its own forecast and observation error."""
         moments, passes = self._moments(step)
         logs = matched_pointwise(moments, step.tangents(), likelihood, self.probes)
-        number = len(logs) if self.probes is None else self.probes
-        products = jax.tree.map(lambda n: n * number, moments.passes_per_product)
-        return logs, WeightRecord(passes.plus(products), moments.mean)
+        return logs, _record(moments, passes, len(logs) if self.probes is None else self.probes)
+
+    def inflatable(self, step: OneStep, likelihood: Likelihood) -> tuple[InflatableLogWeight, WeightRecord]:
+        """log N(y; h(m), R / alpha + H V H^T), up to what all share whose R is the same; no pass more."""
+        self._check_whole()
+        moments, passes = self._moments(step)
+        curve = inflatable(moments, _gaussian(likelihood))
+        return curve, _record(moments, passes, len(curve.variances))
+
+    def inflatable_pointwise(self, step: OneStep, likelihood: Likelihood) -> tuple[InflatableLogWeight, WeightRecord]:
+        """The same for each observation by itself."""
+        moments, passes = self._moments(step)
+        curve = inflatable_pointwise(moments, _gaussian(likelihood), self.probes)
+        return curve, _record(moments, passes, len(curve.variances) if self.probes is None else self.probes)
+
+    def _check_whole(self) -> None:
+        if self.probes is not None:
+            raise ValueError(
+                f"Moment(probes={self.probes}) estimates the variance of each observation by itself, and a weight of "
+                "whole particles needs their covariance; leave probes out, or give the filter a taper."
+            )
 
     def _moments(self, step: OneStep) -> tuple[Moments, NetworkPasses]:
         """Mean and covariance, and the passes they cost. The mean always from the highest level, exact there."""
@@ -163,3 +226,18 @@ class Moment(Weight):
             return moments, moments.passes
         spread = step.moments(self.noise_level)
         return spread._replace(mean=moments.mean), moments.passes.plus(spread.passes)
+
+
+def _record(moments: Moments, passes: NetworkPasses, products: int) -> WeightRecord:
+    """The record of a weight that made this many products with V."""
+    made = jax.tree.map(lambda n: n * products, moments.passes_per_product)
+    return WeightRecord(passes.plus(made), moments.mean)
+
+
+def _gaussian(likelihood: Likelihood) -> GaussianLikelihood:
+    if not isinstance(likelihood, GaussianLikelihood):
+        raise TypeError(
+            f"observation errors of a {type(likelihood).__name__} cannot be inflated: not all of it is Gaussian; "
+            "use inflation=ndda.Tempering()."
+        )
+    return likelihood

@@ -8,9 +8,12 @@ from typer.testing import CliRunner
 
 import numpyro_diffusion_da as ndda
 from numpyro_diffusion_da.cli import app
-from numpyro_diffusion_da.twin import COLUMNS, ENKF, FREE, MAIN, TwinExperiment, run_twin
+from numpyro_diffusion_da.twin import COLUMNS, ENKF, FREE, GLOBAL, MAIN, TwinExperiment, run_twin
+
+COMPILES_A_LOT = True
 
 
+@pytest.mark.slow
 def test_demo_writes_table_figure_and_file(tmp_path):
     arguments = ["demo", "--out", str(tmp_path / "new"), "--truths", "2", "--cycles", "3", "--spin-up", "1"]
     result = CliRunner().invoke(app, [*arguments, "--particles", "8"], catch_exceptions=False)
@@ -19,7 +22,8 @@ def test_demo_writes_table_figure_and_file(tmp_path):
     assert ENKF in result.output
     scores = json.loads((tmp_path / "new" / "demo.json").read_text())["scores"]
     assert set(scores[FREE]) == set(COLUMNS)
-    assert scores[MAIN]["passes"]["mean"] == 51  # weight: 2 (one conditions); draw: 1 + 16 forward + 32 vjp
+    assert scores[GLOBAL]["passes"]["mean"] == 51  # weight: 2 (one conditions); draw: 1 + 16 forward + 32 vjp
+    assert scores[MAIN]["passes"]["mean"] == 54  # its weight: 4 (mean and variance each at a level of its own), 1 vjp
     assert (tmp_path / "new" / "demo.png").stat().st_size > 10_000
     with xarray.open_datatree(tmp_path / "new" / "demo.nc", engine="h5netcdf") as tree:
         assert dict(tree["posterior/x"].sizes) == {"chain": 1, "draw": 8, "time": 3, "site": 40}

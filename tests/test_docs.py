@@ -33,7 +33,7 @@ needs_gencast = [
 ]
 # .ci/run has the page on ArviZ run by both Pythons, hence by both generations of ArviZ.
 MARKS = {"gencast.md": needs_gencast} | {
-    page: [pytest.mark.slow] for page in ("arviz.md", "verification.md", "neighbours.md")
+    page: [pytest.mark.slow] for page in ("arviz.md", "verification.md", "neighbours.md", "robustness.md")
 }
 WITH_EXAMPLES = [pytest.param(page, marks=MARKS.get(page.name, [])) for page in PAGES if examples(page)]
 

@@ -150,6 +150,60 @@ def test_local_ancestors_of_lorenz96(tmp_path):
 
 
 @pytest.mark.slow
+def test_localisation_is_right_on_a_ring():
+    """Linear-Gaussian: where what is far apart is nearly independent, local ancestors are as good as Kalman's mean."""
+    benchmark = load("linear_gaussian")
+    sizes = {"diffusion": False, "seeds": 1, "steps": 16, "spin_up": 4, "particles": 128}
+    row = benchmark.run(benchmark.Setting(20, 0.5, 0.5, ring=True), "localised, exact weights", **sizes)
+    assert 0.98 < row["RMSE / Kalman's"] < 1.1
+    assert row["log evidence"] is None
+
+
+@pytest.mark.slow
+def test_filter_recipes_run(tmp_path):
+    out = tmp_path / "recipes.json"
+    tiny = {"sites": 21, "truths": 1, "particles": 8, "cycles": 4, "spin_up": 1}
+    load("filter_recipes").main(only=["8 levels, 1 product"], **tiny, out=out)
+    found = json.loads(out.read_text())["by truth"]
+    # Conditioning: one for the draw, two for the weight, which looks at two levels and makes one product; then what
+    # each evaluation of the guided denoiser costs.
+    assert {name: row["passes"] for name, row in found.items()} == {
+        "8 levels, 1 product": 6 + 8 * 2,
+        "published: Adams-Bashforth 3, 2 Langevin": 6 + 94 * 7,
+    }
+    assert all(0.0 < row["CRPS"][0] < 3.0 for row in found.values())
+    with pytest.raises(typer.BadParameter, match="no recipe called magic"):
+        load("filter_recipes").main(only=["magic"])
+
+
+@pytest.mark.slow
+def test_widest_gap_runs(tmp_path):
+    """The benchmark, small: particles are ahead of the Kalman filter in Lorenz-63."""
+    out = tmp_path / "gap.json"
+    names = ["FA-APF, Moment", "EnKF"]
+    load("widest_gap").main(case=["lorenz63"], only=names, truths=2, particles=128, cycles=80, spin_up=20, out=out)
+    particles, kalman = json.loads(out.read_text())["rows"]
+    assert sum(particles["CRPS"]) < sum(kalman["CRPS"])
+    with pytest.raises(typer.BadParameter, match="no case called pendulum"):
+        load("widest_gap").main(case=["pendulum"])
+
+
+@pytest.mark.slow
+def test_robustness_of_lorenz96(tmp_path):
+    """The benchmark, small: gross errors make a filter worse, and a check that leaves most of them out helps."""
+    jax.config.update("jax_disable_most_optimizations", True)  # so small, it compiles longer than it computes
+    out = tmp_path / "table.json"
+    sizes = {"truths": 1, "particles": 64, "cycles": 40, "spin_up": 10}
+    load("robustness").main(scenario=["clean", "gross errors"], only=["EnKF", "EnKF, check 3"], out=out, **sizes)
+    clean, wrong, checked = json.loads(out.read_text())["rows"]
+    assert (clean["scenario"], wrong["name"], checked["name"]) == ("clean", "EnKF", "EnKF, check 3")
+    assert clean["CRPS"] < checked["CRPS"] < wrong["CRPS"]
+    assert checked["rejected, gross"] > 0.2 > 0.05 > checked["rejected, good"]
+    with pytest.raises(typer.BadParameter, match="no scenario called hail"):
+        load("robustness").main(scenario=["hail"])
+
+
+@pytest.mark.slow
 def test_published_settings_run(tmp_path):
     """The benchmark, small: a published score of Lorenz-96 is reached, with inflation before the update and after."""
     out = tmp_path / "table.json"
@@ -324,9 +378,8 @@ def test_ring64_cheaper_guidance():
 def test_linear_gaussian_is_the_yardstick(setting, name, variance_ratio):
     """Variance ratios of the published table, within the standard errors of both and the last digit printed."""
     benchmark = load("linear_gaussian")
-    row = benchmark.run(
-        benchmark.SETTINGS[setting], name, diffusion=False, seeds=8, steps=40, spin_up=10, particles=256
-    )
+    size = benchmark.Setting(*benchmark.SIZES[setting])
+    row = benchmark.run(size, name, diffusion=False, seeds=8, steps=40, spin_up=10, particles=256)
     assert abs(row["variance ratio"] - variance_ratio) < 3 * math.sqrt(2) * row["variance ratio SE"] + 0.005
 
 

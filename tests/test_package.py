@@ -19,6 +19,7 @@ ALLOWED = {
     "numpyro": {
         "distribution",
         "free_parameters",
+        "huber",
         "linear_gaussian",
         "site",
         "program",
@@ -39,10 +40,10 @@ ALLOWED = {
 ORDER = [
     "__init__", "cli", "plots", "twin", "verification", "innovations", "spectra", "labelling",
     "filtering", "online", "pmmh", "smc2", "inference",
-    "summary", "backward", "smoothing", "convert", "result_axes", "result", "progress", "storage", "evidence",
-    "algorithm", "feynman_kac", "linear_gaussian", "smc", "parameters", "state_space", "program",
-    "linear_predictor", "dependence", "site", "free_parameters", "distribution", "density", "weight",
-    "transition", "path", "piecewise_guidance", "approximate_guidance", "guidance", "likelihood",
+    "summary", "backward", "smoothing", "convert", "result_axes", "progress", "storage", "evidence",
+    "gross_error_check", "result", "algorithm", "feynman_kac", "linear_gaussian", "smc", "parameters", "state_space",
+    "program", "linear_predictor", "dependence", "site", "free_parameters", "huber", "distribution", "density",
+    "weight", "transition", "path", "piecewise_guidance", "approximate_guidance", "guidance", "likelihood",
     "moment_matching", "linear_solve", "sampler", "schedule",
     "denoiser", "priors", "prior", "spherical_harmonics", "spherical_noise", "noise",
     "gridded_data", "axis_positions", "units", "layout",

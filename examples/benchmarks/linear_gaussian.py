@@ -1,8 +1,12 @@
 """Filters against the Kalman filter in the linear-Gaussian state-space model.
 
 x' = A x + N(0, Q), A = 0.95 x a random rotation, Q_ij = qs^2 exp(-|i - j| / 3); every second component is observed with
-error rs. For each filter, means over seeds (a new rotation, truth and observations each) with their standard errors:
+error rs. With `--ring` the components are places on a ring, A moves what is there on by one place (times 0.95), and
+|i - j| is the distance along the ring: what is far apart then stays nearly independent, as localisation takes it to
+be; a random rotation mixes everything. For each filter, means over seeds (a new rotation, truth and observations each)
+with their standard errors:
 
+- RMSE / Kalman's: of the particle mean against the truth, over that of the Kalman filter's mean;
 - mean error: RMS over steps and components of (particle mean - Kalman mean) / Kalman standard deviation;
 - variance ratio: particle variance / Kalman variance, averaged the same way;
 - log evidence: the filter's minus the Kalman filter's, over all steps. With inflation it is no estimate of the
@@ -13,6 +17,7 @@ they then hold, and an RMS would be that of the first steps.
 
     python examples/benchmarks/linear_gaussian.py --out linear_gaussian.json              # transitions in closed form
     python examples/benchmarks/linear_gaussian.py --diffusion --dims 20                   # the same through a diffusion
+    python examples/benchmarks/linear_gaussian.py --ring --dims 400 --seeds 2             # where localisation is right
 """
 
 from __future__ import annotations
@@ -43,27 +48,46 @@ class Setting(NamedTuple):
     d: int
     qs: float
     rs: float
+    ring: bool = False
 
     @property
     def covariance(self) -> np.ndarray:
         """Q."""
         i = np.arange(self.d)
-        return self.qs**2 * np.exp(-np.abs(i[:, None] - i[None]) / 3)
+        apart = np.abs(i[:, None] - i[None])
+        return self.qs**2 * np.exp(-(np.minimum(apart, self.d - apart) if self.ring else apart) / 3)
+
+    def transition(self, rng: np.random.Generator) -> np.ndarray:
+        """A."""
+        if self.ring:
+            return 0.95 * np.roll(np.eye(self.d), 1, axis=0)
+        return 0.95 * np.linalg.qr(rng.normal(size=(self.d, self.d)))[0]
+
+    def taper(self, radius: float) -> ndda.Taper:
+        """Of half-width `radius` components."""
+        return ndda.Taper(radius, ndda.Ring(self.d), {"y": np.arange(0, self.d, 2)}, state=np.arange(self.d))
 
 
-SETTINGS = (Setting(4, 0.5, 0.5), Setting(20, 0.5, 0.5), Setting(20, 0.5, 0.2), Setting(100, 0.5, 0.5))
-
-FILTERS: dict[str, Callable[[Any], ndda.Algorithm]] = {
+SIZES = ((4, 0.5, 0.5), (20, 0.5, 0.5), (20, 0.5, 0.2), (100, 0.5, 0.5), (400, 0.5, 0.5))
+FILTERS: dict[str, Callable[[Any], ndda.Algorithm]] = {  # of whole states
     "bootstrap": ndda.Bootstrap,
     "exact weights": lambda model: ndda.FAAPF(model, weight=ndda.Moment(), target_ess=0.0),
     "Dirac": lambda model: ndda.FAAPF(model, weight=ndda.Dirac(), target_ess=0.0),
     "Dirac + inflation": lambda model: ndda.FAAPF(model, weight=ndda.Dirac()),
     "exact weights + inflation": lambda model: ndda.FAAPF(model, weight=ndda.Moment()),
+    "exact weights + observation inflation": lambda model: ndda.FAAPF(
+        model, weight=ndda.Moment(), inflation=ndda.ObservationInflation()
+    ),
     "equal weights": lambda model: ndda.FAAPF(model, weight=ndda.Equal()),
     "ensemble Kalman": ndda.EnKF,
     "ensemble Kalman, square root": lambda model: ndda.EnKF(model, update=ndda.SquareRoot()),
 }
-WITHOUT_EVIDENCE = ("equal weights", "ensemble Kalman", "ensemble Kalman, square root")
+# Radii chosen on two seeds (1000, 1001) of d = 100 on the ring, from 1.5, 3 and 6.
+LOCALISED: dict[str, Callable[[Any, Setting], ndda.Algorithm]] = {
+    "localised, exact weights": lambda model, s: ndda.FAAPF(model, weight=ndda.Moment(), taper=s.taper(3.0)),
+    "localised ensemble Kalman": lambda model, s: ndda.EnKF(model, taper=s.taper(6.0)),
+}
+WITHOUT_EVIDENCE = ("equal weights", "ensemble Kalman", "ensemble Kalman, square root", *LOCALISED)
 
 
 class Twin(NamedTuple):
@@ -75,19 +99,20 @@ class Twin(NamedTuple):
     mean: np.ndarray
     variance: np.ndarray
     log_evidence: float
+    truth: np.ndarray
 
 
 def experiment(setting: Setting, seed: int, steps: int) -> Twin:
     """A truth and its observations, from the stationary distribution, and the Kalman filter's answer."""
     rng = np.random.default_rng(seed)
     d, q, r = setting.d, setting.covariance, setting.rs**2
-    a = 0.95 * np.linalg.qr(rng.normal(size=(d, d)))[0]
+    a = setting.transition(rng)
     h = np.eye(d)[::2]
     initial_factor = np.linalg.cholesky(scipy.linalg.solve_discrete_lyapunov(a, q))
     root = np.linalg.cholesky(q)
     x = initial_factor @ rng.normal(size=d)
     mean, covariance, log_evidence = np.zeros(d), initial_factor @ initial_factor.T, 0.0
-    ys, means, variances = [], [], []
+    ys, means, variances, states = [], [], [], []
     for _ in range(steps):
         x = a @ x + root @ rng.normal(size=d)
         y = h @ x + setting.rs * rng.normal(size=len(h))
@@ -98,10 +123,12 @@ def experiment(setting: Setting, seed: int, steps: int) -> Twin:
         log_evidence -= 0.5 * (innovation @ np.linalg.solve(predicted, innovation))
         log_evidence -= 0.5 * np.linalg.slogdet(2 * np.pi * predicted)[1]
         mean, covariance = mean + gain @ innovation, covariance - gain @ h @ covariance
+        states.append(x)
         ys.append(y)
         means.append(mean)
         variances.append(np.diagonal(covariance))
-    return Twin(np.array(ys), a, initial_factor, np.array(means), np.array(variances), float(log_evidence))
+    found = (np.array(v) for v in (means, variances))
+    return Twin(np.array(ys), a, initial_factor, *found, float(log_evidence), np.array(states))
 
 
 def program(setting: Setting, diffusion: bool) -> Callable[..., None]:
@@ -132,14 +159,22 @@ def program(setting: Setting, diffusion: bool) -> Callable[..., None]:
 
 
 def run(
-    setting: Setting, name: str, *, diffusion: bool, seeds: int, steps: int, spin_up: int, particles: int
+    setting: Setting,
+    name: str,
+    *,
+    diffusion: bool,
+    seeds: int,
+    steps: int,
+    spin_up: int,
+    particles: int,
+    first_seed: int = 0,
 ) -> dict[str, Any]:
     """One row of the table."""
-    filter_ = ndda.ParticleFilter(
-        FILTERS[name](program(setting, diffusion)), num_particles=particles, progress_bar=False
-    )
+    model = program(setting, diffusion)
+    algorithm = FILTERS[name](model) if name in FILTERS else LOCALISED[name](model, setting)
+    filter_ = ndda.ParticleFilter(algorithm, num_particles=particles, progress_bar=False)
     scores = []
-    for seed in range(seeds):
+    for seed in range(first_seed, first_seed + seeds):
         twin = experiment(setting, seed, steps)
         filter_.run(jax.random.key(seed), *map(jnp.asarray, twin[:3]))
         result = filter_.result
@@ -148,25 +183,27 @@ def run(
         mean_error = np.sqrt(np.mean(((x.mean(0) - twin.mean) ** 2 / twin.variance)[spin_up:]))
         variance_ratio = np.mean((x.var(0, ddof=1) / twin.variance)[spin_up:])
         evidence = stats["log_evidence_increment"].sum() - twin.log_evidence
-        scores.append([mean_error, variance_ratio, evidence, stats["inflation"].mean(), passes])
+        squares = [np.mean((mean - twin.truth)[spin_up:] ** 2) for mean in (x.mean(0), twin.mean)]
+        ratio = np.sqrt(squares[0] / squares[1])
+        scores.append([ratio, mean_error, variance_ratio, evidence, stats["inflation"].mean(), passes])
     table = np.array(scores)
     mean = table.mean(0)
     row: dict[str, Any] = {**setting._asdict(), "filter": name}
-    for i, column in enumerate(("mean error", "variance ratio", "log evidence")):
+    for i, column in enumerate(("RMSE / Kalman's", "mean error", "variance ratio", "log evidence")):
         known = column != "log evidence" or name not in WITHOUT_EVIDENCE
         row[column] = float(mean[i]) if known else None
         # One seed says nothing about its own error.
         row[f"{column} SE"] = float(table[:, i].std(ddof=1) / np.sqrt(seeds)) if known and seeds > 1 else None
-    row["inflation"], row["passes"] = float(mean[3]), float(mean[4])
+    row["inflation"], row["passes"] = float(mean[4]), float(mean[5])
     return row
 
 
 def show(console: Console, title: str, rows: list[dict[str, Any]]) -> None:
     """The table on the terminal."""
-    table = Table(title=title)
+    table = Table(title=title, box=None, padding=(0, 1, 0, 0))
     for name in ("d, qs, rs", "filter"):
         table.add_column(name)
-    for name in ("mean error", "variance ratio", "log evidence", "inflation", "passes"):
+    for name in ("RMSE / Kalman's", "mean error", "variance ratio", "log evidence", "inflation", "passes"):
         table.add_column(name, justify="right")
     previous = None
     for row in rows:
@@ -181,6 +218,7 @@ def show(console: Console, title: str, rows: list[dict[str, Any]]) -> None:
         table.add_row(
             "" if setting == previous else setting,
             row["filter"],
+            cell("RMSE / Kalman's", 3),
             cell("mean error", 2),
             cell("variance ratio", 2),
             cell("log evidence", 1),
@@ -193,7 +231,10 @@ def show(console: Console, title: str, rows: list[dict[str, Any]]) -> None:
 
 def main(
     out: Annotated[Path | None, typer.Option(help="Write the table to this JSON file.")] = None,
-    dims: Annotated[list[int] | None, typer.Option(help="Only settings of this dimension; may be repeated.")] = None,
+    dims: Annotated[
+        list[int] | None,
+        typer.Option(help="Settings of this dimension; may be repeated. By default 4, 20 and 100, not 400."),
+    ] = None,
     filters: Annotated[list[str] | None, typer.Option(help="Only this filter; may be repeated.")] = None,
     seeds: Annotated[int, typer.Option(help="Experiments of each setting.", min=1)] = 8,
     steps: Annotated[int, typer.Option(help="Steps of each experiment.", min=1)] = 40,
@@ -202,20 +243,24 @@ def main(
     ] = None,
     particles: Annotated[int, typer.Option(help="Particles N.", min=2)] = 256,
     diffusion: Annotated[bool, typer.Option(help="Transition from a diffusion prior, not in closed form.")] = False,
+    ring: Annotated[bool, typer.Option(help="Components on a ring, moved on by one, instead of a rotation.")] = False,
+    first_seed: Annotated[int, typer.Option(help="First of the seeds.", min=0)] = 0,
 ) -> None:
     """Mean error, variance and evidence of the filters against the Kalman filter."""
-    settings = [s for s in SETTINGS if not dims or s.d in dims]
-    names = list(filters or FILTERS)
-    unknown = sorted(set(names) - set(FILTERS))
+    settings = [Setting(*size, ring) for size in SIZES if size[0] in (dims or (4, 20, 100))]
+    known = (*FILTERS, *LOCALISED)
+    names = list(filters or known)
+    unknown = sorted(set(names) - set(known))
     if unknown:
-        raise typer.BadParameter(f"no filter called {', '.join(unknown)}; there are {', '.join(FILTERS)}.")
+        raise typer.BadParameter(f"no filter called {', '.join(unknown)}; there are {', '.join(known)}.")
     spin_up = steps // 4 if spin_up is None else spin_up
     if spin_up >= steps:
         raise typer.BadParameter(f"spin-up of {spin_up} steps leaves none of {steps} to score.")
     if not settings:
-        raise typer.BadParameter(f"no setting of dimension {dims}; there are {sorted({s.d for s in SETTINGS})}.")
-    console = Console()
+        raise typer.BadParameter(f"no setting of dimension {dims}; there are {sorted({size[0] for size in SIZES})}.")
+    console = Console(width=120)
     arguments = {"diffusion": diffusion, "seeds": seeds, "steps": steps, "spin_up": spin_up, "particles": particles}
+    arguments["first_seed"] = first_seed
     work = [(setting, name) for setting in settings for name in names]
     rows = [
         run(setting, name, **arguments) for setting, name in track(work, "filtering", console=console, transient=True)

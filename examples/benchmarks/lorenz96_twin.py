@@ -25,7 +25,7 @@ def main(
     """Run all filters on all truths and print their scores."""
     console = Console()
     with Progress(console=console) as bar:
-        task = bar.add_task("", total=5 * truths)
+        task = bar.add_task("", total=6 * truths)
 
         def on_step(name: str) -> None:
             bar.update(task, description=name, advance=1)

@@ -36,7 +36,7 @@ class Info(NamedTuple):
             weight is given as -inf.
         ancestors: for each particle the index of the one it came from, shape (N,).
         ess: effective sample size of the weights before inflation.
-        inflation: alpha in (0, 1]; the weights are w^alpha.
+        inflation: alpha in (0, 1]; what it does to the weights `inflation` says.
         log_evidence_increment: log mean exp(log w). An unbiased estimate of p(y_k | y_{1:k-1}) only for exact weights
             and alpha = 1.
         distinct_ancestors: number of different ancestors.
@@ -46,6 +46,7 @@ class Info(NamedTuple):
         weighing: records of the weight function, leading axis N, index = the particle before resampling.
         proposal: records of the draw, leading axis N, index = the new particle.
         forecast: records of forecasts that spread repair had drawn, index = the particle before resampling; () if none.
+        check: record of a check of the observations before the step, of all particles together; () if none.
     """
 
     log_weights: Float[Array, " n"]
@@ -60,6 +61,7 @@ class Info(NamedTuple):
     weighing: PyTree
     proposal: PyTree
     forecast: PyTree = ()
+    check: PyTree = ()
 
 
 def init(particles: PyTree) -> State:
@@ -112,20 +114,40 @@ def tempering(log_weights: Float[Array, " n"], target_ess: float) -> Float[Array
         log_weights: shape (N,); -inf for particles that cannot be selected.
         target_ess: fraction of N; 0 means no inflation.
     """
+    finite = jnp.isfinite(log_weights)
+    shifted = relative_to_highest(log_weights)
+    spread = -jnp.min(jnp.where(finite, shifted, 0.0))
+    return largest_alpha(lambda alpha: alpha * shifted, finite, spread, target_ess)
+
+
+def largest_alpha(
+    log_weights_at: Callable[[Float[Array, ""]], Float[Array, " n"]],
+    finite: Bool[Array, " n"],
+    spread: Float[Array, ""],
+    target_ess: float,
+) -> Float[Array, ""]:
+    """An alpha in (0, 1] at which the ESS is target_ess N, by bisection on log alpha: 1 where it is more there.
+
+    Where the ESS is not monotone there may be several: one of them is found.
+
+    Args:
+        log_weights_at: alpha -> log-weights, shape (N,), whose highest is not far from 0.
+        finite: which of the particles can be selected.
+        spread: a bound, log-weights at alpha differ by no more than alpha times that.
+        target_ess: fraction of N; 0 means no inflation.
+    """
     from blackjax.smc.ess import log_ess
     from blackjax.smc.solver import dichotomy
 
     if target_ess == 0.0:
-        return jnp.ones((), log_weights.dtype)
-    finite = jnp.isfinite(log_weights)
-    shifted = relative_to_highest(log_weights)
-    spread = -jnp.min(jnp.where(finite, shifted, 0.0))
+        return jnp.ones((), spread.dtype)
     # As alpha -> 0 the ESS tends to the number of finite weights: it cannot be asked for more.
-    target = jnp.minimum(target_ess * len(log_weights), 0.999 * jnp.maximum(jnp.sum(finite), 1))
+    target = jnp.minimum(target_ess * len(finite), 0.999 * jnp.maximum(jnp.sum(finite), 1))
 
     def excess(log_alpha: Array) -> Array:
-        return log_ess(jnp.where(finite, jnp.exp(log_alpha) * shifted, -jnp.inf)) - jnp.log(target)
+        return log_ess(jnp.where(finite, log_weights_at(jnp.exp(log_alpha)), -jnp.inf)) - jnp.log(target)
 
+    # The end that the bisection returns always had an ESS of the target or more, as alpha at this one has.
     lowest = jnp.log(1e-3 / (1e-3 + spread))
     alpha = jnp.exp(dichotomy(excess, lowest, jnp.zeros_like(lowest)))
     return jnp.where(jnp.isfinite(alpha), alpha, 1.0)
@@ -153,14 +175,24 @@ def guarded(resampling_fn: Resampling | None) -> Resampling:
 def select(
     rng_key: PRNGKeyArray, log_weights: Float[Array, " n"], resampling_fn: Resampling | None, target_ess: float
 ) -> tuple[Int[Array, " n"], Float[Array, ""]]:
-    """Inflate, then resample; returns (ancestors, alpha). Equal weights keep every particle in its place."""
-    n = len(log_weights)
+    """Temper, then resample; returns (ancestors, alpha). Equal weights keep every particle in its place."""
     alpha = tempering(log_weights, target_ess)
+    return resampled(rng_key, log_weights, alpha * relative_to_highest(log_weights), resampling_fn), alpha
+
+
+def resampled(
+    rng_key: PRNGKeyArray,
+    log_weights: Float[Array, " n"],
+    inflated: Float[Array, " n"],
+    resampling_fn: Resampling | None,
+) -> Int[Array, " n"]:
+    """Ancestors by the inflated log-weights; each in its place where those before are equal, or none finite."""
+    n = len(log_weights)
     usable = jnp.any(jnp.isfinite(log_weights))
-    weights = jax.nn.softmax(jnp.where(usable, alpha * relative_to_highest(log_weights), 0.0))
+    weights = jax.nn.softmax(jnp.where(usable, inflated, 0.0))
     chosen = guarded(resampling_fn)(rng_key, weights, n)
     equal = jnp.all(log_weights == log_weights[0])
-    return jnp.where(equal | ~usable, jnp.arange(n), chosen), alpha
+    return jnp.where(equal | ~usable, jnp.arange(n), chosen)
 
 
 def finite_leaves(particle: PyTree) -> Bool[Array, ""]:

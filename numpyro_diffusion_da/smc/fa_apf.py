@@ -3,8 +3,8 @@
 Given equally weighted particles c_i and a new observation y:
 
 1. log w_i = log p(y | c_i), exact or estimated
-2. the largest alpha <= 1 with ESS(alpha log w) at its target
-3. ancestors ~ softmax(alpha log w)
+2. the largest alpha <= 1 at which the inflated weights' ESS is at its target; `Tempering` takes w^alpha (`inflation`)
+3. ancestors ~ the inflated weights
 4. the new particle ~ p(x' | c_ancestor, y), the optimal proposal
 5. the new particles are equally weighted.
 
@@ -14,7 +14,7 @@ observation j, and step 4 starts from states glued together from the blocks' anc
 The kernel asks two functions of a model and knows nothing else about it:
 
 - ``log_predictive_fn(particle, observation) -> (log p(y | c), record)``; with `LocalAncestors` a vector, log p(y_j | c)
-  of each observation
+  of each observation; with `ObservationInflation` an `InflatableLogWeight`
 - ``propose_fn(rng_key, particle, observation) -> (particle, record)``
 
 With `spread_repair` the new states are repaired together before they become particles. Then `propose_fn` returns the
@@ -49,8 +49,8 @@ from numpyro_diffusion_da.smc.base import (
     map_particles,
     num_particles,
     particle_keys,
-    select,
 )
+from numpyro_diffusion_da.smc.inflation import Inflation, Tempering
 from numpyro_diffusion_da.smc.local_ancestors import LocalAncestors
 from numpyro_diffusion_da.smc.spread_repair import SpreadRepair, check_repairs, need_forecast, repaired
 
@@ -73,6 +73,7 @@ def build_kernel(
     spread_repair: Sequence[SpreadRepair] = (),
     advance_fn: Advance | None = None,
     forecast_fn: Draw | None = None,
+    inflation: Inflation = Tempering(),
 ) -> Kernel:
     """Build the kernel.
 
@@ -87,6 +88,7 @@ def build_kernel(
         spread_repair: what is done to the new states, in this order; then `propose_fn` returns states.
         advance_fn: see the module; needed with `spread_repair`.
         forecast_fn: see the module; needed with a repair that looks at the forecast.
+        inflation: what alpha does to the weights.
 
     Returns:
         kernel(rng_key, state, observation) -> (State, Info), pure and jit-able.
@@ -106,13 +108,15 @@ def build_kernel(
         n = num_particles(state.particles)
         resampling_key, proposal_key = jax.random.split(rng_key)
         weigh = map_particles(lambda particle: log_predictive_fn(particle, observation), batch_size)
-        log_weights, weighing = weigh(state.particles)
-        log_weights = jnp.where(jnp.isfinite(log_weights), log_weights, -jnp.inf)
+        predictive, weighing = weigh(state.particles)
+        predictive = jax.tree.map(lambda x: jnp.where(jnp.isfinite(x), x, -jnp.inf), predictive)
         if local is None:
-            ancestors, alpha = select(resampling_key, log_weights, resampling_fn, target_ess)
+            chosen = inflation.select(resampling_key, predictive, None, resampling_fn, target_ess)
+            log_weights, ancestors, alpha = chosen
             parents = jax.tree.map(lambda x: x[ancestors], state.particles)
         else:
-            log_weights, ancestors, alpha = local.select(resampling_key, log_weights, resampling_fn, target_ess)
+            chosen = local.select(resampling_key, predictive, resampling_fn, target_ess, inflation)
+            log_weights, ancestors, alpha = chosen
             parents = local.glue(state.particles, ancestors)
         propose = map_particles(lambda key, particle: propose_fn(key, particle, observation), batch_size)
         keys = particle_keys(proposal_key, n)
@@ -146,6 +150,7 @@ def as_top_level_api(
     spread_repair: Sequence[SpreadRepair] = (),
     advance_fn: Advance | None = None,
     forecast_fn: Draw | None = None,
+    inflation: Inflation = Tempering(),
 ) -> Any:
     """The filter as a `blackjax.base.SamplingAlgorithm`: ``init(particles)``, ``step(rng_key, state, observation)``.
 
@@ -163,5 +168,6 @@ def as_top_level_api(
         spread_repair,
         advance_fn,
         forecast_fn,
+        inflation,
     )
     return SamplingAlgorithm(init, kernel)

@@ -25,7 +25,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
-from numpyro_diffusion_da.smc.base import Resampling, select
+from numpyro_diffusion_da.smc.base import Resampling, num_particles
+from numpyro_diffusion_da.smc.inflation import Inflation, Tempering
 from numpyro_diffusion_da.smc.localization import Neighbourhoods, PlacedTaper
 
 LARGEST_BATCH = 2**24
@@ -67,35 +68,36 @@ class LocalAncestors:
     def select(
         self,
         rng_key: PRNGKeyArray,
-        log_predictive: Float[Array, "n m"],
+        predictive: PyTree,
         resampling_fn: Resampling | None,
         target_ess: float,
+        inflation: Inflation = Tempering(),
     ) -> tuple[Float[Array, "n b"], Int[Array, "n b"], Float[Array, " b"]]:
         """Weigh, inflate and resample every block.
 
         Args:
             rng_key: one for all blocks.
-            log_predictive: log p(y_j | c_i), 0 where missing, -inf where particle i cannot be selected.
+            predictive: log p(y_j | c_i), shape (N, m), 0 where missing, -inf where particle i cannot be selected; or
+                what else `inflation` asks for, arrays of that shape.
             resampling_fn: from `blackjax.smc.resampling`; systematic by default.
             target_ess: fraction of N that inflation aims at in each block; 0 for none.
+            inflation: how.
 
         Returns:
             (log-weights before inflation, ancestors, alpha) of the blocks. A block that no observation reaches keeps
             its particles.
         """
         which, weights = (jnp.asarray(x) for x in self.neighbourhoods)
-        n = len(log_predictive)
+        n, parts = num_particles(predictive), jax.tree.leaves(predictive)
 
         def of_block(inputs: tuple[Array, Array]) -> tuple[Array, Array, Array]:
             which, weights = inputs
-            nearby = log_predictive[:, which]
-            # 0 times -inf would be NaN: what is out of reach must not count.
-            log_weights = jnp.sum(jnp.where(weights[None] > 0, weights[None] * nearby, 0.0), axis=1)
-            ancestors, alpha = select(rng_key, log_weights, resampling_fn, target_ess)
+            nearby = jax.tree.map(lambda x: x[:, which], predictive)
+            log_weights, ancestors, alpha = inflation.select(rng_key, nearby, weights, resampling_fn, target_ess)
             return log_weights, keep_places(ancestors), alpha
 
-        batch = max(1, LARGEST_BATCH // (n * (which.shape[1] + 8)))
-        inputs = (which, weights.astype(log_predictive.dtype))
+        batch = max(1, LARGEST_BATCH // (n * (len(parts) * which.shape[1] + 8)))
+        inputs = (which, weights.astype(parts[0].dtype))
         log_weights, ancestors, alpha = jax.lax.map(of_block, inputs, batch_size=min(batch, len(which)))
         return log_weights.T, ancestors.T, alpha
 

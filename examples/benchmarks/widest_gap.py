@@ -1,0 +1,252 @@
+"""Where are particles furthest ahead of an ensemble Kalman filter? Both with the true transition, each at its best.
+
+Cases, from what a Kalman update cannot represent:
+
+- lorenz63: all of Lorenz-63 with an error variance of 2, every 0.25 (a third of a turn; noise variance 0.04): the
+  forecast bends around the attractor;
+- lorenz63, x only: its first component alone;
+- rain: max(x - 2, 0) of every site of Lorenz-96, error variance 0.1: nothing is seen below the threshold;
+- sparse modulus: abs(x) of every second site, error variance 0.1.
+
+Lorenz-96 is as in `local_ancestors.py` (40 sites, step 0.1, noise variance 0.5), where the filters are localised. The
+settings of both filters are those with the lowest CRPS on other truths, which `--tune` prints.
+
+    python examples/benchmarks/widest_gap.py --out widest_gap.json
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro
+import numpyro.distributions as dist
+import typer
+from numpyro.contrib.control_flow import scan
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+import numpyro_diffusion_da as ndda
+from numpyro_diffusion_da import verification
+from numpyro_diffusion_da.priors import lorenz96
+
+TUNING_SEED = 1
+SITES = 40
+
+
+def lorenz63(x: jax.Array, time: float = 0.25, step: float = 0.01) -> jax.Array:
+    """Lorenz-63 (sigma = 10, rho = 28, beta = 8/3) over that time, fourth-order Runge-Kutta."""
+
+    def slope(x: jax.Array) -> jax.Array:
+        return jnp.stack([10.0 * (x[1] - x[0]), x[0] * (28.0 - x[2]) - x[1], x[0] * x[1] - 8.0 / 3.0 * x[2]])
+
+    def move(_: int, x: jax.Array) -> jax.Array:
+        k1 = slope(x)
+        k2 = slope(x + 0.5 * step * k1)
+        k3 = slope(x + 0.5 * step * k2)
+        return x + step / 6.0 * (k1 + 2.0 * k2 + 2.0 * k3 + slope(x + step * k3))
+
+    return jax.lax.fori_loop(0, round(time / step), move, x)
+
+
+class Case(NamedTuple):
+    """A state-space model: x' = flow(x) + noise, y = h(x) + error.
+
+    Attributes:
+        flow: of the state.
+        noise_variance: of the transition.
+        climate: mean and standard deviation of the first state.
+        h: what is observed of the state.
+        error_variance: of the observations.
+        every: place of the state that each observation belongs to, every n-th of a ring; None for no ring.
+    """
+
+    flow: Callable[[jax.Array], jax.Array]
+    noise_variance: float
+    climate: tuple[np.ndarray, np.ndarray]
+    h: Callable[[jax.Array], jax.Array]
+    error_variance: float
+    every: int | None = None
+
+
+OF_63 = (lorenz63, 0.04, (np.array([0.0, 0.0, 23.5]), np.array([7.9, 9.0, 8.6])))
+OF_96 = (lorenz96.flow, lorenz96.NOISE_VARIANCE, (np.full(SITES, 2.3), np.full(SITES, 3.6)))
+CASES = {
+    "lorenz63": Case(*OF_63, lambda x: x, 2.0),
+    "lorenz63, x only": Case(*OF_63, lambda x: x[:1], 2.0),
+    "rain": Case(*OF_96, lambda x: jnp.maximum(x - 2.0, 0.0), 0.1, 1),
+    "sparse modulus": Case(*OF_96, lambda x: jnp.abs(x[::2]), 0.1, 2),
+}
+
+
+class Setting(NamedTuple):
+    """Target ESS of the particle filter or inflation of the Kalman filter, and the taper's half-width in sites."""
+
+    amount: float
+    radius: float | None = None
+
+
+# The lowest CRPS of `grid` on the truths of `TUNING_SEED`.
+TUNED: dict[str, dict[str, Setting]] = {
+    "FA-APF, Moment": {
+        "lorenz63": Setting(0.05), "lorenz63, x only": Setting(0.0), "rain": Setting(0.1, 5.0),
+        "sparse modulus": Setting(0.1, 5.0),
+    },
+    "EnKF": {
+        "lorenz63": Setting(1.0), "lorenz63, x only": Setting(1.02), "rain": Setting(1.0, 6.0),
+        "sparse modulus": Setting(1.0, 6.0),
+    },
+}  # fmt: skip
+CONTROLS = ("free ensemble", "bootstrap", "equal weights")
+
+
+def grid(name: str, case: Case) -> list[Setting]:
+    """The settings that a filter is tried with."""
+    if case.every is None:
+        amounts = {"FA-APF, Moment": (0.0, 0.05, 0.1, 0.2), "EnKF": (1.0, 1.02, 1.05, 1.1)}[name]
+        return [Setting(amount) for amount in amounts]
+    if name == "EnKF":
+        return [Setting(amount, radius) for radius in (4.0, 6.0, 9.0) for amount in (1.0, 1.05)]
+    return [Setting(0.1, 3.0), Setting(0.1, 5.0), Setting(0.2, 5.0), Setting(0.1, 8.0)]
+
+
+def program(case: Case) -> Callable[[jax.Array], None]:
+    """The case in NumPyro."""
+
+    def model(y: jax.Array) -> None:
+        def step(x: jax.Array, y_t: jax.Array) -> tuple[jax.Array, None]:
+            x = numpyro.sample("x", dist.Normal(case.flow(x), case.noise_variance**0.5).to_event(1))
+            numpyro.sample("y", dist.Normal(case.h(x), case.error_variance**0.5).to_event(1), obs=y_t)
+            return x, None
+
+        scan(step, numpyro.sample("x0", dist.Normal(*map(jnp.asarray, case.climate)).to_event(1)), y)
+
+    return model
+
+
+def simulate(key: jax.Array, case: Case, cycles: int) -> tuple[np.ndarray, np.ndarray]:
+    """(states, observations) after 50 steps of spin-up."""
+    start_key, run_key, error_key = jax.random.split(key, 3)
+    mean, deviation = map(jnp.asarray, case.climate)
+
+    def step(x: jax.Array, key: jax.Array) -> tuple[jax.Array, jax.Array]:
+        x = case.flow(x) + case.noise_variance**0.5 * jax.random.normal(key, x.shape)
+        return x, x
+
+    start = mean + deviation * jax.random.normal(start_key, mean.shape)
+    states = jax.lax.scan(step, start, jax.random.split(run_key, 50 + cycles))[1][50:]
+    seen = jax.vmap(case.h)(states)
+    return np.asarray(states), np.asarray(seen + case.error_variance**0.5 * jax.random.normal(error_key, seen.shape))
+
+
+def make(name: str, setting: Setting | None, case: Case) -> ndda.Algorithm:
+    """The filter of that name."""
+    model, taper = program(case), None
+    if setting is not None and setting.radius is not None:
+        assert case.every is not None
+        at = np.arange(0, SITES, case.every)
+        taper = ndda.Taper(setting.radius, ndda.Ring(SITES), {"y": at}, state=np.arange(SITES))
+    if name == "EnKF":
+        return ndda.EnKF(model, taper=taper, inflation=setting.amount)
+    if name == "equal weights":
+        return ndda.FAAPF(model, weight=ndda.Equal())
+    if name == "FA-APF, Moment":
+        return ndda.FAAPF(model, weight=ndda.Moment(), taper=taper, target_ess=setting.amount)
+    return ndda.Bootstrap(model)
+
+
+def row_of(
+    name: str, setting: Setting | None, kind: str, *, seed: int, truths: int, particles: int, cycles: int, spin_up: int
+) -> dict[str, Any]:
+    """Scores truth by truth."""
+    case = CASES[kind]
+    algorithm = make(name, setting, case)
+    run = ndda.ParticleFilter(algorithm, num_particles=particles, progress_bar=False, keep_observed=False)
+    row: dict[str, Any] = {"case": kind, "filter": name, "lost": 0, "CRPS": [], "RMSE": [], "spread/skill": []}
+    row |= {"amount": None, "radius": None} if setting is None else setting._asdict()
+    for number in range(truths):
+        truth_key, filter_key = jax.random.split(jax.random.fold_in(jax.random.key(seed), number))
+        states, y = simulate(truth_key, case, cycles)
+        try:
+            run.run(filter_key, np.full_like(y, np.nan) if name == "free ensemble" else y)
+        except FloatingPointError:
+            row["lost"] += 1
+            continue
+        x, truth = run.result.posterior["x"][0, :, spin_up:], states[spin_up:]
+        row["CRPS"].append(verification.crps(x, truth))
+        row["RMSE"].append(verification.rmse(x, truth))
+        row["spread/skill"].append(verification.spread_skill(x, truth))
+    return row
+
+
+def show(console: Console, title: str, rows: list[dict[str, Any]]) -> None:
+    """The table on the terminal; the gap is that of the mean CRPS to the Kalman filter's of the same case."""
+    table = Table(title=title, box=None, padding=(0, 1, 0, 0))
+    columns = ("case", "filter", "ESS/infl.", "radius", "RMSE", "spread/skill", "CRPS", "median", "gap, %", "lost")
+    for column in columns:
+        table.add_column(column, no_wrap=True)
+    kalman = {row["case"]: np.asarray(row["CRPS"]) for row in rows if row["filter"] == "EnKF"}
+    for row in rows:
+
+        def cell(key: str, digits: int, row: dict[str, Any] = row) -> str:
+            values = np.asarray(row[key])
+            error = f" ± {values.std(ddof=1) / len(values) ** 0.5:.{digits}f}" if len(values) > 1 else ""
+            return f"{values.mean():.{digits}f}{error}" if len(values) else "-"
+
+        settings = ["-" if row[key] is None else f"{row[key]:g}" for key in ("amount", "radius")]
+        gap = "-"
+        if row["CRPS"] and len(kalman.get(row["case"], ())):
+            gap = f"{100 * (np.mean(row['CRPS']) / np.mean(kalman[row['case']]) - 1):+.1f}"
+        median = f"{np.median(row['CRPS']):.3f}" if row["CRPS"] else "-"
+        scores = [cell("RMSE", 3), cell("spread/skill", 2), cell("CRPS", 4)]
+        table.add_row(row["case"], row["filter"], *settings, *scores, median, gap, str(row["lost"]))
+    console.print(table)
+
+
+def main(
+    case: Annotated[list[str] | None, typer.Option(help="Only this case; may be repeated.")] = None,
+    only: Annotated[list[str] | None, typer.Option(help="Only this filter; may be repeated.")] = None,
+    truths: Annotated[int, typer.Option(min=1, help="Truths.")] = 10,
+    particles: Annotated[int, typer.Option(min=2, help="Particles of each filter.")] = 256,
+    cycles: Annotated[int, typer.Option(min=2, help="Cycles of each truth.")] = 120,
+    spin_up: Annotated[int, typer.Option(min=0, help="Cycles that are not scored.")] = 30,
+    tune: Annotated[bool, typer.Option(help="The grid of settings, on other truths, instead of the table.")] = False,
+    seed: Annotated[int, typer.Option(help="Of the truths reported.")] = 0,
+    out: Annotated[Path | None, typer.Option(help="Write the table to this JSON file.")] = None,
+) -> None:
+    """Particles against a Kalman filter where the Kalman update must lose."""
+    console = Console(width=140)
+    names = [*TUNED, *CONTROLS]
+    for given, known, what in ((case, list(CASES), "case"), (only, names, "filter")):
+        if unknown := sorted(set(given or ()) - set(known)):
+            raise typer.BadParameter(f"no {what} called {', '.join(unknown)}; there are {', '.join(known)}.")
+    if not spin_up < cycles:
+        raise typer.BadParameter(f"spin-up of {spin_up} of {cycles} cycles leaves none to score.")
+    work: list[tuple[str, str, Setting | None]] = []
+    for kind in case or CASES:
+        for name in names:
+            if only and name not in only:
+                continue
+            if tune:
+                work += [(kind, name, setting) for setting in (grid(name, CASES[kind]) if name in TUNED else [])]
+            else:
+                work.append((kind, name, TUNED[name][kind] if name in TUNED else None))
+    sizes = {"truths": truths, "particles": particles, "cycles": cycles, "spin_up": spin_up}
+    sizes["seed"] = TUNING_SEED if tune else seed
+    rows = []
+    for kind, name, setting in track(work, "filtering", console=console, transient=True):
+        rows.append(row_of(name, setting, kind, **sizes))
+        if out is not None:
+            found = {"version": ndda.__version__, "settings": {**sizes, "tune": tune}, "rows": rows}
+            out.write_text(json.dumps(found, indent=1) + "\n")
+    show(console, f"N = {particles}, {truths} truths of {cycles} cycles, true transition", rows)
+
+
+if __name__ == "__main__":
+    typer.run(main)
