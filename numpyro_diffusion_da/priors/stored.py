@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jaxtyping import Float, PyTree
+from jaxtyping import Array, Float, PyTree
 
 
 def named_arrays(tree: PyTree) -> dict[str, np.ndarray]:
@@ -19,7 +19,7 @@ def named_arrays(tree: PyTree) -> dict[str, np.ndarray]:
     return {jax.tree_util.keystr(path).lstrip("."): np.asarray(leaf) for path, leaf in leaves}
 
 
-def part(arrays: dict[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:
+def part(arrays: dict[str, Array], prefix: str) -> dict[str, Array]:
     """Those whose name begins with the prefix, named by the rest."""
     return {name.removeprefix(prefix): value for name, value in arrays.items() if name.startswith(prefix)}
 
