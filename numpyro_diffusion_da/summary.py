@@ -124,8 +124,8 @@ def inflation_advice(result: FilterResult) -> str | None:
         instead = ["use ndda.FAAPF(model), which weighs before it moves"]
     instead += ["give the weights the transition's spread, weight=ndda.Moment()"] if weight == "Dirac()" else []
     return (
-        f"weights are inflated to alpha = {alpha:.2g} (median), and below {INFLATED} selection makes little use of the "
-        f"observations: {'; '.join(instead)}; or take more particles."
+        f"weights are inflated to alpha = {alpha:.2g} (median), below {INFLATED}: a few particles would hold them all, "
+        f"and selection uses less of what is observed; {'; '.join(instead)}; or take more particles."
     )
 
 
