@@ -26,6 +26,7 @@ from numpyro_diffusion_da.transition import DiffusionStep, GaussianStep
 
 KEY = jax.random.key(0)
 TEMPERING, INFLATION = ndda.Tempering(), ndda.ObservationInflation()
+COMPILES_A_LOT = True
 
 
 N, M, TARGET = 200, 8, 0.55  # of all selections, which then are compiled once
