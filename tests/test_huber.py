@@ -105,7 +105,7 @@ def exact():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["FAAPF", "GuidedPF", "Bootstrap", "local"])
+@pytest.mark.parametrize("name", ["FAAPF", "GuidedPF", "Bootstrap"])
 def test_filters_against_a_grid(name):
     """With a gross error and a missing value among six; Moment weights of one observation are exact."""
     n = 8000 if name == "Bootstrap" else 1000
@@ -113,9 +113,6 @@ def test_filters_against_a_grid(name):
         "FAAPF": lambda: ndda.FAAPF(model, target_ess=0.0),
         "GuidedPF": lambda: ndda.GuidedPF(model),
         "Bootstrap": lambda: ndda.Bootstrap(model),
-        "local": lambda: ndda.FAAPF(
-            model, target_ess=0.0, taper=ndda.Taper(1.0, ndda.Euclidean(), {"y": np.zeros(1)}, state=np.zeros(1))
-        ),
     }[name]()
     filter = ndda.ParticleFilter(algorithm, num_particles=n, progress_bar=False)
     filter.run(jax.random.key(0), Y[:, None])
@@ -125,8 +122,7 @@ def test_filters_against_a_grid(name):
     error = np.sqrt(2.0 / np.minimum(n, filter.result.sample_stats["ess"][0].reshape(len(Y))))
     assert np.all(np.abs(x.mean(0) - means) < 4.0 * spreads * error)
     assert np.all(np.abs(x.std(0) / spreads - 1.0) < 4.0 * error)
-    if name != "local":
-        assert abs(filter.result.sample_stats["log_evidence_increment"].sum() - evidence) < 0.25
+    assert abs(filter.result.sample_stats["log_evidence_increment"].sum() - evidence) < 0.25
 
 
 def test_a_program_finds_its_linear_predictor():

@@ -90,9 +90,9 @@ class Treatment(NamedTuple):
         if self.threshold is not None:
             parts.append(f"check {self.threshold:g}")
         if self.error_factor != 1.0:
-            parts.append(f"given R x {self.error_factor:.3g}")
+            parts.append(f"given R x {self.error_factor:.4g}")
         if self.repair:
-            parts.append(f"{self.repair}({self.amount:.3g})")
+            parts.append(f"{self.repair}({self.amount:.4g})")
         return ", ".join(parts)
 
 
