@@ -409,6 +409,7 @@ def test_arviz_statistics(filtered):
     assert np.shape(az.loo_pit(data, y="y") if not NEW_ARVIZ else az.loo_pit(data)["y"]) == (13,)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Estimated shape parameter of Pareto:UserWarning")
 def test_arviz_plots(filtered):
     import arviz as az

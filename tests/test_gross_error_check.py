@@ -20,8 +20,6 @@ COMPILES_A_LOT = True
 A = 0.95 * np.linalg.qr(np.random.default_rng(0).normal(size=(4, 4)))[0].astype(np.float32)
 ERROR = 0.5
 
-COMPILES_A_LOT = True
-
 
 def model(y):
     def step(x, y_t):

@@ -22,6 +22,7 @@ def unnormalised(y, loc, scale, k):
     return np.exp(-0.5 * r**2 if r <= k else -k * r + 0.5 * k**2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("k", [0.5, 1.5, 4.0])
 def test_density_moments_and_distribution_by_quadrature(k):
     loc, scale = 1.0, 2.0
@@ -49,6 +50,7 @@ def test_a_large_threshold_is_a_gaussian():
     np.testing.assert_allclose(ndda.Huber(0.5, 0.7, 8.0).log_prob(y), dist.Normal(0.5, 0.7).log_prob(y), rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_draws():
     fn = ndda.Huber(1.0, 2.0, 0.8)
     draws = np.asarray(jax.jit(lambda key: fn.sample(key, (4000,)))(jax.random.key(0)))
@@ -125,6 +127,7 @@ def test_filters_against_a_grid(name):
     assert abs(filter.result.sample_stats["log_evidence_increment"].sum() - evidence) < 0.25
 
 
+@pytest.mark.slow
 def test_a_program_finds_its_linear_predictor():
     """So that quadrature runs along x itself, and a draw in closed form is exact."""
     program = StateSpaceModel(model, (Y[:, None],))

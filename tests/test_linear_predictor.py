@@ -106,6 +106,7 @@ def largest_distance(draws: np.ndarray) -> float:
     return max(found)
 
 
+@pytest.mark.slow
 def test_two_modes_in_closed_form():
     """The draw is exact: Kolmogorov's distance is that of as many draws of the posterior (1.63 / sqrt(n) at 1 %)."""
     step, likelihood = GaussianStep(jnp.asarray(MEANS), jnp.ones(4)), moduli(MODULI, 0.3)
@@ -118,6 +119,7 @@ def test_two_modes_in_closed_form():
     assert largest_distance(np.asarray(draws)) < 1.63 / np.sqrt(4000) + 0.01
 
 
+@pytest.mark.slow
 def test_two_modes_by_diffusion():
     """Guidance finds both modes; a linearised |x| found one or none (a distance of 0.25)."""
     prior = ndda.GaussianPrior(np.eye(4), np.eye(4))

@@ -37,6 +37,7 @@ def test_places_are_kept():
     np.testing.assert_array_equal(keep_places(jnp.arange(8)), np.arange(8))
 
 
+@pytest.mark.slow
 def test_one_block_is_the_selection_of_whole_particles():
     logs = -np.square(np.random.default_rng(0).normal(size=(50, SITES))).astype(np.float32)
     key = jax.random.key(1)
@@ -111,6 +112,7 @@ def test_heights_and_radii_by_site():
         ndda.WithHeight(ndda.GreatCircle(), 0.0)
 
 
+@pytest.mark.slow
 def test_each_observation_by_itself():
     rng = np.random.default_rng(0)
     factor = 0.7 * np.tril(rng.normal(size=(4, 4)))
@@ -186,6 +188,7 @@ def run(y, keep_forecasts=False, **settings) -> ndda.ParticleFilter:
 TAPER = ndda.Taper(0.4, ndda.Ring(SITES), {"y": np.arange(SITES)}, state=np.arange(SITES))
 
 
+@pytest.mark.slow
 def test_independent_sites_are_filtered_each_by_itself():
     """The error is that of a filter of one site with exact weights, however many sites there are."""
     means, y = independent_sites(0, 12)

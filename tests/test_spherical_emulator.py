@@ -26,6 +26,9 @@ from numpyro_diffusion_da.priors.spherical_networks import (
 )
 from numpyro_diffusion_da.spherical_harmonics import HarmonicNoise, SphericalHarmonics
 
+pytestmark = pytest.mark.slow
+COMPILES_A_LOT = True
+
 H = SphericalHarmonics(6, 8, num_scalars=2, num_winds=1)
 SIZE = 6 * 4
 VARIABLES = (

@@ -92,6 +92,7 @@ def noise_product(noise, v):
     return noise.covariance_product(v)
 
 
+@pytest.mark.slow
 def test_product_is_symmetric_linear_and_the_same_for_every_channel():
     noise = ndda.SphericalNoise(13, 24)
     v, w = jax.random.normal(jax.random.key(0), (2, 13, 24, 3))
@@ -199,6 +200,7 @@ def test_latents_of_another_grid_are_refused(shape):
 # --- guidance ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_guidance_is_exact_with_c_and_wrong_without():
     """Every noise level, 20 draws: rounding with C; 58 to 93 % off with the published C = I."""
     benchmark = load_program(BENCHMARKS / "spherical_noise.py")
