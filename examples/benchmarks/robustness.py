@@ -56,10 +56,6 @@ LIKELIHOODS: dict[str, Callable[[jax.Array, jax.Array], dist.Distribution]] = {
     "Normal": lambda seen, error: dist.Normal(seen, error).to_event(1),
     "StudentT(4)": lambda seen, error: dist.StudentT(4.0, seen, error).to_event(1),
     "Huber(1.5)": lambda seen, error: ndda.Huber(seen, error, 1.5).to_event(1),
-    "true mixture": lambda seen, error: dist.MixtureSameFamily(
-        dist.Categorical(probs=jnp.array([1.0 - GROSS_SHARE, GROSS_SHARE])),
-        dist.Normal(seen[:, None], error * jnp.array([1.0, GROSS_FACTOR])),
-    ).to_event(1),
     "correlated": lambda seen, error: dist.MultivariateNormal(seen, error**2 * CORRELATION),
 }
 
@@ -129,7 +125,7 @@ SCENARIOS: dict[str, Scenario] = {
         gross=True,
         treatments=(
             FA, FA._replace(threshold=3.0), FA._replace(threshold=5.0), FA._replace(likelihood="StudentT(4)"),
-            FA._replace(likelihood="Huber(1.5)"), FA._replace(likelihood="true mixture"), EK,
+            FA._replace(likelihood="Huber(1.5)"), EK,
             EK._replace(threshold=3.0), EK._replace(threshold=5.0),
         ),
     ),
