@@ -327,6 +327,7 @@ def test_names_of_stations_go_through_netcdf(tmp_path):
         assert back["observed_data/y"].station.values.tolist() == ["Oslo", "Bergen", "Voss", "Ås"]
 
 
+@pytest.mark.slow
 def test_verification_reads_a_result(filtered):
     tree = filtered.to_datatree()
     predicted, y = tree["posterior_predictive/y"].isel(chain=0), tree["observed_data/y"]

@@ -127,6 +127,7 @@ def test_wrong_input(prior):
         _ = ndda.DiffusionTransition(prior, jnp.zeros(4), inputs=jnp.zeros(1)).mean
 
 
+@pytest.mark.slow
 def test_conditioned_draws_move_towards_the_observation(prior):
     def observe(x):
         y = jnp.asarray([5.0])

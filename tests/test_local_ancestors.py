@@ -48,6 +48,7 @@ def test_one_block_is_the_selection_of_whole_particles():
     np.testing.assert_array_equal(ancestors, keep_places(whole)[:, None])
 
 
+@pytest.mark.slow
 def test_a_block_selects_by_what_is_near_it():
     logs = -3.0 * np.square(np.random.default_rng(0).normal(size=(50, SITES))).astype(np.float32)
     key = jax.random.key(1)

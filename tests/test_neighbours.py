@@ -56,6 +56,7 @@ def numpy_kalman(small, y):
     return np.array(means), np.array(variances), log_evidence
 
 
+@pytest.mark.slow
 def test_kalman_filter_of_a_diffusion_program(small):
     y = small.simulate(1, 6)[1].astype(np.float32)
     y[1, 0] = y[4] = np.nan

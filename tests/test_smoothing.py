@@ -191,6 +191,7 @@ def test_a_smoothed_result_has_its_names():
     assert convert.to_arviz(smoothing.trajectories(result)).attrs["smoothing"] == "genealogy"
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Estimated shape parameter of Pareto:UserWarning")  # few particles
 def test_a_filter_gives_its_smoothed_tree():
     import arviz as az
@@ -267,6 +268,7 @@ def error_in_sd(result: ndda.FilterResult, mean: np.ndarray, variance: np.ndarra
     return np.sqrt(np.mean((result.posterior["x"].mean(1) - mean) ** 2 / variance, axis=(1, 2)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_trajectories_are_the_exact_smoother(seed):
     """Mean and second moment within standard errors over independent filters, which know of the coalescence."""
