@@ -2,6 +2,7 @@
 
 import json
 
+import jax
 import numpy as np
 import pytest
 from conftest import BENCHMARKS, load_program
@@ -31,6 +32,7 @@ def test_fa_apf_on_the_emulator_beats_its_controls():
 
 @pytest.mark.slow
 def test_benchmark_runs_small(tmp_path):
+    jax.config.update("jax_disable_most_optimizations", True)  # so small, it compiles longer than it computes
     out = tmp_path / "twin.json"
     load("lorenz96_twin").main(truths=1, cycles=3, spin_up=1, particles=8, seed=0, out=out)
     assert json.loads(out.read_text())["scores"][MAIN]["passes"]["mean"] == 54
