@@ -21,6 +21,8 @@ import numpyro_diffusion_da as ndda
 from numpyro_diffusion_da import backward, smoothing
 from numpyro_diffusion_da.state_space import StateSpaceModel
 
+pytestmark = pytest.mark.slow  # each compiles filters of its own
+
 N, DRAWS = 6, 3000
 
 

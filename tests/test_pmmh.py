@@ -20,6 +20,8 @@ from numpyro.contrib.control_flow import scan
 import numpyro_diffusion_da as ndda
 from numpyro_diffusion_da.smc import pmmh
 
+pytestmark = pytest.mark.slow  # each compiles filters of its own
+
 KEY = jax.random.key(0)
 Y = np.array([0.3, -0.2, 0.9, np.nan, 0.4, 1.1], np.float32)
 

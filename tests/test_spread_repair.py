@@ -18,6 +18,8 @@ from numpyro_diffusion_da.innovations import _ratio
 from numpyro_diffusion_da.smc import fa_apf
 from numpyro_diffusion_da.smc.spread_repair import repaired
 
+pytestmark = pytest.mark.slow  # each compiles filters of its own
+
 KEY = jax.random.key(0)
 
 
