@@ -54,13 +54,7 @@ def make_program(prior, climatology):
 def true_run(rng_key, steps, climatology):
     """The true system from a state of its climatology, after 50 steps of spin-up, shape (steps, sites)."""
     start_key, run_key = jax.random.split(rng_key)
-
-    def step(x, key):
-        x = lorenz96.draw(key, x)
-        return x, x
-
-    start = climatology.sample(start_key)
-    return jax.lax.scan(step, start, jax.random.split(run_key, 50 + steps))[1][50:]
+    return lorenz96.trajectory(run_key, climatology.sample(start_key), 50 + steps)[50:]
 
 
 def autoregression(run):

@@ -37,7 +37,7 @@ def demo(
     from numpyro_diffusion_da import plots
     from numpyro_diffusion_da.convert import to_datatree
     from numpyro_diffusion_da.priors.shipped import load_prior
-    from numpyro_diffusion_da.twin import FREE, MAIN, TwinExperiment, run_twin, score_table
+    from numpyro_diffusion_da.twin import FILTERS, FREE, MAIN, TwinExperiment, run_twin, score_table
 
     console = Console()
     try:
@@ -51,7 +51,7 @@ def demo(
     started = time.perf_counter()
     columns = (TextColumn("{task.description:>20}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console) as bar:
-        task = bar.add_task("", total=6 * truths)
+        task = bar.add_task("", total=len(FILTERS) * truths)
         result = run_twin(
             experiment,
             load_prior("lorenz96"),

@@ -41,7 +41,7 @@ COLUMNS = {
     "ess": "ESS",
     "inflation": "infl.",
 }
-FREE, BOOTSTRAP, GUIDED, GLOBAL, MAIN, ENKF = (
+FREE, BOOTSTRAP, GUIDED, GLOBAL, MAIN, ENKF = FILTERS = (
     "free ensemble",
     "bootstrap",
     "equal weights",
@@ -79,16 +79,10 @@ class TwinExperiment:
     def truth(self, rng_key: PRNGKeyArray, start: dist.Distribution) -> tuple[np.ndarray, np.ndarray]:
         """(states, observations), shapes (cycles, sites) and (cycles, observed sites), after 50 steps of spin-up."""
         start_key, run_key, error_key = jax.random.split(rng_key, 3)
-        root = np.sqrt(lorenz96.NOISE_VARIANCE)
-
-        def step(x: Array, key: PRNGKeyArray) -> tuple[Array, Array]:
-            x = lorenz96.flow(x) + root * jax.random.normal(key, x.shape)
-            return x, x
-
-        _, states = jax.lax.scan(step, start.sample(start_key), jax.random.split(run_key, 50 + self.cycles))
-        observed = states[50:, :: self.every]
+        states = lorenz96.trajectory(run_key, start.sample(start_key), 50 + self.cycles)[50:]
+        observed = states[:, :: self.every]
         y = observed + np.sqrt(self.error_variance) * jax.random.normal(error_key, observed.shape)
-        return np.asarray(states[50:]), np.asarray(y)
+        return np.asarray(states), np.asarray(y)
 
     def emulator_program(self, prior: DiffusionPrior) -> Callable[[Array], None]:
         """The state-space model with a diffusion emulator."""

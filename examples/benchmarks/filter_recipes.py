@@ -10,25 +10,20 @@ differences are taken truth by truth. Nothing but the recipe differs, and none w
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
 import jax
 import numpy as np
-import numpyro
-import numpyro.distributions as dist
 import typer
-from numpyro.contrib.control_flow import scan
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
 import numpyro_diffusion_da as ndda
-from numpyro_diffusion_da import verification
-from numpyro_diffusion_da.priors import lorenz96
-
-ERROR_VARIANCE, EVERY, RADIUS, TARGET_ESS = 0.1, 2, 5.0, 0.1
+from numpyro_diffusion_da.twin import TwinExperiment
 
 
 class Recipe(NamedTuple):
@@ -63,59 +58,21 @@ RECIPES = {
 REFERENCE = "published: Adams-Bashforth 3, 2 Langevin"
 
 
-def program(sites: int, recipe: Recipe) -> Any:
-    """The state-space model."""
-    prior = ndda.load_prior("lorenz96", num_sites=sites)
-
-    def model(y: jax.Array) -> None:
-        def step(x: jax.Array, y_t: jax.Array) -> tuple[jax.Array, None]:
-            x = numpyro.sample("x", ndda.DiffusionTransition(prior, x, sampler=recipe.sampler))
-            numpyro.sample("y", dist.Normal(x[::EVERY], ERROR_VARIANCE**0.5).to_event(1), obs=y_t)
-            return x, None
-
-        scan(step, numpyro.sample("x0", prior.climatology()), y)
-
-    return model
-
-
-def simulate(key: jax.Array, sites: int, cycles: int) -> tuple[np.ndarray, np.ndarray]:
-    """(states, observations) of the true equations after 50 steps of spin-up."""
-    start_key, run_key, error_key = jax.random.split(key, 3)
-
-    def step(x: jax.Array, key: jax.Array) -> tuple[jax.Array, jax.Array]:
-        x = lorenz96.draw(key, x)
-        return x, x
-
-    start = ndda.load_prior("lorenz96", num_sites=sites).climatology().sample(start_key)
-    states = jax.lax.scan(step, start, jax.random.split(run_key, 50 + cycles))[1][50:]
-    seen = states[:, ::EVERY]
-    return np.asarray(states), np.asarray(seen + ERROR_VARIANCE**0.5 * jax.random.normal(error_key, seen.shape))
-
-
-def scores_of(
-    recipe: Recipe, *, sites: int, truths: int, particles: int, cycles: int, spin_up: int, seed: int
-) -> dict[str, Any]:
+def scores_of(recipe: Recipe, experiment: TwinExperiment, *, sites: int, truths: int, particles: int, seed: int) -> Any:
     """Scores by truth, and the network passes of one particle and step."""
-    taper = ndda.Taper(RADIUS, ndda.Ring(sites), {"y": np.arange(0, sites, EVERY)}, state=np.arange(sites))
-    # The emulator's errors are nearly independent from site to site: one product with random signs has its variances.
-    algorithm = ndda.FAAPF(
-        program(sites, recipe),
-        weight=ndda.Moment(noise_level=10.0, probes=1),
-        taper=taper,
-        target_ess=TARGET_ESS,
-        guidance=recipe.guidance,
-    )
+    prior = ndda.load_prior("lorenz96", num_sites=sites)
+    local = experiment.local_filter(experiment.emulator_program(prior), sites)
+    algorithm = dataclasses.replace(local, sampler=recipe.sampler, guidance=recipe.guidance)
     run = ndda.ParticleFilter(algorithm, num_particles=particles, progress_bar=False, keep_observed=False)
     found: dict[str, Any] = {"CRPS": [], "RMSE": [], "spread/skill": []}
     for number in range(truths):
         truth_key, filter_key = jax.random.split(jax.random.fold_in(jax.random.key(seed), number))
-        states, y = simulate(truth_key, sites, cycles)
+        states, y = experiment.truth(truth_key, prior.climatology())
         run.run(filter_key, y)
-        x, truth = run.result.posterior["x"][0, :, spin_up:], states[spin_up:]
-        found["CRPS"].append(verification.crps(x, truth))
-        found["RMSE"].append(verification.rmse(x, truth))
-        found["spread/skill"].append(verification.spread_skill(x, truth))
-    found["passes"] = float(sum(v.mean() for v in run.result.network_passes.values()))
+        scores = experiment.score(run.result, states)
+        for name, key in {"CRPS": "crps", "RMSE": "rmse", "spread/skill": "spread_skill"}.items():
+            found[name].append(scores[key])
+    found["passes"] = scores["passes"]
     return found
 
 
@@ -139,15 +96,17 @@ def main(
     console = Console(width=130)
     if unknown := sorted(set(only or ()) - set(RECIPES)):
         raise typer.BadParameter(f"no recipe called {', '.join(unknown)}; there are {', '.join(RECIPES)}.")
-    if not spin_up < cycles:
-        raise typer.BadParameter(f"spin-up of {spin_up} of {cycles} cycles leaves none to score.")
+    try:
+        experiment = TwinExperiment(cycles=cycles, spin_up=spin_up)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
     names = [name for name in RECIPES if not only or name in {REFERENCE, *only}]
-    sizes = {"sites": sites, "truths": truths, "particles": particles, "cycles": cycles, "spin_up": spin_up}
+    sizes = {"sites": sites, "truths": truths, "particles": particles, "seed": seed}
     found: dict[str, dict[str, Any]] = {}
     for name in track(names, "filtering", console=console, transient=True):
-        found[name] = scores_of(RECIPES[name], **sizes, seed=seed)
+        found[name] = scores_of(RECIPES[name], experiment, **sizes)
         if out is not None:
-            settings = {**sizes, "seed": seed}
+            settings = {**sizes, "cycles": cycles, "spin_up": spin_up}
             written = {"version": ndda.__version__, "settings": settings, "by truth": found}
             out.write_text(json.dumps(written, indent=1) + "\n")
     title = f"Lorenz-96, {sites} sites, N = {particles}, {truths} truths of {cycles} cycles; % of the published recipe"

@@ -121,16 +121,9 @@ def simulate(key: jax.Array, case: Case, sites: int, cycles: int) -> tuple[np.nd
     """(states, observations) after 50 steps of spin-up."""
     start_key, run_key, error_key = jax.random.split(key, 3)
     climate = ndda.load_prior("lorenz96", num_sites=sites).climatology()
-
-    def step(x: jax.Array, key: jax.Array) -> tuple[jax.Array, jax.Array]:
-        x = lorenz96.draw(key, x)
-        return x, x
-
-    _, states = jax.lax.scan(step, climate.sample(start_key), jax.random.split(run_key, 50 + cycles))
-    seen = case.h(states[50:, :: case.every])
-    return np.asarray(states[50:]), np.asarray(
-        seen + case.error_variance**0.5 * jax.random.normal(error_key, seen.shape)
-    )
+    states = lorenz96.trajectory(run_key, climate.sample(start_key), 50 + cycles)[50:]
+    seen = case.h(states[:, :: case.every])
+    return np.asarray(states), np.asarray(seen + case.error_variance**0.5 * jax.random.normal(error_key, seen.shape))
 
 
 def make(name: str, setting: Setting | None, model: Any, case: Case, sites: int, emulator: bool) -> ndda.Algorithm:

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from numpyro_diffusion_da.priors.shipped import load_prior
-from numpyro_diffusion_da.twin import TwinExperiment, run_twin, score_table
+from numpyro_diffusion_da.twin import FILTERS, TwinExperiment, run_twin, score_table
 
 
 def main(
@@ -25,7 +25,7 @@ def main(
     """Run all filters on all truths and print their scores."""
     console = Console()
     with Progress(console=console) as bar:
-        task = bar.add_task("", total=6 * truths)
+        task = bar.add_task("", total=len(FILTERS) * truths)
 
         def on_step(name: str) -> None:
             bar.update(task, description=name, advance=1)

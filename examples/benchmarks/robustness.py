@@ -206,18 +206,13 @@ def simulate(key: jax.Array, scenario: Scenario, cycles: int) -> tuple[np.ndarra
     """(states, observations, where they are grossly wrong) after 50 steps of spin-up."""
     start_key, run_key, error_key, gross_key = jax.random.split(key, 4)
     climate = ndda.load_prior("lorenz96", num_sites=SITES).climatology()
-
-    def step(x: jax.Array, key: jax.Array) -> tuple[jax.Array, jax.Array]:
-        x = lorenz96.draw(key, x)
-        return x, x
-
-    _, states = jax.lax.scan(step, climate.sample(start_key), jax.random.split(run_key, 50 + cycles))
+    states = lorenz96.trajectory(run_key, climate.sample(start_key), 50 + cycles)[50:]
     error = jax.random.normal(error_key, (cycles, len(AT)))
     if scenario.correlated:
         error = error @ jnp.linalg.cholesky(CORRELATION).T
     gross = jax.random.bernoulli(gross_key, GROSS_SHARE if scenario.gross else 0.0, error.shape)
-    y = states[50:, ::2] + VARIANCE**0.5 * jnp.where(gross, GROSS_FACTOR, 1.0) * error
-    return np.asarray(states[50:]), np.asarray(y), np.asarray(gross)
+    y = states[:, ::2] + VARIANCE**0.5 * jnp.where(gross, GROSS_FACTOR, 1.0) * error
+    return np.asarray(states), np.asarray(y), np.asarray(gross)
 
 
 def algorithm(treatment: Treatment, bias: float, emulator: bool, amount: Any = None) -> ndda.Algorithm:
@@ -225,7 +220,7 @@ def algorithm(treatment: Treatment, bias: float, emulator: bool, amount: Any = N
     model = program(treatment.likelihood, bias, emulator)
     amount = treatment.amount if amount is None else amount
     wide = treatment.filter.endswith("global")
-    repairs = {"Multiplicative": ndda.Multiplicative, "Jitter": ndda.Jitter, "RTPS": ndda.RTPS}
+    repairs = {"Multiplicative": ndda.Multiplicative, "Jitter": ndda.Jitter}
     repair = (repairs[treatment.repair](amount),) if treatment.repair else ()
 
     def taper(radius: float) -> ndda.Taper | None:

@@ -46,3 +46,13 @@ def flow(x: Float[Array, "*batch sites"]) -> Float[Array, "*batch sites"]:
 def draw(rng_key: PRNGKeyArray, x: Float[Array, "*batch sites"]) -> Float[Array, "*batch sites"]:
     """x' ~ N(flow(x), 0.5 I)."""
     return flow(x) + NOISE_VARIANCE**0.5 * jax.random.normal(rng_key, x.shape, x.dtype)
+
+
+def trajectory(rng_key: PRNGKeyArray, x: Float[Array, " sites"], steps: int) -> Float[Array, "steps sites"]:
+    """The states of `steps` steps from x on."""
+
+    def step(x: Array, key: PRNGKeyArray) -> tuple[Array, Array]:
+        x = draw(key, x)
+        return x, x
+
+    return jax.lax.scan(step, x, jax.random.split(rng_key, steps))[1]
