@@ -16,7 +16,7 @@ from numpyro_diffusion_da import backward, smoothing
 from numpyro_diffusion_da.algorithm import Algorithm
 from numpyro_diffusion_da.compilation import Compiled
 from numpyro_diffusion_da.footprint import device_memory
-from numpyro_diffusion_da.gross_error_check import warn_if_most_rejected
+from numpyro_diffusion_da.gross_error_check import rejection_advice
 from numpyro_diffusion_da.program import TimeInputs
 from numpyro_diffusion_da.progress import step_progress
 from numpyro_diffusion_da.result import PER_PARTICLE, FilterResult
@@ -145,10 +145,10 @@ class ParticleFilter:
                     advance(output["stats"])
                 chains.append(jax.tree.map(lambda *v: np.stack(v), *steps))
         self._result = self._collect(program, attributes, chains)
-        warn_if_most_rejected(self._result)
         self._given, self._inputs = given, xs
-        if (advice := inflation_advice(self._result)) is not None:
-            warnings.warn(advice, stacklevel=2)
+        for advice in (rejection_advice(self._result), inflation_advice(self._result)):
+            if advice is not None:
+                warnings.warn(advice, stacklevel=2)
 
     def _functions(self, program: StateSpaceModel) -> tuple[Any, Any, Any]:
         """The jitted start, step and step back. Kept: a second run with the same shapes compiles nothing."""

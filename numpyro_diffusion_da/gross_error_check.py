@@ -14,7 +14,6 @@ the more the longer. Hence the warning, and a threshold that is not small.
 from __future__ import annotations
 
 import dataclasses
-import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -187,13 +186,13 @@ def rejected_share(result: FilterResult) -> float:
     return sum(int(values.sum()) for values in result.rejected.values()) / max(observed, 1)
 
 
-def warn_if_most_rejected(result: FilterResult) -> None:
-    """Say so where a check rejected more than `TOO_MANY`."""
+def rejection_advice(result: FilterResult) -> str | None:
+    """What to do where a check rejected more than `TOO_MANY`; None where it did not."""
     share = rejected_share(result)
-    if share > TOO_MANY:
-        warnings.warn(
-            f"the gross-error check rejected {share:.0%} of the observations: the ensemble has lost the truth, or the "
-            "observation errors are given too small, and a filter that rejects what could correct it does not "
-            "recover; raise the threshold, or the spread (spread_repair), or look at the errors (innovations).",
-            stacklevel=3,
-        )
+    if share <= TOO_MANY:
+        return None
+    return (
+        f"the gross-error check rejected {share:.0%} of the observations: the ensemble has lost the truth, or the "
+        "observation errors are given too small, and a filter that rejects what could correct it does not "
+        "recover; raise the threshold, or the spread (spread_repair), or look at the errors (innovations)."
+    )
