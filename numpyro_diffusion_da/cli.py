@@ -36,7 +36,7 @@ def demo(
 
     from numpyro_diffusion_da import plots
     from numpyro_diffusion_da.convert import to_datatree
-    from numpyro_diffusion_da.priors.shipped import load_prior
+    from numpyro_diffusion_da.priors.emulator import load_prior
     from numpyro_diffusion_da.twin import FILTERS, FREE, MAIN, TwinExperiment, run_twin, score_table
 
     console = Console()
@@ -89,7 +89,7 @@ def info() -> None:
     """Versions, devices and the priors that ship, with their data cards."""
     import jax
 
-    from numpyro_diffusion_da.priors.shipped import SHIPPED, load_prior
+    from numpyro_diffusion_da.priors.emulator import SHIPPED, load_prior
 
     console = Console()
     table = Table("package", "version", header_style="bold")

@@ -116,3 +116,16 @@ class DiffusionPrior(eqx.Module):
         if len(batch_shapes) != 1:
             raise ValueError(f"the states given have different batch shapes {sorted(batch_shapes)}; give them one.")
         return batch_shapes.pop()
+
+    def only_state(self, state: PyTree, inputs: PyTree) -> Float[Array, ...]:
+        """The state, for a trained prior that is conditioned on one state and nothing else.
+
+        Raises:
+            ValueError: inputs were given, or a state of another shape.
+        """
+        if inputs is not None:
+            raise ValueError(f"{type(self).__name__} takes no inputs: the forcing it was trained with is part of it.")
+        x = jnp.asarray(state)
+        if x.shape != self.layout.shape:
+            raise ValueError(f"state has shape {x.shape}, expected {self.layout.shape}; use jax.vmap for a batch.")
+        return x

@@ -1,7 +1,4 @@
-"""The emulator on the sphere: its symmetries and its denoiser on random weights, and what ships."""
-
-import json
-from pathlib import Path
+"""The emulator on the sphere: its symmetries and its denoiser on random weights."""
 
 import equinox as eqx
 import jax
@@ -9,9 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import numpyro_diffusion_da as ndda
 from numpyro_diffusion_da.layout import Variable
-from numpyro_diffusion_da.priors.shipped import SHIPPED
 from numpyro_diffusion_da.priors.spherical_emulator import (
     SphericalEmulator,
     read_spherical_emulator,
@@ -136,15 +131,3 @@ def test_unknown_inputs_are_refused(emulator, state):
         emulator.condition(state, jnp.zeros(1))
     with pytest.raises(ValueError, match=r"expected \(8, 16, 4\)"):
         emulator.condition(state[:4])
-
-
-@pytest.mark.skipif("held_suarez" not in SHIPPED, reason="not trained yet")
-def test_what_ships():
-    prior = ndda.load_prior("held_suarez")
-    folder = Path(ndda.__file__).parent / "data"
-    assert sum(file.stat().st_size for file in folder.glob("held_suarez*")) < 10e6
-    assert prior.checksum == prior.card["sha256"]
-    assert prior.layout.shape == (32, 64, 10)
-    json.dumps(prior.card, allow_nan=False)
-    x = prior.climatology().sample(jax.random.key(0))
-    np.testing.assert_allclose(np.asarray(prior.layout.select(x, "surface_pressure")).mean(), 1000.0, atol=20.0)

@@ -97,11 +97,7 @@ class SphericalEmulator(DiffusionPrior):
         Raises:
             ValueError: inputs were given, which this prior has none of, or a state of another shape.
         """
-        if inputs is not None:
-            raise ValueError("SphericalEmulator takes no inputs: the forcing it was trained with is part of it.")
-        x = jnp.asarray(state)
-        if x.shape != self.layout.shape:
-            raise ValueError(f"state has shape {x.shape}, expected {self.layout.shape}; use jax.vmap for a batch.")
+        x = self.only_state(state, inputs)
         mean, features = self.mean_network(self.coefficients(x), self.noise.harmonics)
         return SphericalConditioning(self.fields(mean), self.residual_network.terms(features))
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, PyTree
 
 
 def named_arrays(tree: PyTree) -> dict[str, np.ndarray]:
@@ -65,11 +65,3 @@ def read_stored(folder: Path | Traversable, name: str, script: str) -> tuple[dic
             f"the one described. Install the package again, or run {script}."
         )
     return arrays, card_text
-
-
-def pack(values: Float[np.ndarray, "*shape channel"]) -> dict[str, np.ndarray]:
-    """16-bit integers with an offset and a scale for each channel (the last axis)."""
-    axes = tuple(range(values.ndim - 1))
-    low, high = values.min(axis=axes), values.max(axis=axes)
-    offset, scale = (0.5 * (low + high)).astype(np.float32), ((high - low) / 65000.0).astype(np.float32)
-    return {"packed": np.rint((values - offset) / scale).astype(np.int16), "offset": offset, "scale": scale}
