@@ -11,6 +11,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+from packing import unpacked
 
 from numpyro_diffusion_da.layout import Layout, Variable
 from numpyro_diffusion_da.priors.spherical_emulator import spherical_layout
@@ -53,7 +54,7 @@ def shards(folder: Path, split: str, limit: int | None = None) -> Iterator[np.nd
         raise FileNotFoundError(f"{folder} has no shards of '{split}'; run generate.py --out {folder} first.")
     for path in paths:
         with np.load(path) as shard:
-            yield shard["packed"][..., index] * shard["scale"][index] + shard["offset"][index]
+            yield unpacked(shard, index)
 
 
 def statistics(folder: Path, limit: int | None = None) -> Statistics:

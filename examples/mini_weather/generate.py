@@ -9,8 +9,8 @@ spin-up is left out. The splits are made of different runs.
     python examples/mini_weather/generate.py --out weather_data
 
 About 0.1 s of one core for a simulated day. Every shard holds `DAYS_PER_SHARD` days of all runs of a split, packed to
-16 bits with an offset and a scale for each channel (an error of 1/130000 of the channel's range), and the model's state
-at its end: call the script again and it goes on after the last shard, with the same result.
+16 bits (`packing`), and the model's state at its end: call the script again and it goes on after the last shard, with
+the same result.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ import dinosaur
 import jax
 import jax.numpy as jnp
 import numpy as np
+from packing import packed
 
 LAYERS = 6
 LEVELS = (250, 500, 700, 850, 925)
@@ -99,17 +100,6 @@ def fields(state: Any, coords: Any, specs: Any, reference: np.ndarray) -> jax.Ar
         below = jnp.take_along_axis(profile, upper + 1, axis=0)
         columns.append(above + weight * (below - above))
     return jnp.transpose(jnp.concatenate(columns), (2, 1, 0))
-
-
-def packed(values: np.ndarray) -> dict[str, np.ndarray]:
-    """16-bit integers with an offset and a scale for each channel (the last axis)."""
-    low, high = (f(values, axis=tuple(range(values.ndim - 1))) for f in (np.min, np.max))
-    offset, scale = 0.5 * (low + high), np.maximum(high - low, 1e-6) / 65000.0
-    return {
-        "packed": np.rint((values - offset) / scale).astype(np.int16),
-        "offset": offset.astype(np.float32),
-        "scale": scale.astype(np.float32),
-    }
 
 
 def main() -> None:

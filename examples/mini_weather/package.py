@@ -17,9 +17,10 @@ from typing import Annotated
 import data
 import numpy as np
 import typer
+from packing import packed
 
 import numpyro_diffusion_da
-from numpyro_diffusion_da.priors.stored import pack, read_stored, write_stored
+from numpyro_diffusion_da.priors.stored import read_stored, write_stored
 
 NAME = "held_suarez"
 
@@ -44,7 +45,7 @@ def main(
     write_stored(arrays, card, out, NAME)
     truth = next(iter(data.shards(data_folder, split, 1)))[0, :states]
     with (out / f"{NAME}_truth.npz").open("wb") as file:
-        np.savez_compressed(file, **pack(truth))
+        np.savez_compressed(file, **packed(truth))
     for path in sorted(out.glob(f"{NAME}*")):
         print(f"{path}: {path.stat().st_size / 1e6:.2f} MB")
 

@@ -50,6 +50,12 @@ def squares(difference: np.ndarray) -> np.ndarray:
     return np.mean(np.sum(np.asarray(difference, np.float64) ** 2, axis=(1, 2, 3)), axis=0)
 
 
+def rms_of_channels(total: np.ndarray, scalars: int) -> np.ndarray:
+    """Roots of `squares`; the components of a wind share one, so that rotating it and scaling it commute."""
+    wind = 0.5 * total[scalars:].reshape(2, -1).sum(0)
+    return np.sqrt(np.concatenate([total[:scalars], wind, wind]))
+
+
 class Optimisation:
     """AdamW with warm-up and cosine decay, an average of the weights, and a file to go on from."""
 
@@ -194,16 +200,11 @@ def main(
     error = by_variable(squares(run_mean(network, check_before) - check_after), change, h.num_winds)
     print(f"mean network / persistence: {np.round(error, 3)}", flush=True)
 
-    # Winds of the state share a scale, so that rotating a wind and scaling it are one and the same.
     left = after - run_mean(network, before)
     check_left = check_after - run_mean(network, check_before)
-    total = squares(check_left)
-    wind = 0.5 * total[h.num_scalars :].reshape(2, -1).sum(0)
-    latent = np.sqrt(np.concatenate([total[: h.num_scalars], wind, wind])).astype(np.float32)
+    latent = rms_of_channels(squares(check_left), h.num_scalars).astype(np.float32)
     amplitude = known.noise.amplitude()[None, None, None]
-    train_total = squares(left)
-    train_wind = 0.5 * train_total[h.num_scalars :].reshape(2, -1).sum(0)
-    own = np.sqrt(np.concatenate([train_total[: h.num_scalars], train_wind, train_wind]))
+    own = rms_of_channels(squares(left), h.num_scalars)
     zeta = (left / own / amplitude).astype(np.float32)
     climate = before / amplitude
     emulator = SphericalEmulator(
