@@ -417,7 +417,7 @@ def test_units_of_observations_do_not_count():
 
     def ratio(**sites):
         observed, members = ({name: pair[i] for name, pair in sites.items()} for i in (0, 1))
-        return _ratio(SimpleNamespace(observed_data=observed, posterior=members), 2, 1)
+        return _ratio(SimpleNamespace(observed_data=observed, posterior=members, rejected={}), 2, 1)
 
     one = ratio(y=(o, b))
     two = ratio(y=(o[:, :2], b[..., :2]), z=(1e4 * o[:, 2:], 1e4 * b[..., 2:]))
