@@ -1,9 +1,11 @@
-"""Make the data of the mini weather: the Held-Suarez atmosphere at T21, every 12 hours on pressure levels.
+"""Make the data of the mini weather: a stochastic Held-Suarez atmosphere at T21, every 12 hours on pressure levels.
 
 The dry atmosphere of Held & Suarez 1994 (Bull. Amer. Meteor. Soc. 75, 1825) by the spectral model `dinosaur`, on its
-Gaussian grid of 64 x 32 points and 6 equidistant sigma layers, with fourth-order diffusion of the smallest scales.
-Runs are independent: each begins at rest in radiative equilibrium with its own random pressure disturbance, and its
-spin-up is left out. The splits are made of different runs.
+Gaussian grid of 64 x 32 points and 6 equidistant sigma layers, with fourth-order diffusion of the smallest scales, and
+random increments of vorticity and temperature after every step, as forecasting models have them for what they do not
+resolve: a coarse deterministic model knows its next 12 hours almost exactly, and weather does not.
+Runs are independent: each begins at rest in radiative equilibrium with its own random pressure disturbance and its own
+increments, and its spin-up is left out. The splits are made of different runs.
 
     pip install dinosaur-dycore
     python examples/mini_weather/generate.py --out weather_data
@@ -38,6 +40,15 @@ HOURS = 12
 DIFFUSION_ORDER = 2
 DIFFUSION_HOURS = 6.0
 """E-folding time of the smallest scale under diffusion by the Laplacian to the power of the order."""
+WIND_INCREMENT = (0.42, 0.25)
+"""Standard deviation in m/s of a component of wind, of all random increments of 12 hours together: in the uppermost
+layer and in the lowest; linear between them."""
+TEMPERATURE_INCREMENT = (0.14, 0.25)
+"""K, likewise."""
+INCREMENT_DEGREE = 12
+"""The kinetic energy (and the variance of temperature) of the increments falls off as exp(-(degree / this)^2)."""
+INCREMENT_LAYERS = 2.0
+"""Their correlation falls off by 1/e over so many layers."""
 DAYS_PER_SHARD = 50
 SPIN_UP_SHARDS = 2
 SEEDS = {"train": 0, "validation": 1, "test": 2}
@@ -78,6 +89,35 @@ def atmosphere() -> tuple[Any, Any, Callable[[Any], Any], Callable[[jax.Array], 
     return coords, specs, dinosaur.time_integration.step_with_filters(step, [diffusion]), start, reference
 
 
+def random_increments(coords: Any, specs: Any) -> Callable[[jax.Array, Any], Any]:
+    """(key, state) -> state with the increments of one model step: white in time, isotropic, without divergence."""
+    units, grid = dinosaur.scales.units, coords.horizontal
+    degree = np.asarray(grid.modal_axes[1], np.float64)
+    spectrum = np.where(degree > 0, np.exp(-((degree / INCREMENT_DEGREE) ** 2)), 0.0)
+    energy = spectrum / spectrum.sum()
+    # A real harmonic of unit coefficient has the mean square 1 / (4 pi); a degree has 2 l + 1 of them.
+    variance = 4.0 * np.pi * energy / (2 * degree + 1)
+    per_step = (STEP_MINUTES / (60.0 * 12)) ** 0.5
+    wind = specs.nondimensionalize(np.linspace(*WIND_INCREMENT, LAYERS) * units.meter / units.second)[:, None, None]
+    kelvin = specs.nondimensionalize(np.linspace(*TEMPERATURE_INCREMENT, LAYERS) * units.degK)[:, None, None]
+    # |k x grad psi|^2 has the mean l (l + 1) psi^2, of both components, and vorticity is l (l + 1) psi.
+    vorticity = per_step * wind * np.sqrt(2.0 * variance * degree * (degree + 1)) * grid.mask / grid.radius
+    temperature = per_step * kelvin * np.sqrt(variance) * grid.mask
+    distance = np.abs(np.subtract.outer(np.arange(LAYERS), np.arange(LAYERS)))
+    layers = np.linalg.cholesky(np.exp(-distance / INCREMENT_LAYERS))
+
+    def add(rng_key: jax.Array, state: Any) -> Any:
+        noise = jax.random.normal(rng_key, (2, LAYERS, *grid.modal_shape))
+        noise = jnp.einsum("kj,vj...->vk...", jnp.asarray(layers, noise.dtype), noise)
+        return dataclasses.replace(
+            state,
+            vorticity=state.vorticity + jnp.asarray(vorticity, noise.dtype) * noise[0],
+            temperature_variation=state.temperature_variation + jnp.asarray(temperature, noise.dtype) * noise[1],
+        )
+
+    return add
+
+
 def fields(state: Any, coords: Any, specs: Any, reference: np.ndarray) -> jax.Array:
     """A model state on the pressure levels, shape (latitude, longitude, channels), in the units of `CHANNELS`.
 
@@ -115,11 +155,20 @@ def main() -> None:
     grid = coords.horizontal
     steps = HOURS * 60 // STEP_MINUTES
 
-    def kept(state: Any, _: None) -> tuple[Any, jax.Array]:
-        state = jax.lax.fori_loop(0, steps, lambda i, s: step(s), state)
-        return state, fields(state, coords, specs, reference)
+    add = random_increments(coords, specs)
+    times = DAYS_PER_SHARD * 24 // HOURS
 
-    run = jax.jit(jax.vmap(lambda s: jax.lax.scan(kept, s, None, length=DAYS_PER_SHARD * 24 // HOURS)))
+    def run(rng_key: jax.Array, state: Any, first: jax.Array) -> tuple[Any, jax.Array]:
+        def kept(state: Any, time: jax.Array) -> tuple[Any, jax.Array]:
+            def one(i: jax.Array, state: Any) -> Any:
+                return add(jax.random.fold_in(rng_key, time * steps + i), step(state))
+
+            state = jax.lax.fori_loop(0, steps, one, state)
+            return state, fields(state, coords, specs, reference)
+
+        return jax.lax.scan(kept, state, first + jnp.arange(times))
+
+    run = jax.jit(jax.vmap(run, (0, 0, None)))
     description = {
         "latitude": np.rad2deg(grid.latitudes).tolist(),
         "longitude": np.rad2deg(grid.longitudes).tolist(),
@@ -130,13 +179,20 @@ def main() -> None:
             "dinosaur": dinosaur.__version__,
             "sigma_layers": LAYERS,
             "step_minutes": STEP_MINUTES,
+            "random_increments": {
+                "wind_m_s": WIND_INCREMENT,
+                "temperature_K": TEMPERATURE_INCREMENT,
+                "degree": INCREMENT_DEGREE,
+                "layers": INCREMENT_LAYERS,
+            },
             "diffusion": f"order {2 * DIFFUSION_ORDER}, {DIFFUSION_HOURS} h at the smallest scale",
         },
     }
     (options.out / "data.json").write_text(json.dumps(description, indent=2) + "\n")
     for split, seed in SEEDS.items():
         runs = getattr(options, f"{split}_runs")
-        state = jax.vmap(start)(jax.random.split(jax.random.key(seed), runs))
+        keys = jax.random.split(jax.random.key(seed), runs)
+        state = jax.vmap(start)(keys)
         structure = jax.tree.structure(state)
         for index in range(-SPIN_UP_SHARDS, -(-options.days // DAYS_PER_SHARD)):
             path = options.out / (f"{split}_{index:03d}.npz" if index >= 0 else f"spin_up_{split}_{-index}.npz")
@@ -146,7 +202,7 @@ def main() -> None:
                     leaves = [jnp.asarray(stored[f"state_{i}"]) for i in range(structure.num_leaves)]
                 state = jax.tree.unflatten(structure, leaves)
                 continue
-            state, values = run(state)
+            state, values = run(keys, state, jnp.asarray((index + SPIN_UP_SHARDS) * times))
             values = np.asarray(values)
             if not np.all(np.isfinite(values)):
                 raise RuntimeError(f"{path.name} is not finite; take a shorter step than {STEP_MINUTES} minutes.")

@@ -6,6 +6,8 @@ mirror image at the equator, so what is symmetric is uncorrelated with what is n
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import jax.numpy as jnp
 import numpy as np
 
@@ -25,21 +27,21 @@ def parities(harmonics: SphericalHarmonics, m: int) -> list[np.ndarray]:
     return [np.flatnonzero(exists & (sign == s)) for s in (1.0, -1.0)]
 
 
-def linear_forecast(
-    before: np.ndarray, after: np.ndarray, harmonics: SphericalHarmonics, ridge: float
-) -> ZonalOperator:
-    """P of the least squares after = P before, with `ridge` times the mean variance added to the normal equations."""
+def linear_forecasts(
+    before: np.ndarray, after: np.ndarray, harmonics: SphericalHarmonics, ridges: Sequence[float]
+) -> list[ZonalOperator]:
+    """P of the least squares after = P before, one for each ridge: times the mean variance, in the normal equations."""
     size = harmonics.degrees * harmonics.num_channels
-    matrices = np.zeros((harmonics.degrees, size, size), np.complex64)
+    matrices = np.zeros((len(ridges), harmonics.degrees, size, size), np.complex64)
     for m in range(harmonics.degrees):
         x, y = complex_waves(before, m), complex_waves(after, m)
         for index in parities(harmonics, m):
             p, q = x[:, index], y[:, index]
-            gram = p.conj().T @ p
-            gram += ridge * np.mean(np.diag(gram).real) * np.eye(len(index))
-            found = np.linalg.solve(gram, p.conj().T @ q).T
-            matrices[m][np.ix_(index, index)] = found.real if m == 0 else found
-    return ZonalOperator(jnp.asarray(matrices.real), jnp.asarray(matrices.imag))
+            gram, moments = p.conj().T @ p, p.conj().T @ q
+            for matrix, ridge in zip(matrices, ridges, strict=True):
+                found = np.linalg.solve(gram + ridge * np.mean(np.diag(gram).real) * np.eye(len(index)), moments).T
+                matrix[m][np.ix_(index, index)] = found.real if m == 0 else found
+    return [ZonalOperator(jnp.asarray(matrix.real), jnp.asarray(matrix.imag)) for matrix in matrices]
 
 
 def gaussian(samples: np.ndarray, harmonics: SphericalHarmonics, rank: int, shrinkage: float) -> GaussianDenoiser:

@@ -72,9 +72,8 @@ class Optimisation:
         save_every: int,
         check: Callable[[Any], str],
         minutes: float,
-        pace: Callable[[Any], Any] = lambda change: change,
     ) -> Any:
-        """The averaged model. Stops after `minutes`, to be gone on with later. `pace` may slow parts of a change."""
+        """The averaged model. Stops after `minutes`, to be gone on with later."""
         if not self.steps:
             return model
         state = self.optimiser.init(model)
@@ -89,7 +88,7 @@ class Optimisation:
             key = jax.random.fold_in(jax.random.key(self.seed), step)
             value, gradient = jax.value_and_grad(loss)(model, key, given)
             change, state = self.optimiser.update(gradient, state, model)
-            model = optax.apply_updates(model, pace(change))
+            model = optax.apply_updates(model, change)
             decay = jnp.minimum(0.999, (1.0 + step) / (10.0 + step))
             average = jax.tree.map(lambda a, x: decay * a + (1.0 - decay) * x, average, model)
             return model, state, average, value
@@ -119,11 +118,11 @@ def main(
         "weather_emulator"
     ),
     seed: Annotated[int, typer.Option(help="of initial weights and batches")] = 0,
-    stages: Annotated[int, typer.Option(help="corrections of the mean network in the course of a step")] = 3,
-    hidden: Annotated[int, typer.Option(help="products of each kind at a grid point")] = 32,
+    stages: Annotated[int, typer.Option(help="corrections of the mean network in the course of a step")] = 2,
+    hidden: Annotated[int, typer.Option(help="products of each kind at a grid point")] = 24,
     correction: Annotated[int, typer.Option(help="hidden units of the denoiser's correction")] = 24,
-    steps: Annotated[int, typer.Option(help="optimiser steps of the mean network")] = 20000,
-    residual_steps: Annotated[int, typer.Option(help="of the denoiser's correction")] = 10000,
+    steps: Annotated[int, typer.Option(help="optimiser steps of the mean network")] = 6000,
+    residual_steps: Annotated[int, typer.Option(help="of the denoiser's correction")] = 3000,
     batch: Annotated[int, typer.Option(help="states of a step")] = 8,
     rate: Annotated[float, typer.Option(help="largest learning rate")] = 2e-3,
     rank: Annotated[int, typer.Option(help="vectors of a covariance for each wavenumber")] = 80,
@@ -153,10 +152,10 @@ def main(
         left = squares(np.asarray(propagate(operator, check_before)) - check_after)
         return by_variable(left, change, h.num_winds)
 
-    fits = [(linear.linear_forecast(before, after, h, ridge), ridge) for ridge in RIDGES]
-    errors = [linear_error(fit) for fit, _ in fits]
+    fits = linear.linear_forecasts(before, after, h, RIDGES)
+    errors = [linear_error(fit) for fit in fits]
     best = int(np.argmin([np.mean(e) for e in errors]))
-    propagator = fits[best][0]
+    propagator = fits[best]
     print(f"linear forecast / persistence, ridge {RIDGES[best]:g}: {np.round(errors[best], 3)}", flush=True)
 
     network = MeanNetwork.init(jax.random.key(seed), h, propagator, stages, hidden)
@@ -166,6 +165,10 @@ def main(
     weight = jnp.asarray(1.0 / both, jnp.float32)
     reflection = jnp.asarray(h.reflection, jnp.float32)[None]
 
+    # The propagator is at its optimum; what is trained is the rest.
+    def whole(rest: MeanNetwork) -> MeanNetwork:
+        return eqx.tree_at(lambda n: n.propagator, rest, propagator, is_leaf=lambda x: x is None)
+
     def mean_batch(generator: np.random.Generator) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         index = generator.integers(len(before), size=batch)
         return before[index], after[index], generator.random(batch) < 0.5
@@ -173,7 +176,7 @@ def main(
     def mean_loss(network: MeanNetwork, rng_key: jax.Array, given: Any) -> jax.Array:
         def one(y: jax.Array, target: jax.Array, mirrored: jax.Array) -> jax.Array:
             sign = jnp.where(mirrored, reflection, 1.0)
-            forecast, _ = network(sign * y, h)
+            forecast, _ = whole(network)(sign * y, h)
             return jnp.sum(jnp.sum((forecast - sign * target) ** 2, axis=(0, 1, 2)) * weight)
 
         return jnp.mean(jax.vmap(one)(*given)) / (h.num_scalars + h.num_winds)
@@ -186,17 +189,13 @@ def main(
     sample = np.linspace(0, len(check_before) - 1, min(96, len(check_before))).astype(int)
 
     def mean_check(network: MeanNetwork) -> str:
-        left = squares(run_mean(network, check_before[sample]) - check_after[sample])
+        left = squares(run_mean(whole(network), check_before[sample]) - check_after[sample])
         ratio = by_variable(left, squares(check_after[sample] - check_before[sample]), h.num_winds)
         return f"validation error / persistence {np.sqrt(np.mean(ratio**2)):.3f} {np.round(ratio, 3)}"
 
-    def pace(change: MeanNetwork) -> MeanNetwork:
-        # The propagator begins at its optimum, and Adam's steps are of one size for all of its many entries.
-        slow = jax.tree.map(lambda x: 0.02 * x, change.propagator)
-        return eqx.tree_at(lambda n: n.propagator, change, slow)
-
     fitting = Optimisation(out / "mean.pickle", steps, rate, seed)
-    network = fitting.run(network, mean_loss, mean_batch, save_every, mean_check, minutes, pace)
+    rest = eqx.tree_at(lambda n: n.propagator, network, None)
+    network = whole(fitting.run(rest, mean_loss, mean_batch, save_every, mean_check, minutes))
     error = by_variable(squares(run_mean(network, check_before) - check_after), change, h.num_winds)
     print(f"mean network / persistence: {np.round(error, 3)}", flush=True)
 
