@@ -17,13 +17,14 @@ from numpyro_diffusion_da.layout import Layout, Variable
 from numpyro_diffusion_da.priors.spherical_emulator import spherical_layout
 from numpyro_diffusion_da.spherical_harmonics import HarmonicNoise, SphericalHarmonics
 
-LEVELS = (250, 500, 850)
-"""Pressure levels of the emulator's state, hPa."""
+TEMPERATURE_LEVELS = (500, 850)
+"""Of the emulator's state, hPa. That at 250 hPa is ruled by slow disturbances of the layer above, which it has not."""
+WIND_LEVELS = (250, 500, 850)
 VARIABLES = (
     Variable("surface_pressure", "hPa"),
-    Variable("temperature", "K", LEVELS),
-    Variable("u_component_of_wind", "m s-1", LEVELS),
-    Variable("v_component_of_wind", "m s-1", LEVELS),
+    Variable("temperature", "K", TEMPERATURE_LEVELS),
+    Variable("u_component_of_wind", "m s-1", WIND_LEVELS),
+    Variable("v_component_of_wind", "m s-1", WIND_LEVELS),
 )
 DEGREES = 24
 """Harmonics of the state: one degree more than the model's winds have."""
@@ -40,15 +41,16 @@ class Statistics(NamedTuple):
 
 def harmonics(num_latitudes: int) -> SphericalHarmonics:
     """Of the emulator's state."""
-    return SphericalHarmonics(DEGREES, num_latitudes, num_scalars=1 + len(LEVELS), num_winds=len(LEVELS))
+    return SphericalHarmonics(DEGREES, num_latitudes, num_scalars=1 + len(TEMPERATURE_LEVELS), num_winds=len(WIND_LEVELS))
 
 
 def shards(folder: Path, split: str, limit: int | None = None) -> Iterator[np.ndarray]:
     """Fields of shape (runs, times, latitude, longitude, channel), in order of time."""
     description = json.loads((folder / "data.json").read_text())
     stored = description["channels"]
-    names = ["surface_pressure", *(f"{v}_{level}" for v in ("temperature", "u", "v") for level in LEVELS)]
-    index = [stored.index(name) for name in names]
+    # generate.py calls the components of the wind u and v.
+    names = [f"{v.name.removesuffix('_component_of_wind')}_{level}" for v in VARIABLES for level in v.levels]
+    index = [stored.index(name) for name in ("surface_pressure", *names)]
     paths = sorted(folder.glob(f"{split}_*.npz"))[:limit]
     if not paths:
         raise FileNotFoundError(f"{folder} has no shards of '{split}'; run generate.py --out {folder} first.")

@@ -31,6 +31,8 @@ from numpyro_diffusion_da.schedule import KarrasSchedule
 from numpyro_diffusion_da.transition import DiffusionStep
 
 NAME = "held_suarez"
+WAVENUMBERS = 21
+"""Of the true system."""
 
 
 def channel_names(layout: Layout) -> list[str]:
@@ -74,7 +76,7 @@ def climate(emulator: SphericalEmulator, states: np.ndarray) -> dict[str, np.nda
     weights = emulator.noise.harmonics.weights
     profile = states.astype(np.float64).mean(axis=(0, 1, 3))
     anomaly = states - profile[None, None, :, None]
-    waves = np.abs(np.fft.rfft(states, axis=3)[:, :, :, 1 : emulator.noise.harmonics.degrees - 1]) ** 2
+    waves = np.abs(np.fft.rfft(states, axis=3)[:, :, :, 1 : WAVENUMBERS + 1]) ** 2
     return {
         "mean": profile,
         "variance": area_mean(anomaly**2, weights),

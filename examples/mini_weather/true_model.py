@@ -1,0 +1,110 @@
+"""The state-space model of the mini weather with its true dynamics, for a filter that need only sample them.
+
+A state here is the model's own, on the grid and on all of its layers (`Atmosphere.fields`): what an ensemble Kalman
+filter is given to know and a diffusion emulator of three levels is not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro
+import numpyro.distributions as dist
+from atmosphere import Atmosphere
+from jaxtyping import Array, Float, PRNGKeyArray
+from numpyro.contrib.control_flow import scan
+
+from numpyro_diffusion_da.layout import Layout
+from numpyro_diffusion_da.observation_network import Network
+
+
+class Archive(dist.Distribution):
+    """One of these states, all equally likely."""
+
+    def __init__(self, states: Float[Array, "archived latitude longitude channel"]) -> None:
+        self.states = states
+        self.support = dist.constraints.independent(dist.constraints.real, 3)
+        super().__init__(batch_shape=(), event_shape=states.shape[1:])
+
+    def sample(self, key: PRNGKeyArray, sample_shape: tuple[int, ...] = ()) -> Array:
+        """Draws."""
+        return self.states[jax.random.randint(key, sample_shape, 0, len(self.states))]
+
+
+class TrueTransition(dist.Distribution):
+    """The state 12 hours after `fields`, with the random increments of the true system."""
+
+    def __init__(self, atmosphere: Atmosphere, fields: Float[Array, "latitude longitude channel"], like: Any) -> None:
+        self.atmosphere, self.fields, self.like = atmosphere, fields, like
+        self.support = dist.constraints.independent(dist.constraints.real, 3)
+        super().__init__(batch_shape=(), event_shape=fields.shape)
+
+    def sample(self, key: PRNGKeyArray, sample_shape: tuple[int, ...] = ()) -> Array:
+        """One draw."""
+        if sample_shape:
+            raise NotImplementedError("TrueTransition draws one state at a time.")
+        before = self.atmosphere.state(self.fields, self.like)
+        return self.atmosphere.fields(self.atmosphere.transition(key, before))
+
+
+def stored_states(folder: Path, split: str, atmosphere: Atmosphere) -> tuple[np.ndarray, Any]:
+    """(fields at the end of every shard, shape (run, shard, latitude, longitude, channel); one state as a pattern)."""
+    pattern = atmosphere.start(jax.random.key(0))
+    structure = jax.tree.structure(pattern)
+    fields = jax.jit(lambda state: jax.lax.map(atmosphere.fields, state))
+    found = []
+    for path in sorted(folder.glob(f"{split}_*.npz")):
+        with np.load(path) as shard:
+            leaves = [jnp.asarray(shard[f"state_{i}"]) for i in range(structure.num_leaves)]
+        found.append(np.asarray(fields(jax.tree.unflatten(structure, leaves))))
+    return np.stack(found, axis=1), pattern
+
+
+def true_program(
+    atmosphere: Atmosphere,
+    like: Any,
+    archive: Float[np.ndarray, "archived latitude longitude channel"],
+    networks: Mapping[str, Network],
+    layout: Layout,
+    start_error: float,
+) -> Callable[[Array, dict[str, Array]], None]:
+    """A program as `WeatherExperiment.program`, of which `first_guess` is a state on all layers.
+
+    Args:
+        atmosphere: the true system.
+        like: the pattern of `stored_states`.
+        archive: states of other runs, from which the first ensemble takes its anomalies.
+        networks: by site; they observe the levels of `layout`.
+        layout: of the emulator.
+        start_error: part of an anomaly that a member begins with.
+    """
+    anomalies = jnp.asarray(archive - archive.mean(0))
+    levels = next(v.levels for v in layout.variables if v.levels)
+
+    def weather_truth(first_guess: Array, y: dict[str, Array]) -> None:
+        x0 = numpyro.sample("x0", Archive(anomalies))
+
+        def step(x: Array, y_t: dict[str, Array]) -> tuple[Array, None]:
+            x = numpyro.sample("x", TrueTransition(atmosphere, x, like))
+            seen = atmosphere.on_levels(x, levels)
+            for name, network in networks.items():
+                error = dist.Normal(network.observe(seen, layout), network.error())
+                numpyro.sample(name, error.to_event(2), obs=y_t[name])
+            return x, None
+
+        scan(step, first_guess + start_error * x0, y)
+
+    return weather_truth
+
+
+def positions(layout: Layout, channels: int) -> Float[np.ndarray, "value 2"]:
+    """(latitude, longitude) of every value of a state with so many channels."""
+    coords = layout.coords()
+    latitude, longitude = (np.asarray(coords[name]) for name in ("latitude", "longitude"))
+    grid = np.stack(np.meshgrid(latitude, longitude, indexing="ij"), axis=-1)
+    return np.repeat(grid[:, :, None], channels, axis=2).reshape(-1, 2)
