@@ -229,7 +229,9 @@ class BlockMeans(Network):
         return jnp.einsum("iajbc,ia->ijc", blocks, weights / n).reshape(-1, x.shape[-1])
 
 
-def fraction_of(scales: Sequence[float] | np.ndarray, names: Sequence[str], layout: Layout, part: float) -> dict[str, float]:
+def fraction_of(
+    scales: Sequence[float] | np.ndarray, names: Sequence[str], layout: Layout, part: float
+) -> dict[str, float]:
     """Errors that are a part of each channel's scale, by name: for `Network.errors`.
 
     Args:
