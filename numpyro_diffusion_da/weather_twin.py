@@ -54,7 +54,7 @@ COLUMNS = {
     "crps": "CRPS",
 }
 SAMPLER = Sampler(schedule=KarrasSchedule(8, rho=20.0, lowest=0.1))
-"""Ends where the latent, of rms 1, and observation errors of its size are resolved; docs/mini_weather.md has its error."""
+"""For observation errors of the size of the one-step spread; docs/mini_weather.md has its error."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -23,7 +23,7 @@ def fields(surface_pressure, temperature_850):
 
 
 def test_stations_interpolate_around_the_globe():
-    """Exact for a field linear in latitude; for one of longitude linear between grid points, and so across 0 degrees."""
+    """Exact for a field linear in latitude, and for one of longitude that is linear across 0 degrees too."""
     network = Stations(ERRORS, count=200, seed=1)
     latitude, longitude = network.places(LAYOUT).T
     tent = np.minimum(LONGITUDE, 360.0 - LONGITUDE)

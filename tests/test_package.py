@@ -39,7 +39,8 @@ ALLOWED = {
 
 # From the top down: a module imports only from later entries.
 ORDER = [
-    "__init__", "cli", "plots_weather", "weather_twin", "plots", "twin", "verification", "innovations", "spectra", "labelling",
+    "__init__", "cli", "plots_weather", "weather_twin", "plots", "twin",
+    "verification", "innovations", "spectra", "labelling",
     "filtering", "online", "pmmh", "smc2", "inference",
     "summary", "backward", "smoothing", "convert", "result_axes", "progress", "storage", "evidence",
     "gross_error_check", "result", "algorithm", "feynman_kac", "linear_gaussian", "smc", "parameters", "state_space",
