@@ -10,12 +10,15 @@ import time
 from collections.abc import Callable, Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
+
+if TYPE_CHECKING:
+    from numpyro_diffusion_da.priors.spherical_emulator import SphericalEmulator
 
 app = typer.Typer(
     help="Filter observations through a pretrained diffusion emulator, without training.",
@@ -149,7 +152,7 @@ def _held_suarez(out: Path, seed: int, particles: int, truths: int, cycles: int,
     console = Console()
     try:
         experiment = WeatherExperiment(cycles=cycles, spin_up=spin_up)
-        prior, states = load_prior("held_suarez"), held_suarez.truth()
+        prior, states = cast("SphericalEmulator", load_prior("held_suarez")), held_suarez.truth()
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
     if len(states) < truths * cycles + 1:

@@ -124,7 +124,7 @@ class Stations(Network):
         west, east = _between(np.append(coordinates["longitude"], 360.0), longitude % 360.0)
         around = layout.shape[1]
         parts = [
-            np.asarray(a * b, np.float32)[:, None] * x[i, j % around]
+            jnp.asarray(a * b, np.float32)[:, None] * x[i, j % around]
             for i, a in ((south.index, south.weight), (north.index, north.weight))
             for j, b in ((west.index, west.weight), (east.index, east.weight))
         ]

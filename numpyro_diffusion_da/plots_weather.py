@@ -63,8 +63,8 @@ def skill_over_time(experiment: WeatherExperiment, prior: SphericalEmulator, res
     groups = _by_observed(result)
     columns = [max(1, (int(chosen.sum()) + 1) // 2) for chosen in groups.values()]
     figure = Figure(figsize=(3.0 * sum(columns) + 0.4, 6.4), layout="constrained")
-    parts = figure.subfigures(1, 2, width_ratios=columns, wspace=0.03)
-    top = max(1.05, 1.03 * max(float(result.by_time(name, "rmse").max()) for name in result.runs))
+    parts = np.asarray(figure.subfigures(1, 2, width_ratios=columns, wspace=0.03))
+    top = 1.03 * max(1.0, *(float(np.mean([run.rmse for run in runs], axis=0).max()) for runs in result.runs.values()))
     for part, width, (title, chosen) in zip(parts, columns, groups.items(), strict=True):
         part.suptitle(title, fontsize=12, fontweight="bold")
         panels = part.subplots(2, width, sharex=True, sharey=True, squeeze=False)

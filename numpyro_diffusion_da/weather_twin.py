@@ -89,7 +89,7 @@ class WeatherExperiment:
         """The networks, those by default among them."""
         if self.networks is not None:
             return self.networks
-        return {"stations": Stations(fraction_of(prior.state_scale, NEAR_GROUND, prior.layout, 0.2))}
+        return {"stations": Stations(fraction_of(np.asarray(prior.state_scale), NEAR_GROUND, prior.layout, 0.2))}
 
     def observed_channels(self, prior: SphericalEmulator) -> np.ndarray:
         """True for each channel that some network observes."""
@@ -105,7 +105,7 @@ class WeatherExperiment:
             jax.random.split(rng_key, len(self.observing(prior))), self.observing(prior).items(), strict=True
         ):
             exact = jax.vmap(lambda x, network=network: network.observe(x, prior.layout))(jnp.asarray(states))
-            y = exact + network.error() * jax.random.normal(key, exact.shape)
+            y = np.asarray(exact) + network.error() * np.asarray(jax.random.normal(key, exact.shape))
             found[name] = np.where(network.reports(len(states), prior.layout)[..., None], y, np.nan)
         return found
 
