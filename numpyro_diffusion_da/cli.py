@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
+import enum
 import json
 import platform
 import time
+from collections.abc import Callable, Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
+
+if TYPE_CHECKING:
+    from numpyro_diffusion_da.priors.spherical_emulator import SphericalEmulator
 
 app = typer.Typer(
     help="Filter observations through a pretrained diffusion emulator, without training.",
@@ -22,15 +28,60 @@ app = typer.Typer(
 )
 
 
+class Which(enum.Enum):
+    """The systems that `ndda demo` has."""
+
+    LORENZ96 = "lorenz96"
+    HELD_SUAREZ = "held_suarez"
+
+
+DEFAULTS = {Which.LORENZ96: (256, 5, 60), Which.HELD_SUAREZ: (64, 1, 30)}
+"""Particles, truths and cycles."""
+
+
 @app.command()
 def demo(
-    out: Annotated[Path, typer.Option(help="Folder for demo.nc, demo.json and demo.png.")] = Path("demo"),
+    which: Annotated[Which, typer.Argument(help="The system.")] = Which.LORENZ96,
+    out: Annotated[Path, typer.Option(help="Folder for demo.nc, demo.json and figures.")] = Path("demo"),
     seed: Annotated[int, typer.Option(help="Seed of truths and filters.")] = 0,
-    particles: Annotated[int, typer.Option(min=2, help="Particles of every filter.")] = 256,
-    truths: Annotated[int, typer.Option(min=1, help="Different truths; the standard errors are over them.")] = 5,
-    cycles: Annotated[int, typer.Option(min=2, help="Filter steps of 0.1 time units.")] = 60,
+    particles: Annotated[
+        int | None, typer.Option(min=2, help="Particles of every filter [256; held_suarez 64].")
+    ] = None,
+    truths: Annotated[
+        int | None, typer.Option(min=1, help="Different truths; the standard errors are over them [5; held_suarez 1].")
+    ] = None,
+    cycles: Annotated[
+        int | None, typer.Option(min=2, help="Filter steps [60 of 0.1 time units; held_suarez 30 of 12 h].")
+    ] = None,
     spin_up: Annotated[int, typer.Option(min=0, help="First steps, which are not scored.")] = 20,
 ) -> None:
+    """A known truth is observed, and filters on a diffusion emulator are scored against it.
+
+    lorenz96: every second variable of Lorenz-96 is observed; FA-APF and five controls. held_suarez: global weather from
+    a hundred stations at the ground; FA-APF, an ensemble Kalman filter and three controls.
+    """
+    default_particles, default_truths, default_cycles = DEFAULTS[which]
+    run = {Which.LORENZ96: _lorenz96, Which.HELD_SUAREZ: _held_suarez}[which]
+    run(
+        out,
+        seed,
+        default_particles if particles is None else particles,
+        default_truths if truths is None else truths,
+        default_cycles if cycles is None else cycles,
+        spin_up,
+    )
+
+
+@contextlib.contextmanager
+def _filter_bar(console: Console, total: int) -> Iterator[Callable[[str], None]]:
+    """A bar over the runs of filters; what it gives is called before each with the filter's name."""
+    columns = (TextColumn("{task.description:>20}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console) as bar:
+        task = bar.add_task("", total=total)
+        yield lambda name: bar.update(task, description=name, completed=bar.tasks[0].completed + 1)
+
+
+def _lorenz96(out: Path, seed: int, particles: int, truths: int, cycles: int, spin_up: int) -> None:
     """Lorenz-96, every second variable observed: FA-APF on a diffusion emulator, and five controls."""
     from xarray import DataTree
 
@@ -49,16 +100,14 @@ def demo(
         f"{experiment.error_variance}, {cycles} cycles of 0.1 time units, {particles} particles, {truths} truths."
     )
     started = time.perf_counter()
-    columns = (TextColumn("{task.description:>20}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console) as bar:
-        task = bar.add_task("", total=len(FILTERS) * truths)
+    with _filter_bar(console, len(FILTERS) * truths) as on_step:
         result = run_twin(
             experiment,
             load_prior("lorenz96"),
             seed=seed,
             truths=truths,
             num_particles=particles,
-            on_step=lambda name: bar.update(task, description=name, completed=bar.tasks[0].completed + 1),
+            on_step=on_step,
         )
     console.print(score_table(result))
     console.print(
@@ -81,6 +130,63 @@ def demo(
         f"The error of local FA-APF is {better:.1f} times smaller than the free ensemble's. "
         f"Took {time.perf_counter() - started:.0f} s. "
         f"Wrote {out}/demo.png (look at it), {out}/demo.nc (xarray.open_datatree; ArviZ reads it) and {out}/demo.json."
+    )
+
+
+def _held_suarez(out: Path, seed: int, particles: int, truths: int, cycles: int, spin_up: int) -> None:
+    """Weather from stations at the ground."""
+    from numpyro_diffusion_da import plots_weather
+    from numpyro_diffusion_da.priors import held_suarez
+    from numpyro_diffusion_da.priors.emulator import load_prior
+    from numpyro_diffusion_da.weather_twin import (
+        FILTERS,
+        FREE,
+        MAIN,
+        NEAR_GROUND,
+        WeatherExperiment,
+        run_weather_twin,
+        score_table,
+        to_datatree,
+    )
+
+    console = Console()
+    try:
+        experiment = WeatherExperiment(cycles=cycles, spin_up=spin_up)
+        prior, states = cast("SphericalEmulator", load_prior("held_suarez")), held_suarez.truth()
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+    if len(states) < truths * cycles + 1:
+        raise typer.BadParameter(
+            f"{truths} truths of {cycles} cycles are longer than the {len(states) - 1} steps of truth that ship; "
+            "give fewer."
+        )
+    console.print(
+        f"A dry atmosphere (Held-Suarez), 100 stations observing {', '.join(NEAR_GROUND)} every 12 h, "
+        f"{cycles} cycles, {particles} particles."
+    )
+    started = time.perf_counter()
+    parts = [states[i * cycles : (i + 1) * cycles + 1] for i in range(truths)]
+    with _filter_bar(console, len(FILTERS) * truths) as on_step:
+        result = run_weather_twin(experiment, prior, parts, seed=seed, num_particles=particles, on_step=on_step)
+    console.print(score_table(result))
+    console.print(
+        "In standard deviations of the climate, by area, from cycle "
+        f"{spin_up + 1} on; obs. and unobs.: variables that stations observe, and the levels above. passes: network "
+        "passes of a particle and a step."
+    )
+    out.mkdir(parents=True, exist_ok=True)
+    settings = {"seed": seed, "particles": particles, "truths": truths, "cycles": cycles, "spin_up": spin_up}
+    (out / "demo.json").write_text(json.dumps({"settings": settings, "scores": result.summary()}, indent=1) + "\n")
+    to_datatree(experiment, prior, result).to_netcdf(out / "demo.nc", engine="h5netcdf")
+    figures = plots_weather.figures(experiment, prior, result)
+    for name, figure in figures.items():
+        figure.savefig(out / f"{name}.png", dpi=130)
+    scores = result.summary()
+    better = scores[FREE]["rmse"]["mean"] / scores[MAIN]["rmse"]["mean"]
+    console.print(
+        f"The error of local FA-APF is {better:.1f} times smaller than the free ensemble's. "
+        f"Took {time.perf_counter() - started:.0f} s. Wrote {out}/demo.nc (xarray.open_datatree), {out}/demo.json and "
+        f"the figures {', '.join(f'{name}.png' for name in figures)}."
     )
 
 

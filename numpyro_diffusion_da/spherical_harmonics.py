@@ -18,12 +18,11 @@ from __future__ import annotations
 import functools
 
 import equinox as eqx
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from numpyro_diffusion_da.noise import Noise
+from numpyro_diffusion_da.noise import Noise, standard_normal
 from numpyro_diffusion_da.spherical_noise import legendre_functions
 
 
@@ -222,8 +221,7 @@ class HarmonicNoise(Noise):
             ValueError: another shape than the grid's.
         """
         self._check(shape)
-        white = jax.random.normal(rng_key, self.harmonics.coefficients_shape, dtype)
-        return self.synthesis(white)
+        return self.synthesis(standard_normal(rng_key, self.harmonics.coefficients_shape, dtype))
 
     def covariance_product(
         self, v: Float[Array, "latitude longitude channels"]

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, Float, PRNGKeyArray
 
-from numpyro_diffusion_da.noise import Noise
+from numpyro_diffusion_da.noise import Noise, standard_normal
 
 
 class SphericalNoise(Noise):
@@ -104,7 +104,7 @@ class SphericalNoise(Noise):
         """
         self._check(shape)
         n = len(self.factor)
-        white = jax.random.normal(rng_key, (n, n, *shape[2:]), jnp.promote_types(dtype, jnp.float32))
+        white = standard_normal(rng_key, (n, n, *shape[2:]), jnp.promote_types(dtype, jnp.float32))
         # As many numbers as the rank, each used once: on and above the diagonal (l >= m) for the real parts, below it
         # for the imaginary ones of m > 0. The rest of the two squares meets a zero: of F, or of sine at m = 0.
         below = jnp.roll(jnp.swapaxes(white, 0, 1), 1, axis=0)

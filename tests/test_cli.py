@@ -31,6 +31,13 @@ def test_demo_writes_table_figure_and_file(tmp_path):
         assert tree["observed_data/y"].dims == ("time", "observed_site")
 
 
+def test_demo_of_an_unknown_system_is_refused(tmp_path):
+    result = CliRunner().invoke(app, ["demo", "jupiter", "--out", str(tmp_path)])
+    assert result.exit_code == 2
+    assert "'jupiter' is not one of" in result.output
+    assert "held_suarez" in result.output
+
+
 def test_demo_refuses_what_leaves_nothing_to_score(tmp_path):
     result = CliRunner().invoke(app, ["demo", "--out", str(tmp_path), "--cycles", "5", "--spin-up", "5"])
     assert result.exit_code == 2

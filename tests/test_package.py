@@ -12,7 +12,7 @@ ROOT = Path(ndda.__file__).parent
 # Who may import a neighbour, anywhere in a module.
 ALLOWED = {
     "arviz": {"convert"},
-    "matplotlib": {"plots"},
+    "matplotlib": {"plots", "plots_weather"},
     "scoringrules": {"verification"},
     "blackjax": {"smc"},
     # Priors offer their climatology as a NumPyro distribution, inside a method.
@@ -29,6 +29,7 @@ ALLOWED = {
         "prior",
         "priors",
         "twin",
+        "weather_twin",
     },
     "weathernext": {"priors.gencast_package"},
     # What their filters ask for is given as functions (docs/neighbours.md).
@@ -38,14 +39,15 @@ ALLOWED = {
 
 # From the top down: a module imports only from later entries.
 ORDER = [
-    "__init__", "cli", "plots", "twin", "verification", "innovations", "spectra", "labelling",
+    "__init__", "cli", "plots_weather", "weather_twin", "plots", "twin",
+    "verification", "innovations", "spectra", "labelling",
     "filtering", "online", "pmmh", "smc2", "inference",
     "summary", "backward", "smoothing", "convert", "result_axes", "progress", "storage", "evidence",
     "gross_error_check", "result", "algorithm", "feynman_kac", "linear_gaussian", "smc", "parameters", "state_space",
     "program", "linear_predictor", "dependence", "site", "free_parameters", "huber", "distribution", "density",
     "weight", "transition", "path", "piecewise_guidance", "approximate_guidance", "guidance", "likelihood",
     "moment_matching", "linear_solve", "sampler", "schedule",
-    "denoiser", "priors", "prior", "spherical_harmonics", "spherical_noise", "noise",
+    "denoiser", "observation_network", "priors", "prior", "spherical_harmonics", "spherical_noise", "noise",
     "gridded_data", "axis_positions", "units", "layout",
     "compilation", "footprint",
 ]  # fmt: skip

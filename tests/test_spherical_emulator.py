@@ -58,8 +58,8 @@ def gaussian(key, rank):
     return GaussianDenoiser(operator, jnp.asarray(values, jnp.float32))
 
 
-@pytest.fixture(scope="module")
-def emulator():
+def small_emulator():
+    """Random weights on a grid of 8 x 16 points."""
     keys = jax.random.split(jax.random.key(0), 6)
     propagator = ZonalOperator(0.1 * jax.random.normal(keys[0], (6, SIZE, SIZE)), jnp.zeros((6, SIZE, SIZE)))
     return SphericalEmulator(
@@ -74,6 +74,11 @@ def emulator():
         layout=spherical_layout(H, VARIABLES),
         noise_range=(0.02, 80.0),
     )
+
+
+@pytest.fixture(scope="module")
+def emulator():
+    return small_emulator()
 
 
 @pytest.fixture(scope="module")

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpyro.distributions as dist
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from numpyro_diffusion_da.noise import standard_normal
 from numpyro_diffusion_da.priors.spherical_networks import GaussianDenoiser
 from numpyro_diffusion_da.spherical_harmonics import HarmonicNoise
 
@@ -36,6 +37,11 @@ class ZonalClimatology(dist.Distribution):
         shape = (harmonics.num_latitudes, harmonics.num_longitudes, harmonics.num_channels)
         super().__init__(batch_shape=(), event_shape=shape)
 
+    @property
+    def mean(self) -> Float[Array, "latitude longitude channel"]:
+        """The mean along each latitude."""
+        return jnp.broadcast_to(self.state_mean[:, None], self.event_shape)
+
     def sample(self, key: PRNGKeyArray, sample_shape: tuple[int, ...] = ()) -> Float[Array, ...]:
         """Draws of shape (*sample_shape, latitude, longitude, channel)."""
         count = 1
@@ -44,7 +50,7 @@ class ZonalClimatology(dist.Distribution):
 
         def one(key: PRNGKeyArray) -> Array:
             values = self.covariance.values
-            white = jax.random.normal(key, (2, *values.shape), values.dtype) * jnp.sqrt(values)[None]
+            white = standard_normal(key, (2, *values.shape), values.dtype) * jnp.sqrt(values)[None]
             y = self.covariance.vectors.adjoint()(white)
             fields = self.noise.synthesis(y.reshape(self.noise.harmonics.coefficients_shape))
             return self.state_mean[:, None] + self.state_scale[None, None] * fields

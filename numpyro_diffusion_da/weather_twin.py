@@ -1,0 +1,376 @@
+"""A twin experiment with weather: a known truth on the sphere, a thin network observing it, and several filters.
+
+The truth is a run of a dry general circulation model; every filter sees a diffusion emulator of it. The observations
+are of the surface and of the lowest level only, so that whatever is known of the levels above is known through the
+emulator. All filters begin with an ensemble whose mean is wrong by half of the climate's standard deviation, and whose
+spread says so. The free ensemble has no observations, and is what each filter has to beat.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro
+import numpyro.distributions as dist
+from jaxtyping import Array, Float, PRNGKeyArray
+from numpyro.contrib.control_flow import scan
+
+from numpyro_diffusion_da import verification
+from numpyro_diffusion_da.algorithm import FAAPF, Algorithm, Bootstrap, EnKF
+from numpyro_diffusion_da.distribution import DiffusionTransition
+from numpyro_diffusion_da.filtering import FilterResult, ParticleFilter
+from numpyro_diffusion_da.observation_network import Network, Stations, fraction_of
+from numpyro_diffusion_da.priors.spherical_emulator import SphericalEmulator
+from numpyro_diffusion_da.sampler import Sampler
+from numpyro_diffusion_da.schedule import KarrasSchedule
+from numpyro_diffusion_da.smc.localization import GreatCircle, Taper
+from numpyro_diffusion_da.weight import Dirac, Equal
+
+if TYPE_CHECKING:
+    from rich.table import Table
+    from xarray import DataTree
+
+FREE, GUIDED, GLOBAL, MAIN, ENKF = FILTERS = (
+    "free ensemble",
+    "equal weights",
+    "FA-APF",
+    "FA-APF, local",
+    "EnKF, emulator",
+)
+NEAR_GROUND = ("surface_pressure", "temperature_850", "u_component_of_wind_850", "v_component_of_wind_850")
+"""What the default network observes."""
+COLUMNS = {
+    "passes": "passes",
+    "rmse": "RMSE",
+    "rmse_observed": "obs.",
+    "rmse_unobserved": "unobs.",
+    "spread_skill": "spread/\nskill",
+    "crps": "CRPS",
+}
+SAMPLER = Sampler(schedule=KarrasSchedule(8, rho=20.0, lowest=0.1))
+"""For observation errors of the size of the one-step spread; docs/mini_weather.md has its error."""
+
+
+@dataclasses.dataclass(frozen=True)
+class WeatherExperiment:
+    """What is observed of the truth, and for how long.
+
+    Args:
+        networks: by the name of their site in the program; None for 100 stations that observe `NEAR_GROUND` with errors
+            of a fifth of the climate's standard deviation.
+        cycles: filter steps.
+        spin_up: steps at the start that are not scored.
+        start_error: of the mean of the first ensemble, and its spread, in standard deviations of the climate.
+        step_hours: length of a step of the emulator.
+
+    Raises:
+        ValueError: nothing left to score, or a start error that is not positive.
+    """
+
+    networks: dict[str, Network] | None = None
+    cycles: int = 30
+    spin_up: int = 20
+    start_error: float = 0.5
+    step_hours: float = 12.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.spin_up < self.cycles:
+            raise ValueError(f"cycles={self.cycles}, spin_up={self.spin_up}: give more cycles than are left out.")
+        if not self.start_error > 0:
+            raise ValueError(f"start_error={self.start_error}; give a positive number of standard deviations.")
+
+    def observing(self, prior: SphericalEmulator) -> dict[str, Network]:
+        """The networks, those by default among them."""
+        if self.networks is not None:
+            return self.networks
+        return {"stations": Stations(fraction_of(np.asarray(prior.state_scale), NEAR_GROUND, prior.layout, 0.2))}
+
+    def observed_channels(self, prior: SphericalEmulator) -> np.ndarray:
+        """True for each channel that some network observes."""
+        observed = {c for network in self.observing(prior).values() for c in network.channels(prior.layout)}
+        return np.isin(np.arange(prior.layout.shape[-1]), sorted(observed))
+
+    def observations(
+        self, rng_key: PRNGKeyArray, prior: SphericalEmulator, states: Float[np.ndarray, "time lat lon channel"]
+    ) -> dict[str, Float[np.ndarray, "time place observed"]]:
+        """Of each network, with errors, at all times of `states`; NaN where it observes nothing."""
+        found = {}
+        for key, (name, network) in zip(
+            jax.random.split(rng_key, len(self.observing(prior))), self.observing(prior).items(), strict=True
+        ):
+            exact = jax.vmap(lambda x, network=network: network.observe(x, prior.layout))(jnp.asarray(states))
+            y = np.asarray(exact) + network.error() * np.asarray(jax.random.normal(key, exact.shape))
+            found[name] = np.where(network.reports(len(states), prior.layout)[..., None], y, np.nan)
+        return found
+
+    def first_guess(self, rng_key: PRNGKeyArray, prior: SphericalEmulator, truth: Array) -> Array:
+        """The mean of the first ensemble: the truth, and a part of a state drawn from the climate less its mean."""
+        climate = prior.climatology()
+        return truth + self.start_error * (climate.sample(rng_key) - climate.mean)
+
+    def program(self, prior: SphericalEmulator) -> Callable[[Array, dict[str, Array]], None]:
+        """The state-space model with the emulator."""
+        networks, climate = self.observing(prior), prior.climatology()
+
+        def weather(first_guess: Array, y: dict[str, Array]) -> None:
+            x0 = numpyro.sample("x0", climate)
+
+            def step(x: Array, y_t: dict[str, Array]) -> tuple[Array, None]:
+                x = numpyro.sample("x", DiffusionTransition(prior, x, sampler=SAMPLER))
+                for name, network in networks.items():
+                    seen = network.observe(x, prior.layout)
+                    numpyro.sample(name, dist.Normal(seen, network.error()).to_event(2), obs=y_t[name])
+                return x, None
+
+            scan(step, first_guess + self.start_error * (x0 - climate.mean), y)
+
+        return weather
+
+    def taper(self, prior: SphericalEmulator, radius: float) -> Taper:
+        """Localisation along the sphere; half-width in kilometres of the Earth."""
+        places = {name: network.places(prior.layout) for name, network in self.observing(prior).items()}
+        return Taper(radius, GreatCircle(), places)
+
+    def filters(self, prior: SphericalEmulator) -> dict[str, Algorithm]:
+        """The filters by their names."""
+        program = self.program(prior)
+        return {
+            FREE: Bootstrap(program),  # with nothing observed every weight is equal: a forecast
+            GUIDED: FAAPF(program, weight=Equal()),
+            GLOBAL: FAAPF(program),
+            MAIN: FAAPF(program, weight=Dirac(), taper=self.taper(prior, 2000.0)),
+            ENKF: EnKF(program, taper=self.taper(prior, 2500.0), rtps=0.3),
+        }
+
+
+@dataclasses.dataclass(frozen=True)
+class WeatherRun:
+    """What is kept of one filter on one truth. Channels are those of the state; time is that of the cycles.
+
+    Attributes:
+        mean: of the particles, in the units of the layout.
+        spread: standard deviation of the particles.
+        rmse: error of the mean, by area, over the climate's standard deviation; `spread_by_time` and `crps` likewise.
+        ranks: counts of the truth's rank after the spin-up, on a thinned grid.
+        at_stations: the particles at the places of the first network.
+        passes: network passes of a particle and a step.
+    """
+
+    mean: Float[np.ndarray, "time latitude longitude channel"]
+    spread: Float[np.ndarray, "time latitude longitude channel"]
+    rmse: Float[np.ndarray, "time channel"]
+    spread_by_time: Float[np.ndarray, "time channel"]
+    crps: Float[np.ndarray, "time channel"]
+    ranks: Float[np.ndarray, "channel rank"]
+    at_stations: Float[np.ndarray, "draw time place channel"]
+    passes: float
+
+
+@dataclasses.dataclass(frozen=True)
+class WeatherResult:
+    """Every filter on every truth.
+
+    Attributes:
+        runs: by filter, one run a truth.
+        states: the truths, shape (truth, time, latitude, longitude, channel).
+        observations: of the first truth, by site.
+        observed: True for the channels that are observed.
+        spin_up: cycles that are not scored.
+    """
+
+    runs: dict[str, list[WeatherRun]]
+    states: np.ndarray
+    observations: dict[str, np.ndarray]
+    observed: np.ndarray
+    spin_up: int
+
+    def by_time(self, name: str, score: str, channels: np.ndarray | slice = slice(None)) -> np.ndarray:
+        """A score of some channels together, shape (truth, time): squares are averaged, CRPS plainly."""
+        values = np.stack([getattr(run, score) for run in self.runs[name]])[..., channels]
+        return values.mean(-1) if score == "crps" else np.sqrt(np.mean(values**2, axis=-1))
+
+    def scores(self, name: str) -> dict[str, np.ndarray]:
+        """By truth, over the cycles after the spin-up and all channels, in standard deviations of the climate."""
+        late = slice(self.spin_up, None)
+
+        def root(score: str, channels: np.ndarray | slice = slice(None)) -> np.ndarray:
+            return np.sqrt(np.mean(self.by_time(name, score, channels)[:, late] ** 2, axis=1))
+
+        return {
+            "passes": np.array([run.passes for run in self.runs[name]]),
+            "rmse": root("rmse"),
+            "rmse_observed": root("rmse", self.observed),
+            "rmse_unobserved": root("rmse", ~self.observed),
+            "spread_skill": root("spread_by_time") / root("rmse"),
+            "crps": self.by_time(name, "crps")[:, late].mean(1),
+        }
+
+    def summary(self) -> dict[str, dict[str, dict[str, float]]]:
+        """Mean and standard error over truths (NaN for one) by filter and score, in plain numbers."""
+        found: dict[str, dict[str, dict[str, float]]] = {}
+        for name in self.runs:
+            found[name] = {}
+            for key, values in self.scores(name).items():
+                error = values.std(ddof=1) / np.sqrt(len(values)) if len(values) > 1 else np.nan
+                found[name][key] = {"mean": float(values.mean()), "standard_error": float(error)}
+        return found
+
+
+def summarise_run(
+    result: FilterResult, states: np.ndarray, prior: SphericalEmulator, network: Network, spin_up: int
+) -> WeatherRun:
+    """Scores of a run, and what figures need of it.
+
+    Args:
+        result: of a filter whose latent site is "x".
+        states: the truth, shape (time, latitude, longitude, channel).
+        prior: the emulator, for its grid and the climate's standard deviations.
+        network: at whose places all particles are kept.
+        spin_up: cycles whose ranks are not counted.
+    """
+    particles = result.posterior["x"][0]
+    climate = np.asarray(prior.state_scale)
+    weights = np.asarray(prior.noise.harmonics.weights)[:, None]  # broadcasts against (latitude, longitude)
+    scores: dict[str, list[Any]] = {"rmse": [], "spread": [], "crps": []}
+    for t in range(len(states)):
+        x, truth = (np.moveaxis(v[..., t, :, :, :], -1, -3) / climate[:, None, None] for v in (particles, states))
+        scores["rmse"].append(verification.rmse(x, truth, axis=(1, 2), weights=weights))
+        scores["spread"].append(verification.spread(x, axis=(1, 2), weights=weights))
+        scores["crps"].append(verification.crps(x, truth, axis=(1, 2), weights=weights))
+    late = (slice(None), slice(spin_up, None), slice(None, None, 4), slice(None, None, 4))
+    ranks = [
+        verification.rank_histogram(particles[(*late, c)], states[(*late[1:], c)]) for c in range(states.shape[-1])
+    ]
+    at_stations = jax.vmap(jax.vmap(lambda x: network.at_places(x, prior.layout)))(particles)
+    return WeatherRun(
+        particles.mean(0),
+        particles.std(0, ddof=1),
+        np.array(scores["rmse"]),
+        np.array(scores["spread"]),
+        np.array(scores["crps"]),
+        np.array(ranks),
+        np.asarray(at_stations),
+        float(sum(v[0].mean() for v in result.network_passes.values())),
+    )
+
+
+def run_weather_twin(
+    experiment: WeatherExperiment,
+    prior: SphericalEmulator,
+    states: Sequence[Float[np.ndarray, "time latitude longitude channel"]] | np.ndarray,
+    *,
+    seed: int = 0,
+    num_particles: int = 64,
+    only: Sequence[str] = FILTERS,
+    on_step: Callable[[str], None] = lambda name: None,
+) -> WeatherResult:
+    """Run the filters on every truth.
+
+    Args:
+        experiment: the experiment.
+        prior: the emulator.
+        states: of each truth, shape (truth, cycles + 1, latitude, longitude, channel): the first is not observed.
+        seed: of first guesses, observations and filters.
+        num_particles: particles, or members, of every filter.
+        only: names of the filters that are run.
+        on_step: called with a filter's name before each of its runs.
+
+    Raises:
+        ValueError: truths of another length or grid, or an unknown filter.
+    """
+    expected = (experiment.cycles + 1, *prior.layout.shape)
+    if len(states) < 1 or any(np.shape(truth) != expected for truth in states):
+        shapes = sorted({np.shape(truth) for truth in states})
+        raise ValueError(f"states has truths of the shapes {shapes}, expected one or more of {expected}.")
+    if unknown := sorted(set(only) - set(FILTERS)):
+        raise ValueError(f"no filters named {unknown}; there are {', '.join(FILTERS)}.")
+    filters = {
+        name: ParticleFilter(algorithm, num_particles=num_particles, progress_bar=False, keep_observed=False)
+        for name, algorithm in experiment.filters(prior).items()
+        if name in only
+    }
+    network = next(iter(experiment.observing(prior).values()))
+    runs: dict[str, list[WeatherRun]] = {name: [] for name in filters}
+    observations: dict[str, np.ndarray] = {}
+    for number, truth in enumerate(states):
+        guess_key, error_key, filter_key = jax.random.split(jax.random.fold_in(jax.random.key(seed), number), 3)
+        first_guess = experiment.first_guess(guess_key, prior, jnp.asarray(truth[0]))
+        y = experiment.observations(error_key, prior, truth[1:])
+        observations = observations or y
+        nothing = jax.tree.map(lambda v: np.full_like(v, np.nan), y)
+        for i, (name, filter) in enumerate(filters.items()):
+            on_step(name)
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message="weights are inflated")
+                filter.run(jax.random.fold_in(filter_key, i), first_guess, nothing if name == FREE else y)
+            runs[name].append(summarise_run(filter.result, truth[1:], prior, network, experiment.spin_up))
+    return WeatherResult(
+        runs, np.stack([truth[1:] for truth in states]), observations, experiment.observed_channels(prior),
+        experiment.spin_up,
+    )  # fmt: skip
+
+
+def to_datatree(experiment: WeatherExperiment, prior: SphericalEmulator, result: WeatherResult) -> DataTree:
+    """The first truth, what was observed of it, and mean and spread of every filter, by variable, as xarray names them.
+
+    Groups: "truth", "observations", and one for each filter, in which the mean of a variable has its name and the
+    spread of the particles has "_spread" after it.
+    """
+    import xarray
+
+    layout = prior.layout
+    hours = experiment.step_hours * (1 + np.arange(experiment.cycles))
+    levels = {"level": list(next(v.levels for v in layout.variables if v.levels))}
+    coords = {"time": ("time", hours, {"units": "hours"}), **levels, **layout.coords()}
+    coords.pop("channel", None)
+
+    def fields(values: np.ndarray, suffix: str = "") -> dict[str, Any]:
+        return {
+            name + suffix: (("time", *dims), data.astype(np.float32), {"units": units})
+            for name, (dims, data, units) in layout.split(values).items()
+        }
+
+    groups = {"truth": xarray.Dataset(fields(result.states[0]), coords)}
+    for name, runs in result.runs.items():
+        both = {**fields(runs[0].mean), **fields(runs[0].spread, "_spread")}
+        groups[name.replace(", ", "_").replace(" ", "_")] = xarray.Dataset(both, coords)
+    for site, network in experiment.observing(prior).items():
+        places = network.places(layout)
+        groups[f"observations/{site}"] = xarray.Dataset(
+            {
+                name: (("time", "place"), result.observations[site][..., j], {"error": network.errors[name]})
+                for j, name in enumerate(network.errors)
+            },
+            {
+                "time": coords["time"],
+                "latitude": ("place", places[:, 0], {"units": "degrees_north"}),
+                "longitude": ("place", places[:, 1], {"units": "degrees_east"}),
+            },
+        )
+    return xarray.DataTree.from_dict(groups)
+
+
+def score_table(result: WeatherResult) -> Table:
+    """The scores as a table of one row a filter, mean ± standard error over truths."""
+    from rich.table import Table
+
+    truths = len(result.states)
+    table = Table(title=f"mean over {truths} truths", header_style="bold", box=None, padding=(0, 1, 0, 0))
+    table.add_column("filter", no_wrap=True)
+    for heading in COLUMNS.values():
+        table.add_column(heading, justify="right", no_wrap=True)
+    for name, scores in result.summary().items():
+        cells = []
+        for key in COLUMNS:
+            cell = f"{scores[key]['mean']:.{0 if key == 'passes' else 3}f}"
+            if key != "passes" and truths > 1:
+                cell += f"±{scores[key]['standard_error']:.3f}".replace("±0.", "±.")
+            cells.append(cell)
+        table.add_row(name, *cells, style="bold" if name == MAIN else None)
+    return table

@@ -1,0 +1,107 @@
+"""The weather twin: its truth, its scores, and a small run of its filters."""
+
+from types import SimpleNamespace
+
+import jax
+import numpy as np
+import pytest
+from conftest import EXAMPLES, load_program
+from test_observation_network import LAYOUT
+from test_spherical_emulator import small_emulator
+
+from numpyro_diffusion_da import plots_weather, verification
+from numpyro_diffusion_da import weather_twin as twin
+from numpyro_diffusion_da.observation_network import BlockMeans, Stations, Swath
+from numpyro_diffusion_da.priors import held_suarez
+
+COMPILES_A_LOT = True
+
+
+def test_truth_is_what_was_packed(tmp_path):
+    values = np.random.default_rng(0).normal([1000.0, 250.0], [5.0, 2.0], (3, 4, 8, 2)).astype(np.float32)
+    packed = load_program(EXAMPLES / "mini_weather" / "packing.py").packed(values)
+    np.savez(tmp_path / "held_suarez_truth.npz", **packed)
+    np.testing.assert_allclose(held_suarez.truth(tmp_path), values, atol=1e-3)
+    with pytest.raises(ValueError, match=r"lack \['offset', 'scale'\]"):
+        held_suarez.unpacked({"packed": values})
+    with pytest.raises(ValueError, match="one number for each channel"):
+        held_suarez.unpacked({**packed, "scale": np.ones(3)})
+
+
+def test_scores_are_by_area_and_channel():
+    """Of a run that is known, against the weighted sums written out."""
+    rng = np.random.default_rng(0)
+    cycles, members = 5, 6
+    states = rng.normal(size=(cycles, 8, 16, 3)).astype(np.float32)
+    particles = states[None] + rng.normal(0.3, 1.0, (members, cycles, 8, 16, 3)).astype(np.float32)
+    weights = np.arange(1.0, 9.0) / 36.0
+    scale = np.array([4.0, 1.0, 2.0])
+    prior = SimpleNamespace(
+        state_scale=scale, layout=LAYOUT, noise=SimpleNamespace(harmonics=SimpleNamespace(weights=weights))
+    )
+    result = SimpleNamespace(posterior={"x": particles[None]}, network_passes={"forward": np.full((1, cycles), 7.0)})
+    network = Stations({"surface_pressure": 1.0}, count=3)
+    run = twin.summarise_run(result, states, prior, network, 2)
+    squares = np.einsum("tjqc,j->tc", (particles.mean(0) - states) ** 2, weights) / 16
+    np.testing.assert_allclose(run.rmse, np.sqrt(squares) / scale, rtol=1e-5)
+    variance = np.einsum("tjqc,j->tc", particles.var(0, ddof=1), weights) / 16
+    np.testing.assert_allclose(run.spread_by_time, np.sqrt((1 + 1 / members) * variance) / scale, rtol=1e-5)
+    by_hand = verification.crps(particles[:, 3, ..., 2], states[3, ..., 2], weights=np.repeat(weights[:, None], 16, 1))
+    np.testing.assert_allclose(run.crps[3, 2], by_hand / 2.0, rtol=1e-5)
+    assert run.ranks.shape == (3, members + 1)
+    assert run.ranks.sum() == 3 * 3 * 2 * 4  # channels, scored cycles, every fourth latitude and longitude
+    assert run.at_stations.shape == (members, cycles, 3, 3)
+    assert run.passes == 7.0
+
+    observed = np.array([True, False, True])
+    whole = twin.WeatherResult({twin.FREE: [run]}, states[None], {}, observed, 2)
+    scores = whole.scores(twin.FREE)
+    late = squares[2:] / scale**2
+    np.testing.assert_allclose(scores["rmse"], np.sqrt(late.mean()), rtol=1e-5)
+    np.testing.assert_allclose(scores["rmse_observed"], np.sqrt(late[:, observed].mean()), rtol=1e-5)
+    np.testing.assert_allclose(scores["rmse_unobserved"], np.sqrt(late[:, 1].mean()), rtol=1e-5)
+
+
+def test_wrong_experiments():
+    with pytest.raises(ValueError, match="more cycles"):
+        twin.WeatherExperiment(cycles=5, spin_up=5)
+    with pytest.raises(ValueError, match="start_error=0"):
+        twin.WeatherExperiment(start_error=0.0)
+    prior = SimpleNamespace(layout=LAYOUT)
+    with pytest.raises(ValueError, match=r"\(4, 8, 16, 3\)"):
+        twin.run_weather_twin(twin.WeatherExperiment(cycles=3, spin_up=1), prior, np.zeros((1, 3, 8, 16, 3)))
+    with pytest.raises(ValueError, match=r"\['best'\]"):
+        twin.run_weather_twin(
+            twin.WeatherExperiment(cycles=3, spin_up=1), prior, np.zeros((1, 4, 8, 16, 3)), only=("best",)
+        )
+
+
+@pytest.mark.slow
+def test_small_run_and_its_figures():
+    jax.config.update("jax_disable_most_optimizations", True)  # so small, it compiles longer than it computes
+    prior = small_emulator()
+    networks = {
+        "stations": Stations({"surface_pressure": 1.0, "v_component_of_wind_500": 0.8}, count=5),
+        "swath": Swath({"temperature_500": 0.6}, width=90.0, thinning=2),
+        "blocks": BlockMeans({"temperature_500": 0.3}, size=4),
+    }
+    experiment = twin.WeatherExperiment(networks, cycles=2, spin_up=1)
+    states = np.asarray(prior.climatology().sample(jax.random.key(1), (3,)))
+    only = (twin.MAIN,)
+    result = twin.run_weather_twin(experiment, prior, states[None], num_particles=4, only=only)
+    assert result.observed.tolist() == [True, True, False, True]
+    assert result.observations["stations"].shape == (2, 5, 2)
+    assert np.isnan(result.observations["swath"]).any(axis=(1, 2)).all()
+    assert all(np.isfinite(values).all() for values in result.scores(twin.MAIN).values())
+    tree = twin.to_datatree(experiment, prior, result)
+    assert tree["truth/temperature"].dims == ("time", "level", "latitude", "longitude")
+    np.testing.assert_allclose(tree["FA-APF_local/temperature"][1, 0], result.runs[twin.MAIN][0].mean[1, ..., 1])
+    assert tree["observations/stations/surface_pressure"].attrs["error"] == 1.0
+    result.runs[twin.FREE] = result.runs[twin.MAIN]  # figures compare the two
+    names = ("surface_pressure", "u_component_of_wind_500")
+    skill = plots_weather.skill_over_time(experiment, prior, result)
+    assert [axes.get_title() for axes in skill.axes].count("u 500 hPa") == 1
+    assert len(plots_weather.spread_and_error(experiment, result).axes) == 4
+    assert len(plots_weather.maps(experiment, prior, result, names[1], (0.5, 1)).axes) == 12
+    assert len(plots_weather.at_station(experiment, prior, result, names).axes) == 2
+    assert len(plots_weather.rank_histograms(result).axes) == 4
