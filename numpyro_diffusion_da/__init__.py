@@ -23,10 +23,11 @@ from numpyro_diffusion_da.piecewise_guidance import Piecewise, Unguided
 from numpyro_diffusion_da.pmmh import PMMH
 from numpyro_diffusion_da.prior import DiffusionPrior
 from numpyro_diffusion_da.priors import parametrisation
-from numpyro_diffusion_da.priors.emulator import RingEmulator, load_prior
+from numpyro_diffusion_da.priors.emulator import RingEmulator
 from numpyro_diffusion_da.priors.gaussian import GaussianPrior
 from numpyro_diffusion_da.priors.gencast import GenCastPrior
 from numpyro_diffusion_da.priors.network import DenoiserPrior
+from numpyro_diffusion_da.priors.shipped import load_prior
 from numpyro_diffusion_da.priors.spherical_emulator import SphericalEmulator
 from numpyro_diffusion_da.result import FilterResult, ParameterResult
 from numpyro_diffusion_da.sampler import (

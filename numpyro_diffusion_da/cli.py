@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, cast
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -18,7 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 if TYPE_CHECKING:
-    from numpyro_diffusion_da.priors.spherical_emulator import SphericalEmulator
+    pass
 
 app = typer.Typer(
     help="Filter observations through a pretrained diffusion emulator, without training.",
@@ -87,7 +87,7 @@ def _lorenz96(out: Path, seed: int, particles: int, truths: int, cycles: int, sp
 
     from numpyro_diffusion_da import plots
     from numpyro_diffusion_da.convert import to_datatree
-    from numpyro_diffusion_da.priors.emulator import load_prior
+    from numpyro_diffusion_da.priors.shipped import load_prior
     from numpyro_diffusion_da.twin import FILTERS, FREE, MAIN, TwinExperiment, run_twin, score_table
 
     console = Console()
@@ -137,7 +137,7 @@ def _held_suarez(out: Path, seed: int, particles: int, truths: int, cycles: int,
     """Weather from stations at the ground."""
     from numpyro_diffusion_da import plots_weather
     from numpyro_diffusion_da.priors import held_suarez
-    from numpyro_diffusion_da.priors.emulator import load_prior
+    from numpyro_diffusion_da.priors.shipped import load_prior
     from numpyro_diffusion_da.weather_twin import (
         FILTERS,
         FREE,
@@ -152,7 +152,7 @@ def _held_suarez(out: Path, seed: int, particles: int, truths: int, cycles: int,
     console = Console()
     try:
         experiment = WeatherExperiment(cycles=cycles, spin_up=spin_up)
-        prior, states = cast("SphericalEmulator", load_prior("held_suarez")), held_suarez.truth()
+        prior, states = load_prior("held_suarez"), held_suarez.truth()
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
     if len(states) < truths * cycles + 1:
@@ -195,7 +195,7 @@ def info() -> None:
     """Versions, devices and the priors that ship, with their data cards."""
     import jax
 
-    from numpyro_diffusion_da.priors.emulator import SHIPPED, load_prior
+    from numpyro_diffusion_da.priors.shipped import SHIPPED, load_prior
 
     console = Console()
     table = Table("package", "version", header_style="bold")

@@ -105,6 +105,15 @@ class Layout(eqx.Module):
         """Coordinates as xarray takes them."""
         return {name: np.asarray(values) for name, values in self.coordinates}
 
+    def level_dims(self) -> dict[str, str]:
+        """The name of each variable's axis of levels: "level", one of its own where its levels are not the first's."""
+        with_levels = [variable for variable in self.variables if variable.levels]
+        return {v.name: "level" if v.levels == with_levels[0].levels else f"{v.name}_level" for v in with_levels}
+
+    def level_coords(self) -> dict[str, np.ndarray]:
+        """Levels in hPa by the names of `level_dims`."""
+        return {dim: np.asarray(self.variable(name).levels) for name, dim in self.level_dims().items()}
+
     def variable(self, name: str) -> Variable:
         """The variable of that name.
 

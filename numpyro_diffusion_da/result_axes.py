@@ -45,14 +45,8 @@ class Axes:
         self.fields = layout
         if layout is None or not layout.variables or result.posterior[result.latent_name].shape[3:] != layout.shape:
             self.fields = None
-        self.level_names = self._name_levels()
-
-    def _name_levels(self) -> dict[str, str]:
-        """The dimension of each field's levels: `level`, of its own where its levels are others than the first's."""
-        fields = () if self.fields is None else tuple(field for field in self.fields.variables if field.levels)
-        names = {f.name: "level" if f.levels == fields[0].levels else f"{f.name}_level" for f in fields}
-        self.layout_values |= {names[field.name]: np.asarray(field.levels) for field in fields}
-        return names
+        self.level_names = {} if self.fields is None else self.fields.level_dims()
+        self.layout_values |= {} if self.fields is None else self.fields.level_coords()
 
     def _names(self, site: str, shape: tuple[int, ...]) -> tuple[str, ...]:
         """Names of a site's own axes."""

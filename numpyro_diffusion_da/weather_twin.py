@@ -159,6 +159,7 @@ class WeatherRun:
         rmse: error of the mean, by area, over the climate's standard deviation; `spread_by_time` and `crps` likewise.
         ranks: counts of the truth's rank after the spin-up, on a thinned grid.
         at_stations: the particles at the places of the first network.
+        last: the particles of the last cycle.
         passes: network passes of a particle and a step.
     """
 
@@ -169,6 +170,7 @@ class WeatherRun:
     crps: Float[np.ndarray, "time channel"]
     ranks: Float[np.ndarray, "channel rank"]
     at_stations: Float[np.ndarray, "draw time place channel"]
+    last: Float[np.ndarray, "draw latitude longitude channel"]
     passes: float
 
 
@@ -256,6 +258,7 @@ def summarise_run(
         np.array(scores["crps"]),
         np.array(ranks),
         np.asarray(at_stations),
+        np.asarray(particles[:, -1]),
         float(sum(v[0].mean() for v in result.network_passes.values())),
     )
 
@@ -326,15 +329,16 @@ def to_datatree(experiment: WeatherExperiment, prior: SphericalEmulator, result:
 
     layout = prior.layout
     hours = experiment.step_hours * (1 + np.arange(experiment.cycles))
-    levels = {"level": list(next(v.levels for v in layout.variables if v.levels))}
-    coords = {"time": ("time", hours, {"units": "hours"}), **levels, **layout.coords()}
+    level_dims = layout.level_dims()
+    coords = {"time": ("time", hours, {"units": "hours"}), **layout.level_coords(), **layout.coords()}
     coords.pop("channel", None)
 
     def fields(values: np.ndarray, suffix: str = "") -> dict[str, Any]:
-        return {
-            name + suffix: (("time", *dims), data.astype(np.float32), {"units": units})
-            for name, (dims, data, units) in layout.split(values).items()
-        }
+        found = {}
+        for name, (dims, data, units) in layout.split(values).items():
+            own = [level_dims[name] if d == "level" else d for d in dims]
+            found[name + suffix] = (("time", *own), data.astype(np.float32), {"units": units})
+        return found
 
     groups = {"truth": xarray.Dataset(fields(result.states[0]), coords)}
     for name, runs in result.runs.items():

@@ -16,7 +16,8 @@ import numpyro_diffusion_da as ndda
 from numpyro_diffusion_da.likelihood import GaussianLikelihood, GaussianObservation
 from numpyro_diffusion_da.priors import emulator as emulators
 from numpyro_diffusion_da.priors import lorenz96
-from numpyro_diffusion_da.priors.emulator import load_prior, read_emulator
+from numpyro_diffusion_da.priors.emulator import read_emulator
+from numpyro_diffusion_da.priors.shipped import load_prior
 from numpyro_diffusion_da.transition import DiffusionStep
 
 KEY = jax.random.key(0)

@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 from rich.progress import Progress
 
-from numpyro_diffusion_da.priors.emulator import load_prior
+from numpyro_diffusion_da.priors.shipped import load_prior
 from numpyro_diffusion_da.twin import FILTERS, TwinExperiment, run_twin, score_table
 
 

@@ -11,9 +11,9 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from packing import unpacked
 
 from numpyro_diffusion_da.layout import Layout, Variable
+from numpyro_diffusion_da.priors.held_suarez import unpacked
 from numpyro_diffusion_da.priors.spherical_emulator import spherical_layout
 from numpyro_diffusion_da.spherical_harmonics import HarmonicNoise, SphericalHarmonics
 
@@ -41,7 +41,8 @@ class Statistics(NamedTuple):
 
 def harmonics(num_latitudes: int) -> SphericalHarmonics:
     """Of the emulator's state."""
-    return SphericalHarmonics(DEGREES, num_latitudes, num_scalars=1 + len(TEMPERATURE_LEVELS), num_winds=len(WIND_LEVELS))
+    num_scalars, num_winds = 1 + len(TEMPERATURE_LEVELS), len(WIND_LEVELS)
+    return SphericalHarmonics(DEGREES, num_latitudes, num_scalars=num_scalars, num_winds=num_winds)
 
 
 def shards(folder: Path, split: str, limit: int | None = None) -> Iterator[np.ndarray]:
@@ -56,7 +57,7 @@ def shards(folder: Path, split: str, limit: int | None = None) -> Iterator[np.nd
         raise FileNotFoundError(f"{folder} has no shards of '{split}'; run generate.py --out {folder} first.")
     for path in paths:
         with np.load(path) as shard:
-            yield unpacked(shard, index)
+            yield unpacked({key: shard[key][..., index] for key in ("packed", "scale", "offset")})
 
 
 def statistics(folder: Path, limit: int | None = None) -> Statistics:

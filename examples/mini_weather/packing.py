@@ -5,13 +5,11 @@ The error is 1/130000 of a channel's range.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import numpy as np
 
 
 def packed(values: np.ndarray) -> dict[str, np.ndarray]:
-    """What `unpacked` takes, as arrays to store."""
+    """What `numpyro_diffusion_da.priors.held_suarez.unpacked` takes, as arrays to store."""
     low, high = (f(values, axis=tuple(range(values.ndim - 1))) for f in (np.min, np.max))
     offset, scale = 0.5 * (low + high), np.maximum(high - low, 1e-6) / 65000.0
     return {
@@ -19,8 +17,3 @@ def packed(values: np.ndarray) -> dict[str, np.ndarray]:
         "offset": offset.astype(np.float32),
         "scale": scale.astype(np.float32),
     }
-
-
-def unpacked(stored: Mapping[str, np.ndarray], channels: list[int]) -> np.ndarray:
-    """The fields of these channels."""
-    return stored["packed"][..., channels] * stored["scale"][channels] + stored["offset"][channels]

@@ -65,6 +65,17 @@ def stored_states(folder: Path, split: str, atmosphere: Atmosphere) -> tuple[np.
     return np.stack(found, axis=1), pattern
 
 
+def on_layout(
+    atmosphere: Atmosphere, fields: Float[Array, "latitude longitude channel"], layout: Layout
+) -> Float[Array, "latitude longitude channel"]:
+    """A state on all layers, as the emulator has it: temperature and the winds each on their own pressure levels."""
+    levels = tuple(sorted({level for variable in layout.variables for level in variable.levels}))
+    pressure, *profiles = jnp.split(atmosphere.on_levels(fields, levels), 1 + len(levels) * np.arange(3), axis=-1)
+    with_levels = [variable.levels for variable in layout.variables if variable.levels]
+    chosen = [p[..., [levels.index(k) for k in own]] for p, own in zip(profiles, with_levels, strict=True)]
+    return jnp.concatenate([pressure, *chosen], axis=-1)
+
+
 def true_program(
     atmosphere: Atmosphere,
     like: Any,
@@ -84,14 +95,13 @@ def true_program(
         start_error: part of an anomaly that a member begins with.
     """
     anomalies = jnp.asarray(archive - archive.mean(0))
-    levels = next(v.levels for v in layout.variables if v.levels)
 
     def weather_truth(first_guess: Array, y: dict[str, Array]) -> None:
         x0 = numpyro.sample("x0", Archive(anomalies))
 
         def step(x: Array, y_t: dict[str, Array]) -> tuple[Array, None]:
             x = numpyro.sample("x", TrueTransition(atmosphere, x, like))
-            seen = atmosphere.on_levels(x, levels)
+            seen = on_layout(atmosphere, x, layout)
             for name, network in networks.items():
                 error = dist.Normal(network.observe(seen, layout), network.error())
                 numpyro.sample(name, error.to_event(2), obs=y_t[name])

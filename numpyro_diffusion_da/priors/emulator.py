@@ -22,7 +22,6 @@ Both networks are translation equivariant: they run on a ring of any number of s
 
 from __future__ import annotations
 
-import importlib.resources
 import json
 from importlib.resources.abc import Traversable
 from pathlib import Path
@@ -44,9 +43,6 @@ if TYPE_CHECKING:
 
 WIDTH = 5
 """Sites under every convolution: two on either side."""
-
-SHIPPED = ("lorenz96",)
-"""What `load_prior` knows."""
 
 
 def neighbourhoods(values: Float[Array, "sites channels"]) -> Float[Array, "sites width_channels"]:
@@ -286,18 +282,3 @@ def read_emulator(folder: Path | Traversable, name: str, num_sites: int) -> Ring
         card_text=card_text,
         **scalars,
     )
-
-
-def load_prior(name: str, num_sites: int = 40) -> RingEmulator:
-    """A trained prior that comes with this package.
-
-    Args:
-        name: "lorenz96": stochastic Lorenz-96, F = 8, steps of 0.1, noise variance 0.5 (`priors.lorenz96`).
-        num_sites: sites on the ring. Trained on 40; the networks are local, so other rings work.
-
-    Raises:
-        ValueError: an unknown name, too few sites, or a file that is not the one its card describes.
-    """
-    if name not in SHIPPED:
-        raise ValueError(f"no prior named '{name}' ships with this package; there is {', '.join(map(repr, SHIPPED))}.")
-    return read_emulator(importlib.resources.files("numpyro_diffusion_da").joinpath("data"), name, num_sites)
