@@ -161,7 +161,7 @@ def _held_suarez(out: Path, seed: int, particles: int, truths: int, cycles: int,
             "give fewer."
         )
     console.print(
-        f"A dry atmosphere (Held-Suarez), 100 stations observing {', '.join(NEAR_GROUND)} every 12 h, "
+        f"A dry atmosphere (Held-Suarez), 200 stations observing {', '.join(NEAR_GROUND)} every 12 h, "
         f"{cycles} cycles, {particles} particles."
     )
     started = time.perf_counter()

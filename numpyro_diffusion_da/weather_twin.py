@@ -62,7 +62,7 @@ class WeatherExperiment:
     """What is observed of the truth, and for how long.
 
     Args:
-        networks: by the name of their site in the program; None for 100 stations that observe `NEAR_GROUND` with errors
+        networks: by the name of their site in the program; None for 200 stations that observe `NEAR_GROUND` with errors
             of a fifth of the climate's standard deviation.
         cycles: filter steps.
         spin_up: steps at the start that are not scored.

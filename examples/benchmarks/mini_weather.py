@@ -66,7 +66,7 @@ def network(name: NetworkName, prior: SphericalEmulator) -> Network:
     errors = fraction_of(prior.state_scale, NEAR_GROUND, prior.layout, 0.2)
     match name:
         case NetworkName.STATIONS:
-            return Stations(errors)
+            return Stations(errors, count=200)
         case NetworkName.SWATH:
             return Swath(errors)
         case NetworkName.BLOCKS:

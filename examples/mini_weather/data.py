@@ -26,8 +26,9 @@ VARIABLES = (
     Variable("u_component_of_wind", "m s-1", WIND_LEVELS),
     Variable("v_component_of_wind", "m s-1", WIND_LEVELS),
 )
-DEGREES = 24
-"""Harmonics of the state: one degree more than the model's winds have."""
+DEGREES = 22
+"""Harmonics of the state: those of the model's scalars. Its winds have one degree more, with so little in it that a
+linear forecast makes four times as much of it, and an analysis puts more there than the truth has."""
 
 
 class Statistics(NamedTuple):

@@ -80,6 +80,8 @@ class MeanNetwork(eqx.Module):
 
         y' = P y + sum_k ((1 - t_k) P + t_k) N_k(y_k)
 
+    With no stage it is the linear forecast, whose features are those of the state before.
+
     Attributes:
         propagator: P.
         first: scalars -> one factor of the scalar products; `second` the other; with the speed products they are mixed
@@ -135,6 +137,8 @@ class MeanNetwork(eqx.Module):
         """(coefficients of the mean, features)."""
         stages = len(self.first)
         forecast = self.propagator.on_coefficients(y)
+        if not stages:
+            return forecast, features(y, harmonics)[0]
         early, late = jnp.zeros_like(y), jnp.zeros_like(y)
         for k in range(stages):
             t = (k + 0.5) / stages
@@ -277,7 +281,9 @@ class ResidualNetwork(eqx.Module):
         terms: NoiseLevelTerms,
         noise: HarmonicNoise,
     ) -> Float[Array, "2 m l channels"]:
-        """F(z, s), z in coefficients of unit noise and already scaled by c_in."""
+        """F(z, s), z in coefficients of unit noise and already scaled by c_in; 0 without hidden units."""
+        if not self.scalar_taps.shape[1]:
+            return jnp.zeros_like(z)
         h = noise.harmonics
         level = jnp.tanh(self.level_scale * jnp.log(noise_level) + self.level_bias) @ self.level_terms
         shift, amplitude, wind_amplitude = jnp.split(level[None, None], 3, axis=-1)
