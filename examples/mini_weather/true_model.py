@@ -26,9 +26,10 @@ from numpyro_diffusion_da.observation_network import Network
 class Archive(dist.Distribution):
     """One of these states, all equally likely."""
 
+    support = dist.constraints.independent(dist.constraints.real, 3)
+
     def __init__(self, states: Float[Array, "archived latitude longitude channel"]) -> None:
         self.states = states
-        self.support = dist.constraints.independent(dist.constraints.real, 3)
         super().__init__(batch_shape=(), event_shape=states.shape[1:])
 
     def sample(self, key: PRNGKeyArray, sample_shape: tuple[int, ...] = ()) -> Array:
@@ -39,9 +40,10 @@ class Archive(dist.Distribution):
 class TrueTransition(dist.Distribution):
     """The state 12 hours after `fields`, with the random increments of the true system."""
 
+    support = dist.constraints.independent(dist.constraints.real, 3)
+
     def __init__(self, atmosphere: Atmosphere, fields: Float[Array, "latitude longitude channel"], like: Any) -> None:
         self.atmosphere, self.fields, self.like = atmosphere, fields, like
-        self.support = dist.constraints.independent(dist.constraints.real, 3)
         super().__init__(batch_shape=(), event_shape=fields.shape)
 
     def sample(self, key: PRNGKeyArray, sample_shape: tuple[int, ...] = ()) -> Array:
