@@ -50,7 +50,7 @@ import data
 
 TRUE_MODEL = "EnKF, true model"
 FORECAST_STEPS = 10
-TRUE_RADIUS, TRUE_RTPS = 2500.0, 0.3
+TRUE_RADIUS, TRUE_RTPS = 2000.0, 0.5
 
 
 class NetworkName(StrEnum):
