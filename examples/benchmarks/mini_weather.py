@@ -120,6 +120,7 @@ def main(
         by_channel = verification.rmse(*scaled, axis=(1, 2), weights=weights)
         return float(np.sqrt(np.mean(by_channel**2)))
 
+    settings = {"network": network_name, "particles": particles, "cycles": cycles, "split": split}
     names = only or list(FILTERS)
     rows: dict[str, list[dict[str, float]]] = {name: [] for name in [*names, *([TRUE_MODEL] if true_model else [])]}
     true_filter = TrueModelFilter(data_folder, split, experiment, prior, particles) if true_model else None
@@ -136,6 +137,8 @@ def main(
             scores = {key: float(value[0]) for key, value in result.scores(name).items()}
             key = jax.random.fold_in(jax.random.key(100), i)
             rows[name].append(scores | {"forecast": forecast_error(key, run.last, states[i, -1])})
+        # After every truth: a long run that is stopped has lost one.
+        out.write_text(json.dumps({"settings": settings, "scores": rows}, indent=1) + "\n")
     table = Table(
         title=f"{network_name}, N = {particles}, {count} truths of {cycles} cycles", box=None, header_style="bold"
     )
@@ -150,8 +153,6 @@ def main(
             cells.append(f"{values.mean():.0f}" if key == "passes" else f"{values.mean():.3f}{error}")
         table.add_row(name, *cells)
     Console(width=160).print(table)
-    settings = {"network": network_name, "particles": particles, "cycles": cycles, "split": split}
-    out.write_text(json.dumps({"settings": settings, "scores": rows}, indent=1) + "\n")
 
 
 class TrueModelFilter:
