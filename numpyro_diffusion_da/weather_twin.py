@@ -90,7 +90,9 @@ class WeatherExperiment:
         """The networks, those by default among them."""
         if self.networks is not None:
             return self.networks
-        return {"stations": Stations(fraction_of(np.asarray(prior.state_scale), NEAR_GROUND, prior.layout, 0.2))}
+        return {
+            "stations": Stations(fraction_of(np.asarray(prior.state_scale), NEAR_GROUND, prior.layout, 0.2), count=200)
+        }
 
     def observed_channels(self, prior: SphericalEmulator) -> np.ndarray:
         """True for each channel that some network observes."""
