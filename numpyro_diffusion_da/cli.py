@@ -10,15 +10,12 @@ import time
 from collections.abc import Callable, Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
-
-if TYPE_CHECKING:
-    pass
 
 app = typer.Typer(
     help="Filter observations through a pretrained diffusion emulator, without training.",
@@ -58,7 +55,7 @@ def demo(
     """A known truth is observed, and filters on a diffusion emulator are scored against it.
 
     lorenz96: every second variable of Lorenz-96 is observed; FA-APF and five controls. held_suarez: global weather from
-    a hundred stations at the ground; FA-APF, an ensemble Kalman filter and three controls.
+    200 stations at the ground; FA-APF, an ensemble Kalman filter and three controls.
     """
     default_particles, default_truths, default_cycles = DEFAULTS[which]
     run = {Which.LORENZ96: _lorenz96, Which.HELD_SUAREZ: _held_suarez}[which]
@@ -176,12 +173,12 @@ def _held_suarez(out: Path, seed: int, particles: int, truths: int, cycles: int,
     )
     out.mkdir(parents=True, exist_ok=True)
     settings = {"seed": seed, "particles": particles, "truths": truths, "cycles": cycles, "spin_up": spin_up}
-    (out / "demo.json").write_text(json.dumps({"settings": settings, "scores": result.summary()}, indent=1) + "\n")
+    scores = result.summary()
+    (out / "demo.json").write_text(json.dumps({"settings": settings, "scores": scores}, indent=1) + "\n")
     to_datatree(experiment, prior, result).to_netcdf(out / "demo.nc", engine="h5netcdf")
     figures = plots_weather.figures(experiment, prior, result)
     for name, figure in figures.items():
         figure.savefig(out / f"{name}.png", dpi=130)
-    scores = result.summary()
     better = scores[FREE]["rmse"]["mean"] / scores[MAIN]["rmse"]["mean"]
     console.print(
         f"The error of local FA-APF is {better:.1f} times smaller than the free ensemble's. "

@@ -188,3 +188,11 @@ class Layout(eqx.Module):
             else:
                 parts[variable.name] = (self.dims[:-1], values[..., 0], variable.units)
         return parts
+
+    def split_by_levels(self, x: np.ndarray) -> dict[str, tuple[tuple[str, ...], np.ndarray, str]]:
+        """As `split`, the axes of levels named as `level_dims` has it, so that all fit into one dataset."""
+        own = self.level_dims()
+        return {
+            name: (tuple(own[name] if dim == "level" else dim for dim in dims), values, units)
+            for name, (dims, values, units) in self.split(x).items()
+        }

@@ -62,7 +62,7 @@ class WhiteNoise(Noise):
 def standard_normal(rng_key: PRNGKeyArray, shape: tuple[int, ...], dtype: jnp.dtype) -> Float[Array, ...]:
     """Independent standard normal numbers, those of `jax.random.normal`.
 
-    Drawn in one row: with four axes XLA can take half a minute to compile the draw for a CPU.
+    Drawn in one row: with four axes XLA can take twenty seconds to compile the draw for a CPU.
     """
     return jax.random.normal(rng_key, (math.prod(shape),), dtype).reshape(shape)
 

@@ -45,8 +45,8 @@ class Axes:
         self.fields = layout
         if layout is None or not layout.variables or result.posterior[result.latent_name].shape[3:] != layout.shape:
             self.fields = None
-        self.level_names = {} if self.fields is None else self.fields.level_dims()
-        self.layout_values |= {} if self.fields is None else self.fields.level_coords()
+        else:
+            self.layout_values |= layout.level_coords()
 
     def _names(self, site: str, shape: tuple[int, ...]) -> tuple[str, ...]:
         """Names of a site's own axes."""
@@ -111,15 +111,14 @@ class Axes:
             )
         others = {name: values for name, values in arrays.items() if name != latent}
         fields = {}
-        for name, (dims, values, _) in layout.split(arrays[latent]).items():
-            if name in others or name in SHARED or name in (*layout.dims, *self.level_names.values()):
+        for name, (dims, values, _) in layout.split_by_levels(arrays[latent]).items():
+            if name in others or name in SHARED or name in (*layout.dims, *layout.level_coords()):
                 raise ValueError(
                     f"the state '{latent}' has a field '{name}', which is the name of another site or of an axis; "
                     "rename that site, or the variable of the layout."
                 )
-            names = tuple(self.level_names.get(name, d) if d == "level" else d for d in dims)
             attributes = {**gridded_data.attributes(layout.variable(name)), "site": latent}
-            fields[name] = self.variable(name, values, PARTICLE, attributes, names)
+            fields[name] = self.variable(name, values, PARTICLE, attributes, dims)
         return {**fields, **self.sites(others, PARTICLE)}
 
     def coordinates(self, variables: Mapping[str, Any]) -> dict[str, Any]:

@@ -26,6 +26,7 @@ from numpyro_diffusion_da.filtering import FilterResult, ParticleFilter
 from numpyro_diffusion_da.prior import DiffusionPrior
 from numpyro_diffusion_da.priors import lorenz96
 from numpyro_diffusion_da.smc.localization import Ring, Taper
+from numpyro_diffusion_da.twin_scores import check_spin_up, mean_and_standard_error, summarised, table_of_scores
 from numpyro_diffusion_da.weight import Equal, Moment
 
 if TYPE_CHECKING:
@@ -71,8 +72,7 @@ class TwinExperiment:
     error_variance: float = 0.1
 
     def __post_init__(self) -> None:
-        if not 0 <= self.spin_up < self.cycles:
-            raise ValueError(f"cycles={self.cycles}, spin_up={self.spin_up}: give more cycles than are left out.")
+        check_spin_up(self.spin_up, self.cycles)
         if not self.error_variance > 0:
             raise ValueError(f"error_variance={self.error_variance}; give a positive variance.")
 
@@ -158,39 +158,18 @@ class TwinResult:
 
     def mean(self, name: str, score: str) -> tuple[float, float]:
         """Mean over truths and its standard error (NaN for a single truth)."""
-        values = self.scores[name][score]
-        error = values.std(ddof=1) / np.sqrt(len(values)) if len(values) > 1 else np.nan
-        return float(values.mean()), float(error)
+        return mean_and_standard_error(self.scores[name][score])
 
     def summary(self) -> dict[str, dict[str, dict[str, float]]]:
         """Mean and standard error by filter and score, in plain numbers."""
-        return {
-            name: {key: dict(zip(("mean", "standard_error"), self.mean(name, key), strict=True)) for key in COLUMNS}
-            for name in self.scores
-        }
+        return summarised({name: {key: scores[key] for key in COLUMNS} for name, scores in self.scores.items()})
 
 
 def score_table(result: TwinResult) -> Table:
     """The scores as a table of one row a filter, mean ± standard error over truths."""
-    from rich.table import Table
-
-    truths = len(result.scores[MAIN]["rmse"])
-    table = Table(
-        title=f"mean over {truths} truths ± standard error", header_style="bold", box=None, padding=(0, 1, 0, 0)
-    )
-    table.add_column("filter", no_wrap=True)
-    for heading in COLUMNS.values():
-        table.add_column(heading, justify="right", no_wrap=True)
-    digits = {"passes": 0, "ess": 0, "inflation": 3}
-    for name, scores in result.summary().items():
-        cells = []
-        for key, score in scores.items():
-            cell = f"{score['mean']:.{digits.get(key, 2)}f}"
-            if key not in digits and truths > 1:
-                cell += f"±{score['standard_error']:.2f}".replace("±0.", "±.")
-            cells.append(cell)
-        table.add_row(name, *cells, style="bold" if name == MAIN else None)
-    return table
+    title = f"mean over {len(result.scores[MAIN]['rmse'])} truths ± standard error"
+    plain = {"passes": 0, "ess": 0, "inflation": 3}
+    return table_of_scores(title, result.summary(), COLUMNS, MAIN, decimals=2, plain=plain)
 
 
 def run_twin(

@@ -26,11 +26,13 @@ from numpyro_diffusion_da.algorithm import FAAPF, Algorithm, Bootstrap, EnKF
 from numpyro_diffusion_da.distribution import DiffusionTransition
 from numpyro_diffusion_da.filtering import FilterResult, ParticleFilter
 from numpyro_diffusion_da.observation_network import Network, Stations, fraction_of
+from numpyro_diffusion_da.priors.held_suarez import STEP_HOURS
 from numpyro_diffusion_da.priors.spherical_emulator import SphericalEmulator
 from numpyro_diffusion_da.sampler import Sampler
 from numpyro_diffusion_da.schedule import KarrasSchedule
 from numpyro_diffusion_da.smc.localization import GreatCircle, Taper
 from numpyro_diffusion_da.smc.spread_repair import Multiplicative
+from numpyro_diffusion_da.twin_scores import check_spin_up, summarised, table_of_scores
 from numpyro_diffusion_da.weight import Dirac, Equal
 
 if TYPE_CHECKING:
@@ -78,11 +80,10 @@ class WeatherExperiment:
     cycles: int = 30
     spin_up: int = 20
     start_error: float = 0.5
-    step_hours: float = 12.0
+    step_hours: float = STEP_HOURS
 
     def __post_init__(self) -> None:
-        if not 0 <= self.spin_up < self.cycles:
-            raise ValueError(f"cycles={self.cycles}, spin_up={self.spin_up}: give more cycles than are left out.")
+        check_spin_up(self.spin_up, self.cycles)
         if not self.start_error > 0:
             raise ValueError(f"start_error={self.start_error}; give a positive number of standard deviations.")
 
@@ -103,10 +104,8 @@ class WeatherExperiment:
         self, rng_key: PRNGKeyArray, prior: SphericalEmulator, states: Float[np.ndarray, "time lat lon channel"]
     ) -> dict[str, Float[np.ndarray, "time place observed"]]:
         """Of each network, with errors, at all times of `states`; NaN where it observes nothing."""
-        found = {}
-        for key, (name, network) in zip(
-            jax.random.split(rng_key, len(self.observing(prior))), self.observing(prior).items(), strict=True
-        ):
+        found, networks = {}, self.observing(prior)
+        for key, (name, network) in zip(jax.random.split(rng_key, len(networks)), networks.items(), strict=True):
             exact = jax.vmap(lambda x, network=network: network.observe(x, prior.layout))(jnp.asarray(states))
             y = np.asarray(exact) + network.error() * np.asarray(jax.random.normal(key, exact.shape))
             found[name] = np.where(network.reports(len(states), prior.layout)[..., None], y, np.nan)
@@ -224,13 +223,19 @@ class WeatherResult:
 
     def summary(self) -> dict[str, dict[str, dict[str, float]]]:
         """Mean and standard error over truths (NaN for one) by filter and score, in plain numbers."""
-        found: dict[str, dict[str, dict[str, float]]] = {}
-        for name in self.runs:
-            found[name] = {}
-            for key, values in self.scores(name).items():
-                error = values.std(ddof=1) / np.sqrt(len(values)) if len(values) > 1 else np.nan
-                found[name][key] = {"mean": float(values.mean()), "standard_error": float(error)}
-        return found
+        return summarised({name: self.scores(name) for name in self.runs})
+
+
+def area_weights(prior: SphericalEmulator) -> Float[np.ndarray, "latitude 1"]:
+    """Of the grid points, for fields (..., latitude, longitude)."""
+    return np.asarray(prior.noise.harmonics.weights)[:, None]
+
+
+def in_climate_units(
+    fields: Float[np.ndarray, "*batch latitude longitude channel"], prior: SphericalEmulator
+) -> Float[np.ndarray, "*batch channel latitude longitude"]:
+    """In standard deviations of each channel's climate, the channels before the grid."""
+    return np.moveaxis(fields, -1, -3) / np.asarray(prior.state_scale)[:, None, None]
 
 
 def summarise_run(
@@ -246,11 +251,10 @@ def summarise_run(
         spin_up: cycles whose ranks are not counted.
     """
     particles = result.posterior["x"][0]
-    climate = np.asarray(prior.state_scale)
-    weights = np.asarray(prior.noise.harmonics.weights)[:, None]  # broadcasts against (latitude, longitude)
+    weights = area_weights(prior)
     scores: dict[str, list[Any]] = {"rmse": [], "spread": [], "crps": []}
     for t in range(len(states)):
-        x, truth = (np.moveaxis(v[..., t, :, :, :], -1, -3) / climate[:, None, None] for v in (particles, states))
+        x, truth = (in_climate_units(v[..., t, :, :, :], prior) for v in (particles, states))
         scores["rmse"].append(verification.rmse(x, truth, axis=(1, 2), weights=weights))
         scores["spread"].append(verification.spread(x, axis=(1, 2), weights=weights))
         scores["crps"].append(verification.crps(x, truth, axis=(1, 2), weights=weights))
@@ -316,11 +320,12 @@ def run_weather_twin(
         y = experiment.observations(error_key, prior, truth[1:])
         observations = observations or y
         nothing = jax.tree.map(lambda v: np.full_like(v, np.nan), y)
-        for i, (name, filter) in enumerate(filters.items()):
+        for name, filter in filters.items():
             on_step(name)
+            key = jax.random.fold_in(filter_key, FILTERS.index(name))  # whichever others are run
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", message="weights are inflated")
-                filter.run(jax.random.fold_in(filter_key, i), first_guess, nothing if name == FREE else y)
+                filter.run(key, first_guess, nothing if name == FREE else y)
             runs[name].append(summarise_run(filter.result, truth[1:], prior, network, experiment.spin_up))
     return WeatherResult(
         runs, np.stack([truth[1:] for truth in states]), observations, experiment.observed_channels(prior),
@@ -338,16 +343,14 @@ def to_datatree(experiment: WeatherExperiment, prior: SphericalEmulator, result:
 
     layout = prior.layout
     hours = experiment.step_hours * (1 + np.arange(experiment.cycles))
-    level_dims = layout.level_dims()
     coords = {"time": ("time", hours, {"units": "hours"}), **layout.level_coords(), **layout.coords()}
     coords.pop("channel", None)
 
     def fields(values: np.ndarray, suffix: str = "") -> dict[str, Any]:
-        found = {}
-        for name, (dims, data, units) in layout.split(values).items():
-            own = [level_dims[name] if d == "level" else d for d in dims]
-            found[name + suffix] = (("time", *own), data.astype(np.float32), {"units": units})
-        return found
+        return {
+            name + suffix: (("time", *dims), data.astype(np.float32), {"units": units})
+            for name, (dims, data, units) in layout.split_by_levels(values).items()
+        }
 
     groups = {"truth": xarray.Dataset(fields(result.states[0]), coords)}
     for name, runs in result.runs.items():
@@ -371,19 +374,5 @@ def to_datatree(experiment: WeatherExperiment, prior: SphericalEmulator, result:
 
 def score_table(result: WeatherResult) -> Table:
     """The scores as a table of one row a filter, mean ± standard error over truths."""
-    from rich.table import Table
-
-    truths = len(result.states)
-    table = Table(title=f"mean over {truths} truths", header_style="bold", box=None, padding=(0, 1, 0, 0))
-    table.add_column("filter", no_wrap=True)
-    for heading in COLUMNS.values():
-        table.add_column(heading, justify="right", no_wrap=True)
-    for name, scores in result.summary().items():
-        cells = []
-        for key in COLUMNS:
-            cell = f"{scores[key]['mean']:.{0 if key == 'passes' else 3}f}"
-            if key != "passes" and truths > 1:
-                cell += f"±{scores[key]['standard_error']:.3f}".replace("±0.", "±.")
-            cells.append(cell)
-        table.add_row(name, *cells, style="bold" if name == MAIN else None)
-    return table
+    title = f"mean over {len(result.states)} truths"
+    return table_of_scores(title, result.summary(), COLUMNS, MAIN, decimals=3, plain={"passes": 0})

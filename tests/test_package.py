@@ -39,7 +39,7 @@ ALLOWED = {
 
 # From the top down: a module imports only from later entries.
 ORDER = [
-    "__init__", "cli", "plots_weather", "weather_twin", "plots", "twin",
+    "__init__", "cli", "plots_weather", "weather_twin", "plots", "twin", "twin_scores",
     "verification", "innovations", "spectra", "labelling",
     "filtering", "online", "pmmh", "smc2", "inference",
     "summary", "backward", "smoothing", "convert", "result_axes", "progress", "storage", "evidence",

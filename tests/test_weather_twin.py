@@ -93,6 +93,11 @@ def test_small_run_and_its_figures():
     assert result.observations["stations"].shape == (2, 5, 2)
     assert np.isnan(result.observations["swath"]).any(axis=(1, 2)).all()
     assert all(np.isfinite(values).all() for values in result.scores(twin.MAIN).values())
+    # The run's scores are of the members that it kept, at their time.
+    run = result.runs[twin.MAIN][0]
+    np.testing.assert_allclose(run.last.mean(0), run.mean[-1], rtol=1e-4, atol=1e-4)
+    squares = np.einsum("jqc,j->c", (run.mean[-1] - states[2]) ** 2, prior.noise.harmonics.weights) / states.shape[2]
+    np.testing.assert_allclose(run.rmse[-1], np.sqrt(squares) / np.asarray(prior.state_scale), rtol=1e-3)
     tree = twin.to_datatree(experiment, prior, result)
     assert tree["truth/temperature"].dims == ("time", "level", "latitude", "longitude")
     np.testing.assert_allclose(tree["FA-APF_local/temperature"][1, 0], result.runs[twin.MAIN][0].mean[1, ..., 1])

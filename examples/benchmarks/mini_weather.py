@@ -36,11 +36,14 @@ from numpyro_diffusion_da import verification
 from numpyro_diffusion_da.observation_network import BlockMeans, Network, Stations, Swath, fraction_of
 from numpyro_diffusion_da.priors.spherical_emulator import SphericalEmulator
 from numpyro_diffusion_da.transition import DiffusionStep
+from numpyro_diffusion_da.twin_scores import mean_and_standard_error
 from numpyro_diffusion_da.weather_twin import (
     FILTERS,
     NEAR_GROUND,
     SAMPLER,
     WeatherExperiment,
+    area_weights,
+    in_climate_units,
     run_weather_twin,
     summarise_run,
 )
@@ -99,8 +102,6 @@ def main(
     prior = ndda.load_prior("held_suarez")
     experiment = WeatherExperiment({"y": network(network_name, prior)}, cycles=cycles, spin_up=max(cycles - 10, 0))
     states, places = truths(data_folder, split, count, 1 + cycles + FORECAST_STEPS)
-    climate = np.asarray(prior.state_scale)
-    weights = np.asarray(prior.noise.harmonics.weights)[:, None]
 
     @eqx.filter_jit
     def forecast(rng_key: jax.Array, ensemble: jax.Array) -> jax.Array:
@@ -116,8 +117,8 @@ def main(
 
     def forecast_error(rng_key: jax.Array, ensemble: np.ndarray, truth: np.ndarray) -> float:
         found = np.asarray(forecast(rng_key, jnp.asarray(ensemble)))
-        scaled = (np.moveaxis(v, -1, -3) / climate[:, None, None] for v in (found, truth))
-        by_channel = verification.rmse(*scaled, axis=(1, 2), weights=weights)
+        scaled = (in_climate_units(v, prior) for v in (found, truth))
+        by_channel = verification.rmse(*scaled, axis=(1, 2), weights=area_weights(prior))
         return float(np.sqrt(np.mean(by_channel**2)))
 
     settings = {"network": network_name, "particles": particles, "cycles": cycles, "split": split}
@@ -148,9 +149,9 @@ def main(
     for name, scores in rows.items():
         cells = []
         for key in scores[0]:
-            values = np.array([s[key] for s in scores])
-            error = f" ± {values.std(ddof=1) / len(values) ** 0.5:.3f}" if len(values) > 1 else ""
-            cells.append(f"{values.mean():.0f}" if key == "passes" else f"{values.mean():.3f}{error}")
+            mean, error = mean_and_standard_error(np.array([s[key] for s in scores]))
+            spread = f" ± {error:.3f}" if len(scores) > 1 else ""
+            cells.append(f"{mean:.0f}" if key == "passes" else f"{mean:.3f}{spread}")
         table.add_row(name, *cells)
     Console(width=160).print(table)
 

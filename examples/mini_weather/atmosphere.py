@@ -64,12 +64,13 @@ class Atmosphere:
         self._at_rest, features = dinosaur.primitive_equations_states.isothermal_rest_atmosphere(
             coords=coords, physics_specs=specs, p0=1e5 * units.pascal, p1=5e3 * units.pascal
         )
-        self._reference = features[dinosaur.xarray_utils.REF_TEMP_KEY][:, None, None]
+        reference = features[dinosaur.xarray_utils.REF_TEMP_KEY]
+        self._reference = reference[:, None, None]
         flat = dinosaur.primitive_equations.truncated_modal_orography(features[dinosaur.xarray_utils.OROGRAPHY], coords)
-        self._forcing = dinosaur.held_suarez.HeldSuarezForcing(coords, specs, self._reference[:, 0, 0])
+        self._forcing = dinosaur.held_suarez.HeldSuarezForcing(coords, specs, reference)
         equation = dinosaur.time_integration.compose_equations(
             [
-                dinosaur.primitive_equations.PrimitiveEquations(self._reference[:, 0, 0], flat, coords, specs),
+                dinosaur.primitive_equations.PrimitiveEquations(reference, flat, coords, specs),
                 self._forcing,
             ]
         )

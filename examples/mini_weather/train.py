@@ -198,11 +198,11 @@ def main(
     fitting = Optimisation(out / "mean.pickle", steps if stages else 0, rate, seed)
     rest = eqx.tree_at(lambda n: n.propagator, network, None)
     network = whole(fitting.run(rest, mean_loss, mean_batch, save_every, mean_check, minutes))
-    error = by_variable(squares(run_mean(network, check_before) - check_after), change, h.num_winds)
+    check_left = check_after - run_mean(network, check_before)
+    error = by_variable(squares(check_left), change, h.num_winds)
     print(f"mean network / persistence: {np.round(error, 3)}", flush=True)
 
     left = after - run_mean(network, before)
-    check_left = check_after - run_mean(network, check_before)
     latent = rms_of_channels(squares(check_left), h.num_scalars).astype(np.float32)
     amplitude = known.noise.amplitude()[None, None, None]
     own = rms_of_channels(squares(left), h.num_scalars)
@@ -260,7 +260,6 @@ def main(
     found = fitting.run(emulator.residual_network, residual_loss, residual_batch, save_every, residual_check, minutes)
     emulator = eqx.tree_at(lambda e: e.residual_network, emulator, found)
 
-    final = by_variable(squares(check_left), change, h.num_winds)
     card = {
         "name": NAME,
         "system": json.loads((data_folder / "data.json").read_text())["model"],
@@ -278,7 +277,7 @@ def main(
             "ridge": RIDGES[best],
             "script": "examples/mini_weather/train.py",
         },
-        "one_step_mean_error_relative_to_persistence": [float(v) for v in final],
+        "one_step_mean_error_relative_to_persistence": [float(v) for v in error],
         "linear_forecast_error_relative_to_persistence": [float(v) for v in errors[best]],
     }
     save_spherical_emulator(emulator, card, out, NAME)

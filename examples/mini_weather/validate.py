@@ -24,7 +24,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from numpyro_diffusion_da.layout import Layout
+from numpyro_diffusion_da.observation_network import channel_names
 from numpyro_diffusion_da.priors.spherical_emulator import SphericalEmulator, read_spherical_emulator
 from numpyro_diffusion_da.sampler import Sampler
 from numpyro_diffusion_da.schedule import KarrasSchedule
@@ -33,11 +33,6 @@ from numpyro_diffusion_da.transition import DiffusionStep
 NAME = "held_suarez"
 WAVENUMBERS = 21
 """Of the true system."""
-
-
-def channel_names(layout: Layout) -> list[str]:
-    """For instance "temperature 850"."""
-    return [f"{v.name} {level}".strip() for v in layout.variables for level in v.levels or ("",)]
 
 
 def area_mean(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
