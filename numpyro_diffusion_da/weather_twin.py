@@ -150,10 +150,10 @@ class WeatherExperiment:
                 program,
                 weight=Dirac(),
                 target_ess=0.8,
-                taper=self.taper(prior, 1500.0),
-                spread_repair=(Multiplicative(1.08),),
+                taper=self.taper(prior, 2500.0),
+                spread_repair=(Multiplicative(1.1),),
             ),
-            ENKF: EnKF(program, taper=self.taper(prior, 2000.0), rtps=0.5),
+            ENKF: EnKF(program, taper=self.taper(prior, 2500.0), rtps=0.5),
         }
 
 

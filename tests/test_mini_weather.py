@@ -19,7 +19,7 @@ COMPILES_A_LOT = True
 def scripts(monkeypatch):
     monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "examples" / "mini_weather"))
     yield lambda name: importlib.import_module(name)
-    for name in ("data", "linear", "packing", "train", "validate", "package"):
+    for name in ("damping", "data", "linear", "packing", "train", "validate", "package"):
         sys.modules.pop(name, None)
 
 
@@ -48,7 +48,7 @@ def test_from_data_to_the_package(tmp_path, scripts):
     for folder in (raw, out):
         folder.mkdir()
     made_up_shards(raw, scripts, {"train": 12, "validation": 2, "test": 2}, 25)
-    scripts("train").main(raw, trained, steps=0, residual_steps=0, rank=40)
+    scripts("train").main(raw, trained, stages=0, rank=40)
     emulator = read_spherical_emulator(trained, "held_suarez")
     assert emulator.layout.shape == (32, 64, 9)
     # Degrees and channels are mixed by the regression where there are few samples: near the least error, not at it.
@@ -62,3 +62,25 @@ def test_from_data_to_the_package(tmp_path, scripts):
     assert states.shape == (5, 32, 64, 9)
     assert np.abs(states.mean() - 1000.0) < 1.0
     assert "validation" in read_spherical_emulator(out, "held_suarez").card
+
+
+def test_damping_gives_free_runs_the_variance_of_the_climate(scripts, tmp_path):
+    # The truth is x' = 0.9 x + e. A forecast that multiplies by 0.95 makes twice its variance; 0.9 / 0.95 mends it.
+    rng = np.random.default_rng(0)
+    errors = rng.normal(size=(500, 2, 3, 4, 2))
+    mask = np.repeat(np.triu(np.ones((3, 4)))[..., None], 2, axis=-1)
+    errors = mask * (errors - errors.mean(0))
+    starts = errors[:200] / np.sqrt(1 - 0.9**2)
+    damping = scripts("damping")
+    factors = damping.calibrated(
+        lambda g, y: 0.95 * g * y,
+        starts,
+        errors,
+        damping.variance(errors) / (1 - 0.9**2),
+        path=tmp_path / "damping.npy",
+        rounds=12,
+        days=40,
+        seed=0,
+    )
+    np.testing.assert_allclose(factors[mask > 0], 0.9 / 0.95, atol=0.02)
+    np.testing.assert_array_equal(factors[mask == 0], 1.0)

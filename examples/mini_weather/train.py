@@ -3,11 +3,11 @@
     pip install "numpyro-diffusion-da[train]"
     python examples/mini_weather/train.py --data weather_data --out weather_emulator
 
-In order: the linear forecast by least squares; with --stages, a network on top of it, by area-weighted least squares
-(better by a tenth at one step, but its free runs gain energy until they are no weather: not what ships); the
-covariance of what it leaves, whose scale is that of the validation run; with --correction, that of the denoiser, by
-denoising score matching (better by 0.03 % of the loss, for three times the work of a pass: not what ships). Networks
-are exponential moving averages over the optimiser's steps. Every --save-every steps they are written to --out: call the
+In order: the linear forecast by least squares; a network on top of it, by area-weighted least squares; the factors with
+which free runs of the two keep the climate (damping.py); the covariance of what they leave, whose scale is that of the
+validation run; with --correction, a network that corrects the denoiser, by denoising score matching (better by 0.03 %
+of the loss, for three times the work of a pass: not what ships). Networks are exponential moving averages over the
+optimiser's steps. Every --save-every steps, and after every free run, what is found is written to --out: call the
 script again and it goes on from there.
 """
 
@@ -20,6 +20,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
+import damping
 import data
 import equinox as eqx
 import jax
@@ -120,14 +121,19 @@ def main(
         "weather_emulator"
     ),
     seed: Annotated[int, typer.Option(help="of initial weights and batches")] = 0,
-    stages: Annotated[int, typer.Option(help="corrections of the linear forecast, 0 for none")] = 0,
-    hidden: Annotated[int, typer.Option(help="products of each kind at a grid point")] = 24,
+    stages: Annotated[int, typer.Option(help="corrections of the linear forecast, 0 for none")] = 2,
+    hidden: Annotated[int, typer.Option(help="products of each kind at a grid point")] = 32,
+    input_noise: Annotated[float, typer.Option(help="on what the mean network is given, in errors of a step")] = 0.5,
+    rounds: Annotated[int, typer.Option(help="of free runs that the mean network's damping is found with")] = 18,
+    members: Annotated[int, typer.Option(help="of these runs")] = 32,
+    days: Annotated[int, typer.Option(help="of these runs")] = 120,
     correction: Annotated[int, typer.Option(help="hidden units of the denoiser's correction, 0 for none")] = 0,
-    steps: Annotated[int, typer.Option(help="optimiser steps of the mean network")] = 6000,
+    steps: Annotated[int, typer.Option(help="optimiser steps of the mean network")] = 5000,
     residual_steps: Annotated[int, typer.Option(help="of the denoiser's correction")] = 3000,
     batch: Annotated[int, typer.Option(help="states of a step")] = 8,
     rate: Annotated[float, typer.Option(help="largest learning rate")] = 2e-3,
     rank: Annotated[int, typer.Option(help="vectors of a covariance for each wavenumber")] = 198,
+    shrinkage: Annotated[float, typer.Option(help="of covariances towards their diagonal")] = 0.002,
     shards: Annotated[int | None, typer.Option(help="of the training runs, if not all")] = None,
     save_every: Annotated[int, typer.Option(help="steps")] = 500,
     minutes: Annotated[float, typer.Option(help="for each network in this call")] = 1e9,
@@ -158,22 +164,27 @@ def main(
     errors = [linear_error(fit) for fit in fits]
     best = int(np.argmin([np.mean(e) for e in errors]))
     propagator = fits[best]
+    linear_left = after - np.asarray(propagate(propagator, before))
     print(f"linear forecast / persistence, ridge {RIDGES[best]:g}: {np.round(errors[best], 3)}", flush=True)
 
-    network = MeanNetwork.init(jax.random.key(seed), h, propagator, stages, hidden)
+    start = MeanNetwork.init(jax.random.key(seed), h, propagator, stages, hidden)
     # Winds are weighed as one vector.
     both = change.copy()
     both[h.num_scalars :] = np.tile(change[h.num_scalars :].reshape(2, -1).sum(0), 2)
     weight = jnp.asarray(1.0 / both, jnp.float32)
     reflection = jnp.asarray(h.reflection, jnp.float32)[None]
 
-    # The propagator is at its optimum; what is trained is the rest.
+    # The propagator is at its optimum, the damping is found afterwards; what is trained is the rest.
+    def fixed_parts(network: MeanNetwork) -> tuple[Any, Any]:
+        return network.propagator, network.damping
+
     def whole(rest: MeanNetwork) -> MeanNetwork:
-        return eqx.tree_at(lambda n: n.propagator, rest, propagator, is_leaf=lambda x: x is None)
+        return eqx.tree_at(fixed_parts, rest, fixed_parts(start), is_leaf=lambda x: x is None)
 
     def mean_batch(generator: np.random.Generator) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        index = generator.integers(len(before), size=batch)
-        return before[index], after[index], generator.random(batch) < 0.5
+        index, other = generator.integers(len(before), size=(2, batch))
+        # Errors of another time: from a state a little off, as in a run of its own, the way back is learned too.
+        return before[index] + input_noise * linear_left[other], after[index], generator.random(batch) < 0.5
 
     def mean_loss(network: MeanNetwork, rng_key: jax.Array, given: Any) -> jax.Array:
         def one(y: jax.Array, target: jax.Array, mirrored: jax.Array) -> jax.Array:
@@ -188,6 +199,22 @@ def main(
     def run_mean(network: MeanNetwork, y: np.ndarray) -> np.ndarray:
         return np.asarray(forecasts(network, y))
 
+    def keep_climate(network: MeanNetwork) -> MeanNetwork:
+        left, check_left = (y - run_mean(network, x) for x, y in ((before, after), (check_before, check_after)))
+        own, found = (rms_of_channels(squares(x), h.num_scalars) for x in (left, check_left))
+        forecast = jax.jit(lambda g, y: jax.lax.map(lambda y: network(y, h)[0] * g[None], y))
+        factors = damping.calibrated(
+            lambda g, y: np.asarray(forecast(g.astype(np.float32), y)),
+            before[np.linspace(0, len(before) - 1, members).astype(int)],
+            left * (found / own).astype(np.float32),
+            damping.variance(before),
+            path=out / "damping.npy",
+            rounds=rounds,
+            days=days,
+            seed=seed,
+        )
+        return eqx.tree_at(lambda n: n.damping, network, jnp.asarray(factors, jnp.float32))
+
     sample = np.linspace(0, len(check_before) - 1, min(96, len(check_before))).astype(int)
 
     def mean_check(network: MeanNetwork) -> str:
@@ -196,8 +223,10 @@ def main(
         return f"validation error / persistence {np.sqrt(np.mean(ratio**2)):.3f} {np.round(ratio, 3)}"
 
     fitting = Optimisation(out / "mean.pickle", steps if stages else 0, rate, seed)
-    rest = eqx.tree_at(lambda n: n.propagator, network, None)
+    rest = eqx.tree_at(fixed_parts, start, (None, None))
     network = whole(fitting.run(rest, mean_loss, mean_batch, save_every, mean_check, minutes))
+    if stages:
+        network = keep_climate(network)
     check_left = check_after - run_mean(network, check_before)
     error = by_variable(squares(check_left), change, h.num_winds)
     print(f"mean network / persistence: {np.round(error, 3)}", flush=True)
@@ -210,12 +239,12 @@ def main(
     climate = before / amplitude
     emulator = SphericalEmulator(
         mean_network=network,
-        gaussian=linear.gaussian(zeta, h, rank, 0.05),
+        gaussian=linear.gaussian(zeta, h, rank, shrinkage),
         residual_network=ResidualNetwork.init(jax.random.key(seed + 1), h, correction),
         state_mean=jnp.asarray(known.state_mean),
         state_scale=jnp.asarray(known.state_scale),
         latent_scale=jnp.asarray(latent) * jnp.asarray(known.state_scale),
-        climate=linear.gaussian(climate, h, rank, 0.05),
+        climate=linear.gaussian(climate, h, rank, shrinkage),
         noise=known.noise,
         layout=known.layout,
         noise_range=NOISE_RANGE,
@@ -273,8 +302,10 @@ def main(
             "batch": batch,
             "stages": stages,
             "hidden": hidden,
+            "input_noise": input_noise,
             "correction": correction,
             "ridge": RIDGES[best],
+            "shrinkage": shrinkage,
             "script": "examples/mini_weather/train.py",
         },
         "one_step_mean_error_relative_to_persistence": [float(v) for v in error],

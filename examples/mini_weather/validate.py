@@ -104,7 +104,7 @@ def main(
     members: Annotated[int, typer.Option(help="of the one-step scores")] = 16,
     runs: Annotated[int, typer.Option(help="free runs")] = 8,
     days: Annotated[int, typer.Option(help="of each")] = 100,
-    levels: Annotated[int, typer.Option(help="noise levels of a draw")] = 13,
+    levels: Annotated[int, typer.Option(help="noise levels of a draw")] = 40,
     split: Annotated[str, typer.Option(help="of the data")] = "test",
 ) -> None:
     """Measure, print and write."""

@@ -47,9 +47,13 @@ class ZonalOperator(eqx.Module):
         return self(x.reshape(*x.shape[:2], -1)).reshape(x.shape)
 
 
-def bounded(x: Float[Array, ...], limit: float = 8.0) -> Float[Array, ...]:
-    """The values, bent so that they stay within `limit`: products of what no training state had cannot run away."""
-    return limit * jnp.tanh(x / limit)
+LIMIT = 3.0
+"""Of what enters a product, in standard deviations: with 8, free runs of a trained network gained energy for ever."""
+
+
+def bounded(x: Float[Array, ...]) -> Float[Array, ...]:
+    """The values, bent so that they stay within `LIMIT`: products of what no training state had cannot run away."""
+    return LIMIT * jnp.tanh(x / LIMIT)
 
 
 class Winds(NamedTuple):
@@ -65,9 +69,9 @@ class Winds(NamedTuple):
             self.north @ real + self.east @ turned,
         )
 
-    def bounded(self, limit: float = 8.0) -> Winds:
-        """Bent so that their length stays within `limit`."""
-        factor = jax.lax.rsqrt(1.0 + (self.east**2 + self.north**2) / limit**2)
+    def bounded(self) -> Winds:
+        """Bent so that their length stays within `LIMIT`."""
+        factor = jax.lax.rsqrt(1.0 + (self.east**2 + self.north**2) / LIMIT**2)
         return Winds(factor * self.east, factor * self.north)
 
 
@@ -78,9 +82,10 @@ class MeanNetwork(eqx.Module):
     the step. N_k sees the state at the fraction t_k = (k + 1/2) / stages of the step, taken from the straight line
     between y and P y with the corrections so far, and the rest of the step carries it to the end as (1 - t_k) P + t_k:
 
-        y' = P y + sum_k ((1 - t_k) P + t_k) N_k(y_k)
+        y' = G (P y + sum_k ((1 - t_k) P + t_k) N_k(y_k))
 
-    With no stage it is the linear forecast, whose features are those of the state before.
+    G has one factor for each coefficient, near 1, with which free runs keep the climate's variance. With no stage it is
+    the linear forecast, whose features are those of the state before.
 
     Attributes:
         propagator: P.
@@ -89,6 +94,7 @@ class MeanNetwork(eqx.Module):
         vectors: vectors -> factors p, q (complex matrices, real and imaginary parts) of p conj(q).
         weights: scalars -> factor s of s w; `carried` vectors -> w; `vectors_out` mixes them into wind increments.
         by_degree: what is mixed of the increments for every degree.
+        damping: G.
     """
 
     propagator: ZonalOperator
@@ -100,6 +106,7 @@ class MeanNetwork(eqx.Module):
     carried: Float[Array, "stages 2 vectors hidden"]
     vectors_out: Float[Array, "stages 2 hidden winds"]
     by_degree: Float[Array, "stages l spectral_in spectral_out"]
+    damping: Float[Array, "m l channels"]
 
     @staticmethod
     def init(
@@ -128,6 +135,7 @@ class MeanNetwork(eqx.Module):
             scalars_out=jnp.zeros((stages, 3 * hidden, harmonics.num_scalars + extra)),
             vectors_out=jnp.zeros((stages, 2, hidden, harmonics.num_winds)),
             by_degree=jnp.asarray(eye, jnp.float32),
+            damping=jnp.ones(harmonics.coefficients_shape[1:]),
             **factors,
         )
 
@@ -135,18 +143,19 @@ class MeanNetwork(eqx.Module):
         self, y: Float[Array, "2 m l channels"], harmonics: SphericalHarmonics
     ) -> tuple[Float[Array, "2 m l channels"], Float[Array, "latitude longitude scalars"]]:
         """(coefficients of the mean, features)."""
-        stages = len(self.first)
+        stages, damping = len(self.first), self.damping[None]
         forecast = self.propagator.on_coefficients(y)
         if not stages:
-            return forecast, features(y, harmonics)[0]
+            return damping * forecast, features(y, harmonics)[0]
         early, late = jnp.zeros_like(y), jnp.zeros_like(y)
+        staged = eqx.tree_at(lambda n: (n.propagator, n.damping), self, (None, None))
         for k in range(stages):
             t = (k + 0.5) / stages
-            stage = jax.tree.map(lambda x, k=k: x[k], eqx.tree_at(lambda n: n.propagator, self, None))
+            stage = jax.tree.map(lambda x, k=k: x[k], staged)
             s, w = features(y + t * (forecast - y) + early + late, harmonics)
             increment = stage.increment(s, w, harmonics)
             early, late = early + (1.0 - t) * increment, late + t * increment
-        return forecast + self.propagator.on_coefficients(early) + late, s
+        return damping * (forecast + self.propagator.on_coefficients(early) + late), s
 
     def increment(
         self, s: Float[Array, "latitude longitude scalars"], w: Winds, harmonics: SphericalHarmonics
