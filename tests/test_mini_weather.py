@@ -48,12 +48,17 @@ def test_from_data_to_the_package(tmp_path, scripts):
     for folder in (raw, out):
         folder.mkdir()
     made_up_shards(raw, scripts, {"train": 12, "validation": 2, "test": 2}, 25)
-    scripts("train").main(raw, trained, stages=0, rank=40)
+    small = {"stages": 1, "hidden": 2, "steps": 2, "batch": 2, "rounds": 2, "members": 3, "days": 2}
+    scripts("train").main(raw, trained, rank=40, **small)
     emulator = read_spherical_emulator(trained, "held_suarez")
     assert emulator.layout.shape == (32, 64, 9)
     # Degrees and channels are mixed by the regression where there are few samples: near the least error, not at it.
-    errors = np.array(emulator.card["one_step_mean_error_relative_to_persistence"])
+    errors = np.array(emulator.card["linear_forecast_error_relative_to_persistence"])
     np.testing.assert_allclose(errors, 0.6 / np.sqrt(2 * (1 - 0.8)), rtol=0.35)
+    factors = np.asarray(emulator.mean_network.damping)
+    assert len(np.load(trained / "damping.npy")) == 2
+    assert np.all((factors > 0.899) & (factors < 1.101))  # in half precision
+    assert np.any(factors != 1.0)
     scripts("validate").main(raw, trained, states=2, members=4, runs=2, days=2, levels=6)
     found = json.loads((trained / "validation.json").read_text())
     assert found["finite"]
