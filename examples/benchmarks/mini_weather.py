@@ -11,6 +11,9 @@ Truths are of the test runs, settings were chosen on the validation run (--split
 
     python examples/mini_weather/generate.py --out weather_data
     python examples/benchmarks/mini_weather.py --data weather_data --network stations --out mini_weather.json
+
+Scores are written after every truth, and a run of the same command goes on from there. Every truth compiles its filters
+anew: with JAX_COMPILATION_CACHE_DIR set they are compiled once.
 """
 
 from __future__ import annotations
@@ -87,6 +90,19 @@ def truths(folder: Path, split: str, count: int, length: int) -> tuple[np.ndarra
     return np.stack(found), places
 
 
+def scores_so_far(out: Path, settings: dict[str, Any], names: list[str]) -> dict[str, list[dict[str, float]]]:
+    """By filter, one for each truth, of a run that was stopped; empty lists for a new one."""
+    if not out.exists():
+        return {name: [] for name in names}
+    found = json.loads(out.read_text())
+    if found["settings"] != settings or list(found["scores"]) != names:
+        raise typer.BadParameter(
+            f"{out} has scores of {found['settings']} and {', '.join(found['scores'])}; this run is of {settings} and "
+            f"{', '.join(names)}. Give another --out, or remove it."
+        )
+    return found["scores"]
+
+
 def main(
     data_folder: Annotated[Path, typer.Option("--data", help="Folder of generate.py.")] = Path("weather_data"),
     network_name: Annotated[NetworkName, typer.Option("--network")] = NetworkName.STATIONS,
@@ -123,9 +139,9 @@ def main(
 
     settings = {"network": network_name, "particles": particles, "cycles": cycles, "split": split}
     names = only or list(FILTERS)
-    rows: dict[str, list[dict[str, float]]] = {name: [] for name in [*names, *([TRUE_MODEL] if true_model else [])]}
+    rows = scores_so_far(out, settings, [*names, *([TRUE_MODEL] if true_model else [])])
     true_filter = TrueModelFilter(data_folder, split, experiment, prior, particles) if true_model else None
-    for i in track(range(count), description="truths"):
+    for i in track(range(len(rows[names[0]]), count), description="truths"):
         # One truth at a time, with the key of its number: which others are run does not matter.
         result = run_weather_twin(
             experiment, prior, states[i : i + 1, : cycles + 1], seed=i, num_particles=particles, only=names
