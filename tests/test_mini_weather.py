@@ -56,7 +56,7 @@ def test_from_data_to_the_package(tmp_path, scripts):
     errors = np.array(emulator.card["linear_forecast_error_relative_to_persistence"])
     np.testing.assert_allclose(errors, 0.6 / np.sqrt(2 * (1 - 0.8)), rtol=0.35)
     factors = np.asarray(emulator.mean_network.damping)
-    assert len(np.load(trained / "damping.npy")) == 2
+    assert len(np.load(trained / "damping_2.npy")) == 2
     assert np.all((factors > 0.899) & (factors < 1.101))  # in half precision
     assert np.any(factors != 1.0)
     scripts("validate").main(raw, trained, states=2, members=4, runs=2, days=2, levels=6)

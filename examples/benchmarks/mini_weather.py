@@ -157,7 +157,9 @@ def main(
         # After every truth: a long run that is stopped has lost one.
         out.write_text(json.dumps({"settings": settings, "scores": rows}, indent=1) + "\n")
     table = Table(
-        title=f"{network_name}, N = {particles}, {count} truths of {cycles} cycles", box=None, header_style="bold"
+        title=f"{network_name}, N = {particles}, {len(rows[names[0]])} truths of {cycles} cycles",
+        box=None,
+        header_style="bold",
     )
     table.add_column("filter")
     for key in rows[names[0]][0]:

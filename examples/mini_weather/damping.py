@@ -60,14 +60,14 @@ def calibrated(
             y = forecast(factors, y) + errors[generator.integers(len(errors), size=len(y))]
             if step >= 2 * days // 3:
                 counted.append(variance(y))
-        ratio = over_climate(np.mean(counted, axis=0))
+        energy = np.mean(counted, axis=0)
+        ratio = over_climate(energy)
         change = (1.0 - new) / (1.0 - np.minimum(new / np.maximum(ratio, 1e-3), 0.99))
         # Twice the way of a harmonic of its own (whose factor changes by the root): they feed on one another.
         factors = np.where(exists, np.clip(factors * change, *FACTORS), 1.0)
         found.append(factors)
         np.save(path, np.stack(found))
         # By energy: a mean over harmonics would be one over the smallest scales.
-        energy = np.mean(counted, axis=0)
         waves = np.round(energy.sum((1, 2)) / climate.sum((1, 2)), 2).tolist()
         channels = np.round(energy.sum((0, 1)) / climate.sum((0, 1)), 2).tolist()
         print(

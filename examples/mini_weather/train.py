@@ -63,7 +63,7 @@ class Optimisation:
     """AdamW with warm-up and cosine decay, an average of the weights, and a file to go on from."""
 
     def __init__(self, path: Path, steps: int, rate: float, seed: int) -> None:
-        self.path, self.steps, self.seed = path, steps, seed
+        self.path, self.steps, self.seed, self.done = path, steps, seed, 0
         schedule = optax.warmup_cosine_decay_schedule(0.0, rate, max(steps // 20, 1), max(steps, 2))
         self.optimiser = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, weight_decay=1e-4))
 
@@ -80,9 +80,9 @@ class Optimisation:
         if not self.steps:
             return model
         state = self.optimiser.init(model)
-        done, average, spent = 0, model, 0.0
+        average, spent = model, 0.0
         if self.path.exists():
-            leaves, done, spent = pickle.loads(self.path.read_bytes())
+            leaves, self.done, spent = pickle.loads(self.path.read_bytes())
             structure = jax.tree.structure((model, state, average))
             model, state, average = jax.tree.unflatten(structure, [jnp.asarray(x) for x in leaves])
 
@@ -97,17 +97,18 @@ class Optimisation:
             return model, state, average, value
 
         began, values = time.time(), []
-        for step in range(done, self.steps):
+        for step in range(self.done, self.steps):
             given = batch(np.random.default_rng((self.seed, step)))
             model, state, average, value = update(model, state, average, jnp.asarray(step), given)
             values.append(value)
+            self.done = step + 1
             late = time.time() - began > 60.0 * minutes
-            if (step + 1) % save_every == 0 or step + 1 == self.steps or late:
+            if self.done % save_every == 0 or self.done == self.steps or late:
                 elapsed = spent + time.time() - began
                 leaves = [np.asarray(x) for x in jax.tree.leaves((model, state, average))]
-                self.path.write_bytes(pickle.dumps((leaves, step + 1, elapsed)))
+                self.path.write_bytes(pickle.dumps((leaves, self.done, elapsed)))
                 mean = float(np.mean(values))
-                print(f"{step + 1} steps, {elapsed / 60:.1f} min: loss {mean:.4f}; {check(average)}", flush=True)
+                print(f"{self.done} steps, {elapsed / 60:.1f} min: loss {mean:.4f}; {check(average)}", flush=True)
                 values = []
             if late:
                 print(f"stopped after {minutes} minutes; call again to go on", flush=True)
@@ -124,7 +125,7 @@ def main(
     stages: Annotated[int, typer.Option(help="corrections of the linear forecast, 0 for none")] = 2,
     hidden: Annotated[int, typer.Option(help="products of each kind at a grid point")] = 32,
     input_noise: Annotated[float, typer.Option(help="on what the mean network is given, in errors of a step")] = 0.5,
-    rounds: Annotated[int, typer.Option(help="of free runs that the mean network's damping is found with")] = 18,
+    rounds: Annotated[int, typer.Option(help="of free runs that the mean network's damping is found with", min=1)] = 18,
     members: Annotated[int, typer.Option(help="of these runs")] = 32,
     days: Annotated[int, typer.Option(help="of these runs")] = 120,
     correction: Annotated[int, typer.Option(help="hidden units of the denoiser's correction, 0 for none")] = 0,
@@ -199,22 +200,6 @@ def main(
     def run_mean(network: MeanNetwork, y: np.ndarray) -> np.ndarray:
         return np.asarray(forecasts(network, y))
 
-    def keep_climate(network: MeanNetwork) -> MeanNetwork:
-        left, check_left = (y - run_mean(network, x) for x, y in ((before, after), (check_before, check_after)))
-        own, found = (rms_of_channels(squares(x), h.num_scalars) for x in (left, check_left))
-        forecast = jax.jit(lambda g, y: jax.lax.map(lambda y: network(y, h)[0] * g[None], y))
-        factors = damping.calibrated(
-            lambda g, y: np.asarray(forecast(g.astype(np.float32), y)),
-            before[np.linspace(0, len(before) - 1, members).astype(int)],
-            left * (found / own).astype(np.float32),
-            damping.variance(before),
-            path=out / "damping.npy",
-            rounds=rounds,
-            days=days,
-            seed=seed,
-        )
-        return eqx.tree_at(lambda n: n.damping, network, jnp.asarray(factors, jnp.float32))
-
     sample = np.linspace(0, len(check_before) - 1, min(96, len(check_before))).astype(int)
 
     def mean_check(network: MeanNetwork) -> str:
@@ -225,13 +210,29 @@ def main(
     fitting = Optimisation(out / "mean.pickle", steps if stages else 0, rate, seed)
     rest = eqx.tree_at(fixed_parts, start, (None, None))
     network = whole(fitting.run(rest, mean_loss, mean_batch, save_every, mean_check, minutes))
+    mean, check_mean = (run_mean(network, x) for x in (before, check_before))
     if stages:
-        network = keep_climate(network)
-    check_left = check_after - run_mean(network, check_before)
+        left, check_left = after - mean, check_after - check_mean
+        own, found = (rms_of_channels(squares(x), h.num_scalars) for x in (left, check_left))
+        undamped = jax.jit(lambda g, y: jax.lax.map(lambda y: network(y, h)[0] * g[None], y))
+        factors = damping.calibrated(
+            lambda g, y: np.asarray(undamped(g.astype(np.float32), y)),
+            before[np.linspace(0, len(before) - 1, members).astype(int)],
+            left * (found / own).astype(np.float32),
+            damping.variance(before),
+            # Those of a network that is trained further are others.
+            path=out / f"damping_{fitting.done}.npy",
+            rounds=rounds,
+            days=days,
+            seed=seed,
+        ).astype(np.float32)
+        network = eqx.tree_at(lambda n: n.damping, network, jnp.asarray(factors))
+        mean, check_mean = factors * mean, factors * check_mean
+    check_left = check_after - check_mean
     error = by_variable(squares(check_left), change, h.num_winds)
     print(f"mean network / persistence: {np.round(error, 3)}", flush=True)
 
-    left = after - run_mean(network, before)
+    left = after - mean
     latent = rms_of_channels(squares(check_left), h.num_scalars).astype(np.float32)
     amplitude = known.noise.amplitude()[None, None, None]
     own = rms_of_channels(squares(left), h.num_scalars)
