@@ -59,9 +59,10 @@ def test_from_data_to_the_package(tmp_path, scripts):
     assert len(np.load(trained / "damping_2.npy")) == 2
     assert np.all((factors > 0.899) & (factors < 1.101))  # in half precision
     assert np.any(factors != 1.0)
-    scripts("validate").main(raw, trained, states=2, members=4, runs=2, days=2, levels=6)
+    scripts("validate").main(raw, trained, states=2, members=4, forecasts=2, forecast_days=1, runs=2, days=2, levels=6)
     found = json.loads((trained / "validation.json").read_text())
     assert found["finite"]
+    assert all(0.0 < value < 5.0 for value in found["one_step"]["forecast_spread_over_error"])
     scripts("package").main(raw, trained, out, states=5)
     states = held_suarez.truth(out)
     assert states.shape == (5, 32, 64, 9)

@@ -19,7 +19,9 @@ from numpyro_diffusion_da.priors.spherical_networks import (
     ResidualNetwork,
     ZonalOperator,
 )
+from numpyro_diffusion_da.sampler import Sampler
 from numpyro_diffusion_da.spherical_harmonics import HarmonicNoise, SphericalHarmonics
+from numpyro_diffusion_da.transition import DiffusionStep
 
 pytestmark = pytest.mark.slow
 COMPILES_A_LOT = True
@@ -129,6 +131,16 @@ def test_written_and_read_again(emulator, state, tmp_path):
     mean = jax.jit(lambda e, x: e.condition(x).mean)
     np.testing.assert_allclose(mean(again, state), mean(emulator, state), atol=0.3)
     assert again.layout.select(state[None], "temperature", 500).shape == (1, 8, 16)
+
+
+def test_larger_errors_around_the_same_mean(emulator, state):
+    """The same draw of z, at 1.4 times the distance from the mean."""
+    draw = eqx.filter_jit(lambda e: DiffusionStep(e, e.condition(state), Sampler()).draw(jax.random.key(6))[0])
+    mean = eqx.filter_jit(emulator.condition)(state).mean
+    wider = draw(emulator.with_errors_times(1.4)) - mean
+    np.testing.assert_allclose(wider, 1.4 * (draw(emulator) - mean), atol=2e-3)
+    with pytest.raises(ValueError, match="factor=-1"):
+        emulator.with_errors_times(-1.0)
 
 
 def test_unknown_inputs_are_refused(emulator, state):

@@ -3,9 +3,11 @@
     python examples/mini_weather/validate.py --data weather_data --emulator weather_emulator
 
 One step: spread over error (with the factor of a finite ensemble), fair CRPS over the mean absolute error of
-persistence, and the error of the conditional mean over that of persistence. Long runs: `--runs` free runs of `--days`
-from test states, against the truth: mean, variance and power by zonal wavenumber. Everything is weighted by area. The
-same statistics of the two halves of the truth, against one another, say how much of a difference is chance.
+persistence, and the error of the conditional mean over that of persistence. Forecasts: spread over error after
+`--forecast-days` from the truth, below one where errors of consecutive steps are correlated. Long runs: `--runs` free
+runs of `--days` from test states, against the truth: mean, variance and power by zonal wavenumber. Everything is
+weighted by area. The same statistics of the two halves of the truth, against one another, say how much of a difference
+is chance.
 """
 
 from __future__ import annotations
@@ -33,6 +35,7 @@ from numpyro_diffusion_da.transition import DiffusionStep
 NAME = "held_suarez"
 WAVENUMBERS = 21
 """Of the true system."""
+SCORES = ("spread_over_error", "forecast_spread_over_error", "crps_over_persistence", "mean_error_over_persistence")
 
 
 def area_mean(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
@@ -64,6 +67,29 @@ def one_step(emulator: SphericalEmulator, draw: Any, before: np.ndarray, after: 
         ),
         "persistence_error": np.sqrt(change),
     }
+
+
+def forecast_spread_over_error(
+    emulator: SphericalEmulator, draw: Any, truth: np.ndarray, starts: int, members: int, steps: int
+) -> np.ndarray:
+    """Of each channel, `steps` after states of the truth (runs, times, latitude, longitude, channel)."""
+    weights = emulator.noise.harmonics.weights
+    first = truth[:, :-steps].reshape(-1, *truth.shape[2:])
+    last = truth[:, steps:].reshape(-1, *truth.shape[2:])
+    chosen = np.linspace(0, len(first) - 1, min(starts, len(first))).astype(int)
+
+    def member(rng_key: jax.Array, x: jax.Array) -> jax.Array:
+        return jax.lax.scan(lambda x, key: (draw(key, x), None), x, jax.random.split(rng_key, steps))[0]
+
+    ensemble = np.asarray(
+        jax.jit(
+            lambda k, x: jax.lax.map(
+                lambda kx: jax.vmap(member, (0, None))(jax.random.split(kx[0], members), kx[1]), (k, x)
+            )
+        )(jax.random.split(jax.random.key(3), len(chosen)), jnp.asarray(first[chosen]))
+    )
+    error = area_mean((ensemble.mean(axis=1) - last[chosen]) ** 2, weights)
+    return np.sqrt((members + 1) / members * area_mean(ensemble.var(axis=1, ddof=1), weights) / error)
 
 
 def climate(emulator: SphericalEmulator, states: np.ndarray) -> dict[str, np.ndarray]:
@@ -102,6 +128,8 @@ def main(
     emulator_folder: Annotated[Path, typer.Option("--emulator", help="folder of train.py")] = Path("weather_emulator"),
     states: Annotated[int, typer.Option(help="of the one-step scores")] = 64,
     members: Annotated[int, typer.Option(help="of the one-step scores")] = 16,
+    forecasts: Annotated[int, typer.Option(help="states that ensemble forecasts are made from")] = 32,
+    forecast_days: Annotated[int, typer.Option(help="of each forecast")] = 5,
     runs: Annotated[int, typer.Option(help="free runs")] = 8,
     days: Annotated[int, typer.Option(help="of each")] = 100,
     levels: Annotated[int, typer.Option(help="noise levels of a draw")] = 40,
@@ -119,6 +147,9 @@ def main(
     flat_after = truth[:, 1:].reshape(-1, *truth.shape[2:])
     chosen = np.linspace(0, len(flat_before) - 1, min(states, len(flat_before))).astype(int)
     scores = one_step(emulator, draw, flat_before[chosen], flat_after[chosen], members)
+    scores["forecast_spread_over_error"] = forecast_spread_over_error(
+        emulator, draw, truth, forecasts, members, 2 * forecast_days
+    )
 
     @eqx.filter_jit
     def run(rng_key: jax.Array, x: jax.Array) -> jax.Array:
@@ -141,11 +172,10 @@ def main(
         "truth": {"mean_variance": expected["variance"]},
     }
     names = channel_names(emulator.layout)
-    table = Table("", "spread/error", "CRPS/pers.", "mean/pers.", "mean (sd)", "variance", "power", "small scales")
+    columns = ("CRPS/pers.", "mean/pers.", "mean (sd)", "variance", "power", "small scales")
+    table = Table("", "spread/error", f"{forecast_days} days", *columns)
     for i, name in enumerate(names):
-        one = [
-            f"{scores[k][i]:.3f}" for k in ("spread_over_error", "crps_over_persistence", "mean_error_over_persistence")
-        ]
+        one = [f"{scores[k][i]:.3f}" for k in SCORES]
         table.add_row(name, *one, *(f"{v[i]:+.2f}" for v in found["climate"].values()))
     Console(width=120).print(table)
     print(f"free runs finite: {finite}")
@@ -156,6 +186,8 @@ def main(
         "settings": {
             "states": len(chosen),
             "members": members,
+            "forecasts": forecasts,
+            "forecast_days": forecast_days,
             "runs": runs,
             "days": days,
             "levels": levels,

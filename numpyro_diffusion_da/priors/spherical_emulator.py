@@ -136,6 +136,20 @@ class SphericalEmulator(DiffusionPrior):
         """The rms of what the mean leaves, a number for each channel."""
         return jnp.broadcast_to(self.latent_scale[None, None], self.layout.shape)
 
+    def with_errors_times(self, factor: float) -> SphericalEmulator:
+        """The same conditional mean, and an error of `factor` times the size: x' = mu(c) + factor S z.
+
+        Errors of an emulator are correlated from one step to the next, and draws are not: an ensemble that is right
+        after one step is too narrow after ten. A filter, which lives on forecasts of many steps, is told the truth by a
+        larger error of each (inflation of the model error's covariance, by factor^2).
+
+        Raises:
+            ValueError: a factor that is not positive.
+        """
+        if not factor > 0:
+            raise ValueError(f"factor={factor}; give a positive number, 1.0 for the error of one step.")
+        return eqx.tree_at(lambda emulator: emulator.latent_scale, self, factor * self.latent_scale)
+
     def climatology(self) -> dist.Distribution:
         """The Gaussian with the mean and the covariance of a long run of the true system, equal at every longitude."""
         from numpyro_diffusion_da.priors.climatology import ZonalClimatology
