@@ -4,10 +4,10 @@
 
 One step: spread over error (with the factor of a finite ensemble), fair CRPS over the mean absolute error of
 persistence, and the error of the conditional mean over that of persistence. Forecasts: spread over error after
-`--forecast-days` from the truth, below one where errors of consecutive steps are correlated. Long runs: `--runs` free
-runs of `--days` from test states, against the truth: mean, variance and power by zonal wavenumber. Everything is
-weighted by area. The same statistics of the two halves of the truth, against one another, say how much of a difference
-is chance.
+`--forecast-days` from the truth, below one where errors of consecutive steps are correlated, and that correlation.
+Long runs: `--runs` free runs of `--days` from test states, against the truth: mean, variance and power by zonal
+wavenumber. Everything is weighted by area. The same statistics of the two halves of the truth, against one another,
+say how much of a difference is chance.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ from numpyro_diffusion_da.transition import DiffusionStep
 NAME = "held_suarez"
 WAVENUMBERS = 21
 """Of the true system."""
+LAGS = (1, 2, 4)
 SCORES = ("spread_over_error", "forecast_spread_over_error", "crps_over_persistence", "mean_error_over_persistence")
 
 
@@ -67,6 +68,18 @@ def one_step(emulator: SphericalEmulator, draw: Any, before: np.ndarray, after: 
         ),
         "persistence_error": np.sqrt(change),
     }
+
+
+def error_correlation(emulator: SphericalEmulator, truth: np.ndarray, starts: int, lag: int) -> np.ndarray:
+    """Of each channel, between the errors of the conditional mean at two times, `lag` steps from one to the other."""
+    weights = emulator.noise.harmonics.weights
+    condition = jax.jit(lambda x: jax.lax.map(lambda x: emulator.condition(x).mean, x))
+    steps = truth.shape[1] - 1 - lag
+    chosen = np.linspace(0, len(truth) * steps - 1, min(starts, len(truth) * steps)).astype(int)
+    run, time = np.divmod(chosen, steps)
+    first, second = (truth[run, t + 1] - np.asarray(condition(jnp.asarray(truth[run, t]))) for t in (time, time + lag))
+    sizes = area_mean(first**2, weights) * area_mean(second**2, weights)
+    return area_mean(first * second, weights) / np.sqrt(sizes)
 
 
 def forecast_spread_over_error(
@@ -150,6 +163,8 @@ def main(
     scores["forecast_spread_over_error"] = forecast_spread_over_error(
         emulator, draw, truth, forecasts, members, 2 * forecast_days
     )
+    for lag in LAGS:
+        scores[f"error_correlation_{lag}"] = error_correlation(emulator, truth, states, lag)
 
     @eqx.filter_jit
     def run(rng_key: jax.Array, x: jax.Array) -> jax.Array:
@@ -178,6 +193,8 @@ def main(
         one = [f"{scores[k][i]:.3f}" for k in SCORES]
         table.add_row(name, *one, *(f"{v[i]:+.2f}" for v in found["climate"].values()))
     Console(width=120).print(table)
+    correlations = ", ".join(f"{scores[f'error_correlation_{lag}'].mean():.2f} ({lag})" for lag in LAGS)
+    print(f"correlation of errors, mean over channels (steps apart): {correlations}")
     print(f"free runs finite: {finite}")
     written: dict[str, Any] = jax.tree.map(lambda v: [float(x) for x in np.ravel(v)], found)
     written |= {
