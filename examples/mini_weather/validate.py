@@ -45,27 +45,40 @@ def area_mean(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
     return np.einsum("j,tjqc->c", weights, flat) / (len(flat) * flat.shape[2])
 
 
+@eqx.filter_jit
+def conditional_means(emulator: SphericalEmulator, states: jax.Array) -> jax.Array:
+    """Of the states after each of these."""
+    return jax.lax.map(lambda x: emulator.condition(x).mean, states)
+
+
+def ensembles(member: Any, rng_key: jax.Array, states: np.ndarray, members: int) -> np.ndarray:
+    """Shape (state, member, latitude, longitude, channel): `member`(key, state) from each of the states."""
+    run = jax.jit(
+        lambda k, x: jax.lax.map(
+            lambda kx: jax.vmap(member, (0, None))(jax.random.split(kx[0], members), kx[1]), (k, x)
+        )
+    )
+    return np.asarray(run(jax.random.split(rng_key, len(states)), jnp.asarray(states)))
+
+
+def spread_over_error(ensemble: np.ndarray, truth: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """Of each channel, with the factor of a finite ensemble."""
+    members = ensemble.shape[1]
+    error = area_mean((ensemble.mean(axis=1) - truth) ** 2, weights)
+    return np.sqrt((members + 1) / members * area_mean(ensemble.var(axis=1, ddof=1), weights) / error)
+
+
 def one_step(emulator: SphericalEmulator, draw: Any, before: np.ndarray, after: np.ndarray, members: int) -> dict:
     """Scores of each channel, from ensembles of the states after `before`."""
     weights = emulator.noise.harmonics.weights
-    keys = jax.random.split(jax.random.key(1), len(before))
-    ensemble = np.asarray(
-        jax.jit(
-            lambda k, x: jax.lax.map(
-                lambda kx: jax.vmap(draw, (0, None))(jax.random.split(kx[0], members), kx[1]), (k, x)
-            )
-        )(keys, jnp.asarray(before))
-    )
-    mean, spread = ensemble.mean(axis=1), ensemble.var(axis=1, ddof=1)
-    condition = jax.jit(lambda x: jax.lax.map(lambda x: emulator.condition(x).mean, x))
+    ensemble = ensembles(draw, jax.random.key(1), before, members)
     crps = scoringrules.crps_ensemble(after, np.moveaxis(ensemble, 1, -1), estimator="fair")
-    error, change = area_mean((mean - after) ** 2, weights), area_mean((before - after) ** 2, weights)
+    change = area_mean((before - after) ** 2, weights)
+    mean = np.asarray(conditional_means(emulator, jnp.asarray(before)))
     return {
-        "spread_over_error": np.sqrt((members + 1) / members * area_mean(spread, weights) / error),
+        "spread_over_error": spread_over_error(ensemble, after, weights),
         "crps_over_persistence": area_mean(crps, weights) / area_mean(np.abs(before - after), weights),
-        "mean_error_over_persistence": np.sqrt(
-            area_mean((np.asarray(condition(jnp.asarray(before))) - after) ** 2, weights) / change
-        ),
+        "mean_error_over_persistence": np.sqrt(area_mean((mean - after) ** 2, weights) / change),
         "persistence_error": np.sqrt(change),
     }
 
@@ -73,11 +86,13 @@ def one_step(emulator: SphericalEmulator, draw: Any, before: np.ndarray, after: 
 def error_correlation(emulator: SphericalEmulator, truth: np.ndarray, starts: int, lag: int) -> np.ndarray:
     """Of each channel, between the errors of the conditional mean at two times, `lag` steps from one to the other."""
     weights = emulator.noise.harmonics.weights
-    condition = jax.jit(lambda x: jax.lax.map(lambda x: emulator.condition(x).mean, x))
     steps = truth.shape[1] - 1 - lag
     chosen = np.linspace(0, len(truth) * steps - 1, min(starts, len(truth) * steps)).astype(int)
     run, time = np.divmod(chosen, steps)
-    first, second = (truth[run, t + 1] - np.asarray(condition(jnp.asarray(truth[run, t]))) for t in (time, time + lag))
+    first, second = (
+        truth[run, t + 1] - np.asarray(conditional_means(emulator, jnp.asarray(truth[run, t])))
+        for t in (time, time + lag)
+    )
     sizes = area_mean(first**2, weights) * area_mean(second**2, weights)
     return area_mean(first * second, weights) / np.sqrt(sizes)
 
@@ -86,7 +101,6 @@ def forecast_spread_over_error(
     emulator: SphericalEmulator, draw: Any, truth: np.ndarray, starts: int, members: int, steps: int
 ) -> np.ndarray:
     """Of each channel, `steps` after states of the truth (runs, times, latitude, longitude, channel)."""
-    weights = emulator.noise.harmonics.weights
     first = truth[:, :-steps].reshape(-1, *truth.shape[2:])
     last = truth[:, steps:].reshape(-1, *truth.shape[2:])
     chosen = np.linspace(0, len(first) - 1, min(starts, len(first))).astype(int)
@@ -94,15 +108,8 @@ def forecast_spread_over_error(
     def member(rng_key: jax.Array, x: jax.Array) -> jax.Array:
         return jax.lax.scan(lambda x, key: (draw(key, x), None), x, jax.random.split(rng_key, steps))[0]
 
-    ensemble = np.asarray(
-        jax.jit(
-            lambda k, x: jax.lax.map(
-                lambda kx: jax.vmap(member, (0, None))(jax.random.split(kx[0], members), kx[1]), (k, x)
-            )
-        )(jax.random.split(jax.random.key(3), len(chosen)), jnp.asarray(first[chosen]))
-    )
-    error = area_mean((ensemble.mean(axis=1) - last[chosen]) ** 2, weights)
-    return np.sqrt((members + 1) / members * area_mean(ensemble.var(axis=1, ddof=1), weights) / error)
+    ensemble = ensembles(member, jax.random.key(3), first[chosen], members)
+    return spread_over_error(ensemble, last[chosen], emulator.noise.harmonics.weights)
 
 
 def climate(emulator: SphericalEmulator, states: np.ndarray) -> dict[str, np.ndarray]:
