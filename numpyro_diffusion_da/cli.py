@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import enum
 import json
+import os
 import platform
 import time
 from collections.abc import Callable, Iterator
@@ -71,10 +72,10 @@ def demo(
 
 @contextlib.contextmanager
 def _filter_bar(console: Console, total: int) -> Iterator[Callable[[str], None]]:
-    """A bar over the runs of filters; what it gives is called before each with the filter's name."""
+    """A bar over the runs of filters; what it gives is called for each with the filter's name."""
     columns = (TextColumn("{task.description:>20}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console) as bar:
-        task = bar.add_task("", total=total)
+        task = bar.add_task("filters", total=total)
         yield lambda name: bar.update(task, description=name, completed=bar.tasks[0].completed + 1)
 
 
@@ -132,6 +133,8 @@ def _lorenz96(out: Path, seed: int, particles: int, truths: int, cycles: int, sp
 
 def _held_suarez(out: Path, seed: int, particles: int, truths: int, cycles: int, spin_up: int) -> None:
     """Weather from stations at the ground."""
+    import jax
+
     from numpyro_diffusion_da import plots_weather
     from numpyro_diffusion_da.priors import held_suarez
     from numpyro_diffusion_da.priors.shipped import load_prior
@@ -143,6 +146,7 @@ def _held_suarez(out: Path, seed: int, particles: int, truths: int, cycles: int,
         WeatherExperiment,
         run_weather_twin,
         score_table,
+        shortfalls,
         to_datatree,
     )
 
@@ -163,14 +167,25 @@ def _held_suarez(out: Path, seed: int, particles: int, truths: int, cycles: int,
     )
     started = time.perf_counter()
     parts = [states[i * cycles : (i + 1) * cycles + 1] for i in range(truths)]
-    with _filter_bar(console, len(FILTERS) * truths) as on_step:
-        result = run_weather_twin(experiment, prior, parts, seed=seed, num_particles=particles, on_step=on_step)
+    on_two_cores = jax.default_backend() == "cpu" and (os.cpu_count() or 1) > 1
+    with _filter_bar(console, len(FILTERS)) as on_done:
+        result = run_weather_twin(
+            experiment,
+            prior,
+            parts,
+            seed=seed,
+            num_particles=particles,
+            processes=2 if on_two_cores else 1,
+            on_done=on_done,
+        )
     console.print(score_table(result))
     console.print(
         "In standard deviations of the climate, by area, from cycle "
         f"{spin_up + 1} on; obs. and unobs.: variables that stations observe, and the levels above. passes: network "
         "passes of a particle and a step."
     )
+    for sentence in shortfalls(prior, result):
+        console.print(f"[yellow]Not yet as it should be.[/yellow] {sentence}")
     out.mkdir(parents=True, exist_ok=True)
     settings = {"seed": seed, "particles": particles, "truths": truths, "cycles": cycles, "spin_up": spin_up}
     scores = result.summary()

@@ -261,11 +261,7 @@ def rank_histograms(result: WeatherResult, *, bars: int = 13) -> Figure:
     panels = figure.subplots(2, len(result.runs), sharex=True, sharey="row", squeeze=False)
     for row, (title, chosen) in zip(panels, _by_observed(result).items(), strict=True):
         for axes, name in zip(row, result.runs, strict=True):
-            counts = sum(run.ranks[chosen].sum(0) for run in result.runs[name])
-            parts = [part.sum() for part in np.array_split(counts, min(bars, len(counts)))]
-            sizes = np.array([len(part) for part in np.array_split(counts, min(bars, len(counts)))])
-            density = np.array(parts) / sizes * (len(counts) / counts.sum())
-            edges = np.append(0, np.cumsum(sizes)) / len(counts)
+            edges, density = result.rank_frequencies(name, chosen, bars)
             axes.bar(edges[:-1], density, np.diff(edges), align="edge", color=COLOURS[name], alpha=0.75, edgecolor="w")
             axes.axhline(1.0, color="k", lw=0.8, ls="--")
             axes.set(xlim=(0, 1), xticks=(0, 0.5, 1))

@@ -9,8 +9,10 @@ spread says so. The free ensemble has no observations, and is what each filter h
 from __future__ import annotations
 
 import dataclasses
+import multiprocessing
 import warnings
 from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -227,6 +229,22 @@ class WeatherResult:
         """Mean and standard error over truths (NaN for one) by filter and score, in plain numbers."""
         return summarised({name: self.scores(name) for name in self.runs})
 
+    def rank_frequencies(
+        self, name: str, channels: np.ndarray, bars: int = 13
+    ) -> tuple[Float[np.ndarray, " edge"], Float[np.ndarray, " bar"]]:
+        """Where the truth falls among the particles after the spin-up: edges of bars in 0..1, frequencies over flat.
+
+        Args:
+            name: of the filter.
+            channels: which channels are counted together.
+            bars: neighbouring ranks are put together into so many.
+        """
+        counts = sum(run.ranks[channels].sum(0) for run in self.runs[name])
+        parts = np.array_split(counts, min(bars, len(counts)))
+        sizes = np.array([len(part) for part in parts])
+        density = np.array([part.sum() for part in parts]) / sizes * (len(counts) / counts.sum())
+        return np.append(0, np.cumsum(sizes)) / len(counts), density
+
 
 def area_weights(prior: SphericalEmulator) -> Float[np.ndarray, "latitude 1"]:
     """Of the grid points, for fields (..., latitude, longitude)."""
@@ -278,6 +296,49 @@ def summarise_run(
     )
 
 
+def run_filter(
+    experiment: WeatherExperiment,
+    prior: SphericalEmulator,
+    name: str,
+    states: Sequence[Float[np.ndarray, "time latitude longitude channel"]] | np.ndarray,
+    *,
+    seed: int = 0,
+    num_particles: int = 64,
+) -> list[WeatherRun]:
+    """One filter on every truth: it does not matter which others are run, in which order or where.
+
+    Args:
+        experiment: the experiment.
+        prior: the emulator.
+        name: one of `FILTERS`.
+        states: of each truth, shape (truth, cycles + 1, latitude, longitude, channel).
+        seed: of first guesses, observations and filters.
+        num_particles: particles, or members.
+    """
+    network = next(iter(experiment.observing(prior).values()))
+    filter = ParticleFilter(
+        experiment.filters(prior)[name], num_particles=num_particles, progress_bar=False, keep_observed=False
+    )
+    runs = []
+    for number, truth in enumerate(states):
+        first_guess, y, rng_key = _given(experiment, prior, truth, seed, number)
+        seen = jax.tree.map(lambda v: np.full_like(v, np.nan), y) if name == FREE else y
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="weights are inflated")
+            filter.run(jax.random.fold_in(rng_key, FILTERS.index(name)), first_guess, seen)
+        runs.append(summarise_run(filter.result, truth[1:], prior, network, experiment.spin_up))
+    return runs
+
+
+def _given(
+    experiment: WeatherExperiment, prior: SphericalEmulator, truth: np.ndarray, seed: int, number: int
+) -> tuple[Array, dict[str, np.ndarray], PRNGKeyArray]:
+    """(first guess, observations, key of the filters) of the truth of this number."""
+    guess_key, error_key, filter_key = jax.random.split(jax.random.fold_in(jax.random.key(seed), number), 3)
+    first_guess = experiment.first_guess(guess_key, prior, jnp.asarray(truth[0]))
+    return first_guess, experiment.observations(error_key, prior, truth[1:]), filter_key
+
+
 def run_weather_twin(
     experiment: WeatherExperiment,
     prior: SphericalEmulator,
@@ -286,7 +347,8 @@ def run_weather_twin(
     seed: int = 0,
     num_particles: int = 64,
     only: Sequence[str] = FILTERS,
-    on_step: Callable[[str], None] = lambda name: None,
+    processes: int = 1,
+    on_done: Callable[[str], None] = lambda name: None,
 ) -> WeatherResult:
     """Run the filters on every truth.
 
@@ -297,10 +359,13 @@ def run_weather_twin(
         seed: of first guesses, observations and filters.
         num_particles: particles, or members, of every filter.
         only: names of the filters that are run.
-        on_step: called with a filter's name before each of its runs.
+        processes: filters that are run at a time, each in a process of its own where it is more than one: a filter of
+            this size keeps one core busy. The result does not depend on it. Leave it at 1 on a GPU, which two processes
+            would have to share, and in a script without ``if __name__ == "__main__":``.
+        on_done: called with a filter's name when it has been run on every truth.
 
     Raises:
-        ValueError: truths of another length or grid, or an unknown filter.
+        ValueError: truths of another length or grid, an unknown filter, or less than one process.
     """
     expected = (experiment.cycles + 1, *prior.layout.shape)
     if len(states) < 1 or any(np.shape(truth) != expected for truth in states):
@@ -308,31 +373,69 @@ def run_weather_twin(
         raise ValueError(f"states has truths of the shapes {shapes}, expected one or more of {expected}.")
     if unknown := sorted(set(only) - set(FILTERS)):
         raise ValueError(f"no filters named {unknown}; there are {', '.join(FILTERS)}.")
-    filters = {
-        name: ParticleFilter(algorithm, num_particles=num_particles, progress_bar=False, keep_observed=False)
-        for name, algorithm in experiment.filters(prior).items()
-        if name in only
-    }
-    network = next(iter(experiment.observing(prior).values()))
-    runs: dict[str, list[WeatherRun]] = {name: [] for name in filters}
-    observations: dict[str, np.ndarray] = {}
-    for number, truth in enumerate(states):
-        guess_key, error_key, filter_key = jax.random.split(jax.random.fold_in(jax.random.key(seed), number), 3)
-        first_guess = experiment.first_guess(guess_key, prior, jnp.asarray(truth[0]))
-        y = experiment.observations(error_key, prior, truth[1:])
-        observations = observations or y
-        nothing = jax.tree.map(lambda v: np.full_like(v, np.nan), y)
-        for name, filter in filters.items():
-            on_step(name)
-            key = jax.random.fold_in(filter_key, FILTERS.index(name))  # whichever others are run
-            with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", message="weights are inflated")
-                filter.run(key, first_guess, nothing if name == FREE else y)
-            runs[name].append(summarise_run(filter.result, truth[1:], prior, network, experiment.spin_up))
+    if processes < 1:
+        raise ValueError(f"processes={processes}; give 1 or more.")
+    names = [name for name in FILTERS if name in only]
+    settings = {"seed": seed, "num_particles": num_particles}
+    runs: dict[str, list[WeatherRun]] = {}
+    if processes == 1:
+        for name in names:
+            runs[name] = run_filter(experiment, prior, name, states, **settings)
+            on_done(name)
+    else:
+        # Processes and not threads: NumPyro's handlers are on one stack. Not forked: JAX has threads of its own.
+        with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn")) as pool:
+            started = {pool.submit(run_filter, experiment, prior, name, states, **settings): name for name in names}
+            for future in as_completed(started):
+                runs[started[future]] = future.result()
+                on_done(started[future])
     return WeatherResult(
-        runs, np.stack([truth[1:] for truth in states]), observations, experiment.observed_channels(prior),
+        {name: runs[name] for name in names},
+        np.stack([truth[1:] for truth in states]),
+        _given(experiment, prior, states[0], seed, 0)[1],
+        experiment.observed_channels(prior),
         experiment.spin_up,
-    )  # fmt: skip
+    )
+
+
+def shortfalls(prior: SphericalEmulator, result: WeatherResult) -> list[str]:
+    """What is not as a forecaster would want it, a sentence each: of local FA-APF on these truths, and of the emulator.
+
+    Spread within a fifth of the error for every truth, ranks that are not U-shaped, and of the emulator, by the
+    validation on its card, CRPS at most 0.3 of persistence's error and a climate within 10 % (power at the smallest
+    quarter of scales 20 %).
+    """
+    found = []
+    ratios = result.scores(MAIN)["spread_skill"]
+    if ratios.min() < 0.8 or ratios.max() > 1.2:
+        found.append(
+            f"The spread of local FA-APF is {ratios.min():.2f} to {ratios.max():.2f} of its error; wanted: 0.8 to 1.2."
+        )
+    for which, channels in (("observed", result.observed), ("unobserved", ~result.observed)):
+        if not channels.any():
+            continue
+        _, frequencies = result.rank_frequencies(MAIN, channels)
+        ends = 0.5 * (frequencies[0] + frequencies[-1])
+        if ends > 1.25:
+            found.append(
+                f"Rank histograms of {which} variables are U-shaped: {ends:.1f} times as many truths at either end of "
+                "local FA-APF's ensemble as there should be."
+            )
+    validation = prior.card.get("validation", {})
+    limits = {
+        "CRPS over persistence's error": ("one_step", "crps_over_persistence", 0.3),
+        "variance, relative error": ("climate", "variance", 0.1),
+        "power at one zonal wavenumber, relative error": ("climate", "power", 0.1),
+        "the same among the smallest quarter of scales": ("climate", "power_of_smallest_quarter", 0.2),
+    }
+    missed = []
+    for what, (group, name, limit) in limits.items():
+        worst = max(validation.get(group, {}).get(name, [0.0]), key=abs)
+        if abs(worst) > limit:
+            missed.append(f"{what} {worst:.2g} (wanted: {limit})")
+    if missed:
+        found.append(f"The emulator, at its worst variable: {'; '.join(missed)}.")
+    return found
 
 
 def to_datatree(experiment: WeatherExperiment, prior: SphericalEmulator, result: WeatherResult) -> DataTree:

@@ -74,6 +74,55 @@ def test_wrong_experiments():
         twin.run_weather_twin(
             twin.WeatherExperiment(cycles=3, spin_up=1), prior, np.zeros((1, 4, 8, 16, 3)), only=("best",)
         )
+    with pytest.raises(ValueError, match="processes=0"):
+        twin.run_weather_twin(
+            twin.WeatherExperiment(cycles=3, spin_up=1), prior, np.zeros((1, 4, 8, 16, 3)), processes=0
+        )
+
+
+def test_what_falls_short_is_said():
+    def result(spread, ranks):
+        states = np.zeros((1, 4, 8, 16, 2))
+        error = np.ones((4, 2))
+        run = twin.WeatherRun(states[0], states[0], error, spread * error, error, ranks, states, states[0], 27.0)
+        return twin.WeatherResult({twin.MAIN: [run]}, states, {}, np.array([True, False]), 2)
+
+    flat, deep = np.full(26, 10), np.array([20, *[8] * 24, 20])
+    prior = SimpleNamespace(card={})
+    assert twin.shortfalls(prior, result(1.0, np.stack([flat, flat]))) == []
+    narrow = twin.shortfalls(prior, result(0.7, np.stack([flat, deep])))
+    assert "0.70 to 0.70" in narrow[0]
+    assert "unobserved variables are U-shaped: 1.6 times" in narrow[1]  # (20 + 8) / 2 over 232 / 26
+    card = {"validation": {"one_step": {"crps_over_persistence": [0.2, 0.312]}, "climate": {"power": [0.05, -0.2]}}}
+    (emulator,) = twin.shortfalls(SimpleNamespace(card=card), result(1.0, np.stack([flat, flat])))
+    assert "0.31 (wanted: 0.3)" in emulator
+    assert "-0.2 (wanted: 0.1)" in emulator
+    assert "variance" not in emulator
+
+
+@pytest.mark.slow
+def test_processes_do_not_change_a_run():
+    prior = small_emulator()
+    networks = {"stations": Stations({"surface_pressure": 1.0}, count=5)}
+    experiment = twin.WeatherExperiment(networks, cycles=2, spin_up=1)
+    states = np.asarray(prior.climatology().sample(jax.random.key(1), (3,)))[None]
+    done = []
+    one, two = (
+        twin.run_weather_twin(
+            experiment,
+            prior,
+            states,
+            num_particles=4,
+            only=(twin.ENKF, twin.FREE),
+            processes=processes,
+            on_done=done.append,
+        )
+        for processes in (1, 2)
+    )
+    assert list(one.runs) == list(two.runs) == [twin.FREE, twin.ENKF]
+    assert sorted(done) == sorted(2 * [twin.FREE, twin.ENKF])
+    for name, (run,) in one.runs.items():
+        np.testing.assert_allclose(run.last, two.runs[name][0].last, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.slow
