@@ -13,7 +13,7 @@ import multiprocessing
 import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -296,47 +296,49 @@ def summarise_run(
     )
 
 
-def run_filter(
+class FilterInputs(NamedTuple):
+    """What every filter is given of one truth.
+
+    Attributes:
+        first_guess: mean of the first ensemble.
+        observations: of each network.
+        rng_key: from which the key of each filter is folded.
+    """
+
+    first_guess: Float[Array, "latitude longitude channel"]
+    observations: dict[str, np.ndarray]
+    rng_key: PRNGKeyArray
+
+
+def _filter_inputs(
+    rng_key: PRNGKeyArray, experiment: WeatherExperiment, prior: SphericalEmulator, truth: np.ndarray
+) -> FilterInputs:
+    guess_key, error_key, filter_key = jax.random.split(rng_key, 3)
+    first_guess = experiment.first_guess(guess_key, prior, jnp.asarray(truth[0]))
+    return FilterInputs(first_guess, experiment.observations(error_key, prior, truth[1:]), filter_key)
+
+
+def _run_filter(
+    name: str,
     experiment: WeatherExperiment,
     prior: SphericalEmulator,
-    name: str,
-    states: Sequence[Float[np.ndarray, "time latitude longitude channel"]] | np.ndarray,
-    *,
-    seed: int = 0,
-    num_particles: int = 64,
+    states: Sequence[np.ndarray] | np.ndarray,
+    inputs: Sequence[FilterInputs],
+    num_particles: int,
 ) -> list[WeatherRun]:
-    """One filter on every truth: it does not matter which others are run, in which order or where.
-
-    Args:
-        experiment: the experiment.
-        prior: the emulator.
-        name: one of `FILTERS`.
-        states: of each truth, shape (truth, cycles + 1, latitude, longitude, channel).
-        seed: of first guesses, observations and filters.
-        num_particles: particles, or members.
-    """
-    network = next(iter(experiment.observing(prior).values()))
+    """One filter on every truth, whichever others are run: it must do with its arguments, in any process."""
     filter = ParticleFilter(
         experiment.filters(prior)[name], num_particles=num_particles, progress_bar=False, keep_observed=False
     )
+    network = next(iter(experiment.observing(prior).values()))
     runs = []
-    for number, truth in enumerate(states):
-        first_guess, y, rng_key = _given(experiment, prior, truth, seed, number)
+    for truth, (first_guess, y, rng_key) in zip(states, inputs, strict=True):
         seen = jax.tree.map(lambda v: np.full_like(v, np.nan), y) if name == FREE else y
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="weights are inflated")
             filter.run(jax.random.fold_in(rng_key, FILTERS.index(name)), first_guess, seen)
         runs.append(summarise_run(filter.result, truth[1:], prior, network, experiment.spin_up))
     return runs
-
-
-def _given(
-    experiment: WeatherExperiment, prior: SphericalEmulator, truth: np.ndarray, seed: int, number: int
-) -> tuple[Array, dict[str, np.ndarray], PRNGKeyArray]:
-    """(first guess, observations, key of the filters) of the truth of this number."""
-    guess_key, error_key, filter_key = jax.random.split(jax.random.fold_in(jax.random.key(seed), number), 3)
-    first_guess = experiment.first_guess(guess_key, prior, jnp.asarray(truth[0]))
-    return first_guess, experiment.observations(error_key, prior, truth[1:]), filter_key
 
 
 def run_weather_twin(
@@ -376,23 +378,25 @@ def run_weather_twin(
     if processes < 1:
         raise ValueError(f"processes={processes}; give 1 or more.")
     names = [name for name in FILTERS if name in only]
-    settings = {"seed": seed, "num_particles": num_particles}
+    root = jax.random.key(seed)
+    inputs = [_filter_inputs(jax.random.fold_in(root, i), experiment, prior, truth) for i, truth in enumerate(states)]
+    arguments = (experiment, prior, states, inputs, num_particles)
     runs: dict[str, list[WeatherRun]] = {}
     if processes == 1:
         for name in names:
-            runs[name] = run_filter(experiment, prior, name, states, **settings)
+            runs[name] = _run_filter(name, *arguments)
             on_done(name)
     else:
         # Processes and not threads: NumPyro's handlers are on one stack. Not forked: JAX has threads of its own.
         with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn")) as pool:
-            started = {pool.submit(run_filter, experiment, prior, name, states, **settings): name for name in names}
+            started = {pool.submit(_run_filter, name, *arguments): name for name in names}
             for future in as_completed(started):
                 runs[started[future]] = future.result()
                 on_done(started[future])
     return WeatherResult(
         {name: runs[name] for name in names},
         np.stack([truth[1:] for truth in states]),
-        _given(experiment, prior, states[0], seed, 0)[1],
+        inputs[0].observations,
         experiment.observed_channels(prior),
         experiment.spin_up,
     )
