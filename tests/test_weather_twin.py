@@ -67,6 +67,8 @@ def test_wrong_experiments():
         twin.WeatherExperiment(cycles=5, spin_up=5)
     with pytest.raises(ValueError, match="start_error=0"):
         twin.WeatherExperiment(start_error=0.0)
+    with pytest.raises(ValueError, match="target_ess=2"):
+        twin.WeatherExperiment(target_ess=2.0)
     prior = SimpleNamespace(layout=LAYOUT)
     with pytest.raises(ValueError, match=r"\(4, 8, 16, 3\)"):
         twin.run_weather_twin(twin.WeatherExperiment(cycles=3, spin_up=1), prior, np.zeros((1, 3, 8, 16, 3)))
@@ -134,7 +136,8 @@ def test_small_run_and_its_figures():
         "swath": Swath({"temperature_500": 0.6}, width=90.0, thinning=2),
         "blocks": BlockMeans({"temperature_500": 0.3}, size=4),
     }
-    experiment = twin.WeatherExperiment(networks, cycles=2, spin_up=1)
+    experiment = twin.WeatherExperiment(networks, cycles=2, spin_up=1, target_ess=0.6)
+    assert experiment.filters(prior)[twin.MAIN].target_ess == 0.6
     states = np.asarray(prior.climatology().sample(jax.random.key(1), (3,)))
     only = (twin.MAIN,)
     result = twin.run_weather_twin(experiment, prior, states[None], num_particles=4, only=only)
