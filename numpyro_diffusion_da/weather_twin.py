@@ -417,9 +417,9 @@ def shortfalls(prior: SphericalEmulator, result: WeatherResult) -> list[str]:
     found = []
     ratios = result.scores(MAIN)["spread_skill"]
     if ratios.min() < 0.8 or ratios.max() > 1.2:
-        found.append(
-            f"The spread of local FA-APF is {ratios.min():.2f} to {ratios.max():.2f} of its error; wanted: 0.8 to 1.2."
-        )
+        least, most = (f"{ratio:.2f}" for ratio in (ratios.min(), ratios.max()))
+        between = least if least == most else f"{least} to {most}"
+        found.append(f"The spread of local FA-APF is {between} of its error; wanted: 0.8 to 1.2.")
     for which, channels in (("observed", result.observed), ("unobserved", ~result.observed)):
         if not channels.any():
             continue
