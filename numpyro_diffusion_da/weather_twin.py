@@ -67,7 +67,7 @@ GUIDED_ERRORS = 1.6
 
 @dataclasses.dataclass(frozen=True)
 class WeatherExperiment:
-    """What is observed of the truth, and for how long.
+    """What is observed of the truth, for how long, and how sharply the local filter selects.
 
     Args:
         networks: by the name of their site in the program; None for 200 stations that observe `NEAR_GROUND` with errors

@@ -109,7 +109,7 @@ def main(
     count: Annotated[int, typer.Option("--truths", min=1)] = 5,
     particles: Annotated[int, typer.Option(min=2)] = 256,
     cycles: Annotated[int, typer.Option(min=2)] = 30,
-    target_ess: Annotated[float, typer.Option(help="Of the local FA-APF: 0.8 was chosen for 64 particles.")] = 0.5,
+    target_ess: Annotated[float, typer.Option(help="Of the local FA-APF; 0.8 for 64 particles.")] = 0.5,
     only: Annotated[list[str] | None, typer.Option(help="Only this filter; may be repeated.")] = None,
     true_model: Annotated[bool, typer.Option(help="Also the Kalman filter with the true model.")] = False,
     split: Annotated[str, typer.Option(help="Runs the truths are of.")] = "test",
