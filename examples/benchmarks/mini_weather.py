@@ -7,7 +7,8 @@ with --true-model one with the true equations and the whole of their state (want
 last 5 days, in standard deviations of the climate: RMSE of the mean of all channels, of observed and of unobserved
 ones, spread over error, CRPS. "forecast" is the RMSE of the emulator's 5-day forecast from the last ensemble.
 
-Truths are of the test runs, settings were chosen on the validation run (--split validation).
+Truths are of the test runs, settings were chosen on the validation run (--split validation). generate.py makes other
+runs on another kind of processor, which rounds otherwise: its scores differ as those of other truths do.
 
     python examples/mini_weather/generate.py --out weather_data
     python examples/benchmarks/mini_weather.py --data weather_data --network stations --out mini_weather.json

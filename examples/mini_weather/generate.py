@@ -9,7 +9,8 @@ increments, and its spin-up is left out. The splits are made of different runs.
 
 About 0.1 s of one core for a simulated day. Every shard holds `DAYS_PER_SHARD` days of all runs of a split, packed to
 16 bits (`packing`), and the model's state at its end: call the script again and it goes on after the last shard, with
-the same result.
+the same result. Another kind of processor rounds otherwise, and a few weeks later has another weather of the same
+climate: its runs are other runs.
 """
 
 from __future__ import annotations
