@@ -27,7 +27,7 @@ from rich.console import Console
 from rich.table import Table
 
 import numpyro_diffusion_da as ndda
-from numpyro_diffusion_da import verification
+from numpyro_diffusion_da.diagnostics import verification
 
 prior = ndda.load_prior("lorenz96")
 

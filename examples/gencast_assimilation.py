@@ -50,9 +50,9 @@ from rich.console import Console
 from rich.table import Table
 
 import numpyro_diffusion_da as ndda
-from numpyro_diffusion_da import plots, verification
-from numpyro_diffusion_da.gridded_data import SHORT_NAMES, static_field
-from numpyro_diffusion_da.priors.gencast_synthetic import write_synthetic
+from numpyro_diffusion_da.diagnostics import plots, verification
+from numpyro_diffusion_da.fields.datasets import SHORT_NAMES, static_field
+from numpyro_diffusion_da.priors.gencast.synthetic import write_synthetic
 
 # Standard deviations, from the published code's data/observations/covariance.
 GRIDDED = {"2m_temperature": 0.1, "temperature": 0.1}  # K

@@ -31,7 +31,7 @@ from numpyro.contrib.control_flow import scan
 from rich.console import Console
 
 import numpyro_diffusion_da as ndda
-from numpyro_diffusion_da.priors import lorenz96
+from numpyro_diffusion_da.demos import lorenz96_system as lorenz96
 
 ERROR = 0.3
 prior = ndda.load_prior("lorenz96")

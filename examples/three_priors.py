@@ -28,8 +28,8 @@ from rich.console import Console
 from rich.table import Table
 
 import numpyro_diffusion_da as ndda
-from numpyro_diffusion_da import verification
-from numpyro_diffusion_da.priors import lorenz96
+from numpyro_diffusion_da.demos import lorenz96_system as lorenz96
+from numpyro_diffusion_da.diagnostics import verification
 
 ERROR = 0.3
 SITES = 40

@@ -34,18 +34,18 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from numpyro_diffusion_da.layout import Layout
-from numpyro_diffusion_da.priors import lorenz96
-from numpyro_diffusion_da.priors.emulator import (
+from numpyro_diffusion_da.demos import lorenz96_system as lorenz96
+from numpyro_diffusion_da.diffusion.sampler import Sampler
+from numpyro_diffusion_da.diffusion.schedule import KarrasSchedule
+from numpyro_diffusion_da.fields.layout import Layout
+from numpyro_diffusion_da.priors.ring import (
     MeanNetwork,
     ResidualNetwork,
     RingEmulator,
     read_emulator,
     save_emulator,
 )
-from numpyro_diffusion_da.sampler import Sampler
-from numpyro_diffusion_da.schedule import KarrasSchedule
-from numpyro_diffusion_da.transition import DiffusionStep
+from numpyro_diffusion_da.transition.base import DiffusionStep
 
 NAME = "lorenz96"
 SITES = 40

@@ -4,33 +4,16 @@ Write a state-space model as an ordinary NumPyro program, put a pretrained diffu
 filter observations with a fully adapted auxiliary particle filter, and read the result with ArviZ and xarray.
 """
 
-from numpyro_diffusion_da import convert, feynman_kac, innovations, smc, smoothing, spectra, verification
-from numpyro_diffusion_da.algorithm import FAAPF, Algorithm, Bootstrap, EnKF, GuidedPF
-from numpyro_diffusion_da.approximate_guidance import DPS, JFPS, TMPD, PiGDM
-from numpyro_diffusion_da.density import ExactTrace, Hutchinson, ProbabilityFlow
-from numpyro_diffusion_da.distribution import ConditionedTransition, DiffusionTransition
-from numpyro_diffusion_da.filtering import ParticleFilter
-from numpyro_diffusion_da.gross_error_check import GrossErrorCheck
-from numpyro_diffusion_da.guidance import MMPS, Guidance
-from numpyro_diffusion_da.huber import Huber
-from numpyro_diffusion_da.layout import Layout, Variable
-from numpyro_diffusion_da.likelihood import GaussianLikelihood, GaussianObservation
-from numpyro_diffusion_da.linear_gaussian import LinearGaussian
-from numpyro_diffusion_da.linear_solve import DirectSolve, KrylovSolve, LinearSolver
-from numpyro_diffusion_da.noise import FactorNoise, Noise, WhiteNoise
-from numpyro_diffusion_da.online import OnlineFilter
-from numpyro_diffusion_da.piecewise_guidance import Piecewise, Unguided
-from numpyro_diffusion_da.pmmh import PMMH
-from numpyro_diffusion_da.prior import DiffusionPrior
-from numpyro_diffusion_da.priors import parametrisation
-from numpyro_diffusion_da.priors.emulator import RingEmulator
-from numpyro_diffusion_da.priors.gaussian import GaussianPrior
-from numpyro_diffusion_da.priors.gencast import GenCastPrior
-from numpyro_diffusion_da.priors.network import DenoiserPrior
-from numpyro_diffusion_da.priors.shipped import load_prior
-from numpyro_diffusion_da.priors.spherical_emulator import SphericalEmulator
-from numpyro_diffusion_da.result import FilterResult, ParameterResult
-from numpyro_diffusion_da.sampler import (
+from numpyro_diffusion_da import smc
+from numpyro_diffusion_da.diagnostics import innovations, spectra, verification
+from numpyro_diffusion_da.diffusion.density import ExactTrace, Hutchinson, ProbabilityFlow
+from numpyro_diffusion_da.diffusion.guidance import MMPS, Guidance
+from numpyro_diffusion_da.diffusion.guidance_baselines import DPS, JFPS, TMPD, PiGDM
+from numpyro_diffusion_da.diffusion.guidance_piecewise import Piecewise, Unguided
+from numpyro_diffusion_da.diffusion.linear_solve import DirectSolve, KrylovSolve, LinearSolver
+from numpyro_diffusion_da.diffusion.noise import FactorNoise, Noise, WhiteNoise
+from numpyro_diffusion_da.diffusion.prior import DiffusionPrior
+from numpyro_diffusion_da.diffusion.sampler import (
     DDIM,
     AdamsBashforth,
     Churn,
@@ -43,15 +26,35 @@ from numpyro_diffusion_da.sampler import (
     Step,
     StochasticStep,
 )
-from numpyro_diffusion_da.schedule import KarrasSchedule, Schedule
+from numpyro_diffusion_da.diffusion.schedule import KarrasSchedule, Schedule
+from numpyro_diffusion_da.diffusion.spherical_noise import SphericalNoise
+from numpyro_diffusion_da.fields.layout import Layout, Variable
+from numpyro_diffusion_da.filters.base import FAAPF, Algorithm, Bootstrap, EnKF, GuidedPF
+from numpyro_diffusion_da.filters.gross_error_check import GrossErrorCheck
+from numpyro_diffusion_da.inference.filter import ParticleFilter
+from numpyro_diffusion_da.inference.online_filter import OnlineFilter
+from numpyro_diffusion_da.inference.pmmh import PMMH
+from numpyro_diffusion_da.inference.smc2 import SMC2
+from numpyro_diffusion_da.observation.likelihood import GaussianLikelihood, GaussianObservation
+from numpyro_diffusion_da.priors import parametrization as parametrisation
+from numpyro_diffusion_da.priors.gaussian import GaussianPrior
+from numpyro_diffusion_da.priors.gencast.prior import GenCastPrior
+from numpyro_diffusion_da.priors.network import DenoiserPrior
+from numpyro_diffusion_da.priors.ring import RingEmulator
+from numpyro_diffusion_da.priors.shipped import load_prior
+from numpyro_diffusion_da.priors.spherical.emulator import SphericalEmulator
+from numpyro_diffusion_da.program import feynman_kac
+from numpyro_diffusion_da.program.distribution import ConditionedTransition, DiffusionTransition
+from numpyro_diffusion_da.program.huber import Huber
+from numpyro_diffusion_da.program.linear_gaussian import LinearGaussian
+from numpyro_diffusion_da.program.state_space import StateSpaceModel
+from numpyro_diffusion_da.results import convert, smoothing
+from numpyro_diffusion_da.results.result import FilterResult, ParameterResult
 from numpyro_diffusion_da.smc.ensemble_update import EnsembleUpdate, PerturbedObservations, SquareRoot
-from numpyro_diffusion_da.smc.inflation import Inflation, ObservationInflation, Tempering
+from numpyro_diffusion_da.smc.inflation import RTPP, RTPS, Jitter, Multiplicative, SpreadRepair
 from numpyro_diffusion_da.smc.localization import Distance, Euclidean, GreatCircle, Ring, Taper, WithHeight
-from numpyro_diffusion_da.smc.spread_repair import RTPP, RTPS, Jitter, Multiplicative, SpreadRepair
-from numpyro_diffusion_da.smc2 import SMC2
-from numpyro_diffusion_da.spherical_noise import SphericalNoise
-from numpyro_diffusion_da.state_space import StateSpaceModel
-from numpyro_diffusion_da.weight import Dirac, Equal, Moment, Weight
+from numpyro_diffusion_da.smc.tempering import Inflation, ObservationInflation, Tempering
+from numpyro_diffusion_da.transition.weights import Dirac, Equal, Moment, Weight
 
 __version__ = "0.1.0"
 

@@ -18,8 +18,9 @@ from numpyro.contrib.control_flow import scan
 from test_smoothing import by_hand, error_in_sd, filtered, program_with_increments, rauch_tung_striebel
 
 import numpyro_diffusion_da as ndda
-from numpyro_diffusion_da import backward, smoothing
-from numpyro_diffusion_da.state_space import StateSpaceModel
+from numpyro_diffusion_da.inference import backward_simulation as backward
+from numpyro_diffusion_da.program.state_space import StateSpaceModel
+from numpyro_diffusion_da.results import smoothing
 
 pytestmark = pytest.mark.slow  # each compiles filters of its own
 

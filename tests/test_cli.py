@@ -7,8 +7,8 @@ import xarray
 from typer.testing import CliRunner
 
 import numpyro_diffusion_da as ndda
-from numpyro_diffusion_da.cli import app
-from numpyro_diffusion_da.twin import COLUMNS, ENKF, FREE, GLOBAL, MAIN, TwinExperiment, run_twin
+from numpyro_diffusion_da.demos.cli import app
+from numpyro_diffusion_da.demos.lorenz96_demo import COLUMNS, ENKF, FREE, GLOBAL, MAIN, TwinExperiment, run_twin
 
 COMPILES_A_LOT = True
 

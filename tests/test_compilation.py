@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 import numpyro_diffusion_da as ndda
-from numpyro_diffusion_da import filtering
-from numpyro_diffusion_da.compilation import Compiled
-from numpyro_diffusion_da.footprint import backward_bytes, device_memory
+from numpyro_diffusion_da.diffusion.memory import backward_bytes, device_memory
+from numpyro_diffusion_da.inference import filter as filtering
+from numpyro_diffusion_da.inference.compilation import Compiled
 
 
 def test_what_is_closed_over_is_an_argument():

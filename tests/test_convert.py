@@ -8,9 +8,9 @@ import pytest
 import xarray as xr
 
 import numpyro_diffusion_da as ndda
-from numpyro_diffusion_da import convert, summary
-from numpyro_diffusion_da import verification as v
-from numpyro_diffusion_da.layout import Undefined, Variable
+from numpyro_diffusion_da.diagnostics import verification as v
+from numpyro_diffusion_da.fields.layout import Undefined, Variable
+from numpyro_diffusion_da.results import convert, summary
 
 CHAINS, DRAWS, STEPS = 2, 64, 8
 NEW_ARVIZ = int(importlib.metadata.version("arviz").split(".")[0]) >= 1

@@ -14,8 +14,8 @@ import pytest
 from numpyro.contrib.control_flow import scan
 
 import numpyro_diffusion_da as ndda
-from numpyro_diffusion_da.likelihood import GaussianLikelihood, GaussianObservation
-from numpyro_diffusion_da.priors.parametrisation import (
+from numpyro_diffusion_da.observation.likelihood import GaussianLikelihood, GaussianObservation
+from numpyro_diffusion_da.priors.parametrization import (
     Cosine,
     Denoised,
     DiscreteTable,
@@ -31,7 +31,7 @@ from numpyro_diffusion_da.priors.parametrisation import (
     Velocity,
     VPrediction,
 )
-from numpyro_diffusion_da.transition import DiffusionStep
+from numpyro_diffusion_da.transition.base import DiffusionStep
 
 pytestmark = pytest.mark.slow
 COMPILES_A_LOT = True

@@ -13,12 +13,12 @@ import numpy as np
 import pytest
 
 import numpyro_diffusion_da as ndda
-from numpyro_diffusion_da.likelihood import GaussianLikelihood, GaussianObservation
-from numpyro_diffusion_da.priors import emulator as emulators
-from numpyro_diffusion_da.priors import lorenz96
-from numpyro_diffusion_da.priors.emulator import read_emulator
+from numpyro_diffusion_da.demos import lorenz96_system as lorenz96
+from numpyro_diffusion_da.observation.likelihood import GaussianLikelihood, GaussianObservation
+from numpyro_diffusion_da.priors import ring as emulators
+from numpyro_diffusion_da.priors.ring import read_emulator
 from numpyro_diffusion_da.priors.shipped import load_prior
-from numpyro_diffusion_da.transition import DiffusionStep
+from numpyro_diffusion_da.transition.base import DiffusionStep
 
 KEY = jax.random.key(0)
 ROOT = Path(__file__).parents[1]

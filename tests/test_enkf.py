@@ -12,7 +12,7 @@ import scipy.linalg
 from numpyro.contrib.control_flow import scan
 
 import numpyro_diffusion_da as ndda
-from numpyro_diffusion_da.algorithm import place_taper
+from numpyro_diffusion_da.filters.base import place_taper
 from numpyro_diffusion_da.smc import ensemble_update
 from numpyro_diffusion_da.smc.enkf import build_kernel, init
 

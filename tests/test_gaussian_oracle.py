@@ -17,10 +17,10 @@ from conftest import LinearGaussian
 from numpyro.contrib.control_flow import scan
 
 import numpyro_diffusion_da as ndda
-from numpyro_diffusion_da.denoiser import PriorDenoiser
-from numpyro_diffusion_da.linear_solve import projected_solve
-from numpyro_diffusion_da.site import gaussian_observations
-from numpyro_diffusion_da.transition import GaussianStep, observed_covariance
+from numpyro_diffusion_da.diffusion.denoiser import PriorDenoiser
+from numpyro_diffusion_da.diffusion.linear_solve import projected_solve
+from numpyro_diffusion_da.program.sites import gaussian_observations
+from numpyro_diffusion_da.transition.base import GaussianStep, observed_covariance
 
 CASES = [(seed, singular) for seed in (0, 1) for singular in (False, True)]
 

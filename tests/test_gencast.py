@@ -32,7 +32,7 @@ pytestmark = [
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
     """A random checkpoint with its statistics and data."""
-    from numpyro_diffusion_da.priors.gencast_synthetic import write_synthetic
+    from numpyro_diffusion_da.priors.gencast.synthetic import write_synthetic
 
     return write_synthetic(tmp_path_factory.mktemp("gencast"))
 
@@ -50,8 +50,8 @@ def prior(files):
 @pytest.fixture(scope="module")
 def package(files):
     """The package's modules and what it reads of the checkpoint and of the statistics."""
-    from numpyro_diffusion_da.priors.gencast_package import weathernext
-    from numpyro_diffusion_da.priors.gencast_statistics import read_statistics
+    from numpyro_diffusion_da.priors.gencast.package import weathernext
+    from numpyro_diffusion_da.priors.gencast.statistics import read_statistics
 
     wn = weathernext()
     with open(files.checkpoint, "rb") as file:
@@ -134,7 +134,7 @@ def test_unguided_sampler_is_the_official_one(prior, files, dataset, package, mo
     from weathernext.utils import nan_cleaning, normalization
     from weathernext.weathernext1_gen import samplers_utils
 
-    from numpyro_diffusion_da.priors.gencast_package import as_the_package_expects
+    from numpyro_diffusion_da.priors.gencast.package import as_the_package_expects
 
     wn, checkpoint, statistics = package
     inputs, targets, forcings = extract(dataset, package)
@@ -176,7 +176,7 @@ def test_unguided_sampler_is_the_official_one(prior, files, dataset, package, mo
 
     @jax.jit
     def ours(previous, last):
-        from numpyro_diffusion_da.denoiser import PriorDenoiser
+        from numpyro_diffusion_da.diffusion.denoiser import PriorDenoiser
 
         conditioning = prior.condition((previous, last), forcings)
         z, memory = sampler(

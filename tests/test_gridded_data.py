@@ -5,9 +5,9 @@ import pytest
 import xarray as xr
 
 import numpyro_diffusion_da as ndda
-from numpyro_diffusion_da import gridded_data as gd
-from numpyro_diffusion_da.layout import Undefined, Variable
-from numpyro_diffusion_da.units import same_unit
+from numpyro_diffusion_da.fields import datasets as gd
+from numpyro_diffusion_da.fields.layout import Undefined, Variable
+from numpyro_diffusion_da.fields.units import same_unit
 
 LATITUDE, LONGITUDE = np.linspace(-90, 90, 7), np.arange(12) * 30.0
 LEVELS = (500, 850, 1000)

@@ -13,7 +13,7 @@ from numpyro.contrib.control_flow import scan
 from rich.console import Console
 
 import numpyro_diffusion_da as ndda
-from numpyro_diffusion_da.summary import summary
+from numpyro_diffusion_da.results.summary import summary
 
 COMPILES_A_LOT = True
 

@@ -17,10 +17,10 @@ from test_gaussian_oracle import Problem
 from test_path import MEAN, assert_unbiased, draw, law, step_of
 
 import numpyro_diffusion_da as ndda
-from numpyro_diffusion_da.denoiser import PriorDenoiser
-from numpyro_diffusion_da.likelihood import GeneralLikelihood
-from numpyro_diffusion_da.linear_solve import RowSumSolve
-from numpyro_diffusion_da.site import general_observation
+from numpyro_diffusion_da.diffusion.denoiser import PriorDenoiser
+from numpyro_diffusion_da.diffusion.linear_solve import RowSumSolve
+from numpyro_diffusion_da.observation.likelihood import GeneralLikelihood
+from numpyro_diffusion_da.program.sites import general_observation
 
 LEVELS = (20.0, 1.0, 0.1)
 

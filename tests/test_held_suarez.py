@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import numpyro_diffusion_da as ndda
-from numpyro_diffusion_da.priors import held_suarez
+from numpyro_diffusion_da.demos import held_suarez_truth as held_suarez
 
 
 def test_what_ships():

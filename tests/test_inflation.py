@@ -18,11 +18,11 @@ from numpyro.contrib.control_flow import scan
 from scipy import stats
 
 import numpyro_diffusion_da as ndda
-from numpyro_diffusion_da import summary
-from numpyro_diffusion_da.likelihood import GaussianLikelihood, InflatableLogWeight
-from numpyro_diffusion_da.site import gaussian_observations
+from numpyro_diffusion_da.observation.likelihood import GaussianLikelihood, InflatableLogWeight
+from numpyro_diffusion_da.program.sites import gaussian_observations
+from numpyro_diffusion_da.results import summary
 from numpyro_diffusion_da.smc.local_ancestors import LocalAncestors, keep_places
-from numpyro_diffusion_da.transition import DiffusionStep, GaussianStep
+from numpyro_diffusion_da.transition.base import DiffusionStep, GaussianStep
 
 KEY = jax.random.key(0)
 TEMPERING, INFLATION = ndda.Tempering(), ndda.ObservationInflation()

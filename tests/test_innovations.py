@@ -6,7 +6,7 @@ import scipy.linalg
 import xarray as xr
 from scipy import stats
 
-from numpyro_diffusion_da import innovations
+from numpyro_diffusion_da.diagnostics import innovations
 
 A = np.array([[0.9, 0.2, 0.0], [-0.2, 0.8, 0.1], [0.0, 0.1, 0.7]])
 Q = np.diag([0.5, 0.3, 0.4])

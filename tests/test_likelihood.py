@@ -11,11 +11,15 @@ from numpyro.contrib.control_flow import scan
 from scipy import stats
 
 import numpyro_diffusion_da as ndda
-from numpyro_diffusion_da.denoiser import PriorDenoiser
-from numpyro_diffusion_da.likelihood import GeneralLikelihood, GeneralObservation
-from numpyro_diffusion_da.moment_matching import expectation_propagation, pseudo_observations, tilted_moments
-from numpyro_diffusion_da.site import general_observation
-from numpyro_diffusion_da.transition import GaussianStep
+from numpyro_diffusion_da.diffusion.denoiser import PriorDenoiser
+from numpyro_diffusion_da.observation.likelihood import GeneralLikelihood, GeneralObservation
+from numpyro_diffusion_da.observation.moment_matching import (
+    expectation_propagation,
+    pseudo_observations,
+    tilted_moments,
+)
+from numpyro_diffusion_da.program.sites import general_observation
+from numpyro_diffusion_da.transition.base import GaussianStep
 
 TWO = dist.Categorical(probs=jnp.array([0.5, 0.5]))
 # What a value x of the state makes of an observation, and a value of it.

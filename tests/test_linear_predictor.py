@@ -12,10 +12,10 @@ from numpyro.contrib.control_flow import scan
 from scipy import stats
 
 import numpyro_diffusion_da as ndda
-from numpyro_diffusion_da.likelihood import GeneralLikelihood
-from numpyro_diffusion_da.linear_predictor import linear_predictor
-from numpyro_diffusion_da.site import pointwise_log_likelihood, predicted_observation
-from numpyro_diffusion_da.transition import DiffusionStep, GaussianStep
+from numpyro_diffusion_da.observation.likelihood import GeneralLikelihood
+from numpyro_diffusion_da.observation.linear_predictor import linear_predictor
+from numpyro_diffusion_da.program.sites import pointwise_log_likelihood, predicted_observation
+from numpyro_diffusion_da.transition.base import DiffusionStep, GaussianStep
 
 MAP = jnp.asarray(np.random.default_rng(0).normal(size=(5, 10)), jnp.float32)
 Y = 0.3 * jnp.arange(5.0) + 0.1

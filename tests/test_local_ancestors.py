@@ -13,11 +13,11 @@ from numpyro.contrib.control_flow import scan
 from scipy import stats
 
 import numpyro_diffusion_da as ndda
-from numpyro_diffusion_da.likelihood import GaussianLikelihood, GeneralLikelihood
-from numpyro_diffusion_da.site import gaussian_observations, general_observation
+from numpyro_diffusion_da.observation.likelihood import GaussianLikelihood, GeneralLikelihood
+from numpyro_diffusion_da.program.sites import gaussian_observations, general_observation
 from numpyro_diffusion_da.smc.base import select
 from numpyro_diffusion_da.smc.local_ancestors import LocalAncestors, keep_places
-from numpyro_diffusion_da.transition import GaussianStep
+from numpyro_diffusion_da.transition.base import GaussianStep
 
 SITES = 24
 

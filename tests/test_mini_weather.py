@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from numpyro_diffusion_da.priors import held_suarez
-from numpyro_diffusion_da.priors.spherical_emulator import read_spherical_emulator
+from numpyro_diffusion_da.demos import held_suarez_truth as held_suarez
+from numpyro_diffusion_da.priors.spherical.emulator import read_spherical_emulator
 
 pytestmark = pytest.mark.slow
 COMPILES_A_LOT = True

@@ -12,9 +12,9 @@ from numpyro import handlers
 from numpyro.contrib.control_flow import scan
 
 import numpyro_diffusion_da as ndda
-from numpyro_diffusion_da.dependence import depends_on_first
-from numpyro_diffusion_da.parameters import Parameters
-from numpyro_diffusion_da.state_space import StateSpaceModel
+from numpyro_diffusion_da.observation.dependence import depends_on_first
+from numpyro_diffusion_da.program.parameters import Parameters
+from numpyro_diffusion_da.program.state_space import StateSpaceModel
 
 KEY = jax.random.key(0)
 Y = np.zeros((4, 3), np.float32)

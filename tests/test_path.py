@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 import numpyro_diffusion_da as ndda
-from numpyro_diffusion_da.algorithm import PATH_SAMPLER
-from numpyro_diffusion_da.summary import evidence_caveats
-from numpyro_diffusion_da.transition import DiffusionStep, GaussianStep
+from numpyro_diffusion_da.filters.base import PATH_SAMPLER
+from numpyro_diffusion_da.results.summary import evidence_caveats
+from numpyro_diffusion_da.transition.base import DiffusionStep, GaussianStep
 
 COVARIANCE = np.array([[1.2, 0.5, 0.1], [0.5, 0.7, -0.2], [0.1, -0.2, 0.4]])
 MEAN = np.array([0.5, -1.0, 2.0])

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from test_smoothing import LINES, by_hand
 
-from numpyro_diffusion_da import plots, smoothing
+from numpyro_diffusion_da.diagnostics import plots
+from numpyro_diffusion_da.results import smoothing
 
 
 @pytest.mark.parametrize("fields", [1, 2, 4, 5])

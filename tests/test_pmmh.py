@@ -225,8 +225,8 @@ def through_a_diffusion(y):
     ids=lambda value: type(value).__name__,
 )
 def test_biased_evidence_warns(algorithm, reasons):
-    from numpyro_diffusion_da.evidence import check_evidence
-    from numpyro_diffusion_da.parameters import Parameters
+    from numpyro_diffusion_da.inference.evidence import check_evidence
+    from numpyro_diffusion_da.program.parameters import Parameters
 
     known = Parameters(ndda.StateSpaceModel(algorithm.model, (Y,))).placeholder()
     with warnings.catch_warnings(record=True) as caught:

@@ -17,7 +17,7 @@ from conftest import LinearGaussian
 from numpyro.contrib.control_flow import scan
 
 import numpyro_diffusion_da as ndda
-from numpyro_diffusion_da import convert, smoothing
+from numpyro_diffusion_da.results import convert, smoothing
 
 STEPS = 12
 

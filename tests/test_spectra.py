@@ -2,8 +2,8 @@ import numpy as np
 import pytest
 import xarray as xr
 
-from numpyro_diffusion_da import spectra
-from numpyro_diffusion_da.verification import area_weights
+from numpyro_diffusion_da.diagnostics import spectra
+from numpyro_diffusion_da.diagnostics.verification import area_weights
 
 
 @pytest.mark.parametrize("n", [2, 3, 16, 17])

@@ -6,22 +6,22 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from numpyro_diffusion_da.layout import Variable
-from numpyro_diffusion_da.priors.spherical_emulator import (
+from numpyro_diffusion_da.diffusion.sampler import Sampler
+from numpyro_diffusion_da.fields.layout import Variable
+from numpyro_diffusion_da.priors.spherical.emulator import (
     SphericalEmulator,
     read_spherical_emulator,
     save_spherical_emulator,
     spherical_layout,
 )
-from numpyro_diffusion_da.priors.spherical_networks import (
+from numpyro_diffusion_da.priors.spherical.harmonics import HarmonicNoise, SphericalHarmonics
+from numpyro_diffusion_da.priors.spherical.networks import (
     GaussianDenoiser,
     MeanNetwork,
     ResidualNetwork,
     ZonalOperator,
 )
-from numpyro_diffusion_da.sampler import Sampler
-from numpyro_diffusion_da.spherical_harmonics import HarmonicNoise, SphericalHarmonics
-from numpyro_diffusion_da.transition import DiffusionStep
+from numpyro_diffusion_da.transition.base import DiffusionStep
 
 pytestmark = pytest.mark.slow
 COMPILES_A_LOT = True

@@ -13,10 +13,10 @@ import pytest
 from numpyro.contrib.control_flow import scan
 
 import numpyro_diffusion_da as ndda
-from numpyro_diffusion_da.algorithm import Proposal
-from numpyro_diffusion_da.innovations import _ratio
+from numpyro_diffusion_da.diagnostics.innovations import _ratio
+from numpyro_diffusion_da.filters.base import Proposal
 from numpyro_diffusion_da.smc import fa_apf
-from numpyro_diffusion_da.smc.spread_repair import repaired
+from numpyro_diffusion_da.smc.inflation import repaired
 
 pytestmark = pytest.mark.slow  # each compiles filters of its own
 

@@ -12,7 +12,7 @@ import pytest
 from numpyro.contrib.control_flow import scan
 
 import numpyro_diffusion_da as ndda
-from numpyro_diffusion_da import storage
+from numpyro_diffusion_da.inference import storage
 
 KEY = jax.random.key(3)
 

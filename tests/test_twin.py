@@ -8,7 +8,7 @@ import pytest
 from conftest import BENCHMARKS, load_program
 
 import numpyro_diffusion_da as ndda
-from numpyro_diffusion_da.twin import BOOTSTRAP, FREE, GLOBAL, GUIDED, MAIN, TwinExperiment, run_twin
+from numpyro_diffusion_da.demos.lorenz96_demo import BOOTSTRAP, FREE, GLOBAL, GUIDED, MAIN, TwinExperiment, run_twin
 
 
 def load(name):

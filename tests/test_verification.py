@@ -3,7 +3,7 @@ import pytest
 import xarray as xr
 from scipy import stats
 
-from numpyro_diffusion_da import verification as v
+from numpyro_diffusion_da.diagnostics import verification as v
 
 
 def ensembles(seed, members, points, spread=1.0):

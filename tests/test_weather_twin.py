@@ -9,10 +9,11 @@ from conftest import EXAMPLES, load_program
 from test_observation_network import LAYOUT
 from test_spherical_emulator import small_emulator
 
-from numpyro_diffusion_da import plots_weather, verification
-from numpyro_diffusion_da import weather_twin as twin
-from numpyro_diffusion_da.observation_network import BlockMeans, Stations, Swath
-from numpyro_diffusion_da.priors import held_suarez
+from numpyro_diffusion_da.demos import held_suarez_demo as twin
+from numpyro_diffusion_da.demos import held_suarez_figures as plots_weather
+from numpyro_diffusion_da.demos import held_suarez_truth as held_suarez
+from numpyro_diffusion_da.diagnostics import verification
+from numpyro_diffusion_da.observation.networks import BlockMeans, Stations, Swath
 
 COMPILES_A_LOT = True
 

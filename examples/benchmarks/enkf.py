@@ -23,8 +23,8 @@ from rich.progress import track
 from rich.table import Table
 
 import numpyro_diffusion_da as ndda
-from numpyro_diffusion_da import verification
-from numpyro_diffusion_da.twin import TwinExperiment
+from numpyro_diffusion_da.demos.lorenz96_demo import TwinExperiment
+from numpyro_diffusion_da.diagnostics import verification
 
 UPDATES: dict[str, ndda.EnsembleUpdate] = {
     "perturbed": ndda.PerturbedObservations(),

@@ -23,7 +23,7 @@ from rich.progress import track
 from rich.table import Table
 
 import numpyro_diffusion_da as ndda
-from numpyro_diffusion_da.twin import TwinExperiment
+from numpyro_diffusion_da.demos.lorenz96_demo import TwinExperiment
 
 
 class Recipe(NamedTuple):

@@ -32,10 +32,10 @@ from rich.progress import track
 from rich.table import Table
 
 import numpyro_diffusion_da as ndda
-from numpyro_diffusion_da.compilation import Compiled
-from numpyro_diffusion_da.gridded_data import dataset_times
-from numpyro_diffusion_da.priors.gencast_synthetic import write_synthetic
-from numpyro_diffusion_da.program import TimeInputs
+from numpyro_diffusion_da.fields.datasets import dataset_times
+from numpyro_diffusion_da.inference.compilation import Compiled
+from numpyro_diffusion_da.priors.gencast.synthetic import write_synthetic
+from numpyro_diffusion_da.program.scan import TimeInputs
 
 
 class Recipe(NamedTuple):

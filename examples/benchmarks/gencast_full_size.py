@@ -29,9 +29,9 @@ from rich.console import Console
 from rich.table import Table
 
 import numpyro_diffusion_da as ndda
-from numpyro_diffusion_da.compilation import Compiled
-from numpyro_diffusion_da.priors.gencast_synthetic import write_synthetic
-from numpyro_diffusion_da.program import TimeInputs
+from numpyro_diffusion_da.inference.compilation import Compiled
+from numpyro_diffusion_da.priors.gencast.synthetic import write_synthetic
+from numpyro_diffusion_da.program.scan import TimeInputs
 
 MINI: dict[str, Any] = {
     "num_latitudes": 181,

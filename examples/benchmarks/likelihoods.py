@@ -29,10 +29,10 @@ from rich.table import Table
 from scipy import stats
 
 import numpyro_diffusion_da as ndda
-from numpyro_diffusion_da.likelihood import GeneralLikelihood, GeneralObservation
-from numpyro_diffusion_da.linear_predictor import linear_predictor
-from numpyro_diffusion_da.site import general_observation, pointwise_log_likelihood, predicted_observation
-from numpyro_diffusion_da.transition import DiffusionStep, GaussianStep
+from numpyro_diffusion_da.observation.likelihood import GeneralLikelihood, GeneralObservation
+from numpyro_diffusion_da.observation.linear_predictor import linear_predictor
+from numpyro_diffusion_da.program.sites import general_observation, pointwise_log_likelihood, predicted_observation
+from numpyro_diffusion_da.transition.base import DiffusionStep, GaussianStep
 
 Kind = Callable[[jax.Array], dist.Distribution]
 EITHER = dist.Categorical(probs=jnp.array([0.5, 0.5]))

@@ -36,8 +36,8 @@ from rich.progress import track
 from rich.table import Table
 
 import numpyro_diffusion_da as ndda
-from numpyro_diffusion_da import spectra, verification
-from numpyro_diffusion_da.priors import lorenz96
+from numpyro_diffusion_da.demos import lorenz96_system as lorenz96
+from numpyro_diffusion_da.diagnostics import spectra, verification
 
 TUNING_SEED = 1
 

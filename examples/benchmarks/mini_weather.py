@@ -36,12 +36,7 @@ from rich.progress import track
 from rich.table import Table
 
 import numpyro_diffusion_da as ndda
-from numpyro_diffusion_da import verification
-from numpyro_diffusion_da.observation_network import BlockMeans, Network, Stations, Swath, fraction_of
-from numpyro_diffusion_da.priors.spherical_emulator import SphericalEmulator
-from numpyro_diffusion_da.transition import DiffusionStep
-from numpyro_diffusion_da.twin_scores import mean_and_standard_error
-from numpyro_diffusion_da.weather_twin import (
+from numpyro_diffusion_da.demos.held_suarez_demo import (
     FILTERS,
     NEAR_GROUND,
     SAMPLER,
@@ -51,6 +46,11 @@ from numpyro_diffusion_da.weather_twin import (
     run_weather_twin,
     summarise_run,
 )
+from numpyro_diffusion_da.demos.scores import mean_and_standard_error
+from numpyro_diffusion_da.diagnostics import verification
+from numpyro_diffusion_da.observation.networks import BlockMeans, Network, Stations, Swath, fraction_of
+from numpyro_diffusion_da.priors.spherical.emulator import SphericalEmulator
+from numpyro_diffusion_da.transition.base import DiffusionStep
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "mini_weather"))
 import data

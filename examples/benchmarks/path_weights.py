@@ -40,11 +40,11 @@ from rich.console import Console
 from rich.table import Table
 
 import numpyro_diffusion_da as ndda
-from numpyro_diffusion_da.algorithm import PATH_SAMPLER
-from numpyro_diffusion_da.denoiser import PriorDenoiser
-from numpyro_diffusion_da.guidance import ObservingDenoiser
-from numpyro_diffusion_da.sampler import StepInputs
-from numpyro_diffusion_da.transition import DiffusionStep
+from numpyro_diffusion_da.diffusion.denoiser import PriorDenoiser
+from numpyro_diffusion_da.diffusion.guidance import ObservingDenoiser
+from numpyro_diffusion_da.diffusion.sampler import StepInputs
+from numpyro_diffusion_da.filters.base import PATH_SAMPLER
+from numpyro_diffusion_da.transition.base import DiffusionStep
 
 # Steps that add noise, by name.
 STEPS: dict[str, ndda.StochasticStep] = {

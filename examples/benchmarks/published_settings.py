@@ -37,7 +37,7 @@ from rich.progress import track
 from rich.table import Table
 
 import numpyro_diffusion_da as ndda
-from numpyro_diffusion_da.program import TimeInputs
+from numpyro_diffusion_da.program.scan import TimeInputs
 from numpyro_diffusion_da.smc.base import Info, Kernel, State, init, particle_keys
 from numpyro_diffusion_da.smc.localization import PlacedTaper
 

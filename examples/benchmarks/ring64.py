@@ -35,9 +35,9 @@ from rich.console import Console
 from rich.table import Table
 
 import numpyro_diffusion_da as ndda
-from numpyro_diffusion_da.denoiser import Memory, PriorDenoiser
-from numpyro_diffusion_da.linear_solve import LinearSolver, Product, Solution, relative_residual
-from numpyro_diffusion_da.sampler import StepInputs
+from numpyro_diffusion_da.diffusion.denoiser import Memory, PriorDenoiser
+from numpyro_diffusion_da.diffusion.linear_solve import LinearSolver, Product, Solution, relative_residual
+from numpyro_diffusion_da.diffusion.sampler import StepInputs
 
 EXACT = ndda.MMPS(ndda.DirectSolve())
 

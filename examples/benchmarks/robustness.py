@@ -38,8 +38,8 @@ from rich.progress import track
 from rich.table import Table
 
 import numpyro_diffusion_da as ndda
-from numpyro_diffusion_da import innovations, verification
-from numpyro_diffusion_da.priors import lorenz96
+from numpyro_diffusion_da.demos import lorenz96_system as lorenz96
+from numpyro_diffusion_da.diagnostics import innovations, verification
 
 TUNING_SEED = 1
 SITES = 40

@@ -27,7 +27,7 @@ from rich.console import Console
 from rich.table import Table
 
 import numpyro_diffusion_da as ndda
-from numpyro_diffusion_da.linear_solve import LinearSolver, Product, Solution, relative_residual
+from numpyro_diffusion_da.diffusion.linear_solve import LinearSolver, Product, Solution, relative_residual
 
 SITES = 40
 

@@ -34,8 +34,8 @@ from rich.console import Console
 from rich.table import Table
 
 import numpyro_diffusion_da as ndda
-from numpyro_diffusion_da.denoiser import PriorDenoiser
-from numpyro_diffusion_da.linear_solve import LinearSolver, Product, Solution, relative_residual
+from numpyro_diffusion_da.diffusion.denoiser import PriorDenoiser
+from numpyro_diffusion_da.diffusion.linear_solve import LinearSolver, Product, Solution, relative_residual
 
 FORWARD_FLOP = 1.6e12
 

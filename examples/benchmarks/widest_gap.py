@@ -34,8 +34,8 @@ from rich.progress import track
 from rich.table import Table
 
 import numpyro_diffusion_da as ndda
-from numpyro_diffusion_da import verification
-from numpyro_diffusion_da.priors import lorenz96
+from numpyro_diffusion_da.demos import lorenz96_system as lorenz96
+from numpyro_diffusion_da.diagnostics import verification
 
 TUNING_SEED = 1
 SITES = 40

@@ -11,8 +11,8 @@ from collections.abc import Sequence
 import jax.numpy as jnp
 import numpy as np
 
-from numpyro_diffusion_da.priors.spherical_networks import GaussianDenoiser, ZonalOperator
-from numpyro_diffusion_da.spherical_harmonics import SphericalHarmonics
+from numpyro_diffusion_da.priors.spherical.harmonics import SphericalHarmonics
+from numpyro_diffusion_da.priors.spherical.networks import GaussianDenoiser, ZonalOperator
 
 
 def complex_waves(coefficients: np.ndarray, m: int) -> np.ndarray:

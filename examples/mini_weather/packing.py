@@ -9,7 +9,7 @@ import numpy as np
 
 
 def packed(values: np.ndarray) -> dict[str, np.ndarray]:
-    """What `numpyro_diffusion_da.priors.held_suarez.unpacked` takes, as arrays to store."""
+    """What `numpyro_diffusion_da.demos.held_suarez_truth.unpacked` takes, as arrays to store."""
     low, high = (f(values, axis=tuple(range(values.ndim - 1))) for f in (np.min, np.max))
     offset, scale = 0.5 * (low + high), np.maximum(high - low, 1e-6) / 65000.0
     return {

@@ -30,8 +30,8 @@ import numpy as np
 import optax
 import typer
 
-from numpyro_diffusion_da.priors.spherical_emulator import SphericalEmulator, save_spherical_emulator
-from numpyro_diffusion_da.priors.spherical_networks import MeanNetwork, ResidualNetwork, ZonalOperator
+from numpyro_diffusion_da.priors.spherical.emulator import SphericalEmulator, save_spherical_emulator
+from numpyro_diffusion_da.priors.spherical.networks import MeanNetwork, ResidualNetwork, ZonalOperator
 
 NAME = "held_suarez"
 NOISE_RANGE = (0.02, 80.0)

@@ -19,8 +19,8 @@ from atmosphere import Atmosphere
 from jaxtyping import Array, Float, PRNGKeyArray
 from numpyro.contrib.control_flow import scan
 
-from numpyro_diffusion_da.layout import Layout
-from numpyro_diffusion_da.observation_network import Network
+from numpyro_diffusion_da.fields.layout import Layout
+from numpyro_diffusion_da.observation.networks import Network
 
 
 class Archive(dist.Distribution):

@@ -26,11 +26,11 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from numpyro_diffusion_da.observation_network import channel_names
-from numpyro_diffusion_da.priors.spherical_emulator import SphericalEmulator, read_spherical_emulator
-from numpyro_diffusion_da.sampler import Sampler
-from numpyro_diffusion_da.schedule import KarrasSchedule
-from numpyro_diffusion_da.transition import DiffusionStep
+from numpyro_diffusion_da.diffusion.sampler import Sampler
+from numpyro_diffusion_da.diffusion.schedule import KarrasSchedule
+from numpyro_diffusion_da.observation.networks import channel_names
+from numpyro_diffusion_da.priors.spherical.emulator import SphericalEmulator, read_spherical_emulator
+from numpyro_diffusion_da.transition.base import DiffusionStep
 
 NAME = "held_suarez"
 WAVENUMBERS = 21

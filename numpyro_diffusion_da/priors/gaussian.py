@@ -18,9 +18,9 @@ import numpy as np
 import scipy.linalg
 from jaxtyping import Array, ArrayLike, Float, PyTree
 
-from numpyro_diffusion_da.layout import Layout
-from numpyro_diffusion_da.noise import FactorNoise, Noise, WhiteNoise, positive_semidefinite
-from numpyro_diffusion_da.prior import DiffusionPrior
+from numpyro_diffusion_da.diffusion.noise import FactorNoise, Noise, WhiteNoise, positive_semidefinite
+from numpyro_diffusion_da.diffusion.prior import DiffusionPrior
+from numpyro_diffusion_da.fields.layout import Layout
 
 if TYPE_CHECKING:
     import numpyro.distributions as dist

@@ -21,10 +21,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float, PyTree
 
-from numpyro_diffusion_da.layout import Layout
-from numpyro_diffusion_da.noise import Noise, WhiteNoise
-from numpyro_diffusion_da.prior import DiffusionPrior
-from numpyro_diffusion_da.priors.parametrisation import Denoised, Parametrisation
+from numpyro_diffusion_da.diffusion.noise import Noise, WhiteNoise
+from numpyro_diffusion_da.diffusion.prior import DiffusionPrior
+from numpyro_diffusion_da.fields.layout import Layout
+from numpyro_diffusion_da.priors.parametrization import Denoised, Parametrisation
 
 if TYPE_CHECKING:
     import numpyro.distributions as dist

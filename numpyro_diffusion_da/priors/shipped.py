@@ -5,8 +5,8 @@ from __future__ import annotations
 import importlib.resources
 from typing import Literal, overload
 
-from numpyro_diffusion_da.priors.emulator import RingEmulator, read_emulator
-from numpyro_diffusion_da.priors.spherical_emulator import SphericalEmulator, read_spherical_emulator
+from numpyro_diffusion_da.priors.ring import RingEmulator, read_emulator
+from numpyro_diffusion_da.priors.spherical.emulator import SphericalEmulator, read_spherical_emulator
 
 SHIPPED = ("lorenz96", "held_suarez")
 """What `load_prior` knows."""

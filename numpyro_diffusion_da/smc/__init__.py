@@ -11,7 +11,7 @@ from numpyro_diffusion_da.smc import (
     localization,
     pmmh,
     smc2,
-    spread_repair,
+    tempering,
 )
 
 __all__ = [
@@ -25,5 +25,5 @@ __all__ = [
     "localization",
     "pmmh",
     "smc2",
-    "spread_repair",
+    "tempering",
 ]

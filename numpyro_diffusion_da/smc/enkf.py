@@ -30,8 +30,8 @@ from numpyro_diffusion_da.smc.base import (
     particle_keys,
 )
 from numpyro_diffusion_da.smc.ensemble_update import EnsembleUpdate, PerturbedObservations
+from numpyro_diffusion_da.smc.inflation import RTPS, SpreadRepair, check_repairs, is_traced, repaired
 from numpyro_diffusion_da.smc.localization import PlacedTaper
-from numpyro_diffusion_da.smc.spread_repair import RTPS, SpreadRepair, check_repairs, is_traced, repaired
 
 __all__ = ["Info", "State", "build_kernel", "init"]
 

@@ -50,9 +50,9 @@ from numpyro_diffusion_da.smc.base import (
     num_particles,
     particle_keys,
 )
-from numpyro_diffusion_da.smc.inflation import Inflation, Tempering
+from numpyro_diffusion_da.smc.inflation import SpreadRepair, check_repairs, need_forecast, repaired
 from numpyro_diffusion_da.smc.local_ancestors import LocalAncestors
-from numpyro_diffusion_da.smc.spread_repair import SpreadRepair, check_repairs, need_forecast, repaired
+from numpyro_diffusion_da.smc.tempering import Inflation, Tempering
 
 __all__ = ["Info", "State", "as_top_level_api", "build_kernel", "init"]
 

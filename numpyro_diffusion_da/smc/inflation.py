@@ -1,119 +1,244 @@
-"""Inflation: how weights that would leave a few particles are made to leave more.
+"""Spread repair: what is done to an analysis whose spread has become too small, before it is forecast from.
 
-Both kinds have an alpha in (0, 1], the largest at which the effective sample size reaches its target. They differ in
-what they raise to its power:
+An ensemble of few members, a model without errors of its own, or a selection by many observations leave an analysis
+that is too sure. With s_a and s_b the standard deviations, in each component of the state, of the analysis and of the
+forecast ensemble that it was made from, and an apostrophe for what a member differs from its mean by,
 
-- `Tempering` the weight, p(y | c)^alpha;
-- `ObservationInflation` the likelihood inside it, int p(y | x')^alpha p(x' | c) dx'. With Gaussian errors this is
-  N(y; h(m), R / alpha + H V H^T), up to a factor that all particles share where they share R: the errors of the
-  observations are inflated, and the spread V of the transition is what it is.
+- `RTPS`, relaxation to prior spread (Whitaker & Hamill 2012, Mon. Weather Rev. 140, 3078):
+  s_a becomes s_a + alpha (s_b - s_a), each component's anomalies being multiplied by one factor;
+- `RTPP`, relaxation to prior perturbations (Zhang, Snyder & Sun 2004, Mon. Weather Rev. 132, 1238):
+  x_a' becomes (1 - alpha) x_a' + alpha x_b', member by member;
+- `Multiplicative`: x_a' becomes factor x_a' (Anderson & Anderson 1999, there of the forecast);
+- `Jitter`: noise is added (roughening: Gordon, Salmond & Smith 1993).
 
-With V = 0, the published filter's Dirac weights, the two are one (Savary et al. 2026, arXiv 2605.20028, Sec. 3). As
-alpha -> 0 the weights become equal with both. Weights before inflation, and the evidence, are those at alpha = 1.
+None moves the mean. Each is a value; a filter takes a sequence of them and applies them in its order. Members that hold
+a value that is not finite count for nothing, and stay as they are.
 """
 
 from __future__ import annotations
 
 import abc
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+import numpy as np
+from jaxtyping import Array, Float, PRNGKeyArray
 
-from numpyro_diffusion_da.likelihood import InflatableLogWeight
-from numpyro_diffusion_da.smc.base import Resampling, largest_alpha, relative_to_highest, resampled, select
+from numpyro_diffusion_da.smc.base import particle_keys
 
 
-class Inflation(eqx.Module):
-    """What alpha does to the weights."""
+class SpreadRepair(eqx.Module):
+    """How the members of an analysis are spread out."""
 
-    asks_inflatable: ClassVar[bool]
-    """Whether it asks for an `InflatableLogWeight` of each particle, and not for log p(y | c)."""
+    needs_forecast: ClassVar[bool] = False
+    """Whether it looks at the forecast; a filter that has none at hand draws one then."""
+    pairs_members: ClassVar[bool] = False
+    """Whether it takes member i of analysis and forecast to belong together."""
 
     @abc.abstractmethod
-    def select(
-        self,
-        rng_key: PRNGKeyArray,
-        predictive: Any,
-        reach: Float[Array, " m"] | None,
-        resampling_fn: Resampling | None,
-        target_ess: float,
-    ) -> tuple[Float[Array, " n"], Int[Array, " n"], Float[Array, ""]]:
-        """Weigh, inflate and resample.
+    def __call__(
+        self, rng_key: PRNGKeyArray, analysis: Float[Array, "n ..."], forecast: Float[Array, "n ..."] | None
+    ) -> Float[Array, "n ..."]:
+        """The repaired members.
 
         Args:
-            rng_key: of the resampling.
-            predictive: log p(y | c_i), shape (N,), or log p(y_j | c_i), shape (N, m), where `reach` is given; or an
-                `InflatableLogWeight` whose arrays have the shape (N, m). -inf where particle i cannot be selected.
-            reach: factors of the terms log p(y_j | c_i) in the weight, from 0 to 1; None for whole particles.
-            resampling_fn: from `blackjax.smc.resampling`; systematic by default.
-            target_ess: fraction of N that inflation aims at; 0 for none.
-
-        Returns:
-            (log-weights before inflation, ancestors, alpha). Equal weights keep every particle in its place.
+            rng_key: of the step.
+            analysis: members of the analysis, equally weighted.
+            forecast: members of the forecast; None is enough for a repair that does not need it.
         """
 
 
-class Tempering(Inflation):
-    """Selection by w^alpha. The default."""
+class RTPS(SpreadRepair):
+    """Relaxation to prior spread: s_a becomes s_a + alpha (s_b - s_a) in each component, see the module.
 
-    asks_inflatable: ClassVar[bool] = False
+    A component in which no member differs stays as it is: there is no anomaly to multiply.
 
-    def select(
-        self,
-        rng_key: PRNGKeyArray,
-        predictive: Any,
-        reach: Float[Array, " m"] | None,
-        resampling_fn: Resampling | None,
-        target_ess: float,
-    ) -> tuple[Float[Array, " n"], Int[Array, " n"], Float[Array, ""]]:
-        """From log p(y | c_i), or log p(y_j | c_i)."""
-        log_weights = predictive if reach is None else _total(predictive, reach)
-        return log_weights, *select(rng_key, log_weights, resampling_fn, target_ess)
+    Args:
+        alpha: from 0, the analysis' own spread, to 1, the forecast's.
 
-
-class ObservationInflation(Inflation):
-    """Selection by weights with R / alpha in place of R, for Gaussian observations.
-
-    No network pass more than the weights take. Where V is not small against R, alpha has to be lower than that of
-    `Tempering` for the same effective sample size: only R grows, and directions in which V is large keep their say
-    longest.
+    Raises:
+        ValueError: alpha outside [0, 1].
     """
 
-    asks_inflatable: ClassVar[bool] = True
+    needs_forecast: ClassVar[bool] = True
 
-    def select(
-        self,
-        rng_key: PRNGKeyArray,
-        predictive: InflatableLogWeight,
-        reach: Float[Array, " m"] | None,
-        resampling_fn: Resampling | None,
-        target_ess: float,
-    ) -> tuple[Float[Array, " n"], Int[Array, " n"], Float[Array, ""]]:
-        """From what the weights are at any alpha."""
-        log_weights = _total(predictive.terms(1.0), reach)
-        finite = jnp.isfinite(log_weights)
-        log_weights = jnp.where(finite, log_weights, -jnp.inf)
+    alpha: float | Float[Array, ""]
 
-        def log_weights_at(alpha: Array) -> Array:
-            return relative_to_highest(jnp.where(finite, _total(predictive.terms(alpha), reach), -jnp.inf))
+    def __check_init__(self) -> None:
+        _check("RTPS", "alpha", self.alpha, 0.0, 1.0, "0.0 (none) to 1.0 (the forecast's whole spread)")
 
-        def largest(of_particles: Array) -> Array:
-            return jnp.maximum(jnp.max(jnp.where(finite, of_particles, -jnp.inf)), 0.0)
-
-        normalizers = _total(predictive.log_normalizers, reach)
-        some = normalizers[jnp.argmax(finite)]
-        # log(1 + alpha v) + alpha r^2 / (1 + alpha v) is at most alpha (v + r^2).
-        rest = _total(0.5 * (predictive.variances + predictive.squared_residuals), reach)
-        spread = largest(normalizers - some) + largest(some - normalizers) + largest(rest)
-        alpha = largest_alpha(log_weights_at, finite, spread, target_ess)
-        return log_weights, resampled(rng_key, log_weights, log_weights_at(alpha), resampling_fn), alpha
+    def __call__(
+        self, rng_key: PRNGKeyArray, analysis: Float[Array, "n ..."], forecast: Float[Array, "n ..."] | None
+    ) -> Float[Array, "n ..."]:
+        """One factor a component."""
+        mean, anomalies = _split(analysis)
+        spread, prior = _spread(anomalies), _spread(_split(_given(self, forecast))[1])
+        known = spread > 0.0
+        factor = jnp.where(known, 1.0 + self.alpha * (prior / jnp.where(known, spread, 1.0) - 1.0), 1.0)
+        return mean + factor * anomalies
 
 
-def _total(terms: Float[Array, "n m"], reach: Float[Array, " m"] | None) -> Float[Array, " n"]:
-    """The sum over observations, by as much as each reaches."""
-    if reach is None:
-        return jnp.sum(terms, axis=1)
-    # 0 times -inf would be NaN: what is out of reach must not count.
-    return jnp.sum(jnp.where(reach[None] > 0, reach[None] * terms, 0.0), axis=1)
+class RTPP(SpreadRepair):
+    """Relaxation to prior perturbations: x_a' becomes (1 - alpha) x_a' + alpha x_b', see the module.
+
+    For a filter whose members keep their places, such as the ensemble Kalman filter. Between members that do not belong
+    together the mixture would *lose* variance: 2 alpha (1 - alpha) of it where nothing is observed.
+
+    Args:
+        alpha: from 0, the analysis, to 1, the forecast around the analysis' mean.
+
+    Raises:
+        ValueError: alpha outside [0, 1].
+    """
+
+    needs_forecast: ClassVar[bool] = True
+    pairs_members: ClassVar[bool] = True
+
+    alpha: float | Float[Array, ""]
+
+    def __check_init__(self) -> None:
+        _check("RTPP", "alpha", self.alpha, 0.0, 1.0, "0.0 (none) to 1.0 (the forecast's whole anomalies)")
+
+    def __call__(
+        self, rng_key: PRNGKeyArray, analysis: Float[Array, "n ..."], forecast: Float[Array, "n ..."] | None
+    ) -> Float[Array, "n ..."]:
+        """A mixture of two anomalies."""
+        mean, anomalies = _split(analysis)
+        _, prior = _split(_given(self, forecast))
+        return mean + (1.0 - self.alpha) * anomalies + self.alpha * prior
+
+
+class Multiplicative(SpreadRepair):
+    """The analysis' anomalies times a factor.
+
+    Args:
+        factor: 1 for none; more spreads the members out.
+
+    Raises:
+        ValueError: a factor below 1.
+    """
+
+    factor: float | Float[Array, ""]
+
+    def __check_init__(self) -> None:
+        _check("Multiplicative", "factor", self.factor, 1.0, np.inf, "1.0 (none) or more")
+
+    def __call__(
+        self, rng_key: PRNGKeyArray, analysis: Float[Array, "n ..."], forecast: Float[Array, "n ..."] | None
+    ) -> Float[Array, "n ..."]:
+        """One factor for all."""
+        mean, anomalies = _split(analysis)
+        return mean + self.factor * anomalies
+
+
+class Jitter(SpreadRepair):
+    """Gaussian noise of a given size, independent from member to member and from component to component.
+
+    Its size is in the unit of the state and not relative to the spread: a multiple of a spread that has collapsed is
+    nothing, and to spread out what still has a spread is what `Multiplicative` and `RTPS` are for. The noise is centred
+    over members, so that the mean stays; scale^2 is what it adds to the members' unbiased variance. One member alone
+    stays where it is. It knows nothing of how smooth a field is.
+
+    Args:
+        scale: standard deviation, in the unit of the state: a number, or an array that broadcasts to one state, for a
+            state of several variables.
+
+    Raises:
+        ValueError: a negative scale; when called, a scale that does not broadcast to a state.
+    """
+
+    scale: float | Float[Array, ...] | np.ndarray
+
+    def __check_init__(self) -> None:
+        _check("Jitter", "scale", self.scale, 0.0, np.inf, "0.0 (none) or more, in the unit of the state")
+
+    def __call__(
+        self, rng_key: PRNGKeyArray, analysis: Float[Array, "n ..."], forecast: Float[Array, "n ..."] | None
+    ) -> Float[Array, "n ..."]:
+        """With the noise added."""
+        n, shape = len(analysis), analysis.shape[1:]
+        draw = jax.vmap(lambda key: jax.random.normal(key, shape, analysis.dtype))
+        noise = draw(particle_keys(rng_key, n))
+        scale = jnp.broadcast_to(jnp.asarray(self.scale, analysis.dtype), shape)
+        return analysis + scale[None] * (noise - noise.mean(0, keepdims=True))
+
+
+def repaired(
+    repairs: Sequence[SpreadRepair],
+    rng_key: PRNGKeyArray,
+    analysis: Float[Array, "n ..."],
+    forecast: Float[Array, "n ..."] | None,
+) -> Float[Array, "n ..."]:
+    """The members after one repair after the other; each sees what the last one left, and the same forecast."""
+    for i, repair in enumerate(repairs):
+        analysis = repair(jax.random.fold_in(rng_key, i), analysis, forecast)
+    return analysis
+
+
+def need_forecast(repairs: Sequence[SpreadRepair]) -> bool:
+    """Whether any of them looks at the forecast."""
+    return any(repair.needs_forecast for repair in repairs)
+
+
+def check_repairs(repairs: Any, owner: str, paired: bool) -> None:
+    """Refuse what is no sequence of repairs that a filter can make.
+
+    Args:
+        repairs: what it was given.
+        owner: the filter's name.
+        paired: whether member i of its analysis was made from member i of its forecast.
+
+    Raises:
+        TypeError: not a sequence of repairs.
+        ValueError: a repair that pairs members, for a filter that selects.
+    """
+    if isinstance(repairs, SpreadRepair):
+        raise TypeError(f"{owner} got spread_repair={repairs}; give a sequence of repairs: ({repairs},).")
+    for repair in repairs:
+        if not isinstance(repair, SpreadRepair):
+            raise TypeError(
+                f"{owner} got {repair!r} among its spread_repair; give values of ndda.RTPS, ndda.RTPP, "
+                "ndda.Multiplicative or ndda.Jitter."
+            )
+        if repair.pairs_members and not paired:
+            raise ValueError(
+                f"{owner} got spread_repair={repair}, which mixes each member with its own forecast, and particles "
+                "that were selected have none; use ndda.RTPS, which needs the forecast's spread only."
+            )
+
+
+def is_traced(value: Any) -> bool:
+    """Whether a number is not known yet, as the amount that `innovations.tune_spread` looks for."""
+    return isinstance(value, jax.core.Tracer)
+
+
+def _check(owner: str, name: str, value: Any, lowest: float, highest: float, instead: str) -> None:
+    if is_traced(value) or np.all((np.asarray(value) >= lowest) & (np.asarray(value) <= highest)):
+        return
+    raise ValueError(f"{owner} got {name}={value}; give {instead}.")
+
+
+def _given(repair: SpreadRepair, forecast: Array | None) -> Array:
+    if forecast is None:
+        raise ValueError(f"{repair} needs members of the forecast, and got None.")
+    return forecast
+
+
+def _split(x: Float[Array, "n ..."]) -> tuple[Array, Array]:
+    """(mean, anomalies) over the members that are finite, the leading axis kept."""
+    finite = jnp.all(jnp.isfinite(x), axis=tuple(range(1, x.ndim)), keepdims=True)
+    mean = jnp.mean(x, axis=0, keepdims=True, where=finite)
+    # Twice: the rounding error of a mean is nothing beside the mean, but not beside anomalies that are multiplied.
+    mean = mean + jnp.mean(x - mean, axis=0, keepdims=True, where=finite)
+    first = x[jnp.argmax(finite.reshape(-1))][None]
+    one_value = jnp.all((x == first) | ~finite, axis=0, keepdims=True)
+    return mean, jnp.where(one_value & finite, 0.0, x - mean)
+
+
+def _spread(anomalies: Float[Array, "n ..."]) -> Array:
+    """Standard deviation, the leading axis kept."""
+    finite = jnp.all(jnp.isfinite(anomalies), axis=tuple(range(1, anomalies.ndim)), keepdims=True)
+    return jnp.sqrt(jnp.mean(anomalies**2, axis=0, keepdims=True, where=finite))

@@ -26,8 +26,8 @@ import numpy as np
 from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
 from numpyro_diffusion_da.smc.base import Resampling, num_particles
-from numpyro_diffusion_da.smc.inflation import Inflation, Tempering
 from numpyro_diffusion_da.smc.localization import Neighbourhoods, PlacedTaper
+from numpyro_diffusion_da.smc.tempering import Inflation, Tempering
 
 LARGEST_BATCH = 2**24
 """Numbers held at a time while blocks are weighed one beside the other: 64 MB."""

@@ -18,8 +18,8 @@ import equinox as eqx
 import numpy as np
 from jaxtyping import ArrayLike, Float, Int
 
-from numpyro_diffusion_da.layout import Layout
-from numpyro_diffusion_da.prior import checksum
+from numpyro_diffusion_da.diffusion.prior import checksum
+from numpyro_diffusion_da.fields.layout import Layout
 
 LARGEST_BLOCK = 2**22
 """Distances computed at a time: 32 MB."""

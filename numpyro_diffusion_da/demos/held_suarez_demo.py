@@ -1,0 +1,492 @@
+"""A twin experiment with weather: a known truth on the sphere, a thin network observing it, and several filters.
+
+The truth is a run of a dry general circulation model; every filter sees a diffusion emulator of it. The observations
+are of the surface and of the lowest level only, so that whatever is known of the levels above is known through the
+emulator. All filters begin with an ensemble whose mean is wrong by half of the climate's standard deviation, and whose
+spread says so. The free ensemble has no observations, and is what each filter has to beat.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import multiprocessing
+import warnings
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro
+import numpyro.distributions as dist
+from jaxtyping import Array, Float, PRNGKeyArray
+from numpyro.contrib.control_flow import scan
+
+from numpyro_diffusion_da.demos.held_suarez_truth import STEP_HOURS
+from numpyro_diffusion_da.demos.scores import check_spin_up, summarised, table_of_scores
+from numpyro_diffusion_da.diagnostics import verification
+from numpyro_diffusion_da.diffusion.sampler import Sampler
+from numpyro_diffusion_da.diffusion.schedule import KarrasSchedule
+from numpyro_diffusion_da.filters.base import FAAPF, Algorithm, Bootstrap, EnKF
+from numpyro_diffusion_da.inference.filter import FilterResult, ParticleFilter
+from numpyro_diffusion_da.observation.networks import Network, Stations, fraction_of
+from numpyro_diffusion_da.priors.spherical.emulator import SphericalEmulator
+from numpyro_diffusion_da.program.distribution import DiffusionTransition
+from numpyro_diffusion_da.smc.base import check_target_ess
+from numpyro_diffusion_da.smc.localization import GreatCircle, Taper
+from numpyro_diffusion_da.transition.weights import Dirac, Equal
+
+if TYPE_CHECKING:
+    from rich.table import Table
+    from xarray import DataTree
+
+FREE, GUIDED, GLOBAL, MAIN, ENKF = FILTERS = (
+    "free ensemble",
+    "equal weights",
+    "FA-APF",
+    "FA-APF, local",
+    "EnKF, emulator",
+)
+NEAR_GROUND = ("surface_pressure", "temperature_850", "u_component_of_wind_850", "v_component_of_wind_850")
+"""What the default network observes."""
+COLUMNS = {
+    "passes": "passes",
+    "rmse": "RMSE",
+    "rmse_observed": "obs.",
+    "rmse_unobserved": "unobs.",
+    "spread_skill": "spread/\nskill",
+    "crps": "CRPS",
+}
+SAMPLER = Sampler(schedule=KarrasSchedule(8, rho=20.0, lowest=0.1))
+"""For observation errors of the size of the one-step spread; docs/mini_weather.md has its error."""
+
+GUIDED_ERRORS = 1.6
+"""What the guided filters multiply the emulator's errors by, which are correlated from step to step."""
+
+
+@dataclasses.dataclass(frozen=True)
+class WeatherExperiment:
+    """What is observed of the truth, for how long, and how sharply the local filter selects.
+
+    Args:
+        networks: by the name of their site in the program; None for 200 stations that observe `NEAR_GROUND` with errors
+            of a fifth of the climate's standard deviation.
+        cycles: filter steps.
+        spin_up: steps at the start that are not scored.
+        start_error: of the mean of the first ensemble, and its spread, in standard deviations of the climate.
+        step_hours: length of a step of the emulator.
+        target_ess: of the local FA-APF, as a fraction of the particles. 0.8 was chosen for 64 of them; 256 allow a
+            sharper selection, and 0.5 has less error with them, and less spread (docs/mini_weather.md).
+
+    Raises:
+        ValueError: nothing left to score, a start error that is not positive, or a target ESS outside [0, 1).
+    """
+
+    networks: dict[str, Network] | None = None
+    cycles: int = 30
+    spin_up: int = 20
+    start_error: float = 0.5
+    step_hours: float = STEP_HOURS
+    target_ess: float = 0.8
+
+    def __post_init__(self) -> None:
+        check_spin_up(self.spin_up, self.cycles)
+        check_target_ess(self.target_ess)
+        if not self.start_error > 0:
+            raise ValueError(f"start_error={self.start_error}; give a positive number of standard deviations.")
+
+    def observing(self, prior: SphericalEmulator) -> dict[str, Network]:
+        """The networks, those by default among them."""
+        if self.networks is not None:
+            return self.networks
+        return {
+            "stations": Stations(fraction_of(np.asarray(prior.state_scale), NEAR_GROUND, prior.layout, 0.2), count=200)
+        }
+
+    def observed_channels(self, prior: SphericalEmulator) -> np.ndarray:
+        """True for each channel that some network observes."""
+        observed = {c for network in self.observing(prior).values() for c in network.channels(prior.layout)}
+        return np.isin(np.arange(prior.layout.shape[-1]), sorted(observed))
+
+    def observations(
+        self, rng_key: PRNGKeyArray, prior: SphericalEmulator, states: Float[np.ndarray, "time lat lon channel"]
+    ) -> dict[str, Float[np.ndarray, "time place observed"]]:
+        """Of each network, with errors, at all times of `states`; NaN where it observes nothing."""
+        found, networks = {}, self.observing(prior)
+        for key, (name, network) in zip(jax.random.split(rng_key, len(networks)), networks.items(), strict=True):
+            exact = jax.vmap(lambda x, network=network: network.observe(x, prior.layout))(jnp.asarray(states))
+            y = np.asarray(exact) + network.error() * np.asarray(jax.random.normal(key, exact.shape))
+            found[name] = np.where(network.reports(len(states), prior.layout)[..., None], y, np.nan)
+        return found
+
+    def first_guess(self, rng_key: PRNGKeyArray, prior: SphericalEmulator, truth: Array) -> Array:
+        """The mean of the first ensemble: the truth, and a part of a state drawn from the climate less its mean."""
+        climate = prior.climatology()
+        return truth + self.start_error * (climate.sample(rng_key) - climate.mean)
+
+    def program(self, prior: SphericalEmulator) -> Callable[[Array, dict[str, Array]], None]:
+        """The state-space model with the emulator."""
+        networks, climate = self.observing(prior), prior.climatology()
+
+        def weather(first_guess: Array, y: dict[str, Array]) -> None:
+            x0 = numpyro.sample("x0", climate)
+
+            def step(x: Array, y_t: dict[str, Array]) -> tuple[Array, None]:
+                x = numpyro.sample("x", DiffusionTransition(prior, x, sampler=SAMPLER))
+                for name, network in networks.items():
+                    seen = network.observe(x, prior.layout)
+                    numpyro.sample(name, dist.Normal(seen, network.error()).to_event(2), obs=y_t[name])
+                return x, None
+
+            scan(step, first_guess + self.start_error * (x0 - climate.mean), y)
+
+        return weather
+
+    def taper(self, prior: SphericalEmulator, radius: float) -> Taper:
+        """Localisation along the sphere; half-width in kilometres of the Earth."""
+        places = {name: network.places(prior.layout) for name, network in self.observing(prior).items()}
+        return Taper(radius, GreatCircle(), places)
+
+    def filters(self, prior: SphericalEmulator) -> dict[str, Algorithm]:
+        """The filters by their names; settings chosen with 200 stations on two pieces of a run that no score is of.
+
+        The guided ones see the emulator with larger errors (`SphericalEmulator.with_errors_times`); the free ensemble
+        is the emulator itself, and the Kalman filter, which relaxes its spread, is best with it.
+        """
+        plain = self.program(prior)
+        guided = self.program(prior.with_errors_times(GUIDED_ERRORS))
+        taper = self.taper(prior, 2500.0)
+        return {
+            FREE: Bootstrap(plain),  # with nothing observed every weight is equal: a forecast
+            GUIDED: FAAPF(guided, weight=Equal()),
+            GLOBAL: FAAPF(guided),
+            MAIN: FAAPF(guided, weight=Dirac(), target_ess=self.target_ess, taper=taper),
+            ENKF: EnKF(plain, taper=taper, rtps=0.5),
+        }
+
+
+@dataclasses.dataclass(frozen=True)
+class WeatherRun:
+    """What is kept of one filter on one truth. Channels are those of the state; time is that of the cycles.
+
+    Attributes:
+        mean: of the particles, in the units of the layout.
+        spread: standard deviation of the particles.
+        rmse: error of the mean, by area, over the climate's standard deviation; `spread_by_time` and `crps` likewise.
+        ranks: counts of the truth's rank after the spin-up, on a thinned grid.
+        at_stations: the particles at the places of the first network.
+        last: the particles of the last cycle.
+        passes: network passes of a particle and a step.
+    """
+
+    mean: Float[np.ndarray, "time latitude longitude channel"]
+    spread: Float[np.ndarray, "time latitude longitude channel"]
+    rmse: Float[np.ndarray, "time channel"]
+    spread_by_time: Float[np.ndarray, "time channel"]
+    crps: Float[np.ndarray, "time channel"]
+    ranks: Float[np.ndarray, "channel rank"]
+    at_stations: Float[np.ndarray, "draw time place channel"]
+    last: Float[np.ndarray, "draw latitude longitude channel"]
+    passes: float
+
+
+@dataclasses.dataclass(frozen=True)
+class WeatherResult:
+    """Every filter on every truth.
+
+    Attributes:
+        runs: by filter, one run a truth.
+        states: the truths, shape (truth, time, latitude, longitude, channel).
+        observations: of the first truth, by site.
+        observed: True for the channels that are observed.
+        spin_up: cycles that are not scored.
+    """
+
+    runs: dict[str, list[WeatherRun]]
+    states: np.ndarray
+    observations: dict[str, np.ndarray]
+    observed: np.ndarray
+    spin_up: int
+
+    def by_time(self, name: str, score: str, channels: np.ndarray | slice = slice(None)) -> np.ndarray:
+        """A score of some channels together, shape (truth, time): squares are averaged, CRPS plainly."""
+        values = np.stack([getattr(run, score) for run in self.runs[name]])[..., channels]
+        return values.mean(-1) if score == "crps" else np.sqrt(np.mean(values**2, axis=-1))
+
+    def scores(self, name: str) -> dict[str, np.ndarray]:
+        """By truth, over the cycles after the spin-up and all channels, in standard deviations of the climate."""
+        late = slice(self.spin_up, None)
+
+        def root(score: str, channels: np.ndarray | slice = slice(None)) -> np.ndarray:
+            return np.sqrt(np.mean(self.by_time(name, score, channels)[:, late] ** 2, axis=1))
+
+        return {
+            "passes": np.array([run.passes for run in self.runs[name]]),
+            "rmse": root("rmse"),
+            "rmse_observed": root("rmse", self.observed),
+            "rmse_unobserved": root("rmse", ~self.observed),
+            "spread_skill": root("spread_by_time") / root("rmse"),
+            "crps": self.by_time(name, "crps")[:, late].mean(1),
+        }
+
+    def summary(self) -> dict[str, dict[str, dict[str, float]]]:
+        """Mean and standard error over truths (NaN for one) by filter and score, in plain numbers."""
+        return summarised({name: self.scores(name) for name in self.runs})
+
+    def rank_frequencies(
+        self, name: str, channels: np.ndarray, bars: int = 13
+    ) -> tuple[Float[np.ndarray, " edge"], Float[np.ndarray, " bar"]]:
+        """Where the truth falls among the particles after the spin-up: edges of bars in 0..1, frequencies over flat.
+
+        Args:
+            name: of the filter.
+            channels: which channels are counted together.
+            bars: neighbouring ranks are put together into so many.
+        """
+        counts = sum(run.ranks[channels].sum(0) for run in self.runs[name])
+        parts = np.array_split(counts, min(bars, len(counts)))
+        sizes = np.array([len(part) for part in parts])
+        density = np.array([part.sum() for part in parts]) / sizes * (len(counts) / counts.sum())
+        return np.append(0, np.cumsum(sizes)) / len(counts), density
+
+
+def area_weights(prior: SphericalEmulator) -> Float[np.ndarray, "latitude 1"]:
+    """Of the grid points, for fields (..., latitude, longitude)."""
+    return np.asarray(prior.noise.harmonics.weights)[:, None]
+
+
+def in_climate_units(
+    fields: Float[np.ndarray, "*batch latitude longitude channel"], prior: SphericalEmulator
+) -> Float[np.ndarray, "*batch channel latitude longitude"]:
+    """In standard deviations of each channel's climate, the channels before the grid."""
+    return np.moveaxis(fields, -1, -3) / np.asarray(prior.state_scale)[:, None, None]
+
+
+def summarise_run(
+    result: FilterResult, states: np.ndarray, prior: SphericalEmulator, network: Network, spin_up: int
+) -> WeatherRun:
+    """Scores of a run, and what figures need of it.
+
+    Args:
+        result: of a filter whose latent site is "x".
+        states: the truth, shape (time, latitude, longitude, channel).
+        prior: the emulator, for its grid and the climate's standard deviations.
+        network: at whose places all particles are kept.
+        spin_up: cycles whose ranks are not counted.
+    """
+    particles = result.posterior["x"][0]
+    weights = area_weights(prior)
+    scores: dict[str, list[Any]] = {"rmse": [], "spread": [], "crps": []}
+    for t in range(len(states)):
+        x, truth = (in_climate_units(v[..., t, :, :, :], prior) for v in (particles, states))
+        scores["rmse"].append(verification.rmse(x, truth, axis=(1, 2), weights=weights))
+        scores["spread"].append(verification.spread(x, axis=(1, 2), weights=weights))
+        scores["crps"].append(verification.crps(x, truth, axis=(1, 2), weights=weights))
+    late = (slice(None), slice(spin_up, None), slice(None, None, 4), slice(None, None, 4))
+    ranks = [
+        verification.rank_histogram(particles[(*late, c)], states[(*late[1:], c)]) for c in range(states.shape[-1])
+    ]
+    at_stations = jax.vmap(jax.vmap(lambda x: network.at_places(x, prior.layout)))(particles)
+    return WeatherRun(
+        particles.mean(0),
+        particles.std(0, ddof=1),
+        np.array(scores["rmse"]),
+        np.array(scores["spread"]),
+        np.array(scores["crps"]),
+        np.array(ranks),
+        np.asarray(at_stations),
+        np.asarray(particles[:, -1]),
+        float(sum(v[0].mean() for v in result.network_passes.values())),
+    )
+
+
+class FilterInputs(NamedTuple):
+    """What every filter is given of one truth.
+
+    Attributes:
+        first_guess: mean of the first ensemble.
+        observations: of each network.
+        rng_key: from which the key of each filter is folded.
+    """
+
+    first_guess: Float[Array, "latitude longitude channel"]
+    observations: dict[str, np.ndarray]
+    rng_key: PRNGKeyArray
+
+
+def _filter_inputs(
+    rng_key: PRNGKeyArray, experiment: WeatherExperiment, prior: SphericalEmulator, truth: np.ndarray
+) -> FilterInputs:
+    guess_key, error_key, filter_key = jax.random.split(rng_key, 3)
+    first_guess = experiment.first_guess(guess_key, prior, jnp.asarray(truth[0]))
+    return FilterInputs(first_guess, experiment.observations(error_key, prior, truth[1:]), filter_key)
+
+
+def _run_filter(
+    name: str,
+    experiment: WeatherExperiment,
+    prior: SphericalEmulator,
+    states: Sequence[np.ndarray] | np.ndarray,
+    inputs: Sequence[FilterInputs],
+    num_particles: int,
+) -> list[WeatherRun]:
+    """One filter on every truth, whichever others are run: it must do with its arguments, in any process."""
+    filter = ParticleFilter(
+        experiment.filters(prior)[name], num_particles=num_particles, progress_bar=False, keep_observed=False
+    )
+    network = next(iter(experiment.observing(prior).values()))
+    runs = []
+    for truth, (first_guess, y, rng_key) in zip(states, inputs, strict=True):
+        seen = jax.tree.map(lambda v: np.full_like(v, np.nan), y) if name == FREE else y
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="weights are inflated")
+            filter.run(jax.random.fold_in(rng_key, FILTERS.index(name)), first_guess, seen)
+        runs.append(summarise_run(filter.result, truth[1:], prior, network, experiment.spin_up))
+    return runs
+
+
+def run_weather_twin(
+    experiment: WeatherExperiment,
+    prior: SphericalEmulator,
+    states: Sequence[Float[np.ndarray, "time latitude longitude channel"]] | np.ndarray,
+    *,
+    seed: int = 0,
+    num_particles: int = 64,
+    only: Sequence[str] = FILTERS,
+    processes: int = 1,
+    on_done: Callable[[str], None] = lambda name: None,
+) -> WeatherResult:
+    """Run the filters on every truth.
+
+    Args:
+        experiment: the experiment.
+        prior: the emulator.
+        states: of each truth, shape (truth, cycles + 1, latitude, longitude, channel): the first is not observed.
+        seed: of first guesses, observations and filters.
+        num_particles: particles, or members, of every filter.
+        only: names of the filters that are run.
+        processes: filters that are run at a time, each in a process of its own where it is more than one: a filter of
+            this size keeps one core busy. The result does not depend on it. Leave it at 1 on a GPU, which two processes
+            would have to share, and in a script without ``if __name__ == "__main__":``.
+        on_done: called with a filter's name when it has been run on every truth.
+
+    Raises:
+        ValueError: truths of another length or grid, an unknown filter, or less than one process.
+    """
+    expected = (experiment.cycles + 1, *prior.layout.shape)
+    if len(states) < 1 or any(np.shape(truth) != expected for truth in states):
+        shapes = sorted({np.shape(truth) for truth in states})
+        raise ValueError(f"states has truths of the shapes {shapes}, expected one or more of {expected}.")
+    if unknown := sorted(set(only) - set(FILTERS)):
+        raise ValueError(f"no filters named {unknown}; there are {', '.join(FILTERS)}.")
+    if processes < 1:
+        raise ValueError(f"processes={processes}; give 1 or more.")
+    names = [name for name in FILTERS if name in only]
+    root = jax.random.key(seed)
+    inputs = [_filter_inputs(jax.random.fold_in(root, i), experiment, prior, truth) for i, truth in enumerate(states)]
+    arguments = (experiment, prior, states, inputs, num_particles)
+    runs: dict[str, list[WeatherRun]] = {}
+    if processes == 1:
+        for name in names:
+            runs[name] = _run_filter(name, *arguments)
+            on_done(name)
+    else:
+        # Processes and not threads: NumPyro's handlers are on one stack. Not forked: JAX has threads of its own.
+        with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn")) as pool:
+            started = {pool.submit(_run_filter, name, *arguments): name for name in names}
+            for future in as_completed(started):
+                runs[started[future]] = future.result()
+                on_done(started[future])
+    return WeatherResult(
+        {name: runs[name] for name in names},
+        np.stack([truth[1:] for truth in states]),
+        inputs[0].observations,
+        experiment.observed_channels(prior),
+        experiment.spin_up,
+    )
+
+
+def shortfalls(prior: SphericalEmulator, result: WeatherResult) -> list[str]:
+    """What is not as a forecaster would want it, a sentence each: of local FA-APF on these truths, and of the emulator.
+
+    Spread within a fifth of the error for every truth, ranks that are not U-shaped, and of the emulator, by the
+    validation on its card, CRPS at most 0.3 of persistence's error and a climate within 10 % (power at the smallest
+    quarter of scales 20 %).
+    """
+    found = []
+    ratios = result.scores(MAIN)["spread_skill"]
+    if ratios.min() < 0.8 or ratios.max() > 1.2:
+        least, most = (f"{ratio:.2f}" for ratio in (ratios.min(), ratios.max()))
+        between = least if least == most else f"{least} to {most}"
+        found.append(f"The spread of local FA-APF is {between} of its error; wanted: 0.8 to 1.2.")
+    for which, channels in (("observed", result.observed), ("unobserved", ~result.observed)):
+        if not channels.any():
+            continue
+        _, frequencies = result.rank_frequencies(MAIN, channels)
+        ends = 0.5 * (frequencies[0] + frequencies[-1])
+        if ends > 1.25:
+            found.append(
+                f"Rank histograms of {which} variables are U-shaped: {ends:.1f} times as many truths at either end of "
+                "local FA-APF's ensemble as there should be."
+            )
+    validation = prior.card.get("validation", {})
+    limits = {
+        "CRPS over persistence's error": ("one_step", "crps_over_persistence", 0.3),
+        "variance, relative error": ("climate", "variance", 0.1),
+        "power at one zonal wavenumber, relative error": ("climate", "power", 0.1),
+        "the same among the smallest quarter of scales": ("climate", "power_of_smallest_quarter", 0.2),
+    }
+    missed = []
+    for what, (group, name, limit) in limits.items():
+        worst = max(validation.get(group, {}).get(name, [0.0]), key=abs)
+        if abs(worst) > limit:
+            missed.append(f"{what} {worst:.2g} (wanted: {limit})")
+    if missed:
+        found.append(f"The emulator, at its worst variable: {'; '.join(missed)}.")
+    return found
+
+
+def to_datatree(experiment: WeatherExperiment, prior: SphericalEmulator, result: WeatherResult) -> DataTree:
+    """The first truth, what was observed of it, and mean and spread of every filter, by variable, as xarray names them.
+
+    Groups: "truth", "observations", and one for each filter, in which the mean of a variable has its name and the
+    spread of the particles has "_spread" after it.
+    """
+    import xarray
+
+    layout = prior.layout
+    hours = experiment.step_hours * (1 + np.arange(experiment.cycles))
+    coords = {"time": ("time", hours, {"units": "hours"}), **layout.level_coords(), **layout.coords()}
+    coords.pop("channel", None)
+
+    def fields(values: np.ndarray, suffix: str = "") -> dict[str, Any]:
+        return {
+            name + suffix: (("time", *dims), data.astype(np.float32), {"units": units})
+            for name, (dims, data, units) in layout.split_by_levels(values).items()
+        }
+
+    groups = {"truth": xarray.Dataset(fields(result.states[0]), coords)}
+    for name, runs in result.runs.items():
+        both = {**fields(runs[0].mean), **fields(runs[0].spread, "_spread")}
+        groups[name.replace(", ", "_").replace(" ", "_")] = xarray.Dataset(both, coords)
+    for site, network in experiment.observing(prior).items():
+        places = network.places(layout)
+        groups[f"observations/{site}"] = xarray.Dataset(
+            {
+                name: (("time", "place"), result.observations[site][..., j], {"error": network.errors[name]})
+                for j, name in enumerate(network.errors)
+            },
+            {
+                "time": coords["time"],
+                "latitude": ("place", places[:, 0], {"units": "degrees_north"}),
+                "longitude": ("place", places[:, 1], {"units": "degrees_east"}),
+            },
+        )
+    return xarray.DataTree.from_dict(groups)
+
+
+def score_table(result: WeatherResult) -> Table:
+    """The scores as a table of one row a filter, mean ± standard error over truths."""
+    title = f"mean over {len(result.states)} truths"
+    return table_of_scores(title, result.summary(), COLUMNS, MAIN, decimals=3, plain={"passes": 0})

@@ -1,0 +1,173 @@
+"""What `PMMH` and `SMC2` share: a filter's evidence at parameters of a program, compiled; and their results."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from numpyro_diffusion_da.filters.base import Algorithm
+from numpyro_diffusion_da.inference.compilation import Compiled
+from numpyro_diffusion_da.inference.evidence import Estimator, Evidence, check_evidence
+from numpyro_diffusion_da.program.parameters import Parameters
+from numpyro_diffusion_da.program.state_space import StateSpaceModel
+from numpyro_diffusion_da.results.result import ParameterResult
+from numpyro_diffusion_da.smc.base import map_particles
+
+if TYPE_CHECKING:
+    import xarray
+
+BATCH = 16  # points at which the evidence is estimated in one call
+REPEATS = 2  # such calls for the spread of log p^(y) at one point
+
+
+class ParameterInference:
+    """Draws of a program's global parameters; the part of it that does not depend on how they are made."""
+
+    def __init__(
+        self,
+        algorithm: Algorithm,
+        num_particles: int,
+        batch_size: int,
+        at_once: int,
+        progress_bar: bool,
+        **numbers: int,
+    ) -> None:
+        name = type(self).__name__
+        if not isinstance(algorithm, Algorithm):
+            raise TypeError(
+                f"{name} got {type(algorithm).__name__}; give a filter of your program, "
+                f"as in {name}(ndda.Bootstrap(model), num_particles=256, ...)."
+            )
+        least = {"num_warmup": 0, "batch_size": 0, "at_once": 0}
+        for what, value in {"num_particles": num_particles, "batch_size": batch_size, **numbers}.items():
+            if value < least.get(what, 1):
+                raise ValueError(f"{what}={value}; give {least.get(what, 1)} or more.")
+        self.algorithm = algorithm
+        self.num_particles = num_particles
+        self.batch_size = batch_size
+        self.at_once = at_once
+        self.progress_bar = progress_bar
+        self._estimator = Estimator(algorithm, num_particles, batch_size)
+        self._compiled: dict[str, Compiled] = {}
+        self._result: ParameterResult | None = None
+
+    def _begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Parameters, dict[str, Any]]:
+        """The program's parameters, and the attributes of a result that are known before it is there."""
+        name = type(self).__name__
+        parameters = Parameters(StateSpaceModel(self.algorithm.model, args, kwargs))
+        known = parameters.placeholder()
+        caveats = check_evidence(self.algorithm, known, name)
+        if not self._compiled:
+            self._compiled = {part: Compiled(fn) for part, fn in self._parts(parameters).items()}
+        return parameters, {
+            "inference": name,
+            "model": parameters.program.name,
+            "num_particles": self.num_particles,
+            **self.algorithm.settings(known),
+            "evidence_caveats": "; ".join(caveats),
+        }
+
+    def _parts(self, parameters: Parameters) -> dict[str, Callable[..., Any]]:
+        """What is compiled. Kept, so that a second run with arguments of the same shapes compiles nothing."""
+
+        def evaluate(rng_key: Any, positions: Array, given: Any) -> Evidence:
+            keys = jax.random.split(rng_key, BATCH)
+            evidence = map_particles(self._evidence(parameters.at(*given)), self.at_once)(keys, positions)
+            return Evidence(evidence.state._replace(particles=()), evidence.passes)
+
+        def values(positions: Array, given: Any) -> dict[str, Array]:
+            flat = jax.vmap(parameters.at(*given).values)(positions.reshape(-1, parameters.size))
+            return jax.tree.map(lambda v: v.reshape(*positions.shape[:-1], *v.shape[1:]), flat)
+
+        return {"evaluate": evaluate, "values": values}
+
+    def _evidence(self, parameters: Parameters) -> Callable[..., Evidence]:
+        """(rng_key, position[, steps]) -> what the filter leaves behind there."""
+
+        def run(rng_key: PRNGKeyArray, position: Array, steps: Any = None) -> Evidence:
+            return self._estimator.run(rng_key, parameters.filterable(position), steps)
+
+        return run
+
+    def _at(self, rng_key: PRNGKeyArray, positions: Any, given: Any) -> tuple[np.ndarray, dict[str, float]]:
+        """Log-evidences at `BATCH` positions, and mean network passes of one run of the filter."""
+        evidence = jax.device_get(self._compiled["evaluate"](rng_key, positions, given))
+        passes = {f"network_passes_{n}": float(v.mean()) for n, v in evidence.passes._asdict().items()}
+        return evidence.state.log_evidence.astype(np.float64), passes
+
+    def _spread(self, rng_key: PRNGKeyArray, position: Float[np.ndarray, " d"], given: Any) -> dict[str, float]:
+        """Standard deviation of log p^(y) at one position, and network passes of one estimate."""
+        positions = np.broadcast_to(position, (BATCH, *position.shape)).astype(jnp.zeros(()).dtype)
+        runs = [self._at(jax.random.fold_in(rng_key, i), positions, given) for i in range(REPEATS)]
+        return {"log_evidence_std": float(np.concatenate([logs for logs, _ in runs]).std(ddof=1)), **runs[0][1]}
+
+    def _values(self, positions: np.ndarray, given: Any) -> dict[str, np.ndarray]:
+        """Parameters of positions (..., d), in their own space."""
+        return {name: np.asarray(value) for name, value in self._compiled["values"](positions, given).items()}
+
+    # --- the result ---------------------------------------------------------------------------------------------------
+
+    @property
+    def result(self) -> ParameterResult:
+        """The arrays of the last run.
+
+        Raises:
+            RuntimeError: nothing has been run.
+        """
+        if self._result is None:
+            raise RuntimeError(f"this {type(self).__name__} has not run yet; call .run(jax.random.key(0), ...) first.")
+        return self._result
+
+    def get_samples(self, group_by_chain: bool = False) -> dict[str, np.ndarray]:
+        """The draws of each parameter, (chain x draw, ...), or (chain, draw, ...) by chain.
+
+        Raises:
+            RuntimeError: nothing has been run.
+        """
+        posterior = self.result.posterior
+        return posterior if group_by_chain else {n: v.reshape(-1, *v.shape[2:]) for n, v in posterior.items()}
+
+    def print_summary(self) -> None:
+        """Print what to look at first after a run, see `summary.parameter_summary`.
+
+        Raises:
+            RuntimeError: nothing has been run.
+        """
+        from rich.console import Console
+
+        from numpyro_diffusion_da.results.summary import parameter_summary
+
+        Console().print(parameter_summary(self.result))
+
+    def to_datatree(
+        self, *, dims: Mapping[str, Sequence[str]] | None = None, coords: Mapping[str, Any] | None = None
+    ) -> xarray.DataTree:
+        """The last run as an `xarray.DataTree`, see `convert.parameters_to_datatree`.
+
+        Args:
+            dims: names for a parameter's axes: ``{"bias": ["station"]}``.
+            coords: coordinate values of dimensions: ``{"station": ["Oslo", "Bergen"]}``.
+
+        Raises:
+            RuntimeError: nothing has been run.
+            ValueError: names or coordinates that do not fit.
+        """
+        from numpyro_diffusion_da.results import convert
+
+        return convert.parameters_to_datatree(self.result, dims=dims, coords=coords)
+
+    def to_arviz(
+        self, *, dims: Mapping[str, Sequence[str]] | None = None, coords: Mapping[str, Any] | None = None
+    ) -> Any:
+        """The last run as the installed ArviZ takes it, see `convert.parameters_to_arviz`.
+
+        Arguments and errors as `to_datatree`.
+        """
+        from numpyro_diffusion_da.results import convert
+
+        return convert.parameters_to_arviz(self.result, dims=dims, coords=coords)

@@ -1,0 +1,110 @@
+"""A filter's estimate of a program's evidence p(y_1, ..., y_T), as one compiled loop over time."""
+
+from __future__ import annotations
+
+import warnings
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, PRNGKeyArray
+
+from numpyro_diffusion_da.diffusion.denoiser import NetworkPasses
+from numpyro_diffusion_da.filters.base import Algorithm
+from numpyro_diffusion_da.program.scan import TimeInputs
+from numpyro_diffusion_da.program.state_space import StateSpaceModel
+from numpyro_diffusion_da.smc.base import State, init, particle_keys
+
+
+class Evidence(NamedTuple):
+    """What a filter left behind.
+
+    Attributes:
+        state: the filter's, after the last step; its `log_evidence` is -inf where it was not a number.
+        passes: network passes of all particles and steps.
+    """
+
+    state: State
+    passes: NetworkPasses
+
+
+class Estimator(NamedTuple):
+    """A filter with its sizes, to be run on a program whose global parameters are known.
+
+    Attributes:
+        algorithm: the filter.
+        num_particles: particles N.
+        batch_size: particles moved at a time; 0 for all at once.
+    """
+
+    algorithm: Algorithm
+    num_particles: int
+    batch_size: int = 0
+
+    def start(self, rng_key: PRNGKeyArray, program: StateSpaceModel) -> Evidence:
+        """N draws of the initial state, before any observation."""
+        state = init(jax.vmap(program.initial)(particle_keys(rng_key, self.num_particles)))
+        return Evidence(state, NetworkPasses(*(jnp.zeros(()) for _ in NetworkPasses._fields)))
+
+    def step(
+        self, rng_key: PRNGKeyArray, program: StateSpaceModel, evidence: Evidence, t: Int[Array, ""]
+    ) -> tuple[Evidence, Float[Array, ""]]:
+        """Take in the observations of time t; also the increment of the log-evidence, -inf where not a number."""
+        inputs = TimeInputs(t, jax.tree.map(lambda x: x[t], program.inputs()))
+        state, info = self.algorithm.kernel(program, self.batch_size)(rng_key, evidence.state, inputs)
+        increment = info.log_evidence_increment
+        increment = jnp.where(jnp.isnan(increment), -jnp.inf, increment)
+        passes = jax.tree.map(lambda n: self.num_particles * n, self.algorithm.passes(info))
+        state = State(state.particles, evidence.state.log_evidence + increment)
+        return Evidence(state, NetworkPasses(*map(jnp.add, evidence.passes, passes))), increment
+
+    def run(
+        self, rng_key: PRNGKeyArray, program: StateSpaceModel, steps: Int[Array, ""] | int | None = None
+    ) -> Evidence:
+        """Filter the first `steps` observations, keeping nothing but the last state.
+
+        Args:
+            rng_key: a step's key is fold_in of a half of it and the step.
+            program: with its global parameters known.
+            steps: how many; may be traced, so that one compilation serves all times. None for all of them.
+        """
+        init_key, run_key = jax.random.split(rng_key)
+
+        def step(t: Int[Array, ""], evidence: Evidence) -> Evidence:
+            return self.step(jax.random.fold_in(run_key, t), program, evidence, t)[0]
+
+        steps = program.length if steps is None else steps
+        return jax.lax.fori_loop(0, steps, step, self.start(init_key, program))
+
+
+def check_evidence(algorithm: Algorithm, program: StateSpaceModel, name: str) -> list[str]:
+    """Refuse a filter without evidence, and warn of one whose evidence is biased.
+
+    Args:
+        algorithm: the filter.
+        program: with its global parameters known.
+        name: of what needs the evidence.
+
+    Returns:
+        Why it is biased; empty where it is not.
+
+    Raises:
+        ValueError: the filter cannot run the program, or estimates no evidence.
+    """
+    program.check(algorithm.needs_gaussian, algorithm.needs_gaussian_errors)
+    kind = type(algorithm).__name__
+    if not algorithm.has_evidence():
+        raise ValueError(
+            f"{kind} without weights estimates no evidence; use ndda.GuidedPF(model) or ndda.Bootstrap(model)."
+        )
+    caveats = algorithm.evidence_caveats(program)
+    if caveats:
+        instead = "ndda.GuidedPF(model), ndda.Bootstrap(model)"
+        if program.diffusion() is None and algorithm.needs_gaussian and program.observes_linearly():
+            instead += ", ndda.FAAPF(model, weight=ndda.Moment(), target_ess=0.0)"
+        warnings.warn(
+            f"the evidence of {kind} is biased: {'; '.join(caveats)}. {name} then does not draw from the posterior "
+            f"of the parameters, and more particles do not help; use {instead}.",
+            stacklevel=3,
+        )
+    return caveats

@@ -1,0 +1,191 @@
+"""`PMMH`: the global parameters of a program, by a Markov chain on the evidence that a particle filter estimates."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from numpyro_diffusion_da.filters.base import Algorithm
+from numpyro_diffusion_da.inference.base import BATCH, ParameterInference
+from numpyro_diffusion_da.inference.progress import progress
+from numpyro_diffusion_da.program.parameters import Parameters
+from numpyro_diffusion_da.results.result import ParameterResult
+from numpyro_diffusion_da.smc import pmmh
+from numpyro_diffusion_da.smc.base import map_particles
+
+CHUNK = 64  # iterations between two looks at the clock, at most
+CLOUD = 512  # draws of the prior for its covariance; a chain starts from one of the first `BATCH` of them
+
+
+class PMMH(ParameterInference):
+    """Particle-marginal Metropolis-Hastings over a NumPyro program, as `numpyro.infer.MCMC` runs a sampler.
+
+    Draws of the global parameters (unobserved sites outside the scan that its body uses) given all observations. Every
+    proposal runs the filter through the whole series once. Where the filter's evidence is unbiased the draws are those
+    of the exact posterior, whatever the number of particles; that number only decides how well the chain moves: choose
+    it so that the log-evidence at a posterior point has a standard deviation of 1 to 1.7 (Doucet, Pitt, Deligiannidis
+    & Kohn 2015; Sherlock, Thiery, Roberts & Rosenthal 2015).
+
+    Args:
+        algorithm: `Bootstrap(model)`, or another filter of the program. A warning says where its evidence is biased.
+        num_particles: particles N of the filter.
+        num_warmup: iterations in which the proposal is adapted; they are thrown away.
+        num_samples: draws of each chain.
+        num_chains: independent chains.
+        batch_size: particles moved at a time; 0 for all at once.
+        chains_at_once: chains that move at a time, each with N particles; 0 for all at once.
+        progress_bar: show a bar over the iterations.
+
+    Raises:
+        ValueError: a number below its least value.
+        TypeError: `algorithm` is not a filter.
+    """
+
+    def __init__(
+        self,
+        algorithm: Algorithm,
+        *,
+        num_particles: int,
+        num_warmup: int,
+        num_samples: int,
+        num_chains: int = 1,
+        batch_size: int = 0,
+        chains_at_once: int = 0,
+        progress_bar: bool = True,
+    ) -> None:
+        numbers = {"num_warmup": num_warmup, "num_samples": num_samples, "num_chains": num_chains}
+        super().__init__(algorithm, num_particles, batch_size, chains_at_once, progress_bar, **numbers)
+        self.num_warmup = num_warmup
+        self.num_samples = num_samples
+        self.num_chains = num_chains
+
+    def run(self, rng_key: PRNGKeyArray, *args: Any, **kwargs: Any) -> None:
+        """Draw from the posterior of the parameters, given the observations in the program's arguments.
+
+        A chain's key is fold_in(rng_key, chain), an iteration's fold_in of that and the iteration.
+
+        Args:
+            rng_key: from `jax.random.key`.
+            *args: the program's arguments.
+            **kwargs: the program's keyword arguments.
+
+        Raises:
+            ValueError: a program without global parameters, or one that the filter cannot run.
+            FloatingPointError: the prior draws that a chain starts from all have no evidence.
+        """
+        _, attributes = self._begin(args, kwargs)
+        given = (args, kwargs)
+        keys = jax.vmap(jax.random.fold_in, (None, 0))(rng_key, jnp.arange(self.num_chains))
+        draws = self._chains(keys, *self._start(keys, given), given)
+        positions = draws.pop("parameters")
+        centre = positions.reshape(-1, positions.shape[-1]).mean(0, dtype=float)
+        self._result = ParameterResult(
+            posterior=self._values(positions, given),
+            sample_stats=draws,
+            over_time={},
+            attributes={
+                **attributes,
+                "seed": str(np.asarray(jax.random.key_data(rng_key)).tolist()),
+                "num_warmup": self.num_warmup,
+                "num_chains": self.num_chains,
+                **self._spread(jax.random.fold_in(rng_key, self.num_chains), centre, given),
+            },
+        )
+
+    def _parts(self, parameters: Parameters) -> dict[str, Callable[..., Any]]:
+        ends = np.concatenate([pmmh.window_ends(self.num_warmup), np.zeros(self.num_samples, bool)])
+
+        def cloud(rng_key: Any, given: Any) -> Any:
+            """Prior draws; of the first of them log prior and a Gumbel variable."""
+            at = parameters.at(*given)
+            draw_key, choice_key = jax.random.split(rng_key)
+            positions = jax.vmap(at.draw)(jax.random.split(draw_key, CLOUD))
+            return positions, jax.vmap(at.log_prior)(positions[:BATCH]), jax.random.gumbel(choice_key, (BATCH,))
+
+        def move(rng_keys: Any, states: Any, adaptations: Any, start: Array, number: Array, given: Any) -> Any:
+            """`number` iterations (at most `CHUNK`) of each chain, from iteration `start` on."""
+            at = parameters.at(*given)
+
+            def log_evidence(rng_key: Any, position: Array) -> tuple[Array, tuple[()]]:
+                return self._evidence(at)(rng_key, position).state.log_evidence, ()
+
+            kernel = pmmh.build_kernel(at.log_prior, log_evidence)
+
+            def chain(rng_key: Any, state: Any, adaptation: Any) -> Any:
+                def iterate(i: Array, carry: Any) -> Any:
+                    state, adaptation, kept = carry
+                    n = start + i
+                    state, info = kernel(jax.random.fold_in(rng_key, n), state, pmmh.proposal_factor(adaptation))
+                    adapted = pmmh.adapt(adaptation, state.position.parameters, info, jnp.asarray(ends)[n])
+                    warm = n < self.num_warmup
+                    adaptation = jax.tree.map(lambda new, old: jnp.where(warm, new, old), adapted, adaptation)
+                    draw = {
+                        "parameters": state.position.parameters,
+                        "acceptance_rate": info.acceptance_rate,
+                        "is_accepted": info.is_accepted,
+                        "log_evidence": state.position.log_evidence,
+                        "lp": state.logdensity,
+                    }
+                    return state, adaptation, jax.tree.map(lambda all_, one: all_.at[i].set(one), kept, draw)
+
+                kept = {
+                    "parameters": jnp.zeros((CHUNK, parameters.size)),
+                    "acceptance_rate": jnp.zeros(CHUNK),
+                    "is_accepted": jnp.zeros(CHUNK, bool),
+                    "log_evidence": jnp.zeros(CHUNK),
+                    "lp": jnp.zeros(CHUNK),
+                }
+                return jax.lax.fori_loop(0, number, iterate, (state, adaptation, kept))
+
+            return map_particles(chain, self.at_once)(rng_keys, states, adaptations)
+
+        return {**super()._parts(parameters), "cloud": cloud, "move": move}
+
+    def _start(self, keys: Any, given: Any) -> tuple[Any, Any]:
+        """Each chain's first state, one of `BATCH` prior draws by its evidence, and first proposal."""
+        states = []
+        for key in keys:
+            start_key = jax.random.fold_in(key, self.num_warmup + self.num_samples)
+            cloud, log_priors, gumbel = jax.device_get(self._compiled["cloud"](start_key, given))
+            logs, _ = self._at(start_key, cloud[:BATCH], given)
+            usable = np.isfinite(logs) & np.isfinite(log_priors)
+            if not np.any(usable):
+                raise FloatingPointError(
+                    f"none of {BATCH} draws of the parameters from their prior has a finite log-evidence; check the "
+                    "observations (infinite values?), and the prior's width."
+                )
+            chosen = int(np.argmax(np.where(usable, logs + gumbel, -np.inf)))  # with probability as its evidence
+            position = pmmh.Position(cloud[chosen], log_priors[chosen], logs[chosen].astype(cloud.dtype), ())
+            states.append((pmmh.at(position), pmmh.start_adaptation(jnp.asarray(_covariance(cloud)))))
+        return jax.tree.map(lambda *leaves: np.stack(leaves), *states)
+
+    def _chains(self, keys: Any, states: Any, adaptations: Any, given: Any) -> dict[str, np.ndarray]:
+        """All iterations, in chunks that take about half a second; the draws after the warm-up."""
+        total, done, chunk = self.num_warmup + self.num_samples, 0, 2
+        chunks: list[dict[str, np.ndarray]] = []
+        with progress(self.progress_bar, "PMMH", total) as advance:
+            while done < total:
+                number = min(chunk, CHUNK, total - done)
+                began = time.monotonic()
+                states, adaptations, kept = self._compiled["move"](
+                    keys, states, adaptations, np.asarray(done), np.asarray(number), given
+                )
+                chunks.append({name: values[:, :number] for name, values in jax.device_get(kept).items()})
+                if done > 0:  # the first call compiles; how iterations are cut into chunks changes no draw
+                    chunk = max(1, int(0.5 * number / (time.monotonic() - began)))
+                done += number
+                advance(number, f"acceptance {chunks[-1]['acceptance_rate'].mean():.2f}")
+        return {n: np.concatenate([part[n] for part in chunks], 1)[:, self.num_warmup :] for n in chunks[0]}
+
+
+def _covariance(positions: Float[np.ndarray, "n d"]) -> Float[np.ndarray, "d d"]:
+    """Of the finite positions, with a little on the diagonal."""
+    kept = positions[np.isfinite(positions).all(1)].astype(np.float64)
+    d = kept.shape[1]
+    return (np.cov(kept.T).reshape(d, d) + 1e-6 * np.eye(d)).astype(positions.dtype)

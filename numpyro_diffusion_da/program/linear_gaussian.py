@@ -1,0 +1,179 @@
+"""The matrices of a linear-Gaussian program, for the exact filters of other libraries.
+
+    x_0 ~ N(m, P),    x' = F x + c + N(0, Q),    y = H x' + d + N(0, R)
+
+A program with linear means, and errors that do not depend on the state, has an exact answer. Its matrices are read off
+by differentiating it, so that the model is written once; `cuthbert.gaussian.kalman` takes them as they come out.
+Nothing of cuthbert is imported here.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import jax.scipy.linalg as jsl
+import numpy as np
+from jaxtyping import Array, Float
+from numpyro import handlers
+
+from numpyro_diffusion_da.observation.likelihood import GaussianObservation
+from numpyro_diffusion_da.program.scan import TimeInputs
+from numpyro_diffusion_da.program.sites import gaussian_observations, gaussian_parts
+from numpyro_diffusion_da.program.state_space import StateSpaceModel
+from numpyro_diffusion_da.transition.base import GaussianStep
+
+TOLERANCE = 1e-3
+"""How far a program may be from linear, relative to the largest value compared: a little more than float32 needs."""
+
+Dynamics = tuple[Float[Array, "n n"], Float[Array, " n"], Float[Array, "n n"]]
+Observation = tuple[Float[Array, "m n"], Float[Array, " m"], Float[Array, "m m"], Float[Array, " m"]]
+
+
+class LinearGaussian:
+    """The matrices of a program, over its flattened latent site. A factor is any L with L L^T the covariance.
+
+    The covariance of a diffusion is read off its highest noise level s, and too small by (spread of z / s)^2 of itself:
+    a thousandth at most for `GaussianPrior`.
+
+    Args:
+        program: ``ndda.StateSpaceModel(model, (y,))``; its scan carries the latent site's value.
+
+    Attributes:
+        initial_mean: m, shape (n,).
+        initial_factor: factor of P, shape (n, n).
+        model_inputs: the inputs of all times, leading axis time.
+
+    Raises:
+        ValueError: a program that is not linear and Gaussian, as shown by its values at the first time; the sentence
+            says which part.
+    """
+
+    initial_mean: Float[Array, " n"]
+    initial_factor: Float[Array, "n n"]
+    model_inputs: TimeInputs
+
+    def __init__(self, program: StateSpaceModel) -> None:
+        program.check(one_step=True, gaussian_errors=True)
+        carry = program.call(jax.random.key(0)).init
+        if not isinstance(carry, jax.Array):
+            raise ValueError(
+                f"the scan of '{program.name}' carries {jax.tree.structure(carry)}; "
+                "a Kalman filter needs the latent site's value alone."
+            )
+        self.program = program
+        self._shape = carry.shape
+        self._zero = jnp.zeros(carry.size, carry.dtype)
+        self.initial_mean, self.initial_factor = self._initial()
+        self.model_inputs = program.time_inputs()
+        for name, (expected, got) in jax.device_get(jax.jit(self._identities)()).items():
+            if not np.allclose(got, expected, rtol=0, atol=TOLERANCE * max(np.abs(expected).max(), 1e-30)):
+                raise ValueError(
+                    f"{name} is not that of a linear-Gaussian program, and no Kalman filter is exact for "
+                    f"'{program.name}'; filter it with ndda.ParticleFilter."
+                )
+
+    def dynamics(self, inputs: TimeInputs) -> Dynamics:
+        """(F, c, factor of Q) at one time."""
+        mean, factor = self._moments(self._zero, inputs)
+        return jax.jacfwd(lambda x: self._moments(x, inputs)[0])(self._zero), mean, factor
+
+    def observation(self, inputs: TimeInputs) -> Observation:
+        """(H, d, factor of R, y) at one time, all observed sites one after the other; a missing value is NaN."""
+        parts = self._observed(self._zero, self._zero, inputs)
+        value = jnp.concatenate([jnp.where(part.observed, part.value, jnp.nan) for part in parts])
+        operator = jax.jacfwd(lambda x: _mean(self._observed(x, self._zero, inputs)))(self._zero)
+        return operator, _mean(parts), _factor(parts), value
+
+    def _moments(self, x: Array, inputs: TimeInputs) -> tuple[Array, Array]:
+        """Mean and covariance factor of x' at the state x."""
+        step = self.program.transition(x.reshape(self._shape), inputs)
+        if isinstance(step, GaussianStep):
+            diagonal = step.factor.shape == step.mean.shape
+            return step.mean.reshape(-1), jnp.diag(step.factor.reshape(-1)) if diagonal else step.factor
+        moments = step.moments()
+        covariance = jax.vmap(lambda v: moments.covariance_product(v.reshape(self._shape)).reshape(-1))(
+            jnp.eye(x.size, dtype=x.dtype)
+        )
+        values, vectors = jnp.linalg.eigh(0.5 * (covariance + covariance.T))
+        return moments.mean.reshape(-1), vectors * jnp.sqrt(jnp.maximum(values, 0.0))[None]
+
+    def _observed(self, x: Array, carry: Array, inputs: TimeInputs) -> list[GaussianObservation]:
+        sites = self.program.sites(carry.reshape(self._shape), inputs, x.reshape(self._shape)).observed
+        for name, site in sites.items():
+            if not (isinstance(site.power, float) and site.power == 1.0):
+                raise ValueError(
+                    f"site '{name}' is under handlers.scale, and a power of a Gaussian likelihood is none that "
+                    "a Kalman filter can take; leave the scale out."
+                )
+        return [part for name, site in sites.items() for part in gaussian_observations(name, site.fn, site.value)]
+
+    def _identities(self) -> dict[str, tuple[Array, Array]]:
+        """What agrees in a linear-Gaussian program, by name: two values each, at an arbitrary state."""
+        call = self.program.call(jax.random.key(0))
+        inputs = call.first_inputs()
+        x, carry = jax.random.normal(jax.random.key(1), (2, *self._zero.shape), self._zero.dtype)
+        matrix, offset, root = self.dynamics(inputs)
+        mean, root_elsewhere = self._moments(x, inputs)
+        operator, shift, error, _ = self.observation(inputs)
+        elsewhere = self._observed(x, carry, inputs)
+        advanced = self.program.advance(x.reshape(self._shape), carry.reshape(self._shape), inputs)
+        latent = self.program.latent_name
+        return {
+            f"what the scan carries on, which must be the value of site '{latent}',": (x, advanced.reshape(-1)),
+            f"the mean of site '{latent}'": (matrix @ x + offset, mean),
+            f"the covariance of site '{latent}'": (root @ root.T, root_elsewhere @ root_elsewhere.T),
+            "the mean of the observed sites": (operator @ x + shift, _mean(elsewhere)),
+            "the error of the observed sites": (error, _factor(elsewhere)),
+        }
+
+    def _initial(self) -> tuple[Array, Array]:
+        """Mean and covariance factor of the first carry, a linear function of the Gaussian sites before the scan."""
+        key, size = jax.random.key(0), self._zero.size
+        with handlers.trace() as trace:
+            self.program.call(key)
+        sites = {name: trace[name]["fn"] for name in self.program.initial_names}
+        parts = []
+        for name, fn in sites.items():
+            found = gaussian_parts(fn)
+            if found is None:
+                raise ValueError(
+                    f"site '{name}' has the distribution {type(fn).__name__}; "
+                    "a Kalman filter starts from a Normal or a MultivariateNormal."
+                )
+            parts += found
+
+        def carry(flat: Array) -> Array:
+            values, start = {}, 0
+            for name, fn in sites.items():
+                values[name] = flat[start : start + int(np.prod(fn.shape()))].reshape(fn.shape())
+                start += values[name].size
+            with handlers.substitute(data=values):
+                return self.program.call(key).init.reshape(-1)
+
+        def moments() -> tuple[Array, Array, Array, Array]:
+            if not parts:
+                start = carry(jnp.zeros(0))
+                return start, jnp.zeros((size, size)), start, start
+            mean = jnp.concatenate([m for m, _ in parts])
+            push = jax.jacfwd(carry)(mean)
+            factor = push @ jsl.block_diag(*[f if f.ndim == 2 else jnp.diag(f) for _, f in parts])
+            # A square factor, whatever the number of sites: the R of a QR factorisation, padded with zeros.
+            rows = jnp.concatenate([factor.T, jnp.zeros((size, size), factor.dtype)])
+            start = carry(mean)
+            return start, jnp.linalg.qr(rows, mode="r").T, start + push.sum(1), carry(mean + 1.0)
+
+        mean, factor, expected, got = jax.jit(moments)()
+        if not np.allclose(got, expected, atol=TOLERANCE):
+            raise ValueError(
+                f"the first carry of '{self.program.name}' is no linear function of the sites before its scan, and no "
+                "Kalman filter is exact for it; filter it with ndda.ParticleFilter."
+            )
+        return mean, factor
+
+
+def _mean(parts: list[GaussianObservation]) -> Array:
+    return jnp.concatenate([part.mean for part in parts])
+
+
+def _factor(parts: list[GaussianObservation]) -> Array:
+    return jsl.block_diag(*[part.scale if part.scale.ndim == 2 else jnp.diag(part.scale) for part in parts])
