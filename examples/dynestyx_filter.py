@@ -6,7 +6,7 @@ Kalman and bootstrap particle filters only draw from it.
 
 What to expect: dynestyx's bootstrap filter loses the truth (its weights see an observation only after the particles
 have moved, and twenty accurate observations leave one particle alive). Its ensemble Kalman filter follows it, RMSE 0.9,
-and so does FA-APF on the same two callables in a NumPyro program. The evidence of FA-APF is left out: with inflation,
+and so does FA-APF on the same two callables in a NumPyro program. The evidence of FA-APF is left out: with tempering,
 which it needs here, there is none.
 
     python examples/dynestyx_filter.py --particles 256 --steps 30
@@ -96,7 +96,7 @@ def main(
             mean = states.mean
         add(name, np.asarray(mean), f"{filter.marginal_loglik:.0f}")
 
-    adapted = ndda.ParticleFilter(ndda.FAAPF(program), num_particles=particles)
+    adapted = ndda.Filter(ndda.FAAPF(program), num_particles=particles)
     adapted.run(run_key, y)
     add("FA-APF", adapted.result.posterior["x"][0].mean(0), "-")
     Console().print(table)

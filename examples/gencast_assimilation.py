@@ -277,7 +277,7 @@ def opened(path: str) -> xarray.Dataset:
     return xarray.open_dataset(path, engine=engine, decode_timedelta=True)
 
 
-def labelled(filter: ndda.ParticleFilter, platforms: list[Platform], fields: list[Field], axes: dict[str, Any]) -> Any:
+def labeled(filter: ndda.Filter, platforms: list[Platform], fields: list[Field], axes: dict[str, Any]) -> Any:
     """What was kept, with names, units and the places of observations."""
     dims = {field.name: ["latitude", "longitude"] for field in fields}
     for platform in platforms:
@@ -361,7 +361,7 @@ def main(
     filters, scores = {}, {}
     for number, (name, (algorithm, y)) in enumerate(runs.items()):
         console.print(f"\n[bold]{name}[/bold]")
-        filter = filters[name] = ndda.ParticleFilter(
+        filter = filters[name] = ndda.Filter(
             algorithm,
             num_particles=particles,
             batch_size=batch_size,
@@ -396,7 +396,7 @@ def main(
     days = np.arange(1, steps + 1) / 2
     plots.skill_figure(days, scores, units, result.sample_stats, title).savefig(out / "skill.png", dpi=130)
     axes = {"time": times, "level": np.asarray(layout.variable("temperature").levels), **grid}
-    labelled(filters[ANALYSIS], platforms, fields, axes).to_netcdf(out / "analysis.nc", engine="h5netcdf")
+    labeled(filters[ANALYSIS], platforms, fields, axes).to_netcdf(out / "analysis.nc", engine="h5netcdf")
     numbers = {
         "note": DRY_RUN if dry_run else "",
         "settings": {**result.attributes, "network": network_name, "start": start, "steps": steps, "every": every},

@@ -4,9 +4,9 @@ The transition is N(A x, Q) as a diffusion, with A a rotation times 0.95, and ev
 program is linear and Gaussian, so its exact filter is Kalman's; cuthbert has one, and takes the matrices that
 `ndda.LinearGaussian` reads off the program.
 
-What to expect: FA-APF with exact weights (`Moment`, no inflation) is off the Kalman filter's mean by a tenth of its
+What to expect: FA-APF with exact weights (`Moment`, no tempering) is off the Kalman filter's mean by a tenth of its
 standard deviation, which is what 256 particles give, with its variance, and its log-evidence to about .5. The published
-weights (`Dirac`, inflated) and the bootstrap filter are off by nearly twice as much. The ensemble Kalman filter is made
+weights (`Dirac`, tempered) and the bootstrap filter are off by nearly twice as much. The ensemble Kalman filter is made
 for this problem and a little better than all of them, but gives no evidence. More seeds, larger states and standard
 errors: examples/benchmarks/linear_gaussian.py.
 
@@ -93,7 +93,7 @@ def main(
     for column in ("", "mean", "variance", "evidence", "ESS", "passes"):
         table.add_column(column, justify="right" if column else "left")
     for name, algorithm in filters.items():
-        filter = ndda.ParticleFilter(algorithm, num_particles=particles)
+        filter = ndda.Filter(algorithm, num_particles=particles)
         filter.run(run_key, y)
         x, stats = filter.result.posterior["x"][0], filter.result.sample_stats
         error = np.sqrt(np.mean(((x.mean(0) - mean) / deviation) ** 2))

@@ -95,7 +95,7 @@ def main(
         save(out, t + 1, state)
         x = np.asarray(info.proposal.sites["posterior"]["x"])
         error, spread = np.sqrt(np.mean((x.mean(0) - truth) ** 2)), np.sqrt(x.var(0, ddof=1).mean())
-        console.print(f"step {t + 1:3}   error {error:.2f}   spread {spread:.2f}   inflation {info.inflation:.3f}")
+        console.print(f"step {t + 1:3}   error {error:.2f}   spread {spread:.2f}   tempering {info.tempering:.3f}")
     checksum = hashlib.sha256(np.asarray(state.particles).tobytes()).hexdigest()
     console.print(f"particles {checksum[:16]}")
 

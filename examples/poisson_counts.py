@@ -57,7 +57,7 @@ def main(
         "FA-APF": (ndda.FAAPF(model), counts),
     }
     for name, (algorithm, given) in runs.items():
-        filter = ndda.ParticleFilter(algorithm, num_particles=particles, keep_observed=False)
+        filter = ndda.Filter(algorithm, num_particles=particles, keep_observed=False)
         filter.run(run_key, given)
         x = filter.result.posterior["x"][0, :, steps // 3 :]
         squared = (x.mean(0) - np.asarray(truth)[steps // 3 :]) ** 2

@@ -100,7 +100,7 @@ def main(
     for column in ("prior", "RMSE", "observed", "unobserved", "spread/skill", "CRPS", "passes"):
         table.add_column(column, justify="left" if column == "prior" else "right")
     for name, prior in priors.items():
-        filter = ndda.ParticleFilter(ndda.FAAPF(make_program(prior, climatology)), num_particles=particles)
+        filter = ndda.Filter(ndda.FAAPF(make_program(prior, climatology)), num_particles=particles)
         filter.run(run_key, y)
         x, at = filter.result.posterior["x"][0][:, spun_up], np.asarray(truth[spun_up])
         scores = [

@@ -39,13 +39,13 @@ from numpyro_diffusion_da.diffusion.sampler import Sampler
 from numpyro_diffusion_da.diffusion.schedule import KarrasSchedule
 from numpyro_diffusion_da.fields.layout import Layout
 from numpyro_diffusion_da.priors.ring import (
-    MeanNetwork,
-    ResidualNetwork,
     RingEmulator,
+    RingMeanNetwork,
+    RingResidualNetwork,
     read_emulator,
     save_emulator,
 )
-from numpyro_diffusion_da.transition.base import DiffusionStep
+from numpyro_diffusion_da.transition.diffusion import DiffusionDynamics
 
 NAME = "lorenz96"
 SITES = 40
@@ -106,19 +106,19 @@ def training_batch(rng_key: jax.Array, bank: jax.Array, climatology: Any, batch:
     return jnp.concatenate([perturbed, climatology.sample(climatology_key, (quarter,)), x[2 * quarter :]])
 
 
-def optimise(title: str, loss: Any, model: Any, rng_key: jax.Array, steps: int, rate: float, decay: float) -> Any:
+def optimize(title: str, loss: Any, model: Any, rng_key: jax.Array, steps: int, rate: float, decay: float) -> Any:
     """AdamW with warm-up and cosine decay on `loss(model, rng_key)`; returns the trained model."""
     warm_up = min(200, steps // 5)
     schedule = optax.warmup_cosine_decay_schedule(0.0, rate, warm_up, steps)
-    optimiser = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, weight_decay=decay))
+    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, weight_decay=decay))
 
     @jax.jit
     def update(model: Any, state: Any, step: int) -> tuple[Any, Any, jax.Array]:
         value, gradient = jax.value_and_grad(loss)(model, jax.random.fold_in(rng_key, step))
-        change, state = optimiser.update(gradient, state, model)
+        change, state = optimizer.update(gradient, state, model)
         return optax.apply_updates(model, change), state, value
 
-    state = optimiser.init(model)
+    state = optimizer.init(model)
     with progress(title, steps) as advance:
         for step in range(steps):
             model, state, value = update(model, state, step)
@@ -135,8 +135,8 @@ def train(
     run = long_run(data_key, lorenz96.draw, rings, run_steps)
     bank = run.reshape(-1, SITES)
     emulator = RingEmulator(
-        mean_network=MeanNetwork.init(jax.random.fold_in(mean_key, 0), channels, blocks),
-        residual_network=ResidualNetwork.init(jax.random.fold_in(residual_key, 0), channels, hidden),
+        mean_network=RingMeanNetwork.init(jax.random.fold_in(mean_key, 0), channels, blocks),
+        residual_network=RingResidualNetwork.init(jax.random.fold_in(residual_key, 0), channels, hidden),
         state_mean=jnp.mean(bank),
         state_scale=jnp.std(bank),
         increment_scale=rms(lorenz96.flow(bank) - bank),
@@ -148,17 +148,17 @@ def train(
     )
     climatology = emulator.climatology()
 
-    def mean_loss(network: MeanNetwork, rng_key: jax.Array) -> jax.Array:
+    def mean_loss(network: RingMeanNetwork, rng_key: jax.Array) -> jax.Array:
         x = training_batch(rng_key, bank, climatology, batch)
         increment, _ = jax.vmap(network)((x - emulator.state_mean) / emulator.state_scale)
         return jnp.mean((increment - (lorenz96.flow(x) - x) / emulator.increment_scale) ** 2)
 
-    network = optimise("mean network", mean_loss, emulator.mean_network, mean_key, steps, 5e-3, 1e-5)
+    network = optimize("mean network", mean_loss, emulator.mean_network, mean_key, steps, 5e-3, 1e-5)
     emulator = eqx.tree_at(lambda e: e.mean_network, emulator, network)
     left = lorenz96.draw(rms_key, bank) - jax.jit(jax.vmap(emulator.condition))(bank).mean
     emulator = eqx.tree_at(lambda e: e.latent_scale, emulator, rms(left))
 
-    def residual_loss(network: ResidualNetwork, rng_key: jax.Array) -> jax.Array:
+    def residual_loss(network: RingResidualNetwork, rng_key: jax.Array) -> jax.Array:
         batch_key, draw_key, level_key, noise_key = jax.random.split(rng_key, 4)
         x = training_batch(batch_key, bank, climatology, batch)
         trained = eqx.tree_at(lambda e: e.residual_network, emulator, network)
@@ -171,7 +171,7 @@ def train(
         return jnp.mean((1.0 + 1.0 / level[:, None] ** 2) * (denoised - z) ** 2)
 
     start = emulator.residual_network
-    network = optimise("residual network", residual_loss, start, residual_key, steps // 2, 2e-3, 1e-2)
+    network = optimize("residual network", residual_loss, start, residual_key, steps // 2, 2e-3, 1e-2)
     return eqx.tree_at(lambda e: e.residual_network, emulator, network)
 
 
@@ -185,7 +185,7 @@ def emulator_draw(emulator: RingEmulator, num_levels: int = 16) -> Transition:
     sampler = Sampler(schedule=KarrasSchedule(num_levels))
 
     def one(rng_key: jax.Array, x: jax.Array) -> jax.Array:
-        return DiffusionStep(emulator, emulator.condition(x), sampler).draw(rng_key)[0]
+        return DiffusionDynamics(emulator, emulator.condition(x), sampler).draw(rng_key)[0]
 
     return lambda rng_key, x: jax.vmap(one)(jax.random.split(rng_key, len(x)), x)
 
@@ -195,7 +195,7 @@ def one_step(emulator: RingEmulator, rng_key: jax.Array, states: int, members: i
 
     The two are scored against the same truths; `crps_standard_error` is that of the difference of the two scores. The
     emulator is scored with the sampler's default 16 noise levels; its spread with 64 levels is given as well, which
-    tells the sampler's discretisation from the network's error.
+    tells the sampler's discretization from the network's error.
     """
     import scoringrules
 
@@ -247,7 +247,7 @@ def one_step(emulator: RingEmulator, rng_key: jax.Array, states: int, members: i
 def jacobians(emulator: RingEmulator, rng_key: jax.Array, states: int) -> list[dict[str, float]]:
     """J = dD/dz_s at a few noise levels, worst over `states`.
 
-    `asymmetry` is |J - J^T| / |J|; the eigenvalues are those of the symmetrised J, smallest over largest;
+    `asymmetry` is |J - J^T| / |J|; the eigenvalues are those of the symmetrized J, smallest over largest;
     `covariance_error` is |s^2 S^2 J - V| / |V|, with V = (1/Q + 1/(s S)^2)^-1 I the covariance of the next state given
     z_s in the true system, and Q its noise variance.
     """
@@ -288,7 +288,7 @@ def climate(run: jax.Array) -> dict[str, Any]:
         "standard_deviation": float(x.std()),
         "largest_magnitude": float(np.abs(x).max()),
         "skewness": float(np.mean(anomaly**3) / x.std() ** 3),
-        "covariance_of_neighbours": float(np.mean(anomaly * np.roll(anomaly, 1, axis=-1))),
+        "covariance_of_neighbors": float(np.mean(anomaly * np.roll(anomaly, 1, axis=-1))),
         "correlation_of_successive_steps": float(np.mean(anomaly[1:] * anomaly[:-1]) / x.var()),
         "energy_by_wavenumber": [float(v) for v in energy],
     }
@@ -318,14 +318,14 @@ def main(
     out: Annotated[Path, typer.Option(help="folder for lorenz96.npz and lorenz96.json")] = Path("lorenz96_emulator"),
     seed: Annotated[int, typer.Option(help="of data, initial weights and training")] = 0,
     steps: Annotated[
-        int, typer.Option(help="optimiser steps of the mean network; the other takes half as many")
+        int, typer.Option(help="optimizer steps of the mean network; the other takes half as many")
     ] = 8000,
     channels: Annotated[int, typer.Option(help="features of each site in the mean network")] = 16,
     blocks: Annotated[int, typer.Option(help="residual blocks of the mean network")] = 4,
     hidden: Annotated[int, typer.Option(help="hidden units of the network that every noise level runs")] = 16,
     rings: Annotated[int, typer.Option(help="independent true runs to train on")] = 1024,
     run_steps: Annotated[int, typer.Option(help="steps kept of each")] = 128,
-    batch: Annotated[int, typer.Option(help="states of an optimiser step")] = 128,
+    batch: Annotated[int, typer.Option(help="states of an optimizer step")] = 128,
     check_states: Annotated[int, typer.Option(help="states of the one-step scores")] = 1024,
     check_members: Annotated[int, typer.Option(help="members of the one-step scores")] = 32,
     climate_rings: Annotated[int, typer.Option(help="rings of the long rollout")] = 32,
@@ -357,7 +357,7 @@ def main(
             "mean_target": "flow(x), the conditional mean without its sampling noise",
             "residual_target": "draws of the next state, noised at levels log-uniform over the noise range",
             "seed": seed,
-            "optimiser_steps": {"mean_network": steps, "residual_network": steps // 2},
+            "optimizer_steps": {"mean_network": steps, "residual_network": steps // 2},
             "batch": batch,
             "script": "examples/train_lorenz96.py",
         },
@@ -385,7 +385,7 @@ def main(
     summary.add_row("fair CRPS", f"{scores['crps_fair']:.4f}", f"{scores['crps_fair_true_system']:.4f}")
     ratios = (scores["spread_error_ratio"], scores["spread_error_ratio_true_system"])
     summary.add_row("spread / error", *(f"{v:.3f}" for v in ratios))
-    for key in ("mean", "standard_deviation", "covariance_of_neighbours"):
+    for key in ("mean", "standard_deviation", "covariance_of_neighbors"):
         pair = [card["climate"][label][key] for label in ("emulator", "true_system")]
         summary.add_row(f"climate: {key.replace('_', ' ')}", *(f"{v:.3f}" for v in pair))
     console.print(summary)

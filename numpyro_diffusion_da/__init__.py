@@ -13,30 +13,32 @@ from numpyro_diffusion_da.diffusion.guidance_piecewise import Piecewise, Unguide
 from numpyro_diffusion_da.diffusion.linear_solve import DirectSolve, KrylovSolve, LinearSolver
 from numpyro_diffusion_da.diffusion.noise import FactorNoise, Noise, WhiteNoise
 from numpyro_diffusion_da.diffusion.prior import DiffusionPrior
-from numpyro_diffusion_da.diffusion.sampler import (
+from numpyro_diffusion_da.diffusion.sampler import Churn, LangevinCorrector, Sampler
+from numpyro_diffusion_da.diffusion.schedule import KarrasSchedule, Schedule
+from numpyro_diffusion_da.diffusion.spherical_noise import SphericalNoise
+from numpyro_diffusion_da.diffusion.steps import (
     DDIM,
     AdamsBashforth,
-    Churn,
     DPMSolverPP2M,
     DPMSolverPP2S,
     Heun,
-    LangevinCorrector,
-    Sampler,
     SDEDPMSolverPP2M,
     Step,
     StochasticStep,
 )
-from numpyro_diffusion_da.diffusion.schedule import KarrasSchedule, Schedule
-from numpyro_diffusion_da.diffusion.spherical_noise import SphericalNoise
 from numpyro_diffusion_da.fields.layout import Layout, Variable
-from numpyro_diffusion_da.filters.base import FAAPF, Algorithm, Bootstrap, EnKF, GuidedPF
+from numpyro_diffusion_da.filters.base import FilterAlgorithm
+from numpyro_diffusion_da.filters.bootstrap import Bootstrap
+from numpyro_diffusion_da.filters.enkf import EnKF
+from numpyro_diffusion_da.filters.fa_apf import FAAPF
 from numpyro_diffusion_da.filters.gross_error_check import GrossErrorCheck
-from numpyro_diffusion_da.inference.filter import ParticleFilter
+from numpyro_diffusion_da.filters.guided_pf import GuidedPF
+from numpyro_diffusion_da.inference.filter import Filter
 from numpyro_diffusion_da.inference.online_filter import OnlineFilter
 from numpyro_diffusion_da.inference.pmmh import PMMH
 from numpyro_diffusion_da.inference.smc2 import SMC2
 from numpyro_diffusion_da.observation.likelihood import GaussianLikelihood, GaussianObservation
-from numpyro_diffusion_da.priors import parametrization as parametrisation
+from numpyro_diffusion_da.priors import parametrization as parametrization
 from numpyro_diffusion_da.priors.gaussian import GaussianPrior
 from numpyro_diffusion_da.priors.gencast.prior import GenCastPrior
 from numpyro_diffusion_da.priors.network import DenoiserPrior
@@ -50,11 +52,12 @@ from numpyro_diffusion_da.program.linear_gaussian import LinearGaussian
 from numpyro_diffusion_da.program.state_space import StateSpaceModel
 from numpyro_diffusion_da.results import convert, smoothing
 from numpyro_diffusion_da.results.result import FilterResult, ParameterResult
+from numpyro_diffusion_da.smc.distances import Distance, Euclidean, GreatCircle, Ring, WithHeight
 from numpyro_diffusion_da.smc.ensemble_update import EnsembleUpdate, PerturbedObservations, SquareRoot
-from numpyro_diffusion_da.smc.inflation import RTPP, RTPS, Jitter, Multiplicative, SpreadRepair
-from numpyro_diffusion_da.smc.localization import Distance, Euclidean, GreatCircle, Ring, Taper, WithHeight
-from numpyro_diffusion_da.smc.tempering import Inflation, ObservationInflation, Tempering
-from numpyro_diffusion_da.transition.weights import Dirac, Equal, Moment, Weight
+from numpyro_diffusion_da.smc.inflation import RTPP, RTPS, Inflation, Jitter, Multiplicative
+from numpyro_diffusion_da.smc.localization import Taper
+from numpyro_diffusion_da.smc.tempering import LikelihoodTempering, Tempering, WeightTempering
+from numpyro_diffusion_da.transition.weights import Dirac, Equal, Moment, PredictiveWeight
 
 __version__ = "0.1.0"
 
@@ -70,7 +73,6 @@ __all__ = [
     "SMC2",
     "TMPD",
     "AdamsBashforth",
-    "Algorithm",
     "Bootstrap",
     "Churn",
     "ConditionedTransition",
@@ -88,6 +90,8 @@ __all__ = [
     "Euclidean",
     "ExactTrace",
     "FactorNoise",
+    "Filter",
+    "FilterAlgorithm",
     "FilterResult",
     "GaussianLikelihood",
     "GaussianObservation",
@@ -106,18 +110,18 @@ __all__ = [
     "KrylovSolve",
     "LangevinCorrector",
     "Layout",
+    "LikelihoodTempering",
     "LinearGaussian",
     "LinearSolver",
     "Moment",
     "Multiplicative",
     "Noise",
-    "ObservationInflation",
     "OnlineFilter",
     "ParameterResult",
-    "ParticleFilter",
     "PerturbedObservations",
     "PiGDM",
     "Piecewise",
+    "PredictiveWeight",
     "ProbabilityFlow",
     "Ring",
     "RingEmulator",
@@ -126,7 +130,6 @@ __all__ = [
     "Schedule",
     "SphericalEmulator",
     "SphericalNoise",
-    "SpreadRepair",
     "SquareRoot",
     "StateSpaceModel",
     "Step",
@@ -135,14 +138,14 @@ __all__ = [
     "Tempering",
     "Unguided",
     "Variable",
-    "Weight",
+    "WeightTempering",
     "WhiteNoise",
     "WithHeight",
     "convert",
     "feynman_kac",
     "innovations",
     "load_prior",
-    "parametrisation",
+    "parametrization",
     "smc",
     "smoothing",
     "spectra",

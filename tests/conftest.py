@@ -117,13 +117,13 @@ def compilations() -> Iterator[list[str]]:
 
 @pytest.fixture(scope="session")
 def small() -> LinearGaussian:
-    """A four-dimensional model for tests of behaviour."""
+    """A four-dimensional model for tests of behavior."""
     return LinearGaussian.make(0, 4)
 
 
 @pytest.fixture(autouse=True)
-def optimised_where_it_pays(request):
-    """Optimise what `slow` tests compile, as they compute for long; unless their module says that it only compiles."""
+def optimized_where_it_pays(request):
+    """Optimize what `slow` tests compile, as they compute for long; unless their module says that it only compiles."""
     computes = request.node.get_closest_marker("slow") is not None and not hasattr(request.module, "COMPILES_A_LOT")
     jax.config.update("jax_disable_most_optimizations", not computes)
     yield

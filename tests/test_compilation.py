@@ -67,7 +67,7 @@ def test_particles_move_in_batches_that_fit(small, monkeypatch):
     results = []
     for memory in (2**34, 4000, 1):
         monkeypatch.setattr(filtering, "device_memory", lambda memory=memory: memory)
-        filter = ndda.ParticleFilter(ndda.Bootstrap(small.diffusion_program()), num_particles=20, progress_bar=False)
+        filter = ndda.Filter(ndda.Bootstrap(small.diffusion_program()), num_particles=20, progress_bar=False)
         filter.run(jax.random.key(0), y)
         results.append(filter.result)
     sizes = [result.attributes["batch_size"] for result in results]

@@ -21,7 +21,7 @@ def filtered(small):
     _, y = small.simulate(1, STEPS)
     y[2, 1] = np.nan
     y[5] = np.nan
-    program = ndda.ParticleFilter(
+    program = ndda.Filter(
         ndda.FAAPF(small.diffusion_program()), num_particles=DRAWS, num_chains=CHAINS, progress_bar=False
     )
     program.run(jax.random.key(0), y)
@@ -29,7 +29,7 @@ def filtered(small):
 
 
 def made(chains=2, draws=5, steps=3, seed=0, **changes):
-    """A result with a labelled state, an independent site, a multivariate one and a scalar one."""
+    """A result with a labeled state, an independent site, a multivariate one and a scalar one."""
     rng = np.random.default_rng(seed)
     lead = (chains, draws, steps)
     mask = np.ones((steps, 4), bool)
@@ -62,7 +62,7 @@ def made(chains=2, draws=5, steps=3, seed=0, **changes):
             "ancestors": np.tile(np.arange(draws)[:, None], (chains, 1, steps)),
             "solver_residual": np.zeros(lead),
             "ess": rng.uniform(1, draws, (chains, steps)),
-            "inflation": np.ones((chains, steps)),
+            "tempering": np.ones((chains, steps)),
             "distinct_ancestors": np.full((chains, steps), draws),
             "log_evidence_increment": rng.normal(size=(chains, steps)),
             "of_a_new_filter": rng.normal(size=(*lead, 7)),
@@ -511,7 +511,7 @@ def test_loo_is_that_of_the_filter_up_to_its_time():
 def test_summary_of_a_run(filtered, capsys):
     filtered.print_summary()
     text = capsys.readouterr().out
-    for words in ("FAAPF on 'model'", "64 x 2 x 8", "13 of 16", "ESS before inflation", "component=3", "r_hat", "vjp"):
+    for words in ("FAAPF on 'model'", "64 x 2 x 8", "13 of 16", "ESS before tempering", "component=3", "r_hat", "vjp"):
         assert words in text
     assert "not an unbiased estimate" in text
     assert "Dirac" in text
@@ -566,24 +566,26 @@ def test_summary_of_one_chain_and_of_equal_weights():
 
 
 @pytest.mark.parametrize(
-    ("known", "inflation", "expected"),
+    ("known", "tempering", "expected"),
     [
         ("", 1.0, []),
         ("Dirac weights leave out", 1.0, ["Dirac"]),
-        ("Dirac weights leave out", 0.5, ["inflated in 100%", "Dirac"]),
+        ("Dirac weights leave out", 0.5, ["tempered in 100%", "Dirac"]),
         ("Moment: transitions; Moment: observations", 1.0, ["transitions", "observations"]),
-        ("", 0.5, ["inflated in 100%"]),
+        ("", 0.5, ["tempered in 100%"]),
     ],
 )
-def test_caveats_of_the_log_evidence(known, inflation, expected):
-    changed = made().sample_stats | {"inflation": np.full((2, 3), inflation)}
-    caveats = summary.evidence_caveats(made(attributes={"evidence_caveats": known}, sample_stats=changed))
-    assert len(caveats) == len(expected)
-    assert all(word in caveat for word, caveat in zip(expected, caveats, strict=True))
+def test_caveats_of_the_log_evidence(known, tempering, expected):
+    changed = made().sample_stats | {"tempering": np.full((2, 3), tempering)}
+    bias_reasons = summary.evidence_bias_reasons(
+        made(attributes={"evidence_bias_reasons": known}, sample_stats=changed)
+    )
+    assert len(bias_reasons) == len(expected)
+    assert all(word in caveat for word, caveat in zip(expected, bias_reasons, strict=True))
 
 
 def test_nothing_to_convert_before_a_run(small):
-    program = ndda.ParticleFilter(ndda.FAAPF(small.diffusion_program()), num_particles=2)
+    program = ndda.Filter(ndda.FAAPF(small.diffusion_program()), num_particles=2)
     for call in (program.to_datatree, program.to_arviz, program.print_summary):
         with pytest.raises(RuntimeError, match="has not run"):
             call()

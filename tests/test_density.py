@@ -247,7 +247,7 @@ def check_log_density(diffusion, closed, y, values):
 
 def test_density_is_opt_in(prior):
     transition = ndda.DiffusionTransition(prior, jnp.zeros(4))
-    with pytest.raises(NotImplementedError, match=r"ParticleFilter.*mask\(False\).*density=ndda.ProbabilityFlow\(\)"):
+    with pytest.raises(NotImplementedError, match=r"Filter.*mask\(False\).*density=ndda.ProbabilityFlow\(\)"):
         transition.log_prob(jnp.zeros(4))
 
 

@@ -111,7 +111,7 @@ def test_two_frame_state_of_a_pytree_travels_through_scan(prior):
 
 def test_log_prob_says_what_to_do_instead(prior):
     transition = ndda.DiffusionTransition(prior, jnp.zeros(4))
-    with pytest.raises(NotImplementedError, match="ParticleFilter"):
+    with pytest.raises(NotImplementedError, match="Filter"):
         transition.log_prob(jnp.zeros(4))
     assert transition.mask(False).log_prob(jnp.zeros(4)) == 0.0
 

@@ -33,7 +33,7 @@ needs_gencast = [
 ]
 # .ci/run has the page on ArviZ run by both Pythons, hence by both generations of ArviZ.
 MARKS = {"gencast.md": needs_gencast} | {
-    page: [pytest.mark.slow] for page in ("arviz.md", "verification.md", "neighbours.md", "robustness.md")
+    page: [pytest.mark.slow] for page in ("arviz.md", "verification.md", "neighbors.md", "robustness.md")
 }
 WITH_EXAMPLES = [pytest.param(page, marks=MARKS.get(page.name, [])) for page in PAGES if examples(page)]
 
@@ -123,15 +123,15 @@ SAYS = {"arviz.md": says_of_arviz, "verification.md": says_of_verification}
 
 @pytest.mark.parametrize("page", WITH_EXAMPLES, ids=lambda p: p.name)
 def test_examples_run(page):
-    # Of neighbours.md some code is cuthbert's, which relies on rank promotion.
-    with jax.numpy_rank_promotion("allow" if page.name == "neighbours.md" else "raise"):
+    # Of neighbors.md some code is cuthbert's, which relies on rank promotion.
+    with jax.numpy_rank_promotion("allow" if page.name == "neighbors.md" else "raise"):
         run(examples(page), page)
 
 
 @pytest.mark.skipif(sys.version_info < (3, 12), reason="dynestyx needs Python 3.12 or newer")
 @pytest.mark.skipif(importlib.util.find_spec("dynestyx") is None, reason="dynestyx is not installed")
 def test_examples_of_dynestyx_run():
-    page = ROOT / "docs" / "neighbours.md"
+    page = ROOT / "docs" / "neighbors.md"
     (example,) = [text for text in blocks(page) if "import dynestyx" in text]
     with jax.numpy_rank_promotion("allow"):
         run([example], page)

@@ -12,7 +12,7 @@ import scipy.linalg
 from numpyro.contrib.control_flow import scan
 
 import numpyro_diffusion_da as ndda
-from numpyro_diffusion_da.filters.base import place_taper
+from numpyro_diffusion_da.filters.placement import place_taper
 from numpyro_diffusion_da.smc import ensemble_update
 from numpyro_diffusion_da.smc.enkf import build_kernel, init
 
@@ -125,7 +125,7 @@ def test_nothing_observed_changes_nothing(name):
 
 
 def test_settings_are_refused():
-    for wrong in ({"rtps": -0.1}, {"rtps": 1.5}, {"inflation": 0.5}):
+    for wrong in ({"rtps": -0.1}, {"rtps": 1.5}, {"tempering": 0.5}):
         with pytest.raises(ValueError, match=f"EnKF got {next(iter(wrong))}="):
             ndda.EnKF(program, **wrong)
 
@@ -162,7 +162,7 @@ TAPER = ndda.Taper(1.2, ndda.Ring(D), {"y": SITES[::2]}, state=SITES)
 def test_a_program_with_a_taper():
     """The settings are in the attributes, and far from what is observed the analysis is the forecast."""
     only_first = np.where(np.arange(3) == 0, Y, np.nan).astype(np.float32)
-    algorithm = ndda.EnKF(program, update=ndda.SquareRoot(), taper=TAPER, rtps=0.5, inflation=1.05)
+    algorithm = ndda.EnKF(program, update=ndda.SquareRoot(), taper=TAPER, rtps=0.5, tempering=1.05)
     online, states = ndda.OnlineFilter(algorithm, num_particles=12), []
     for y in (only_first, np.full_like(Y, np.nan)):
         start = online.init(jax.random.key(0), y[:1])
@@ -173,7 +173,7 @@ def test_a_program_with_a_taper():
     settings = algorithm.settings(ndda.StateSpaceModel(program, (Y,)))
     assert settings["update"] == "SquareRoot()"
     assert settings["taper"] == repr(TAPER)
-    assert (settings["rtps"], settings["inflation"]) == (0.5, 1.05)
+    assert (settings["rtps"], settings["tempering"]) == (0.5, 1.05)
 
 
 def test_a_prior_gives_the_places_of_its_state():
@@ -226,7 +226,7 @@ def test_a_transition_without_noise_is_taken():
 
     found = []
     for transition in (lambda x: dist.Delta(0.9 * x).to_event(1), lambda x: dist.Normal(0.9 * x, 1e-6).to_event(1)):
-        run = ndda.ParticleFilter(ndda.EnKF(model_of(transition)), num_particles=20, progress_bar=False)
+        run = ndda.Filter(ndda.EnKF(model_of(transition)), num_particles=20, progress_bar=False)
         run.run(jax.random.key(0), y)
         found.append(run.result.posterior["x"])
     np.testing.assert_allclose(found[0], found[1], atol=1e-4)

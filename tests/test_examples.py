@@ -22,7 +22,7 @@ import numpyro_diffusion_da as ndda
 
 
 def run_program(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """A benchmark as a user would run it; an unoptimised compilation, because nothing here runs long."""
+    """A benchmark as a user would run it; an unoptimized compilation, because nothing here runs long."""
     return subprocess.run(
         [sys.executable, str(BENCHMARKS / name), *arguments],
         capture_output=True,
@@ -150,11 +150,11 @@ def test_local_ancestors_of_lorenz96(tmp_path):
 
 
 @pytest.mark.slow
-def test_localisation_is_right_on_a_ring():
+def test_localization_is_right_on_a_ring():
     """Linear-Gaussian: where what is far apart is nearly independent, local ancestors are as good as Kalman's mean."""
     benchmark = load("linear_gaussian")
     sizes = {"diffusion": False, "seeds": 1, "steps": 16, "spin_up": 4, "particles": 128}
-    row = benchmark.run(benchmark.Setting(20, 0.5, 0.5, ring=True), "localised, exact weights", **sizes)
+    row = benchmark.run(benchmark.Setting(20, 0.5, 0.5, ring=True), "localized, exact weights", **sizes)
     assert 0.98 < row["RMSE / Kalman's"] < 1.1
     assert row["log evidence"] is None
 
@@ -205,7 +205,7 @@ def test_robustness_of_lorenz96(tmp_path):
 
 @pytest.mark.slow
 def test_published_settings_run(tmp_path):
-    """The benchmark, small: a published score of Lorenz-96 is reached, with inflation before the update and after."""
+    """The benchmark, small: a published score of Lorenz-96 is reached, with tempering before the update and after."""
     out = tmp_path / "table.json"
     tiny = (
         "--truths",
@@ -232,14 +232,14 @@ def test_published_settings_run(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize(("number", "noise"), [(0, None), (5, 0.1)])
 def test_published_settings_are_the_particle_filters(number, noise):
-    """Compiled as a whole, the filters of the benchmark are those of `ParticleFilter`, and their flow is RK4's."""
+    """Compiled as a whole, the filters of the benchmark are those of `Filter`, and their flow is RK4's."""
     benchmark = load("published_settings")
     row, key = benchmark.ROWS[number], jax.random.key(3)
     setting = benchmark.SETTINGS[row.setting]
     _, y = setting.truth(jax.random.key(0), 12)
     algorithm = benchmark.algorithm_of(row, False, noise)
     mean, variance = jax.jit(lambda key, y: benchmark.moments(algorithm, row.members, key, y))(key, y)
-    filter_ = ndda.ParticleFilter(algorithm, num_particles=row.members, batch_size=0, progress_bar=False)
+    filter_ = ndda.Filter(algorithm, num_particles=row.members, batch_size=0, progress_bar=False)
     filter_.run(key, y)
     x = filter_.result.posterior["x"][0]
     np.testing.assert_allclose(mean[:3], x.mean(0)[:3], rtol=1e-3, atol=1e-3)  # later, chaos has parted them
@@ -278,7 +278,7 @@ def test_smoother_of_the_benchmark():
     np.testing.assert_allclose(np.diagonal(spread, axis1=1, axis2=2), exact[1], rtol=1e-10)
 
 
-def test_path_weights_of_the_discretised_emulator():
+def test_path_weights_of_the_discretized_emulator():
     """Twice the levels: a quarter of the error at second order, half at first."""
     rows = load("path_weights").emulator_rows([24, 48], 16)
     excess = np.array([row["variance ratio"] - 1.0 for row in rows])
@@ -299,7 +299,7 @@ def test_path_weights_vary_less_than_girsanovs():
 
 @pytest.mark.slow
 def test_path_weights_runs(tmp_path):
-    """Evidence is Kalman's in the mean, in closed form and, of the discretised emulator, through a diffusion."""
+    """Evidence is Kalman's in the mean, in closed form and, of the discretized emulator, through a diffusion."""
     out = tmp_path / "tables.json"
     filters = {"filters": ["GuidedPF"], "dims": [2], "runs": 16, "experiments": 1, "steps": 2, "particles": 64}
     given = {"tables": [1, 4], "levels": [12], "points": 16, "size": 4, "draws": 2}
@@ -372,7 +372,7 @@ def test_ring64_cheaper_guidance():
         (0, "exact weights", 1.00),
         (2, "exact weights", 0.96),
         (2, "Dirac", 0.72),
-        (2, "Dirac + inflation", 1.02),
+        (2, "Dirac + tempering", 1.02),
     ],
 )
 def test_linear_gaussian_is_the_yardstick(setting, name, variance_ratio):

@@ -20,7 +20,8 @@ import numpyro_diffusion_da as ndda
 from numpyro_diffusion_da.diffusion.denoiser import PriorDenoiser
 from numpyro_diffusion_da.diffusion.linear_solve import projected_solve
 from numpyro_diffusion_da.program.sites import gaussian_observations
-from numpyro_diffusion_da.transition.base import GaussianStep, observed_covariance
+from numpyro_diffusion_da.transition.gaussian import GaussianDynamics
+from numpyro_diffusion_da.transition.predictive import observed_covariance
 
 CASES = [(seed, singular) for seed in (0, 1) for singular in (False, True)]
 
@@ -129,10 +130,10 @@ def test_guided_flow_is_the_exact_posterior(seed, singular):
         rank = factor.shape[1]
         white = np.concatenate([np.zeros((1, rank)), np.eye(rank), np.random.default_rng(seed).normal(size=(2, rank))])
         x, residual = jax.device_get(jax.jit(jax.vmap(flow))(jnp.asarray(highest * white @ factor.T)))
-    centre, columns = x[0], (x[1 : 1 + rank] - x[0]).T
-    np.testing.assert_allclose(x, centre + white @ columns.T, atol=1e-9)
+    center, columns = x[0], (x[1 : 1 + rank] - x[0]).T
+    np.testing.assert_allclose(x, center + white @ columns.T, atol=1e-9)
     assert residual.max() < 1e-10
-    assert wasserstein(centre, columns @ columns.T, *problem.posterior()) < 2e-4
+    assert wasserstein(center, columns @ columns.T, *problem.posterior()) < 2e-4
 
 
 @pytest.mark.parametrize(
@@ -268,7 +269,7 @@ def test_gaussian_step_is_exact(diagonal):
         factor = np.sqrt(np.diag(problem.q))
     else:
         factor = np.linalg.cholesky(problem.q)
-    step, likelihood = GaussianStep(jnp.asarray(problem.mean), jnp.asarray(factor)), problem.likelihood()
+    step, likelihood = GaussianDynamics(jnp.asarray(problem.mean), jnp.asarray(factor)), problem.likelihood()
     (draws, record), (free, _) = jax.jit(
         jax.vmap(lambda key: (step.conditional_draw(key, likelihood, ndda.MMPS()), step.draw(key)))
     )(jax.random.split(jax.random.key(0), 20_000))
@@ -289,7 +290,7 @@ def test_gaussian_step_is_exact(diagonal):
 def test_gaussian_step_with_gaps():
     problem = Problem.random(4, False)
     problem = dataclasses.replace(problem, y=np.where(np.arange(len(problem.y)) == 0, np.nan, problem.y))
-    step = GaussianStep(jnp.asarray(problem.mean), jnp.asarray(np.linalg.cholesky(problem.q)))
+    step = GaussianDynamics(jnp.asarray(problem.mean), jnp.asarray(np.linalg.cholesky(problem.q)))
     keys = jax.random.split(jax.random.key(0), 20_000)
     likelihood = problem.likelihood()
     draws, _ = jax.jit(jax.vmap(lambda key: step.conditional_draw(key, likelihood, ndda.MMPS())))(keys)
@@ -369,15 +370,15 @@ def closed_form_program(model: LinearGaussian):
 
 
 @functools.cache
-def closed_form_filter(name: str) -> ndda.ParticleFilter:
+def closed_form_filter(name: str) -> ndda.Filter:
     """One compiled filter, used for every seed."""
     program = closed_form_program(LinearGaussian.make(0, 4))
     algorithm = {
         "moment": ndda.FAAPF(program, target_ess=0.0),
         "dirac": ndda.FAAPF(program, weight=ndda.Dirac(), target_ess=0.0),
-        "moment, inflated": ndda.FAAPF(program, target_ess=0.5),
+        "moment, tempered": ndda.FAAPF(program, target_ess=0.5),
     }[name]
-    return ndda.ParticleFilter(algorithm, num_particles=512, num_chains=16, progress_bar=False)
+    return ndda.Filter(algorithm, num_particles=512, num_chains=16, progress_bar=False)
 
 
 def run_closed_form(name: str, seed: int, steps: int = 12) -> tuple[LinearGaussian, np.ndarray, ndda.FilterResult]:
@@ -411,7 +412,7 @@ def test_moment_weights_give_the_kalman_filter(seed):
     ratio = np.exp(result.sample_stats["log_evidence_increment"].astype(np.float64).sum(1) - exact.log_evidence)
     assert abs(ratio.mean() - 1.0) < 5 * ratio.std(ddof=1) / np.sqrt(len(ratio))
     assert ratio.std() < 0.5
-    assert np.all(result.sample_stats["inflation"] == 1.0)
+    assert np.all(result.sample_stats["tempering"] == 1.0)
 
 
 @pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (1, 2))])
@@ -427,12 +428,12 @@ def test_dirac_weights_have_their_own_limit(seed):
 
 
 @pytest.mark.slow
-def test_inflation_is_sensible():
+def test_tempering_is_sensible():
     """It widens, and hardly moves the mean."""
-    model, y, inflated = run_closed_form("moment, inflated", 0)
+    model, y, tempered = run_closed_form("moment, tempered", 0)
     _, _, plain = run_closed_form("moment", 0)
     exact = Limit.kalman(model, y)
-    alpha, ess = inflated.sample_stats["inflation"], inflated.sample_stats["ess"]
+    alpha, ess = tempered.sample_stats["tempering"], tempered.sample_stats["ess"]
     assert np.all((alpha > 0) & (alpha <= 1))
     np.testing.assert_array_equal(alpha == 1.0, ess >= 0.5 * 512)
     assert 0.0 < np.mean(alpha < 1.0) < 1.0
@@ -443,10 +444,10 @@ def test_inflation_is_sensible():
     def error(result):
         return np.sqrt(np.mean((result.posterior["x"].mean(1) - exact.mean) ** 2 / exact.variance, axis=(1, 2)))
 
-    difference = ratio(inflated) - ratio(plain)
+    difference = ratio(tempered) - ratio(plain)
     assert difference.mean() > 3 * difference.std(ddof=1) / np.sqrt(len(difference))
-    assert ratio(inflated).mean() < 2.0
-    assert error(inflated).mean() < 1.0
+    assert ratio(tempered).mean() < 2.0
+    assert error(tempered).mean() < 1.0
 
 
 def test_diffusion_filter_is_the_kalman_filter():
@@ -456,7 +457,7 @@ def test_diffusion_filter_is_the_kalman_filter():
     sampler = ndda.Sampler(ndda.AdamsBashforth(3), ndda.KarrasSchedule(48, 7.0, 2e-3))
     guidance = ndda.MMPS(ndda.DirectSolve())
     algorithm = ndda.FAAPF(model.diffusion_program(), ndda.Moment(), 0.0, guidance, sampler)
-    particle_filter = ndda.ParticleFilter(algorithm, num_particles=512, num_chains=8, progress_bar=False)
+    particle_filter = ndda.Filter(algorithm, num_particles=512, num_chains=8, progress_bar=False)
     particle_filter.run(jax.random.key(0), jnp.asarray(y))
     result, exact = particle_filter.result, Limit.kalman(model, y)
     assert_limit(result, exact)
@@ -541,7 +542,7 @@ def test_unruly_systems_stay_bounded_and_say_so(kind, solver):
         # As if B were zero at most: the bound that keeps a guided draw from blowing up.
         assert np.linalg.norm(answer) <= np.linalg.norm(RHS) * (1 + 1e-4)
         residual = relative_residual(b, RHS, answer)
-        assert residual > 0.1  # the repair is not hidden
+        assert residual > 0.1  # the inflation is not hidden
         np.testing.assert_allclose(solution.residual, residual, rtol=1e-3)
         np.testing.assert_allclose(solution.image, G @ answer, atol=1e-4)
 

@@ -47,14 +47,14 @@ def twin(steps=20):
 
 FILTERS = {
     "FAAPF": lambda model: ndda.FAAPF(model),
-    "EnKF": lambda model: ndda.EnKF(model, inflation=1.02),
+    "EnKF": lambda model: ndda.EnKF(model, tempering=1.02),
     "GuidedPF": lambda model: ndda.GuidedPF(model),
     "Bootstrap": lambda model: ndda.Bootstrap(model),
 }
 
 
 def particle_filter(algorithm, n=64, **settings):
-    return ndda.ParticleFilter(algorithm, num_particles=n, progress_bar=False, **settings)
+    return ndda.Filter(algorithm, num_particles=n, progress_bar=False, **settings)
 
 
 def run(algorithm, y, **settings):

@@ -138,8 +138,8 @@ def test_dps_is_the_limit_of_inaccurate_observations(singular):
         z = problem.prior().noise.factor @ z[: problem.prior().noise.factor.shape[1]]
     relative = []
     with jax.enable_x64(True):
-        for inflation in (1e3, 1e5):
-            weak = dataclasses.replace(problem, r=inflation * problem.r)
+        for tempering in (1e3, 1e5):
+            weak = dataclasses.replace(problem, r=tempering * problem.r)
             z = np.asarray(z)
             true = exact(weak, 1.0, z) - denoised_by(ndda.Unguided(), weak, 1.0, z)[0]
             assert denoised_by(ndda.DPS(), weak, 1.0, z)[1] == (1, 0, 1)
@@ -338,7 +338,7 @@ def test_filter_takes_them(small):
     sampler = ndda.Sampler(schedule=ndda.KarrasSchedule(6))
     levels = sampler.schedule.levels((0.02, 80.0))
     guidance = ndda.Piecewise((ndda.Unguided(), ndda.MMPS(), ndda.JFPS(np.ones(4))), (10.0, 0.1))
-    filtered = ndda.ParticleFilter(
+    filtered = ndda.Filter(
         ndda.FAAPF(small.diffusion_program(sampler), guidance=guidance, weight=ndda.Dirac()),
         num_particles=8,
         progress_bar=False,
@@ -376,7 +376,7 @@ def test_safeguard_bounds_a_network_with_random_weights(safeguard):
     assert not unguarded["farthest"] < 1e3
     assert guarded["farthest"] < 100.0
     assert guarded["misfit"] < 20.0
-    assert guarded["solver residual"] > 1.0  # and the repair is visible
+    assert guarded["solver residual"] > 1.0  # and the inflation is visible
 
 
 @pytest.mark.slow

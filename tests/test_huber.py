@@ -17,7 +17,7 @@ from numpyro_diffusion_da.program.state_space import StateSpaceModel
 COMPILES_A_LOT = True
 
 
-def unnormalised(y, loc, scale, k):
+def unnormalized(y, loc, scale, k):
     r = abs(y - loc) / scale
     return np.exp(-0.5 * r**2 if r <= k else -k * r + 0.5 * k**2)
 
@@ -32,14 +32,14 @@ def test_density_moments_and_distribution_by_quadrature(k):
     def integral(of, upper):
         return integrate.quad(of, -200.0, upper, points=[p for p in (*kinks, loc) if p < upper], limit=200)[0]
 
-    total = integral(lambda y: unnormalised(y, loc, scale, k), 200.0)
+    total = integral(lambda y: unnormalized(y, loc, scale, k), 200.0)
     y = np.array([-9.0, -2.0, 0.3, 1.0, 2.5, 4.0, 12.0])
-    expected = [np.log(unnormalised(v, loc, scale, k) / total) for v in y]
+    expected = [np.log(unnormalized(v, loc, scale, k) / total) for v in y]
     np.testing.assert_allclose(fn.log_prob(jnp.asarray(y)), expected, rtol=1e-5)
-    second = integral(lambda y: (y - loc) ** 2 * unnormalised(y, loc, scale, k), 200.0)
+    second = integral(lambda y: (y - loc) ** 2 * unnormalized(y, loc, scale, k), 200.0)
     np.testing.assert_allclose(fn.variance, second / total, rtol=1e-5)
     assert fn.mean == loc
-    below = [integral(lambda y: unnormalised(y, loc, scale, k), v) / total for v in y]
+    below = [integral(lambda y: unnormalized(y, loc, scale, k), v) / total for v in y]
     np.testing.assert_allclose(fn.cdf(jnp.asarray(y)), below, rtol=1e-4)
     levels = jnp.array([1e-6, 0.02, 0.3, 0.5, 0.8, 0.999])
     np.testing.assert_allclose(fn.cdf(fn.icdf(levels)), levels, rtol=1e-5)
@@ -60,7 +60,7 @@ def test_draws():
 
 
 @pytest.mark.slow
-def test_draws_are_reparametrised():
+def test_draws_are_reparametrized():
     """In the tails and in the core: the derivative in the scale is (y - loc) / scale."""
 
     @jax.jit
@@ -116,7 +116,7 @@ def test_filters_against_a_grid(name):
         "GuidedPF": lambda: ndda.GuidedPF(model),
         "Bootstrap": lambda: ndda.Bootstrap(model),
     }[name]()
-    filter = ndda.ParticleFilter(algorithm, num_particles=n, progress_bar=False)
+    filter = ndda.Filter(algorithm, num_particles=n, progress_bar=False)
     filter.run(jax.random.key(0), Y[:, None])
     means, spreads, evidence = exact()
     x = filter.result.posterior["x"][0, :, :, 0].astype(float)

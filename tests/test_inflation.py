@@ -1,10 +1,8 @@
-"""Inflation of weights: tempered, or with inflated observation errors, against scipy's densities and each other."""
+"""Inflation: each by its definition, in the filters, and its amount found from innovations."""
 
 from __future__ import annotations
 
-import dataclasses
-import functools
-import warnings
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -12,273 +10,440 @@ import numpy as np
 import numpyro
 import numpyro.distributions as dist
 import pytest
-from blackjax.smc.resampling import systematic
-from conftest import compilations
 from numpyro.contrib.control_flow import scan
-from scipy import stats
 
 import numpyro_diffusion_da as ndda
-from numpyro_diffusion_da.observation.likelihood import GaussianLikelihood, InflatableLogWeight
-from numpyro_diffusion_da.program.sites import gaussian_observations
-from numpyro_diffusion_da.results import summary
-from numpyro_diffusion_da.smc.local_ancestors import LocalAncestors, keep_places
-from numpyro_diffusion_da.transition.base import DiffusionStep, GaussianStep
+from numpyro_diffusion_da.filters.base import Proposal
+from numpyro_diffusion_da.inference.tune_spread import _ratio
+from numpyro_diffusion_da.smc import fa_apf
+from numpyro_diffusion_da.smc.inflation import inflated
+
+pytestmark = pytest.mark.slow  # each compiles filters of its own
 
 KEY = jax.random.key(0)
-TEMPERING, INFLATION = ndda.Tempering(), ndda.ObservationInflation()
-COMPILES_A_LOT = True
 
 
-N, M, TARGET = 200, 8, 0.55  # of all selections, which then are compiled once
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def select(inflation, weights, reach=None):
-    """(log-weights, ancestors, alpha), with one key."""
-    return inflation.select(KEY, weights, reach, systematic, TARGET)
-
-
-def ess(log_weights) -> float:
-    w = np.asarray(log_weights, np.float64)
-    w = np.exp(w - w.max())
-    return float(w.sum() ** 2 / (w**2).sum())
-
-
-def curve(spread: float = 1.0) -> InflatableLogWeight:
-    """Weights of N particles, M observations; errors that differ from particle to particle."""
+def ensembles(n: int = 30) -> tuple[jax.Array, jax.Array]:
+    """(analysis, forecast) of states of shape (2, 3), with spreads that differ; one component of the analysis is one
+    value in all members."""
     rng = np.random.default_rng(0)
-    draws = rng.normal(size=(N, M)), spread * rng.chisquare(1, size=(N, M)), rng.gamma(1.0, 3.0, size=(N, M))
-    return InflatableLogWeight(*(x.astype(np.float32) for x in draws))
+    forecast = rng.normal(size=(n, 2, 3)) * [1.5, 0.7, 2.0] + 4.0
+    analysis = 0.3 * forecast + 0.2 * rng.normal(size=(n, 2, 3)) + 1.0
+    analysis[:, 0, 2] = 5.0
+    return jnp.asarray(analysis, jnp.float32), jnp.asarray(forecast, jnp.float32)
 
 
-def exact_terms(weights: InflatableLogWeight, alpha: float) -> np.ndarray:
-    """alpha log N(r; 0, I) integrated over N(0, variances), with the normaliser of R to the power of alpha."""
-    n, s, v = (np.asarray(x, np.float64) for x in weights)
-    whole = stats.norm.logpdf(np.sqrt(s), 0.0, np.sqrt(1 / alpha + v)) + 0.5 * np.log(2 * np.pi / alpha)
-    return whole + alpha * n
+def spread(x) -> np.ndarray:
+    """In double precision: the spread of one value in all members is then 0."""
+    return np.std(np.asarray(x, np.float64), axis=0)
 
 
-@pytest.mark.parametrize("correlated", [False, True])
-def test_moment_weights_have_the_errors_inflated(correlated):
-    rng = np.random.default_rng(0)
-    factor, mean = 0.7 * np.tril(rng.normal(size=(4, 4))), rng.normal(size=4)
-    h, y = rng.normal(size=(3, 4)), np.array([0.3, np.nan, -1.0])
-    root = np.tril(rng.normal(size=(3, 3))) + 2.0 * np.eye(3) if correlated else np.diag([0.3, 0.5, 0.7])
-    step = GaussianStep(jnp.asarray(mean, jnp.float32), jnp.asarray(factor, jnp.float32))
-
-    def observe(x):
-        at = jnp.asarray(h, jnp.float32) @ x
-        errors = jnp.asarray(root, jnp.float32)
-        normal = dist.MultivariateNormal(at, scale_tril=errors) if correlated else dist.Normal(at, jnp.diagonal(errors))
-        return gaussian_observations("y", normal, jnp.asarray(y, jnp.float32))
-
-    likelihood = GaussianLikelihood(observe)
-
-    @jax.jit
-    def weigh():
-        made = [ndda.Moment().inflatable(step, likelihood), ndda.Moment()(step, likelihood)]
-        return *made, ndda.Moment().inflatable_pointwise(step, likelihood)
-
-    (found, record), (plain, plain_record), (each, _) = jax.device_get(weigh())
-    assert record.passes == plain_record.passes
-    np.testing.assert_allclose(found.terms(1.0).sum(), plain, rtol=1e-5)
-    seen = ~np.isnan(y)
-    r, hvh = ((a @ a.T)[np.ix_(seen, seen)] for a in (root, h @ factor))
-    for alpha in (1.0, 0.3, 1e-3):
-        # N(y; h, R)^alpha is N(y; h, R / alpha) times a term of R and alpha alone.
-        shared = 0.5 * (np.linalg.slogdet(2 * np.pi * r / alpha)[1] - alpha * np.linalg.slogdet(2 * np.pi * r)[1])
-        exact = stats.multivariate_normal.logpdf(y[seen], (h @ mean)[seen], r / alpha + hvh) + shared
-        np.testing.assert_allclose(found.terms(alpha).sum(), exact, rtol=2e-5, atol=1e-6)
-        if not correlated:
-            errors = np.diag(root) ** 2
-            own = stats.norm.logpdf(y, h @ mean, np.sqrt(errors / alpha + np.sum((h @ factor) ** 2, axis=1)))
-            own += 0.5 * np.log(2 * np.pi * errors / alpha) - 0.5 * alpha * np.log(2 * np.pi * errors)
-            np.testing.assert_allclose(each.terms(alpha), np.where(seen, own, 0.0), rtol=2e-5, atol=1e-6)
+def anomalies(x) -> np.ndarray:
+    x = np.asarray(x, np.float64)
+    return x - x.mean(0)
 
 
-def test_no_further_network_pass():
-    prior = ndda.GaussianPrior(np.eye(4), np.eye(4))
-    step = DiffusionStep(prior, prior.condition(jnp.zeros(4)), ndda.Sampler())
-    likelihood = GaussianLikelihood(lambda x: gaussian_observations("y", dist.Normal(x[:2], 0.4), jnp.ones(2)))
-    weights = (ndda.Dirac(), ndda.Moment(), ndda.Moment(noise_level=10.0))
-
-    @jax.jit
-    def weigh():
-        whole = [(weight(step, likelihood), weight.inflatable(step, likelihood)) for weight in weights]
-        local = [(w.pointwise(step, likelihood), w.inflatable_pointwise(step, likelihood)) for w in weights]
-        return whole, local, ndda.Moment(probes=1).inflatable_pointwise(step, likelihood)
-
-    whole, local, (probed, probed_record) = jax.device_get(weigh())
-    for ((logs, record), (found, inflatable_record)), axis in [*((w, -1) for w in whole), *((w, None) for w in local)]:
-        assert record.passes == inflatable_record.passes
-        terms = found.terms(1.0)
-        np.testing.assert_allclose(terms if axis is None else terms.sum(axis), logs, rtol=1e-4)
-    np.testing.assert_allclose(probed.variances, local[1][1][0].variances, rtol=1e-4)
-    assert probed_record.passes.vjp == 1
-    with pytest.raises(ValueError, match="leave probes out"):
-        ndda.Moment(probes=1).inflatable(step, likelihood)
+@pytest.mark.parametrize("alpha", [0.0, 0.4, 1.0])
+def test_rtps_by_its_definition(alpha):
+    analysis, forecast = ensembles()
+    got = ndda.RTPS(alpha)(KEY, analysis, forecast)
+    s_a, s_b = spread(analysis), spread(forecast)
+    expected = np.where(s_a > 0, s_a + alpha * (s_b - s_a), 0.0)
+    np.testing.assert_allclose(spread(got), expected, rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(got.mean(0), analysis.mean(0), rtol=1e-6)
+    factor = np.divide(expected, s_a, out=np.ones_like(s_a), where=s_a > 0)
+    np.testing.assert_allclose(anomalies(got), factor * anomalies(analysis), atol=1e-5)  # and no member changes places
 
 
-@pytest.mark.parametrize("reach", [None, np.linspace(0.0, 1.0, M, dtype=np.float32)])
-def test_without_spread_it_is_tempering(reach):
-    weights = curve(20.0)._replace(variances=np.zeros((N, M), np.float32))
-    logs = weights.terms(1.0) @ (np.ones(M, np.float32) if reach is None else reach)
-    expected, found = select(TEMPERING, logs), select(INFLATION, weights, reach)
-    np.testing.assert_allclose(found[0], expected[0], rtol=1e-5)
-    assert 0.0 < expected[2] < 0.9
-    np.testing.assert_allclose(found[2], expected[2], rtol=1e-3)
-    # Both find alpha to within that; it can move an ancestor that lies on an edge.
-    assert np.mean(np.asarray(found[1]) == np.asarray(expected[1])) > 0.99
+@pytest.mark.parametrize("alpha", [0.0, 0.4, 1.0])
+def test_rtpp_by_its_definition(alpha):
+    analysis, forecast = ensembles()
+    got = ndda.RTPP(alpha)(KEY, analysis, forecast)
+    np.testing.assert_allclose(
+        anomalies(got), (1 - alpha) * anomalies(analysis) + alpha * anomalies(forecast), atol=1e-5
+    )
+    np.testing.assert_allclose(got.mean(0), analysis.mean(0), rtol=1e-6)
 
 
-@pytest.mark.parametrize("spread", [1e-3, 3.0, 1e2, 1e5])
-def test_it_hits_its_target(spread):
-    weights = curve(spread)
-    weights = weights._replace(log_normalizers=min(spread, 1.0) * weights.log_normalizers)
-    log_weights, ancestors, alpha = select(INFLATION, weights)
-    at_one, at_alpha = (exact_terms(weights, a).sum(1) for a in (1.0, float(alpha)))
-    np.testing.assert_allclose(log_weights, at_one, rtol=1e-4, atol=1e-3)
-    if ess(at_one) >= TARGET * N:
-        assert alpha == 1.0
-    else:
-        np.testing.assert_allclose(ess(at_alpha), TARGET * N, rtol=1e-2)
-    # Ancestors are by the weights at alpha: systematic resampling is within one of each number.
-    w = np.exp(at_alpha - at_alpha.max())
-    counts = np.bincount(np.asarray(ancestors), minlength=N)
-    assert np.all(np.abs(counts - N * w / w.sum()) < 1.02)
+def test_multiplicative_by_its_definition():
+    analysis, _ = ensembles()
+    got = ndda.Multiplicative(1.3)(KEY, analysis, None)
+    np.testing.assert_allclose(anomalies(got), 1.3 * anomalies(analysis), atol=1e-5)
+    np.testing.assert_allclose(got.mean(0), analysis.mean(0), rtol=1e-6)
 
 
-def test_an_ess_that_is_not_monotone():
-    """Where V is large the weight falls at once and then hardly; where it is zero it falls steadily, and they cross."""
-    weights = InflatableLogWeight(*np.zeros((3, N, M), np.float32))
-    weights.squared_residuals[:, 0], weights.variances[:, 0] = np.repeat([[30.0, 1e5], [0.0, 1e5]], N // 2, axis=1)
-    at = [ess(exact_terms(weights, alpha).sum(1)) for alpha in (1e-6, 0.05, 0.4, 1.0)]
-    assert at[1] < TARGET * N < 190 < at[2]
-    assert at[3] < TARGET * N < 190 < at[0]
-    alpha = float(select(INFLATION, weights)[2])
-    assert 0.0 < alpha < 1.0
-    assert ess(exact_terms(weights, alpha).sum(1)) >= TARGET * N * (1 - 1e-3)
+def test_jitter_has_its_size():
+    """In each component, whatever the spread was, none included; the mean stays."""
+    n, scale = 2000, np.array([0.5, 0.0, 2.0])
+    x = jnp.full((n, 2, 3), 7.0)
+    got = ndda.Jitter(scale)(KEY, x, None)
+    np.testing.assert_allclose(got.mean(0), 7.0, atol=1e-5)
+    expected = np.broadcast_to(scale, (2, 3))
+    assert np.all(np.abs(np.std(got, axis=0, ddof=1) - expected) <= 4 * expected / np.sqrt(2 * n) + 1e-6)
+    np.testing.assert_allclose(np.corrcoef(got[:, :, 0].T)[0, 1], 0.0, atol=4 / np.sqrt(n))
+    # The unbiased variance is scale^2 in the mean, for two members too.
+    few = [np.var(ndda.Jitter(1.0)(jax.random.key(i), jnp.zeros((2, 500)), None), axis=0, ddof=1) for i in range(4)]
+    np.testing.assert_allclose(np.mean(few), 1.0, atol=4 * np.sqrt(2 / 2000))  # chi-square, one degree of freedom
+    np.testing.assert_array_equal(ndda.Jitter(1.0)(KEY, x[:1], None), x[:1])
 
 
-def test_what_cannot_be_selected_is_not():
-    weights = curve()
-    dead = np.where(np.arange(N)[:, None] % 2, weights.squared_residuals, -np.inf)
-    log_weights, ancestors, alpha = select(INFLATION, weights._replace(squared_residuals=dead))
-    assert np.all(np.isneginf(log_weights[::2]))
-    assert np.all(np.asarray(ancestors) % 2 == 1)
-    assert 0.0 < alpha < 1.0
-    for value in (0.0, -np.inf):
-        weights = InflatableLogWeight(*np.full((3, N, M), value, np.float32))
-        _, ancestors, alpha = select(INFLATION, weights)
-        np.testing.assert_array_equal(ancestors, np.arange(N))
-        assert alpha == 1.0
+def test_the_order_is_that_of_the_sequence():
+    analysis, forecast = ensembles()
+    rtps, twice = ndda.RTPS(0.5), ndda.Multiplicative(2.0)
+    first, last = (inflated(order, KEY, analysis, forecast) for order in ((rtps, twice), (twice, rtps)))
+    s_a, s_b = spread(analysis), spread(forecast)
+    alive = s_a > 0
+    np.testing.assert_allclose(spread(first)[alive], (s_a + s_b)[alive], rtol=1e-4)
+    np.testing.assert_allclose(spread(last)[alive], (s_a + 0.5 * s_b)[alive], rtol=1e-4)
+    np.testing.assert_array_equal(inflated((), KEY, analysis, None), analysis)
+    two = inflated((ndda.Jitter(1.0), ndda.Jitter(1.0)), KEY, jnp.zeros((2000, 1)), None)
+    np.testing.assert_allclose(np.var(two, ddof=1), 2.0, atol=4 * 2 * np.sqrt(2 / 2000))  # two draws, not one twice
 
 
-@pytest.mark.slow
-def test_blocks_have_alphas_of_their_own():
-    weights = curve(30.0)
-    taper = ndda.Taper(2.0, ndda.Ring(M), {"y": np.arange(M)}, state=np.arange(M))
-    placed = taper.place((M,), {"y": ((M,), 1)})
-    each = LocalAncestors.at(placed, (M,), 0.0)
-    log_weights, ancestors, alphas = each.select(KEY, jax.tree.map(jnp.asarray, weights), systematic, TARGET, INFLATION)
-    reach = np.asarray(placed.taper(placed.points), np.float32)
-    assert len(np.unique(alphas)) == M
-    for block in (0, 5):
-        alone = select(INFLATION, weights, reach[block])
-        np.testing.assert_allclose(log_weights[:, block], alone[0], rtol=1e-4, atol=1e-4)
-        np.testing.assert_allclose(alphas[block], alone[2], rtol=1e-3)
-        assert np.mean(np.asarray(ancestors[:, block]) == np.asarray(keep_places(alone[1]))) > 0.95
-        at_alpha = exact_terms(weights, float(alphas[block])) @ reach[block]
-        np.testing.assert_allclose(ess(at_alpha), TARGET * N, rtol=1e-2)
+def test_a_lost_member_counts_for_nothing():
+    analysis, forecast = ensembles()
+    lost = analysis.at[3, 1, 1].set(jnp.nan)
+    others = np.arange(30) != 3
+    for inflation in (ndda.RTPS(0.5), ndda.Multiplicative(1.5)):
+        got = inflation(KEY, lost, forecast)
+        np.testing.assert_allclose(got[others].mean(0), analysis[others].mean(0), rtol=1e-5)
+        assert np.isfinite(got[others]).all()
+    expected = 0.5 * (np.std(analysis[others], axis=0) + np.std(forecast, axis=0))[1]
+    np.testing.assert_allclose(np.std(ndda.RTPS(0.5)(KEY, lost, forecast)[others], axis=0)[1], expected, rtol=1e-4)
 
 
-# --- programs ---------------------------------------------------------------------------------------------------------
-
-
-def program(y, counts=None):
-    x0 = numpyro.sample("x0", dist.Normal(jnp.zeros(12), 2.0).to_event(1))
-
-    def step(x, inputs):
-        y_t, n_t = inputs
-        x = numpyro.sample("x", dist.Normal(0.9 * x, 0.5).to_event(1))
-        numpyro.sample("y", dist.Normal(x, 0.3).to_event(1), obs=y_t)
-        if n_t is not None:
-            numpyro.sample("n", dist.Poisson(jnp.exp(x[0])), obs=n_t)
-        return x, None
-
-    scan(step, x0, (y, counts))
-
-
-def make(**settings) -> ndda.ParticleFilter:
-    return ndda.ParticleFilter(ndda.FAAPF(program, **settings), num_particles=50, progress_bar=False)
-
-
-Y = np.random.default_rng(0).normal(size=(3, 12)).astype(np.float32)
-
-
-@pytest.fixture(scope="module")
-def tempered():
-    filter_ = make()
-    filter_.run(KEY, Y)
-    return filter_
-
-
-@pytest.mark.slow
-def test_filters_with_either_inflation(tempered):
-    inflated = make(inflation=INFLATION)
-    inflated.run(KEY, Y)
-    with compilations() as found:
-        inflated.run(KEY, Y + 0.1)
-        inflated.run(KEY, Y)
-    assert not found
-    tempered.run(KEY, Y)
-    first, second = tempered.result.sample_stats, inflated.result.sample_stats
-    # Before inflation the weights of the first step are the same, and so is what is said of the evidence.
-    np.testing.assert_allclose(second["log_weights"][..., 0], first["log_weights"][..., 0], rtol=1e-4)
-    for name in ("log_evidence_increment", "ess"):
-        np.testing.assert_allclose(second[name][:, 0], first[name][:, 0], rtol=1e-3)
-    assert 0.0 < second["inflation"][0, 0] < first["inflation"][0, 0] < 1.0
-    assert inflated.to_datatree().attrs["inflation"] == "ObservationInflation()"
-
-
-def test_a_filter_of_local_ancestors_inflates_block_by_block():
-    taper = ndda.Taper(1.0, ndda.Ring(12), {"y": np.arange(12)}, state=np.arange(12))
-    local = ndda.FAAPF(program, inflation=INFLATION, taper=taper)
-    model = ndda.StateSpaceModel(program, (Y,))
-    inputs = jax.tree.map(lambda x: x[0], model.time_inputs())
-    state = ndda.smc.fa_apf.init(jnp.zeros((50, 12)))
-    _, info = jax.eval_shape(local.kernel(model), KEY, state, inputs)  # traced, not computed
-    assert (info.inflation.shape, info.log_weights.shape, info.ancestors.shape) == ((12,), (50, 12), (50, 12))
-
-
-def test_refusals():
-    counts = np.ones(3, np.float32)
-    with pytest.raises(ValueError, match=r"site 'n' cannot be inflated: it is not Gaussian.*Tempering\(\) in place of"):
-        make(inflation=INFLATION).run(KEY, Y, counts)
-    ndda.FAAPF(program, inflation=INFLATION, weight=ndda.Equal()).kernel(ndda.StateSpaceModel(program, (Y, counts)))
-    with pytest.raises(TypeError, match=r"inflation=1.05; give ndda.Tempering\(\) or ndda.ObservationInflation\(\)"):
-        ndda.FAAPF(program, inflation=1.05)
-
-    class Halved(ndda.Weight):
-        def __call__(self, step, likelihood):
-            log_weight, record = ndda.Moment()(step, likelihood)
-            return 0.5 * log_weight, record
-
-    with pytest.raises(TypeError, match="Halved weights do not say what they are with inflated observation errors"):
-        make(weight=Halved(), inflation=INFLATION).run(KEY, Y)
-
-
-def test_a_run_warns_of_strong_inflation(tempered, capsys):
-    with pytest.warns(UserWarning, match=r"inflated to alpha = 0\.0.*FAAPF\(model, taper=ndda\.Taper.*more particles"):
-        tempered.run(KEY, Y + 30.0)
-    tempered.print_summary()
-    assert "or take more particles" in " ".join(capsys.readouterr().out.split())
-    for attributes, words in (
-        ({"weight": "Dirac()"}, r"weight=ndda.Moment()"),
-        ({"algorithm": "Bootstrap"}, "use ndda.FAAPF(model)"),
+def test_amounts_are_refused():
+    for kind, name, wrong in (
+        (ndda.RTPS, "alpha", (-0.1, 1.5)),
+        (ndda.RTPP, "alpha", (-0.1, 1.5)),
+        (ndda.Multiplicative, "factor", (0.9, np.nan)),
+        (ndda.Jitter, "scale", (-1.0, np.array([1.0, -1.0]))),
     ):
-        result = dataclasses.replace(tempered.result, attributes={**tempered.result.attributes, **attributes})
-        assert words in summary.inflation_advice(result)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        tempered.run(KEY, np.full_like(Y, np.nan))
+        for value in wrong:
+            with pytest.raises(ValueError, match=rf"{kind.__name__} got {name}=.*; give [01].0"):
+                kind(value)
+    with pytest.raises(ValueError, match=r"RTPS\(alpha=0.3\) needs members of the forecast"):
+        ndda.RTPS(0.3)(KEY, jnp.ones((2, 1)), None)
+
+
+# --- in the filters ---------------------------------------------------------------------------------------------------
+
+D = 6
+Y = np.random.default_rng(0).normal(size=(5, 3)).astype(np.float32)
+
+
+def program(y, memory=0.9, noise=0.5):
+    """Independent AR(1) sites, the first of each two observed; its carry is a pair."""
+    x0 = numpyro.sample("x0", dist.Normal(jnp.zeros(D), 1.0).to_event(1))
+
+    def step(carry, y_t):
+        x, _ = carry
+        new = numpyro.sample("x", dist.Normal(memory * x, noise).to_event(1))
+        numpyro.sample("y", dist.Normal(new[::2], 0.5).to_event(1), obs=y_t)
+        return (new, x), None
+
+    scan(step, (x0, x0), y)
+
+
+def run(algorithm, y=Y, n=40, **settings):
+    filter_ = ndda.Filter(algorithm, num_particles=n, progress_bar=False, **settings)
+    filter_.run(jax.random.key(1), y)
+    return filter_.result
+
+
+def stepped(algorithm, y=Y, n=40):
+    """(carry, info) after one step."""
+    online = ndda.OnlineFilter(algorithm, num_particles=n)
+    state, info = online.step(jax.random.key(2), online.init(jax.random.key(1), y[:1]), y[:1])
+    return state.particles, info
+
+
+@pytest.mark.slow
+def test_without_inflation_nothing_changes():
+    """Bit for bit the filter of draw, record and advance in one function."""
+    model = ndda.StateSpaceModel(program, (Y,))
+    algorithm = ndda.FAAPF(program)
+
+    def log_predictive(carry, inputs):
+        return ndda.Moment()(model.transition(carry, inputs), model.likelihood(carry, inputs))
+
+    def propose(rng_key, carry, inputs):
+        draw_key, record_key = jax.random.split(rng_key)
+        step = model.transition(carry, inputs)
+        x, draw = step.conditional_draw(draw_key, model.likelihood(carry, inputs), algorithm.guidance)
+        return model.advance(x, carry, inputs), Proposal(draw, model.record(record_key, x, carry, inputs))
+
+    online = ndda.OnlineFilter(algorithm, num_particles=40)
+    start = online.init(jax.random.key(1), Y[:1])
+    inputs = jax.tree.map(lambda x: x[0], model.time_inputs())
+    plain = fa_apf.build_kernel(log_predictive, propose, batch_size=7)
+    results = [
+        jax.jit(lambda key, state, kernel=kernel: kernel(key, state, inputs))(jax.random.key(2), start)
+        for kernel in (plain, algorithm.kernel(model, 7))
+    ]
+    jax.tree.map(np.testing.assert_array_equal, *results)
+    assert results[1][1].forecast == ()
+
+
+TAPER = ndda.Taper(0.4, ndda.Ring(D), {"y": np.arange(0, D, 2)}, state=np.arange(D))
+FILTERS = {
+    "FAAPF": ndda.FAAPF,
+    "FAAPF, local": lambda model, **settings: ndda.FAAPF(model, taper=TAPER, **settings),
+    "EnKF, local": lambda model, **settings: ndda.EnKF(model, update=ndda.SquareRoot(), taper=TAPER, **settings),
+}
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] if name.startswith("FAAPF") else []) for name in FILTERS]
+)
+def test_the_state_is_inflated_before_it_is_advanced(name):
+    """Record and carry hold the inflated state; all else is what it was without inflation. RTPS relaxes to the spread of
+    the predictive distribution, 0.81 + 0.25 of each component before anything is observed."""
+    make, n = FILTERS[name], 4000
+    (x, previous), info = stepped(make(program), n=n)
+    (wide, same), wide_info = stepped(make(program, inflation=(ndda.Multiplicative(1.5),)), n=n)
+    np.testing.assert_allclose(anomalies(wide), 1.5 * anomalies(x), atol=2e-5)
+    np.testing.assert_allclose(wide.mean(0), x.mean(0), atol=1e-5)
+    np.testing.assert_array_equal(same, previous)
+    np.testing.assert_array_equal(wide_info.ancestors, info.ancestors)
+    np.testing.assert_array_equal(wide_info.proposal.sites["posterior"]["x"], wide)
+    likelihood = dist.Normal(wide[:, ::2], 0.5).log_prob(Y[:1])
+    np.testing.assert_allclose(wide_info.proposal.sites["log_likelihood"]["y"], likelihood, rtol=1e-4, atol=1e-5)
+    assert wide_info.forecast == ()  # nothing is drawn that is not looked at
+
+    (half, _), _ = stepped(make(program, inflation=(ndda.RTPS(0.5),)), n=n)
+    s_a, s_b = spread(x), np.sqrt(0.81 + 0.25)
+    assert np.all(s_a[::2] < 0.6)
+    np.testing.assert_allclose(half.mean(0), x.mean(0), atol=1e-4)
+    np.testing.assert_allclose(spread(half), s_a + 0.5 * (s_b - s_a), atol=0.5 * 4 * s_b / np.sqrt(2 * n))
+
+
+@pytest.mark.slow
+def test_forecasts_of_a_diffusion():
+    """With nothing observed they are the analysis itself, and RTPS does nothing; their passes are counted."""
+    emulator = ndda.GaussianPrior(0.9 * jnp.eye(D), 0.25 * jnp.eye(D))
+
+    def model(y):
+        def step(x, y_t):
+            x = numpyro.sample("x", ndda.DiffusionTransition(emulator, x))
+            numpyro.sample("y", dist.Normal(x[::2], 0.5).to_event(1), obs=y_t)
+            return x, None
+
+        scan(step, jnp.zeros(D), y)
+
+    nothing = np.full_like(Y, np.nan)
+    plain, relaxing = ndda.FAAPF(model), ndda.FAAPF(model, weight=ndda.Equal(), inflation=(ndda.RTPS(1.0),))
+    (x, info), (same, relaxed_info) = stepped(plain, nothing), stepped(relaxing, nothing)
+    np.testing.assert_allclose(same, x, atol=1e-4)
+    levels = ndda.DiffusionTransition(emulator, jnp.zeros(D)).sampler.schedule.num_levels
+    np.testing.assert_array_equal(relaxed_info.forecast.passes.forward, levels)
+    # One pass less, of the Dirac weight, and those of the forecast.
+    assert relaxing.passes(relaxed_info).forward == plain.passes(info).forward - 1 + levels
+
+
+@pytest.mark.slow
+def test_enkf_knows_rtps_by_two_names():
+    by_number = run(ndda.EnKF(program, rtps=0.3, tempering=1.05))
+    by_value = run(ndda.EnKF(program, inflation=(ndda.RTPS(0.3),), tempering=1.05))
+    np.testing.assert_array_equal(by_number.posterior["x"], by_value.posterior["x"])
+    both = run(ndda.EnKF(program, rtps=0.3, inflation=(ndda.Jitter(0.1), ndda.RTPP(0.2))))
+    one = run(ndda.EnKF(program, inflation=(ndda.RTPS(0.3), ndda.Jitter(0.1), ndda.RTPP(0.2))))
+    np.testing.assert_array_equal(both.posterior["x"], one.posterior["x"])
+
+
+def test_a_result_says_what_was_inflated():
+    model = ndda.StateSpaceModel(program, (Y,))
+    algorithm = ndda.FAAPF(program, inflation=(ndda.RTPS(0.3), ndda.Jitter(0.1)), target_ess=0.0)
+    assert algorithm.settings(model)["inflation"] == "RTPS(alpha=0.3), Jitter(scale=0.1)"
+    assert algorithm.evidence_bias_reasons(model) == [
+        "the particles' spread is inflated: RTPS(alpha=0.3), Jitter(scale=0.1)"
+    ]
+    assert ndda.FAAPF(program, target_ess=0.0).evidence_bias_reasons(model) == []
+    assert ndda.EnKF(program).settings(model)["inflation"] == "none"
+
+
+def test_what_a_filter_cannot_do_is_refused():
+    with pytest.raises(ValueError, match=r"FAAPF got inflation=RTPP\(alpha=0.3\), .* use ndda.RTPS"):
+        ndda.FAAPF(program, inflation=(ndda.RTPP(0.3),))
+    for kind in (ndda.FAAPF, ndda.EnKF):
+        with pytest.raises(TypeError, match=r"give a sequence of inflations: \(RTPS\(alpha=0.3\),\)"):
+            kind(program, inflation=ndda.RTPS(0.3))
+        with pytest.raises(TypeError, match=r"got 0.3 among its inflation; give values of ndda.RTPS"):
+            kind(program, inflation=(0.3,))
+    for missing, given in (("advance_fn", {}), ("forecast_fn", {"advance_fn": lambda *_: None})):
+        with pytest.raises(ValueError, match=f"needs {missing}"):
+            fa_apf.build_kernel(lambda *_: 0.0, lambda *_: None, inflation=(ndda.RTPS(0.3),), **given)
+
+
+# --- the amount -------------------------------------------------------------------------------------------------------
+
+SITES, MEMORY, ERROR = 8, 0.9, 0.5
+
+
+def all_observed(noise):
+    """Independent AR(1) sites, each observed, whose transition has errors of this size."""
+
+    def model(y):
+        x0 = numpyro.sample("x0", dist.Normal(jnp.zeros(SITES), 1.0).to_event(1))
+
+        def step(x, y_t):
+            x = numpyro.sample("x", dist.Normal(MEMORY * x, noise).to_event(1))
+            numpyro.sample("y", dist.Normal(x, ERROR).to_event(1), obs=y_t)
+            return x, None
+
+        scan(step, x0, y)
+
+    return model
+
+
+def truth_and_observations(seed, steps=200):
+    """Errors of size 0.5 in the transition."""
+    rng = np.random.default_rng(seed)
+    x, states = rng.normal(size=SITES), []
+    for _ in range(steps):
+        x = MEMORY * x + 0.5 * rng.normal(size=SITES)
+        states.append(x)
+    truth = np.array(states)
+    return truth, (truth + ERROR * rng.normal(size=truth.shape)).astype(np.float32)
+
+
+def forecast_spread_skill(algorithm, noise, truth, y, n):
+    """Of forecasts made here, from the particles of each step but the first 20."""
+    particles = run(algorithm, y, n).posterior["x"][0, :, 20:-1]
+    forecast = MEMORY * particles + noise * np.random.default_rng(0).normal(size=particles.shape)
+    return ndda.verification.spread_skill(forecast, truth[21:])
+
+
+def exact_amounts() -> dict[str, float]:
+    """What makes up for a noise of 0.25 where 0.5 is true: the forecast variance of the right Kalman filter."""
+    p = 1.0
+    for _ in range(200):
+        analysis = p * ERROR**2 / (p + ERROR**2)
+        p = MEMORY**2 * analysis + 0.5**2
+    return {
+        "multiplicative": np.sqrt((p - 0.25**2) / (MEMORY**2 * analysis)),
+        "jitter": np.sqrt((0.5**2 - 0.25**2) / MEMORY**2),
+    }
+
+
+REPAIRS = {"multiplicative": (ndda.Multiplicative, (1.0, 3.0)), "jitter": (ndda.Jitter, (0.0, 1.0))}
+slow = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    ("kind", "seed"),
+    [pytest.param(kind, seed, marks=slow) for kind in ("jitter", "multiplicative") for seed in range(2)],
+)
+def test_the_amount_that_makes_up_for_a_noise_given_too_small(kind, seed):
+    """Within its own statistical error of the exact one; steps that were not tuned on have the right spread then."""
+    (inflation, between), (truth, y) = REPAIRS[kind], truth_and_observations(seed)
+
+    def make(amount):
+        return ndda.FAAPF(all_observed(0.25), inflation=(inflation(amount),))
+
+    found = ndda.innovations.tune_spread(
+        make, jax.random.key(seed), y[:100], between=between, num_particles=100, discard=10
+    )
+    assert found.within_tolerance
+    assert found.trail[0].ratio.value > 1.5
+    assert (found.amount, found.ratio) in found.trail
+    nearest = sorted(found.trail, key=lambda trial: abs(trial.amount - found.amount))[:2]
+    slope = (nearest[0].ratio.value - nearest[1].ratio.value) / (nearest[0].amount - nearest[1].amount)
+    allowed = (3 * found.ratio.standard_error + 0.05) / abs(slope)
+    assert abs(found.amount - exact_amounts()[kind]) < allowed < 0.5 * exact_amounts()[kind]
+    before, after = (
+        forecast_spread_skill(make(amount), 0.25, truth[100:], y[100:], 100) for amount in (between[0], found.amount)
+    )
+    assert before < 0.65
+    assert abs(after - 1.0) < 0.12
+
+
+@pytest.mark.parametrize("seed", [pytest.param(seed, marks=slow) for seed in range(2)])
+def test_the_amount_for_few_members(seed):
+    """Eight members of an ensemble Kalman filter with the right model."""
+    truth, y = truth_and_observations(seed)
+
+    def make(alpha):
+        return ndda.EnKF(all_observed(0.5), inflation=(ndda.RTPS(alpha),))
+
+    found = ndda.innovations.tune_spread(
+        make, jax.random.key(seed), y[:100], between=(0.0, 1.0), num_particles=8, discard=10
+    )
+    assert found.within_tolerance
+    before, after = (forecast_spread_skill(make(a), 0.5, truth[100:], y[100:], 8) for a in (0.0, found.amount))
+    assert before < 0.9
+    assert abs(after - 1.0) < 0.12
+
+
+@pytest.mark.slow
+def test_runs_are_bounded():
+    """The best amount then, and a word that it is not within the tolerance; `tempering` is an amount too."""
+    _, y = truth_and_observations(0, 15)
+    found = ndda.innovations.tune_spread(
+        lambda amount: ndda.EnKF(all_observed(0.1), tempering=amount),
+        KEY,
+        y,
+        between=(1.0, 4.0),
+        num_particles=20,
+        tolerance=1e-9,
+        max_runs=4,
+    )
+    assert [trial.amount for trial in found.trail[:3]] == [1.0, 4.0, 2.5]
+    assert len(found.trail) == 4
+    assert not found.within_tolerance
+    assert abs(found.ratio.value - 1) == min(abs(trial.ratio.value - 1) for trial in found.trail)
+
+
+@pytest.mark.slow
+def test_a_background_is_as_tempered_as_the_update_takes_it_to_be():
+    model = ndda.StateSpaceModel(program, (Y,))
+    carry = jax.vmap(model.initial)(jax.random.split(KEY, 30))
+    inputs = jax.tree.map(lambda x: x[0], model.time_inputs())
+    plain, tempered = (
+        ndda.EnKF(program, tempering=tempering).background(model)(KEY, carry, inputs) for tempering in (1.0, 1.5)
+    )
+    x, wide = plain["posterior"]["x"], tempered["posterior"]["x"]
+    np.testing.assert_allclose(anomalies(wide), 1.5 * anomalies(x), atol=1e-5)
+    noise = plain["posterior_predictive"]["y"] - x[:, ::2]
+    np.testing.assert_allclose(tempered["posterior_predictive"]["y"] - wide[:, ::2], noise, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_units_of_observations_do_not_count():
+    rng = np.random.default_rng(0)
+    o, b = rng.normal(size=(12, 4)), rng.normal(size=(1, 9, 12, 4))
+    o[3, 1] = np.nan
+    b[0, :, 3, 1] = np.nan
+
+    def ratio(**sites):
+        observed, members = ({name: pair[i] for name, pair in sites.items()} for i in (0, 1))
+        return _ratio(SimpleNamespace(observed_data=observed, posterior=members, rejected={}), 2, 1)
+
+    one = ratio(y=(o, b))
+    two = ratio(y=(o[:, :2], b[..., :2]), z=(1e4 * o[:, 2:], 1e4 * b[..., 2:]))
+    np.testing.assert_allclose(two, one, rtol=1e-9)
+    assert np.isfinite(one).all()
+
+
+@pytest.mark.slow
+def test_what_cannot_be_tuned_is_refused():
+    _, y = truth_and_observations(0, 15)
+
+    def tune(y=y, between=(0.0, 1.0), **settings):
+        def make(alpha):
+            return ndda.FAAPF(all_observed(0.1), inflation=(ndda.RTPS(alpha),))
+
+        return ndda.innovations.tune_spread(make, KEY, y, between=between, num_particles=20, **settings)
+
+    with pytest.raises(ValueError, match=r"times what is expected at 0 and .* times at 0.1, .*; allow more inflation"):
+        tune(between=(0.0, 0.1))
+    with pytest.raises(ValueError, match=r"RTPS got alpha=1.5"):
+        tune(between=(0.0, 1.5))
+    with pytest.raises(ValueError, match=r"between=\(1.0, 0.0\)"):
+        tune(between=(1.0, 0.0))
+    with pytest.raises(ValueError, match="max_runs=1"):
+        tune(max_runs=1)
+    with pytest.raises(ValueError, match="discard=15; the spin-up has 15 steps"):
+        tune(discard=15)
+    with pytest.raises(ValueError, match="nothing is observed after the first 5 steps"):
+        tune(np.full_like(y, np.nan), discard=5)

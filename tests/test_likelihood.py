@@ -19,7 +19,7 @@ from numpyro_diffusion_da.observation.moment_matching import (
     tilted_moments,
 )
 from numpyro_diffusion_da.program.sites import general_observation
-from numpyro_diffusion_da.transition.base import GaussianStep
+from numpyro_diffusion_da.transition.gaussian import GaussianDynamics
 
 TWO = dist.Categorical(probs=jnp.array([0.5, 0.5]))
 # What a value x of the state makes of an observation, and a value of it.
@@ -81,7 +81,7 @@ def test_guidance_and_moment_weight_are_exact_for_one_observation_of_a_gaussian(
     @jax.jit
     def answers():
         guided, memory = jax.vmap(lambda z, s: denoiser(z, s, denoiser.init()))(z_s, levels)
-        step = GaussianStep(jnp.array([0.2]), jnp.array([np.sqrt(q)], jnp.float32))
+        step = GaussianDynamics(jnp.array([0.2]), jnp.array([np.sqrt(q)], jnp.float32))
         return (
             guided,
             jax.vmap(lambda z, s: prior.denoise(z, s, conditioning))(z_s, levels),
@@ -136,12 +136,12 @@ def test_tilted_moments_far_out_narrow_and_impossible():
     def log_prob(t):
         return jnp.stack([-0.5 * ((20.0 - t[0]) / 0.1) ** 2, -0.5 * (t[1] / 1e-3) ** 2, jnp.nan])
 
-    centre, variance = jnp.zeros(3), jnp.ones(3)
-    got = tilted_moments(log_prob, centre, variance)
+    center, variance = jnp.zeros(3), jnp.ones(3)
+    got = tilted_moments(log_prob, center, variance)
     np.testing.assert_allclose(got.mean, [20.0 / 1.01, 0.0, 0.0], atol=2e-3)
     np.testing.assert_allclose(got.variance[1], 1e-6, rtol=0.01)
     assert got.log_normalizer[2] == -jnp.inf
-    pseudo = pseudo_observations(got, centre, variance)
+    pseudo = pseudo_observations(got, center, variance)
     assert jnp.all(jnp.isfinite(pseudo.value))  # an impossible observation says nothing
     assert pseudo.scale[2] > 10.0
 
@@ -191,7 +191,7 @@ def test_missing_counts_change_nothing_and_have_no_weight():
 
 def test_a_rate_of_zero_and_a_class_without_its_arguments():
     rate = GeneralLikelihood(lambda x: [general_observation("y", dist.Poisson(jax.nn.relu(x)), jnp.array([0.0]))])
-    step = GaussianStep(jnp.array([-1.0]), jnp.array([0.1]))
+    step = GaussianDynamics(jnp.array([-1.0]), jnp.array([0.1]))
     draw = jax.jit(lambda key: step.conditional_draw(key, rate, ndda.MMPS())[0])
     assert jnp.isfinite(draw(jax.random.key(0))).all()
 
@@ -208,7 +208,7 @@ def test_user_made_observations_need_no_numpyro():
     observed = GeneralLikelihood(
         lambda x: [GeneralObservation(x[:, None], lambda p: -jnp.exp(p[:, 0]), jnp.ones(1, bool))]
     )
-    log_weight = jax.jit(lambda at: ndda.Moment()(GaussianStep(at, jnp.ones(1)), observed)[0])(jnp.zeros(1))
+    log_weight = jax.jit(lambda at: ndda.Moment()(GaussianDynamics(at, jnp.ones(1)), observed)[0])(jnp.zeros(1))
     np.testing.assert_allclose(log_weight, tilted_by_quadrature(observed, 0.0, 1.0)[0], atol=1e-3)
 
 
@@ -235,7 +235,7 @@ def test_filters_agree_with_a_very_large_bootstrap_filter(kind, value):
     model = counts_program(0.9 * np.eye(2, dtype=np.float32), 0.2 * np.array([[1, 0.5], [0.5, 1]], np.float32), kind)
 
     def run(algorithm, n):
-        filter = ndda.ParticleFilter(algorithm, num_particles=n, progress_bar=False, keep_observed=False)
+        filter = ndda.Filter(algorithm, num_particles=n, progress_bar=False, keep_observed=False)
         filter.run(jax.random.key(3), y)
         x = filter.result.posterior["x"][0]
         return x.mean(0), x.std(0), filter.result.sample_stats["log_evidence_increment"].sum()

@@ -15,7 +15,8 @@ import numpyro_diffusion_da as ndda
 from numpyro_diffusion_da.observation.likelihood import GeneralLikelihood
 from numpyro_diffusion_da.observation.linear_predictor import linear_predictor
 from numpyro_diffusion_da.program.sites import pointwise_log_likelihood, predicted_observation
-from numpyro_diffusion_da.transition.base import DiffusionStep, GaussianStep
+from numpyro_diffusion_da.transition.diffusion import DiffusionDynamics
+from numpyro_diffusion_da.transition.gaussian import GaussianDynamics
 
 MAP = jnp.asarray(np.random.default_rng(0).normal(size=(5, 10)), jnp.float32)
 Y = 0.3 * jnp.arange(5.0) + 0.1
@@ -109,21 +110,21 @@ def largest_distance(draws: np.ndarray) -> float:
 @pytest.mark.slow
 def test_two_modes_in_closed_form():
     """The draw is exact: Kolmogorov's distance is that of as many draws of the posterior (1.63 / sqrt(n) at 1 %)."""
-    step, likelihood = GaussianStep(jnp.asarray(MEANS), jnp.ones(4)), moduli(MODULI, 0.3)
+    step, likelihood = GaussianDynamics(jnp.asarray(MEANS), jnp.ones(4)), moduli(MODULI, 0.3)
     keys = jax.random.split(jax.random.key(0), 4000)
     draws = jax.jit(jax.vmap(lambda key: step.conditional_draw(key, likelihood, ndda.MMPS())[0]))(keys)
     assert largest_distance(np.asarray(draws)) < 1.63 / np.sqrt(4000)
     # A factor hides that components are independent: expectation propagation and the copula give the same.
-    dense = GaussianStep(jnp.asarray(MEANS), jnp.eye(4))
+    dense = GaussianDynamics(jnp.asarray(MEANS), jnp.eye(4))
     draws = jax.jit(jax.vmap(lambda key: dense.conditional_draw(key, likelihood, ndda.MMPS())[0]))(keys)
     assert largest_distance(np.asarray(draws)) < 1.63 / np.sqrt(4000) + 0.01
 
 
 @pytest.mark.slow
 def test_two_modes_by_diffusion():
-    """Guidance finds both modes; a linearised |x| found one or none (a distance of 0.25)."""
+    """Guidance finds both modes; a linearized |x| found one or none (a distance of 0.25)."""
     prior = ndda.GaussianPrior(np.eye(4), np.eye(4))
-    step = DiffusionStep(prior, prior.condition(jnp.asarray(MEANS)), ndda.Sampler())
+    step = DiffusionDynamics(prior, prior.condition(jnp.asarray(MEANS)), ndda.Sampler())
     likelihood = moduli(MODULI, 0.3)
     keys = jax.random.split(jax.random.key(0), 2000)
     draws = jax.jit(

@@ -1,4 +1,4 @@
-"""Localised ancestors against selections of whole particles, and against Kalman filters of independent sites."""
+"""Localized ancestors against selections of whole particles, and against Kalman filters of independent sites."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from numpyro_diffusion_da.observation.likelihood import GaussianLikelihood, Gene
 from numpyro_diffusion_da.program.sites import gaussian_observations, general_observation
 from numpyro_diffusion_da.smc.base import select
 from numpyro_diffusion_da.smc.local_ancestors import LocalAncestors, keep_places
-from numpyro_diffusion_da.transition.base import GaussianStep
+from numpyro_diffusion_da.transition.gaussian import GaussianDynamics
 
 SITES = 24
 
@@ -89,11 +89,11 @@ def test_blocks_cover_the_state():
     placed = ndda.Taper(1.0, ndda.Ring(40), {"y": [0]}, state=np.arange(40)).place((40,), {"y": ((1,), 1)})
     for radius in (0.0, 1.0, 3.0, np.inf):
         blocks = placed.blocks(radius)
-        apart = ndda.Ring(40)(placed.points, blocks.centres)
+        apart = ndda.Ring(40)(placed.points, blocks.centers)
         np.testing.assert_allclose(apart[np.arange(40), blocks.of_point], apart.min(1))
         assert apart.min(1).max() <= radius
-        assert len(np.unique(blocks.of_point)) == len(blocks.centres)
-    assert [len(placed.blocks(radius).centres) for radius in (0.0, np.inf)] == [40, 1]
+        assert len(np.unique(blocks.of_point)) == len(blocks.centers)
+    assert [len(placed.blocks(radius).centers) for radius in (0.0, np.inf)] == [40, 1]
 
 
 def test_heights_and_radii_by_site():
@@ -118,7 +118,7 @@ def test_each_observation_by_itself():
     rng = np.random.default_rng(0)
     factor = 0.7 * np.tril(rng.normal(size=(4, 4)))
     covariance, mean = factor @ factor.T, rng.normal(size=4)
-    step = GaussianStep(jnp.asarray(mean, jnp.float32), jnp.asarray(factor, jnp.float32))
+    step = GaussianDynamics(jnp.asarray(mean, jnp.float32), jnp.asarray(factor, jnp.float32))
     y, counts = jnp.array([0.3, jnp.nan, -1.0, 0.5]), jnp.array([2.0, 0.0])
 
     def observe(x):
@@ -143,7 +143,7 @@ def test_each_observation_by_itself():
     np.testing.assert_array_equal(equal, np.zeros(6))
     # One product with random signs has no error where the covariance is diagonal.
     plain = GaussianLikelihood(lambda x: gaussian_observations("y", dist.Normal(x, 0.4), jnp.ones(4)))
-    free = GaussianStep(jnp.zeros(4), jnp.array([0.1, 0.5, 1.0, 2.0]))
+    free = GaussianDynamics(jnp.zeros(4), jnp.array([0.1, 0.5, 1.0, 2.0]))
     one = ndda.Moment(probes=1).pointwise(free, plain)[0]
     np.testing.assert_allclose(one, ndda.Moment().pointwise(free, plain)[0], rtol=1e-5)
     with pytest.raises(ValueError, match="give the filter a taper"):
@@ -178,8 +178,8 @@ def program(y):
     scan(step, x0, y)
 
 
-def run(y, keep_forecasts=False, **settings) -> ndda.ParticleFilter:
-    filter_ = ndda.ParticleFilter(
+def run(y, keep_forecasts=False, **settings) -> ndda.Filter:
+    filter_ = ndda.Filter(
         ndda.FAAPF(program, **settings), num_particles=200, progress_bar=False, keep_forecasts=keep_forecasts
     )
     filter_.run(jax.random.key(0), y)

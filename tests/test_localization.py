@@ -65,7 +65,7 @@ def test_a_taper_is_a_covariance(distance, positions, quarter):
         assert values.min() > -1e-10
 
 
-def test_neighbourhoods_are_the_taper(monkeypatch):
+def test_neighborhoods_are_the_taper(monkeypatch):
     """Every pair within reach once, whatever the size of the blocks; rows of different lengths."""
     rng = np.random.default_rng(0)
     taper = ndda.Taper(0.2, ndda.Euclidean(), {"y": rng.uniform(size=(20, 2))}, state=rng.uniform(size=(30, 2)))
@@ -75,14 +75,14 @@ def test_neighbourhoods_are_the_taper(monkeypatch):
     assert 0 <= reached.min() < reached.max() < 20
     for block in (2**22, 100, 1):
         monkeypatch.setattr(localization, "LARGEST_BLOCK", block)
-        near = placed.neighbourhoods()
+        near = placed.neighborhoods()
         assert near.which.shape == near.weights.shape == (30, reached.max())
         rebuilt = np.zeros((30, 20))
         for row, which, weights in zip(rebuilt, near.which, near.weights, strict=True):
             np.add.at(row, which, weights)
         np.testing.assert_allclose(rebuilt, dense, atol=1e-7)
     alone = ndda.Taper(0.1, ndda.Euclidean(), {"y": [9.0]}, state=[0.0, 1.0]).place((2,), {"y": ((1,), 1)})
-    np.testing.assert_array_equal(alone.neighbourhoods().weights, [[0.0], [0.0]])  # nobody near
+    np.testing.assert_array_equal(alone.neighborhoods().weights, [[0.0], [0.0]])  # nobody near
 
 
 def test_positions_of_the_state():
@@ -96,7 +96,7 @@ def test_positions_of_the_state():
     )
     sphere = ndda.Taper(1000.0, ndda.GreatCircle(), {"y": [[30.0, 180.0]]}).place(grid.shape, y, grid)
     np.testing.assert_array_equal(sphere.points, [[-30, 0], [0, 0], [30, 0], [-30, 180], [0, 180], [30, 180]])
-    np.testing.assert_array_equal(sphere.neighbourhoods().weights[:, 0], [0, 0, 0, 0, 0, 1])
+    np.testing.assert_array_equal(sphere.neighborhoods().weights[:, 0], [0, 0, 0, 0, 0, 1])
     given = ndda.Taper(1.0, ndda.Euclidean(), {"y": np.zeros((1, 1, 2))}, state=np.zeros((2, 3, 2)))
     assert given.place(grid.shape, y).points.shape == (6, 2)
 

@@ -245,7 +245,7 @@ PARTLY = {
 def run(model, args, algorithm):
     global closed_form
     closed_form = algorithm not in DIFFUSES
-    filter = ndda.ParticleFilter(FILTERS[algorithm](model), num_particles=6, progress_bar=False)
+    filter = ndda.Filter(FILTERS[algorithm](model), num_particles=6, progress_bar=False)
     try:
         filter.run(KEY, *args)
     finally:

@@ -9,7 +9,7 @@ import numpyro_diffusion_da as ndda
 
 ROOT = Path(ndda.__file__).parent
 
-# Who may import a neighbour, anywhere in a module.
+# Who may import a neighbor, anywhere in a module.
 ALLOWED = {
     "arviz": {"convert"},
     "matplotlib": {"plots", "plots_weather"},
@@ -32,7 +32,7 @@ ALLOWED = {
         "weather_twin",
     },
     "weathernext": {"priors.gencast_package"},
-    # What their filters ask for is given as functions (docs/neighbours.md).
+    # What their filters ask for is given as functions (docs/neighbors.md).
     "cuthbert": set(),
     "dynestyx": set(),
 }
@@ -40,7 +40,7 @@ ALLOWED = {
 # From the top down: a module imports only from later entries.
 ORDER = [
     "__init__", "cli", "plots_weather", "weather_twin", "plots", "twin", "twin_scores",
-    "verification", "innovations", "spectra", "labelling",
+    "verification", "innovations", "spectra", "labeling",
     "filtering", "online", "pmmh", "smc2", "inference",
     "summary", "backward", "smoothing", "convert", "result_axes", "progress", "storage", "evidence",
     "gross_error_check", "result", "algorithm", "feynman_kac", "linear_gaussian", "smc", "parameters", "state_space",
@@ -67,11 +67,11 @@ def imported(tree):
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
-def test_neighbours_are_imported_only_where_they_belong():
+def test_neighbors_are_imported_only_where_they_belong():
     for name, tree in modules():
         for target in imported(tree):
-            for neighbour, allowed in ALLOWED.items():
-                if target.split(".")[0] == neighbour:
+            for neighbor, allowed in ALLOWED.items():
+                if target.split(".")[0] == neighbor:
                     assert any(name == a or name.startswith(f"{a}.") for a in allowed), f"{name} imports {target}"
 
 
@@ -99,7 +99,7 @@ HEAVY = ("arviz", "matplotlib", "weathernext", "graphcast", "xarray", "blackjax"
 
 
 def test_import_is_light():
-    """Heavy neighbours wait until they are used; examples/benchmarks/import_time.py measures what that gives."""
+    """Heavy neighbors wait until they are used; examples/benchmarks/import_time.py measures what that gives."""
     program = f"import sys, numpyro_diffusion_da; print(*[m for m in {HEAVY} if m in sys.modules])"
     output = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
     assert output.split() == []

@@ -103,7 +103,7 @@ def test_filters_refuse_and_say_what_to_do():
         steps(numpyro.sample("x0", dist.Normal(jnp.zeros(3), 1.0).to_event(1)), y, error)
 
     for filter in (
-        ndda.ParticleFilter(ndda.Bootstrap(model), num_particles=2),
+        ndda.Filter(ndda.Bootstrap(model), num_particles=2),
         ndda.OnlineFilter(ndda.Bootstrap(model), num_particles=2),
     ):
         with pytest.raises(ValueError, match=r"'error'.*handlers\.condition.*or infer it with ndda\.PMMH"):
@@ -125,7 +125,7 @@ def test_no_parameters_and_discrete_ones():
         Parameters(StateSpaceModel(discrete, (Y,)))
 
 
-def test_linear_observations_are_recognised():
+def test_linear_observations_are_recognized():
     def model(y, observe):
         def step(x, y_t):
             x = numpyro.sample("x", dist.Normal(jnp.sin(x), 0.5).to_event(1))

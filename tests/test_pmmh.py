@@ -126,7 +126,7 @@ def test_draws_and_statistics(inference):
     moved = np.abs(np.diff(inference.result.posterior["a"], axis=1))
     assert np.all((moved > 0) == ~stay)
     attributes = inference.result.attributes
-    assert attributes["evidence_caveats"] == ""
+    assert attributes["evidence_bias_reasons"] == ""
     assert 0.0 < attributes["log_evidence_std"] < 3.0
 
 
@@ -213,14 +213,14 @@ def through_a_diffusion(y):
     ("algorithm", "reasons"),
     [
         (ndda.Bootstrap(squared), []),
-        (ndda.Bootstrap(squared, target_ess=0.3), ["inflated"]),
+        (ndda.Bootstrap(squared, target_ess=0.3), ["tempered"]),
         (ndda.GuidedPF(through_a_diffusion), []),
-        (ndda.GuidedPF(model, target_ess=0.3), ["inflated"]),
+        (ndda.GuidedPF(model, target_ess=0.3), ["tempered"]),
         (ndda.FAAPF(model, target_ess=0.0), []),
-        (ndda.FAAPF(model), ["inflated"]),
+        (ndda.FAAPF(model), ["tempered"]),
         (ndda.FAAPF(model, weight=ndda.Dirac(), target_ess=0.0), ["Dirac weights leave out the spread"]),
         (ndda.FAAPF(squared, target_ess=0.0), ["observations linear in the state only"]),
-        (ndda.FAAPF(through_a_diffusion, weight=ndda.Moment()), ["Gaussian transitions only", "inflated"]),
+        (ndda.FAAPF(through_a_diffusion, weight=ndda.Moment()), ["Gaussian transitions only", "tempered"]),
     ],
     ids=lambda value: type(value).__name__,
 )
@@ -231,8 +231,8 @@ def test_biased_evidence_warns(algorithm, reasons):
     known = Parameters(ndda.StateSpaceModel(algorithm.model, (Y,))).placeholder()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        caveats = check_evidence(algorithm, known, "PMMH")
-    assert len(caveats) == len(reasons)
+        bias_reasons = check_evidence(algorithm, known, "PMMH")
+    assert len(bias_reasons) == len(reasons)
     assert len(caught) == bool(reasons)
     for reason in reasons:
         assert reason in str(caught[0].message)
@@ -266,12 +266,12 @@ def test_the_benchmarks_evidence_is_the_kalman_filters(benchmark):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["PMMH, bootstrap", "SMC^2, bootstrap", "PMMH, FA-APF, Dirac + inflation"])
+@pytest.mark.parametrize("name", ["PMMH, bootstrap", "SMC^2, bootstrap", "PMMH, FA-APF, Dirac + tempering"])
 def test_posteriors_are_exact_where_the_evidence_is_unbiased(benchmark, name):
     """Means within Monte Carlo error of the exact ones, on a short series; the control is far off."""
     method = benchmark.methods(benchmark.program(1, False), 60, 500, 200)[name]
     found = benchmark.score(method, benchmark.simulate(1, 1, 30), 0)
-    if "inflation" in name:
+    if "tempering" in name:
         assert found["bias sigma"] > 1.0
         return
     for parameter in ("a", "sigma"):

@@ -145,7 +145,7 @@ def test_filters_are_the_kalman_filter(name):
     mean, covariance, exact = kalman()
     for estimate, truth in ((means, mean), (covariances, covariance)):
         se = estimate.std(0, ddof=1) / np.sqrt(repeats)
-        # Self-normalised estimates and gains have a bias of order 1/N beside the noise.
+        # Self-normalized estimates and gains have a bias of order 1/N beside the noise.
         assert np.all(np.abs(estimate.mean(0) - truth) < 5 * se + 2 / n * np.sqrt(np.trace(covariance)))
     assert np.all(means.std(0) < 0.2 * np.sqrt(np.diag(covariance)))
     if name in ("enkf", "square_root"):
@@ -158,7 +158,7 @@ def test_filters_are_the_kalman_filter(name):
 
 @functools.cache
 def jitted(name: str):
-    """(step, list of its traces) of the filter with inflation, compiled once for the tests that follow."""
+    """(step, list of its traces) of the filter with tempering, compiled once for the tests that follow."""
     algorithm, traces = algorithms(target_ess=0.2)[name], []
 
     def step(key, state, y):
@@ -202,7 +202,7 @@ def test_no_observation_is_a_forecast(name):
     state, info = jitted(name)[0](jax.random.key(0), init(particles), jnp.asarray(np.nan))
     np.testing.assert_array_equal(info.ancestors, np.arange(16))
     np.testing.assert_allclose(state.log_evidence, 0.0, atol=1e-6)
-    np.testing.assert_array_equal(info.inflation, 1.0)
+    np.testing.assert_array_equal(info.tempering, 1.0)
     if name == "fa_apf":
         forecast = particles @ A.T + info.proposal["white"] @ ROOT.T
         np.testing.assert_allclose(state.particles, forecast, rtol=1e-4, atol=1e-5)
@@ -229,7 +229,7 @@ def test_info_of_fa_apf():
 @pytest.mark.parametrize("name", ["fa_apf", "guided_pf"])
 def test_one_particle(name):
     state, info = jitted(name)[0](jax.random.key(0), init(start(1)), jnp.asarray(1.5))
-    assert (int(info.ancestors[0]), float(info.inflation)) == (0, 1.0)
+    assert (int(info.ancestors[0]), float(info.tempering)) == (0, 1.0)
     np.testing.assert_allclose(info.ess, 1.0, rtol=1e-6)
     np.testing.assert_allclose(state.log_evidence, info.log_weights[0], rtol=1e-5)
     assert state.particles.shape == (1, 2)
@@ -305,7 +305,7 @@ def test_all_weights_non_finite():
             state, info = step(jax.random.key(0), algorithm.init(particles), bad)
             np.testing.assert_array_equal(info.ancestors, np.arange(12))
             assert (int(info.nonfinite_weights), int(info.nonfinite_particles)) == (12, 0)
-            assert (float(info.ess), float(info.inflation), float(info.log_weight_std)) == (0.0, 1.0, 0.0)
+            assert (float(info.ess), float(info.tempering), float(info.log_weight_std)) == (0.0, 1.0, 0.0)
             assert state.log_evidence == -np.inf
             assert not np.any(np.isnan(state.particles))
 
@@ -325,7 +325,7 @@ def test_diagnostics_do_not_depend_on_the_size_of_the_weights():
         np.testing.assert_allclose(info.log_evidence_increment - offset, np.log(np.exp(kept).mean()), atol=rounding)
 
 
-# --- inflation --------------------------------------------------------------------------------------------------------
+# --- tempering --------------------------------------------------------------------------------------------------------
 
 
 tempered = jax.jit(tempering, static_argnums=1)
@@ -346,7 +346,7 @@ def test_tempering_hits_its_target(spread, target):
 
 
 def test_tempering_is_monotone():
-    """A higher target never means less inflation, and wider weights never less either."""
+    """A higher target never means less tempering, and wider weights never less either."""
     log_weights = 20.0 * jax.random.normal(jax.random.key(0), (256,))
     by_target = np.array([tempered(log_weights, target) for target in (0.0, 0.05, 0.2, 0.9)])
     assert by_target[0] == 1.0
@@ -380,17 +380,17 @@ def test_target_is_a_fraction(target):
         bootstrap.build_kernel(free_draw, log_likelihood, target_ess=target)
 
 
-def test_enkf_inflation():
-    with pytest.raises(ValueError, match=r"inflation=0.9; give 1.0"):
-        enkf.build_kernel(free_draw, whitened_residual, keep, inflation=0.9)
-    y, particles = jnp.asarray(np.nan), start(64)  # unobserved, only the inflation acts
-    kernel = jax.jit(enkf.build_kernel(free_draw, whitened_residual, keep, inflation=1.5))
-    inflated, info = kernel(jax.random.key(0), init(particles), y)
+def test_enkf_tempering():
+    with pytest.raises(ValueError, match=r"tempering=0.9; give 1.0"):
+        enkf.build_kernel(free_draw, whitened_residual, keep, tempering=0.9)
+    y, particles = jnp.asarray(np.nan), start(64)  # unobserved, only the tempering acts
+    kernel = jax.jit(enkf.build_kernel(free_draw, whitened_residual, keep, tempering=1.5))
+    tempered, info = kernel(jax.random.key(0), init(particles), y)
     plain, _ = jax.jit(jax.vmap(free_draw, (0, 0, None)))(
         particle_keys(jax.random.split(jax.random.key(0), 3)[0], 64), particles, y
     )
     mean = plain.mean(0, keepdims=True)
-    np.testing.assert_allclose(inflated.particles - mean, 1.5 * (plain - mean), atol=1e-5)
+    np.testing.assert_allclose(tempered.particles - mean, 1.5 * (plain - mean), atol=1e-5)
     np.testing.assert_array_equal(info.ancestors, np.arange(64))
 
 
@@ -413,7 +413,7 @@ def test_enkf_in_ensemble_space_is_the_same():
         jax.jit(enkf.build_kernel(free_draw, fn, keep))(jax.random.key(0), init(start(n)), y)[0].particles.mean(0)
         for fn in (residual, fewer)
     ]
-    # Perturbations are centred, so the mean does not depend on them: it must agree to rounding.
+    # Perturbations are centered, so the mean does not depend on them: it must agree to rounding.
     np.testing.assert_allclose(means[0], means[1], rtol=1e-3, atol=1e-4)
 
 
@@ -462,11 +462,11 @@ def test_select():
     np.testing.assert_array_equal(ancestors, np.arange(n))  # equal weights: nobody moves
     assert alpha == 1.0
     log_weights = 50.0 * jax.random.normal(key, (n,))
-    uninflated, alpha = choose(key, log_weights, resampling.systematic, 0.0)
-    inflated, smaller = choose(key, log_weights, resampling.systematic, 0.5)
+    untempered, alpha = choose(key, log_weights, resampling.systematic, 0.0)
+    tempered, smaller = choose(key, log_weights, resampling.systematic, 0.5)
     assert alpha == 1.0
     assert smaller < 1.0
-    assert len(np.unique(uninflated)) < len(np.unique(inflated))
+    assert len(np.unique(untempered)) < len(np.unique(tempered))
 
 
 # --- particles --------------------------------------------------------------------------------------------------------

@@ -131,7 +131,7 @@ def program_with_increments(y):
 def test_draws_are_the_lines_that_the_filter_moved_along(algorithm):
     """An increment is that from the parent: it tells whose child a particle is, without asking the ancestors."""
     y = np.random.default_rng(0).normal(size=(6, 2))
-    particle_filter = ndda.ParticleFilter(
+    particle_filter = ndda.Filter(
         algorithm(program_with_increments), num_particles=32, num_chains=2, progress_bar=False
     )
     particle_filter.run(jax.random.key(0), jnp.asarray(y))
@@ -149,7 +149,7 @@ def test_draws_are_the_lines_that_the_filter_moved_along(algorithm):
 
 
 def test_an_ensemble_kalman_filter_has_no_genealogy():
-    particle_filter = ndda.ParticleFilter(ndda.EnKF(program_with_increments), num_particles=8, progress_bar=False)
+    particle_filter = ndda.Filter(ndda.EnKF(program_with_increments), num_particles=8, progress_bar=False)
     particle_filter.run(jax.random.key(0), jnp.zeros((2, 2)))
     for call in (particle_filter.smoothed, lambda: particle_filter.to_datatree(lag=3)):
         with pytest.raises(ValueError, match="EnKF selects no particles"):
@@ -157,7 +157,7 @@ def test_an_ensemble_kalman_filter_has_no_genealogy():
 
 
 def test_what_was_kept_is_smoothed():
-    particle_filter = ndda.ParticleFilter(
+    particle_filter = ndda.Filter(
         ndda.FAAPF(program_with_increments),
         num_particles=16,
         keep=["increment"],
@@ -222,7 +222,7 @@ def program(y, a, initial_factor, factor):
     scan(step, x0, y)
 
 
-PARTICLE_FILTER = ndda.ParticleFilter(
+PARTICLE_FILTER = ndda.Filter(
     ndda.FAAPF(program, weight=ndda.Moment(), target_ess=0.0), num_particles=512, num_chains=16, progress_bar=False
 )
 

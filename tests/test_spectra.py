@@ -62,7 +62,7 @@ def test_roughness_of_white_noise_and_of_seams():
     se = np.std(steps - n / (n - 1) * variance) / np.sqrt(rings)
     assert abs(spectra.roughness(noise, average=0) - n / (n - 1)) < 4 * se
     # Smooth members, put together from pieces of four points, each of another member. Half the mean square of a seam's
-    # difference is Var x instead of Var x (1 - r), r the correlation of neighbours; one difference in four is a seam's.
+    # difference is Var x instead of Var x (1 - r), r the correlation of neighbors; one difference in four is a seam's.
     angle = 2 * np.pi * np.arange(n) / n
     members = np.cos(2 * angle + rng.uniform(0, 2 * np.pi, (rings, 1)))
     pieces = np.concatenate([members[rng.permutation(rings)][:, i : i + 4] for i in range(0, n, 4)], axis=-1)

@@ -211,7 +211,7 @@ def test_guidance_is_exact_with_c_and_wrong_without():
     for row in rows:
         assert row["C"] < 1e-11
         assert 0.5 < row["C = I"] < 1.0
-        assert row["C = I, symmetrised"] > 0.5
+        assert row["C = I, symmetrized"] > 0.5
     np.testing.assert_allclose([row["C = I"] for row in rows], [0.78, 0.58, 0.80, 0.92], atol=0.1)
 
 

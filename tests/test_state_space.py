@@ -33,7 +33,7 @@ def walking(x, y_t):
 
 
 def run(model, *args, algorithm=ndda.FAAPF, **kwargs):
-    filter = ndda.ParticleFilter(algorithm(model), num_particles=8, progress_bar=False)
+    filter = ndda.Filter(algorithm(model), num_particles=8, progress_bar=False)
     filter.run(KEY, *args, **kwargs)
     return filter.result
 
@@ -244,7 +244,7 @@ def with_errors():
 
         scan(step, initial(), (y, errors))
 
-    return ndda.ParticleFilter(ndda.FAAPF(model), num_particles=8, progress_bar=False)
+    return ndda.Filter(ndda.FAAPF(model), num_particles=8, progress_bar=False)
 
 
 @pytest.mark.parametrize("error", [0.0, -1.0, np.nan])

@@ -43,7 +43,7 @@ def program(small):
 
 def make(model, algorithm=ndda.FAAPF, **settings):
     arguments = {"num_particles": 8, "num_chains": 2, "progress_bar": False, **settings}
-    return ndda.ParticleFilter(algorithm(model), **arguments)
+    return ndda.Filter(algorithm(model), **arguments)
 
 
 @pytest.fixture(scope="module")

@@ -9,9 +9,9 @@ from numpyro_diffusion_da.diagnostics import verification as v
 def ensembles(seed, members, points, spread=1.0):
     """Members and truth from one distribution at each point, calibrated where `spread` is 1."""
     rng = np.random.default_rng(seed)
-    centre, scale = rng.normal(size=points), rng.uniform(0.5, 2.0, points)
-    ensemble = centre + spread * scale * rng.normal(size=(members, points))
-    return ensemble, centre + scale * rng.normal(size=points)
+    center, scale = rng.normal(size=points), rng.uniform(0.5, 2.0, points)
+    ensemble = center + spread * scale * rng.normal(size=(members, points))
+    return ensemble, center + scale * rng.normal(size=points)
 
 
 def gaussian_crps(mean, sd, y):

@@ -33,24 +33,24 @@ RANGE = (2e-2, 80.0)
 
 
 class TwoModes(ndda.DiffusionPrior):
-    """Equal parts of N(x + centre, v I) and N(x - centre, v I), for a previous state x.
+    """Equal parts of N(x + center, v I) and N(x - center, v I), for a previous state x.
 
     Args:
-        centre: shape (d,).
+        center: shape (d,).
         variance: v.
     """
 
-    centre: jax.Array
+    center: jax.Array
     variance: float = eqx.field(static=True)
     noise: ndda.Noise
     noise_range: tuple[float, float] = eqx.field(static=True)
     layout: ndda.Layout = eqx.field(static=True)
     conditioning_passes: int = eqx.field(static=True)
 
-    def __init__(self, centre: np.ndarray, variance: float) -> None:
-        self.centre, self.variance = jnp.asarray(centre, jnp.float32), variance
+    def __init__(self, center: np.ndarray, variance: float) -> None:
+        self.center, self.variance = jnp.asarray(center, jnp.float32), variance
         self.noise, self.noise_range, self.conditioning_passes = ndda.WhiteNoise(), RANGE, 0
-        self.layout = ndda.Layout((len(centre),), ("component",))
+        self.layout = ndda.Layout((len(center),), ("component",))
 
     def condition(self, state: jax.Array, inputs: Any = None) -> jax.Array:
         """The previous state."""
@@ -59,7 +59,7 @@ class TwoModes(ndda.DiffusionPrior):
     def denoise(self, z_s: jax.Array, noise_level: jax.Array, conditioning: jax.Array) -> jax.Array:
         """The mean under each mode, weighted by the mode's posterior probability."""
         total = self.variance + noise_level**2
-        mode = self.centre * jnp.tanh(jnp.vdot(self.centre, z_s) / total)
+        mode = self.center * jnp.tanh(jnp.vdot(self.center, z_s) / total)
         return mode + (self.variance / total) * (z_s - mode)
 
     def location(self, conditioning: jax.Array) -> jax.Array:
@@ -72,7 +72,7 @@ class TwoModes(ndda.DiffusionPrior):
 
     def exact(self, state: jax.Array) -> dist.Distribution:
         """The transition from one state."""
-        means = jnp.stack([state + self.centre, state - self.centre])
+        means = jnp.stack([state + self.center, state - self.center])
         parts = dist.Normal(means, self.variance**0.5).to_event(1)
         return dist.MixtureSameFamily(dist.Categorical(jnp.full(2, 0.5)), parts)
 

@@ -34,7 +34,7 @@ TUNING_SEED = 1
 
 
 class Setting(NamedTuple):
-    """How one filter is set: half-width of the taper in sites (None for none), and the two repairs of its spread."""
+    """How one filter is set: half-width of the taper in sites (None for none), and the two inflations of its spread."""
 
     radius: float | None
     inflation: float = 1.0
@@ -79,7 +79,7 @@ def run(
     if setting.radius is not None:
         observed = {"y": np.arange(0, sites, experiment.every)}
         taper = ndda.Taper(setting.radius, ndda.Ring(sites), observed, state=np.arange(sites))
-    filter_ = ndda.ParticleFilter(
+    filter_ = ndda.Filter(
         ndda.EnKF(
             experiment.true_program(climate),
             update=UPDATES[update],

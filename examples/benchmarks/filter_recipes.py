@@ -2,7 +2,7 @@
 
 The sampler of a draw can be measured alone (`ring64.py`). Here it is asked what is left of its error after a filter
 has cycled with it: stochastic Lorenz-96 (F = 8, step 0.1, noise variance 0.5), every second site observed with error
-variance 0.1, localised ancestors with Moment weights. All recipes have the same truths, observations and keys, so that
+variance 0.1, localized ancestors with Moment weights. All recipes have the same truths, observations and keys, so that
 differences are taken truth by truth. Nothing but the recipe differs, and none was chosen on these truths.
 
     python examples/benchmarks/filter_recipes.py --out recipes.json
@@ -63,7 +63,7 @@ def scores_of(recipe: Recipe, experiment: TwinExperiment, *, sites: int, truths:
     prior = ndda.load_prior("lorenz96", num_sites=sites)
     local = experiment.local_filter(experiment.emulator_program(prior), sites)
     algorithm = dataclasses.replace(local, sampler=recipe.sampler, guidance=recipe.guidance)
-    run = ndda.ParticleFilter(algorithm, num_particles=particles, progress_bar=False, keep_observed=False)
+    run = ndda.Filter(algorithm, num_particles=particles, progress_bar=False, keep_observed=False)
     found: dict[str, Any] = {"CRPS": [], "RMSE": [], "spread/skill": []}
     for number in range(truths):
         truth_key, filter_key = jax.random.split(jax.random.fold_in(jax.random.key(seed), number))

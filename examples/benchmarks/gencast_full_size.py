@@ -164,7 +164,7 @@ def main(
     batch_size: Annotated[int, typer.Option(help="Particles moved at a time.")] = 1,
     observations: Annotated[int, typer.Option(help="Stations of 2 m temperature.")] = 2000,
     repeats: Annotated[int, typer.Option(help="Timed calls of each pass; the median is given.")] = 5,
-    rematerialise: Annotated[bool, typer.Option(help="Compute activations again in the backward pass.")] = False,
+    rematerialize: Annotated[bool, typer.Option(help="Compute activations again in the backward pass.")] = False,
     filter_with: Annotated[str, typer.Option(help="Precision of the filter step; none to leave it out.")] = "bfloat16",
 ) -> None:
     """Measure and print."""
@@ -193,14 +193,14 @@ def main(
                 surface=data,
                 precision=precision,
                 attention=None if attention == "auto" else attention,
-                memory_budget=0.0 if rematerialise else None,
+                memory_budget=0.0 if rematerialize else None,
             )
             opened = time.perf_counter() - begin
             frames = prior.frames(data, data.time.values[:2])
             forcings = jax.tree.map(lambda v: v[0], prior.forcings(data.time.values[2:3]))
             conditioning = prior.condition((jnp.asarray(frames[0]), jnp.asarray(frames[1])), forcings)
             z = prior.noise.sample(jax.random.key(0), prior.layout.shape, jnp.float32)
-            row = {"precision": precision, "rematerialise": prior.rematerialise, "open_seconds": opened}
+            row = {"precision": precision, "rematerialize": prior.rematerialize, "open_seconds": opened}
             row["backward_gib"] = prior.backward_bytes() / 2**30
             row |= passes(prior, conditioning, z, repeats)
             denoised = row.pop("denoised")

@@ -32,7 +32,8 @@ import numpyro_diffusion_da as ndda
 from numpyro_diffusion_da.observation.likelihood import GeneralLikelihood, GeneralObservation
 from numpyro_diffusion_da.observation.linear_predictor import linear_predictor
 from numpyro_diffusion_da.program.sites import general_observation, pointwise_log_likelihood, predicted_observation
-from numpyro_diffusion_da.transition.base import DiffusionStep, GaussianStep
+from numpyro_diffusion_da.transition.diffusion import DiffusionDynamics
+from numpyro_diffusion_da.transition.gaussian import GaussianDynamics
 
 Kind = Callable[[jax.Array], dist.Distribution]
 EITHER = dist.Categorical(probs=jnp.array([0.5, 0.5]))
@@ -79,7 +80,7 @@ def guided(covariance: np.ndarray, likelihood: Any, guidance: ndda.Guidance, dra
     """Draws of the posterior of N(0, covariance) by guided diffusion, and the network passes of one."""
     d = len(covariance)
     prior = ndda.GaussianPrior(np.eye(d), covariance)
-    step = DiffusionStep(prior, prior.condition(jnp.zeros(d)), ndda.Sampler())
+    step = DiffusionDynamics(prior, prior.condition(jnp.zeros(d)), ndda.Sampler())
     draw = jax.jit(jax.vmap(lambda key: step.conditional_draw(key, likelihood, guidance)))
     x, record = draw(jax.random.split(jax.random.key(1), draws))
     return np.asarray(x, float), int(record.passes.total()[0])
@@ -98,7 +99,7 @@ def one_observation(name: str, draws: int) -> dict[str, Any]:
     mean = weights @ grid
     spread = np.sqrt(weights @ (grid - mean) ** 2)
     exact = np.interp(np.sort(x[:, 0]), grid, np.cumsum(weights))
-    step = GaussianStep(jnp.zeros(1), jnp.ones(1))
+    step = GaussianDynamics(jnp.zeros(1), jnp.ones(1))
     return {
         "observation": name,
         "mean error": float((x.mean() - mean) / spread),
@@ -121,7 +122,7 @@ def four_observations(name: str, seeds: int, draws: int) -> list[dict[str, Any]]
         truth = root @ np.random.default_rng(seed).normal(size=8)
         value = jnp.asarray(kind(jnp.asarray(look @ truth)).sample(jax.random.key(seed)), jnp.float32)
         likelihood = likelihood_of(kind, value, jnp.asarray(look))
-        step = GaussianStep(jnp.zeros(8), jnp.asarray(root))
+        step = GaussianDynamics(jnp.zeros(8), jnp.asarray(root))
         close = jax.jit(jax.vmap(lambda key, s=step, li=likelihood: s.conditional_draw(key, li, ndda.MMPS())[0]))
         near = np.asarray(close(jax.random.split(jax.random.key(2), 20_000)), float)
         wide = np.linalg.cholesky(1.7 * np.cov(near.T))
@@ -176,14 +177,14 @@ def filters(name: str, seeds: int, particles: int, reference: int, steps: int) -
     compared = {
         "bootstrap": ndda.Bootstrap(diffusion),
         "guided, equal weights": ndda.FAAPF(diffusion, weight=ndda.Equal()),
-        "FA-APF, Dirac + inflation": ndda.FAAPF(diffusion),
+        "FA-APF, Dirac + tempering": ndda.FAAPF(diffusion),
         "FA-APF, Moment": ndda.FAAPF(diffusion, weight=ndda.Moment(), target_ess=0.0),
         "GuidedPF": ndda.GuidedPF(diffusion),
         "FA-APF, Moment, closed form": ndda.FAAPF(closed, target_ess=0.0),
     }
     quiet = {"progress_bar": False, "keep_observed": False}
-    truth = ndda.ParticleFilter(ndda.Bootstrap(closed), num_particles=reference, **quiet)
-    runs = {label: ndda.ParticleFilter(a, num_particles=particles, **quiet) for label, a in compared.items()}
+    truth = ndda.Filter(ndda.Bootstrap(closed), num_particles=reference, **quiet)
+    runs = {label: ndda.Filter(a, num_particles=particles, **quiet) for label, a in compared.items()}
     found: dict[str, list[tuple[float, ...]]] = {label: [] for label in compared}
     for seed in range(seeds):
         draw = numpyro.infer.Predictive(closed, num_samples=1)

@@ -2,14 +2,14 @@
 
 x' = A x + N(0, Q), A = 0.95 x a random rotation, Q_ij = qs^2 exp(-|i - j| / 3); every second component is observed with
 error rs. With `--ring` the components are places on a ring, A moves what is there on by one place (times 0.95), and
-|i - j| is the distance along the ring: what is far apart then stays nearly independent, as localisation takes it to
+|i - j| is the distance along the ring: what is far apart then stays nearly independent, as localization takes it to
 be; a random rotation mixes everything. For each filter, means over seeds (a new rotation, truth and observations each)
 with their standard errors:
 
 - RMSE / Kalman's: of the particle mean against the truth, over that of the Kalman filter's mean;
 - mean error: RMS over steps and components of (particle mean - Kalman mean) / Kalman standard deviation;
 - variance ratio: particle variance / Kalman variance, averaged the same way;
-- log evidence: the filter's minus the Kalman filter's, over all steps. With inflation it is no estimate of the
+- log evidence: the filter's minus the Kalman filter's, over all steps. With tempering it is no estimate of the
   evidence; equal weights and the ensemble Kalman filter give none.
 
 The first steps are left out of the first two: the filters start from the stationary distribution, far wider than what
@@ -17,7 +17,7 @@ they then hold, and an RMS would be that of the first steps.
 
     python examples/benchmarks/linear_gaussian.py --out linear_gaussian.json              # transitions in closed form
     python examples/benchmarks/linear_gaussian.py --diffusion --dims 20                   # the same through a diffusion
-    python examples/benchmarks/linear_gaussian.py --ring --dims 400 --seeds 2             # where localisation is right
+    python examples/benchmarks/linear_gaussian.py --ring --dims 400 --seeds 2             # where localization is right
 """
 
 from __future__ import annotations
@@ -69,23 +69,23 @@ class Setting(NamedTuple):
 
 
 SIZES = ((4, 0.5, 0.5), (20, 0.5, 0.5), (20, 0.5, 0.2), (100, 0.5, 0.5), (400, 0.5, 0.5))
-FILTERS: dict[str, Callable[[Any], ndda.Algorithm]] = {  # of whole states
+FILTERS: dict[str, Callable[[Any], ndda.FilterAlgorithm]] = {  # of whole states
     "bootstrap": ndda.Bootstrap,
     "exact weights": lambda model: ndda.FAAPF(model, weight=ndda.Moment(), target_ess=0.0),
     "Dirac": lambda model: ndda.FAAPF(model, weight=ndda.Dirac(), target_ess=0.0),
-    "Dirac + inflation": lambda model: ndda.FAAPF(model, weight=ndda.Dirac()),
-    "exact weights + inflation": lambda model: ndda.FAAPF(model, weight=ndda.Moment()),
-    "exact weights + observation inflation": lambda model: ndda.FAAPF(
-        model, weight=ndda.Moment(), inflation=ndda.ObservationInflation()
+    "Dirac + tempering": lambda model: ndda.FAAPF(model, weight=ndda.Dirac()),
+    "exact weights + tempering": lambda model: ndda.FAAPF(model, weight=ndda.Moment()),
+    "exact weights + observation tempering": lambda model: ndda.FAAPF(
+        model, weight=ndda.Moment(), tempering=ndda.LikelihoodTempering()
     ),
     "equal weights": lambda model: ndda.FAAPF(model, weight=ndda.Equal()),
     "ensemble Kalman": ndda.EnKF,
     "ensemble Kalman, square root": lambda model: ndda.EnKF(model, update=ndda.SquareRoot()),
 }
 # Radii chosen on two seeds (1000, 1001) of d = 100 on the ring, from 1.5, 3 and 6.
-LOCALISED: dict[str, Callable[[Any, Setting], ndda.Algorithm]] = {
-    "localised, exact weights": lambda model, s: ndda.FAAPF(model, weight=ndda.Moment(), taper=s.taper(3.0)),
-    "localised ensemble Kalman": lambda model, s: ndda.EnKF(model, taper=s.taper(6.0)),
+LOCALISED: dict[str, Callable[[Any, Setting], ndda.FilterAlgorithm]] = {
+    "localized, exact weights": lambda model, s: ndda.FAAPF(model, weight=ndda.Moment(), taper=s.taper(3.0)),
+    "localized ensemble Kalman": lambda model, s: ndda.EnKF(model, taper=s.taper(6.0)),
 }
 WITHOUT_EVIDENCE = ("equal weights", "ensemble Kalman", "ensemble Kalman, square root", *LOCALISED)
 
@@ -172,7 +172,7 @@ def run(
     """One row of the table."""
     model = program(setting, diffusion)
     algorithm = FILTERS[name](model) if name in FILTERS else LOCALISED[name](model, setting)
-    filter_ = ndda.ParticleFilter(algorithm, num_particles=particles, progress_bar=False)
+    filter_ = ndda.Filter(algorithm, num_particles=particles, progress_bar=False)
     scores = []
     for seed in range(first_seed, first_seed + seeds):
         twin = experiment(setting, seed, steps)
@@ -185,7 +185,7 @@ def run(
         evidence = stats["log_evidence_increment"].sum() - twin.log_evidence
         squares = [np.mean((mean - twin.truth)[spin_up:] ** 2) for mean in (x.mean(0), twin.mean)]
         ratio = np.sqrt(squares[0] / squares[1])
-        scores.append([ratio, mean_error, variance_ratio, evidence, stats["inflation"].mean(), passes])
+        scores.append([ratio, mean_error, variance_ratio, evidence, stats["tempering"].mean(), passes])
     table = np.array(scores)
     mean = table.mean(0)
     row: dict[str, Any] = {**setting._asdict(), "filter": name}
@@ -194,7 +194,7 @@ def run(
         row[column] = float(mean[i]) if known else None
         # One seed says nothing about its own error.
         row[f"{column} SE"] = float(table[:, i].std(ddof=1) / np.sqrt(seeds)) if known and seeds > 1 else None
-    row["inflation"], row["passes"] = float(mean[4]), float(mean[5])
+    row["tempering"], row["passes"] = float(mean[4]), float(mean[5])
     return row
 
 
@@ -203,7 +203,7 @@ def show(console: Console, title: str, rows: list[dict[str, Any]]) -> None:
     table = Table(title=title, box=None, padding=(0, 1, 0, 0))
     for name in ("d, qs, rs", "filter"):
         table.add_column(name)
-    for name in ("RMSE / Kalman's", "mean error", "variance ratio", "log evidence", "inflation", "passes"):
+    for name in ("RMSE / Kalman's", "mean error", "variance ratio", "log evidence", "tempering", "passes"):
         table.add_column(name, justify="right")
     previous = None
     for row in rows:
@@ -222,7 +222,7 @@ def show(console: Console, title: str, rows: list[dict[str, Any]]) -> None:
             cell("mean error", 2),
             cell("variance ratio", 2),
             cell("log evidence", 1),
-            f"{row['inflation']:.2f}",
+            f"{row['tempering']:.2f}",
             f"{row['passes']:.0f}",
         )
         previous = setting

@@ -1,4 +1,4 @@
-"""What do localised ancestors give? Lorenz-96, observed linearly and otherwise, with its true and a learned transition.
+"""What do localized ancestors give? Lorenz-96, observed linearly and otherwise, with its true and a learned transition.
 
 Stochastic Lorenz-96 (F = 8, step 0.1, noise variance 0.5) on a ring of sites. Cases:
 
@@ -7,8 +7,8 @@ Stochastic Lorenz-96 (F = 8, step 0.1, noise variance 0.5) on a ring of sites. C
 - square: x^2 / 8 of every site, error variance 0.1;
 - arctan: 3 arctan(x / 2) of every second site, error variance 0.05.
 
-Filters: localised FA-APF with Moment and with Dirac weights; the published FA-APF, whose weights are global; controls:
-the free ensemble, a bootstrap filter, guided particles with equal weights, and a localised ensemble Kalman filter. All
+Filters: localized FA-APF with Moment and with Dirac weights; the published FA-APF, whose weights are global; controls:
+the free ensemble, a bootstrap filter, guided particles with equal weights, and a localized ensemble Kalman filter. All
 have the same transition, the true one or the emulator's. No setting was chosen on the truths reported; `--tune` prints
 the scores of the grid on others. Seams show in the roughness of particles over that of the truth: after the transition
 ("roughness"), and of the states glued together before it ("glued").
@@ -59,9 +59,9 @@ CASES = {
 
 
 class Setting(NamedTuple):
-    """Half-width of the taper in sites, with the particle filter's target ESS or the Kalman filter's inflation.
+    """Half-width of the taper in sites, with the particle filter's target ESS or the Kalman filter's tempering.
 
-    `factor` is that of the particle filter's spread repair, `Multiplicative`; the Kalman filter has its inflation.
+    `factor` is that of the particle filter's inflation, `Multiplicative`; the Kalman filter has its tempering.
     """
 
     radius: float
@@ -70,7 +70,7 @@ class Setting(NamedTuple):
 
 
 # The lowest CRPS on two truths of `TUNING_SEED` (arctan with Moment weights: four), d = 40, true transition, of `GRID`;
-# only for arctan with all of it, elsewhere without target ESS 0.05, radius 4 and the repairs of spread.
+# only for arctan with all of it, elsewhere without target ESS 0.05, radius 4 and the inflations of spread.
 TUNED: dict[str, dict[str, Setting]] = {
     "local, Moment": {
         "linear": Setting(5.0, 0.1), "modulus": Setting(5.0, 0.1), "square": Setting(5.0, 0.1),
@@ -126,7 +126,9 @@ def simulate(key: jax.Array, case: Case, sites: int, cycles: int) -> tuple[np.nd
     return np.asarray(states), np.asarray(seen + case.error_variance**0.5 * jax.random.normal(error_key, seen.shape))
 
 
-def make(name: str, setting: Setting | None, model: Any, case: Case, sites: int, emulator: bool) -> ndda.Algorithm:
+def make(
+    name: str, setting: Setting | None, model: Any, case: Case, sites: int, emulator: bool
+) -> ndda.FilterAlgorithm:
     """The filter of that name."""
     taper = None
     if setting is not None:
@@ -135,7 +137,7 @@ def make(name: str, setting: Setting | None, model: Any, case: Case, sites: int,
     # The emulator's errors are nearly independent from site to site: one product with random signs has its variances.
     moment = ndda.Moment(noise_level=10.0, probes=1) if emulator else ndda.Moment()
     if name == "EnKF":
-        return ndda.EnKF(model, taper=taper, inflation=setting.amount)
+        return ndda.EnKF(model, taper=taper, tempering=setting.amount)
     if name in ("free ensemble", "bootstrap"):
         return ndda.Bootstrap(model)
     if name == "equal weights":
@@ -143,9 +145,9 @@ def make(name: str, setting: Setting | None, model: Any, case: Case, sites: int,
     if name == "global, Dirac":
         return ndda.FAAPF(model, weight=ndda.Dirac(), guidance=GUIDANCE)
     weight = moment if name == "local, Moment" else ndda.Dirac()
-    repair = () if setting.factor == 1.0 else (ndda.Multiplicative(setting.factor),)
+    inflation = () if setting.factor == 1.0 else (ndda.Multiplicative(setting.factor),)
     return ndda.FAAPF(
-        model, weight=weight, taper=taper, target_ess=setting.amount, guidance=GUIDANCE, spread_repair=repair
+        model, weight=weight, taper=taper, target_ess=setting.amount, guidance=GUIDANCE, inflation=inflation
     )
 
 
@@ -164,7 +166,7 @@ def row_of(
 ) -> dict[str, Any]:  # fmt: skip
     """Means over truths with their standard errors."""
     model = program(CASES[case], sites, emulator)
-    run = ndda.ParticleFilter(
+    run = ndda.Filter(
         make(name, setting, model, CASES[case], sites, emulator),
         num_particles=particles, progress_bar=False, keep_observed=False,
     )  # fmt: skip
@@ -186,13 +188,13 @@ def row_of(
                 "CRPS": verification.crps(x, truth),
                 "roughness": float(np.mean(spectra.roughness(x, axis=-1))) / smooth,
                 "glued": float(np.mean(spectra.roughness(glued(run.result, spin_up), axis=-1))) / smooth,
-                "inflation": float(np.median(run.result.sample_stats["inflation"])),
+                "tempering": float(np.median(run.result.sample_stats["tempering"])),
                 "passes": float(sum(v.mean() for v in run.result.network_passes.values())),
             }
         )
     row: dict[str, Any] = {"case": case, "d": sites, "filter": name, "lost": lost}
     row |= {"radius": None, "amount": None, "factor": None} if setting is None else setting._asdict()
-    for key in ("RMSE", "spread/skill", "CRPS", "roughness", "glued", "inflation", "passes"):
+    for key in ("RMSE", "spread/skill", "CRPS", "roughness", "glued", "tempering", "passes"):
         values = np.array([score[key] for score in scores])
         row[key] = float(values.mean()) if len(values) else None
         row[f"{key} SE"] = float(values.std(ddof=1) / np.sqrt(len(values))) if len(values) > 1 else None
@@ -248,7 +250,7 @@ def main(
     seed: Annotated[int, typer.Option(help="Of the truths reported.")] = 0,
     out: Annotated[Path | None, typer.Option(help="Write the table to this JSON file.")] = None,
 ) -> None:
-    """Localised ancestors against global ones and a localised ensemble Kalman filter."""
+    """Localized ancestors against global ones and a localized ensemble Kalman filter."""
     console = Console(width=150)
     names = [*TUNED, *CONTROLS]
     for given, known, what in ((case, list(CASES), "case"), (only, names, "filter")):

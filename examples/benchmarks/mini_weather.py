@@ -2,7 +2,7 @@
 
 The truth is the stochastic Held-Suarez atmosphere of examples/mini_weather, every 12 hours for 15 days; filters see the
 emulator that ships. Networks: stations, the swath of a satellite, means over blocks. Filters: the free ensemble, guided
-particles with equal weights, the published FA-APF, its localised form, an ensemble Kalman filter with the emulator, and
+particles with equal weights, the published FA-APF, its localized form, an ensemble Kalman filter with the emulator, and
 with --true-model one with the true equations and the whole of their state (wants dinosaur-dycore). Scores are over the
 last 5 days, in standard deviations of the climate: RMSE of the mean of all channels, of observed and of unobserved
 ones, spread over error, CRPS. "forecast" is the RMSE of the emulator's 5-day forecast from the last ensemble.
@@ -44,13 +44,13 @@ from numpyro_diffusion_da.demos.held_suarez_demo import (
     area_weights,
     in_climate_units,
     run_weather_twin,
-    summarise_run,
+    summarize_run,
 )
 from numpyro_diffusion_da.demos.scores import mean_and_standard_error
 from numpyro_diffusion_da.diagnostics import verification
-from numpyro_diffusion_da.observation.networks import BlockMeans, Network, Stations, Swath, fraction_of
+from numpyro_diffusion_da.observation.networks import BlockMeans, ObservingNetwork, Stations, Swath, fraction_of
 from numpyro_diffusion_da.priors.spherical.emulator import SphericalEmulator
-from numpyro_diffusion_da.transition.base import DiffusionStep
+from numpyro_diffusion_da.transition.diffusion import DiffusionDynamics
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "mini_weather"))
 import data
@@ -68,7 +68,7 @@ class NetworkName(StrEnum):
     BLOCKS = "blocks"
 
 
-def network(name: NetworkName, prior: SphericalEmulator) -> Network:
+def network(name: NetworkName, prior: SphericalEmulator) -> ObservingNetwork:
     """With errors of a fifth of the climate's standard deviation, of the surface and of the lowest level."""
     errors = fraction_of(prior.state_scale, NEAR_GROUND, prior.layout, 0.2)
     match name:
@@ -127,7 +127,7 @@ def main(
     def forecast(rng_key: jax.Array, ensemble: jax.Array) -> jax.Array:
         def member(key: jax.Array, x: jax.Array) -> jax.Array:
             def step(x: jax.Array, key: jax.Array) -> tuple[jax.Array, None]:
-                return DiffusionStep(prior, prior.condition(x), SAMPLER).draw(key)[0], None
+                return DiffusionDynamics(prior, prior.condition(x), SAMPLER).draw(key)[0], None
 
             return jax.lax.scan(step, x, jax.random.split(key, FORECAST_STEPS))[0]
 
@@ -207,7 +207,7 @@ class TrueModelFilter:
         taper = dataclasses.replace(
             experiment.taper(prior, TRUE_RADIUS), state=true_model.positions(prior.layout, archive.shape[-1])
         )
-        self.filter = ndda.ParticleFilter(
+        self.filter = ndda.Filter(
             ndda.EnKF(program, taper=taper, rtps=TRUE_RTPS), num_particles=particles, progress_bar=False
         )
 
@@ -223,7 +223,7 @@ class TrueModelFilter:
         flat = np.asarray(seen(particles.reshape(-1, *particles.shape[3:])))
         posterior = {**result.posterior, "x": flat.reshape(*particles.shape[:3], *flat.shape[1:])}
         first = next(iter(self.experiment.observing(self.prior).values()))
-        return summarise_run(
+        return summarize_run(
             dataclasses.replace(result, posterior=posterior), states[1:], self.prior, first, self.experiment.spin_up
         )
 

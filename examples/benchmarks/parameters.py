@@ -116,7 +116,7 @@ FILTERS: dict[str, Callable[..., Any]] = {
     "bootstrap": ndda.Bootstrap,
     "guided": ndda.GuidedPF,
     "FA-APF, exact weights": lambda model: ndda.FAAPF(model, weight=ndda.Moment(), target_ess=0.0),
-    "FA-APF, Dirac + inflation": lambda model: ndda.FAAPF(model, weight=ndda.Dirac(), target_ess=0.2),
+    "FA-APF, Dirac + tempering": lambda model: ndda.FAAPF(model, weight=ndda.Dirac(), target_ess=0.2),
 }
 
 
@@ -161,7 +161,7 @@ def score(method: Any, y: np.ndarray, seed: int) -> dict[str, float]:
     return found
 
 
-def summarise(name: str, scores: list[dict[str, float]]) -> dict[str, Any]:
+def summarize(name: str, scores: list[dict[str, float]]) -> dict[str, Any]:
     """Means over seeds, with standard errors."""
     row: dict[str, Any] = {"method": name}
     for key in scores[0]:
@@ -223,7 +223,7 @@ def main(
     work = [(name, seed) for name in chosen for seed in range(seeds)]
     for name, seed in track(work, "inferring", console=console, transient=True):
         scores[name].append(score(chosen[name], series[seed], seed))
-    rows = [summarise(name, of) for name, of in scores.items()]
+    rows = [summarize(name, of) for name, of in scores.items()]
     kind = "diffusion" if diffusion else "closed form"
     show(console, f"{kind}, d = {d}, {steps} steps, N = {particles}, {seeds} seeds", rows)
     if out is not None:

@@ -1,18 +1,18 @@
 """Path weights: are they unbiased, how much do they vary, and how far is the emulator they speak of from the true one.
 
-A guided draw of a stochastic sampler comes with a weight whose mean is p(y | c) under the *discretised* emulator, the
+A guided draw of a stochastic sampler comes with a weight whose mean is p(y | c) under the *discretized* emulator, the
 law of the sampler at its number of noise levels. With an exact Gaussian prior that law is Gaussian, and its covariance
 follows from the sampler's own linear recursion: all but the last of the tables has an exact answer.
 
-1. The discretised emulator, on the ring of 64 points: 2-Wasserstein distance of its law to the prior, over the square
+1. The discretized emulator, on the ring of 64 points: 2-Wasserstein distance of its law to the prior, over the square
    root of the prior's total variance; its total variance over the prior's; log p(y | c) of 16 observations with error
    0.1 less that of the prior, mean and standard deviation over y.
 2. One step, a chain of 16 points with unit variance, m of them observed with error r: standard deviation of log w, and
-   mean of w over the discretised emulator's p(y | c), which is 1. By how exactly the draw is guided; and by Girsanov's
+   mean of w over the discretized emulator's p(y | c), which is 1. By how exactly the draw is guided; and by Girsanov's
    weights, whose draw is the unguided step, shifted by the guided denoiser and as wide as it was.
 3. The same where the noise of the diffusion is not white, and where it is singular.
 4. Filters on a linear-Gaussian state-space model, a chain of d points, every second observed: mean of Z^ / Z with its
-   standard error, and standard deviation of log Z^, over runs. Z is the Kalman filter's evidence, of the discretised
+   standard error, and standard deviation of log Z^, over runs. Z is the Kalman filter's evidence, of the discretized
    emulator where the transition is one.
 5. One step of the shipped Lorenz-96 emulator, whose denoiser is learned, every fourth of 40 points observed with error
    r: log of the mean weight of guided draws, and of the mean likelihood of twenty times as many unguided draws, with
@@ -42,9 +42,9 @@ from rich.table import Table
 import numpyro_diffusion_da as ndda
 from numpyro_diffusion_da.diffusion.denoiser import PriorDenoiser
 from numpyro_diffusion_da.diffusion.guidance import ObservingDenoiser
-from numpyro_diffusion_da.diffusion.sampler import StepInputs
-from numpyro_diffusion_da.filters.base import PATH_SAMPLER
-from numpyro_diffusion_da.transition.base import DiffusionStep
+from numpyro_diffusion_da.diffusion.steps import StepInputs
+from numpyro_diffusion_da.filters.guided_pf import PATH_SAMPLER
+from numpyro_diffusion_da.transition.diffusion import DiffusionDynamics
 
 # Steps that add noise, by name.
 STEPS: dict[str, ndda.StochasticStep] = {
@@ -151,7 +151,7 @@ class Problem(NamedTuple):
     error: float
 
     def log_evidence(self, sampler: ndda.Sampler) -> float:
-        """Of the discretised emulator."""
+        """Of the discretized emulator."""
         covariance = self.h @ law(self.prior, sampler) @ self.h.T + self.error**2 * np.eye(len(self.h))
         return float(log_evidence(self.y[None], covariance)[0])
 
@@ -176,7 +176,7 @@ def problem(size: int, observations: int, error: float, noise: np.ndarray | None
     return Problem(ndda.GaussianPrior(np.eye(size), q, noise_covariance=noise), h, y, error)
 
 
-def girsanov(step: DiffusionStep, likelihood: ndda.GaussianLikelihood, guidance: ndda.Guidance, key: Any) -> Any:
+def girsanov(step: DiffusionDynamics, likelihood: ndda.GaussianLikelihood, guidance: ndda.Guidance, key: Any) -> Any:
     """A draw with the guided denoiser in the mean of every step, and Girsanov's log w."""
     prior, sampler, law_of = step.prior, step.sampler, step.sampler.stochastic_step().law
     denoiser = guidance(PriorDenoiser(prior, step.conditioning), likelihood)
@@ -188,7 +188,7 @@ def girsanov(step: DiffusionStep, likelihood: ndda.GaussianLikelihood, guidance:
 
     def body(carry: Any, c: Any) -> Any:
         z, free, guided, shift, memory, log_ratio = carry
-        denoised, seen, memory = denoiser.innovation(z, c["start"], memory)
+        denoised, seen, memory = denoiser.directions(z, c["start"], memory)
         # The guided denoiser is D + C d. Steps are linear, so the mean moves by C u with u the step of d: no C^-1.
         d = c["start"] ** 2 * jnp.tensordot(jnp.linalg.solve(seen.covariance, seen.residual), seen.pulled, 1)
         at = StepInputs(loop_key, denoiser, prior.noise, z, c["start"], c["stop"], c)
@@ -209,7 +209,7 @@ def girsanov(step: DiffusionStep, likelihood: ndda.GaussianLikelihood, guidance:
 
 def one_step(p: Problem, sampler: ndda.Sampler, how: str, draws: int) -> dict[str, Any]:
     """Spread and bias of log w."""
-    step = DiffusionStep(p.prior, p.prior.condition(jnp.zeros(len(p.prior.covariance))), sampler)
+    step = DiffusionDynamics(p.prior, p.prior.condition(jnp.zeros(len(p.prior.covariance))), sampler)
     likelihood = p.likelihood
 
     def draw(key: Any) -> Any:
@@ -268,7 +268,7 @@ def kalman(y: np.ndarray, a: np.ndarray, q: np.ndarray, initial: np.ndarray, err
     return total
 
 
-FILTERS: dict[str, Callable[[Any], ndda.Algorithm]] = {
+FILTERS: dict[str, Callable[[Any], ndda.FilterAlgorithm]] = {
     "GuidedPF": ndda.GuidedPF,
     "GuidedPF, 2 products": lambda model: ndda.GuidedPF(model, guidance=ndda.MMPS()),
     "Bootstrap": lambda model: ndda.Bootstrap(model, sampler=PATH_SAMPLER),
@@ -310,9 +310,7 @@ def filter_rows(
             for name in filters:
                 if program is in_closed_form and "products" in name:
                     continue
-                run = ndda.ParticleFilter(
-                    FILTERS[name](program), num_particles=particles, num_chains=runs, progress_bar=False
-                )
+                run = ndda.Filter(FILTERS[name](program), num_particles=particles, num_chains=runs, progress_bar=False)
                 logs, off = [], []
                 for seed in range(experiments):
                     rng = np.random.default_rng(100 + seed)
@@ -345,7 +343,7 @@ def learned_rows(draws: int) -> list[dict[str, Any]]:
     prior = ndda.load_prior("lorenz96")
     keys = jax.random.split(jax.random.key(0), 4)
     before = prior.climatology().sample(keys[0])
-    step = DiffusionStep(prior, prior.condition(before), PATH_SAMPLER)
+    step = DiffusionDynamics(prior, prior.condition(before), PATH_SAMPLER)
     x, _ = step.draw(keys[1])
     noise, seen = jax.random.normal(keys[2], x[::4].shape), jnp.ones(len(x[::4]), bool)
     guided, free = jax.random.split(keys[3], draws), jax.random.split(keys[3], 20 * draws)
@@ -413,7 +411,7 @@ def main(
     title = f"Filters, {steps} steps, N = {particles}, {experiments} sets of observations, {runs} runs of each"
     with jax.enable_x64(True):
         double: dict[int, tuple[str, Callable[[], list[dict[str, Any]]]]] = {
-            1: (f"The discretised emulator, a ring of {points}", lambda: emulator_rows(levels, points)),
+            1: (f"The discretized emulator, a ring of {points}", lambda: emulator_rows(levels, points)),
             2: (f"One step, a chain of {size}, {draws} draws", lambda: weight_rows(size, levels[::2], draws)),
             3: (f"One step, noise that is not white, {draws} draws", lambda: noise_rows(size, draws)),
         }

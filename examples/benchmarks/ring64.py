@@ -35,9 +35,9 @@ from rich.console import Console
 from rich.table import Table
 
 import numpyro_diffusion_da as ndda
-from numpyro_diffusion_da.diffusion.denoiser import Memory, PriorDenoiser
+from numpyro_diffusion_da.diffusion.denoiser import GuidanceState, PriorDenoiser
 from numpyro_diffusion_da.diffusion.linear_solve import LinearSolver, Product, Solution, relative_residual
-from numpyro_diffusion_da.diffusion.sampler import StepInputs
+from numpyro_diffusion_da.diffusion.steps import StepInputs
 
 EXACT = ndda.MMPS(ndda.DirectSolve())
 
@@ -107,11 +107,13 @@ class Ring:
         conditioning = self.prior.condition(jnp.zeros(self.points))
         return guidance(PriorDenoiser(self.prior, conditioning), self.likelihood)
 
-    def flow(self, sampler: ndda.Sampler, guidance: ndda.Guidance) -> Callable[[jax.Array], tuple[jax.Array, Memory]]:
+    def flow(
+        self, sampler: ndda.Sampler, guidance: ndda.Guidance
+    ) -> Callable[[jax.Array], tuple[jax.Array, GuidanceState]]:
         """The map from the starting noise to the sample, for a deterministic sampler."""
         denoiser, prior = self.denoiser(guidance), self.prior
 
-        def draw(z: jax.Array) -> tuple[jax.Array, Memory]:
+        def draw(z: jax.Array) -> tuple[jax.Array, GuidanceState]:
             z, memory = sampler(jax.random.key(0), denoiser, prior.noise, prior.noise_range, z)
             return prior.latent_scale * z, memory
 
@@ -244,7 +246,9 @@ def exact_flow(ring: Ring, paths: int, levels: int) -> jax.Array:
     return jax.vmap(lambda z: ring.flow(reference, EXACT)(z)[0])(80.0 * starting_noise(ring, paths))
 
 
-def path_error(ring: Ring, sampler: ndda.Sampler, guidance: ndda.Guidance, exact: jax.Array) -> tuple[float, Memory]:
+def path_error(
+    ring: Ring, sampler: ndda.Sampler, guidance: ndda.Guidance, exact: jax.Array
+) -> tuple[float, GuidanceState]:
     """RMS distance to the exact flow, path by path, over the posterior's spread; and the memories of the paths."""
     x, memory = jax.vmap(ring.flow(sampler, guidance))(80.0 * starting_noise(ring, len(exact)))
     return float(jnp.sqrt(jnp.mean(jnp.sum((x - exact) ** 2, -1)))) / ring.spread, memory

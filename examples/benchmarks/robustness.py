@@ -9,8 +9,8 @@ What is wrong (the scenario), on the same truths and with the same random errors
 - correlated errors: correlation exp(-|i - j| / 3) between sites i and j;
 - biased transition: the filter's has a mean that is 0.3 too high at every site and step.
 
-Filters: localised FA-APF with Moment weights, the localised ensemble Kalman filter, the free ensemble. Thresholds and
-degrees of freedom are textbook values; amounts of repair, factors on R and estimates of R are from other truths than
+Filters: localized FA-APF with Moment weights, the localized ensemble Kalman filter, the free ensemble. Thresholds and
+degrees of freedom are textbook values; amounts of inflation, factors on R and estimates of R are from other truths than
 those reported, by `--tune`.
 
     python examples/benchmarks/robustness.py --out robustness.json
@@ -68,14 +68,14 @@ class Treatment(NamedTuple):
         likelihood: one of `LIKELIHOODS`.
         error_factor: the variance that the filter is given, over that of the scenario's.
         threshold: of a gross-error check; None for none.
-        repair: of the spread.
+        inflation: of the spread.
     """
 
     filter: str
     likelihood: str = "Normal"
     error_factor: float = 1.0
     threshold: float | None = None
-    repair: str = ""
+    inflation: str = ""
     amount: float = 0.0
 
     def label(self) -> str:
@@ -87,8 +87,8 @@ class Treatment(NamedTuple):
             parts.append(f"check {self.threshold:g}")
         if self.error_factor != 1.0:
             parts.append(f"given R x {self.error_factor:.4g}")
-        if self.repair:
-            parts.append(f"{self.repair}({self.amount:.4g})")
+        if self.inflation:
+            parts.append(f"{self.inflation}({self.amount:.4g})")
         return ", ".join(parts)
 
 
@@ -112,7 +112,7 @@ class Scenario(NamedTuple):
 
 FA, EK, FREE = Treatment("FA-APF"), Treatment("EnKF"), Treatment("free ensemble")
 GLOBAL_FA, GLOBAL_EK = Treatment("FA-APF global"), Treatment("EnKF global")
-# Factors on R and amounts of repair are those that `--tune` found; for correlated errors it found 1 best, and 2 is what
+# Factors on R and amounts of inflation are those that `--tune` found; for correlated errors it found 1 best, and 2 is what
 # is usual.
 SCENARIOS: dict[str, Scenario] = {
     "clean": Scenario(
@@ -132,8 +132,8 @@ SCENARIOS: dict[str, Scenario] = {
     "R too small": Scenario(
         given=0.25,
         treatments=(
-            FA, FA._replace(error_factor=2.54), FA._replace(repair="Multiplicative", amount=1.1), EK,
-            EK._replace(error_factor=1.94), EK._replace(repair="Multiplicative", amount=1.1),
+            FA, FA._replace(error_factor=2.54), FA._replace(inflation="Multiplicative", amount=1.1), EK,
+            EK._replace(error_factor=1.94), EK._replace(inflation="Multiplicative", amount=1.1),
         ),
     ),
     "R too large": Scenario(
@@ -149,8 +149,8 @@ SCENARIOS: dict[str, Scenario] = {
     "biased transition": Scenario(
         bias=BIAS,
         treatments=(
-            FA, FA._replace(repair="Multiplicative", amount=1.075), FA._replace(repair="Jitter", amount=0.312), EK,
-            EK._replace(repair="Multiplicative", amount=1.05), FREE,
+            FA, FA._replace(inflation="Multiplicative", amount=1.075), FA._replace(inflation="Jitter", amount=0.312), EK,
+            EK._replace(inflation="Multiplicative", amount=1.05), FREE,
         ),
     ),
 }  # fmt: skip
@@ -215,35 +215,35 @@ def simulate(key: jax.Array, scenario: Scenario, cycles: int) -> tuple[np.ndarra
     return np.asarray(states), np.asarray(y), np.asarray(gross)
 
 
-def algorithm(treatment: Treatment, bias: float, emulator: bool, amount: Any = None) -> ndda.Algorithm:
+def algorithm(treatment: Treatment, bias: float, emulator: bool, amount: Any = None) -> ndda.FilterAlgorithm:
     """The filter; `amount` may be traced."""
     model = program(treatment.likelihood, bias, emulator)
     amount = treatment.amount if amount is None else amount
     wide = treatment.filter.endswith("global")
-    repairs = {"Multiplicative": ndda.Multiplicative, "Jitter": ndda.Jitter}
-    repair = (repairs[treatment.repair](amount),) if treatment.repair else ()
+    inflations = {"Multiplicative": ndda.Multiplicative, "Jitter": ndda.Jitter}
+    inflation = (inflations[treatment.inflation](amount),) if treatment.inflation else ()
 
     def taper(radius: float) -> ndda.Taper | None:
         return None if wide else ndda.Taper(radius, ndda.Ring(SITES), {"y": AT}, state=np.arange(SITES))
 
     # The settings of local_ancestors.py for this case.
-    made: ndda.Algorithm
+    made: ndda.FilterAlgorithm
     if treatment.filter == "free ensemble":
         made = ndda.Bootstrap(model)
     elif treatment.filter.startswith("EnKF"):
-        made = ndda.EnKF(model, taper=taper(9.0), inflation=1.02, spread_repair=repair)
+        made = ndda.EnKF(model, taper=taper(9.0), tempering=1.02, inflation=inflation)
     else:
         probes = None if wide else 1
         weight = ndda.Moment(noise_level=10.0, probes=probes) if emulator else ndda.Moment()
-        made = ndda.FAAPF(model, weight=weight, taper=taper(5.0), target_ess=0.2 if wide else 0.1, spread_repair=repair)
+        made = ndda.FAAPF(model, weight=weight, taper=taper(5.0), target_ess=0.2 if wide else 0.1, inflation=inflation)
     return made if treatment.threshold is None else ndda.GrossErrorCheck(made, treatment.threshold)
 
 
 @functools.cache
-def runner(treatment: Treatment, bias: float, emulator: bool, particles: int) -> ndda.ParticleFilter:
+def runner(treatment: Treatment, bias: float, emulator: bool, particles: int) -> ndda.Filter:
     """Kept: the error that a filter is given does not compile it again."""
     made = algorithm(treatment, bias, emulator)
-    return ndda.ParticleFilter(made, num_particles=particles, progress_bar=False, keep_observed=False)
+    return ndda.Filter(made, num_particles=particles, progress_bar=False, keep_observed=False)
 
 
 SCORES = ("RMSE", "spread/skill", "CRPS", "rejected, gross", "rejected, good", "passes")
@@ -345,7 +345,7 @@ def tune(console: Console, emulator: bool, particles: int, cycles: int, wanted: 
                 found = estimated_error(name, treatment, emulator, particles, cycles)
                 factors = ", ".join(f"{r / SCENARIOS[name].given:.3f}" for r in found)
                 console.print(f"{name}, {treatment.filter}: estimates of R over the given one: {factors}")
-    for name, treatment, repair, between in (
+    for name, treatment, inflation, between in (
         ("R too small", FA, "Multiplicative", (1.0, 1.2)), ("R too small", EK, "Multiplicative", (1.0, 1.2)),
         ("biased transition", FA, "Multiplicative", (1.0, 1.2)), ("biased transition", FA, "Jitter", (0.0, 1.0)),
         ("biased transition", EK, "Multiplicative", (1.0, 1.2)),
@@ -356,17 +356,17 @@ def tune(console: Console, emulator: bool, particles: int, cycles: int, wanted: 
         truth_key, filter_key = jax.random.split(jax.random.key(TUNING_SEED))
         _, y, _ = simulate(truth_key, scenario, cycles)
 
-        def make(amount: Any, repair: str = repair, start: Treatment = treatment, of: Scenario = scenario) -> Any:
-            return algorithm(start._replace(repair=repair), of.bias, emulator, amount)
+        def make(amount: Any, inflation: str = inflation, start: Treatment = treatment, of: Scenario = scenario) -> Any:
+            return algorithm(start._replace(inflation=inflation), of.bias, emulator, amount)
 
         error = jnp.asarray((VARIANCE * scenario.given) ** 0.5)
         try:
             found_amount = innovations.tune_spread(
                 make, filter_key, y, error, between=between, num_particles=particles, discard=cycles // 4, max_runs=6
             )
-            console.print(f"{name}, {treatment.filter}, {repair}: {found_amount.amount:.3f}, {found_amount.ratio}")
+            console.print(f"{name}, {treatment.filter}, {inflation}: {found_amount.amount:.3f}, {found_amount.ratio}")
         except (ValueError, FloatingPointError) as problem:
-            console.print(f"{name}, {treatment.filter}, {repair}: {problem}")
+            console.print(f"{name}, {treatment.filter}, {inflation}: {problem}")
     if "correlated errors" in wanted:
         trials = [of._replace(error_factor=f) for of in (FA, EK) for f in (1.5, 2.0, 3.0, 4.0)]
         rows = [row_of("correlated errors", of, emulator, **sizes) for of in (FA, EK, *trials)]

@@ -80,7 +80,7 @@ def random_network(gain: float, hidden: int = 64) -> ndda.DenoiserPrior:
         return back @ jnp.tanh(forth @ z)
 
     return ndda.DenoiserPrior(
-        network, ndda.parametrisation.Preconditioned(1.0), parameters=parameters, layout=SITES, noise_range=(0.02, 80.0)
+        network, ndda.parametrization.Preconditioned(1.0), parameters=parameters, layout=SITES, noise_range=(0.02, 80.0)
     )
 
 

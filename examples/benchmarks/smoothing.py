@@ -1,7 +1,7 @@
 """Smoothing from a particle filter's genealogy, and by backward simulation, against the Rauch-Tung-Striebel smoother.
 
 x' = A x + N(0, Q), A = 0.95 x a random rotation, Q_ij = 0.25 exp(-|i - j| / 3); every second component is observed with
-error 0.5; FA-APF with exact weights and no inflation. For the filter's particles (lag 0), a few fixed lags, the whole
+error 0.5; FA-APF with exact weights and no tempering. For the filter's particles (lag 0), a few fixed lags, the whole
 genealogy, and trajectories simulated backwards (--draws of them, by default as many as particles), means over seeds (a
 new rotation, truth and observations each) with their standard errors:
 
@@ -10,7 +10,7 @@ new rotation, truth and observations each) with their standard errors:
 - distinct lines: different particles among the draws, the median over steps, and at the first step.
 
 With --truths, also smoothing of the Lorenz-96 twin experiment (FA-APF on the emulator, default settings: Dirac weights,
-inflated), where there is no exact answer but a truth: RMSE and spread of the particles, and distinct lines, over the
+tempered), where there is no exact answer but a truth: RMSE and spread of the particles, and distinct lines, over the
 steps after 20 and before the last 10.
 
     python examples/benchmarks/smoothing.py --truths 5 --out smoothing.json
@@ -123,7 +123,7 @@ def linear_gaussian(
 ) -> np.ndarray:
     """Scores of every experiment, shape (seed, lag, name); the last "lag" is backward simulation, if any draws."""
     algorithm = ndda.FAAPF(program(d), weight=ndda.Moment(), target_ess=0.0)
-    filter_ = ndda.ParticleFilter(algorithm, num_particles=particles, progress_bar=False)
+    filter_ = ndda.Filter(algorithm, num_particles=particles, progress_bar=False)
     found = []
     for seed in track(range(seeds), "linear-Gaussian", console=console, transient=True):
         a, initial, y = simulate(np.random.default_rng(seed), d, steps)
@@ -152,7 +152,7 @@ def lorenz96(lags: list[int | None], truths: int, cycles: int, particles: int, c
 
         scan(step, x0, y)
 
-    filter_ = ndda.ParticleFilter(ndda.FAAPF(model), num_particles=particles, progress_bar=False)
+    filter_ = ndda.Filter(ndda.FAAPF(model), num_particles=particles, progress_bar=False)
     scored = slice(SPIN_UP, cycles - BEFORE_END)
     found = []
     for truth in track(range(truths), "Lorenz-96", console=console, transient=True):

@@ -8,7 +8,7 @@ tables:
 1. C on three grids: its rank, and its largest and smallest non-zero eigenvalue.
 2. The guidance vector D_y - D at several noise levels: relative error against the closed form, root mean square over
    draws of truth, observations and z_s. C = I with a solve of the system as it is, which is what the published method
-   aims at, and with `DirectSolve`, which symmetrises the system (it is symmetric for the right C only).
+   aims at, and with `DirectSolve`, which symmetrizes the system (it is symmetric for the right C only).
 3. The whole sampler: 2-Wasserstein distance between its Gaussian and the exact posterior, over sqrt(trace of the
    posterior covariance). No Monte Carlo: with exact solves a sample is an affine function of its noise.
 4. Seconds of one product with C and of one draw on this machine's CPU, float32, and floating-point operations counted
@@ -58,7 +58,7 @@ class PlainSolve(LinearSolver):
 GUIDANCES: dict[str, ndda.MMPS] = {
     "C": ndda.MMPS(ndda.DirectSolve()),
     "C = I": ndda.MMPS(PlainSolve(), noise=ndda.WhiteNoise()),
-    "C = I, symmetrised": ndda.MMPS(ndda.DirectSolve(), noise=ndda.WhiteNoise()),
+    "C = I, symmetrized": ndda.MMPS(ndda.DirectSolve(), noise=ndda.WhiteNoise()),
 }
 
 
@@ -205,7 +205,7 @@ def sampler_rows(sphere: Sphere) -> list[dict[str, Any]]:
                 return prior.latent_scale * z
 
             values = jax.lax.map(jax.jit(draw), jnp.concatenate([jnp.zeros((1, rank)), jnp.eye(rank)]), batch_size=16)
-            centre, columns = np.asarray(values[0]), np.asarray(values[1:] - values[:1]).T
+            center, columns = np.asarray(values[0]), np.asarray(values[1:] - values[:1]).T
             drawn = columns @ columns.T
             rows.append(
                 {
@@ -213,7 +213,7 @@ def sampler_rows(sphere: Sphere) -> list[dict[str, Any]]:
                     "noise levels": len(levels),
                     "guidance": guidance_name,
                     "trace ratio": float(np.trace(drawn) / np.trace(covariance)),
-                    "error": wasserstein(centre, drawn, mean, covariance),
+                    "error": wasserstein(center, drawn, mean, covariance),
                 }
             )
     prior_error = wasserstein(np.zeros(sphere.points), covariance + explained, mean, covariance)

@@ -8,7 +8,7 @@ Cases, from what a Kalman update cannot represent:
 - rain: max(x - 2, 0) of every site of Lorenz-96, error variance 0.1: nothing is seen below the threshold;
 - sparse modulus: abs(x) of every second site, error variance 0.1.
 
-Lorenz-96 is as in `local_ancestors.py` (40 sites, step 0.1, noise variance 0.5), where the filters are localised. The
+Lorenz-96 is as in `local_ancestors.py` (40 sites, step 0.1, noise variance 0.5), where the filters are localized. The
 settings of both filters for Lorenz-63 are those with the lowest CRPS on other truths, which `--tune` prints; for
 Lorenz-96 they are those of other cases, not tuned.
 
@@ -87,7 +87,7 @@ CASES = {
 
 
 class Setting(NamedTuple):
-    """Target ESS of the particle filter or inflation of the Kalman filter, and the taper's half-width in sites."""
+    """Target ESS of the particle filter or tempering of the Kalman filter, and the taper's half-width in sites."""
 
     amount: float
     radius: float | None = None
@@ -147,7 +147,7 @@ def simulate(key: jax.Array, case: Case, cycles: int) -> tuple[np.ndarray, np.nd
     return np.asarray(states), np.asarray(seen + case.error_variance**0.5 * jax.random.normal(error_key, seen.shape))
 
 
-def make(name: str, setting: Setting | None, case: Case) -> ndda.Algorithm:
+def make(name: str, setting: Setting | None, case: Case) -> ndda.FilterAlgorithm:
     """The filter of that name."""
     model, taper = program(case), None
     if setting is not None and setting.radius is not None:
@@ -155,7 +155,7 @@ def make(name: str, setting: Setting | None, case: Case) -> ndda.Algorithm:
         at = np.arange(0, SITES, case.every)
         taper = ndda.Taper(setting.radius, ndda.Ring(SITES), {"y": at}, state=np.arange(SITES))
     if name == "EnKF":
-        return ndda.EnKF(model, taper=taper, inflation=setting.amount)
+        return ndda.EnKF(model, taper=taper, tempering=setting.amount)
     if name == "equal weights":
         return ndda.FAAPF(model, weight=ndda.Equal())
     if name == "FA-APF, Moment":
@@ -169,7 +169,7 @@ def row_of(
     """Scores truth by truth."""
     case = CASES[kind]
     algorithm = make(name, setting, case)
-    run = ndda.ParticleFilter(algorithm, num_particles=particles, progress_bar=False, keep_observed=False)
+    run = ndda.Filter(algorithm, num_particles=particles, progress_bar=False, keep_observed=False)
     row: dict[str, Any] = {"case": kind, "filter": name, "lost": 0, "CRPS": [], "RMSE": [], "spread/skill": []}
     row |= {"amount": None, "radius": None} if setting is None else setting._asdict()
     for number in range(truths):

@@ -81,7 +81,7 @@ def statistics(folder: Path, limit: int | None = None) -> Statistics:
 
 
 def trajectories(folder: Path, split: str, known: Statistics, limit: int | None = None) -> np.ndarray:
-    """Coefficients of the normalised states, shape (runs, times, 2, m, l, channel)."""
+    """Coefficients of the normalized states, shape (runs, times, 2, m, l, channel)."""
 
     @eqx.filter_jit
     def coefficients(fields: jax.Array) -> jax.Array:

@@ -7,7 +7,7 @@ In order: the linear forecast by least squares; a network on top of it, by area-
 which free runs of the two keep the climate (damping.py); the covariance of what they leave, whose scale is that of the
 validation run; with --correction, a network that corrects the denoiser, by denoising score matching (better by 0.03 %
 of the loss, for three times the work of a pass: not what ships). Networks are exponential moving averages over the
-optimiser's steps. Every --save-every steps, and after every free run, what is found is written to --out: call the
+optimizer's steps. Every --save-every steps, and after every free run, what is found is written to --out: call the
 script again and it goes on from there.
 """
 
@@ -31,7 +31,7 @@ import optax
 import typer
 
 from numpyro_diffusion_da.priors.spherical.emulator import SphericalEmulator, save_spherical_emulator
-from numpyro_diffusion_da.priors.spherical.networks import MeanNetwork, ResidualNetwork, ZonalOperator
+from numpyro_diffusion_da.priors.spherical.networks import SphericalMeanNetwork, SphericalResidualNetwork, ZonalOperator
 
 NAME = "held_suarez"
 NOISE_RANGE = (0.02, 80.0)
@@ -59,13 +59,13 @@ def rms_of_channels(total: np.ndarray, scalars: int) -> np.ndarray:
     return np.sqrt(np.concatenate([total[:scalars], wind, wind]))
 
 
-class Optimisation:
+class Optimization:
     """AdamW with warm-up and cosine decay, an average of the weights, and a file to go on from."""
 
     def __init__(self, path: Path, steps: int, rate: float, seed: int) -> None:
         self.path, self.steps, self.seed, self.done = path, steps, seed, 0
         schedule = optax.warmup_cosine_decay_schedule(0.0, rate, max(steps // 20, 1), max(steps, 2))
-        self.optimiser = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, weight_decay=1e-4))
+        self.optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, weight_decay=1e-4))
 
     def run(
         self,
@@ -79,7 +79,7 @@ class Optimisation:
         """The averaged model. Stops after `minutes`, to be gone on with later."""
         if not self.steps:
             return model
-        state = self.optimiser.init(model)
+        state = self.optimizer.init(model)
         average, spent = model, 0.0
         if self.path.exists():
             leaves, self.done, spent = pickle.loads(self.path.read_bytes())
@@ -90,7 +90,7 @@ class Optimisation:
         def update(model: Any, state: Any, average: Any, step: jax.Array, given: Any) -> tuple[Any, ...]:
             key = jax.random.fold_in(jax.random.key(self.seed), step)
             value, gradient = jax.value_and_grad(loss)(model, key, given)
-            change, state = self.optimiser.update(gradient, state, model)
+            change, state = self.optimizer.update(gradient, state, model)
             model = optax.apply_updates(model, change)
             decay = jnp.minimum(0.999, (1.0 + step) / (10.0 + step))
             average = jax.tree.map(lambda a, x: decay * a + (1.0 - decay) * x, average, model)
@@ -129,7 +129,7 @@ def main(
     members: Annotated[int, typer.Option(help="of these runs")] = 32,
     days: Annotated[int, typer.Option(help="of these runs")] = 120,
     correction: Annotated[int, typer.Option(help="hidden units of the denoiser's correction, 0 for none")] = 0,
-    steps: Annotated[int, typer.Option(help="optimiser steps of the mean network")] = 5000,
+    steps: Annotated[int, typer.Option(help="optimizer steps of the mean network")] = 5000,
     residual_steps: Annotated[int, typer.Option(help="of the denoiser's correction")] = 3000,
     batch: Annotated[int, typer.Option(help="states of a step")] = 8,
     rate: Annotated[float, typer.Option(help="largest learning rate")] = 2e-3,
@@ -168,7 +168,7 @@ def main(
     linear_left = after - np.asarray(propagate(propagator, before))
     print(f"linear forecast / persistence, ridge {RIDGES[best]:g}: {np.round(errors[best], 3)}", flush=True)
 
-    start = MeanNetwork.init(jax.random.key(seed), h, propagator, stages, hidden)
+    start = SphericalMeanNetwork.init(jax.random.key(seed), h, propagator, stages, hidden)
     # Winds are weighed as one vector.
     both = change.copy()
     both[h.num_scalars :] = np.tile(change[h.num_scalars :].reshape(2, -1).sum(0), 2)
@@ -176,10 +176,10 @@ def main(
     reflection = jnp.asarray(h.reflection, jnp.float32)[None]
 
     # The propagator is at its optimum, the damping is found afterwards; what is trained is the rest.
-    def fixed_parts(network: MeanNetwork) -> tuple[Any, Any]:
+    def fixed_parts(network: SphericalMeanNetwork) -> tuple[Any, Any]:
         return network.propagator, network.damping
 
-    def whole(rest: MeanNetwork) -> MeanNetwork:
+    def whole(rest: SphericalMeanNetwork) -> SphericalMeanNetwork:
         return eqx.tree_at(fixed_parts, rest, fixed_parts(start), is_leaf=lambda x: x is None)
 
     def mean_batch(generator: np.random.Generator) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -187,7 +187,7 @@ def main(
         # Errors of another time: from a state a little off, as in a run of its own, the way back is learned too.
         return before[index] + input_noise * linear_left[other], after[index], generator.random(batch) < 0.5
 
-    def mean_loss(network: MeanNetwork, rng_key: jax.Array, given: Any) -> jax.Array:
+    def mean_loss(network: SphericalMeanNetwork, rng_key: jax.Array, given: Any) -> jax.Array:
         def one(y: jax.Array, target: jax.Array, mirrored: jax.Array) -> jax.Array:
             sign = jnp.where(mirrored, reflection, 1.0)
             forecast, _ = whole(network)(sign * y, h)
@@ -197,17 +197,17 @@ def main(
 
     forecasts = jax.jit(lambda network, y: jax.lax.map(lambda y: network(y, h)[0], y))
 
-    def run_mean(network: MeanNetwork, y: np.ndarray) -> np.ndarray:
+    def run_mean(network: SphericalMeanNetwork, y: np.ndarray) -> np.ndarray:
         return np.asarray(forecasts(network, y))
 
     sample = np.linspace(0, len(check_before) - 1, min(96, len(check_before))).astype(int)
 
-    def mean_check(network: MeanNetwork) -> str:
+    def mean_check(network: SphericalMeanNetwork) -> str:
         left = squares(run_mean(whole(network), check_before[sample]) - check_after[sample])
         ratio = by_variable(left, squares(check_after[sample] - check_before[sample]), h.num_winds)
         return f"validation error / persistence {np.sqrt(np.mean(ratio**2)):.3f} {np.round(ratio, 3)}"
 
-    fitting = Optimisation(out / "mean.pickle", steps if stages else 0, rate, seed)
+    fitting = Optimization(out / "mean.pickle", steps if stages else 0, rate, seed)
     rest = eqx.tree_at(fixed_parts, start, (None, None))
     network = whole(fitting.run(rest, mean_loss, mean_batch, save_every, mean_check, minutes))
     mean, check_mean = (run_mean(network, x) for x in (before, check_before))
@@ -241,7 +241,7 @@ def main(
     emulator = SphericalEmulator(
         mean_network=network,
         gaussian=linear.gaussian(zeta, h, rank, shrinkage),
-        residual_network=ResidualNetwork.init(jax.random.key(seed + 1), h, correction),
+        residual_network=SphericalResidualNetwork.init(jax.random.key(seed + 1), h, correction),
         state_mean=jnp.asarray(known.state_mean),
         state_scale=jnp.asarray(known.state_scale),
         latent_scale=jnp.asarray(latent) * jnp.asarray(known.state_scale),
@@ -260,7 +260,7 @@ def main(
         level = np.exp(low + (high - low) * ((np.arange(batch) + generator.random()) / batch))
         return before[index], zeta[index], level.astype(np.float32), generator.random(batch) < 0.5
 
-    def denoising_losses(network: ResidualNetwork, rng_key: jax.Array, given: Any) -> jax.Array:
+    def denoising_losses(network: SphericalResidualNetwork, rng_key: jax.Array, given: Any) -> jax.Array:
         trained = eqx.tree_at(lambda e: e.residual_network, emulator, network)
 
         def one(key: jax.Array, y: jax.Array, z: jax.Array, level: jax.Array, mirrored: jax.Array) -> jax.Array:
@@ -273,7 +273,7 @@ def main(
 
         return jax.vmap(one)(jax.random.split(rng_key, len(given[0])), *given)
 
-    def residual_loss(network: ResidualNetwork, rng_key: jax.Array, given: Any) -> jax.Array:
+    def residual_loss(network: SphericalResidualNetwork, rng_key: jax.Array, given: Any) -> jax.Array:
         return jnp.mean(denoising_losses(network, rng_key, given))
 
     check_zeta = (check_left / latent / amplitude).astype(np.float32)
@@ -281,12 +281,12 @@ def main(
     fixed = (check_before[sample], check_zeta[sample], levels, np.zeros(len(sample), bool))
     score = jax.jit(denoising_losses)
 
-    def residual_check(network: ResidualNetwork) -> str:
+    def residual_check(network: SphericalResidualNetwork) -> str:
         now = np.asarray(score(network, jax.random.key(9), fixed))
         start = np.asarray(score(emulator.residual_network, jax.random.key(9), fixed))
         return f"validation {now.mean():.4f}, of the Gaussian denoiser alone {start.mean():.4f}"
 
-    fitting = Optimisation(out / "residual.pickle", residual_steps if correction else 0, rate, seed + 1)
+    fitting = Optimization(out / "residual.pickle", residual_steps if correction else 0, rate, seed + 1)
     found = fitting.run(emulator.residual_network, residual_loss, residual_batch, save_every, residual_check, minutes)
     emulator = eqx.tree_at(lambda e: e.residual_network, emulator, found)
 
@@ -296,7 +296,7 @@ def main(
         "training": {
             "pairs": len(before),
             "seed": seed,
-            "optimiser_steps": {
+            "optimizer_steps": {
                 "mean_network": steps if stages else 0,
                 "residual_network": residual_steps if correction else 0,
             },

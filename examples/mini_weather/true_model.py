@@ -20,7 +20,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from numpyro.contrib.control_flow import scan
 
 from numpyro_diffusion_da.fields.layout import Layout
-from numpyro_diffusion_da.observation.networks import Network
+from numpyro_diffusion_da.observation.networks import ObservingNetwork
 
 
 class Archive(dist.Distribution):
@@ -82,7 +82,7 @@ def true_program(
     atmosphere: Atmosphere,
     like: Any,
     archive: Float[np.ndarray, "archived latitude longitude channel"],
-    networks: Mapping[str, Network],
+    networks: Mapping[str, ObservingNetwork],
     layout: Layout,
     start_error: float,
 ) -> Callable[[Array, dict[str, Array]], None]:

@@ -30,7 +30,7 @@ from numpyro_diffusion_da.diffusion.sampler import Sampler
 from numpyro_diffusion_da.diffusion.schedule import KarrasSchedule
 from numpyro_diffusion_da.observation.networks import channel_names
 from numpyro_diffusion_da.priors.spherical.emulator import SphericalEmulator, read_spherical_emulator
-from numpyro_diffusion_da.transition.base import DiffusionStep
+from numpyro_diffusion_da.transition.diffusion import DiffusionDynamics
 
 NAME = "held_suarez"
 WAVENUMBERS = 21
@@ -161,7 +161,7 @@ def main(
     truth = np.concatenate(list(data.shards(data_folder, split)), axis=1)
 
     def draw(rng_key: jax.Array, x: jax.Array) -> jax.Array:
-        return DiffusionStep(emulator, emulator.condition(x), sampler).draw(rng_key)[0]
+        return DiffusionDynamics(emulator, emulator.condition(x), sampler).draw(rng_key)[0]
 
     flat_before = truth[:, :-1].reshape(-1, *truth.shape[2:])
     flat_after = truth[:, 1:].reshape(-1, *truth.shape[2:])

@@ -109,7 +109,7 @@ def _lorenz96(out: Path, seed: int, particles: int, truths: int, cycles: int, sp
         )
     console.print(score_table(result))
     console.print(
-        "passes: network passes (forward + vjp) per particle and step. ESS: median, of the weights before inflation; "
+        "passes: network passes (forward + vjp) per particle and step. ESS: median, of the weights before tempering; "
         "infl.: median exponent on the weights, 1 = none. FA-APF selects whole particles, its local "
         "form site by site, where ESS and infl. are medians over sites too. The EnKF runs on the true equations: it "
         "has no network, and no emulator error."

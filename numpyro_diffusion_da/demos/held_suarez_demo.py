@@ -24,17 +24,21 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from numpyro.contrib.control_flow import scan
 
 from numpyro_diffusion_da.demos.held_suarez_truth import STEP_HOURS
-from numpyro_diffusion_da.demos.scores import check_spin_up, summarised, table_of_scores
+from numpyro_diffusion_da.demos.scores import check_spin_up, summarized, table_of_scores
 from numpyro_diffusion_da.diagnostics import verification
 from numpyro_diffusion_da.diffusion.sampler import Sampler
 from numpyro_diffusion_da.diffusion.schedule import KarrasSchedule
-from numpyro_diffusion_da.filters.base import FAAPF, Algorithm, Bootstrap, EnKF
-from numpyro_diffusion_da.inference.filter import FilterResult, ParticleFilter
-from numpyro_diffusion_da.observation.networks import Network, Stations, fraction_of
+from numpyro_diffusion_da.filters.base import FilterAlgorithm
+from numpyro_diffusion_da.filters.bootstrap import Bootstrap
+from numpyro_diffusion_da.filters.enkf import EnKF
+from numpyro_diffusion_da.filters.fa_apf import FAAPF
+from numpyro_diffusion_da.inference.filter import Filter, FilterResult
+from numpyro_diffusion_da.observation.networks import ObservingNetwork, Stations, fraction_of
 from numpyro_diffusion_da.priors.spherical.emulator import SphericalEmulator
 from numpyro_diffusion_da.program.distribution import DiffusionTransition
 from numpyro_diffusion_da.smc.base import check_target_ess
-from numpyro_diffusion_da.smc.localization import GreatCircle, Taper
+from numpyro_diffusion_da.smc.distances import GreatCircle
+from numpyro_diffusion_da.smc.localization import Taper
 from numpyro_diffusion_da.transition.weights import Dirac, Equal
 
 if TYPE_CHECKING:
@@ -83,7 +87,7 @@ class WeatherExperiment:
         ValueError: nothing left to score, a start error that is not positive, or a target ESS outside [0, 1).
     """
 
-    networks: dict[str, Network] | None = None
+    networks: dict[str, ObservingNetwork] | None = None
     cycles: int = 30
     spin_up: int = 20
     start_error: float = 0.5
@@ -96,7 +100,7 @@ class WeatherExperiment:
         if not self.start_error > 0:
             raise ValueError(f"start_error={self.start_error}; give a positive number of standard deviations.")
 
-    def observing(self, prior: SphericalEmulator) -> dict[str, Network]:
+    def observing(self, prior: SphericalEmulator) -> dict[str, ObservingNetwork]:
         """The networks, those by default among them."""
         if self.networks is not None:
             return self.networks
@@ -144,11 +148,11 @@ class WeatherExperiment:
         return weather
 
     def taper(self, prior: SphericalEmulator, radius: float) -> Taper:
-        """Localisation along the sphere; half-width in kilometres of the Earth."""
+        """Localization along the sphere; half-width in kilometers of the Earth."""
         places = {name: network.places(prior.layout) for name, network in self.observing(prior).items()}
         return Taper(radius, GreatCircle(), places)
 
-    def filters(self, prior: SphericalEmulator) -> dict[str, Algorithm]:
+    def filters(self, prior: SphericalEmulator) -> dict[str, FilterAlgorithm]:
         """The filters by their names; settings chosen with 200 stations on two pieces of a run that no score is of.
 
         The guided ones see the emulator with larger errors (`SphericalEmulator.with_errors_times`); the free ensemble
@@ -232,7 +236,7 @@ class WeatherResult:
 
     def summary(self) -> dict[str, dict[str, dict[str, float]]]:
         """Mean and standard error over truths (NaN for one) by filter and score, in plain numbers."""
-        return summarised({name: self.scores(name) for name in self.runs})
+        return summarized({name: self.scores(name) for name in self.runs})
 
     def rank_frequencies(
         self, name: str, channels: np.ndarray, bars: int = 13
@@ -242,7 +246,7 @@ class WeatherResult:
         Args:
             name: of the filter.
             channels: which channels are counted together.
-            bars: neighbouring ranks are put together into so many.
+            bars: neighboring ranks are put together into so many.
         """
         counts = sum(run.ranks[channels].sum(0) for run in self.runs[name])
         parts = np.array_split(counts, min(bars, len(counts)))
@@ -263,8 +267,8 @@ def in_climate_units(
     return np.moveaxis(fields, -1, -3) / np.asarray(prior.state_scale)[:, None, None]
 
 
-def summarise_run(
-    result: FilterResult, states: np.ndarray, prior: SphericalEmulator, network: Network, spin_up: int
+def summarize_run(
+    result: FilterResult, states: np.ndarray, prior: SphericalEmulator, network: ObservingNetwork, spin_up: int
 ) -> WeatherRun:
     """Scores of a run, and what figures need of it.
 
@@ -332,7 +336,7 @@ def _run_filter(
     num_particles: int,
 ) -> list[WeatherRun]:
     """One filter on every truth, whichever others are run: it must do with its arguments, in any process."""
-    filter = ParticleFilter(
+    filter = Filter(
         experiment.filters(prior)[name], num_particles=num_particles, progress_bar=False, keep_observed=False
     )
     network = next(iter(experiment.observing(prior).values()))
@@ -340,9 +344,9 @@ def _run_filter(
     for truth, (first_guess, y, rng_key) in zip(states, inputs, strict=True):
         seen = jax.tree.map(lambda v: np.full_like(v, np.nan), y) if name == FREE else y
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="weights are inflated")
+            warnings.filterwarnings("ignore", message="weights are tempered")
             filter.run(jax.random.fold_in(rng_key, FILTERS.index(name)), first_guess, seen)
-        runs.append(summarise_run(filter.result, truth[1:], prior, network, experiment.spin_up))
+        runs.append(summarize_run(filter.result, truth[1:], prior, network, experiment.spin_up))
     return runs
 
 

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-COLOURS = {FREE: "#888888", GUIDED: "#56B4E9", GLOBAL: "#CC79A7", MAIN: "#D55E00", ENKF: "#000000"}
+COLORS = {FREE: "#888888", GUIDED: "#56B4E9", GLOBAL: "#CC79A7", MAIN: "#D55E00", ENKF: "#000000"}
 SYMBOLS = {"temperature": "T", "u_component_of_wind": "u", "v_component_of_wind": "v", "surface_pressure": "p"}
 
 
@@ -105,9 +105,9 @@ def spread_and_error(experiment: WeatherExperiment, result: WeatherResult) -> Fi
     for row, (title, chosen) in zip(panels, groups.items(), strict=True):
         for axes, name in zip(row, result.runs, strict=True):
             error, spread = (result.by_time(name, key, chosen).mean(0) for key in ("rmse", "spread_by_time"))
-            axes.fill_between(time, error, spread, color=COLOURS[name], alpha=0.15, lw=0)
-            axes.plot(time, error, color=COLOURS[name], lw=2.2, label="error of the mean")
-            axes.plot(time, spread, color=COLOURS[name], lw=1.6, ls=(0, (4, 2)), label="spread")
+            axes.fill_between(time, error, spread, color=COLORS[name], alpha=0.15, lw=0)
+            axes.plot(time, error, color=COLORS[name], lw=2.2, label="error of the mean")
+            axes.plot(time, spread, color=COLORS[name], lw=1.6, ls=(0, (4, 2)), label="spread")
             axes.set(xlim=(0, time[-1]), ylim=0)
             _plain(axes)
         row[0].set_ylabel(f"{title}\nover climate s.d.")
@@ -156,14 +156,14 @@ def maps(
     figure.suptitle(f"{label(name)}, {state}: anomaly from the zonal-mean climate ({note})", fontsize=13)
     panels = figure.subplots(len(steps), 5, subplot_kw={"projection": "mollweide"}, squeeze=False)
     places = next(iter(experiment.observing(prior).values())).places(prior.layout)
-    # Filled contours, an odd number of colours: what is near zero is white.
+    # Filled contours, an odd number of colors: what is near zero is white.
     levels = limit * np.linspace(-1.0, 1.0, 18)
     images = {}
     for i, (row, step) in enumerate(zip(panels, steps, strict=True)):
         for k, (axes, (title, field)) in enumerate(zip(row, columns.items(), strict=True)):
-            colours = "RdBu_r" if k < 3 else "PuOr_r"
+            colors = "RdBu_r" if k < 3 else "PuOr_r"
             x, y, values = _around_the_globe(prior.layout, field[step])
-            images[k] = axes.contourf(x, y, values, levels, cmap=colours, extend="both")
+            images[k] = axes.contourf(x, y, values, levels, cmap=colors, extend="both")
             if k in (1, 2):
                 _, _, true_values = _around_the_globe(prior.layout, truth[step])
                 axes.contour(x, y, true_values, levels[[4, 13]], colors="k", linewidths=0.6, linestyles="solid")
@@ -235,9 +235,9 @@ def at_station(
         for run in (FREE, MAIN):
             members = result.runs[run][0].at_stations[:, :, k, c]
             low, lower, middle, upper, high = np.quantile(members, [0.05, 0.25, 0.5, 0.75, 0.95], axis=0)
-            axes.fill_between(time, low, high, color=COLOURS[run], alpha=0.22, lw=0, label=f"{run}, 50 and 90 %")
-            axes.fill_between(time, lower, upper, color=COLOURS[run], alpha=0.35, lw=0)
-            axes.plot(time, middle, color=COLOURS[run], lw=1.3)
+            axes.fill_between(time, low, high, color=COLORS[run], alpha=0.22, lw=0, label=f"{run}, 50 and 90 %")
+            axes.fill_between(time, lower, upper, color=COLORS[run], alpha=0.35, lw=0)
+            axes.plot(time, middle, color=COLORS[run], lw=1.3)
         axes.plot(time, truth[:, c], color="k", lw=1.6, label="truth")
         if c in seen:
             j = seen.index(c)
@@ -261,7 +261,7 @@ def rank_histograms(result: WeatherResult, *, bars: int = 13) -> Figure:
 
     Args:
         result: of the twin.
-        bars: neighbouring ranks are put together into so many.
+        bars: neighboring ranks are put together into so many.
     """
     from matplotlib.figure import Figure
 
@@ -270,7 +270,7 @@ def rank_histograms(result: WeatherResult, *, bars: int = 13) -> Figure:
     for row, (title, chosen) in zip(panels, _by_observed(result).items(), strict=True):
         for axes, name in zip(row, result.runs, strict=True):
             edges, density = result.rank_frequencies(name, chosen, bars)
-            axes.bar(edges[:-1], density, np.diff(edges), align="edge", color=COLOURS[name], alpha=0.75, edgecolor="w")
+            axes.bar(edges[:-1], density, np.diff(edges), align="edge", color=COLORS[name], alpha=0.75, edgecolor="w")
             axes.axhline(1.0, color="k", lw=0.8, ls="--")
             axes.set(xlim=(0, 1), xticks=(0, 0.5, 1))
             _plain(axes)
@@ -285,7 +285,7 @@ def rank_histograms(result: WeatherResult, *, bars: int = 13) -> Figure:
 
 def _line(name: str) -> dict[str, Any]:
     return {
-        "color": COLOURS[name],
+        "color": COLORS[name],
         "lw": 2.4 if name == MAIN else 1.5,
         "label": name,
         "zorder": 3 if name == MAIN else 2,

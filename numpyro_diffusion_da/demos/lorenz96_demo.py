@@ -20,13 +20,17 @@ from jaxtyping import Array, PRNGKeyArray
 from numpyro.contrib.control_flow import scan
 
 from numpyro_diffusion_da.demos import lorenz96_system as lorenz96
-from numpyro_diffusion_da.demos.scores import check_spin_up, mean_and_standard_error, summarised, table_of_scores
+from numpyro_diffusion_da.demos.scores import check_spin_up, mean_and_standard_error, summarized, table_of_scores
 from numpyro_diffusion_da.diagnostics import verification
 from numpyro_diffusion_da.diffusion.prior import DiffusionPrior
-from numpyro_diffusion_da.filters.base import FAAPF, Algorithm, Bootstrap, EnKF
-from numpyro_diffusion_da.inference.filter import FilterResult, ParticleFilter
+from numpyro_diffusion_da.filters.base import FilterAlgorithm
+from numpyro_diffusion_da.filters.bootstrap import Bootstrap
+from numpyro_diffusion_da.filters.enkf import EnKF
+from numpyro_diffusion_da.filters.fa_apf import FAAPF
+from numpyro_diffusion_da.inference.filter import Filter, FilterResult
 from numpyro_diffusion_da.program.distribution import DiffusionTransition
-from numpyro_diffusion_da.smc.localization import Ring, Taper
+from numpyro_diffusion_da.smc.distances import Ring
+from numpyro_diffusion_da.smc.localization import Taper
 from numpyro_diffusion_da.transition.weights import Equal, Moment
 
 if TYPE_CHECKING:
@@ -40,7 +44,7 @@ COLUMNS = {
     "spread_skill": "spread/\nskill",
     "crps": "CRPS",
     "ess": "ESS",
-    "inflation": "infl.",
+    "tempering": "infl.",
 }
 FREE, BOOTSTRAP, GUIDED, GLOBAL, MAIN, ENKF = FILTERS = (
     "free ensemble",
@@ -101,7 +105,7 @@ class TwinExperiment:
         return lorenz96_emulator
 
     def local_filter(self, model: Callable[[Array], None], sites: int) -> FAAPF:
-        """FA-APF with localised ancestors; settings as in `examples/benchmarks/local_ancestors.py`, tuned there."""
+        """FA-APF with localized ancestors; settings as in `examples/benchmarks/local_ancestors.py`, tuned there."""
         taper = Taper(5.0, Ring(sites), {"y": np.arange(0, sites, self.every)}, state=np.arange(sites))
         # The emulator's errors are nearly independent from site to site: one product with random signs is enough.
         return FAAPF(model, weight=Moment(noise_level=10.0, probes=1), target_ess=0.1, taper=taper)
@@ -135,7 +139,7 @@ class TwinExperiment:
             "spread_skill": verification.spread_skill(particles, truth),
             "crps": verification.crps(particles, truth),
             "ess": float(np.median(result.sample_stats["ess"][0, self.spin_up :])),
-            "inflation": float(np.median(result.sample_stats["inflation"][0, self.spin_up :])),
+            "tempering": float(np.median(result.sample_stats["tempering"][0, self.spin_up :])),
             "passes": float(passes),
         }
 
@@ -162,13 +166,13 @@ class TwinResult:
 
     def summary(self) -> dict[str, dict[str, dict[str, float]]]:
         """Mean and standard error by filter and score, in plain numbers."""
-        return summarised({name: {key: scores[key] for key in COLUMNS} for name, scores in self.scores.items()})
+        return summarized({name: {key: scores[key] for key in COLUMNS} for name, scores in self.scores.items()})
 
 
 def score_table(result: TwinResult) -> Table:
     """The scores as a table of one row a filter, mean ± standard error over truths."""
     title = f"mean over {len(result.scores[MAIN]['rmse'])} truths ± standard error"
-    plain = {"passes": 0, "ess": 0, "inflation": 3}
+    plain = {"passes": 0, "ess": 0, "tempering": 3}
     return table_of_scores(title, result.summary(), COLUMNS, MAIN, decimals=2, plain=plain)
 
 
@@ -198,8 +202,8 @@ def run_twin(
         raise ValueError(f"truths={truths}; give 1 or more.")
     program, climate = experiment.emulator_program(prior), prior.climatology()
 
-    def make(algorithm: Algorithm) -> ParticleFilter:
-        return ParticleFilter(algorithm, num_particles=num_particles, progress_bar=False)
+    def make(algorithm: FilterAlgorithm) -> Filter:
+        return Filter(algorithm, num_particles=num_particles, progress_bar=False)
 
     blind = make(Bootstrap(program))
     filters = {
@@ -222,7 +226,7 @@ def run_twin(
             on_step(name)
             with warnings.catch_warnings():
                 # What is warned of is a column of the table.
-                warnings.filterwarnings("ignore", message="weights are inflated")
+                warnings.filterwarnings("ignore", message="weights are tempered")
                 filter.run(jax.random.fold_in(filter_key, i), np.full_like(y, np.nan) if name == FREE else y)
             scores[name].append(experiment.score(filter.result, states))
             by_time[name].append(verification.rmse(filter.result.posterior["x"][0], states, axis=1))

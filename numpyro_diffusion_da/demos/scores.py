@@ -28,7 +28,7 @@ def mean_and_standard_error(values: Float[np.ndarray, " truth"]) -> tuple[float,
     return float(values.mean()), float(error)
 
 
-def summarised(
+def summarized(
     scores: Mapping[str, Mapping[str, Float[np.ndarray, " truth"]]],
 ) -> dict[str, dict[str, dict[str, float]]]:
     """Mean and standard error by filter and score, in plain numbers."""
@@ -52,7 +52,7 @@ def table_of_scores(
 
     Args:
         title: of the table.
-        summary: as of `summarised`.
+        summary: as of `summarized`.
         columns: the headings of the scores shown, by score.
         main: the filter in bold.
         decimals: of the scores.

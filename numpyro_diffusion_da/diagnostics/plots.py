@@ -7,16 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from numpyro_diffusion_da.demos.lorenz96_demo import (
-    BOOTSTRAP,
-    ENKF,
-    FREE,
-    GLOBAL,
-    GUIDED,
-    MAIN,
-    TwinExperiment,
-    TwinResult,
-)
 from numpyro_diffusion_da.results import smoothing
 
 if TYPE_CHECKING:
@@ -25,99 +15,12 @@ if TYPE_CHECKING:
 
     from numpyro_diffusion_da.results.result import FilterResult
 
-# Okabe & Ito's palette, readable without colour vision.
+# Okabe & Ito's palette, readable without color vision.
 PALETTE = ("#D55E00", "#777777", "#0072B2", "#009E73", "#E69F00", "#000000")
-COLOURS = {
-    FREE: "#999999",
-    BOOTSTRAP: "#E69F00",
-    GUIDED: "#56B4E9",
-    GLOBAL: "#CC79A7",
-    MAIN: "#D55E00",
-    ENKF: "#000000",
-}
-
-
-def twin_figure(experiment: TwinExperiment, result: TwinResult) -> Figure:
-    """Truth, observations and analysis in space and time; error over time; an unobserved site; ESS and inflation."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(12, 8.5), layout="constrained")
-    rows = figure.add_gridspec(2, 1, height_ratios=[1.1, 1.6])
-    upper, lower = figure.add_subfigure(rows[0]), figure.add_subfigure(rows[1])
-    mean = {name: run.posterior["x"][0].mean(0) for name, run in result.runs.items()}
-    observations = np.full_like(result.states, np.nan)
-    observations[:, :: experiment.every] = result.runs[MAIN].observed_data["y"]
-    fields = {
-        "truth": result.states,
-        "observations": observations,
-        f"{MAIN}, mean": mean[MAIN],
-        f"{FREE}, mean": mean[FREE],
-    }
-    limit = float(np.abs(result.states).max())
-    panels = upper.subplots(1, 4, sharey=True)
-    for axes, (title, field) in zip(panels, fields.items(), strict=True):
-        image = axes.imshow(field, aspect="auto", origin="lower", cmap="RdBu_r", vmin=-limit, vmax=limit)
-        axes.set_facecolor("#dddddd")
-        axes.set_title(title, fontsize=10)
-        axes.set_xlabel("site")
-    panels[0].set_ylabel("cycle")
-    upper.colorbar(image, ax=panels, label="x", pad=0.01)
-
-    grid = lower.add_gridspec(2, 2, height_ratios=[1, 0.7])
-    axes = lower.add_subplot(grid[0, 0])
-    for name, errors in result.rmse_by_time.items():
-        axes.plot(errors.mean(0), color=COLOURS[name], label=name, lw=2.2 if name == MAIN else 1.3)
-        if len(errors) > 1:
-            error = errors.std(0, ddof=1) / np.sqrt(len(errors))
-            axes.fill_between(
-                np.arange(errors.shape[1]),
-                errors.mean(0) - error,
-                errors.mean(0) + error,
-                color=COLOURS[name],
-                alpha=0.2,
-                lw=0,
-            )
-    axes.axvline(experiment.spin_up, color="k", lw=0.7, ls=":")
-    axes.set_ylim(0)
-    axes.set_xlabel("cycle (scored to the right of the dotted line)")
-    axes.set_ylabel("RMSE")
-    axes.set_title(f"error of the ensemble mean, all sites, mean of {len(errors)} truths", fontsize=10)
-    axes.legend(fontsize=8, ncols=2, frameon=False)
-
-    axes = lower.add_subplot(grid[0, 1])
-    site = 1  # not observed: every `experiment.every`-th is, from 0
-    for name in (FREE, MAIN):
-        low, high = np.quantile(result.runs[name].posterior["x"][0, :, :, site], [0.05, 0.95], axis=0)
-        axes.fill_between(np.arange(len(low)), low, high, color=COLOURS[name], alpha=0.35, lw=0, label=f"{name}, 90 %")
-    axes.plot(mean[MAIN][:, site], color=COLOURS[MAIN], lw=1.2)
-    axes.plot(result.states[:, site], color="k", lw=1.2, label="truth")
-    axes.set_xlabel("cycle")
-    axes.set_ylabel("x")
-    axes.set_title(f"site {site}, which is not observed", fontsize=10)
-    axes.legend(fontsize=8, ncols=3, frameon=False, loc="upper left")
-
-    stats = result.runs[MAIN].sample_stats
-    axes = lower.add_subplot(grid[1, 0])
-    axes.plot(
-        over_blocks(stats["distinct_ancestors"][0]), color=COLOURS[MAIN], label="distinct ancestors, after inflation"
-    )
-    axes.plot(over_blocks(stats["ess"][0]), color=COLOURS[MAIN], ls=":", label="ESS of the weights, before it")
-    axes.set_yscale("log")
-    axes.set_ylim(0.9, 1.1 * len(stats["log_weights"][0]))
-    axes.set_xlabel("cycle")
-    axes.set_title(f"{MAIN}: how many particles count", fontsize=10)
-    axes.legend(fontsize=8, frameon=False)
-    axes = lower.add_subplot(grid[1, 1])
-    axes.plot(over_blocks(stats["inflation"][0]), color=COLOURS[MAIN])
-    axes.set_yscale("log")
-    axes.set_xlabel("cycle")
-    axes.set_ylabel("alpha")
-    axes.set_title(f"{MAIN}: inflation (1 = none)", fontsize=10)
-    return figure
 
 
 def over_blocks(values: np.ndarray) -> np.ndarray:
-    """A statistic of one chain over time: the median over blocks of localised ancestors, shape (time,)."""
+    """A statistic of one chain over time: the median over blocks of localized ancestors, shape (time,)."""
     return values if values.ndim == 1 else np.median(values, axis=1)
 
 
@@ -132,7 +35,7 @@ def skill_figure(
 
     Args:
         days: time of each step, shape (time,).
-        scores: run -> field -> "rmse" and "spread", one value a step. Each run has a colour, the first the strongest.
+        scores: run -> field -> "rmse" and "spread", one value a step. Each run has a color, the first the strongest.
         units: field -> its unit. One panel each.
         stats: `FilterResult.sample_stats` of the first run, of which the first chain is shown.
         title: of the figure.
@@ -144,13 +47,13 @@ def skill_figure(
     figure.suptitle(title, fontsize=11)
     panels = figure.subplots(rows, 3, squeeze=False).reshape(-1)
     for axes, (field, unit) in zip(panels, units.items(), strict=False):
-        for (run, fields), colour in zip(scores.items(), PALETTE, strict=False):
-            axes.plot(days, fields[field]["rmse"], color=colour, lw=2, label=f"{run}: error of the mean")
-            axes.plot(days, fields[field]["spread"], color=colour, ls="--", label=f"{run}: spread")
+        for (run, fields), color in zip(scores.items(), PALETTE, strict=False):
+            axes.plot(days, fields[field]["rmse"], color=color, lw=2, label=f"{run}: error of the mean")
+            axes.plot(days, fields[field]["spread"], color=color, ls="--", label=f"{run}: spread")
         axes.set(title=field, ylabel=unit, ylim=0)
     count, *rest = panels[len(units) :]
     count.plot(days, over_blocks(stats["distinct_ancestors"][0]), color="k", label="distinct ancestors")
-    count.plot(days, over_blocks(stats["ess"][0]), color="k", ls=":", label="ESS of the weights, before inflation")
+    count.plot(days, over_blocks(stats["ess"][0]), color="k", ls=":", label="ESS of the weights, before tempering")
     count.set_yscale("log", base=2)
     count.yaxis.set_major_formatter("{x:.0f}")
     count.set(title=f"{next(iter(scores))}: particles that count", ylim=(0.9, 1.1 * len(stats["log_weights"][0])))
@@ -205,9 +108,9 @@ def map_figure(
     axes = panels[1, 1]
     if land is not None:
         axes.pcolormesh(longitude, latitude, land, cmap="Greys", vmin=0.0, vmax=4.0, rasterized=True)
-    for (name, (north, east)), colour in zip((places or {}).items(), ("k", *PALETTE), strict=False):
+    for (name, (north, east)), color in zip((places or {}).items(), ("k", *PALETTE), strict=False):
         size = min(5.0, 120 / np.sqrt(len(north) + 1))
-        axes.plot(east, north, ".", color=colour, ms=size, mew=0, label=f"{name} ({len(north)})")
+        axes.plot(east, north, ".", color=color, ms=size, mew=0, label=f"{name} ({len(north)})")
     axes.set_title("observed at", fontsize=10)
     handles, names = axes.get_legend_handles_labels()
     figure.legend(handles, names, loc="outside lower right", ncols=3, frameon=False, fontsize=9, markerscale=1.5)
@@ -254,7 +157,7 @@ def predictive_at_point(
         name: result.posterior_predictive[site][point].reshape(-1, len(time))
         for name, result in (("analysis", analysis), ("forecast", forecast))
     }
-    colours = {"analysis": PALETTE[0], "forecast": PALETTE[2]}
+    colors = {"analysis": PALETTE[0], "forecast": PALETTE[2]}
     since = {"analysis": slice(None), "forecast": slice(step, None)}
     figure = Figure(figsize=(10, 3.8), layout="constrained")
     figure.suptitle(title, fontsize=11)
@@ -262,9 +165,9 @@ def predictive_at_point(
     bins = np.histogram_bin_edges(np.concatenate([values[:, step] for values in draws.values()]), 40)
     for name, values in draws.items():
         low, middle, high = np.quantile(values[:, since[name]], [0.05, 0.5, 0.95], axis=0)
-        over_time.fill_between(time[since[name]], low, high, color=colours[name], alpha=0.25, lw=0)
-        over_time.plot(time[since[name]], middle, color=colours[name], label=f"{name}, median and 90 %")
-        at_time.hist(values[:, step], bins, density=True, orientation="horizontal", color=colours[name], alpha=0.5)
+        over_time.fill_between(time[since[name]], low, high, color=colors[name], alpha=0.25, lw=0)
+        over_time.plot(time[since[name]], middle, color=colors[name], label=f"{name}, median and 90 %")
+        at_time.hist(values[:, step], bins, density=True, orientation="horizontal", color=colors[name], alpha=0.5)
     unseen = np.isnan(forecast.observed_data[site][point])
     over_time.plot(time[~unseen], observed[~unseen], "k.", ms=6, label="observations")
     over_time.plot(time[unseen], observed[unseen], "ko", ms=4, mfc="w", label="not seen by the forecast")
@@ -287,7 +190,7 @@ def pit_over_time(pit: np.ndarray, time: np.ndarray, *, bins: int = 10, windows:
 
     Uniform where predictions are calibrated; at both ends where they are too narrow, in the middle where too wide, at
     one end where they are off. On the right, the middle and the quartiles of each window are marked, which belong on
-    the grey lines.
+    the gray lines.
 
     Args:
         pit: of each observation, between 0 and 1, shape (observation,).
@@ -337,7 +240,7 @@ def genealogy(
     Args:
         result: of a filter that selects.
         index: of the value of the state that is shown; () for a scalar.
-        paths: trajectories of `ParticleFilter.backward_simulation`, shown beside the genealogy.
+        paths: trajectories of `Filter.backward_simulation`, shown beside the genealogy.
         chain: which filter.
         lags: fixed lags whose distinct lines are shown too.
         time: one value a step; steps by default.
@@ -360,14 +263,14 @@ def genealogy(
     upper, count = figure.add_subfigure(grid[0]), figure.add_subfigure(grid[1]).subplots()
     stats = result.sample_stats
     count.plot(time, stats["distinct_ancestors"][chain], color="#999999", label="distinct ancestors of one step")
-    for lag, colour in zip(lags, PALETTE[3:], strict=False):
-        count.plot(time, smoothing.distinct_ancestors_at(result, lag)[chain], color=colour, label=f"lines of lag {lag}")
+    for lag, color in zip(lags, PALETTE[3:], strict=False):
+        count.plot(time, smoothing.distinct_ancestors_at(result, lag)[chain], color=color, label=f"lines of lag {lag}")
     panels = upper.subplots(1, len(lines), sharey=True, squeeze=False)[0]
-    for axes, (name, of_lines), colour in zip(panels, lines.items(), (PALETTE[0], PALETTE[2]), strict=False):
-        _links(axes, time, particles, of_lines.sample_stats["filter_draw"][chain], colour)
+    for axes, (name, of_lines), color in zip(panels, lines.items(), (PALETTE[0], PALETTE[2]), strict=False):
+        _links(axes, time, particles, of_lines.sample_stats["filter_draw"][chain], color)
         axes.set(title=name, xlabel="time", xlim=(time[0], time[-1]))
         axes.title.set_fontsize(10)
-        count.plot(time, of_lines.sample_stats["distinct_lines"][chain], color=colour, label=name)
+        count.plot(time, of_lines.sample_stats["distinct_lines"][chain], color=color, label=name)
     panels[0].set_ylabel(f"{result.latent_name}[{', '.join(map(str, index))}]" if index else result.latent_name)
     count.set(xlabel="time", ylabel="different particles", yscale="log", xlim=(time[0], time[-1]))
     count.set_ylim(0.9, 1.2 * len(particles))
@@ -375,7 +278,7 @@ def genealogy(
     return figure
 
 
-def _links(axes: Axes, time: np.ndarray, particles: np.ndarray, lines: np.ndarray, colour: str) -> None:
+def _links(axes: Axes, time: np.ndarray, particles: np.ndarray, lines: np.ndarray, color: str) -> None:
     """Particles (draw, time) as dots, and the links of lines (line, time) between them, each drawn once."""
     from matplotlib.collections import LineCollection
 
@@ -387,5 +290,5 @@ def _links(axes: Axes, time: np.ndarray, particles: np.ndarray, lines: np.ndarra
         at = np.broadcast_to(dates[k : k + 2], ends.shape)
         widths = 0.3 + 1.7 * np.sqrt(counts / len(lines))
         axes.add_collection(
-            LineCollection(np.stack([at, ends], axis=-1).tolist(), linewidths=widths, colors=colour, alpha=0.7)
+            LineCollection(np.stack([at, ends], axis=-1).tolist(), linewidths=widths, colors=color, alpha=0.7)
         )

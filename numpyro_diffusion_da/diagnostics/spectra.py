@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from numpyro_diffusion_da.diagnostics.labelling import Axis, answer, axis_names, is_labelled, named
+from numpyro_diffusion_da.diagnostics.labeling import Axis, answer, axis_names, is_labeled, named
 
 if TYPE_CHECKING:
     import xarray
@@ -54,7 +54,7 @@ def roughness(field: Any, *, axis: int | str = -1, average: Axis = (), weights: 
     """Mean square of first differences along a ring over twice its variance: near 0 smooth, near 1 white noise.
 
     (1/n) sum_j (x_{j+1} - x_j)^2 / (2 Var x), Var x the variance along the ring about its own mean. It is one minus the
-    autocorrelation of neighbours, and the mean of 1 - cos(2 pi k / n) over the power spectrum: a wave of k periods has
+    autocorrelation of neighbors, and the mean of 1 - cos(2 pi k / n) over the power spectrum: a wave of k periods has
     exactly that, independent values n / (n - 1) in the mean of numerator and denominator, an alternation of signs 2.
     Seams, as where one part of a field comes from another member than the next, raise it.
 
@@ -84,14 +84,14 @@ class _Ring:
     def __init__(self, field: Any, axis: int | str, average: Axis, weights: Any) -> None:
         import xarray
 
-        self.labelled = is_labelled(field)
-        if weights is not None and is_labelled(weights) != self.labelled:
+        self.labeled = is_labeled(field)
+        if weights is not None and is_labeled(weights) != self.labeled:
             raise TypeError("field and weights: give both as numpy arrays or both as xarray.DataArray.")
         field = named(field)
         self.dims = [str(name) for name in field.dims]
-        (self.axis,) = axis_names(axis, self.dims, self.labelled, "the field")
+        (self.axis,) = axis_names(axis, self.dims, self.labeled, "the field")
         others = [name for name in self.dims if name != self.axis]
-        self.averaged = others if average is None else axis_names(average, self.dims, self.labelled, "the field")
+        self.averaged = others if average is None else axis_names(average, self.dims, self.labeled, "the field")
         if self.axis in self.averaged:
             raise ValueError(f"average has the axis of the ring, {axis!r}; name other axes, or none.")
         if field.sizes[self.axis] < 2:
@@ -100,7 +100,7 @@ class _Ring:
         at_a_point = self.field.isel({self.axis: 0}, drop=True)
         if weights is None:
             self.weights = xarray.ones_like(at_a_point)
-        elif not self.labelled:
+        elif not self.labeled:
             self.weights = at_a_point.copy(data=np.broadcast_to(np.asarray(weights, float), at_a_point.shape))
         elif extra := set(weights.dims) - set(others):
             raise ValueError(f"weights have {sorted(extra)}, which are not among the field's other axes {others}.")
@@ -116,4 +116,4 @@ class _Ring:
     def answer(self, values: xarray.DataArray, instead: str | None = None) -> Any:
         """In the kind of the field, with the axis `instead` where the ring's was."""
         dims = [instead if name == self.axis else name for name in self.dims]
-        return answer(values.transpose(*[name for name in dims if name in values.dims]), self.labelled)
+        return answer(values.transpose(*[name for name in dims if name in values.dims]), self.labeled)

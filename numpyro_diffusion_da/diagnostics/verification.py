@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from numpyro_diffusion_da.diagnostics.labelling import Axis, Case, is_labelled
+from numpyro_diffusion_da.diagnostics.labeling import Axis, EnsembleCase, is_labeled
 
 
 def rmse(ensemble: Any, truth: Any, *, member: int | str = 0, axis: Axis = None, weights: Any = None) -> Any:
@@ -34,7 +34,7 @@ def rmse(ensemble: Any, truth: Any, *, member: int | str = 0, axis: Axis = None,
         ValueError: shapes or axes that do not fit.
         TypeError: numpy arrays mixed with xarray's.
     """
-    case = Case(ensemble, truth, member, weights)
+    case = EnsembleCase(ensemble, truth, member, weights)
     return case.answer(case.mean(case.squared_error(), axis) ** 0.5)
 
 
@@ -54,7 +54,7 @@ def spread(ensemble: Any, *, member: int | str = 0, axis: Axis = None, weights: 
         ValueError: see `rmse`, and fewer than two members.
         TypeError: see `rmse`.
     """
-    case = Case(ensemble, None, member, weights)
+    case = EnsembleCase(ensemble, None, member, weights)
     return case.answer(case.mean(case.variance(), axis) ** 0.5)
 
 
@@ -63,20 +63,20 @@ def spread_skill(ensemble: Any, truth: Any, *, member: int | str = 0, axis: Axis
 
     Arguments and errors as `rmse`; at least two members.
     """
-    case = Case(ensemble, truth, member, weights)
+    case = EnsembleCase(ensemble, truth, member, weights)
     return case.answer((case.mean(case.variance(), axis) / case.mean(case.squared_error(), axis)) ** 0.5)
 
 
 def crps(ensemble: Any, truth: Any, *, member: int | str = 0, axis: Axis = None, weights: Any = None) -> Any:
     """Mean continuous ranked probability score, in the unit of the state; lower is better.
 
-    The fair estimate mean |x_i - y| - sum_ij |x_i - x_j| / (2 M (M - 1)), which does not favour larger ensembles.
+    The fair estimate mean |x_i - y| - sum_ij |x_i - x_j| / (2 M (M - 1)), which does not favor larger ensembles.
 
     Arguments and errors as `rmse`; at least two members. ``axis=()`` gives the score of every point.
     """
     import scoringrules
 
-    case = Case(ensemble, truth, member, weights)
+    case = EnsembleCase(ensemble, truth, member, weights)
     case.require_two_members()
     members = case.members.transpose(..., "member")
     # "pwm" is the fair estimate (Zamo & Naveau 2018) by sorting: M log M operations, where "fair" makes all M^2 pairs.
@@ -108,7 +108,7 @@ def energy_score(
         ValueError: see `rmse`; fewer than two members, no axis for the vector, one that is also averaged over.
         TypeError: see `rmse`.
     """
-    case = Case(ensemble, truth, member, weights)
+    case = EnsembleCase(ensemble, truth, member, weights)
     case.require_two_members()
     within = case.axes(vector)
     if not within:
@@ -160,7 +160,7 @@ def rank_histogram(ensemble: Any, truth: Any, *, member: int | str = 0) -> np.nd
         ValueError: see `rmse`, and a NaN member where there is a truth.
         TypeError: see `rmse`.
     """
-    case = Case(ensemble, truth, member, None)
+    case = EnsembleCase(ensemble, truth, member, None)
     m = case.members.sizes["member"]
     valid = case.valid.values.reshape(-1)
     members = case.members.transpose("member", ...).values.reshape(m, -1)[:, valid]
@@ -210,7 +210,7 @@ def flatness(counts: Any, *, effective: float | None = None) -> Flatness:
     and u quadratic in it and orthogonal to that and to a constant, which a wrong spread brings forth. Each also shows a
     little of the other, where the deviation is large.
 
-    The p-values are those of independent points. Ranks at neighbouring points and times are correlated, so those of a
+    The p-values are those of independent points. Ranks at neighboring points and times are correlated, so those of a
     field are far too small: take the histogram of points that are far apart in space and time, as in
     ``rank_histogram(x[..., ::20, ::10], y[..., ::20, ::10])``, or say how many independent points there are. With ties
     shared out, counts vary less, and the test rejects too seldom.
@@ -238,7 +238,7 @@ def flatness(counts: Any, *, effective: float | None = None) -> Flatness:
     expected = n.mean()
     x = (n - expected) / np.sqrt(expected)
     ranks = np.arange(n.size) - (n.size - 1) / 2
-    # The ranks are centred, so that odd and even contrasts are orthogonal.
+    # The ranks are centered, so that odd and even contrasts are orthogonal.
     linear, quadratic = ranks, ranks**2 - np.mean(ranks**2)
     bias, dispersion = (float(u @ x / np.linalg.norm(u)) for u in (linear, quadratic))
     chi_square = float(x @ x)
@@ -258,11 +258,11 @@ def flatness(counts: Any, *, effective: float | None = None) -> Flatness:
 def area_weights(latitude: Any) -> Any:
     """Area of grid cells, from the sines of their edges, with mean 1.
 
-    sin(top) - sin(bottom), the edges being halfway between cell centres. The first and last cell reach as far beyond
-    their centre as the half cell inside; to the pole, where the next centre would lie beyond it.
+    sin(top) - sin(bottom), the edges being halfway between cell centers. The first and last cell reach as far beyond
+    their center as the half cell inside; to the pole, where the next center would lie beyond it.
 
     Args:
-        latitude: cell centres, in degrees north, ascending or descending, shape (n,).
+        latitude: cell centers, in degrees north, ascending or descending, shape (n,).
 
     Returns:
         Weights, shape (n,), of the same kind as `latitude`.
@@ -284,10 +284,10 @@ def area_weights(latitude: Any) -> Any:
         edges = np.concatenate([ends[:1], values[:-1] + steps / 2, ends[1:]])
         weights = np.abs(np.diff(np.sin(np.deg2rad(edges))))
         weights = weights / weights.mean()
-    return latitude.copy(data=weights) if is_labelled(latitude) else weights
+    return latitude.copy(data=weights) if is_labeled(latitude) else weights
 
 
-def _outer_edge(centre: float, step: float) -> float:
-    if abs(centre + step) > 90.0:
+def _outer_edge(center: float, step: float) -> float:
+    if abs(center + step) > 90.0:
         return float(np.copysign(90.0, step))
-    return centre + step / 2
+    return center + step / 2

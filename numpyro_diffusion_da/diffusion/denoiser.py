@@ -1,7 +1,7 @@
 """The denoiser that a sampler runs, and the count of what it costs.
 
-A `Denoiser` maps (z_s, noise level, memory) to (E[z | z_s], memory). Guidance wraps one denoiser into another, so every
-sampler works on a guided denoiser unchanged. The memory is what a denoiser carries from one noise level to the next:
+A `Denoiser` maps (z_s, noise level, guidance_state) to (E[z | z_s], guidance_state). Guidance wraps one denoiser into another, so every
+sampler works on a guided denoiser unchanged. The guidance_state is what a denoiser carries from one noise level to the next:
 the count of network passes, the last solution of a linear system (a warm start for the next), the worst residual.
 """
 
@@ -39,7 +39,7 @@ class NetworkPasses(NamedTuple):
         return self.forward + self.jvp + self.vjp
 
 
-class Memory(NamedTuple):
+class GuidanceState(NamedTuple):
     """What a denoiser carries from one noise level to the next.
 
     Attributes:
@@ -57,13 +57,13 @@ class Denoiser(eqx.Module):
     """E[z | z_s] under some distribution of z, prior or posterior."""
 
     @abc.abstractmethod
-    def init(self) -> Memory:
-        """The memory before the first noise level."""
+    def init(self) -> GuidanceState:
+        """The guidance_state before the first noise level."""
 
     @abc.abstractmethod
     def __call__(
-        self, z_s: Float[Array, ...], noise_level: Float[Array, ""], memory: Memory
-    ) -> tuple[Float[Array, ...], Memory]:
+        self, z_s: Float[Array, ...], noise_level: Float[Array, ""], guidance_state: GuidanceState
+    ) -> tuple[Float[Array, ...], GuidanceState]:
         """Denoise `z_s` at `noise_level` (a positive scalar)."""
 
 
@@ -78,13 +78,13 @@ class PriorDenoiser(Denoiser):
     prior: DiffusionPrior
     conditioning: Conditioning
 
-    def init(self) -> Memory:
+    def init(self) -> GuidanceState:
         """No passes yet."""
-        return Memory(NetworkPasses.of(), (), jnp.zeros(()))
+        return GuidanceState(NetworkPasses.of(), (), jnp.zeros(()))
 
     def __call__(
-        self, z_s: Float[Array, ...], noise_level: Float[Array, ""], memory: Memory
-    ) -> tuple[Float[Array, ...], Memory]:
+        self, z_s: Float[Array, ...], noise_level: Float[Array, ""], guidance_state: GuidanceState
+    ) -> tuple[Float[Array, ...], GuidanceState]:
         """D(z_s, s; c)."""
         denoised = self.prior.denoise(z_s, noise_level, self.conditioning)
-        return denoised, memory._replace(passes=memory.passes.plus(NetworkPasses.of(forward=1)))
+        return denoised, guidance_state._replace(passes=guidance_state.passes.plus(NetworkPasses.of(forward=1)))

@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from numpyro_diffusion_da.diffusion.denoiser import Denoiser, Memory, NetworkPasses, PriorDenoiser
+from numpyro_diffusion_da.diffusion.denoiser import Denoiser, GuidanceState, NetworkPasses, PriorDenoiser
 from numpyro_diffusion_da.diffusion.linear_solve import KrylovSolve, LinearSolver, Product, Solution
 from numpyro_diffusion_da.diffusion.noise import Noise
 from numpyro_diffusion_da.observation.likelihood import Coordinates, Likelihood, probe_signs
@@ -38,7 +38,7 @@ class Guidance(eqx.Module):
         """The denoiser of p(z | c, y)."""
 
 
-class Innovation(NamedTuple):
+class GuidanceDirections(NamedTuple):
     """What y adds at one noise level, along k directions u_i of whitened observation space (see `path`).
 
     Attributes:
@@ -64,10 +64,10 @@ class ObservingDenoiser(Denoiser):
     base: eqx.AbstractVar[PriorDenoiser]
 
     @abc.abstractmethod
-    def innovation(
-        self, z_s: Float[Array, ...], noise_level: Float[Array, ""], memory: Memory
-    ) -> tuple[Float[Array, ...], Innovation, Memory]:
-        """(the *unguided* D(z_s, s), what y adds to it, memory)."""
+    def directions(
+        self, z_s: Float[Array, ...], noise_level: Float[Array, ""], guidance_state: GuidanceState
+    ) -> tuple[Float[Array, ...], GuidanceDirections, GuidanceState]:
+        """(the *unguided* D(z_s, s), what y adds to it, guidance_state)."""
 
 
 class MMPS(Guidance):
@@ -97,34 +97,34 @@ class MMPSDenoiser(ObservingDenoiser):
     solver: LinearSolver
     noise: Noise
 
-    def init(self) -> Memory:
+    def init(self) -> GuidanceState:
         """No passes yet, and the solver's cold start."""
-        return initial_memory(self.base, self.likelihood, self.solver)
+        return initial_guidance_state(self.base, self.likelihood, self.solver)
 
     def __call__(
-        self, z_s: Float[Array, ...], noise_level: Float[Array, ""], memory: Memory
-    ) -> tuple[Float[Array, ...], Memory]:
+        self, z_s: Float[Array, ...], noise_level: Float[Array, ""], guidance_state: GuidanceState
+    ) -> tuple[Float[Array, ...], GuidanceState]:
         """D_y(z_s, s)."""
-        denoised, solution, _, memory = self._solve(z_s, noise_level, memory)
-        return denoised + noise_level**2 * self.noise.covariance_product(solution.image), memory
+        denoised, solution, _, guidance_state = self._solve(z_s, noise_level, guidance_state)
+        return denoised + noise_level**2 * self.noise.covariance_product(solution.image), guidance_state
 
-    def innovation(
-        self, z_s: Float[Array, ...], noise_level: Float[Array, ""], memory: Memory
-    ) -> tuple[Float[Array, ...], Innovation, Memory]:
+    def directions(
+        self, z_s: Float[Array, ...], noise_level: Float[Array, ""], guidance_state: GuidanceState
+    ) -> tuple[Float[Array, ...], GuidanceDirections, GuidanceState]:
         """See `ObservingDenoiser`: along the directions that the solver has seen."""
-        denoised, solution, residual, memory = self._solve(z_s, noise_level, memory)
+        denoised, solution, residual, guidance_state = self._solve(z_s, noise_level, guidance_state)
         if solution.directions is None:
             raise TypeError(
                 f"{type(self.solver).__name__} does not say which directions it has seen, and path weights need them; "
                 "return Solution(..., directions=...), or use ndda.DirectSolve() or ndda.KrylovSolve()."
             )
         basis, columns, images = solution.directions
-        return denoised, Innovation(basis, basis @ residual, basis @ columns.T, images), memory
+        return denoised, GuidanceDirections(basis, basis @ residual, basis @ columns.T, images), guidance_state
 
     def _solve(
-        self, z_s: Float[Array, ...], noise_level: Float[Array, ""], memory: Memory
-    ) -> tuple[Array, Solution, Array, Memory]:
-        """(D, the solution of the module's system, r, memory)."""
+        self, z_s: Float[Array, ...], noise_level: Float[Array, ""], guidance_state: GuidanceState
+    ) -> tuple[Array, Solution, Array, GuidanceState]:
+        """(D, the solution of the module's system, r, guidance_state)."""
         prior, conditioning = self.base.prior, self.base.conditioning
         denoised, pull_denoiser = jax.vjp(lambda z: prior.denoise(z, noise_level, conditioning), z_s)
 
@@ -134,10 +134,14 @@ class MMPSDenoiser(ObservingDenoiser):
             return noise_level**2 * self.noise.covariance_product(pulled), pulled
 
         residual, system, extra = linear_system(self.base, self.likelihood, self.solver, denoised, covariance)
-        solution, warm_start = self.solver(system, residual, memory.warm_start)
+        solution, warm_start = self.solver(system, residual, guidance_state.warm_start)
         passes = NetworkPasses.of(forward=1)._replace(vjp=solution.products + extra)
-        memory = Memory(memory.passes.plus(passes), warm_start, jnp.maximum(memory.solver_residual, solution.residual))
-        return denoised, solution, residual, memory
+        guidance_state = GuidanceState(
+            guidance_state.passes.plus(passes),
+            warm_start,
+            jnp.maximum(guidance_state.solver_residual, solution.residual),
+        )
+        return denoised, solution, residual, guidance_state
 
 
 def state_of(base: PriorDenoiser, denoised: Float[Array, ...]) -> Float[Array, ...]:
@@ -151,7 +155,7 @@ def coordinates_near(base: PriorDenoiser, likelihood: Likelihood, x: Float[Array
     return likelihood.coordinates(x, spread[None] * probe_signs(x.shape, x.dtype))
 
 
-def initial_memory(base: PriorDenoiser, likelihood: Likelihood, solver: LinearSolver) -> Memory:
+def initial_guidance_state(base: PriorDenoiser, likelihood: Likelihood, solver: LinearSolver) -> GuidanceState:
     """No passes yet, and the solver's cold start for as many unknowns as there are residuals."""
     location = base.prior.location(base.conditioning)
 

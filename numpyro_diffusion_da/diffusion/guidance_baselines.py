@@ -27,11 +27,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, Float
 
-from numpyro_diffusion_da.diffusion.denoiser import Denoiser, Memory, NetworkPasses, PriorDenoiser
+from numpyro_diffusion_da.diffusion.denoiser import Denoiser, GuidanceState, NetworkPasses, PriorDenoiser
 from numpyro_diffusion_da.diffusion.guidance import (
     Guidance,
     MMPSDenoiser,
-    initial_memory,
+    initial_guidance_state,
     linear_system,
     state_of,
 )
@@ -80,13 +80,13 @@ class DPSDenoiser(Denoiser):
     likelihood: Likelihood
     zeta: float | None = eqx.field(static=True)
 
-    def init(self) -> Memory:
+    def init(self) -> GuidanceState:
         """No passes yet."""
         return self.base.init()
 
     def __call__(
-        self, z_s: Float[Array, ...], noise_level: Float[Array, ""], memory: Memory
-    ) -> tuple[Float[Array, ...], Memory]:
+        self, z_s: Float[Array, ...], noise_level: Float[Array, ""], guidance_state: GuidanceState
+    ) -> tuple[Float[Array, ...], GuidanceState]:
         """D_y(z_s, s)."""
         prior, conditioning = self.base.prior, self.base.conditioning
         denoised, pull_denoiser = jax.vjp(lambda z: prior.denoise(z, noise_level, conditioning), z_s)
@@ -99,8 +99,8 @@ class DPSDenoiser(Denoiser):
         else:
             score = jax.grad(self.likelihood.log_prob)(x)
         (pulled,) = pull_denoiser(prior.scale(conditioning) * score)
-        memory = memory._replace(passes=memory.passes.plus(NetworkPasses.of(forward=1, vjp=1)))
-        return denoised + noise_level**2 * prior.noise.covariance_product(pulled), memory
+        guidance_state = guidance_state._replace(passes=guidance_state.passes.plus(NetworkPasses.of(forward=1, vjp=1)))
+        return denoised + noise_level**2 * prior.noise.covariance_product(pulled), guidance_state
 
 
 class TMPD(Guidance):
@@ -120,7 +120,7 @@ class PiGDM(Guidance):
     """Pseudoinverse-guided diffusion (Song, Vahdat, Mardani & Kautz 2023, ICLR, openreview 9_gsMA8MRKQ).
 
     D_y = D + s^2 C J^T S H^T (I + r_s^2 H S C S H^T)^{-1} r: the paper's score for noisy linear observations, here with
-    h linearised at D. One forward pass and one vjp. The paper's algorithm then gives the score a further, empirical
+    h linearized at D. One forward pass and one vjp. The paper's algorithm then gives the score a further, empirical
     weight, which is left out.
 
     Args:
@@ -178,13 +178,13 @@ class ConstantVarianceDenoiser(Denoiser):
     sigma_data: Float[Array, ...]
     through_jacobian: bool = eqx.field(static=True)
 
-    def init(self) -> Memory:
+    def init(self) -> GuidanceState:
         """No passes yet, and the solver's cold start."""
-        return initial_memory(self.base, self.likelihood, self.solver)
+        return initial_guidance_state(self.base, self.likelihood, self.solver)
 
     def __call__(
-        self, z_s: Float[Array, ...], noise_level: Float[Array, ""], memory: Memory
-    ) -> tuple[Float[Array, ...], Memory]:
+        self, z_s: Float[Array, ...], noise_level: Float[Array, ""], guidance_state: GuidanceState
+    ) -> tuple[Float[Array, ...], GuidanceState]:
         """D_y(z_s, s)."""
         prior, conditioning = self.base.prior, self.base.conditioning
         d = jnp.broadcast_to(self.sigma_data.astype(z_s.dtype), z_s.shape)
@@ -200,15 +200,15 @@ class ConstantVarianceDenoiser(Denoiser):
         residual, system, _ = linear_system(
             self.base, self.likelihood, self.solver, denoised, lambda w: (times_variance(w), w)
         )
-        solution, warm_start = self.solver(system, residual, memory.warm_start)
+        solution, warm_start = self.solver(system, residual, guidance_state.warm_start)
         if self.through_jacobian:
             (pulled,) = pull_denoiser(solution.image)
             towards = noise_level**2 * prior.noise.covariance_product(pulled)
         else:
             towards = times_variance(solution.image)
-        passes = memory.passes.plus(NetworkPasses.of(forward=1, vjp=int(self.through_jacobian)))
-        largest = jnp.maximum(memory.solver_residual, solution.residual)
-        return denoised + towards, Memory(passes, warm_start, largest)
+        passes = guidance_state.passes.plus(NetworkPasses.of(forward=1, vjp=int(self.through_jacobian)))
+        largest = jnp.maximum(guidance_state.solver_residual, solution.residual)
+        return denoised + towards, GuidanceState(passes, warm_start, largest)
 
 
 def check_positive(name: str, sigma_data: ArrayLike) -> None:

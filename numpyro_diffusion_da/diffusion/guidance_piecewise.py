@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
-from numpyro_diffusion_da.diffusion.denoiser import Denoiser, Memory, PriorDenoiser
-from numpyro_diffusion_da.diffusion.guidance import Guidance, Innovation, ObservingDenoiser
+from numpyro_diffusion_da.diffusion.denoiser import Denoiser, GuidanceState, PriorDenoiser
+from numpyro_diffusion_da.diffusion.guidance import Guidance, GuidanceDirections, ObservingDenoiser
 from numpyro_diffusion_da.observation.likelihood import Likelihood
 
 
@@ -67,8 +67,8 @@ def _structure(tree: PyTree) -> PyTree:
     return jax.tree.structure(tree), [(jnp.shape(x), jnp.result_type(x)) for x in jax.tree.leaves(tree)]
 
 
-def _slots(parts: Sequence[Denoiser]) -> tuple[list[int], list[PyTree], Memory]:
-    """(which warm start each part has, the distinct warm starts, a memory).
+def _slots(parts: Sequence[Denoiser]) -> tuple[list[int], list[PyTree], GuidanceState]:
+    """(which warm start each part has, the distinct warm starts, a guidance_state).
 
     Equal ones are shared, so that a part goes on where the one before it stopped.
     """
@@ -76,14 +76,14 @@ def _slots(parts: Sequence[Denoiser]) -> tuple[list[int], list[PyTree], Memory]:
     starts: list[PyTree] = []
     residual = jnp.zeros(())
     for part in parts:
-        memory = part.init()
+        guidance_state = part.init()
         if not isinstance(part, PriorDenoiser):
-            residual = memory.solver_residual
-        alike = [i for i, start in enumerate(starts) if _structure(start) == _structure(memory.warm_start)]
+            residual = guidance_state.solver_residual
+        alike = [i for i, start in enumerate(starts) if _structure(start) == _structure(guidance_state.warm_start)]
         slots.append(alike[0] if alike else len(starts))
         if not alike:
-            starts.append(memory.warm_start)
-    return slots, starts, memory._replace(warm_start=tuple(starts), solver_residual=residual)
+            starts.append(guidance_state.warm_start)
+    return slots, starts, guidance_state._replace(warm_start=tuple(starts), solver_residual=residual)
 
 
 def _choose(
@@ -92,16 +92,16 @@ def _choose(
     call: PyTree,
     z_s: Float[Array, ...],
     noise_level: Float[Array, ""],
-    memory: Memory,
+    guidance_state: GuidanceState,
 ) -> PyTree:
-    """`call(part, z_s, noise_level, memory)`, whose last result is the memory, for the part of this level."""
+    """`call(part, z_s, noise_level, guidance_state)`, whose last result is the guidance_state, for the part of this level."""
     slots, _, _ = _slots(parts)
 
     def branch(part: Denoiser, slot: int) -> PyTree:
-        def run(operands: tuple[Array, Array, Memory]) -> PyTree:
-            z_s, noise_level, memory = operands
-            starts = list(memory.warm_start)
-            *results, after = call(part, z_s, noise_level, memory._replace(warm_start=starts[slot]))
+        def run(operands: tuple[Array, Array, GuidanceState]) -> PyTree:
+            z_s, noise_level, guidance_state = operands
+            starts = list(guidance_state.warm_start)
+            *results, after = call(part, z_s, noise_level, guidance_state._replace(warm_start=starts[slot]))
             starts[slot] = after.warm_start
             return (*results, after._replace(warm_start=tuple(starts)))
 
@@ -110,12 +110,14 @@ def _choose(
     index = sum((noise_level <= level).astype(jnp.int32) for level in levels)
     branches = [branch(part, slot) for part, slot in zip(parts, slots, strict=True)]
     if len(branches) == 1:
-        return branches[0]((z_s, noise_level, memory))
-    return jax.lax.switch(index, branches, (z_s, noise_level, memory))
+        return branches[0]((z_s, noise_level, guidance_state))
+    return jax.lax.switch(index, branches, (z_s, noise_level, guidance_state))
 
 
-def _denoise(part: Denoiser, z_s: Array, noise_level: Array, memory: Memory) -> tuple[Array, Memory]:
-    return part(z_s, noise_level, memory)
+def _denoise(
+    part: Denoiser, z_s: Array, noise_level: Array, guidance_state: GuidanceState
+) -> tuple[Array, GuidanceState]:
+    return part(z_s, noise_level, guidance_state)
 
 
 class PiecewiseDenoiser(Denoiser):
@@ -124,15 +126,15 @@ class PiecewiseDenoiser(Denoiser):
     parts: tuple[Denoiser, ...]
     levels: tuple[float, ...] = eqx.field(static=True)
 
-    def init(self) -> Memory:
+    def init(self) -> GuidanceState:
         """No passes yet, and every part's cold start."""
         return _slots(self.parts)[2]
 
     def __call__(
-        self, z_s: Float[Array, ...], noise_level: Float[Array, ""], memory: Memory
-    ) -> tuple[Float[Array, ...], Memory]:
+        self, z_s: Float[Array, ...], noise_level: Float[Array, ""], guidance_state: GuidanceState
+    ) -> tuple[Float[Array, ...], GuidanceState]:
         """The denoised value of this level's guidance."""
-        return _choose(self.parts, self.levels, _denoise, z_s, noise_level, memory)
+        return _choose(self.parts, self.levels, _denoise, z_s, noise_level, guidance_state)
 
 
 class ObservingPiecewiseDenoiser(ObservingDenoiser):
@@ -142,52 +144,52 @@ class ObservingPiecewiseDenoiser(ObservingDenoiser):
     parts: tuple[Denoiser, ...]
     levels: tuple[float, ...] = eqx.field(static=True)
 
-    def init(self) -> Memory:
+    def init(self) -> GuidanceState:
         """No passes yet, and every part's cold start."""
         return _slots(self.parts)[2]
 
     def __call__(
-        self, z_s: Float[Array, ...], noise_level: Float[Array, ""], memory: Memory
-    ) -> tuple[Float[Array, ...], Memory]:
+        self, z_s: Float[Array, ...], noise_level: Float[Array, ""], guidance_state: GuidanceState
+    ) -> tuple[Float[Array, ...], GuidanceState]:
         """The denoised value of this level's guidance."""
-        return _choose(self.parts, self.levels, _denoise, z_s, noise_level, memory)
+        return _choose(self.parts, self.levels, _denoise, z_s, noise_level, guidance_state)
 
-    def innovation(
-        self, z_s: Float[Array, ...], noise_level: Float[Array, ""], memory: Memory
-    ) -> tuple[Float[Array, ...], Innovation, Memory]:
+    def directions(
+        self, z_s: Float[Array, ...], noise_level: Float[Array, ""], guidance_state: GuidanceState
+    ) -> tuple[Float[Array, ...], GuidanceDirections, GuidanceState]:
         """See `ObservingDenoiser`: with directions that are zero where a guidance has fewer than another."""
         slots, starts, _ = _slots(self.parts)
-        seen: list[Innovation] = []
+        seen: list[GuidanceDirections] = []
         for part, slot in zip(self.parts, slots, strict=True):
             if isinstance(part, ObservingDenoiser):
-                given = memory._replace(warm_start=starts[slot])
-                seen.append(jax.eval_shape(part.innovation, z_s, noise_level, given)[1])
-        widest = max((len(innovation.basis) for innovation in seen), default=0)
+                given = guidance_state._replace(warm_start=starts[slot])
+                seen.append(jax.eval_shape(part.directions, z_s, noise_level, given)[1])
+        widest = max((len(directions.basis) for directions in seen), default=0)
         unknowns = seen[0].basis.shape[1] if seen else 0
 
-        def look(part: Denoiser, z_s: Array, noise_level: Array, memory: Memory) -> PyTree:
+        def look(part: Denoiser, z_s: Array, noise_level: Array, guidance_state: GuidanceState) -> PyTree:
             if isinstance(part, ObservingDenoiser):
-                denoised, innovation, memory = part.innovation(z_s, noise_level, memory)
+                denoised, directions, guidance_state = part.directions(z_s, noise_level, guidance_state)
             else:
-                denoised, memory = part(z_s, noise_level, memory)
-                innovation = Innovation(
+                denoised, guidance_state = part(z_s, noise_level, guidance_state)
+                directions = GuidanceDirections(
                     jnp.zeros((0, unknowns), z_s.dtype),
                     jnp.zeros((0,), z_s.dtype),
                     jnp.zeros((0, 0), z_s.dtype),
                     jnp.zeros((0, *z_s.shape), z_s.dtype),
                 )
-            return denoised, _widen(innovation, widest), memory
+            return denoised, _widen(directions, widest), guidance_state
 
-        return _choose(self.parts, self.levels, look, z_s, noise_level, memory)
+        return _choose(self.parts, self.levels, look, z_s, noise_level, guidance_state)
 
 
-def _widen(innovation: Innovation, k: int) -> Innovation:
+def _widen(directions: GuidanceDirections, k: int) -> GuidanceDirections:
     """With directions that are zero, up to k of them."""
-    more = k - len(innovation.basis)
+    more = k - len(directions.basis)
 
     def rows(x: Array, axes: int = 1) -> Array:
         return jnp.pad(x, [(0, more if axis < axes else 0) for axis in range(x.ndim)])
 
-    return Innovation(
-        rows(innovation.basis), rows(innovation.residual), rows(innovation.covariance, 2), rows(innovation.pulled)
+    return GuidanceDirections(
+        rows(directions.basis), rows(directions.residual), rows(directions.covariance, 2), rows(directions.pulled)
     )

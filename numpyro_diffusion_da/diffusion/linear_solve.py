@@ -7,10 +7,10 @@ apart from a textbook solve, which is why it is not left to a general library:
   a solver that returns that combination saves a pass (`Solution.image`);
 - the system at the next noise level is close to this one: the last answer is a good first direction;
 - J comes from a learned network, so B is neither symmetric nor positive. Plain conjugate gradients then diverge. All
-  solvers here project on the directions they have seen, symmetrise the small matrix and lift its eigenvalues to at
+  solvers here project on the directions they have seen, symmetrize the small matrix and lift its eigenvalues to at
   least 1, the smallest that I + B can have. For a true covariance nothing changes (the answer is that of conjugate
   gradients); otherwise the answer stays bounded by that of R alone. `Solution.residual` is taken with the *true*,
-  unrepaired products, so that a repair is visible.
+  unlifted products, so that a inflation is visible.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Solution(NamedTuple):
     Attributes:
         answer: v, shape (m,).
         image: g(v), at no further product.
-        residual: |r - (I + B) v| / |r| with the unrepaired products; 0 where r = 0.
+        residual: |r - (I + B) v| / |r| with the unlifted products; 0 where r = 0.
         products: how many products were made.
         directions: what the solver has seen; None where it does not say, and then there are no path weights (`path`).
     """
@@ -86,7 +86,7 @@ class LinearSolver(eqx.Module):
 
 
 def projected_solve(projected: Float[Array, "k k"], rhs: Float[Array, " k"]) -> Float[Array, " k"]:
-    """Solve the projected system after symmetrising it and lifting its eigenvalues to at least 1."""
+    """Solve the projected system after symmetrizing it and lifting its eigenvalues to at least 1."""
     values, vectors = jnp.linalg.eigh(0.5 * (projected + projected.T))
     return vectors @ ((vectors.T @ rhs) / jnp.maximum(values, 1.0))
 

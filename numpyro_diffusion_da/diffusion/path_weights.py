@@ -13,7 +13,7 @@ informative. So the ratio of the densities needs no inverse of C, which may be s
     log P/Q = log N(rho; 0, M) - log N(rho; G (z' - mu), M - N).
 
 exp(log w) with log w = log p(y | x) + sum log P/Q over the steps is an unbiased estimate of p(y | c), the evidence of
-the *discretised* emulator: of the sampler's own law, whatever directions, guidance, h and network are, for rho, G and M
+the *discretized* emulator: of the sampler's own law, whatever directions, guidance, h and network are, for rho, G and M
 are known before z' is drawn. How much log w varies does depend on them. The diffusion in reverse goes to s' with mean
 q z_s + (1 - q) D, deciding, where z is Gaussian with Var(z | z_s) = s^2 j, the part s^2 (1 - q) j^2 / (q + (1 - q) j)
 of that variance; and there dD(z', s')/dz' = j / (q + (1 - q) j). With P doing the same from a mean of its own,
@@ -36,10 +36,11 @@ import jax.numpy as jnp
 import jax.scipy.linalg as jsl
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
-from numpyro_diffusion_da.diffusion.denoiser import Memory
-from numpyro_diffusion_da.diffusion.guidance import Innovation, ObservingDenoiser
+from numpyro_diffusion_da.diffusion.denoiser import GuidanceState
+from numpyro_diffusion_da.diffusion.guidance import GuidanceDirections, ObservingDenoiser
 from numpyro_diffusion_da.diffusion.noise import Noise
-from numpyro_diffusion_da.diffusion.sampler import Sampler, StepInputs, StochasticStep
+from numpyro_diffusion_da.diffusion.sampler import Sampler
+from numpyro_diffusion_da.diffusion.steps import StepInputs, StochasticStep
 
 
 def weighted_path(
@@ -49,7 +50,7 @@ def weighted_path(
     noise: Noise,
     noise_range: tuple[float, float],
     z: Float[Array, ...],
-) -> tuple[Float[Array, ...], Float[Array, ""], Memory]:
+) -> tuple[Float[Array, ...], Float[Array, ""], GuidanceState]:
     """Run the sampler guided, and weigh the run against the unguided one.
 
     Args:
@@ -61,7 +62,7 @@ def weighted_path(
         z: the starting point at the highest level, see `Sampler.initial`.
 
     Returns:
-        (the denoised latent, sum of log P/Q over the steps, the denoiser's memory after the last level).
+        (the denoised latent, sum of log P/Q over the steps, the denoiser's guidance_state after the last level).
 
     Raises:
         ValueError: the sampler is deterministic somewhere, or moves other than by its step.
@@ -69,37 +70,37 @@ def weighted_path(
     step = sampler.stochastic_step()
 
     def body(carry: Any, c: dict[str, Array]) -> tuple[Any, None]:
-        z, history, memory, log_ratio = carry
-        denoised, innovation, memory = denoiser.innovation(z, c["start"], memory)
+        z, history, guidance_state, log_ratio = carry
+        denoised, directions, guidance_state = denoiser.directions(z, c["start"], guidance_state)
         key = jax.random.fold_in(rng_key, c["index"])
         at = StepInputs(key, denoiser, noise, z, c["start"], c["stop"], c)
-        z, history, increment = informed_step(step, at, denoised, innovation, history)
-        return (z, history, memory, log_ratio + increment), None
+        z, history, increment = informed_step(step, at, denoised, directions, history)
+        return (z, history, guidance_state, log_ratio + increment), None
 
     start = (z, step.init(z), denoiser.init(), jnp.zeros((), z.dtype))
-    (z, _, memory, log_ratio), _ = jax.lax.scan(body, start, sampler.constants(noise_range, z.dtype))
+    (z, _, guidance_state, log_ratio), _ = jax.lax.scan(body, start, sampler.constants(noise_range, z.dtype))
     lowest = jnp.asarray(sampler.schedule.levels(noise_range)[-1], z.dtype)
-    z, memory = denoiser.base(z, lowest, memory)
-    return z, log_ratio, memory
+    z, guidance_state = denoiser.base(z, lowest, guidance_state)
+    return z, log_ratio, guidance_state
 
 
 def informed_step(
-    step: StochasticStep, at: StepInputs, denoised: Float[Array, ...], innovation: Innovation, history: PyTree
+    step: StochasticStep, at: StepInputs, denoised: Float[Array, ...], directions: GuidanceDirections, history: PyTree
 ) -> tuple[Float[Array, ...], PyTree, Float[Array, ""]]:
-    """One step of P given the innovation, in the module's notation; returns (z', history, log P/Q)."""
+    """One step of P given the directions, in the module's notation; returns (z', history, log P/Q)."""
     mean, spread, history = step.law(at, denoised, history)
     noise, falls = at.noise, (at.stop / at.start) ** 2
     reverse = denoised + falls * (at.z - denoised)
-    gram = _gram(innovation.pulled, noise)
-    known = (jnp.diagonal(innovation.covariance) - jnp.sum(innovation.basis**2, axis=1)) / at.start**2
+    gram = _gram(directions.pulled, noise)
+    known = (jnp.diagonal(directions.covariance) - jnp.sum(directions.basis**2, axis=1)) / at.start**2
     j = jnp.clip(jnp.where(known > 0, jnp.diagonal(gram) / jnp.where(known > 0, known, 1.0), 1.0), 0.0, 1.0)
     remains = falls + (1.0 - falls) * j
-    rho = innovation.residual - jnp.tensordot(innovation.pulled, mean - reverse, mean.ndim) / remains
+    rho = directions.residual - jnp.tensordot(directions.pulled, mean - reverse, mean.ndim) / remains
     gamma = at.start / spread * jnp.sqrt((1.0 - falls) / remains)
-    g = gamma.reshape(-1, *(1,) * mean.ndim) * innovation.pulled
+    g = gamma.reshape(-1, *(1,) * mean.ndim) * directions.pulled
     decided = spread**2 * gamma[:, None] * gram * gamma[None, :]
     # A covariance of what is left: at least that of R, 1 in these coordinates, whatever a learned J says.
-    values, vectors = jnp.linalg.eigh(_symmetric(innovation.covariance - decided))
+    values, vectors = jnp.linalg.eigh(_symmetric(directions.covariance - decided))
     values = jnp.maximum(values, 1.0)
     total = jnp.linalg.cholesky(_symmetric(decided) + vectors @ (values[:, None] * vectors.T))
 

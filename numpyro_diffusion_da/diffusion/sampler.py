@@ -11,9 +11,7 @@ because the derivative is not defined there.
 
 from __future__ import annotations
 
-import abc
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -21,236 +19,16 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
-from numpyro_diffusion_da.diffusion.denoiser import Denoiser, Memory
+from numpyro_diffusion_da.diffusion.denoiser import Denoiser, GuidanceState
 from numpyro_diffusion_da.diffusion.noise import Noise
 from numpyro_diffusion_da.diffusion.schedule import KarrasSchedule, Schedule
-
-Evaluate = Callable[[Array, Array, Memory], tuple[Array, Memory]]
-"""A denoiser's call: (z_s, noise level, memory) -> (denoised, memory)."""
-
-
-class StepInputs(NamedTuple):
-    """What a step is given.
-
-    Attributes:
-        rng_key: for a stochastic step.
-        evaluate: the denoiser.
-        noise: the prior's noise.
-        z: the latent at noise level `start`.
-        start: noise level to start from.
-        stop: noise level to reach.
-        constants: this step's slice of `Step.coefficients`.
-    """
-
-    rng_key: PRNGKeyArray
-    evaluate: Evaluate
-    noise: Noise
-    z: Float[Array, ...]
-    start: Float[Array, ""]
-    stop: Float[Array, ""]
-    constants: dict[str, Array]
-
-
-class Step(eqx.Module):
-    """How to get from one noise level to the next.
-
-    `order` is the order of convergence in the number of levels; `evaluations` the denoiser calls of one step.
-    """
-
-    order: eqx.AbstractVar[int]
-    evaluations: eqx.AbstractVar[int]
-
-    def coefficients(self, start: np.ndarray, stop: np.ndarray) -> dict[str, np.ndarray]:
-        """Per-step constants for steps from `start[i]` to `stop[i]`, both of shape (steps,); leading axis = steps."""
-        return {}
-
-    def init(self, z: Float[Array, ...]) -> PyTree:
-        """What the step remembers of the levels before, at the first level."""
-        return ()
-
-    @abc.abstractmethod
-    def __call__(self, at: StepInputs, history: PyTree, memory: Memory) -> tuple[Float[Array, ...], PyTree, Memory]:
-        """Move `at.z` from noise level `at.start` to `at.stop`; returns (z, history, memory)."""
-
-
-class StochasticStep(Step):
-    """A step that adds noise: given the past, the next latent is N(mean, spread^2 C). One evaluation, at the start."""
-
-    @property
-    def noisy(self) -> bool:
-        """Whether the spread is positive at every step."""
-        return True
-
-    @abc.abstractmethod
-    def law(
-        self, at: StepInputs, denoised: Float[Array, ...], history: PyTree
-    ) -> tuple[Float[Array, ...], Float[Array, ""], PyTree]:
-        """(mean, spread, history) of the next latent, `denoised` being the denoiser's value at `at.z`, `at.start`."""
-
-    def __call__(self, at: StepInputs, history: PyTree, memory: Memory) -> tuple[Float[Array, ...], PyTree, Memory]:
-        """One step; see `Step`."""
-        denoised, memory = at.evaluate(at.z, at.start, memory)
-        z, spread, history = self.law(at, denoised, history)
-        if self.noisy:
-            z = z + spread * at.noise.sample(at.rng_key, z.shape, z.dtype)
-        return z, history, memory
-
-
-class DDIM(StochasticStep):
-    """DDIM (Song et al. 2021, arXiv 2010.02502, eq. 12) in the variance-exploding form; first order.
-
-    Args:
-        eta: 0 is the deterministic sampler (the Euler step of the ODE), 1 the ancestral one.
-
-    Raises:
-        ValueError: eta outside [0, 1].
-    """
-
-    eta: float = eqx.field(static=True, default=0.0)
-    order: int = eqx.field(static=True, default=1, init=False)
-    evaluations: int = eqx.field(static=True, default=1, init=False)
-
-    def __check_init__(self) -> None:
-        if not 0.0 <= self.eta <= 1.0:
-            raise ValueError(f"DDIM got eta={self.eta}; give a number from 0 (deterministic) to 1 (ancestral).")
-
-    @property
-    def noisy(self) -> bool:
-        """With eta > 0."""
-        return self.eta > 0.0
-
-    def law(
-        self, at: StepInputs, denoised: Float[Array, ...], history: PyTree
-    ) -> tuple[Float[Array, ...], Float[Array, ""], PyTree]:
-        """See `StochasticStep`."""
-        start, stop = at.start, at.stop
-        fresh = self.eta * stop * jnp.sqrt(jnp.maximum(1.0 - (stop / start) ** 2, 0.0))
-        kept = jnp.sqrt(jnp.maximum(stop**2 - fresh**2, 0.0))
-        return denoised + (kept / start) * (at.z - denoised), fresh, history
-
-
-class AdamsBashforth(Step):
-    """Explicit multistep of order 1 to 4 for dz/ds = (z - D) / s on the given, unequally spaced, levels.
-
-    One evaluation a step. The first steps use the orders that their history allows.
-
-    Args:
-        order: 1 to 4; 1 is deterministic DDIM, 3 is what the published GenCast filter uses.
-
-    Raises:
-        ValueError: another order.
-    """
-
-    order: int = eqx.field(static=True, default=3)
-    evaluations: int = eqx.field(static=True, default=1, init=False)
-
-    def __check_init__(self) -> None:
-        if self.order not in (1, 2, 3, 4):
-            raise ValueError(f"AdamsBashforth got order={self.order}; give 1, 2, 3 or 4.")
-
-    def coefficients(self, start: np.ndarray, stop: np.ndarray) -> dict[str, np.ndarray]:
-        """Weights of the last `order` derivatives, newest first, shape (steps, order)."""
-        weights = np.zeros((len(start), self.order))
-        for i in range(len(start)):
-            used = min(self.order, i + 1)
-            # Nodes relative to the start and in units of the step: keeps the little linear system well conditioned.
-            nodes = (start[i - np.arange(used)] - start[i]) / (stop[i] - start[i])
-            powers = np.vander(nodes, used, increasing=True).T
-            weights[i, :used] = (stop[i] - start[i]) * np.linalg.solve(powers, 1.0 / np.arange(1, used + 1))
-        return {"weights": weights}
-
-    def init(self, z: Float[Array, ...]) -> PyTree:
-        """The last derivatives, newest first, shape (order, ...)."""
-        return jnp.zeros((self.order, *z.shape), z.dtype)
-
-    def __call__(self, at: StepInputs, history: PyTree, memory: Memory) -> tuple[Float[Array, ...], PyTree, Memory]:
-        """One step; see `Step`."""
-        z, start = at.z, at.start
-        denoised, memory = at.evaluate(z, start, memory)
-        history = jnp.concatenate([((z - denoised) / start)[None], history[:-1]])
-        return z + jnp.tensordot(at.constants["weights"], history, 1), history, memory
-
-
-class DPMSolverPP2M(Step):
-    """DPM-Solver++(2M) (Lu et al. 2022, arXiv 2211.01095, Algorithm 2): second order, one evaluation a step."""
-
-    order: int = eqx.field(static=True, default=2, init=False)
-    evaluations: int = eqx.field(static=True, default=1, init=False)
-
-    def coefficients(self, start: np.ndarray, stop: np.ndarray) -> dict[str, np.ndarray]:
-        """Weight of the difference to the previous denoised value, 0 at the first step."""
-        step = np.log(start) - np.log(stop)
-        previous = np.concatenate([[np.inf], np.log(start[:-1]) - np.log(start[1:])])
-        return {"extrapolation": 0.5 * step / previous}
-
-    def init(self, z: Float[Array, ...]) -> PyTree:
-        """The previous denoised value."""
-        return jnp.zeros_like(z)
-
-    def __call__(self, at: StepInputs, history: PyTree, memory: Memory) -> tuple[Float[Array, ...], PyTree, Memory]:
-        """One step; see `Step`."""
-        z, start, stop = at.z, at.start, at.stop
-        denoised, memory = at.evaluate(z, start, memory)
-        ahead = denoised + at.constants["extrapolation"] * (denoised - history)
-        return ahead + (stop / start) * (z - ahead), denoised, memory
-
-
-class SDEDPMSolverPP2M(StochasticStep):
-    """SDE-DPM-Solver++(2M) (Lu et al. 2022, arXiv 2211.01095, Section 5): the reverse SDE to (weak) second order.
-
-    The stochastic DPM-Solver++(2M): DDIM(eta=1), with the denoised value extrapolated to the middle of the step.
-    """
-
-    order: int = eqx.field(static=True, default=2, init=False)
-    evaluations: int = eqx.field(static=True, default=1, init=False)
-
-    def coefficients(self, start: np.ndarray, stop: np.ndarray) -> dict[str, np.ndarray]:
-        """As `DPMSolverPP2M`."""
-        return DPMSolverPP2M().coefficients(start, stop)
-
-    def init(self, z: Float[Array, ...]) -> PyTree:
-        """The previous denoised value."""
-        return jnp.zeros_like(z)
-
-    def law(
-        self, at: StepInputs, denoised: Float[Array, ...], history: PyTree
-    ) -> tuple[Float[Array, ...], Float[Array, ""], PyTree]:
-        """See `StochasticStep`."""
-        falls = (at.stop / at.start) ** 2
-        ahead = denoised + at.constants["extrapolation"] * (denoised - history)
-        return ahead + falls * (at.z - ahead), at.stop * jnp.sqrt(1.0 - falls), denoised
-
-
-class DPMSolverPP2S(Step):
-    """DPM-Solver++(2S) (Lu et al. 2022, Algorithm 1) with the geometric midpoint: GenCast's own; two evaluations."""
-
-    order: int = eqx.field(static=True, default=2, init=False)
-    evaluations: int = eqx.field(static=True, default=2, init=False)
-
-    def __call__(self, at: StepInputs, history: PyTree, memory: Memory) -> tuple[Float[Array, ...], PyTree, Memory]:
-        """One step; see `Step`."""
-        z, start, stop = at.z, at.start, at.stop
-        middle = jnp.sqrt(start * stop)
-        denoised, memory = at.evaluate(z, start, memory)
-        halfway = denoised + (middle / start) * (z - denoised)
-        denoised, memory = at.evaluate(halfway, middle, memory)
-        return denoised + (stop / start) * (z - denoised), history, memory
-
-
-class Heun(Step):
-    """Heun's second-order step of EDM (Karras et al. 2022, Algorithm 1); two evaluations."""
-
-    order: int = eqx.field(static=True, default=2, init=False)
-    evaluations: int = eqx.field(static=True, default=2, init=False)
-
-    def __call__(self, at: StepInputs, history: PyTree, memory: Memory) -> tuple[Float[Array, ...], PyTree, Memory]:
-        """One step; see `Step`."""
-        z, start, stop = at.z, at.start, at.stop
-        denoised, memory = at.evaluate(z, start, memory)
-        slope = (z - denoised) / start
-        euler = z + (stop - start) * slope
-        denoised, memory = at.evaluate(euler, stop, memory)
-        return z + 0.5 * (stop - start) * (slope + (euler - denoised) / stop), history, memory
+from numpyro_diffusion_da.diffusion.steps import (
+    DPMSolverPP2M,
+    Evaluate,
+    Step,
+    StepInputs,
+    StochasticStep,
+)
 
 
 class Churn(eqx.Module):
@@ -306,17 +84,23 @@ class LangevinCorrector(eqx.Module):
             raise ValueError(f"LangevinCorrector got tau={self.tau}; give a number between 0 and 1.")
 
     def __call__(
-        self, rng_key: PRNGKeyArray, evaluate: Evaluate, noise: Noise, z: Array, level: Array, memory: Memory
-    ) -> tuple[Array, Memory]:
-        """All moves at one level; returns (z, memory)."""
+        self,
+        rng_key: PRNGKeyArray,
+        evaluate: Evaluate,
+        noise: Noise,
+        z: Array,
+        level: Array,
+        guidance_state: GuidanceState,
+    ) -> tuple[Array, GuidanceState]:
+        """All moves at one level; returns (z, guidance_state)."""
 
-        def move(i: Array, carry: tuple[Array, Memory]) -> tuple[Array, Memory]:
-            z, memory = carry
-            denoised, memory = evaluate(z, level, memory)
+        def move(i: Array, carry: tuple[Array, GuidanceState]) -> tuple[Array, GuidanceState]:
+            z, guidance_state = carry
+            denoised, guidance_state = evaluate(z, level, guidance_state)
             e = noise.sample(jax.random.fold_in(rng_key, i), z.shape, z.dtype)
-            return z + self.tau * (denoised - z) + np.sqrt(2.0 * self.tau) * level * e, memory
+            return z + self.tau * (denoised - z) + np.sqrt(2.0 * self.tau) * level * e, guidance_state
 
-        return jax.lax.fori_loop(0, self.steps, move, (z, memory))
+        return jax.lax.fori_loop(0, self.steps, move, (z, guidance_state))
 
 
 class Sampler(eqx.Module):
@@ -394,7 +178,7 @@ class Sampler(eqx.Module):
         noise: Noise,
         noise_range: tuple[float, float],
         z: Float[Array, ...],
-    ) -> tuple[Float[Array, ...], Memory]:
+    ) -> tuple[Float[Array, ...], GuidanceState]:
         """Run the loop.
 
         Args:
@@ -405,21 +189,21 @@ class Sampler(eqx.Module):
             z: the starting point at the highest level, see `initial`.
 
         Returns:
-            (the denoised latent, the denoiser's memory after the last level).
+            (the denoised latent, the denoiser's guidance_state after the last level).
         """
 
-        def body(carry: tuple[Array, PyTree, Memory], c: dict[str, Array]) -> tuple[Any, None]:
-            z, history, memory = carry
+        def body(carry: tuple[Array, PyTree, GuidanceState], c: dict[str, Array]) -> tuple[Any, None]:
+            z, history, guidance_state = carry
             churn_key, step_key, corrector_key = jax.random.split(jax.random.fold_in(rng_key, c["index"]), 3)
             if self.churn is not None:
                 added = jnp.sqrt(jnp.maximum(c["start"] ** 2 - c["level"] ** 2, 0.0))
                 z = z + self.churn.inflation * added * noise.sample(churn_key, z.shape, z.dtype)
             given = StepInputs(step_key, denoiser, noise, z, c["start"], c["stop"], c)
-            z, history, memory = self.step(given, history, memory)
+            z, history, guidance_state = self.step(given, history, guidance_state)
             if self.corrector is not None:
-                z, memory = self.corrector(corrector_key, denoiser, noise, z, c["stop"], memory)
-            return (z, history, memory), None
+                z, guidance_state = self.corrector(corrector_key, denoiser, noise, z, c["stop"], guidance_state)
+            return (z, history, guidance_state), None
 
         start = (z, self.step.init(z), denoiser.init())
-        (z, _, memory), _ = jax.lax.scan(body, start, self.constants(noise_range, z.dtype))
-        return denoiser(z, jnp.asarray(self.schedule.levels(noise_range)[-1], z.dtype), memory)
+        (z, _, guidance_state), _ = jax.lax.scan(body, start, self.constants(noise_range, z.dtype))
+        return denoiser(z, jnp.asarray(self.schedule.levels(noise_range)[-1], z.dtype), guidance_state)

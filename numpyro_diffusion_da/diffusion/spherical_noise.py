@@ -10,7 +10,7 @@ A takes coefficients (a, b) of zonal wavenumber m and total wavenumber l to lati
 
     (A (a, b))(p, q) = sum_m Re( exp(i m q) sum_l F_m(p, l) (a_ml + i b_ml) ).
 
-F_m are the associated Legendre functions, normalised such that the sum of F^2 over m and l is 1 at every latitude. A
+F_m are the associated Legendre functions, normalized such that the sum of F^2 over m and l is 1 at every latitude. A
 product with A is one small matrix product for each m and one FFT along longitude.
 """
 

@@ -13,7 +13,7 @@ SAME_POINT = 1e-3
 """Degrees within which two grid points are one: float32 coordinates of fractions of a degree differ by 1e-5."""
 
 
-class Points(NamedTuple):
+class AxisWeights(NamedTuple):
     """Where target points lie along an axis of a dataset: between two of its points, or (weight 0) on one."""
 
     lower: np.ndarray
@@ -32,11 +32,11 @@ class Points(NamedTuple):
             return lower
         upper = np.take(values, np.searchsorted(self.needed, self.upper), axis)
         weight = self.weight.astype(values.dtype).reshape(-1, *(1,) * (-axis - 1))
-        # A point of the dataset keeps its value whatever its neighbour is, NaN included.
+        # A point of the dataset keeps its value whatever its neighbor is, NaN included.
         return np.where(weight == 0, lower, (1 - weight) * lower + weight * upper)
 
 
-def locate(source: np.ndarray, name: str, target: np.ndarray, interpolate: bool) -> Points:
+def locate(source: np.ndarray, name: str, target: np.ndarray, interpolate: bool) -> AxisWeights:
     """Where target points are along an axis of a dataset, degrees; "longitude" goes round the globe.
 
     Raises:
@@ -49,7 +49,7 @@ def locate(source: np.ndarray, name: str, target: np.ndarray, interpolate: bool)
     nearest = apart.argmin(0)
     off = apart.min(0) > SAME_POINT
     if not off.any():
-        return Points(nearest, nearest, np.zeros(target.size))
+        return AxisWeights(nearest, nearest, np.zeros(target.size))
     between = (
         f"the dataset's {name} is {_span(source)}, but the state's is {_span(target)}, "
         f"and {int(off.sum())} of these are not among them"
@@ -70,7 +70,7 @@ def locate(source: np.ndarray, name: str, target: np.ndarray, interpolate: bool)
     if (off & ((gap <= 0) | (gap > 1.5 * usual if periodic else False))).any():
         raise ValueError(f"{between} and some lie outside; nothing is extrapolated: give a dataset that covers them.")
     weight = np.where(off, beyond / np.where(off, gap, 1.0), 0.0)
-    return Points(np.where(off, order[lower], nearest), np.where(off, order[upper], nearest), weight)
+    return AxisWeights(np.where(off, order[lower], nearest), np.where(off, order[upper], nearest), weight)
 
 
 def positions(has: np.ndarray, wanted: np.ndarray, needed: str, what: str, do: str) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Observations too far from the forecast are left out, as weather centres do: the background check.
+"""Observations too far from the forecast are left out, as weather centers do: the background check.
 
 An observation y is compared, before it is used, with forecasts of it from M particles x'_i that have not seen it:
 
@@ -23,15 +23,11 @@ import numpy as np
 from jaxtyping import Array, Bool, PRNGKeyArray, PyTree
 
 from numpyro_diffusion_da.diffusion.denoiser import NetworkPasses
-from numpyro_diffusion_da.filters.base import Algorithm
+from numpyro_diffusion_da.filters.base import FilterAlgorithm
 from numpyro_diffusion_da.program.scan import ObservedSite, TimeInputs
 from numpyro_diffusion_da.program.sites import mean_and_variance, site_mask
 from numpyro_diffusion_da.program.state_space import StateSpaceModel
-from numpyro_diffusion_da.results.result import FilterResult
 from numpyro_diffusion_da.smc.base import Info, Kernel, State, map_particles, num_particles
-
-TOO_MANY = 1.0 / 3.0
-"""Share of the checked observations above which it is rather the filter that is wrong."""
 
 
 class CheckRecord(NamedTuple):
@@ -47,7 +43,7 @@ class CheckRecord(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class GrossErrorCheck(Algorithm):
+class GrossErrorCheck(FilterAlgorithm):
     """Another filter, which is not given what is too far from its forecast: ``GrossErrorCheck(FAAPF(model))``.
 
     Each step draws the forecasts that observations are compared with anew, from `members` of the particles: M / N of
@@ -71,12 +67,12 @@ class GrossErrorCheck(Algorithm):
             observed, or whose distribution has no mean and variance; fewer than two particles.
     """
 
-    algorithm: Algorithm
+    algorithm: FilterAlgorithm
     threshold: float | Mapping[str, float] = 5.0
     members: int = 64
 
     def __post_init__(self) -> None:
-        if not isinstance(self.algorithm, Algorithm) or isinstance(self.algorithm, GrossErrorCheck):
+        if not isinstance(self.algorithm, FilterAlgorithm) or isinstance(self.algorithm, GrossErrorCheck):
             raise TypeError(
                 f"GrossErrorCheck got {type(self.algorithm).__name__}; give a filter of your program without a check, "
                 "as in GrossErrorCheck(ndda.FAAPF(model), threshold=5.0)."
@@ -95,16 +91,16 @@ class GrossErrorCheck(Algorithm):
         """As without the check."""
         return self.algorithm.has_evidence()
 
-    def weight_caveats(self, program: StateSpaceModel) -> list[str]:
+    def weight_bias_reasons(self, program: StateSpaceModel) -> list[str]:
         """As without, and that the filter chooses its observations."""
-        return [*self.algorithm.weight_caveats(program), "observations far from the forecast are left out"]
+        return [*self.algorithm.weight_bias_reasons(program), "observations far from the forecast are left out"]
 
     def parents(self, program: StateSpaceModel, ancestors: Array, values: Array) -> Array:
         """As without the check."""
         return self.algorithm.parents(program, ancestors, values)
 
-    def _as_background(self, forecast: Array) -> Array:
-        return self.algorithm._as_background(forecast)
+    def inflate_forecast(self, forecast: Array) -> Array:
+        return self.algorithm.inflate_forecast(forecast)
 
     def passes(self, info: Info) -> NetworkPasses:
         """Those of the filter and of the check."""
@@ -143,7 +139,7 @@ class GrossErrorCheck(Algorithm):
             n = num_particles(state.particles)
             if n < 2:
                 raise ValueError("GrossErrorCheck got one particle, and one particle has no spread; give 2 or more.")
-            # Neighbours are often copies of one particle: those that look are as far apart as there is room.
+            # Neighbors are often copies of one particle: those that look are as far apart as there is room.
             some = np.arange(min(self.members, n)) * n // min(self.members, n)
             particles = jax.tree.map(lambda leaf: leaf[some], state.particles)
             # A fifth key beside those of the kernels, which are the same with and without a check.
@@ -178,21 +174,3 @@ def _too_far(site: ObservedSite, forecast: tuple[Array, Array], threshold: float
     expected = (1.0 + 1.0 / members) * jnp.nanvar(means, axis=0, ddof=1) + jnp.nanmean(variances, axis=0)
     departure = jnp.abs(site.value - jnp.nanmean(means, axis=0))
     return (departure > threshold * jnp.sqrt(expected)) & site_mask(site.fn)
-
-
-def rejected_share(result: FilterResult) -> float:
-    """Of the observations that were there to be checked; 0 where nothing was."""
-    observed = sum(int(result.observed_mask[name].sum()) * len(values) for name, values in result.rejected.items())
-    return sum(int(values.sum()) for values in result.rejected.values()) / max(observed, 1)
-
-
-def rejection_advice(result: FilterResult) -> str | None:
-    """What to do where a check rejected more than `TOO_MANY`; None where it did not."""
-    share = rejected_share(result)
-    if share <= TOO_MANY:
-        return None
-    return (
-        f"the gross-error check rejected {share:.0%} of the observations: the ensemble has lost the truth, or the "
-        "observation errors are given too small, and a filter that rejects what could correct it does not "
-        "recover; raise the threshold, or the spread (spread_repair), or look at the errors (innovations)."
-    )

@@ -121,7 +121,7 @@ def check(program: StateSpaceModel, result: FilterResult, num_draws: int) -> Non
         raise ValueError(
             f"the carry of '{program.name}' depends on the carry before it and not on '{name}' alone (two frames, or a "
             "function of both), so particles of different lines cannot be linked; smooth this program along its "
-            "genealogy, ParticleFilter.smoothed(lag)."
+            "genealogy, Filter.smoothed(lag)."
         )
 
 

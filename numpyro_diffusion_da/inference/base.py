@@ -10,9 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from numpyro_diffusion_da.filters.base import Algorithm
+from numpyro_diffusion_da.filters.base import FilterAlgorithm
 from numpyro_diffusion_da.inference.compilation import Compiled
-from numpyro_diffusion_da.inference.evidence import Estimator, Evidence, check_evidence
+from numpyro_diffusion_da.inference.evidence import EvidenceEstimator, FilterEvidence, check_evidence
 from numpyro_diffusion_da.program.parameters import Parameters
 from numpyro_diffusion_da.program.state_space import StateSpaceModel
 from numpyro_diffusion_da.results.result import ParameterResult
@@ -30,7 +30,7 @@ class ParameterInference:
 
     def __init__(
         self,
-        algorithm: Algorithm,
+        algorithm: FilterAlgorithm,
         num_particles: int,
         batch_size: int,
         at_once: int,
@@ -38,7 +38,7 @@ class ParameterInference:
         **numbers: int,
     ) -> None:
         name = type(self).__name__
-        if not isinstance(algorithm, Algorithm):
+        if not isinstance(algorithm, FilterAlgorithm):
             raise TypeError(
                 f"{name} got {type(algorithm).__name__}; give a filter of your program, "
                 f"as in {name}(ndda.Bootstrap(model), num_particles=256, ...)."
@@ -52,7 +52,7 @@ class ParameterInference:
         self.batch_size = batch_size
         self.at_once = at_once
         self.progress_bar = progress_bar
-        self._estimator = Estimator(algorithm, num_particles, batch_size)
+        self._estimator = EvidenceEstimator(algorithm, num_particles, batch_size)
         self._compiled: dict[str, Compiled] = {}
         self._result: ParameterResult | None = None
 
@@ -61,7 +61,7 @@ class ParameterInference:
         name = type(self).__name__
         parameters = Parameters(StateSpaceModel(self.algorithm.model, args, kwargs))
         known = parameters.placeholder()
-        caveats = check_evidence(self.algorithm, known, name)
+        bias_reasons = check_evidence(self.algorithm, known, name)
         if not self._compiled:
             self._compiled = {part: Compiled(fn) for part, fn in self._parts(parameters).items()}
         return parameters, {
@@ -69,16 +69,16 @@ class ParameterInference:
             "model": parameters.program.name,
             "num_particles": self.num_particles,
             **self.algorithm.settings(known),
-            "evidence_caveats": "; ".join(caveats),
+            "evidence_bias_reasons": "; ".join(bias_reasons),
         }
 
     def _parts(self, parameters: Parameters) -> dict[str, Callable[..., Any]]:
         """What is compiled. Kept, so that a second run with arguments of the same shapes compiles nothing."""
 
-        def evaluate(rng_key: Any, positions: Array, given: Any) -> Evidence:
+        def evaluate(rng_key: Any, positions: Array, given: Any) -> FilterEvidence:
             keys = jax.random.split(rng_key, BATCH)
             evidence = map_particles(self._evidence(parameters.at(*given)), self.at_once)(keys, positions)
-            return Evidence(evidence.state._replace(particles=()), evidence.passes)
+            return FilterEvidence(evidence.state._replace(particles=()), evidence.passes)
 
         def values(positions: Array, given: Any) -> dict[str, Array]:
             flat = jax.vmap(parameters.at(*given).values)(positions.reshape(-1, parameters.size))
@@ -86,10 +86,10 @@ class ParameterInference:
 
         return {"evaluate": evaluate, "values": values}
 
-    def _evidence(self, parameters: Parameters) -> Callable[..., Evidence]:
+    def _evidence(self, parameters: Parameters) -> Callable[..., FilterEvidence]:
         """(rng_key, position[, steps]) -> what the filter leaves behind there."""
 
-        def run(rng_key: PRNGKeyArray, position: Array, steps: Any = None) -> Evidence:
+        def run(rng_key: PRNGKeyArray, position: Array, steps: Any = None) -> FilterEvidence:
             return self._estimator.run(rng_key, parameters.filterable(position), steps)
 
         return run

@@ -10,13 +10,13 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from numpyro_diffusion_da.diffusion.denoiser import NetworkPasses
-from numpyro_diffusion_da.filters.base import Algorithm
+from numpyro_diffusion_da.filters.base import FilterAlgorithm
 from numpyro_diffusion_da.program.scan import TimeInputs
 from numpyro_diffusion_da.program.state_space import StateSpaceModel
 from numpyro_diffusion_da.smc.base import State, init, particle_keys
 
 
-class Evidence(NamedTuple):
+class FilterEvidence(NamedTuple):
     """What a filter left behind.
 
     Attributes:
@@ -28,7 +28,7 @@ class Evidence(NamedTuple):
     passes: NetworkPasses
 
 
-class Estimator(NamedTuple):
+class EvidenceEstimator(NamedTuple):
     """A filter with its sizes, to be run on a program whose global parameters are known.
 
     Attributes:
@@ -37,18 +37,18 @@ class Estimator(NamedTuple):
         batch_size: particles moved at a time; 0 for all at once.
     """
 
-    algorithm: Algorithm
+    algorithm: FilterAlgorithm
     num_particles: int
     batch_size: int = 0
 
-    def start(self, rng_key: PRNGKeyArray, program: StateSpaceModel) -> Evidence:
+    def start(self, rng_key: PRNGKeyArray, program: StateSpaceModel) -> FilterEvidence:
         """N draws of the initial state, before any observation."""
         state = init(jax.vmap(program.initial)(particle_keys(rng_key, self.num_particles)))
-        return Evidence(state, NetworkPasses(*(jnp.zeros(()) for _ in NetworkPasses._fields)))
+        return FilterEvidence(state, NetworkPasses(*(jnp.zeros(()) for _ in NetworkPasses._fields)))
 
     def step(
-        self, rng_key: PRNGKeyArray, program: StateSpaceModel, evidence: Evidence, t: Int[Array, ""]
-    ) -> tuple[Evidence, Float[Array, ""]]:
+        self, rng_key: PRNGKeyArray, program: StateSpaceModel, evidence: FilterEvidence, t: Int[Array, ""]
+    ) -> tuple[FilterEvidence, Float[Array, ""]]:
         """Take in the observations of time t; also the increment of the log-evidence, -inf where not a number."""
         inputs = TimeInputs(t, jax.tree.map(lambda x: x[t], program.inputs()))
         state, info = self.algorithm.kernel(program, self.batch_size)(rng_key, evidence.state, inputs)
@@ -56,11 +56,11 @@ class Estimator(NamedTuple):
         increment = jnp.where(jnp.isnan(increment), -jnp.inf, increment)
         passes = jax.tree.map(lambda n: self.num_particles * n, self.algorithm.passes(info))
         state = State(state.particles, evidence.state.log_evidence + increment)
-        return Evidence(state, NetworkPasses(*map(jnp.add, evidence.passes, passes))), increment
+        return FilterEvidence(state, NetworkPasses(*map(jnp.add, evidence.passes, passes))), increment
 
     def run(
         self, rng_key: PRNGKeyArray, program: StateSpaceModel, steps: Int[Array, ""] | int | None = None
-    ) -> Evidence:
+    ) -> FilterEvidence:
         """Filter the first `steps` observations, keeping nothing but the last state.
 
         Args:
@@ -70,14 +70,14 @@ class Estimator(NamedTuple):
         """
         init_key, run_key = jax.random.split(rng_key)
 
-        def step(t: Int[Array, ""], evidence: Evidence) -> Evidence:
+        def step(t: Int[Array, ""], evidence: FilterEvidence) -> FilterEvidence:
             return self.step(jax.random.fold_in(run_key, t), program, evidence, t)[0]
 
         steps = program.length if steps is None else steps
         return jax.lax.fori_loop(0, steps, step, self.start(init_key, program))
 
 
-def check_evidence(algorithm: Algorithm, program: StateSpaceModel, name: str) -> list[str]:
+def check_evidence(algorithm: FilterAlgorithm, program: StateSpaceModel, name: str) -> list[str]:
     """Refuse a filter without evidence, and warn of one whose evidence is biased.
 
     Args:
@@ -97,14 +97,14 @@ def check_evidence(algorithm: Algorithm, program: StateSpaceModel, name: str) ->
         raise ValueError(
             f"{kind} without weights estimates no evidence; use ndda.GuidedPF(model) or ndda.Bootstrap(model)."
         )
-    caveats = algorithm.evidence_caveats(program)
-    if caveats:
+    bias_reasons = algorithm.evidence_bias_reasons(program)
+    if bias_reasons:
         instead = "ndda.GuidedPF(model), ndda.Bootstrap(model)"
         if program.diffusion() is None and algorithm.needs_gaussian and program.observes_linearly():
             instead += ", ndda.FAAPF(model, weight=ndda.Moment(), target_ess=0.0)"
         warnings.warn(
-            f"the evidence of {kind} is biased: {'; '.join(caveats)}. {name} then does not draw from the posterior "
+            f"the evidence of {kind} is biased: {'; '.join(bias_reasons)}. {name} then does not draw from the posterior "
             f"of the parameters, and more particles do not help; use {instead}.",
             stacklevel=3,
         )
-    return caveats
+    return bias_reasons

@@ -1,4 +1,4 @@
-"""`ParticleFilter`: the one loop over time, for any filter kernel, in independent chains."""
+"""`Filter`: the one loop over time, for any filter kernel, in independent chains."""
 
 from __future__ import annotations
 
@@ -13,8 +13,7 @@ import numpy as np
 from jaxtyping import Array, PRNGKeyArray, PyTree
 
 from numpyro_diffusion_da.diffusion.memory import device_memory
-from numpyro_diffusion_da.filters.base import Algorithm
-from numpyro_diffusion_da.filters.gross_error_check import rejection_advice
+from numpyro_diffusion_da.filters.base import FilterAlgorithm
 from numpyro_diffusion_da.inference import backward_simulation as backward
 from numpyro_diffusion_da.inference.compilation import Compiled
 from numpyro_diffusion_da.inference.progress import step_progress
@@ -22,15 +21,16 @@ from numpyro_diffusion_da.inference.storage import RunStore
 from numpyro_diffusion_da.program.scan import TimeInputs
 from numpyro_diffusion_da.program.state_space import StateSpaceModel
 from numpyro_diffusion_da.results import smoothing
+from numpyro_diffusion_da.results.advice import rejection_advice
 from numpyro_diffusion_da.results.result import PER_PARTICLE, FilterResult
-from numpyro_diffusion_da.results.summary import inflation_advice
+from numpyro_diffusion_da.results.summary import tempering_advice
 from numpyro_diffusion_da.smc.base import Info, State, init
 
 if TYPE_CHECKING:
     import xarray
 
 
-class ParticleFilter:
+class Filter:
     """Runs a filter over a NumPyro program, as `numpyro.infer.MCMC` runs a sampler.
 
     Args:
@@ -55,7 +55,7 @@ class ParticleFilter:
 
     def __init__(
         self,
-        algorithm: Algorithm,
+        algorithm: FilterAlgorithm,
         *,
         num_particles: int,
         num_chains: int = 1,
@@ -66,10 +66,10 @@ class ParticleFilter:
         keep: Sequence[str] | None = None,
         directory: str | os.PathLike[str] | None = None,
     ) -> None:
-        if not isinstance(algorithm, Algorithm):
+        if not isinstance(algorithm, FilterAlgorithm):
             raise TypeError(
-                f"ParticleFilter got {type(algorithm).__name__}; give a filter of your program, "
-                "as in ParticleFilter(ndda.FAAPF(model), num_particles=256)."
+                f"Filter got {type(algorithm).__name__}; give a filter of your program, "
+                "as in Filter(ndda.FAAPF(model), num_particles=256)."
             )
         for name, value, least in (
             ("num_particles", num_particles, 1),
@@ -101,7 +101,7 @@ class ParticleFilter:
 
         A chain's key is fold_in(rng_key, chain), a step's fold_in of that and the step, a particle's fold_in of that
         and the particle: neither batching nor the number of chains changes a draw. Warns where half of the weights or
-        more are inflated to alpha below 0.1, and says what to do.
+        more are tempered to alpha below 0.1, and says what to do.
 
         Args:
             rng_key: from `jax.random.key`.
@@ -147,7 +147,7 @@ class ParticleFilter:
                 chains.append(jax.tree.map(lambda *v: np.stack(v), *steps))
         self._result = self._collect(program, attributes, chains)
         self._given, self._inputs = given, xs
-        for advice in (rejection_advice(self._result), inflation_advice(self._result)):
+        for advice in (rejection_advice(self._result), tempering_advice(self._result)):
             if advice is not None:
                 warnings.warn(advice, stacklevel=2)
 
@@ -170,7 +170,7 @@ class ParticleFilter:
                     "log_weights": info.log_weights,
                     "ancestors": info.ancestors,
                     "ess": info.ess,
-                    "inflation": info.inflation,
+                    "tempering": info.tempering,
                     "log_evidence_increment": info.log_evidence_increment,
                     "distinct_ancestors": info.distinct_ancestors,
                     "log_weight_std": info.log_weight_std,
@@ -225,7 +225,7 @@ class ParticleFilter:
             "num_particles": self.num_particles,
             **({} if transition is None else transition.prior.provenance()),
             **self.algorithm.settings(program),
-            "evidence_caveats": "; ".join(self.algorithm.weight_caveats(program)),
+            "evidence_bias_reasons": "; ".join(self.algorithm.weight_bias_reasons(program)),
         }
 
     def _forecast(self, program: StateSpaceModel, info: Info) -> Array:
@@ -299,7 +299,7 @@ class ParticleFilter:
             RuntimeError: nothing has been run.
         """
         if self._result is None:
-            raise RuntimeError("this ParticleFilter has not run yet; call .run(jax.random.key(0), ...) first.")
+            raise RuntimeError("this Filter has not run yet; call .run(jax.random.key(0), ...) first.")
         return self._result
 
     def smoothed(self, lag: int | None = None) -> FilterResult:

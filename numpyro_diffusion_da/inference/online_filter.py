@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import PRNGKeyArray
 
-from numpyro_diffusion_da.filters.base import Algorithm
+from numpyro_diffusion_da.filters.base import FilterAlgorithm
 from numpyro_diffusion_da.inference.compilation import Compiled
 from numpyro_diffusion_da.program.scan import TimeInputs
 from numpyro_diffusion_da.program.state_space import StateSpaceModel
@@ -18,7 +18,7 @@ from numpyro_diffusion_da.smc.base import Info, State, init, particle_keys
 class OnlineFilter:
     """A filter over a NumPyro program, as BlackJAX writes an algorithm: ``init``, then ``step`` as observations arrive.
 
-    The program is given one time at a time: series of length 1 where `ParticleFilter` gives it the whole. `State` is a
+    The program is given one time at a time: series of length 1 where `Filter` gives it the whole. `State` is a
     pytree of arrays: keep it in any way that keeps arrays, and go on from it in another process.
 
     Args:
@@ -30,7 +30,7 @@ class OnlineFilter:
         ValueError: fewer than one particle, or a negative batch size.
     """
 
-    def __init__(self, algorithm: Algorithm, *, num_particles: int, batch_size: int = 0) -> None:
+    def __init__(self, algorithm: FilterAlgorithm, *, num_particles: int, batch_size: int = 0) -> None:
         if num_particles < 1 or batch_size < 0:
             raise ValueError(f"num_particles={num_particles}, batch_size={batch_size}; give 1 or more, and 0 or more.")
         self.algorithm = algorithm
@@ -85,7 +85,7 @@ class OnlineFilter:
         if length != 1:
             raise ValueError(
                 f"the program scans over {length} times; an OnlineFilter takes one at a time: give series of length 1, "
-                "as y_t[None] (ParticleFilter runs whole series)."
+                "as y_t[None] (Filter runs whole series)."
             )
         return program
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from numpyro_diffusion_da.filters.base import Algorithm
+from numpyro_diffusion_da.filters.base import FilterAlgorithm
 from numpyro_diffusion_da.inference.base import BATCH, ParameterInference
 from numpyro_diffusion_da.inference.progress import progress
 from numpyro_diffusion_da.program.parameters import Parameters
@@ -49,7 +49,7 @@ class PMMH(ParameterInference):
 
     def __init__(
         self,
-        algorithm: Algorithm,
+        algorithm: FilterAlgorithm,
         *,
         num_particles: int,
         num_warmup: int,
@@ -84,7 +84,7 @@ class PMMH(ParameterInference):
         keys = jax.vmap(jax.random.fold_in, (None, 0))(rng_key, jnp.arange(self.num_chains))
         draws = self._chains(keys, *self._start(keys, given), given)
         positions = draws.pop("parameters")
-        centre = positions.reshape(-1, positions.shape[-1]).mean(0, dtype=float)
+        center = positions.reshape(-1, positions.shape[-1]).mean(0, dtype=float)
         self._result = ParameterResult(
             posterior=self._values(positions, given),
             sample_stats=draws,
@@ -94,7 +94,7 @@ class PMMH(ParameterInference):
                 "seed": str(np.asarray(jax.random.key_data(rng_key)).tolist()),
                 "num_warmup": self.num_warmup,
                 "num_chains": self.num_chains,
-                **self._spread(jax.random.fold_in(rng_key, self.num_chains), centre, given),
+                **self._spread(jax.random.fold_in(rng_key, self.num_chains), center, given),
             },
         )
 

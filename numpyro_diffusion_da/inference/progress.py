@@ -31,12 +31,12 @@ def progress(show: bool, what: str, total: int) -> Iterator[Callable[[int, str],
 
 @contextmanager
 def step_progress(show: bool, total: int) -> Iterator[Callable[[dict[str, Any]], None]]:
-    """A function to call after each step of a filter with its statistics; a bar with ESS and inflation while `show`."""
+    """A function to call after each step of a filter with its statistics; a bar with ESS and tempering while `show`."""
     with progress(show, "filtering", total) as advance:
 
         def after(stats: dict[str, Any]) -> None:
             if show:
-                ess, inflation = (float(np.median(stats[name])) for name in ("ess", "inflation"))
-                advance(1, f"ESS {ess:.0f}  inflation {inflation:.2f}")
+                ess, tempering = (float(np.median(stats[name])) for name in ("ess", "tempering"))
+                advance(1, f"ESS {ess:.0f}  tempering {tempering:.2f}")
 
         yield after

@@ -9,9 +9,9 @@ import jax
 import numpy as np
 from jaxtyping import Array, PRNGKeyArray
 
-from numpyro_diffusion_da.filters.base import Algorithm
+from numpyro_diffusion_da.filters.base import FilterAlgorithm
 from numpyro_diffusion_da.inference.base import ParameterInference
-from numpyro_diffusion_da.inference.evidence import Evidence
+from numpyro_diffusion_da.inference.evidence import FilterEvidence
 from numpyro_diffusion_da.inference.progress import progress
 from numpyro_diffusion_da.program.parameters import Parameters
 from numpyro_diffusion_da.results.result import ParameterResult
@@ -44,7 +44,7 @@ class SMC2(ParameterInference):
 
     def __init__(
         self,
-        algorithm: Algorithm,
+        algorithm: FilterAlgorithm,
         *,
         num_particles: int,
         num_parameter_particles: int,
@@ -103,7 +103,7 @@ class SMC2(ParameterInference):
         infos_ = jax.tree.map(lambda *v: np.stack(v), *chains)  # (chain, time, ...)
         positions = np.moveaxis(infos_.draws, 1, 2)
         over_time = self._values(positions, given)
-        centre = positions[:, :, -1].reshape(-1, positions.shape[-1]).mean(0, dtype=float)
+        center = positions[:, :, -1].reshape(-1, positions.shape[-1]).mean(0, dtype=float)
         steps = self.num_parameter_particles * (1 + infos_.moved * self.num_moves * (1 + np.arange(length)))
         self._result = ParameterResult(
             posterior={name: values[:, :, -1] for name, values in over_time.items()},
@@ -121,12 +121,12 @@ class SMC2(ParameterInference):
                 "num_moves": self.num_moves,
                 "parameter_target_ess": self.target_ess,
                 "num_chains": self.num_chains,
-                **self._spread(jax.random.fold_in(rng_key, self.num_chains), centre, given),
+                **self._spread(jax.random.fold_in(rng_key, self.num_chains), center, given),
             },
         )
 
     def _parts(self, parameters: Parameters) -> dict[str, Callable[..., Any]]:
-        def start(rng_key: Any, given: Any) -> smc2.State:
+        def start(rng_key: Any, given: Any) -> smc2.SMC2State:
             at = parameters.at(*given)
             draw_key, filter_key = jax.random.split(rng_key)
             m = self.num_parameter_particles
@@ -138,13 +138,13 @@ class SMC2(ParameterInference):
             filters = map_particles(begin, self.at_once)(jax.random.split(filter_key, m), positions)
             return smc2.init(positions, filters, jax.vmap(at.log_prior)(positions), jax.vmap(at.log_outside)(positions))
 
-        def step(rng_key: Any, state: smc2.State, t: Array, given: Any) -> tuple[smc2.State, smc2.Info]:
+        def step(rng_key: Any, state: smc2.SMC2State, t: Array, given: Any) -> tuple[smc2.SMC2State, smc2.SMC2Info]:
             at = parameters.at(*given)
 
-            def advance(key: Any, position: Array, filter: Evidence, t: Array) -> tuple[Evidence, Array]:
+            def advance(key: Any, position: Array, filter: FilterEvidence, t: Array) -> tuple[FilterEvidence, Array]:
                 return self._estimator.step(key, at.filterable(position), filter, t)
 
-            def restart(key: Any, position: Array, number: Array) -> tuple[Array, Evidence]:
+            def restart(key: Any, position: Array, number: Array) -> tuple[Array, FilterEvidence]:
                 evidence = self._evidence(at)(key, position, number)
                 return evidence.state.log_evidence, evidence
 

@@ -167,30 +167,6 @@ class GaussianLikelihood(Likelihood):
         return self
 
 
-class InflatableLogWeight(NamedTuple):
-    """log of int p(y | x)^alpha N(x; m, V) dx for any alpha, p(y | x) = N(y; h(x), R) with h linearised at m.
-
-    It is log N(y; h(m), R / alpha + H V H^T) and a term of R and alpha alone. In whitened coordinates that are
-    independent, those of the eigenvectors of H V H^T, it is a sum of one term each, which needs no more than these:
-
-    Attributes:
-        log_normalizers: the terms of -1/2 log det(2 pi R), shape (m,); of all together, so that only their sum counts,
-            unless the coordinates are the observations.
-        squared_residuals: of R^{-1/2} (y - h(m)) in these coordinates, shape (m,); 0 where missing.
-        variances: of R^{-1/2} H V H^T R^{-1/2} in these coordinates, shape (m,), at least 0.
-    """
-
-    log_normalizers: Float[Array, "... m"]
-    squared_residuals: Float[Array, "... m"]
-    variances: Float[Array, "... m"]
-
-    def terms(self, alpha: Float[Array, ""] | float) -> Float[Array, "... m"]:
-        """What is summed, at this alpha."""
-        widened = 1.0 + alpha * self.variances
-        quadratic = alpha * self.squared_residuals / widened
-        return alpha * self.log_normalizers - 0.5 * (quadratic + jnp.log(widened))
-
-
 class GeneralLikelihood(Likelihood):
     """log p(y | x) for sites of which some are not Gaussian.
 
@@ -249,10 +225,10 @@ class GeneralLikelihood(Likelihood):
         """Pseudo observations by moment matching for each site that is not Gaussian."""
         assert coordinates is not None
         assert variances is not None
-        centre = jnp.zeros_like(variances)
+        center = jnp.zeros_like(variances)
         variances = jnp.maximum(variances, LEAST_VARIANCE)
-        tilted = tilted_moments(coordinates.log_prob, centre, variances)
-        return self.with_pseudo(coordinates, pseudo_observations(tilted, centre, variances))
+        tilted = tilted_moments(coordinates.log_prob, center, variances)
+        return self.with_pseudo(coordinates, pseudo_observations(tilted, center, variances))
 
     def with_pseudo(self, coordinates: Coordinates, pseudo: PseudoObservations) -> GaussianLikelihood:
         """The Gaussian sites, and the given pseudo observations of the coordinates."""
@@ -273,11 +249,11 @@ def probe_signs(shape: tuple[int, ...], dtype: jnp.dtype) -> Float[Array, "k ...
 
 
 class Coordinates:
-    """One coordinate t_i(x) for each of n independent observations that are not Gaussian, zero at the centre.
+    """One coordinate t_i(x) for each of n independent observations that are not Gaussian, zero at the center.
 
     Args:
         general: x -> the sites.
-        sites: those at the centre.
+        sites: those at the center.
         axes: for each site the direction of t in parameter space, shape (m, p): t = 1 moves the parameters by it.
     """
 

@@ -32,8 +32,8 @@ class TiltedMoments(NamedTuple):
 
     Attributes:
         log_normalizer: log of its integral over t.
-        mean: of the normalised density.
-        variance: of the normalised density.
+        mean: of the normalized density.
+        variance: of the normalized density.
     """
 
     log_normalizer: Float[Array, " m"]
@@ -42,23 +42,23 @@ class TiltedMoments(NamedTuple):
 
 
 def tilted_moments(
-    log_prob: ElementwiseLogProb, centre: Float[Array, " m"], variance: Float[Array, " m"]
+    log_prob: ElementwiseLogProb, center: Float[Array, " m"], variance: Float[Array, " m"]
 ) -> TiltedMoments:
     """Quadrature on a grid that is refined around what it found, until it resolves the narrower of the two factors.
 
     Args:
         log_prob: elementwise log-likelihoods; NaN counts as impossible.
-        centre: mean of the Gaussian.
+        center: mean of the Gaussian.
         variance: of the Gaussian, positive.
     """
-    return _tilted(log_prob, centre, variance)[0]
+    return _tilted(log_prob, center, variance)[0]
 
 
 def tilted_quantiles(
-    log_prob: ElementwiseLogProb, centre: Float[Array, " m"], variance: Float[Array, " m"], levels: Float[Array, " m"]
+    log_prob: ElementwiseLogProb, center: Float[Array, " m"], variance: Float[Array, " m"], levels: Float[Array, " m"]
 ) -> Float[Array, " m"]:
     """Where the distribution functions of the tilted densities reach the levels, from 0 to 1; see `tilted_moments`."""
-    _, nodes, weights = _tilted(log_prob, centre, variance)
+    _, nodes, weights = _tilted(log_prob, center, variance)
     # Each node stands for the interval around it, on which its density is constant.
     below = jnp.cumsum(weights, axis=0)
     at = jnp.clip(jnp.sum(below < levels[None], axis=0), 0, NODES - 1)[None]
@@ -68,16 +68,16 @@ def tilted_quantiles(
 
 
 def _tilted(
-    log_prob: ElementwiseLogProb, centre: Float[Array, " m"], variance: Float[Array, " m"]
+    log_prob: ElementwiseLogProb, center: Float[Array, " m"], variance: Float[Array, " m"]
 ) -> tuple[TiltedMoments, Float[Array, "k m"], Float[Array, "k m"]]:
     """The moments, and the last grid with the weights of its nodes."""
     spread = jnp.sqrt(variance)
-    steps = jnp.linspace(-1.0, 1.0, NODES, dtype=centre.dtype)
+    steps = jnp.linspace(-1.0, 1.0, NODES, dtype=center.dtype)
 
     def on_grid(middle: Array, half: Array) -> tuple[TiltedMoments, Array, Array, Array]:
         t = middle[None] + half[None] * steps[:, None]
         logs = jax.vmap(log_prob)(t)
-        exponent = -0.5 * ((t - centre[None]) / spread[None]) ** 2
+        exponent = -0.5 * ((t - center[None]) / spread[None]) ** 2
         logs = jnp.where(jnp.isnan(logs), -jnp.inf, logs) + exponent
         possible = jnp.isfinite(jnp.max(logs, axis=0))
         logs = jnp.where(possible[None], logs, exponent)
@@ -97,7 +97,7 @@ def _tilted(
         narrower = jnp.clip(REACH * jnp.sqrt(moments.variance), 2.0 * spacing, half)
         return moments.mean, jnp.where(inside, narrower, 2.0 * half)
 
-    grid = jax.lax.fori_loop(0, ROUNDS - 1, refine, (centre, REACH * spread))
+    grid = jax.lax.fori_loop(0, ROUNDS - 1, refine, (center, REACH * spread))
     found, _, nodes, weights = on_grid(*grid)
     return found, nodes, weights
 
@@ -110,19 +110,19 @@ class PseudoObservations(NamedTuple):
 
 
 def pseudo_observations(
-    tilted: TiltedMoments, centre: Float[Array, " m"], variance: Float[Array, " m"]
+    tilted: TiltedMoments, center: Float[Array, " m"], variance: Float[Array, " m"]
 ) -> PseudoObservations:
-    """What takes N(centre, variance) to the tilted mean and, where it is the smaller, variance.
+    """What takes N(center, variance) to the tilted mean and, where it is the smaller, variance.
 
     A likelihood may widen its coordinate (an outlier under heavy tails, two modes); no Gaussian observation does, so
     its precision is held above `LEAST_PRECISION`, with the mean still matched.
     """
     precision = jnp.maximum(1.0 / tilted.variance - 1.0 / variance, LEAST_PRECISION / variance)
-    score = (tilted.mean - centre) / variance
-    return PseudoObservations(centre + score * (1.0 / precision + variance), precision**-0.5)
+    score = (tilted.mean - center) / variance
+    return PseudoObservations(center + score * (1.0 / precision + variance), precision**-0.5)
 
 
-class Evidence(NamedTuple):
+class PropagationResult(NamedTuple):
     """What expectation propagation gives.
 
     Attributes:
@@ -144,7 +144,7 @@ def expectation_propagation(
     observed: Bool[Array, " m"],
     rounds: int = 10,
     damping: float = 0.7,
-) -> Evidence:
+) -> PropagationResult:
     """Approximates int prod_i p(y_i | t_i) N(t; 0, covariance) dt; exact for Gaussian likelihoods.
 
     Args:
@@ -176,20 +176,20 @@ def expectation_propagation(
 
     def update(_: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
         precision, shift = carry
-        centre, variance = cavity(precision, shift)
-        pseudo = pseudo_observations(tilted_moments(log_prob, centre, variance), centre, variance)
+        center, variance = cavity(precision, shift)
+        pseudo = pseudo_observations(tilted_moments(log_prob, center, variance), center, variance)
         new = jnp.where(observed, pseudo.scale**-2, 0.0)
         keep = 1.0 - damping
         return keep * precision + damping * new, keep * shift + damping * new * jnp.where(observed, pseudo.value, 0.0)
 
     zero = jnp.zeros(m, own.dtype)
     precision, shift = jax.lax.fori_loop(0, rounds, update, (zero, zero))
-    centre, variance = cavity(precision, shift)
-    tilted = tilted_moments(log_prob, centre, variance)
+    center, variance = cavity(precision, shift)
+    tilted = tilted_moments(log_prob, center, variance)
     mean, within, log_determinant = joint(precision, shift)
     # Rasmussen & Williams (3.65), with 1/s = the pseudo precision, which may be zero.
     sites = tilted.log_normalizer + 0.5 * jnp.log1p(precision * variance)
-    sites = sites + 0.5 * (precision * centre**2 - 2.0 * centre * shift - variance * shift**2) / (
+    sites = sites + 0.5 * (precision * center**2 - 2.0 * center * shift - variance * shift**2) / (
         1.0 + precision * variance
     )
     sites = jnp.sum(jnp.where(observed, sites, 0.0))
@@ -197,4 +197,4 @@ def expectation_propagation(
     some = precision > 0
     safe = jnp.where(some, precision, 1.0)
     stand_ins = PseudoObservations(jnp.where(some, shift / safe, 0.0), safe**-0.5)
-    return Evidence(log_evidence, stand_ins, (centre, variance), (mean, jnp.maximum(within, LEAST_VARIANCE)))
+    return PropagationResult(log_evidence, stand_ins, (center, variance), (mean, jnp.maximum(within, LEAST_VARIANCE)))

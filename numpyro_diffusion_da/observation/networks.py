@@ -38,7 +38,7 @@ def channel_names(layout: Layout) -> list[str]:
     ]
 
 
-class Network(abc.ABC):
+class ObservingNetwork(abc.ABC):
     """Places that observe some channels, with independent Gaussian errors.
 
     Attributes:
@@ -76,7 +76,7 @@ class Network(abc.ABC):
         return np.array(list(self.errors.values()), np.float32)
 
 
-def _check_errors(network: Network) -> None:
+def _check_errors(network: ObservingNetwork) -> None:
     if not network.errors or not all(0 < error < np.inf for error in network.errors.values()):
         raise ValueError(
             f"{type(network).__name__} got errors={network.errors}; give a positive standard deviation for each "
@@ -85,14 +85,14 @@ def _check_errors(network: Network) -> None:
 
 
 @dataclasses.dataclass(frozen=True)
-class Stations(Network):
+class Stations(ObservingNetwork):
     """Fixed points, as many to every part of the sphere of the same area on average.
 
     Values between grid points are interpolated linearly in latitude and longitude; beyond the last row of the grid they
     are those of that row.
 
     Args:
-        errors: see `Network`.
+        errors: see `ObservingNetwork`.
         count: number of stations.
         seed: of their places.
 
@@ -132,24 +132,24 @@ class Stations(Network):
 
 
 @dataclasses.dataclass(frozen=True)
-class _Neighbour:
+class _Neighbor:
     index: Int[np.ndarray, " place"]
     weight: Float[np.ndarray, " place"]
 
 
-def _between(grid: np.ndarray, values: np.ndarray) -> tuple[_Neighbour, _Neighbour]:
+def _between(grid: np.ndarray, values: np.ndarray) -> tuple[_Neighbor, _Neighbor]:
     """The grid points below and above each value, on an ascending grid, and their weights."""
     upper = np.clip(np.searchsorted(grid, values), 1, len(grid) - 1)
     part = np.clip((values - grid[upper - 1]) / (grid[upper] - grid[upper - 1]), 0.0, 1.0)
-    return _Neighbour(upper - 1, 1.0 - part), _Neighbour(upper, part)
+    return _Neighbor(upper - 1, 1.0 - part), _Neighbor(upper, part)
 
 
 @dataclasses.dataclass(frozen=True)
-class Swath(Network):
+class Swath(ObservingNetwork):
     """A satellite that sees a band of longitudes, another one at each time: every n-th grid point of it.
 
     Args:
-        errors: see `Network`.
+        errors: see `ObservingNetwork`.
         width: of the band, degrees of longitude.
         advance: how far the band moves from one time to the next, degrees of longitude.
         thinning: every n-th latitude and longitude.
@@ -189,11 +189,11 @@ class Swath(Network):
 
 
 @dataclasses.dataclass(frozen=True)
-class BlockMeans(Network):
+class BlockMeans(ObservingNetwork):
     """Means over blocks of grid points, by area: what an instrument of a wide footprint sees.
 
     Args:
-        errors: see `Network`.
+        errors: see `ObservingNetwork`.
         size: grid points of a block along each axis.
 
     Raises:
@@ -232,7 +232,7 @@ class BlockMeans(Network):
 def fraction_of(
     scales: Sequence[float] | np.ndarray, names: Sequence[str], layout: Layout, part: float
 ) -> dict[str, float]:
-    """Errors that are a part of each channel's scale, by name: for `Network.errors`.
+    """Errors that are a part of each channel's scale, by name: for `ObservingNetwork.errors`.
 
     Args:
         scales: of all channels of the state, for instance standard deviations of the climate, in their units.

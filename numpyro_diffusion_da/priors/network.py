@@ -1,12 +1,12 @@
-"""A network that you have, as a prior: any JAX callable, in any of the usual parametrisations.
+"""A network that you have, as a prior: any JAX callable, in any of the usual parametrizations.
 
     prior = ndda.DenoiserPrior(
         model.apply,                                    # (parameters, z_t, index, conditioning) -> output
-        ndda.parametrisation.Epsilon(VariancePreserving(DiscreteTable(alphas_cumprod))),
+        ndda.parametrization.Epsilon(VariancePreserving(DiscreteTable(alphas_cumprod))),
         parameters=parameters, layout=(40,), residual=True, scale=increment_scale,
     )
 
-The network predicts the latent z of x' = a + S z; what its output means is a value of `priors.parametrisation`, which
+The network predicts the latent z of x' = a + S z; what its output means is a value of `priors.parametrization`, which
 turns it into D(z_s, s) with the formulas stated there.
 """
 
@@ -24,13 +24,13 @@ from jaxtyping import Array, ArrayLike, Float, PyTree
 from numpyro_diffusion_da.diffusion.noise import Noise, WhiteNoise
 from numpyro_diffusion_da.diffusion.prior import DiffusionPrior
 from numpyro_diffusion_da.fields.layout import Layout
-from numpyro_diffusion_da.priors.parametrization import Denoised, Parametrisation
+from numpyro_diffusion_da.priors.parametrization import Denoised, Parametrization
 
 if TYPE_CHECKING:
     import numpyro.distributions as dist
 
 USUAL_RANGE = (2e-2, 80.0)
-"""Noise levels for a latent of unit variance, cut to what a parametrisation knows."""
+"""Noise levels for a latent of unit variance, cut to what a parametrization knows."""
 
 
 class _ByIdentity:
@@ -80,9 +80,9 @@ class DenoiserPrior(DiffusionPrior):
     Args:
         network: (z_t, index, conditioning) -> output, or (parameters, z_t, index, conditioning) -> output where
             `parameters` are given. z_t and the output have the shape of the state; z_t = alpha z_s and the index are
-            those of the parametrisation, for the default z_s = z + s e and the noise level s. Arrays of an equinox
+            those of the parametrization, for the default z_s = z + s e and the noise level s. Arrays of an equinox
             module become the prior's; arrays that a plain function closes over work, but are in no checksum.
-        parametrisation: what the output means; `Denoised()`, E[z | z_s], by default.
+        parametrization: what the output means; `Denoised()`, E[z | z_s], by default.
         parameters: a pytree of arrays, the network's first argument; None for a network that takes none.
         layout: of the state: a `Layout`, or only its shape.
         condition: (state, inputs) -> conditioning, run once a step; by default the state as the program gives it, and
@@ -94,18 +94,18 @@ class DenoiserPrior(DiffusionPrior):
             function of the conditioning; 1 by default.
         noise: of the forward process; white by default.
         noise_range: (lowest, highest) level that the network was trained for, in units of z. By default 0.02 to 80,
-            cut to what the parametrisation knows; it must be given where that knows nothing (`VarianceExploding`).
+            cut to what the parametrization knows; it must be given where that knows nothing (`VarianceExploding`).
         climatology: a NumPyro distribution of initial states, or None.
         conditioning_passes: network passes that `condition` makes.
 
     Raises:
         TypeError: an argument of another kind.
-        ValueError: shapes that do not match, no noise range or one beyond the parametrisation's, or both a location
+        ValueError: shapes that do not match, no noise range or one beyond the parametrization's, or both a location
             and `residual`.
     """
 
     network: _Function
-    parametrisation: Parametrisation
+    parametrization: Parametrization
     parameters: PyTree
     conditioner: _Function | None
     to_location: _Function | Float[Array, ...] | None
@@ -119,7 +119,7 @@ class DenoiserPrior(DiffusionPrior):
     def __init__(
         self,
         network: Callable[..., Any],
-        parametrisation: Parametrisation | None = None,
+        parametrization: Parametrization | None = None,
         *,
         layout: Layout | int | Sequence[int],
         parameters: PyTree = None,
@@ -136,11 +136,11 @@ class DenoiserPrior(DiffusionPrior):
             raise TypeError(f"DenoiserPrior got a network of type {type(network).__name__}; give something to call.")
         if condition is not None and not callable(condition):
             raise TypeError(f"condition is a {type(condition).__name__}; give a function (state, inputs) -> pytree.")
-        parametrisation = Denoised() if parametrisation is None else parametrisation
-        if not isinstance(parametrisation, Parametrisation):
+        parametrization = Denoised() if parametrization is None else parametrization
+        if not isinstance(parametrization, Parametrization):
             raise TypeError(
-                f"DenoiserPrior got the parametrisation {parametrisation!r}; give a value of ndda.parametrisation, "
-                "for example ndda.parametrisation.Velocity()."
+                f"DenoiserPrior got the parametrization {parametrization!r}; give a value of ndda.parametrization, "
+                "for example ndda.parametrization.Velocity()."
             )
         noise = WhiteNoise() if noise is None else noise
         if not isinstance(noise, Noise):
@@ -148,7 +148,7 @@ class DenoiserPrior(DiffusionPrior):
         if residual and location is not None:
             raise ValueError("DenoiserPrior got a location and residual=True, which is another; give one of them.")
         self.network = _Function(network)
-        self.parametrisation = parametrisation
+        self.parametrization = parametrization
         self.parameters = jax.tree.map(jnp.asarray, parameters)
         self.layout = _layout(layout)
         self.conditioner = None if condition is None else _Function(condition)
@@ -158,7 +158,7 @@ class DenoiserPrior(DiffusionPrior):
             self.to_location = self._broadcast(0.0 if location is None else location, "location")
         self.to_scale = self._broadcast(scale, "scale")
         self.noise = noise
-        self.noise_range = _noise_range(parametrisation, noise_range)
+        self.noise_range = _noise_range(parametrization, noise_range)
         self.conditioning_passes = conditioning_passes
         if climatology is not None:
             shape = getattr(climatology, "event_shape", None)
@@ -217,7 +217,7 @@ class DenoiserPrior(DiffusionPrior):
     def denoise(
         self, z_s: Float[Array, ...], noise_level: Float[Array, ""], conditioning: NetworkConditioning
     ) -> Float[Array, ...]:
-        """D(z_s, s; c), by one call of the network and its parametrisation; shape of the state.
+        """D(z_s, s; c), by one call of the network and its parametrization; shape of the state.
 
         Raises:
             TypeError: the network gives something else than one array.
@@ -237,7 +237,7 @@ class DenoiserPrior(DiffusionPrior):
             # A network of half precision still makes a sampler of the state's own.
             return jnp.asarray(output).astype(z_s.dtype)
 
-        return self.parametrisation(network, z_s, jnp.asarray(noise_level, z_s.dtype), self.noise)
+        return self.parametrization(network, z_s, jnp.asarray(noise_level, z_s.dtype), self.noise)
 
     def location(self, conditioning: NetworkConditioning) -> Float[Array, ...]:
         """The location given, or the last state."""
@@ -256,8 +256,8 @@ class DenoiserPrior(DiffusionPrior):
         return super().climatology() if self.initial.value is None else self.initial.value
 
     def provenance(self) -> dict[str, str]:
-        """The parametrisation beside the class and the checksum of all arrays."""
-        return {**super().provenance(), "parametrisation": type(self.parametrisation).__name__}
+        """The parametrization beside the class and the checksum of all arrays."""
+        return {**super().provenance(), "parametrization": type(self.parametrization).__name__}
 
 
 def _fit(value: Array, shape: tuple[int, ...], name: str) -> Array:
@@ -282,8 +282,8 @@ def _layout(layout: Any) -> Layout:
     return Layout(shape, ("component",) if len(shape) == 1 else tuple(f"axis_{i}" for i in range(len(shape))))
 
 
-def _noise_range(parametrisation: Parametrisation, given: tuple[float, float] | None) -> tuple[float, float]:
-    limits, name = parametrisation.limits, type(parametrisation).__name__
+def _noise_range(parametrization: Parametrization, given: tuple[float, float] | None) -> tuple[float, float]:
+    limits, name = parametrization.limits, type(parametrization).__name__
     if given is None:
         if limits is None:
             raise ValueError(

@@ -5,7 +5,7 @@ other coordinates: at the level s = sigma / alpha,
 
     z_t = alpha z_s,    sigma = alpha s.
 
-So a parametrisation is three things: alpha(s), the coordinates that the network expects (a `Path`); the number by which
+So a parametrization is three things: alpha(s), the coordinates that the network expects (a `Path`); the number by which
 it knows the level (a `NoiseIndex`, or the path's own time); and what its output says of z, given E[. | z_t] throughout:
 
     output                                 D
@@ -35,7 +35,7 @@ from jaxtyping import Array, ArrayLike, Float
 
 from numpyro_diffusion_da.diffusion.noise import Noise
 
-Network = Callable[[Float[Array, "..."], Float[Array, ""]], Float[Array, "..."]]
+NetworkFunction = Callable[[Float[Array, "..."], Float[Array, ""]], Float[Array, "..."]]
 """(z_t, index) -> output, the conditioning already in it."""
 
 
@@ -299,7 +299,7 @@ class FlowMatching(Path):
 # --- what a network's output says -----------------------------------------------------------------------------------
 
 
-class Parametrisation(eqx.Module):
+class Parametrization(eqx.Module):
     """A network's output -> D(z_s, s)."""
 
     @property
@@ -309,7 +309,7 @@ class Parametrisation(eqx.Module):
 
     @abc.abstractmethod
     def __call__(
-        self, network: Network, z_s: Float[Array, ...], noise_level: Float[Array, ""], noise: Noise
+        self, network: NetworkFunction, z_s: Float[Array, ...], noise_level: Float[Array, ""], noise: Noise
     ) -> Float[Array, ...]:
         """D(z_s, s) by one call of `network(z_t, index)`; shape of the latent.
 
@@ -321,7 +321,7 @@ class Parametrisation(eqx.Module):
         """
 
 
-class PathParametrisation(Parametrisation):
+class PathParametrization(Parametrization):
     """One of an output on a path; see the module for the formulas."""
 
     path: eqx.AbstractVar[Path]
@@ -335,7 +335,7 @@ class PathParametrisation(Parametrisation):
         return self.path.limits
 
     def __call__(
-        self, network: Network, z_s: Float[Array, ...], noise_level: Float[Array, ""], noise: Noise
+        self, network: NetworkFunction, z_s: Float[Array, ...], noise_level: Float[Array, ""], noise: Noise
     ) -> Float[Array, ...]:
         """D(z_s, s)."""
         alpha = self.path.alpha(noise_level)
@@ -355,7 +355,7 @@ class PathParametrisation(Parametrisation):
         """E[z | z_t] from the network's output at z_t = alpha z + sigma e."""
 
 
-class Denoised(PathParametrisation):
+class Denoised(PathParametrization):
     """The network gives E[z | z_t]: a denoiser, x0-prediction, or an EDM network with its preconditioning in it.
 
     Args:
@@ -369,7 +369,7 @@ class Denoised(PathParametrisation):
         return output
 
 
-class Epsilon(PathParametrisation):
+class Epsilon(PathParametrization):
     """The network gives E[e | z_t], the noise that was added (Ho et al. 2020).
 
     Args:
@@ -383,7 +383,7 @@ class Epsilon(PathParametrisation):
         return (z_t - sigma * output) / alpha
 
 
-class VPrediction(PathParametrisation):
+class VPrediction(PathParametrization):
     """The network gives E[v | z_t] with v = alpha e - sigma z (Salimans & Ho 2022).
 
     Args:
@@ -397,7 +397,7 @@ class VPrediction(PathParametrisation):
         return (alpha * z_t - sigma * output) / (alpha**2 + sigma**2)
 
 
-class Score(PathParametrisation):
+class Score(PathParametrization):
     """The network gives the score, grad log p(z_t) with respect to z_t (Song et al. 2021).
 
     Args:
@@ -411,7 +411,7 @@ class Score(PathParametrisation):
         return (z_t + sigma**2 * noise.covariance_product(output)) / alpha
 
 
-class Velocity(PathParametrisation):
+class Velocity(PathParametrization):
     """The network gives E[u | z_t], the velocity of the straight path in its own time (Lipman et al., Liu et al. 2023).
 
     u = e - z where data is at time 0, z - e where it is at time 1.
@@ -433,7 +433,7 @@ class Velocity(PathParametrisation):
         return z_t + (sigma if self.path.data_at else -sigma) * output
 
 
-class Preconditioned(Parametrisation):
+class Preconditioned(Parametrization):
     """The network is EDM's F, without its preconditioning (Karras et al. 2022, table 1).
 
         D = c_skip z_s + c_out F(c_in z_s, c_noise),    c_in = 1 / sqrt(s^2 + d^2),
@@ -462,7 +462,7 @@ class Preconditioned(Parametrisation):
         return self.noise_index.limits
 
     def __call__(
-        self, network: Network, z_s: Float[Array, ...], noise_level: Float[Array, ""], noise: Noise
+        self, network: NetworkFunction, z_s: Float[Array, ...], noise_level: Float[Array, ""], noise: Noise
     ) -> Float[Array, ...]:
         """c_skip z_s + c_out F."""
         c_in = 1.0 / jnp.sqrt(noise_level**2 + self.sigma_data**2)

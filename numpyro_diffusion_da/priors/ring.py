@@ -45,18 +45,18 @@ WIDTH = 5
 """Sites under every convolution: two on either side."""
 
 
-def neighbourhoods(values: Float[Array, "sites channels"]) -> Float[Array, "sites width_channels"]:
-    """Every site's values and its neighbours', from two sites before to two after."""
+def neighborhoods(values: Float[Array, "sites channels"]) -> Float[Array, "sites width_channels"]:
+    """Every site's values and its neighbors', from two sites before to two after."""
     sites, reach = len(values), WIDTH // 2
     around = jnp.concatenate([values[sites - reach :], values, values[:reach]])
     return jnp.concatenate([around[i : i + sites] for i in range(WIDTH)], axis=1)
 
 
-class MeanNetwork(eqx.Module):
-    """Normalised state -> normalised increment of the conditional mean, and features of each site.
+class RingMeanNetwork(eqx.Module):
+    """Normalized state -> normalized increment of the conditional mean, and features of each site.
 
-    Residual blocks h <- h + M (u * v), with u and v linear in the neighbourhood of h: advection is a product of
-    neighbours, and a network of products learns it with fewer parameters than one of pointwise non-linearities.
+    Residual blocks h <- h + M (u * v), with u and v linear in the neighborhood of h: advection is a product of
+    neighbors, and a network of products learns it with fewer parameters than one of pointwise non-linearities.
 
     Attributes:
         encode: first convolution; `encode_bias` its bias.
@@ -73,11 +73,11 @@ class MeanNetwork(eqx.Module):
     readout: Float[Array, " channels"]
 
     @staticmethod
-    def init(rng_key: PRNGKeyArray, channels: int, blocks: int) -> MeanNetwork:
+    def init(rng_key: PRNGKeyArray, channels: int, blocks: int) -> RingMeanNetwork:
         """Random weights; zero in `mix` and `readout`, so that training starts from persistence."""
         encode_key, factors_key, readout_key = jax.random.split(rng_key, 3)
         shape = (blocks, WIDTH * channels, 2 * channels)
-        return MeanNetwork(
+        return RingMeanNetwork(
             encode=jax.random.normal(encode_key, (WIDTH, channels)) / WIDTH**0.5,
             encode_bias=jnp.zeros((channels,)),
             factors=jax.random.normal(factors_key, shape) / shape[1] ** 0.5,
@@ -88,25 +88,25 @@ class MeanNetwork(eqx.Module):
 
     def __call__(self, x: Float[Array, " sites"]) -> tuple[Float[Array, " sites"], Float[Array, "sites channels"]]:
         """(increment, features)."""
-        h = neighbourhoods(x[:, None]) @ self.encode + self.encode_bias[None]
+        h = neighborhoods(x[:, None]) @ self.encode + self.encode_bias[None]
 
         def block(h: Array, weights: tuple[Array, Array, Array]) -> tuple[Array, None]:
             factors, bias, mix = weights
-            u, v = jnp.split(neighbourhoods(h) @ factors + bias[None], 2, axis=1)
+            u, v = jnp.split(neighborhoods(h) @ factors + bias[None], 2, axis=1)
             return h + (u * v) @ mix, None
 
         h, _ = jax.lax.scan(block, h, (self.factors, self.factors_bias, self.mix))
         return h @ self.readout, h
 
 
-class NoiseLevelTerms(NamedTuple):
+class RingNoiseLevelTerms(NamedTuple):
     """What F takes from the features, once a step: shapes (sites, hidden)."""
 
     shift: Float[Array, "sites hidden"]
     amplitude: Float[Array, "sites hidden"]
 
 
-class ResidualNetwork(eqx.Module):
+class RingResidualNetwork(eqx.Module):
     """F, run at every noise level.
 
     Attributes:
@@ -124,10 +124,10 @@ class ResidualNetwork(eqx.Module):
     level_terms: Float[Array, "level_hidden two_hidden"]
 
     @staticmethod
-    def init(rng_key: PRNGKeyArray, channels: int, hidden: int, level_hidden: int = 8) -> ResidualNetwork:
+    def init(rng_key: PRNGKeyArray, channels: int, hidden: int, level_hidden: int = 8) -> RingResidualNetwork:
         """Random W and b; a = 0, so that training starts from the denoiser of N(0, I)."""
         taps_key, shift_key, level_key = jax.random.split(rng_key, 3)
-        return ResidualNetwork(
+        return RingResidualNetwork(
             taps=jax.random.normal(taps_key, (WIDTH, hidden)) / WIDTH**0.5,
             shift=jax.random.normal(shift_key, (channels, hidden)) / channels**0.5,
             amplitude=jnp.zeros((channels, hidden)),
@@ -136,19 +136,19 @@ class ResidualNetwork(eqx.Module):
             level_terms=jnp.zeros((level_hidden, 2 * hidden)),
         )
 
-    def terms(self, features: Float[Array, "sites channels"]) -> NoiseLevelTerms:
+    def terms(self, features: Float[Array, "sites channels"]) -> RingNoiseLevelTerms:
         """The features' part of b and a."""
-        return NoiseLevelTerms(features @ self.shift, features @ self.amplitude)
+        return RingNoiseLevelTerms(features @ self.shift, features @ self.amplitude)
 
     def __call__(
-        self, z: Float[Array, " sites"], noise_level: Float[Array, ""], terms: NoiseLevelTerms
+        self, z: Float[Array, " sites"], noise_level: Float[Array, ""], terms: RingNoiseLevelTerms
     ) -> Float[Array, " sites"]:
         """F(z, s), z already scaled by c_in."""
         level = jnp.tanh(self.level_scale * jnp.log(noise_level) + self.level_bias) @ self.level_terms
         shift, amplitude = jnp.split(level, 2)
-        hidden = jnp.tanh(neighbourhoods(z[:, None]) @ self.taps + terms.shift + shift[None])
+        hidden = jnp.tanh(neighborhoods(z[:, None]) @ self.taps + terms.shift + shift[None])
         back = ((terms.amplitude + amplitude[None]) * hidden) @ self.taps.T
-        # The transpose of `neighbourhoods`: every tap's column is rolled back to the site that it came from.
+        # The transpose of `neighborhoods`: every tap's column is rolled back to the site that it came from.
         return jnp.sum(jnp.stack([jnp.roll(back[:, i], i - WIDTH // 2) for i in range(WIDTH)]), axis=0)
 
 
@@ -161,7 +161,7 @@ class RingConditioning(NamedTuple):
     """
 
     mean: Float[Array, " sites"]
-    terms: NoiseLevelTerms
+    terms: RingNoiseLevelTerms
 
 
 class RingEmulator(DiffusionPrior):
@@ -180,8 +180,8 @@ class RingEmulator(DiffusionPrior):
         card_text: the data card, as JSON; `card` is the same as a dictionary.
     """
 
-    mean_network: MeanNetwork
-    residual_network: ResidualNetwork
+    mean_network: RingMeanNetwork
+    residual_network: RingResidualNetwork
     state_mean: Float[Array, ""]
     state_scale: Float[Array, ""]
     increment_scale: Float[Array, ""]
@@ -274,8 +274,8 @@ def read_emulator(folder: Path | Traversable, name: str, num_sites: int) -> Ring
     arrays = {key: jnp.asarray(value) for key, value in stored.items()}
     scalars = {key: value for key, value in arrays.items() if "." not in key}
     return RingEmulator(
-        mean_network=MeanNetwork(**part(arrays, "mean_network.")),
-        residual_network=ResidualNetwork(**part(arrays, "residual_network.")),
+        mean_network=RingMeanNetwork(**part(arrays, "mean_network.")),
+        residual_network=RingResidualNetwork(**part(arrays, "residual_network.")),
         layout=Layout((num_sites,), ("site",), (("site", tuple(range(num_sites))),)),
         noise_range=(float(card["noise_range"][0]), float(card["noise_range"][1])),
         checksum=card["sha256"],

@@ -22,10 +22,11 @@ from numpyro_diffusion_da.diffusion.guidance import MMPS, Guidance
 from numpyro_diffusion_da.diffusion.prior import DiffusionPrior
 from numpyro_diffusion_da.diffusion.sampler import Sampler
 from numpyro_diffusion_da.observation.likelihood import Likelihood
-from numpyro_diffusion_da.transition.base import DiffusionStep, DrawRecord
+from numpyro_diffusion_da.transition.base import DrawRecord
+from numpyro_diffusion_da.transition.diffusion import DiffusionDynamics
 
 
-class Handle:
+class StaticByIdentity:
     """Holds static values and compares by the identity of each: what jit and scan may use as a key."""
 
     def __init__(self, **values: Any) -> None:
@@ -35,7 +36,7 @@ class Handle:
         return hash(tuple(id(v) for v in self.values.values()))
 
     def __eq__(self, other: object) -> bool:
-        if not isinstance(other, Handle) or self.values.keys() != other.values.keys():
+        if not isinstance(other, StaticByIdentity) or self.values.keys() != other.values.keys():
             return False
         return all(v is other.values[k] for k, v in self.values.items())
 
@@ -47,7 +48,7 @@ class DiffusionTransition(dist.Distribution):
     """p(x' | x) of a diffusion prior, for use inside a NumPyro program.
 
     It can be sampled, and has a mean (one network pass). A program that contains it is filtered
-    (`ndda.ParticleFilter`); a density costs some hundred network passes, and is there for who asks for it (`density`).
+    (`ndda.Filter`); a density costs some hundred network passes, and is there for who asks for it (`density`).
 
     Args:
         prior: the diffusion prior.
@@ -84,7 +85,7 @@ class DiffusionTransition(dist.Distribution):
         self.state = jax.tree.map(jnp.asarray, state)
         self.inputs = jax.tree.map(jnp.asarray, inputs)
         sampler = DEFAULT_SAMPLER if sampler is None else sampler
-        self._handle = Handle(prior=prior, sampler=sampler, density=density)
+        self._handle = StaticByIdentity(prior=prior, sampler=sampler, density=density)
         batch_shape = prior.check_state(self.state)
         super().__init__(batch_shape, prior.layout.shape, validate_args=validate_args)
 
@@ -108,11 +109,11 @@ class DiffusionTransition(dist.Distribution):
         """Any real state; not checked, because a check costs more than a small network's pass."""
         return constraints.dependent(is_discrete=False, event_dim=self.event_dim)
 
-    def step(self, state: PyTree, inputs: PyTree = None) -> DiffusionStep:
+    def step(self, state: PyTree, inputs: PyTree = None) -> DiffusionDynamics:
         """The transition from one state, without batch axes."""
-        return DiffusionStep(self.prior, self.prior.condition(state, inputs), self.sampler)
+        return DiffusionDynamics(self.prior, self.prior.condition(state, inputs), self.sampler)
 
-    def only_step(self) -> DiffusionStep:
+    def only_step(self) -> DiffusionDynamics:
         """The transition of this distribution, which must have no batch axes.
 
         Raises:
@@ -193,7 +194,7 @@ class DiffusionTransition(dist.Distribution):
     def _without_density(self) -> str:
         return (
             f"a {type(self).__name__} has no density: filter the program with "
-            "ndda.ParticleFilter(ndda.FAAPF(model), ...), take the site out of the density with .mask(False), or pay "
+            "ndda.Filter(ndda.FAAPF(model), ...), take the site out of the density with .mask(False), or pay "
             "for a density with DiffusionTransition(..., density=ndda.ProbabilityFlow())."
         )
 
@@ -214,7 +215,7 @@ class ConditionedTransition(DiffusionTransition):
     pytree_aux_fields: tuple[str, ...] = ("_guide",)
 
     def __init__(self, base: DiffusionTransition, likelihood: Likelihood, guidance: Guidance) -> None:
-        self._guide = Handle(likelihood=likelihood, guidance=guidance)
+        self._guide = StaticByIdentity(likelihood=likelihood, guidance=guidance)
         super().__init__(base.prior, base.state, base.inputs, base.sampler)
 
     def sample_with_intermediates(
@@ -235,7 +236,7 @@ class ConditionedTransition(DiffusionTransition):
 
     def _without_density(self) -> str:
         return (
-            "a ConditionedTransition has no density: filter the program with ndda.ParticleFilter(ndda.FAAPF(model), "
+            "a ConditionedTransition has no density: filter the program with ndda.Filter(ndda.FAAPF(model), "
             "...), or take the site out of the density with .mask(False)."
         )
 

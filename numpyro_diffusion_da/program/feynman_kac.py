@@ -22,7 +22,7 @@ from numpyro_diffusion_da.diffusion.sampler import Sampler
 from numpyro_diffusion_da.program.scan import TimeInputs
 from numpyro_diffusion_da.program.sites import pointwise_log_likelihood
 from numpyro_diffusion_da.program.state_space import StateSpaceModel
-from numpyro_diffusion_da.transition.weights import Dirac, Moment, Weight
+from numpyro_diffusion_da.transition.weights import Dirac, Moment, PredictiveWeight
 
 
 class Particle(NamedTuple):
@@ -78,7 +78,7 @@ def bootstrap(program: StateSpaceModel, sampler: Sampler | None = None) -> Feynm
 
 def guided(
     program: StateSpaceModel,
-    weight: Weight | None = None,
+    weight: PredictiveWeight | None = None,
     guidance: Guidance | None = None,
     sampler: Sampler | None = None,
 ) -> FeynmanKac:

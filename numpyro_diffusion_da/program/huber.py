@@ -5,8 +5,8 @@ With r = (y - loc) / scale and a threshold k,
     p(y) = exp(-rho(r)) / (Z scale),    rho(r) = r^2 / 2 for |r| <= k, k |r| - k^2 / 2 beyond
     Z = sqrt(2 pi) (2 Phi(k) - 1) + (2 / k) exp(-k^2 / 2),
 
-the least favourable of all distributions that are Gaussian but for a given share (Huber 1964, Ann. Math. Stat. 35, 73).
-An observation further off than k scale pulls no harder than one at k scale; weather centres use it as variational
+the least favorable of all distributions that are Gaussian but for a given share (Huber 1964, Ann. Math. Stat. 35, 73).
+An observation further off than k scale pulls no harder than one at k scale; weather centers use it as variational
 quality control (Tavolato & Isaksen 2015, Q. J. R. Meteorol. Soc. 141, 1514).
 """
 
@@ -23,10 +23,10 @@ ROOT_TWO_PI = 2.5066282746310002
 
 
 class Huber(Distribution):
-    """Gaussian within `threshold` standard deviations of its centre, exponential beyond: see `huber`.
+    """Gaussian within `threshold` standard deviations of its center, exponential beyond: see `huber`.
 
     Args:
-        loc: centre, in the unit of the observation; mean and median.
+        loc: center, in the unit of the observation; mean and median.
         scale: standard deviation of the Gaussian that the core is of, in that unit. That of the distribution is larger.
         threshold: k, where the tails begin, in units of `scale`: 1.345 has 95 % of the efficiency of least squares if
             all errors are Gaussian; the larger, the nearer to `Normal(loc, scale)`.
@@ -106,7 +106,7 @@ class Huber(Distribution):
 
     @property
     def mean(self) -> Float[Array, ...]:
-        """The centre."""
+        """The center."""
         return jnp.broadcast_to(self.loc, self.batch_shape)
 
     @property

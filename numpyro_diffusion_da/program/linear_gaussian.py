@@ -20,13 +20,13 @@ from numpyro_diffusion_da.observation.likelihood import GaussianObservation
 from numpyro_diffusion_da.program.scan import TimeInputs
 from numpyro_diffusion_da.program.sites import gaussian_observations, gaussian_parts
 from numpyro_diffusion_da.program.state_space import StateSpaceModel
-from numpyro_diffusion_da.transition.base import GaussianStep
+from numpyro_diffusion_da.transition.gaussian import GaussianDynamics
 
 TOLERANCE = 1e-3
 """How far a program may be from linear, relative to the largest value compared: a little more than float32 needs."""
 
-Dynamics = tuple[Float[Array, "n n"], Float[Array, " n"], Float[Array, "n n"]]
-Observation = tuple[Float[Array, "m n"], Float[Array, " m"], Float[Array, "m m"], Float[Array, " m"]]
+DynamicsMatrices = tuple[Float[Array, "n n"], Float[Array, " n"], Float[Array, "n n"]]
+ObservationMatrices = tuple[Float[Array, "m n"], Float[Array, " m"], Float[Array, "m m"], Float[Array, " m"]]
 
 
 class LinearGaussian:
@@ -69,15 +69,15 @@ class LinearGaussian:
             if not np.allclose(got, expected, rtol=0, atol=TOLERANCE * max(np.abs(expected).max(), 1e-30)):
                 raise ValueError(
                     f"{name} is not that of a linear-Gaussian program, and no Kalman filter is exact for "
-                    f"'{program.name}'; filter it with ndda.ParticleFilter."
+                    f"'{program.name}'; filter it with ndda.Filter."
                 )
 
-    def dynamics(self, inputs: TimeInputs) -> Dynamics:
+    def dynamics(self, inputs: TimeInputs) -> DynamicsMatrices:
         """(F, c, factor of Q) at one time."""
         mean, factor = self._moments(self._zero, inputs)
         return jax.jacfwd(lambda x: self._moments(x, inputs)[0])(self._zero), mean, factor
 
-    def observation(self, inputs: TimeInputs) -> Observation:
+    def observation(self, inputs: TimeInputs) -> ObservationMatrices:
         """(H, d, factor of R, y) at one time, all observed sites one after the other; a missing value is NaN."""
         parts = self._observed(self._zero, self._zero, inputs)
         value = jnp.concatenate([jnp.where(part.observed, part.value, jnp.nan) for part in parts])
@@ -87,7 +87,7 @@ class LinearGaussian:
     def _moments(self, x: Array, inputs: TimeInputs) -> tuple[Array, Array]:
         """Mean and covariance factor of x' at the state x."""
         step = self.program.transition(x.reshape(self._shape), inputs)
-        if isinstance(step, GaussianStep):
+        if isinstance(step, GaussianDynamics):
             diagonal = step.factor.shape == step.mean.shape
             return step.mean.reshape(-1), jnp.diag(step.factor.reshape(-1)) if diagonal else step.factor
         moments = step.moments()
@@ -166,7 +166,7 @@ class LinearGaussian:
         if not np.allclose(got, expected, atol=TOLERANCE):
             raise ValueError(
                 f"the first carry of '{self.program.name}' is no linear function of the sites before its scan, and no "
-                "Kalman filter is exact for it; filter it with ndda.ParticleFilter."
+                "Kalman filter is exact for it; filter it with ndda.Filter."
             )
         return mean, factor
 

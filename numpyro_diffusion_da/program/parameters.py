@@ -36,7 +36,7 @@ class Parameters:
         if not program.needed_names:
             raise ValueError(
                 f"the scan of '{program.name}' uses no unobserved site outside it, so there is no parameter to infer; "
-                "filter it with ndda.ParticleFilter."
+                "filter it with ndda.Filter."
             )
         self.program = program
         self.names = program.global_names

@@ -16,10 +16,12 @@ from numpyro_diffusion_da.diffusion.sampler import Sampler
 from numpyro_diffusion_da.observation.likelihood import GaussianObservation, GeneralObservation, whiten
 from numpyro_diffusion_da.program.distribution import ConditionedTransition, DiffusionTransition
 from numpyro_diffusion_da.program.free_parameters import free_parameters
-from numpyro_diffusion_da.transition.base import DiffusionStep, GaussianStep, OneStep
+from numpyro_diffusion_da.transition.base import Dynamics
+from numpyro_diffusion_da.transition.diffusion import DiffusionDynamics
+from numpyro_diffusion_da.transition.gaussian import GaussianDynamics
 
 
-def one_step(name: str, fn: dist.Distribution, sampler: Sampler | None = None) -> OneStep:
+def one_step(name: str, fn: dist.Distribution, sampler: Sampler | None = None) -> Dynamics:
     """The transition that a latent site's distribution stands for.
 
     Raises:
@@ -32,7 +34,7 @@ def one_step(name: str, fn: dist.Distribution, sampler: Sampler | None = None) -
                 "a filter step moves one state."
             )
         step = fn.only_step()
-        return step if sampler is None else DiffusionStep(step.prior, step.conditioning, sampler)
+        return step if sampler is None else DiffusionDynamics(step.prior, step.conditioning, sampler)
     parts = gaussian_parts(fn)
     if parts is None:
         raise ValueError(
@@ -41,8 +43,8 @@ def one_step(name: str, fn: dist.Distribution, sampler: Sampler | None = None) -
         )
     mean = jnp.concatenate([m for m, _ in parts]).reshape(fn.shape())
     if all(f.ndim == 1 for _, f in parts):
-        return GaussianStep(mean, jnp.concatenate([f for _, f in parts]).reshape(fn.shape()))
-    return GaussianStep(mean, jsl.block_diag(*[f if f.ndim == 2 else jnp.diag(f) for _, f in parts]))
+        return GaussianDynamics(mean, jnp.concatenate([f for _, f in parts]).reshape(fn.shape()))
+    return GaussianDynamics(mean, jsl.block_diag(*[f if f.ndim == 2 else jnp.diag(f) for _, f in parts]))
 
 
 def gaussian_parts(fn: dist.Distribution) -> list[tuple[Float[Array, " m"], Float[Array, ...]]] | None:

@@ -56,7 +56,7 @@ from numpyro_diffusion_da.program.sites import (
     unmasked,
     values_per_error,
 )
-from numpyro_diffusion_da.transition.base import DrawRecord, OneStep
+from numpyro_diffusion_da.transition.base import DrawRecord, Dynamics
 
 
 def _name_of(model: Callable[..., Any]) -> str:
@@ -150,7 +150,7 @@ class StateSpaceModel:
             sites.observed[name] = site._replace(value=jnp.where(left_out, jnp.nan, site.value))
         return sites
 
-    def transition(self, carry: PyTree, inputs: TimeInputs, sampler: Sampler | None = None) -> OneStep:
+    def transition(self, carry: PyTree, inputs: TimeInputs, sampler: Sampler | None = None) -> Dynamics:
         """p(x' | c); `sampler` replaces the transition's own where given.
 
         Raises:
@@ -196,7 +196,7 @@ class StateSpaceModel:
         return state, observed
 
     def working_bytes(self) -> int:
-        """About how many bytes it takes to move one particle: see `DiffusionStep.working_bytes`; 0 in closed form."""
+        """About how many bytes it takes to move one particle: see `DiffusionDynamics.working_bytes`; 0 in closed form."""
         found: list[int] = []
 
         def look() -> None:
@@ -212,7 +212,7 @@ class StateSpaceModel:
         """Refuse what a filter cannot run, before anything is compiled.
 
         Args:
-            one_step: whether the filter needs the transition as a `OneStep`, and the likelihood as one of a guidance.
+            one_step: whether the filter needs the transition as a `Dynamics`, and the likelihood as one of a guidance.
             gaussian_errors: whether it needs Gaussian observations.
 
         Raises:

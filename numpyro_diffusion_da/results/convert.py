@@ -50,22 +50,22 @@ MISSING = {
 
 STATS = {
     "log_weights": (
-        "log-weight before inflation",
+        "log-weight before tempering",
         "draw is the index of the particle before resampling, not that of posterior; -inf: could not be selected",
     ),
     "ancestors": (
         "ancestor of each particle",
         "for each draw of posterior, the draw at the previous time that it comes from",
     ),
-    "ess": ("effective sample size of the weights before inflation", "between 1 and the number of particles"),
-    "inflation": (
-        "alpha of the inflation of the weights",
-        "in (0, 1]: their exponent, or that of the likelihood in them (the attribute inflation says which); below 1 "
+    "ess": ("effective sample size of the weights before tempering", "between 1 and the number of particles"),
+    "tempering": (
+        "alpha of the tempering of the weights",
+        "in (0, 1]: their exponent, or that of the likelihood in them (the attribute tempering says which); below 1 "
         "the weights would have kept too few particles",
     ),
     "log_evidence_increment": (
         "estimate of log p(y_k | y_1, ..., y_k-1)",
-        "log mean of the weights before inflation; sum over time for the log-evidence",
+        "log mean of the weights before tempering; sum over time for the log-evidence",
     ),
     "distinct_ancestors": ("number of different ancestors", "between 1 and the number of particles"),
     "filter_draw": ("particle of the filter", "for each draw of the smoothed posterior, its draw in the filter's"),
@@ -118,7 +118,7 @@ def to_datatree(
     ``tree.to_zarr(path, consolidated=False)``.
 
     Args:
-        result: `ParticleFilter.result`, or one of `smoothing`.
+        result: `Filter.result`, or one of `smoothing`.
         time: coordinate of the time axis, one value a step (dates, hours, ...); by default 0, 1, ...
         dims: names for a site's axes after `time`, as ArviZ's converters take them: ``{"y": ["station"]}``.
         coords: coordinate values of dimensions: ``{"station": ["Oslo", "Bergen"]}``. They take precedence over the
@@ -185,7 +185,7 @@ def to_arviz(result: FilterResult, *, time: Any = None, dims: Dims | None = None
       nothing follows from their order, except that systematic resampling puts those of one ancestor side by side.
     - `az.rhat` compares the filters. For N particles whose mean has the error of n independent draws, R-hat is near
       sqrt(1 + 1/n - 1/N): 1.01 is about n = 50. It sees what one filter cannot: error carried from step to step. It
-      does not see a bias that all filters share (inflation, an approximate weight). The default R-hat splits each
+      does not see a bias that all filters share (tempering, an approximate weight). The default R-hat splits each
       chain into halves, which differ when few ancestors remain; ``method="identity"`` compares whole filters only.
     - `az.ess` and `az.mcse` are made for Markov chains: they take siblings for autocorrelation, and ESS falls with the
       number of ancestors. The effective sample size of the weights is ``sample_stats["ess"]``.
@@ -197,7 +197,7 @@ def to_arviz(result: FilterResult, *, time: Any = None, dims: Dims | None = None
       the leave-one-out of the series, worth little where few lines are left (``sample_stats["distinct_lines"]``).
 
     Args:
-        result: `ParticleFilter.result`, or one of `smoothing`.
+        result: `Filter.result`, or one of `smoothing`.
         time: see `to_datatree`.
         dims: see `to_datatree`.
         coords: see `to_datatree`.

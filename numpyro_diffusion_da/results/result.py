@@ -12,7 +12,7 @@ from numpyro_diffusion_da.fields.layout import Layout
 PER_PARTICLE = frozenset({"log_weights", "ancestors", "solver_residual", "filter_draw"})
 """Statistics of a step that have a value for each particle."""
 
-OF_WEIGHTS = frozenset({"log_weights", "ancestors", "ess", "inflation", "distinct_ancestors", "log_weight_std"})
+OF_WEIGHTS = frozenset({"log_weights", "ancestors", "ess", "tempering", "distinct_ancestors", "log_weight_std"})
 """Statistics of a step that have a value for each block, where ancestors are local."""
 
 
@@ -29,7 +29,7 @@ class FilterResult:
         observed_error: standard deviation of each observation's error, (time, ...); NaN where it has none.
         forecast: the one-step forecast E[x' | c] that each particle came from, (chain, draw, time, ...), or None where
             it was not kept.
-        sample_stats: (chain, time) or, for per-particle quantities, (chain, draw, time); with localised ancestors, what
+        sample_stats: (chain, time) or, for per-particle quantities, (chain, draw, time); with localized ancestors, what
             is said of weights has a last axis of blocks.
         network_passes: forward, jvp and vjp passes per particle and step, each (chain, time).
         latent_name: which posterior variable is the state; the first of them where the state was not kept.

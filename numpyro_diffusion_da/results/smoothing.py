@@ -38,7 +38,7 @@ def trajectories(result: FilterResult) -> FilterResult:
     their beginnings: see ``sample_stats["distinct_lines"]`` before trusting early times, and `fixed_lag`.
 
     Args:
-        result: `ParticleFilter.result`, of a filter that selects.
+        result: `Filter.result`, of a filter that selects.
 
     Returns:
         A result of the same shapes; see `fixed_lag` on what changes.
@@ -60,7 +60,7 @@ def fixed_lag(result: FilterResult, lag: int) -> FilterResult:
     `distinct_lines` counts them. The rest describes the filter and stays as it was. Arrays are copied.
 
     Args:
-        result: `ParticleFilter.result`, of a filter that selects.
+        result: `Filter.result`, of a filter that selects.
         lag: steps of later observations; 0 gives the filter's particles, T - 1 or more those of `trajectories`.
 
     Raises:
@@ -74,7 +74,7 @@ def distinct_ancestors_at(result: FilterResult, lag: int | None = None) -> np.nd
     """How many different particles of each time are ancestors of those `lag` steps later: the coalescence.
 
     Args:
-        result: `ParticleFilter.result`, of a filter that selects.
+        result: `Filter.result`, of a filter that selects.
         lag: see `fixed_lag`; None for the ancestors of the last particles.
 
     Returns:
@@ -92,16 +92,16 @@ def _lines(result: FilterResult, lag: int | None) -> np.ndarray:
     if algorithm in WITHOUT_ANCESTORS:
         raise ValueError(
             f"{algorithm} selects no particles, so its ancestors know nothing of later observations; "
-            "smooth a result of FAAPF or Bootstrap, or use ParticleFilter.backward_simulation."
+            "smooth a result of FAAPF or Bootstrap, or use Filter.backward_simulation."
         )
     if "ancestors" not in result.sample_stats:
         done = "is already smoothed" if "smoothing" in result.attributes else "has no ancestors"
-        raise ValueError(f"this result {done}; give the one of the filter, ParticleFilter.result.")
+        raise ValueError(f"this result {done}; give the one of the filter, Filter.result.")
     ancestors = result.sample_stats["ancestors"]
     if result.is_local:
         raise ValueError(
-            "particles of localised ancestors have a parent for each block of the state, and so no lines; smooth a "
-            "result without a taper, or use ParticleFilter.backward_simulation."
+            "particles of localized ancestors have a parent for each block of the state, and so no lines; smooth a "
+            "result without a taper, or use Filter.backward_simulation."
         )
     chains, draws, steps = ancestors.shape
     if lag is not None and operator.index(lag) < 0:

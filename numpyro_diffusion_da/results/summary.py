@@ -1,4 +1,4 @@
-"""What to look at first after a run: the tables that `ParticleFilter.print_summary` prints."""
+"""What to look at first after a run: the tables that `Filter.print_summary` prints."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from numpyro_diffusion_da.filters.gross_error_check import rejected_share
 from numpyro_diffusion_da.results import smoothing
+from numpyro_diffusion_da.results.advice import rejected_share
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 LAG = 5  # steps after which lines are counted, beside the whole way
 UNSOLVED = 0.5  # relative residual of a guidance's linear solve that is worth a word
-INFLATED = 0.1  # alpha, below which selection hardly looks at the observations
+TEMPERED = 0.1  # alpha, below which selection hardly looks at the observations
 NOISY = 3.0  # standard deviation of log p^(y) above which a chain on it hardly moves
 
 
@@ -29,7 +29,7 @@ def summary(result: FilterResult, max_rows: int = 8) -> Group:
     values those with the largest R-hat are shown.
 
     Args:
-        result: `ParticleFilter.result`.
+        result: `Filter.result`.
         max_rows: rows of the second table.
     """
     from rich.console import Group
@@ -60,13 +60,13 @@ def _filter_table(result: FilterResult) -> Any:
         table.add_row("ancestors", f"local, of {stats['log_weights'].shape[-1]} blocks")
     if _selects(result):
         where = "steps and blocks" if result.is_local else "steps"
-        low = np.mean(stats["inflation"] < INFLATED)
+        low = np.mean(stats["tempering"] < TEMPERED)
         step = int(np.unravel_index(np.argmin(stats["ess"]), stats["ess"].shape)[1])
-        table.add_row("ESS before inflation", f"{_middle_and_least(stats['ess'], '.1f')} (step {step})")
+        table.add_row("ESS before tempering", f"{_middle_and_least(stats['ess'], '.1f')} (step {step})")
         table.add_row(
-            "inflation alpha", f"{_middle_and_least(stats['inflation'], '.2f')}, < {INFLATED} in {low:.0%} of {where}"
+            "tempering alpha", f"{_middle_and_least(stats['tempering'], '.2f')}, < {TEMPERED} in {low:.0%} of {where}"
         )
-        if (advice := inflation_advice(result)) is not None:
+        if (advice := tempering_advice(result)) is not None:
             table.add_row("", f"[yellow]{escape(advice)}[/yellow]")
         table.add_row("distinct ancestors", _middle_and_least(stats["distinct_ancestors"], ".0f"))
         if _has_genealogy(result):
@@ -74,12 +74,12 @@ def _filter_table(result: FilterResult) -> Any:
             lines = f"{lagged:.0f} of the first step after {LAG} steps, " if steps > LAG + 1 else ""
             table.add_row("distinct lines", f"{lines}{whole:.0f} after {steps - 1}")
         if result.is_local:
-            table.add_row("log-evidence", "none of localised ancestors")
+            table.add_row("log-evidence", "none of localized ancestors")
         else:
             total = stats["log_evidence_increment"].sum(1, dtype=float)
             spread = f" (sd {total.std(ddof=1):.2f} over chains)" if chains > 1 else ""
             table.add_row("log-evidence", f"{total.mean():.2f}{spread}")
-            if reasons := evidence_caveats(result):
+            if reasons := evidence_bias_reasons(result):
                 table.add_row("", f"[yellow]not an unbiased estimate: {'; '.join(reasons)}[/yellow]")
     else:
         table.add_row("weights", "equal: no selection, no log-evidence")
@@ -110,10 +110,10 @@ def _middle_and_least(values: np.ndarray, fmt: str) -> str:
     return f"median {np.median(values):{fmt}}, least {np.min(values):{fmt}}"
 
 
-def inflation_advice(result: FilterResult) -> str | None:
-    """What to do where half of the weights are inflated to alpha below 0.1, or more; None where they are not."""
-    alpha = float(np.median(result.sample_stats["inflation"]))
-    if alpha >= INFLATED:
+def tempering_advice(result: FilterResult) -> str | None:
+    """What to do where half of the weights are tempered to alpha below 0.1, or more; None where they are not."""
+    alpha = float(np.median(result.sample_stats["tempering"]))
+    if alpha >= TEMPERED:
         return None
     algorithm, weight = (str(result.attributes.get(name, "")) for name in ("algorithm", "weight"))
     if result.is_local:
@@ -124,19 +124,19 @@ def inflation_advice(result: FilterResult) -> str | None:
         instead = ["use ndda.FAAPF(model), which weighs before it moves"]
     instead += ["give the weights the transition's spread, weight=ndda.Moment()"] if weight == "Dirac()" else []
     return (
-        f"weights are inflated to alpha = {alpha:.2g} (median), below {INFLATED}: a few particles would hold them all, "
+        f"weights are tempered to alpha = {alpha:.2g} (median), below {TEMPERED}: a few particles would hold them all, "
         f"and selection uses less of what is observed; {'; '.join(instead)}; or take more particles."
     )
 
 
-def evidence_caveats(result: FilterResult) -> list[str]:
+def evidence_bias_reasons(result: FilterResult) -> list[str]:
     """Why the log-evidence of a run does not come from an unbiased estimate of p(y); empty where no reason is known.
 
-    A particle filter estimates p(y) without bias when its weights are exact and not inflated.
+    A particle filter estimates p(y) without bias when its weights are exact and not tempered.
     """
-    inflated = np.mean(result.sample_stats["inflation"] < 1.0)
-    reasons = [f"weights inflated in {inflated:.0%} of steps"] if inflated > 0 else []
-    reasons += [reason for reason in str(result.attributes.get("evidence_caveats", "")).split("; ") if reason]
+    tempered = np.mean(result.sample_stats["tempering"] < 1.0)
+    reasons = [f"weights tempered in {tempered:.0%} of steps"] if tempered > 0 else []
+    reasons += [reason for reason in str(result.attributes.get("evidence_bias_reasons", "")).split("; ") if reason]
     return reasons
 
 
@@ -245,8 +245,8 @@ def _inference_table(result: ParameterResult) -> Any:
     table.add_row("sd of the filter's log-evidence", f"{noise:.2f} at the posterior mean (1 to 1.7 is best)")
     if noise > NOISY:
         table.add_row("", "[yellow]the chain stands still on lucky estimates; take more particles[/yellow]")
-    if found["evidence_caveats"]:
-        table.add_row("", f"[yellow]biased: {found['evidence_caveats']}[/yellow]")
+    if found["evidence_bias_reasons"]:
+        table.add_row("", f"[yellow]biased: {found['evidence_bias_reasons']}[/yellow]")
     passes = {name: found[f"network_passes_{name}"] for name in ("forward", "jvp", "vjp")}
     each = ", ".join(f"{count:.4g} {name}" for name, count in passes.items() if count)
     table.add_row("network passes", f"{each} per run of the filter" if each else "none")

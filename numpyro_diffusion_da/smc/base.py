@@ -1,4 +1,4 @@
-"""What the filters share: state, info, inflation, guarded resampling, and mapping over particles."""
+"""What the filters share: state, info, tempering, guarded resampling, and mapping over particles."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key, PRNGKeyArray, PyTree
 
 Resampling = Callable[[PRNGKeyArray, Float[Array, " n"], int], Int[Array, " n"]]
-"""(rng_key, normalised weights, number) -> ancestor indices, as in `blackjax.smc.resampling`."""
+"""(rng_key, normalized weights, number) -> ancestor indices, as in `blackjax.smc.resampling`."""
 
 Kernel = Callable[[PRNGKeyArray, Any, Any], tuple[Any, Any]]
 """(rng_key, state, observation) -> (state, info)."""
@@ -29,14 +29,14 @@ class State(NamedTuple):
 
 
 class Info(NamedTuple):
-    """All else about a step. With localised ancestors, what is said of weights has a last axis of blocks.
+    """All else about a step. With localized ancestors, what is said of weights has a last axis of blocks.
 
     Attributes:
-        log_weights: log-weights before inflation, shape (N,), index = the particle before resampling. A non-finite
+        log_weights: log-weights before tempering, shape (N,), index = the particle before resampling. A non-finite
             weight is given as -inf.
         ancestors: for each particle the index of the one it came from, shape (N,).
-        ess: effective sample size of the weights before inflation.
-        inflation: alpha in (0, 1]; what it does to the weights `inflation` says.
+        ess: effective sample size of the weights before tempering.
+        tempering: alpha in (0, 1]; what it does to the weights `tempering` says.
         log_evidence_increment: log mean exp(log w). An unbiased estimate of p(y_k | y_{1:k-1}) only for exact weights
             and alpha = 1.
         distinct_ancestors: number of different ancestors.
@@ -45,14 +45,14 @@ class Info(NamedTuple):
         nonfinite_particles: number of new particles that hold a non-finite value.
         weighing: records of the weight function, leading axis N, index = the particle before resampling.
         proposal: records of the draw, leading axis N, index = the new particle.
-        forecast: records of forecasts that spread repair had drawn, index = the particle before resampling; () if none.
+        forecast: records of forecasts that inflation had drawn, index = the particle before resampling; () if none.
         check: record of a check of the observations before the step, of all particles together; () if none.
     """
 
     log_weights: Float[Array, " n"]
     ancestors: Int[Array, " n"]
     ess: Float[Array, ""]
-    inflation: Float[Array, ""]
+    tempering: Float[Array, ""]
     log_evidence_increment: Float[Array, ""]
     distinct_ancestors: Int[Array, ""]
     log_weight_std: Float[Array, ""]
@@ -82,7 +82,7 @@ def num_particles(particles: PyTree) -> int:
 
 
 def particle_keys(rng_key: PRNGKeyArray, n: int) -> Key[Array, " n"]:
-    """fold_in(rng_key, i) for each particle: a particle's draw does not depend on batching or on its neighbours."""
+    """fold_in(rng_key, i) for each particle: a particle's draw does not depend on batching or on its neighbors."""
     return jax.vmap(jax.random.fold_in, (None, 0))(rng_key, jnp.arange(n))
 
 
@@ -107,12 +107,12 @@ def relative_to_highest(log_weights: Float[Array, " n"]) -> Float[Array, " n"]:
 def tempering(log_weights: Float[Array, " n"], target_ess: float) -> Float[Array, ""]:
     """The largest alpha in (0, 1] with ESS(alpha log w) >= target_ess N, by bisection on log alpha.
 
-    Log-weights of Dirac type are linear in 1/R, so this is the inflation R -> R / alpha of the published filter
+    Log-weights of Dirac type are linear in 1/R, so this is the tempering R -> R / alpha of the published filter
     (Savary et al. 2026, Sec. 3) at no further cost.
 
     Args:
         log_weights: shape (N,); -inf for particles that cannot be selected.
-        target_ess: fraction of N; 0 means no inflation.
+        target_ess: fraction of N; 0 means no tempering.
     """
     finite = jnp.isfinite(log_weights)
     shifted = relative_to_highest(log_weights)
@@ -134,7 +134,7 @@ def largest_alpha(
         log_weights_at: alpha -> log-weights, shape (N,), whose highest is not far from 0.
         finite: which of the particles can be selected.
         spread: a bound, log-weights at alpha differ by no more than alpha times that.
-        target_ess: fraction of N; 0 means no inflation.
+        target_ess: fraction of N; 0 means no tempering.
     """
     from blackjax.smc.ess import log_ess
     from blackjax.smc.solver import dichotomy
@@ -183,13 +183,13 @@ def select(
 def resampled(
     rng_key: PRNGKeyArray,
     log_weights: Float[Array, " n"],
-    inflated: Float[Array, " n"],
+    tempered: Float[Array, " n"],
     resampling_fn: Resampling | None,
 ) -> Int[Array, " n"]:
-    """Ancestors by the inflated log-weights; each in its place where those before are equal, or none finite."""
+    """Ancestors by the tempered log-weights; each in its place where those before are equal, or none finite."""
     n = len(log_weights)
     usable = jnp.any(jnp.isfinite(log_weights))
-    weights = jax.nn.softmax(jnp.where(usable, inflated, 0.0))
+    weights = jax.nn.softmax(jnp.where(usable, tempered, 0.0))
     chosen = guarded(resampling_fn)(rng_key, weights, n)
     equal = jnp.all(log_weights == log_weights[0])
     return jnp.where(equal | ~usable, jnp.arange(n), chosen)
@@ -204,7 +204,7 @@ def finite_leaves(particle: PyTree) -> Bool[Array, ""]:
 def make_info(
     log_weights: Float[Array, " n"] | Float[Array, "n b"],
     ancestors: Int[Array, " n"] | Int[Array, "n b"],
-    inflation: Float[Array, ""] | Float[Array, " b"],
+    tempering: Float[Array, ""] | Float[Array, " b"],
     particles: PyTree,
     weighing: PyTree,
     proposal: PyTree,
@@ -221,7 +221,7 @@ def make_info(
         log_weights=log_weights,
         ancestors=ancestors,
         ess=ess,
-        inflation=inflation,
+        tempering=tempering,
         log_evidence_increment=jnp.zeros(()) if local else increment,
         distinct_ancestors=distinct,
         log_weight_std=spread,
@@ -262,6 +262,6 @@ def check_target_ess(target_ess: float) -> None:
     """
     if not 0.0 <= target_ess < 1.0:
         raise ValueError(
-            f"target_ess={target_ess}: give a fraction of the particles from 0 (no inflation) to below 1; "
+            f"target_ess={target_ess}: give a fraction of the particles from 0 (no tempering) to below 1; "
             "the published filter's 50 of 256 is 0.2."
         )

@@ -7,7 +7,7 @@ The baseline of the trade. The kernel asks of a model
 - ``advance_fn(rng_key, x, particle, observation, record) -> (particle, record)``: the particle once x is analysed,
 
 and of an `EnsembleUpdate` what is added to each member: with perturbed observations or by a square root, with a taper
-or without. The spread is repaired before it (`inflation`) or after it (`rtps`, `spread_repair`).
+or without. Inflation widens the forecast before it (`ForecastMultiplicative`) or the analysis after it (all others).
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from numpyro_diffusion_da.smc.base import (
     particle_keys,
 )
 from numpyro_diffusion_da.smc.ensemble_update import EnsembleUpdate, PerturbedObservations
-from numpyro_diffusion_da.smc.inflation import RTPS, SpreadRepair, check_repairs, is_traced, repaired
+from numpyro_diffusion_da.smc.inflation import Inflation, check_inflation, forecast_factor, inflated
 from numpyro_diffusion_da.smc.localization import PlacedTaper
 
 __all__ = ["Info", "State", "build_kernel", "init"]
@@ -40,34 +40,33 @@ def build_kernel(
     forecast_fn: Callable[[PRNGKeyArray, PyTree, PyTree], tuple[Any, PyTree]],
     residual_fn: Callable[[Any, PyTree, PyTree], Any],
     advance_fn: Callable[[PRNGKeyArray, Any, PyTree, PyTree, PyTree], tuple[PyTree, PyTree]],
-    inflation: float = 1.0,
-    batch_size: int = 0,
-    update: EnsembleUpdate | None = None,
+    update: EnsembleUpdate = PerturbedObservations(),
     taper: PlacedTaper | None = None,
-    rtps: float = 0.0,
-    spread_repair: Sequence[SpreadRepair] = (),
+    inflation: Sequence[Inflation] = (),
+    batch_size: int | None = None,
 ) -> Kernel:
-    """Build the kernel.
+    """Build the kernel of the ensemble Kalman filter.
 
     Args:
-        forecast_fn: see the module.
-        residual_fn: see the module.
-        advance_fn: see the module.
-        inflation: factor on the forecast anomalies before the update, at least 1.
-        batch_size: particles mapped at a time; 0 for all at once.
-        update: `PerturbedObservations()` by default, or `SquareRoot()`.
-        taper: localisation at the places of the model's values; None for none.
-        rtps: relaxation to prior spread, `RTPS(rtps)` before any other `spread_repair`; 0 for none.
-        spread_repair: what is done to the analysis, in this order.
+        forecast_fn: (rng_key, particle, observation) -> (x, record), a draw of the next state.
+        residual_fn: (x, particle, observation) -> R^{-1/2} (y - h(x)), zero where missing.
+        advance_fn: (rng_key, x, particle, observation, record) -> (particle, record), the particle of an analyzed x.
+        update: `PerturbedObservations()` or `SquareRoot()`.
+        taper: localization at the places of the model's values; None for none.
+        inflation: `ForecastMultiplicative` acts on the forecast before the update, all others on the analysis, in
+            their order.
+        batch_size: particles mapped at a time; None maps all at once.
+
+    Returns:
+        kernel(rng_key, state, observation) -> (State, Info), pure and jit-able. It raises a ValueError for fewer than
+        two particles.
 
     Raises:
-        TypeError: what is no sequence of repairs.
-        ValueError: inflation below 1, or rtps outside [0, 1]; from the kernel, fewer than two particles.
+        TypeError: `inflation` is not a sequence of `Inflation`.
     """
-    check_spread_repair(inflation, rtps)
-    check_repairs(spread_repair, "EnKF", paired=True)
-    repairs = (*((RTPS(rtps),) if is_traced(rtps) or rtps else ()), *spread_repair)
-    add = PerturbedObservations() if update is None else update
+    check_inflation(inflation, "EnKF", paired=True)
+    factor = forecast_factor(inflation)
+    after = [member for member in inflation if not member.acts_on_forecast]
 
     def kernel(rng_key: PRNGKeyArray, state: State, observation: PyTree) -> tuple[State, Info]:
         n = num_particles(state.particles)
@@ -78,12 +77,12 @@ def build_kernel(
         forecast = map_particles(lambda key, particle: forecast_fn(key, particle, observation), batch_size)
         x, record = forecast(particle_keys(forecast_key, n), state.particles)
         mean = x.mean(0, keepdims=True)
-        x = mean + inflation * (x - mean)
+        x = mean + factor * (x - mean)
         residual = jax.vmap(lambda x, particle: residual_fn(x, particle, observation))(x, state.particles)
         prior = x
-        x = x + add(error_key, (x - mean).reshape(n, -1), residual, taper).reshape(x.shape)
-        # A fourth key beside the three, which are the same with and without repair.
-        x = repaired(repairs, jax.random.split(rng_key, 4)[3], x, prior)
+        x = x + update(error_key, (x - mean).reshape(n, -1), residual, taper).reshape(x.shape)
+        # A fourth key beside the three, which are the same with and without inflation.
+        x = inflated(after, jax.random.split(rng_key, 4)[3], x, prior)
 
         advance = map_particles(
             lambda key, x, particle, record: advance_fn(key, x, particle, observation, record), batch_size
@@ -94,15 +93,3 @@ def build_kernel(
         return State(particles, state.log_evidence), info
 
     return kernel
-
-
-def check_spread_repair(inflation: float, rtps: float) -> None:
-    """Refuse settings that would shrink the ensemble.
-
-    Raises:
-        ValueError: inflation below 1, or rtps outside [0, 1].
-    """
-    if not (is_traced(inflation) or inflation >= 1.0):
-        raise ValueError(f"EnKF got inflation={inflation}; give 1.0 (none) or more.")
-    if not (is_traced(rtps) or 0.0 <= rtps <= 1.0):
-        raise ValueError(f"EnKF got rtps={rtps}; give 0.0 (none) to 1.0 (the forecast's whole spread).")

@@ -42,14 +42,14 @@ class EnsembleUpdate(eqx.Module):
             rng_key: of the step.
             anomalies: members less their mean, flattened.
             residual: R^{-1/2} (y - h(x)) of each member, zero where missing.
-            taper: localisation at the places of these values; None for none.
+            taper: localization at the places of these values; None for none.
         """
 
 
 class PerturbedObservations(EnsembleUpdate):
     """The stochastic update (Burgers, van Leeuwen & Evensen 1998): each member sees its own perturbed observations.
 
-    The perturbations are centred, so that the mean's update is that of the Kalman gain. Its taper multiplies the
+    The perturbations are centered, so that the mean's update is that of the Kalman gain. Its taper multiplies the
     covariances (Houtekamer & Mitchell 2001), K = (rho o X^T Y) (rho o Y^T Y + (N - 1) I)^{-1}. That solves a system of
     all observations, m^2 numbers; without a taper the smaller of m and N.
     """
@@ -92,7 +92,7 @@ class SquareRoot(EnsembleUpdate):
     2007, eq. 24) keeps their mean and moves the members least.
 
     Its taper is that of Hunt et al. too: each point of the state is updated by itself, with the observations near it,
-    whose error variances are divided by rho. The solves are as large as a neighbourhood or as N, whichever is smaller,
+    whose error variances are divided by rho. The solves are as large as a neighborhood or as N, whichever is smaller,
     one for each point.
     """
 
@@ -147,7 +147,7 @@ def _at_each_point(
     update: PointUpdate, anomalies: Float[Array, "n d"], predicted: Float[Array, "n m"], taper: PlacedTaper
 ) -> Float[Array, "n d"]:
     """`update` of the values at each point with what is observed near it; as many points at a time as memory takes."""
-    which, weights = taper.neighbourhoods()
+    which, weights = taper.neighborhoods()
     (points, k), n = which.shape, len(anomalies)
     x = jnp.moveaxis(anomalies.reshape(n, points, -1), 1, 0)
 

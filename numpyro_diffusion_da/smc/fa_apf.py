@@ -1,10 +1,10 @@
-"""The fully adapted auxiliary particle filter (Pitt & Shephard 1999; with inflation, Savary et al. 2026).
+"""The fully adapted auxiliary particle filter (Pitt & Shephard 1999; with tempering, Savary et al. 2026).
 
 Given equally weighted particles c_i and a new observation y:
 
 1. log w_i = log p(y | c_i), exact or estimated
-2. the largest alpha <= 1 at which the inflated weights' ESS is at its target; `Tempering` takes w^alpha (`inflation`)
-3. ancestors ~ the inflated weights
+2. the largest alpha <= 1 at which the tempered weights' ESS is at its target; `WeightTempering` takes w^alpha (`tempering`)
+3. ancestors ~ the tempered weights
 4. the new particle ~ p(x' | c_ancestor, y), the optimal proposal
 5. the new particles are equally weighted.
 
@@ -14,14 +14,14 @@ observation j, and step 4 starts from states glued together from the blocks' anc
 The kernel asks two functions of a model and knows nothing else about it:
 
 - ``log_predictive_fn(particle, observation) -> (log p(y | c), record)``; with `LocalAncestors` a vector, log p(y_j | c)
-  of each observation; with `ObservationInflation` an `InflatableLogWeight`
+  of each observation; with `LikelihoodTempering` an `TemperableLogWeight`
 - ``propose_fn(rng_key, particle, observation) -> (particle, record)``
 
-With `spread_repair` the new states are repaired together before they become particles. Then `propose_fn` returns the
+With `inflation` the new states are inflated together before they become particles. Then `propose_fn` returns the
 state x in place of the particle, and the kernel asks two more, which are those of `enkf`:
 
 - ``advance_fn(rng_key, x, particle, observation, record) -> (particle, record)``: the new particle, x being its state;
-- ``forecast_fn(rng_key, particle, observation) -> (x, record)``: a draw of p(x' | c), for a repair that looks at the
+- ``forecast_fn(rng_key, particle, observation) -> (x, record)``: a draw of p(x' | c), for a inflation that looks at the
   forecast. The forecast ensemble is one such draw from each particle before selection: equally weighted draws of
   p(x' | y_1, ..., y_k-1), whose spread is that of the means E[x' | c_i] and of the transition together. The draws have
   the keys of `propose_fn`: a draw whose guidance has nothing to do is then the forecast itself.
@@ -50,9 +50,9 @@ from numpyro_diffusion_da.smc.base import (
     num_particles,
     particle_keys,
 )
-from numpyro_diffusion_da.smc.inflation import SpreadRepair, check_repairs, need_forecast, repaired
+from numpyro_diffusion_da.smc.inflation import Inflation, check_inflation, inflated, need_forecast
 from numpyro_diffusion_da.smc.local_ancestors import LocalAncestors
-from numpyro_diffusion_da.smc.tempering import Inflation, Tempering
+from numpyro_diffusion_da.smc.tempering import Tempering, WeightTempering
 
 __all__ = ["Info", "State", "as_top_level_api", "build_kernel", "init"]
 
@@ -70,10 +70,10 @@ def build_kernel(
     target_ess: float = 0.2,
     batch_size: int = 0,
     local: LocalAncestors | None = None,
-    spread_repair: Sequence[SpreadRepair] = (),
+    inflation: Sequence[Inflation] = (),
     advance_fn: Advance | None = None,
     forecast_fn: Draw | None = None,
-    inflation: Inflation = Tempering(),
+    tempering: Tempering = WeightTempering(),
 ) -> Kernel:
     """Build the kernel.
 
@@ -81,28 +81,28 @@ def build_kernel(
         log_predictive_fn: (particle, observation) -> (log p(y | c), record), for one particle.
         propose_fn: (rng_key, particle, observation) -> (new particle, record), for one particle.
         resampling_fn: from `blackjax.smc.resampling`; systematic by default.
-        target_ess: effective sample size that inflation aims at, as a fraction of N; 0 for none.
+        target_ess: effective sample size that tempering aims at, as a fraction of N; 0 for none.
         batch_size: particles mapped at a time, which bounds the memory; 0 for all at once.
-        local: localised ancestors; None for one selection of whole particles. Then `Info` has one set of weights and
+        local: localized ancestors; None for one selection of whole particles. Then `Info` has one set of weights and
             ancestors for each block, and no evidence is estimated.
-        spread_repair: what is done to the new states, in this order; then `propose_fn` returns states.
-        advance_fn: see the module; needed with `spread_repair`.
-        forecast_fn: see the module; needed with a repair that looks at the forecast.
-        inflation: what alpha does to the weights.
+        inflation: what is done to the new states, in this order; then `propose_fn` returns states.
+        advance_fn: see the module; needed with `inflation`.
+        forecast_fn: see the module; needed with a inflation that looks at the forecast.
+        tempering: what alpha does to the weights.
 
     Returns:
         kernel(rng_key, state, observation) -> (State, Info), pure and jit-able.
 
     Raises:
-        TypeError: what is no sequence of repairs.
-        ValueError: target_ess outside [0, 1); a repair that pairs members; one without the functions that it needs.
+        TypeError: what is no sequence of inflations.
+        ValueError: target_ess outside [0, 1); a inflation that pairs members; one without the functions that it needs.
     """
     check_target_ess(target_ess)
-    check_repairs(spread_repair, "FAAPF", paired=False)
-    look_ahead = need_forecast(spread_repair)
-    if spread_repair and (advance_fn is None or (look_ahead and forecast_fn is None)):
+    check_inflation(inflation, "FAAPF", paired=False)
+    look_ahead = need_forecast(inflation)
+    if inflation and (advance_fn is None or (look_ahead and forecast_fn is None)):
         missing = "advance_fn" if advance_fn is None else "forecast_fn"
-        raise ValueError(f"spread_repair={tuple(spread_repair)} needs {missing}, and fa_apf.build_kernel got none.")
+        raise ValueError(f"inflation={tuple(inflation)} needs {missing}, and fa_apf.build_kernel got none.")
 
     def kernel(rng_key: PRNGKeyArray, state: State, observation: PyTree) -> tuple[State, Info]:
         n = num_particles(state.particles)
@@ -111,11 +111,11 @@ def build_kernel(
         predictive, weighing = weigh(state.particles)
         predictive = jax.tree.map(lambda x: jnp.where(jnp.isfinite(x), x, -jnp.inf), predictive)
         if local is None:
-            chosen = inflation.select(resampling_key, predictive, None, resampling_fn, target_ess)
+            chosen = tempering.select(resampling_key, predictive, None, resampling_fn, target_ess)
             log_weights, ancestors, alpha = chosen
             parents = jax.tree.map(lambda x: x[ancestors], state.particles)
         else:
-            chosen = local.select(resampling_key, predictive, resampling_fn, target_ess, inflation)
+            chosen = local.select(resampling_key, predictive, resampling_fn, target_ess, tempering)
             log_weights, ancestors, alpha = chosen
             parents = local.glue(state.particles, ancestors)
         propose = map_particles(lambda key, particle: propose_fn(key, particle, observation), batch_size)
@@ -126,10 +126,10 @@ def build_kernel(
             assert forecast_fn is not None
             look = map_particles(lambda key, particle: forecast_fn(key, particle, observation), batch_size)
             forecast, forecasting = look(keys, state.particles)
-        if spread_repair:
+        if inflation:
             assert advance_fn is not None
-            # A third key beside the two, which are the same with and without repair.
-            x = repaired(spread_repair, jax.random.split(rng_key, 3)[2], particles, forecast)
+            # A third key beside the two, which are the same with and without inflation.
+            x = inflated(inflation, jax.random.split(rng_key, 3)[2], particles, forecast)
             advance = map_particles(
                 lambda key, x, particle, record: advance_fn(key, x, particle, observation, record), batch_size
             )
@@ -147,10 +147,10 @@ def as_top_level_api(
     target_ess: float = 0.2,
     batch_size: int = 0,
     local: LocalAncestors | None = None,
-    spread_repair: Sequence[SpreadRepair] = (),
+    inflation: Sequence[Inflation] = (),
     advance_fn: Advance | None = None,
     forecast_fn: Draw | None = None,
-    inflation: Inflation = Tempering(),
+    tempering: Tempering = WeightTempering(),
 ) -> Any:
     """The filter as a `blackjax.base.SamplingAlgorithm`: ``init(particles)``, ``step(rng_key, state, observation)``.
 
@@ -165,9 +165,9 @@ def as_top_level_api(
         target_ess,
         batch_size,
         local,
-        spread_repair,
+        inflation,
         advance_fn,
         forecast_fn,
-        inflation,
+        tempering,
     )
     return SamplingAlgorithm(init, kernel)

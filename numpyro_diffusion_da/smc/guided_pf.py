@@ -2,7 +2,7 @@
 
 Each particle moves by a draw q(x' | c, y) that may look at the observation, and is weighed by what that draw has to
 answer for, w = p(y | x') p(x' | c) / q(x' | c, y), or by any estimate of mean p(y | c) made along with it. Without
-inflation the product over steps of the mean weights is an unbiased estimate of the evidence. The kernel asks of a model
+tempering the product over steps of the mean weights is an unbiased estimate of the evidence. The kernel asks of a model
 
 - ``propose_fn(rng_key, particle, observation) -> (particle, log w, record)``.
 
@@ -47,7 +47,7 @@ def build_kernel(
     Args:
         propose_fn: (rng_key, particle, observation) -> (new particle, log w, record), for one particle.
         resampling_fn: from `blackjax.smc.resampling`; systematic by default.
-        target_ess: effective sample size that inflation aims at, as a fraction of N. None by default: an inflated
+        target_ess: effective sample size that tempering aims at, as a fraction of N. None by default: an tempered
             weight makes no unbiased evidence.
         batch_size: particles mapped at a time, which bounds the memory; 0 for all at once.
 

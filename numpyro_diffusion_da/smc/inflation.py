@@ -1,4 +1,4 @@
-"""Spread repair: what is done to an analysis whose spread has become too small, before it is forecast from.
+"""Inflation: what is done to an analysis whose spread has become too small, before it is forecast from.
 
 An ensemble of few members, a model without errors of its own, or a selection by many observations leave an analysis
 that is too sure. With s_a and s_b the standard deviations, in each component of the state, of the analysis and of the
@@ -30,28 +30,30 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from numpyro_diffusion_da.smc.base import particle_keys
 
 
-class SpreadRepair(eqx.Module):
+class Inflation(eqx.Module):
     """How the members of an analysis are spread out."""
 
     needs_forecast: ClassVar[bool] = False
     """Whether it looks at the forecast; a filter that has none at hand draws one then."""
     pairs_members: ClassVar[bool] = False
     """Whether it takes member i of analysis and forecast to belong together."""
+    acts_on_forecast: ClassVar[bool] = False
+    """Whether it widens the forecast before the update, and not the analysis after it."""
 
     @abc.abstractmethod
     def __call__(
         self, rng_key: PRNGKeyArray, analysis: Float[Array, "n ..."], forecast: Float[Array, "n ..."] | None
     ) -> Float[Array, "n ..."]:
-        """The repaired members.
+        """The inflated members.
 
         Args:
             rng_key: of the step.
             analysis: members of the analysis, equally weighted.
-            forecast: members of the forecast; None is enough for a repair that does not need it.
+            forecast: members of the forecast; None is enough for a inflation that does not need it.
         """
 
 
-class RTPS(SpreadRepair):
+class RTPS(Inflation):
     """Relaxation to prior spread: s_a becomes s_a + alpha (s_b - s_a) in each component, see the module.
 
     A component in which no member differs stays as it is: there is no anomaly to multiply.
@@ -81,7 +83,7 @@ class RTPS(SpreadRepair):
         return mean + factor * anomalies
 
 
-class RTPP(SpreadRepair):
+class RTPP(Inflation):
     """Relaxation to prior perturbations: x_a' becomes (1 - alpha) x_a' + alpha x_b', see the module.
 
     For a filter whose members keep their places, such as the ensemble Kalman filter. Between members that do not belong
@@ -111,7 +113,7 @@ class RTPP(SpreadRepair):
         return mean + (1.0 - self.alpha) * anomalies + self.alpha * prior
 
 
-class Multiplicative(SpreadRepair):
+class Multiplicative(Inflation):
     """The analysis' anomalies times a factor.
 
     Args:
@@ -134,11 +136,37 @@ class Multiplicative(SpreadRepair):
         return mean + self.factor * anomalies
 
 
-class Jitter(SpreadRepair):
+class ForecastMultiplicative(Inflation):
+    """Multiply the anomalies of the forecast by a factor, before the update (Anderson & Anderson 1999).
+
+    For filters that update an ensemble of forecasts: `EnKF`.
+
+    Args:
+        factor: 1 for none; more spreads the members out.
+
+    Raises:
+        ValueError: a factor below 1.
+    """
+
+    acts_on_forecast: ClassVar[bool] = True
+
+    factor: float | Float[Array, ""]
+
+    def __check_init__(self) -> None:
+        _check("ForecastMultiplicative", "factor", self.factor, 1.0, np.inf, "1.0 (none) or more")
+
+    def __call__(
+        self, rng_key: PRNGKeyArray, analysis: Float[Array, "n ..."], forecast: Float[Array, "n ..."] | None
+    ) -> Float[Array, "n ..."]:
+        """Multiply the anomalies of the members by the factor."""
+        return Multiplicative(self.factor)(rng_key, analysis, forecast)
+
+
+class Jitter(Inflation):
     """Gaussian noise of a given size, independent from member to member and from component to component.
 
     Its size is in the unit of the state and not relative to the spread: a multiple of a spread that has collapsed is
-    nothing, and to spread out what still has a spread is what `Multiplicative` and `RTPS` are for. The noise is centred
+    nothing, and to spread out what still has a spread is what `Multiplicative` and `RTPS` are for. The noise is centered
     over members, so that the mean stays; scale^2 is what it adds to the members' unbiased variance. One member alone
     stays where it is. It knows nothing of how smooth a field is.
 
@@ -166,46 +194,55 @@ class Jitter(SpreadRepair):
         return analysis + scale[None] * (noise - noise.mean(0, keepdims=True))
 
 
-def repaired(
-    repairs: Sequence[SpreadRepair],
+def inflated(
+    inflations: Sequence[Inflation],
     rng_key: PRNGKeyArray,
     analysis: Float[Array, "n ..."],
     forecast: Float[Array, "n ..."] | None,
 ) -> Float[Array, "n ..."]:
-    """The members after one repair after the other; each sees what the last one left, and the same forecast."""
-    for i, repair in enumerate(repairs):
-        analysis = repair(jax.random.fold_in(rng_key, i), analysis, forecast)
+    """The members after one inflation after the other; each sees what the last one left, and the same forecast."""
+    for i, inflation in enumerate(inflations):
+        analysis = inflation(jax.random.fold_in(rng_key, i), analysis, forecast)
     return analysis
 
 
-def need_forecast(repairs: Sequence[SpreadRepair]) -> bool:
+def forecast_factor(inflations: Sequence[Inflation]) -> float | Float[Array, ""]:
+    """Product of the factors on the forecast's anomalies; 1.0 where none acts on the forecast."""
+    factor: Any = 1.0
+    for inflation in inflations:
+        if isinstance(inflation, ForecastMultiplicative):
+            factor = factor * inflation.factor
+    return factor
+
+
+def need_forecast(inflations: Sequence[Inflation]) -> bool:
     """Whether any of them looks at the forecast."""
-    return any(repair.needs_forecast for repair in repairs)
+    return any(inflation.needs_forecast for inflation in inflations)
 
 
-def check_repairs(repairs: Any, owner: str, paired: bool) -> None:
-    """Refuse what is no sequence of repairs that a filter can make.
+def check_inflation(inflations: Any, owner: str, paired: bool) -> None:
+    """Refuse what is no sequence of inflations that a filter can make.
 
     Args:
-        repairs: what it was given.
+        inflations: what it was given.
         owner: the filter's name.
         paired: whether member i of its analysis was made from member i of its forecast.
 
     Raises:
-        TypeError: not a sequence of repairs.
-        ValueError: a repair that pairs members, for a filter that selects.
+        TypeError: not a sequence of inflations.
+        ValueError: a inflation that pairs members, for a filter that selects.
     """
-    if isinstance(repairs, SpreadRepair):
-        raise TypeError(f"{owner} got spread_repair={repairs}; give a sequence of repairs: ({repairs},).")
-    for repair in repairs:
-        if not isinstance(repair, SpreadRepair):
+    if isinstance(inflations, Inflation):
+        raise TypeError(f"{owner} got inflation={inflations}; give a sequence of inflations: ({inflations},).")
+    for inflation in inflations:
+        if not isinstance(inflation, Inflation):
             raise TypeError(
-                f"{owner} got {repair!r} among its spread_repair; give values of ndda.RTPS, ndda.RTPP, "
+                f"{owner} got {inflation!r} among its inflation; give values of ndda.RTPS, ndda.RTPP, "
                 "ndda.Multiplicative or ndda.Jitter."
             )
-        if repair.pairs_members and not paired:
+        if inflation.pairs_members and not paired:
             raise ValueError(
-                f"{owner} got spread_repair={repair}, which mixes each member with its own forecast, and particles "
+                f"{owner} got inflation={inflation}, which mixes each member with its own forecast, and particles "
                 "that were selected have none; use ndda.RTPS, which needs the forecast's spread only."
             )
 
@@ -221,9 +258,9 @@ def _check(owner: str, name: str, value: Any, lowest: float, highest: float, ins
     raise ValueError(f"{owner} got {name}={value}; give {instead}.")
 
 
-def _given(repair: SpreadRepair, forecast: Array | None) -> Array:
+def _given(inflation: Inflation, forecast: Array | None) -> Array:
     if forecast is None:
-        raise ValueError(f"{repair} needs members of the forecast, and got None.")
+        raise ValueError(f"{inflation} needs members of the forecast, and got None.")
     return forecast
 
 

@@ -1,25 +1,24 @@
-"""Localisation: a taper on distance, and who is near whom.
+"""Localization: a taper on distance, and who is near whom.
 
 An ensemble of N members estimates a covariance with an error of order 1/sqrt(N), however small the covariance is: far
 away the error is all there is. A taper multiplies by a correlation that falls to zero with distance. Nothing here knows
 of a filter: a `Taper` is what a user says, a `PlacedTaper` knows the position of every value of one model, and
-`Neighbourhoods` and `Blocks` are what a compiled step needs.
+`Neighborhoods` and `Blocks` are what a compiled step needs.
 """
 
 from __future__ import annotations
 
-import abc
 import dataclasses
 import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-import equinox as eqx
 import numpy as np
 from jaxtyping import ArrayLike, Float, Int
 
 from numpyro_diffusion_da.diffusion.prior import checksum
 from numpyro_diffusion_da.fields.layout import Layout
+from numpyro_diffusion_da.smc.distances import Distance
 
 LARGEST_BLOCK = 2**22
 """Distances computed at a time: 32 MB."""
@@ -41,145 +40,7 @@ def gaspari_cohn(ratio: Float[np.ndarray, ...]) -> Float[np.ndarray, ...]:
     return np.where(z <= 1.0, near, np.maximum(far, 0.0))
 
 
-class Distance(eqx.Module):
-    """How far apart two positions are. A position is one number or a row of coordinates."""
-
-    @abc.abstractmethod
-    def __call__(self, a: Float[np.ndarray, "n k"], b: Float[np.ndarray, "m k"]) -> Float[np.ndarray, "n m"]:
-        """Distances of all positions `a` from all positions `b`."""
-
-    @abc.abstractmethod
-    def check(self, coordinates: int) -> str | None:
-        """What a position must be, where this number of coordinates is not it; None where it is."""
-
-    def on_grid(self, grid: Mapping[str, np.ndarray]) -> Float[np.ndarray, "n k"]:
-        """Positions of a grid's points: by default all of its dimensions, in their order.
-
-        Args:
-            grid: the coordinate of every point by the name of its dimension, each of shape (n,).
-        """
-        return np.stack(list(grid.values()), axis=-1)
-
-
-class Ring(Distance):
-    """Along a circle: positions are single numbers, and `length` of them lead back to the beginning.
-
-    Args:
-        length: circumference, in the unit of the positions: 40 for 40 sites at 0, 1, ..., 39.
-
-    Raises:
-        ValueError: a length that is not positive.
-    """
-
-    length: float = eqx.field(static=True, converter=float)
-
-    def __check_init__(self) -> None:
-        if not 0 < self.length < math.inf:
-            raise ValueError(f"Ring got length={self.length}; give its circumference, in the unit of the positions.")
-
-    def __call__(self, a: Float[np.ndarray, "n k"], b: Float[np.ndarray, "m k"]) -> Float[np.ndarray, "n m"]:
-        """The shorter way round."""
-        apart = np.abs(a[:, None, 0] - b[None, :, 0]) % self.length
-        return np.minimum(apart, self.length - apart)
-
-    def check(self, coordinates: int) -> str | None:
-        """One number."""
-        return None if coordinates == 1 else "one number"
-
-
-class Euclidean(Distance):
-    """In a straight line: positions have any number of coordinates, all in one unit."""
-
-    def __call__(self, a: Float[np.ndarray, "n k"], b: Float[np.ndarray, "m k"]) -> Float[np.ndarray, "n m"]:
-        """The root of the sum of squares."""
-        return np.sqrt(np.sum((a[:, None, :] - b[None, :, :]) ** 2, axis=-1))
-
-    def check(self, coordinates: int) -> str | None:
-        """Anything."""
-        return None
-
-
-class GreatCircle(Distance):
-    """Along the sphere: positions are (latitude, longitude) in degrees.
-
-    Args:
-        sphere_radius: in the unit of the distances; kilometres of the Earth by default.
-
-    Raises:
-        ValueError: a radius that is not positive.
-    """
-
-    sphere_radius: float = eqx.field(static=True, default=6371.0, converter=float)
-
-    def __check_init__(self) -> None:
-        if not 0 < self.sphere_radius < math.inf:
-            raise ValueError(f"GreatCircle got sphere_radius={self.sphere_radius}; give it in the unit of distances.")
-
-    def __call__(self, a: Float[np.ndarray, "n k"], b: Float[np.ndarray, "m k"]) -> Float[np.ndarray, "n m"]:
-        """By the chord, which is exact for near points, where the arc cosine is not."""
-        half_chord = 0.5 * Euclidean()(_on_unit_sphere(a), _on_unit_sphere(b))
-        return 2.0 * self.sphere_radius * np.arcsin(np.minimum(half_chord, 1.0))
-
-    def check(self, coordinates: int) -> str | None:
-        """Two numbers."""
-        return None if coordinates == 2 else "(latitude, longitude) in degrees"
-
-    def on_grid(self, grid: Mapping[str, np.ndarray]) -> Float[np.ndarray, "n k"]:
-        """The dimensions called latitude and longitude, or lat and lon.
-
-        Raises:
-            ValueError: there are none.
-        """
-        for names in (("latitude", "longitude"), ("lat", "lon")):
-            if set(names) <= set(grid):
-                return np.stack([grid[name] for name in names], axis=-1)
-        raise ValueError(
-            f"the layout's coordinates are {sorted(grid)}, without latitude and longitude; "
-            "give the positions yourself: Taper(state=...)."
-        )
-
-
-def _on_unit_sphere(positions: Float[np.ndarray, "n k"]) -> Float[np.ndarray, "n 3"]:
-    latitude, longitude = np.radians(positions).T
-    return np.stack([np.cos(latitude) * np.cos(longitude), np.cos(latitude) * np.sin(longitude), np.sin(latitude)], -1)
-
-
-class WithHeight(Distance):
-    """On top of each other too: positions have one more coordinate, the last.
-
-    The distance is the root of the sum of squares of the horizontal distance and of `scale` times the difference in
-    height. With the logarithm of pressure as height and `GreatCircle()`, scale=1000.0 makes levels whose pressures
-    have a ratio of e as far apart as 1000 km.
-
-    Args:
-        horizontal: the distance of all other coordinates.
-        scale: horizontal distance that counts as much as one unit of height.
-
-    Raises:
-        ValueError: a scale that is not positive.
-    """
-
-    horizontal: Distance
-    scale: float = eqx.field(static=True, converter=float)
-
-    def __check_init__(self) -> None:
-        if not 0 < self.scale < math.inf:
-            raise ValueError(
-                f"WithHeight got scale={self.scale}; give the distance that one unit of height stands for."
-            )
-
-    def __call__(self, a: Float[np.ndarray, "n k"], b: Float[np.ndarray, "m k"]) -> Float[np.ndarray, "n m"]:
-        """The root of the sum of squares."""
-        height = self.scale * (a[:, None, -1] - b[None, :, -1])
-        return np.sqrt(self.horizontal(a[:, :-1], b[:, :-1]) ** 2 + height**2)
-
-    def check(self, coordinates: int) -> str | None:
-        """One number more."""
-        needed = self.horizontal.check(coordinates - 1) if coordinates > 1 else "at least one number"
-        return None if needed is None else f"{needed}, then a height"
-
-
-class Neighbourhoods(NamedTuple):
+class Neighborhoods(NamedTuple):
     """For each of p points the observations that its taper reaches, at most k.
 
     Attributes:
@@ -195,11 +56,11 @@ class Blocks(NamedTuple):
     """Places that are treated as one.
 
     Attributes:
-        centres: position of each of b blocks, shape (b, k).
+        centers: position of each of b blocks, shape (b, k).
         of_point: the block of each place of the state, shape (p,).
     """
 
-    centres: Float[np.ndarray, "b k"]
+    centers: Float[np.ndarray, "b k"]
     of_point: Int[np.ndarray, " p"]
 
 
@@ -228,7 +89,7 @@ class PlacedTaper:
         radii = np.minimum(self.radii[:, None], self.radii[None, :])
         return gaspari_cohn(self.distance(self.observations, self.observations) / radii)
 
-    def neighbourhoods(self, at: Float[np.ndarray, "p k"] | None = None) -> Neighbourhoods:
+    def neighborhoods(self, at: Float[np.ndarray, "p k"] | None = None) -> Neighborhoods:
         """Which observations reach which position; all pairs are looked at, in blocks.
 
         Args:
@@ -247,12 +108,12 @@ class PlacedTaper:
         width = max(index.shape[1] for index, _ in found)
         padded = [tuple(np.pad(x, ((0, 0), (0, width - x.shape[1]))) for x in pair) for pair in found]
         index, weights = (np.concatenate(parts) for parts in zip(*padded, strict=True))
-        return Neighbourhoods(index.astype(np.int32), weights.astype(np.float32))
+        return Neighborhoods(index.astype(np.int32), weights.astype(np.float32))
 
     def blocks(self, radius: float) -> Blocks:
-        """Blocks of places no further than `radius` from their centre, which is a place too.
+        """Blocks of places no further than `radius` from their center, which is a place too.
 
-        Centres are added where the state is furthest from those it has (Gonzalez 1985), until none is too far: on any
+        Centers are added where the state is furthest from those it has (Gonzalez 1985), until none is too far: on any
         grid, of any distance. A radius of 0 makes each place a block, an infinite one the whole state.
         """
         if radius == 0.0:
@@ -270,7 +131,7 @@ class PlacedTaper:
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Taper:
-    """Gaspari-Cohn localisation, and where everything is: ``Taper(4.0, Ring(40), {"y": np.arange(0, 40, 2)})``.
+    """Gaspari-Cohn localization, and where everything is: ``Taper(4.0, Ring(40), {"y": np.arange(0, 40, 2)})``.
 
     Positions are an array of one row of coordinates for each place, or of one number. The state has one value at each
     place, or several: they run over its leading axes, so that the points of a grid (latitude, longitude, channel) have

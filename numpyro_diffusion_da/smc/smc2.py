@@ -28,12 +28,12 @@ from numpyro_diffusion_da.smc import pmmh
 from numpyro_diffusion_da.smc.base import Resampling, guarded, map_particles, particle_keys, relative_to_highest
 
 
-class State(NamedTuple):
+class SMC2State(NamedTuple):
     """What the next step needs.
 
     Attributes:
         positions: `pmmh.Position`s with a leading axis of M; the record is theta's filter.
-        log_weights: of the parameters, shape (M,), not normalised.
+        log_weights: of the parameters, shape (M,), not normalized.
         log_evidence: estimate of log p(y_{1:k}), parameters integrated out.
     """
 
@@ -42,7 +42,7 @@ class State(NamedTuple):
     log_evidence: Float[Array, ""]
 
 
-class Info(NamedTuple):
+class SMC2Info(NamedTuple):
     """All else about a step.
 
     Attributes:
@@ -62,7 +62,7 @@ class Info(NamedTuple):
 
 def init(
     parameters: Float[Array, "m d"], filters: PyTree, log_prior: Float[Array, " m"], log_weights: Float[Array, " m"]
-) -> State:
+) -> SMC2State:
     """The state before the first observation.
 
     Args:
@@ -72,7 +72,7 @@ def init(
         log_weights: zeros, or the log-likelihood of what is known of the parameters beside the series.
     """
     positions = pmmh.Position(parameters, log_prior, jnp.zeros(len(parameters)), filters)
-    return State(positions, log_weights, jax.nn.logsumexp(log_weights) - math.log(len(log_weights)))
+    return SMC2State(positions, log_weights, jax.nn.logsumexp(log_weights) - math.log(len(log_weights)))
 
 
 def build_kernel(
@@ -83,7 +83,7 @@ def build_kernel(
     target_ess: float,
     at_once: int = 0,
     resampling_fn: Resampling | None = None,
-) -> Callable[[PRNGKeyArray, State, Int[Array, ""]], tuple[State, Info]]:
+) -> Callable[[PRNGKeyArray, SMC2State, Int[Array, ""]], tuple[SMC2State, SMC2Info]]:
     """Build the kernel.
 
     Args:
@@ -96,13 +96,13 @@ def build_kernel(
         resampling_fn: from `blackjax.smc.resampling`; systematic by default.
 
     Returns:
-        kernel(rng_key, state, step) -> (State, Info).
+        kernel(rng_key, state, step) -> (SMC2State, SMC2Info).
     """
     from blackjax.smc.ess import ess as effective_sample_size
 
     resample = guarded(resampling_fn)
 
-    def move(rng_key: PRNGKeyArray, state: State, number: Int[Array, ""]) -> tuple[State, Float[Array, ""]]:
+    def move(rng_key: PRNGKeyArray, state: SMC2State, number: Int[Array, ""]) -> tuple[SMC2State, Float[Array, ""]]:
         m = len(state.log_weights)
         resampling_key, move_key = jax.random.split(rng_key)
         weights = jax.nn.softmax(relative_to_highest(state.log_weights))
@@ -120,9 +120,9 @@ def build_kernel(
             return chain, jnp.mean(rates)
 
         chains, rates = map_particles(one, at_once)(particle_keys(move_key, m), chains)
-        return State(chains.position, jnp.zeros(m), state.log_evidence), jnp.mean(rates)
+        return SMC2State(chains.position, jnp.zeros(m), state.log_evidence), jnp.mean(rates)
 
-    def kernel(rng_key: PRNGKeyArray, state: State, step: Int[Array, ""]) -> tuple[State, Info]:
+    def kernel(rng_key: PRNGKeyArray, state: SMC2State, step: Int[Array, ""]) -> tuple[SMC2State, SMC2Info]:
         m = len(state.log_weights)
         advance_key, move_key, draw_key = jax.random.split(rng_key, 3)
         old = state.positions
@@ -137,13 +137,13 @@ def build_kernel(
         positions = pmmh.Position(old.parameters, old.log_prior, old.log_evidence + increments, filters)
         ess = effective_sample_size(relative_to_highest(log_weights))
         low = ~(ess >= target_ess * m)
-        state = State(positions, log_weights, state.log_evidence + increment)
+        state = SMC2State(positions, log_weights, state.log_evidence + increment)
         state, rate = jax.lax.cond(
             low, lambda s: move(move_key, s, step + 1), lambda s: (s, jnp.full((), jnp.nan)), state
         )
         chosen = resample(draw_key, jax.nn.softmax(relative_to_highest(state.log_weights)), m)
         chosen = jnp.where(low, jnp.arange(m), chosen)
-        return state, Info(ess, increment, low, rate, state.positions.parameters[chosen])
+        return state, SMC2Info(ess, increment, low, rate, state.positions.parameters[chosen])
 
     return kernel
 
@@ -151,6 +151,6 @@ def build_kernel(
 def _proposal_factor(parameters: Float[Array, "m d"], weights: Float[Array, " m"]) -> Float[Array, "d d"]:
     """F with F F^T = 2.38^2 / d times the weighted covariance."""
     d = parameters.shape[1]
-    centred = parameters - (weights @ parameters)[None]
-    covariance = (weights[:, None] * centred).T @ centred + 1e-6 * jnp.eye(d)
+    centered = parameters - (weights @ parameters)[None]
+    covariance = (weights[:, None] * centered).T @ centered + 1e-6 * jnp.eye(d)
     return pmmh.OPTIMAL_SCALE / math.sqrt(d) * jnp.linalg.cholesky(covariance)

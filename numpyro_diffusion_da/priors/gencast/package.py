@@ -98,7 +98,7 @@ class _Program:
         self.static = static
 
 
-class Network(eqx.Module):
+class TracedNetwork(eqx.Module):
     """GenCast's denoiser as a traced program: parameters and graph are its arrays.
 
     The package builds its graphs in numpy each time it is traced (11 s at 1 degree). It is traced once here, at given
@@ -122,7 +122,7 @@ class Network(eqx.Module):
 
 def trace_network(
     wn: SimpleNamespace, opened: Any, architecture: Any, parameters: PyTree, layout: Layout, precision: str
-) -> Network:
+) -> TracedNetwork:
     """Trace the package's denoiser once, at the shapes of the layout."""
     xarray_jax, haiku = wn.xarray_jax, wn.haiku
     task = opened.task_config
@@ -195,4 +195,4 @@ def trace_network(
         traced = eqx.filter_closure_convert(
             program, parameters, *[jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
         )
-    return Network(traced, parameters)
+    return TracedNetwork(traced, parameters)

@@ -2,7 +2,7 @@
 
 One 12 h step of the atmosphere: the next frame given the last two, the time of year and of day, and the surface. A
 frame is an array (latitude, longitude, channel), channels being variables sorted by name, each by level, as the package
-stacks them. A variable that is also an input of the network is diffused as a normalised residual, precipitation, which
+stacks them. A variable that is also an input of the network is diffused as a normalized residual, precipitation, which
 is not, as itself:
 
     x' = a(c) + S z,    a = last frame, S = standard deviation of 12 h differences;    a = mean, S = standard deviation.
@@ -10,7 +10,7 @@ is not, as itself:
 Sea surface temperature has no value over land. Frames hold the variable's minimum there (so does the package, before it
 normalises), with S = 0: what is there never moves, guides, or weighs, and `Layout.select` gives NaN.
 
-The network is google-deepmind's own, see `gencast_package`; the normalisation is in `gencast_statistics`.
+The network is google-deepmind's own, see `gencast_package`; the normalization is in `gencast_statistics`.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from numpyro_diffusion_da.fields.layout import Layout, Undefined, Variable
 from numpyro_diffusion_da.priors.gencast.package import (
     FORCINGS,
     STATIC,
-    Network,
+    TracedNetwork,
     is_atmospheric,
     noise_range,
     trace_network,
@@ -82,8 +82,8 @@ class GenCastConditioning(NamedTuple):
 
     Attributes:
         frame: the last frame, in physical units, shape (latitude, longitude, channel).
-        inputs: both frames, normalised, of the variables that are inputs, shape (2, latitude, longitude, inputs).
-        forcings: normalised.
+        inputs: both frames, normalized, of the variables that are inputs, shape (2, latitude, longitude, inputs).
+        forcings: normalized.
     """
 
     frame: Float[Array, "latitude longitude channel"]
@@ -105,7 +105,7 @@ class GenCastPrior(DiffusionPrior):
         scan(step, frames, (y, prior.forcings(times)))
     """
 
-    network: Network
+    network: TracedNetwork
     noise: Noise
     statics: Float[Array, "latitude longitude 2"]
     mean: Float[Array, " channel"]
@@ -118,7 +118,7 @@ class GenCastPrior(DiffusionPrior):
     input_channels: tuple[int, ...] = eqx.field(static=True)
     layout: Layout = eqx.field(static=True)
     noise_range: tuple[float, float] = eqx.field(static=True)
-    rematerialise: bool = eqx.field(static=True)
+    rematerialize: bool = eqx.field(static=True)
     description: str = eqx.field(static=True)
     conditioning_passes: int = eqx.field(static=True)
 
@@ -148,13 +148,13 @@ class GenCastPrior(DiffusionPrior):
                 "pass each slice on, as in DiffusionTransition(prior, frames, forcings)."
             )
         channels = np.asarray(self.input_channels)
-        normalised = (jnp.stack(frames) - self.mean[None, None, None]) / self.stddev[None, None, None]
+        normalized = (jnp.stack(frames) - self.mean[None, None, None]) / self.stddev[None, None, None]
         of_day, of_year = slice(0, 2), slice(2, 4)
         forcings = Forcings(
             (inputs.day - self.forcing_mean[None, None, of_day]) / self.forcing_stddev[None, None, of_day],
             (inputs.year - self.forcing_mean[None, of_year]) / self.forcing_stddev[None, of_year],
         )
-        return GenCastConditioning(frames[1], normalised[..., channels], forcings)
+        return GenCastConditioning(frames[1], normalized[..., channels], forcings)
 
     def denoise(
         self, z_s: Float[Array, ...], noise_level: Float[Array, ""], conditioning: GenCastConditioning
@@ -166,7 +166,7 @@ class GenCastPrior(DiffusionPrior):
         def network(*args: Array) -> Array:  # a function: jax.checkpoint hashes what it is given
             return self.network(*args)
 
-        if self.rematerialise:
+        if self.rematerialize:
             # Products of activations with weights are kept, all else is computed again in the backward pass.
             policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
             network = jax.checkpoint(network, policy=policy)
@@ -327,14 +327,14 @@ class GenCastPrior(DiffusionPrior):
             input_channels=tuple(int(i) for i in np.flatnonzero(channels.is_input)),
             layout=layout,
             noise_range=noise_range(opened),
-            rematerialise=False,
+            rematerialize=False,
             description=str(opened.description),
             conditioning_passes=0,
         )
         budget = 0.5 * device_memory() if memory_budget is None else memory_budget
         if prior.backward_bytes() <= budget:
             return prior
-        return dataclasses.replace(prior, rematerialise=True)
+        return dataclasses.replace(prior, rematerialize=True)
 
 
 def _choose(name: str, got: Any, known: tuple[Any, ...]) -> None:

@@ -1,4 +1,4 @@
-"""The normalisation statistics published with GenCast, by channel of a frame."""
+"""The normalization statistics published with GenCast, by channel of a frame."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ STATISTICS = {
 
 
 class Statistics(NamedTuple):
-    """Normalisation by channel of a frame, float32.
+    """Normalization by channel of a frame, float32.
 
     Attributes:
         mean: shape (channel,), in the variable's unit.
@@ -39,7 +39,7 @@ class Statistics(NamedTuple):
 
 
 def read_statistics(directory: str | os.PathLike[str]) -> dict[str, xarray.Dataset]:
-    """The four normalisation datasets, by what they are (see `STATISTICS`).
+    """The four normalization datasets, by what they are (see `STATISTICS`).
 
     Raises:
         FileNotFoundError: one of them is not in the directory.
@@ -61,7 +61,7 @@ def read_statistics(directory: str | os.PathLike[str]) -> dict[str, xarray.Datas
 def channel_statistics(
     layout: Layout, statistics: dict[str, xarray.Dataset], input_variables: tuple[str, ...]
 ) -> Statistics:
-    """Normalisation constants of every channel.
+    """Normalization constants of every channel.
 
     Raises:
         ValueError: the statistics lack a variable.

@@ -128,7 +128,7 @@ def write_synthetic(
 def random_parameters(wn: Any, configs: dict[str, Any], num_latitudes: int, seed: int) -> dict[str, Any]:
     """Random parameters of the shapes that the package asks for.
 
-    Its own initialisation makes every transformer block the identity and forgets the noise level; here all weights are
+    Its own initialization makes every transformer block the identity and forgets the noise level; here all weights are
     normal with the variance that keeps the size of what passes through them.
     """
     task = configs["task_config"]

@@ -31,9 +31,9 @@ from numpyro_diffusion_da.fields.layout import Layout, Variable
 from numpyro_diffusion_da.priors.spherical.harmonics import HarmonicNoise, SphericalHarmonics
 from numpyro_diffusion_da.priors.spherical.networks import (
     GaussianDenoiser,
-    MeanNetwork,
-    NoiseLevelTerms,
-    ResidualNetwork,
+    SphericalMeanNetwork,
+    SphericalNoiseLevelTerms,
+    SphericalResidualNetwork,
     ZonalOperator,
 )
 from numpyro_diffusion_da.priors.stored import named_arrays, part, read_stored, write_stored
@@ -51,7 +51,7 @@ class SphericalConditioning(NamedTuple):
     """
 
     mean: Float[Array, "latitude longitude channel"]
-    terms: NoiseLevelTerms
+    terms: SphericalNoiseLevelTerms
 
 
 class SphericalEmulator(DiffusionPrior):
@@ -64,13 +64,13 @@ class SphericalEmulator(DiffusionPrior):
         state_mean: mean of each channel along a latitude in training; `state_scale` the standard deviation of a channel
             around it.
         latent_scale: S, rms of the next state minus the conditional mean, for each channel.
-        climate: covariance of the normalised states themselves, of which only the vectors and values are used.
+        climate: covariance of the normalized states themselves, of which only the vectors and values are used.
         card_text: the data card, as JSON; `card` is the same as a dictionary.
     """
 
-    mean_network: MeanNetwork
+    mean_network: SphericalMeanNetwork
     gaussian: GaussianDenoiser
-    residual_network: ResidualNetwork
+    residual_network: SphericalResidualNetwork
     state_mean: Float[Array, "latitude channel"]
     state_scale: Float[Array, " channel"]
     latent_scale: Float[Array, " channel"]
@@ -102,7 +102,7 @@ class SphericalEmulator(DiffusionPrior):
         return SphericalConditioning(self.fields(mean), self.residual_network.terms(features))
 
     def coefficients(self, x: Float[Array, "latitude longitude channel"]) -> Float[Array, "2 m l channel"]:
-        """Harmonic coefficients of the normalised state."""
+        """Harmonic coefficients of the normalized state."""
         anomaly = (x - self.state_mean[:, None]) / self.state_scale[None, None]
         return self.noise.harmonics.analysis(anomaly)
 
@@ -121,7 +121,7 @@ class SphericalEmulator(DiffusionPrior):
         return self.noise.synthesis(coefficients)
 
     def denoise_coefficients(
-        self, z_s: Float[Array, "2 m l channel"], noise_level: Float[Array, ""], terms: NoiseLevelTerms
+        self, z_s: Float[Array, "2 m l channel"], noise_level: Float[Array, ""], terms: SphericalNoiseLevelTerms
     ) -> Float[Array, "2 m l channel"]:
         """D in coefficients of the noise."""
         c_in = jax.lax.rsqrt(1.0 + noise_level**2)
@@ -141,7 +141,7 @@ class SphericalEmulator(DiffusionPrior):
 
         Errors of an emulator are correlated from one step to the next, and draws are not: an ensemble that is right
         after one step is too narrow after ten. A filter, which lives on forecasts of many steps, is told the truth by a
-        larger error of each (inflation of the model error's covariance, by factor^2).
+        larger error of each (tempering of the model error's covariance, by factor^2).
 
         Raises:
             ValueError: a factor that is not positive.
@@ -195,9 +195,9 @@ def read_spherical_emulator(folder: Path | Traversable, name: str) -> SphericalE
     weights = {key: value for key, value in part(arrays, "mean_network.").items() if "." not in key}
     variables = tuple(Variable(v["name"], v["units"], tuple(v["levels"])) for v in card["variables"])
     return SphericalEmulator(
-        mean_network=MeanNetwork(propagator=propagator, **weights),
+        mean_network=SphericalMeanNetwork(propagator=propagator, **weights),
         gaussian=gaussian("gaussian"),
-        residual_network=ResidualNetwork(**part(arrays, "residual_network.")),
+        residual_network=SphericalResidualNetwork(**part(arrays, "residual_network.")),
         climate=gaussian("climate"),
         noise=HarmonicNoise(harmonics),
         layout=spherical_layout(harmonics, variables),

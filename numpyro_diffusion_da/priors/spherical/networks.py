@@ -75,8 +75,8 @@ class Winds(NamedTuple):
         return Winds(factor * self.east, factor * self.north)
 
 
-class MeanNetwork(eqx.Module):
-    """Coefficients of the normalised state -> those of its conditional mean, and features of every grid point.
+class SphericalMeanNetwork(eqx.Module):
+    """Coefficients of the normalized state -> those of its conditional mean, and features of every grid point.
 
     The forecast of a linear model, P y, and `stages` corrections N_k, products of fields at a point in the course of
     the step. N_k sees the state at the fraction t_k = (k + 1/2) / stages of the step, taken from the straight line
@@ -111,7 +111,7 @@ class MeanNetwork(eqx.Module):
     @staticmethod
     def init(
         rng_key: PRNGKeyArray, harmonics: SphericalHarmonics, propagator: ZonalOperator, stages: int, hidden: int
-    ) -> MeanNetwork:
+    ) -> SphericalMeanNetwork:
         """Random factors; zero where they are mixed, so that training starts from the linear forecast."""
         scalars, vectors = num_features(harmonics)
         extra = harmonics.num_winds
@@ -130,7 +130,7 @@ class MeanNetwork(eqx.Module):
         channels = harmonics.num_channels
         eye = np.zeros((stages, harmonics.degrees, channels + extra, channels))
         eye[..., np.arange(channels), np.arange(channels)] = 1.0
-        return MeanNetwork(
+        return SphericalMeanNetwork(
             propagator=propagator,
             scalars_out=jnp.zeros((stages, 3 * hidden, harmonics.num_scalars + extra)),
             vectors_out=jnp.zeros((stages, 2, hidden, harmonics.num_winds)),
@@ -227,7 +227,7 @@ class GaussianDenoiser(eqx.Module):
         return self.vectors.adjoint()(gain * along).reshape(z_s.shape)
 
 
-class NoiseLevelTerms(NamedTuple):
+class SphericalNoiseLevelTerms(NamedTuple):
     """What the correction takes from the features, once a step."""
 
     shift: Float[Array, "latitude longitude hidden"]
@@ -235,7 +235,7 @@ class NoiseLevelTerms(NamedTuple):
     wind_amplitude: Float[Array, "latitude longitude hidden"]
 
 
-class ResidualNetwork(eqx.Module):
+class SphericalResidualNetwork(eqx.Module):
     """F, run at every noise level: how today's flow departs from the Gaussian denoiser.
 
     The gradient of a scalar function of the latent's coefficients, as in `priors.emulator`: with the latent filtered to
@@ -263,12 +263,12 @@ class ResidualNetwork(eqx.Module):
     @staticmethod
     def init(
         rng_key: PRNGKeyArray, harmonics: SphericalHarmonics, hidden: int, level_hidden: int = 8
-    ) -> ResidualNetwork:
+    ) -> SphericalResidualNetwork:
         """Random W and b; a = 0, so that training starts from the Gaussian denoiser."""
         scalar_key, wind_key, shift_key, level_key = jax.random.split(rng_key, 4)
         scalars, winds = BANDS * harmonics.num_scalars, BANDS * harmonics.num_winds
         seen, _ = num_features(harmonics)
-        return ResidualNetwork(
+        return SphericalResidualNetwork(
             scalar_taps=jax.random.normal(scalar_key, (scalars, hidden)) / scalars**0.5,
             wind_taps=jax.random.normal(wind_key, (winds, hidden)) / winds**0.5,
             shift=0.3 * jax.random.normal(shift_key, (seen, hidden)) / seen**0.5,
@@ -278,16 +278,16 @@ class ResidualNetwork(eqx.Module):
             level_terms=jnp.zeros((level_hidden, 3 * hidden)),
         )
 
-    def terms(self, features: Float[Array, "latitude longitude scalars"]) -> NoiseLevelTerms:
+    def terms(self, features: Float[Array, "latitude longitude scalars"]) -> SphericalNoiseLevelTerms:
         """The features' part of b and a."""
         amplitude, wind_amplitude = jnp.split(features @ self.amplitude, 2, axis=-1)
-        return NoiseLevelTerms(features @ self.shift, amplitude, wind_amplitude)
+        return SphericalNoiseLevelTerms(features @ self.shift, amplitude, wind_amplitude)
 
     def __call__(
         self,
         z: Float[Array, "2 m l channels"],
         noise_level: Float[Array, ""],
-        terms: NoiseLevelTerms,
+        terms: SphericalNoiseLevelTerms,
         noise: HarmonicNoise,
     ) -> Float[Array, "2 m l channels"]:
         """F(z, s), z in coefficients of unit noise and already scaled by c_in; 0 without hidden units."""

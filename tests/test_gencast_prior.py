@@ -110,27 +110,27 @@ def test_forcings_are_the_package_s(prior, dataset, package):
         np.testing.assert_allclose(ours.year[0, ..., i], year, atol=2e-7)
 
 
-def test_conditioning_is_normalised_as_the_package_does(prior, dataset, package):
+def test_conditioning_is_normalized_as_the_package_does(prior, dataset, package):
     from weathernext.utils import normalization
 
     _, _, statistics = package
     inputs, _, _ = extract(dataset, package)
     name = "sea_surface_temperature"
     inputs = inputs.assign({name: inputs[name].fillna(statistics["min"][name].astype(np.float32))})
-    normalised = normalization.normalize(inputs, statistics["stddev"], statistics["mean"])
+    normalized = normalization.normalize(inputs, statistics["stddev"], statistics["mean"])
     frames = prior.frames(dataset, dataset.time.values[:2])
     forcings = jax.tree.map(lambda v: v[0], prior.forcings(dataset.time.values[2:3]))
     ours = prior.condition((jnp.asarray(frames[0]), jnp.asarray(frames[1])), forcings)
-    names = [v.name for v in prior.layout.variables if v.name in normalised]
+    names = [v.name for v in prior.layout.variables if v.name in normalized]
     for t in range(2):
-        expected = stacked(normalised[names].isel(time=[t]))
+        expected = stacked(normalized[names].isel(time=[t]))
         np.testing.assert_allclose(ours.inputs[t], expected, atol=2e-5)
-    static = np.stack([normalised[n].values for n in ("geopotential_at_surface", "land_sea_mask")], -1)
+    static = np.stack([normalized[n].values for n in ("geopotential_at_surface", "land_sea_mask")], -1)
     np.testing.assert_allclose(prior.statics, static, atol=1e-6)
 
 
 def test_unguided_sampler_is_the_official_one(prior, files, dataset, package, monkeypatch):
-    """The same noise through the package's predictor (SST, normalisation, sampler without churn) and through ours."""
+    """The same noise through the package's predictor (SST, normalization, sampler without churn) and through ours."""
     from weathernext.utils import nan_cleaning, normalization
     from weathernext.weathernext1_gen import samplers_utils
 
@@ -188,7 +188,7 @@ def test_unguided_sampler_is_the_official_one(prior, files, dataset, package, mo
     assert passes == 39
     defined = np.isfinite(expected)
     assert not defined.all()
-    # In units of the normalised residual; rounding of x itself is up to 1.3e-4 of it for SST (290 K, of 0.12 K).
+    # In units of the normalized residual; rounding of x itself is up to 1.3e-4 of it for SST (290 K, of 0.12 K).
     scale = np.asarray(prior.latent_scale)[defined]
     error = np.abs(np.asarray(x)[defined] - expected[defined]) / scale
     rounding = np.abs(expected[defined]) * np.finfo(np.float32).eps / scale
@@ -196,7 +196,7 @@ def test_unguided_sampler_is_the_official_one(prior, files, dataset, package, mo
 
 
 def test_the_network_depends_on_all_it_is_given(prior, dataset):
-    """A random initialisation may forget the noise level; the checkpoint of the tests must not."""
+    """A random initialization may forget the noise level; the checkpoint of the tests must not."""
     frames = jnp.asarray(prior.frames(dataset, dataset.time.values[:2]))
     forcings = jax.tree.map(lambda v: v[0], prior.forcings(dataset.time.values[2:4]))
     later = jax.tree.map(lambda v: v[1], prior.forcings(dataset.time.values[2:4]))
@@ -222,8 +222,8 @@ def test_attention_does_not_change_the_network(prior, files, dataset, attention)
     other = ndda.GenCastPrior.from_checkpoint(
         files.checkpoint, stats=files.stats, surface=dataset, attention=attention, memory_budget=0.0
     )
-    assert other.rematerialise
-    assert not prior.rematerialise
+    assert other.rematerialize
+    assert not prior.rematerialize
     assert other.backward_bytes() < prior.backward_bytes()
     frames = jnp.asarray(prior.frames(dataset, dataset.time.values[:2]))
     forcings = jax.tree.map(lambda v: v[0], prior.forcings(dataset.time.values[2:3]))
@@ -286,7 +286,7 @@ def test_filter_end_to_end(prior, dataset, tmp_path):
     """16 particles, 3 steps: towards the observations, nothing compiled after the first step, killed and resumed."""
     model, arguments, operators = program(prior, dataset)
     y, frames, forcings = arguments
-    filter = ndda.ParticleFilter(ndda.FAAPF(model), num_particles=16, progress_bar=False)
+    filter = ndda.Filter(ndda.FAAPF(model), num_particles=16, progress_bar=False)
     filter.run(jax.random.key(0), *arguments)
     result = filter.result
     analysis = jnp.asarray(result.posterior["x"][0]).mean(0)  # (time, ...)
@@ -309,7 +309,7 @@ def test_filter_end_to_end(prior, dataset, tmp_path):
     # Killed after two of three steps; the rest is done by another process, so to speak.
     short = (jax.tree.map(lambda v: v[:2], y), frames, jax.tree.map(lambda v: v[:2], forcings))
     for given in (short, arguments):
-        resumed = ndda.ParticleFilter(ndda.FAAPF(model), num_particles=16, progress_bar=False, directory=tmp_path)
+        resumed = ndda.Filter(ndda.FAAPF(model), num_particles=16, progress_bar=False, directory=tmp_path)
         resumed.run(jax.random.key(0), *given)
     np.testing.assert_array_equal(resumed.result.posterior["x"], result.posterior["x"])
     np.testing.assert_array_equal(resumed.result.sample_stats["ancestors"], result.sample_stats["ancestors"])
@@ -329,7 +329,7 @@ def test_sea_surface_temperature_over_land_cannot_be_observed(prior, dataset):
 
         scan(step, (frames[0], frames[1]), (y, forcings))
 
-    filter = ndda.ParticleFilter(ndda.FAAPF(model), num_particles=2, progress_bar=False)
+    filter = ndda.Filter(ndda.FAAPF(model), num_particles=2, progress_bar=False)
     with pytest.raises(ValueError, match="site 'buoys' at step 0 compares 3 observed values with NaN"):
         filter.run(jax.random.key(0), jnp.full((3, 3), 290.0), frames, forcings)
 

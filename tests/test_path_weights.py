@@ -1,4 +1,4 @@
-"""Path weights and `GuidedPF`: unbiased for the discretised emulator, whose law is known for a Gaussian prior."""
+"""Path weights and `GuidedPF`: unbiased for the discretized emulator, whose law is known for a Gaussian prior."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 
 import numpyro_diffusion_da as ndda
-from numpyro_diffusion_da.filters.base import PATH_SAMPLER
-from numpyro_diffusion_da.results.summary import evidence_caveats
-from numpyro_diffusion_da.transition.base import DiffusionStep, GaussianStep
+from numpyro_diffusion_da.filters.guided_pf import PATH_SAMPLER
+from numpyro_diffusion_da.results.summary import evidence_bias_reasons
+from numpyro_diffusion_da.transition.diffusion import DiffusionDynamics
+from numpyro_diffusion_da.transition.gaussian import GaussianDynamics
 
 COVARIANCE = np.array([[1.2, 0.5, 0.1], [0.5, 0.7, -0.2], [0.1, -0.2, 0.4]])
 MEAN = np.array([0.5, -1.0, 2.0])
@@ -40,10 +41,10 @@ def log_evidence(mean: np.ndarray, covariance: np.ndarray) -> float:
     return float(-0.5 * r @ np.linalg.solve(s, r) - 0.5 * np.linalg.slogdet(2 * np.pi * s)[1])
 
 
-def step_of(sampler: ndda.Sampler, noise: str = "white") -> DiffusionStep:
+def step_of(sampler: ndda.Sampler, noise: str = "white") -> DiffusionDynamics:
     covariance, noise_covariance = NOISES[noise]
     prior = ndda.GaussianPrior(np.zeros((3, 3)), covariance, MEAN, noise_covariance)
-    return DiffusionStep(prior, prior.condition(jnp.zeros(3)), sampler)
+    return DiffusionDynamics(prior, prior.condition(jnp.zeros(3)), sampler)
 
 
 def law(prior: ndda.GaussianPrior, sampler: ndda.Sampler) -> np.ndarray:
@@ -119,7 +120,7 @@ def test_nothing_observed_weighs_nothing():
 def test_gaussian_steps_weigh_exactly():
     """log w = log p(y | c), the same for every draw, where h is linear."""
     factor = np.linalg.cholesky(COVARIANCE)
-    step = GaussianStep(jnp.asarray(MEAN), jnp.asarray(factor))
+    step = GaussianDynamics(jnp.asarray(MEAN), jnp.asarray(factor))
     x, log_weights, record = draw(step, DIRECT, 200)
     np.testing.assert_allclose(log_weights, log_evidence(MEAN, COVARIANCE), rtol=1e-4)
     s = H @ COVARIANCE @ H.T + ERROR**2 * np.eye(2)
@@ -128,9 +129,9 @@ def test_gaussian_steps_weigh_exactly():
     assert int(record.passes.total()[0]) == 0
 
 
-def test_gaussian_steps_correct_a_linearisation():
+def test_gaussian_steps_correct_a_linearization():
     """y = x + x^2 / 2 + N(0, 0.5^2) of x ~ N(0.3, 0.6^2), against quadrature."""
-    step, y, error = GaussianStep(jnp.full(1, 0.3), jnp.full(1, 0.6)), 1.0, 0.5
+    step, y, error = GaussianDynamics(jnp.full(1, 0.3), jnp.full(1, 0.6)), 1.0, 0.5
     like = ndda.GaussianLikelihood(
         lambda x: [ndda.GaussianObservation(x + x**2 / 2, jnp.full(1, error), jnp.full(1, y), jnp.ones(1, bool))]
     )
@@ -189,13 +190,13 @@ def test_guided_pf_on_a_program(small):
     sampler = ndda.Sampler(ndda.DDIM(1.0), ndda.KarrasSchedule(5))
     program, with_noise = small.diffusion_program(), small.diffusion_program(sampler)
     assert "SDEDPMSolverPP2M" in ndda.GuidedPF(program).settings(ndda.StateSpaceModel(program, (y,)))["sampler"]
-    run = ndda.ParticleFilter(ndda.GuidedPF(with_noise), num_particles=16, progress_bar=False)
+    run = ndda.Filter(ndda.GuidedPF(with_noise), num_particles=16, progress_bar=False)
     run.run(jax.random.key(0), jnp.asarray(y, jnp.float32))
     result = run.result
     assert result.attributes["algorithm"] == "GuidedPF"
     assert "DDIM(eta=1.0" in result.attributes["sampler"]
     assert "DirectSolve" in result.attributes["guidance"]
-    assert evidence_caveats(result) == []
+    assert evidence_bias_reasons(result) == []
     assert np.all(np.isfinite(result.sample_stats["log_evidence_increment"]))
     assert {name: float(v.mean()) for name, v in result.network_passes.items()} == {"forward": 5, "jvp": 0, "vjp": 8}
     assert run.smoothed().posterior["x"].shape == (1, 16, 2, 4)

@@ -21,7 +21,7 @@ def position(axis: int | str) -> int:
     return axis
 
 
-def is_labelled(value: Any) -> bool:
+def is_labeled(value: Any) -> bool:
     """Whether it is an `xarray.DataArray`."""
     import xarray
 
@@ -32,14 +32,14 @@ def named(values: Any) -> xarray.DataArray:
     """As a `DataArray` in double precision; the axes of a numpy array are named by their position."""
     import xarray
 
-    if is_labelled(values):
+    if is_labeled(values):
         return values.astype(float)
     values = np.asarray(values, float)
     return xarray.DataArray(values, dims=[f"axis_{i}" for i in range(values.ndim)])
 
 
-def axis_names(axis: Axis, dims: Sequence[str], labelled: bool, whose: str = "the truth") -> list[str]:
-    """Names of axes among `dims`, each given by its name, or by its position where nothing is labelled.
+def axis_names(axis: Axis, dims: Sequence[str], labeled: bool, whose: str = "the truth") -> list[str]:
+    """Names of axes among `dims`, each given by its name, or by its position where nothing is labeled.
 
     Raises:
         ValueError: one that is not there.
@@ -48,21 +48,21 @@ def axis_names(axis: Axis, dims: Sequence[str], labelled: bool, whose: str = "th
         return list(dims)
     axes = [axis] if isinstance(axis, (int, str)) else list(axis)
     known: dict[int | str, str] = {name: name for name in dims}
-    if not labelled:
+    if not labeled:
         known = {i: name for k, name in enumerate(dims) for i in (k, k - len(dims))}
     if wrong := [i for i in axes if i not in known]:
         raise ValueError(f"axis {wrong} is not among those of {whose}: {list(known)}.")
     return [known[i] for i in axes]
 
 
-def answer(score: xarray.DataArray, labelled: bool) -> Any:
-    """Labelled or not, as what it was made of; a number where numpy arrays leave no axis."""
-    if labelled:
+def answer(score: xarray.DataArray, labeled: bool) -> Any:
+    """Labeled or not, as what it was made of; a number where numpy arrays leave no axis."""
+    if labeled:
         return score
     return score.item() if score.ndim == 0 else score.values
 
 
-class Case:
+class EnsembleCase:
     """Members, truth and weights as `DataArray`s in double precision, whatever they were given as.
 
     Axes of numpy arrays are named by their position in the truth; the members' axis is always named "member".
@@ -71,11 +71,11 @@ class Case:
     def __init__(self, ensemble: Any, truth: Any, member: int | str, weights: Any) -> None:
         import xarray
 
-        self.labelled = is_labelled(ensemble)
+        self.labeled = is_labeled(ensemble)
         for name, other in (("truth", truth), ("weights", weights)):
-            if other is not None and is_labelled(other) != self.labelled:
+            if other is not None and is_labeled(other) != self.labeled:
                 raise TypeError(f"ensemble and {name}: give both as numpy arrays or both as xarray.DataArray.")
-        if self.labelled:
+        if self.labeled:
             if member not in ensemble.dims:
                 raise ValueError(f"member={member!r} is not a dimension of the ensemble, which has {ensemble.dims}.")
             # The number of a member is of no use here, and would clash with the new name of its axis.
@@ -91,14 +91,14 @@ class Case:
             self.truth = self.members.isel(member=0)
             self.valid = self.members.notnull().any("member")
         else:
-            self.truth = truth.astype(float) if self.labelled else self._given(truth, dims)
+            self.truth = truth.astype(float) if self.labeled else self._given(truth, dims)
             self.valid = self.truth.notnull()
         sizes = {name: self.members.sizes[name] for name in dims}
         if dict(self.truth.sizes) != sizes:
             raise ValueError(f"the members have the axes {sizes}, but the truth has {dict(self.truth.sizes)}.")
         if weights is None:
             self.weights = xarray.ones_like(self.truth)
-        elif self.labelled:
+        elif self.labeled:
             self.weights = weights.astype(float)
         else:
             self.weights = self._given(np.broadcast_to(np.asarray(weights, float), self.truth.shape), dims)
@@ -141,8 +141,8 @@ class Case:
 
     def axes(self, axis: Axis) -> list[str]:
         """Names of axes of the truth; all of them for None."""
-        return axis_names(axis, [str(name) for name in self.truth.dims], self.labelled)
+        return axis_names(axis, [str(name) for name in self.truth.dims], self.labeled)
 
     def answer(self, score: xarray.DataArray) -> Any:
         """In the kind of the ensemble."""
-        return answer(score, self.labelled)
+        return answer(score, self.labeled)

@@ -17,11 +17,11 @@ from numpyro_diffusion_da.priors.spherical.emulator import (
 from numpyro_diffusion_da.priors.spherical.harmonics import HarmonicNoise, SphericalHarmonics
 from numpyro_diffusion_da.priors.spherical.networks import (
     GaussianDenoiser,
-    MeanNetwork,
-    ResidualNetwork,
+    SphericalMeanNetwork,
+    SphericalResidualNetwork,
     ZonalOperator,
 )
-from numpyro_diffusion_da.transition.base import DiffusionStep
+from numpyro_diffusion_da.transition.diffusion import DiffusionDynamics
 
 pytestmark = pytest.mark.slow
 COMPILES_A_LOT = True
@@ -65,9 +65,9 @@ def small_emulator():
     keys = jax.random.split(jax.random.key(0), 6)
     propagator = ZonalOperator(0.1 * jax.random.normal(keys[0], (6, SIZE, SIZE)), jnp.zeros((6, SIZE, SIZE)))
     return SphericalEmulator(
-        mean_network=randomised(MeanNetwork.init(keys[1], H, propagator, 2, 5), keys[2], 0.05),
+        mean_network=randomised(SphericalMeanNetwork.init(keys[1], H, propagator, 2, 5), keys[2], 0.05),
         gaussian=gaussian(keys[3], 10),
-        residual_network=randomised(ResidualNetwork.init(keys[4], H, 5), keys[5], 0.1),
+        residual_network=randomised(SphericalResidualNetwork.init(keys[4], H, 5), keys[5], 0.1),
         state_mean=jnp.stack([jnp.full(8, 1000.0), jnp.full(8, 250.0), jnp.full(8, 10.0), jnp.zeros(8)], axis=1),
         state_scale=jnp.array([5.0, 3.0, 4.0, 4.0]),
         latent_scale=jnp.array([0.5, 0.3, 0.4, 0.4]),
@@ -135,7 +135,7 @@ def test_written_and_read_again(emulator, state, tmp_path):
 
 def test_larger_errors_around_the_same_mean(emulator, state):
     """The same draw of z, at 1.4 times the distance from the mean."""
-    draw = eqx.filter_jit(lambda e: DiffusionStep(e, e.condition(state), Sampler()).draw(jax.random.key(6))[0])
+    draw = eqx.filter_jit(lambda e: DiffusionDynamics(e, e.condition(state), Sampler()).draw(jax.random.key(6))[0])
     mean = eqx.filter_jit(emulator.condition)(state).mean
     wider = draw(emulator.with_errors_times(1.4)) - mean
     np.testing.assert_allclose(wider, 1.4 * (draw(emulator) - mean), atol=2e-3)

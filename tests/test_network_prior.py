@@ -1,4 +1,4 @@
-"""A network as a prior: every parametrisation against the exact Gaussian prior, frameworks, shapes, filters."""
+"""A network as a prior: every parametrization against the exact Gaussian prior, frameworks, shapes, filters."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from numpyro_diffusion_da.priors.parametrization import (
     Velocity,
     VPrediction,
 )
-from numpyro_diffusion_da.transition.base import DiffusionStep
+from numpyro_diffusion_da.transition.diffusion import DiffusionDynamics
 
 pytestmark = pytest.mark.slow
 COMPILES_A_LOT = True
@@ -141,14 +141,14 @@ def exact_prior(noise_covariance=None):
 
 def network_prior(case, noise_covariance=None):
     """The exact prior, as a network."""
-    parametrisation, path, output = CASES[case]
+    parametrization, path, output = CASES[case]
     gaussian = exact_prior(noise_covariance)
     network, parameters = network_of(
         gaussian, path, output, np.eye(D) if noise_covariance is None else noise_covariance
     )
     return ndda.DenoiserPrior(
         network,
-        parametrisation(),
+        parametrization(),
         parameters=parameters,
         layout=D,
         condition=lambda x, inputs: gaussian.condition(x),
@@ -184,7 +184,7 @@ def draws_and_moments(prior):
     def observe(x):
         return [GaussianObservation(x[::2], jnp.full((2,), 0.4), jnp.array([0.7, -0.3]), jnp.ones(2, bool))]
 
-    step = DiffusionStep(prior, prior.condition(jnp.ones(D)), ndda.Sampler())
+    step = DiffusionDynamics(prior, prior.condition(jnp.ones(D)), ndda.Sampler())
     key, moments = jax.random.key(1), step.moments()
     guided, _ = step.conditional_draw(key, GaussianLikelihood(observe), ndda.MMPS())
     product = moments.covariance_product(jnp.arange(1.0, D + 1))
@@ -213,7 +213,7 @@ def test_single_precision_is_near(case):
     for s in LEVELS:
         exact, ours = (p.denoise((1 + s) * z, jnp.asarray(s), p.condition(jnp.ones(D))) for p in (gaussian, wrapped))
         # The price of predicting e or the score: rounding, and that of the index, is multiplied by s.
-        amplified = isinstance(wrapped.parametrisation, (Epsilon, Score))
+        amplified = isinstance(wrapped.parametrization, (Epsilon, Score))
         np.testing.assert_allclose(ours, exact, atol=2e-5 * (1 + s if amplified else 1))
 
 
@@ -322,18 +322,18 @@ def test_networks_of_any_framework_filter(make):
         traced = jax.jit(lambda p, x: ndda.DiffusionTransition(p, x).sample(jax.random.key(0)))(prior, x)
         np.testing.assert_allclose(traced, eager, rtol=1e-3, atol=1e-3)
         y = np.zeros((2, D // 2), np.float32)
-        filter = ndda.ParticleFilter(ndda.FAAPF(program(prior)), num_particles=8, progress_bar=False)
+        filter = ndda.Filter(ndda.FAAPF(program(prior)), num_particles=8, progress_bar=False)
         filter.run(jax.random.key(0), y)
         assert np.all(np.isfinite(filter.result.posterior["x"]))
         assert filter.result.attributes["prior"] == "DenoiserPrior"
-        assert filter.result.attributes["parametrisation"] == type(prior.parametrisation).__name__
+        assert filter.result.attributes["parametrization"] == type(prior.parametrization).__name__
 
 
 def test_filters_as_the_exact_prior(small):
     _, y = small.simulate(1, 3)
     results = []
     for prior in (exact_prior(), network_prior("v, cosine")):
-        filter = ndda.ParticleFilter(ndda.FAAPF(program(prior)), num_particles=16, progress_bar=False)
+        filter = ndda.Filter(ndda.FAAPF(program(prior)), num_particles=16, progress_bar=False)
         filter.run(jax.random.key(0), y.astype(np.float32))
         results.append(filter.result.posterior["x"])
     # Nearly equal weights could choose another ancestor; at this size and key none do.
@@ -350,7 +350,7 @@ def test_a_second_step_of_a_filter_traces_nothing():
     prior = ndda.DenoiserPrior(
         network, layout=D, residual=True, scale=0.5, noise_range=RANGE, climatology=climatology()
     )
-    filter = ndda.ParticleFilter(ndda.FAAPF(program(prior)), num_particles=8, progress_bar=False)
+    filter = ndda.Filter(ndda.FAAPF(program(prior)), num_particles=8, progress_bar=False)
     counts = []
     for steps in (2, 5):
         calls.clear()
@@ -405,8 +405,8 @@ def test_half_precision_networks_keep_the_state_s_precision():
     [
         ({"network": 3}, TypeError, "something to call"),
         ({"condition": 3}, TypeError, "state, inputs"),
-        ({"parametrisation": "epsilon"}, TypeError, "parametrisation 'epsilon'.*Velocity"),
-        ({"parametrisation": Velocity}, TypeError, "give a value"),
+        ({"parametrization": "epsilon"}, TypeError, "parametrization 'epsilon'.*Velocity"),
+        ({"parametrization": Velocity}, TypeError, "give a value"),
         ({"noise": 1.0}, TypeError, "ndda.Noise"),
         ({"layout": (2, "x")}, TypeError, "positive integers"),
         ({"residual": True, "location": 1.0}, ValueError, "one of them"),
@@ -415,7 +415,7 @@ def test_half_precision_networks_keep_the_state_s_precision():
         ({"noise_range": None}, ValueError, "give noise_range"),
         ({"noise_range": (1.0, 0.5)}, ValueError, "lowest < highest"),
         (
-            {"parametrisation": Epsilon(VariancePreserving(DiscreteTable(TABLE))), "noise_range": (1e-3, 80.0)},
+            {"parametrization": Epsilon(VariancePreserving(DiscreteTable(TABLE))), "noise_range": (1e-3, 80.0)},
             ValueError,
             "stay within",
         ),
@@ -427,7 +427,7 @@ def test_mistakes_are_refused(change, error, match):
         make(**change)
 
 
-def test_mistakes_of_a_parametrisation_are_refused():
+def test_mistakes_of_a_parametrization_are_refused():
     with pytest.raises(TypeError, match="Epsilon got the path 'vp'"):
         Epsilon("vp")
     with pytest.raises(TypeError, match="NoiseIndex"):

@@ -74,7 +74,7 @@ R = np.array([[0.5, 0.1], [0.1, 0.3]], np.float32)
 
 def tracked(y, forcing):
     """What a linear-Gaussian program may contain: two sites before the scan, forcing, two kinds of observation."""
-    centre = numpyro.sample("centre", dist.Normal(1.0, 0.5))
+    center = numpyro.sample("center", dist.Normal(1.0, 0.5))
     offset = numpyro.sample("offset", dist.Normal(jnp.zeros(2), 2.0).to_event(1))
 
     def step(x, at):
@@ -84,7 +84,7 @@ def tracked(y, forcing):
         numpyro.sample("sum", dist.Normal(x.sum(), 0.7), obs=y_t["sum"])
         return x, None
 
-    scan(step, jnp.stack([centre, centre]) + offset, (forcing, y))
+    scan(step, jnp.stack([center, center]) + offset, (forcing, y))
 
 
 def test_matrices_of_a_program():
@@ -244,9 +244,7 @@ def test_dynestyx_filters_a_diffusion_transition(dsx, small):
         return filter.marginal_loglik, jnp.einsum("tn,tnd->td", weights, states.particles)
 
     results = [theirs(key) for key in jax.random.split(jax.random.key(0), runs)]
-    ours = ndda.ParticleFilter(
-        ndda.Bootstrap(small.diffusion_program()), num_particles=n, num_chains=runs, progress_bar=False
-    )
+    ours = ndda.Filter(ndda.Bootstrap(small.diffusion_program()), num_particles=n, num_chains=runs, progress_bar=False)
     ours.run(jax.random.key(1), y)
     stats = ours.result.sample_stats
     # A posterior draw comes after resampling; the weighted mean before it is what dynestyx gives.

@@ -1,4 +1,4 @@
-"""`ParticleFilter`: one loop, no recompilation, the same particles whatever the batching."""
+"""`Filter`: one loop, no recompilation, the same particles whatever the batching."""
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,7 @@ N = 15
 
 
 def make(model, algorithm=ndda.FAAPF, num_chains=1, batch_size=0):
-    return ndda.ParticleFilter(
+    return ndda.Filter(
         algorithm(model), num_particles=N, num_chains=num_chains, batch_size=batch_size, progress_bar=False
     )
 
@@ -55,7 +55,7 @@ def test_shapes_and_diagnostics(reference):
     assert np.isnan(result.observed_data["y"][2, 0])
     assert not result.observed_mask["y"][2, 0]
     assert np.all(result.log_likelihood["y"][:, :, 2, 0] == 0)
-    assert np.all((result.sample_stats["inflation"] > 0) & (result.sample_stats["inflation"] <= 1))
+    assert np.all((result.sample_stats["tempering"] > 0) & (result.sample_stats["tempering"] <= 1))
     # Dirac: one pass. Guided draw, 16 levels: one forward and, for two observations, two vjps each.
     assert np.all(result.network_passes["forward"] == 17)
     assert np.all(result.network_passes["vjp"] == 32)
@@ -135,7 +135,7 @@ def test_guided_without_weights_keeps_every_particle(program):
 
 def test_one_particle(program):
     model, y = program
-    filter = ndda.ParticleFilter(ndda.FAAPF(model), num_particles=1, progress_bar=False)
+    filter = ndda.Filter(ndda.FAAPF(model), num_particles=1, progress_bar=False)
     filter.run(KEY, y)
     assert np.all(np.isfinite(filter.result.posterior["x"]))
 
@@ -167,13 +167,13 @@ def test_closed_form_transition_uses_the_exact_weight(small):
 )
 def test_wrong_numbers(program, kwargs, message):
     with pytest.raises(ValueError, match=message):
-        ndda.ParticleFilter(ndda.FAAPF(program[0]), **kwargs)
+        ndda.Filter(ndda.FAAPF(program[0]), **kwargs)
 
 
 def test_wrong_settings(program):
     with pytest.raises(ValueError, match="target_ess"):
         ndda.FAAPF(program[0], target_ess=50)
     with pytest.raises(TypeError, match="FAAPF"):
-        ndda.ParticleFilter(program[0], num_particles=8)
+        ndda.Filter(program[0], num_particles=8)
     with pytest.raises(RuntimeError, match="not run yet"):
         _ = make(program[0]).result

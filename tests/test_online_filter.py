@@ -29,7 +29,7 @@ def series(small):
 @pytest.mark.parametrize("algorithm", [ndda.FAAPF, ndda.Bootstrap, ndda.EnKF])
 def test_online_is_the_whole_run_and_steps_after_the_first_compile_nothing(series, algorithm):
     model, y = series
-    whole = ndda.ParticleFilter(algorithm(model), num_particles=6, progress_bar=False)
+    whole = ndda.Filter(algorithm(model), num_particles=6, progress_bar=False)
     whole.run(KEY, y)
     init_key, run_key = jax.random.split(jax.random.fold_in(KEY, 0))
     online = ndda.OnlineFilter(algorithm(model), num_particles=6)

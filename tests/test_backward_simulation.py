@@ -28,7 +28,7 @@ N, DRAWS = 6, 3000
 
 
 def filter_of(program, algorithm=ndda.FAAPF, **settings):
-    return ndda.ParticleFilter(algorithm(program), **{"num_particles": N, "progress_bar": False, **settings})
+    return ndda.Filter(algorithm(program), **{"num_particles": N, "progress_bar": False, **settings})
 
 
 def looking_back(y):

@@ -42,7 +42,7 @@ def test_scores_are_by_area_and_channel():
     )
     result = SimpleNamespace(posterior={"x": particles[None]}, network_passes={"forward": np.full((1, cycles), 7.0)})
     network = Stations({"surface_pressure": 1.0}, count=3)
-    run = twin.summarise_run(result, states, prior, network, 2)
+    run = twin.summarize_run(result, states, prior, network, 2)
     squares = np.einsum("tjqc,j->tc", (particles.mean(0) - states) ** 2, weights) / 16
     np.testing.assert_allclose(run.rmse, np.sqrt(squares) / scale, rtol=1e-5)
     variance = np.einsum("tjqc,j->tc", particles.var(0, ddof=1), weights) / 16

@@ -18,7 +18,7 @@ from numpyro_diffusion_da.observation.likelihood import GaussianLikelihood, Gaus
 from numpyro_diffusion_da.priors import ring as emulators
 from numpyro_diffusion_da.priors.ring import read_emulator
 from numpyro_diffusion_da.priors.shipped import load_prior
-from numpyro_diffusion_da.transition.base import DiffusionStep
+from numpyro_diffusion_da.transition.diffusion import DiffusionDynamics
 
 KEY = jax.random.key(0)
 ROOT = Path(__file__).parents[1]
@@ -119,15 +119,15 @@ def test_equivariant_under_translation(prior, states):
 def test_draws_have_the_spread_of_the_true_system(prior, states):
     n, x = 1000, states[0]
     # 64 levels: with the default 16 the sampler, not the network, makes the spread some 3 % too large.
-    step = DiffusionStep(prior, eqx.filter_jit(prior.condition)(x), ndda.Sampler(schedule=ndda.KarrasSchedule(64)))
+    step = DiffusionDynamics(prior, eqx.filter_jit(prior.condition)(x), ndda.Sampler(schedule=ndda.KarrasSchedule(64)))
     draws = jax.jit(jax.vmap(lambda k: step.draw(k)[0]))(jax.random.split(KEY, n))
     deviation = np.asarray(draws - lorenz96.flow(x)[None], dtype=np.float64)
     variance = lorenz96.NOISE_VARIANCE
     # Bias allowed: 1 % in the variance (the card's Jacobians), the card's worst mean error at a site.
     assert abs(np.mean(deviation**2) / variance - 1.0) < 0.01 + 4 * np.sqrt(2.0 / deviation.size)
     assert np.all(np.abs(deviation.mean(0)) < 0.05 + 4 * np.sqrt(variance / n))
-    neighbours = np.mean(deviation * np.roll(deviation, 1, axis=1))
-    assert abs(neighbours) / variance < 0.01 + 4 / np.sqrt(deviation.size)
+    neighbors = np.mean(deviation * np.roll(deviation, 1, axis=1))
+    assert abs(neighbors) / variance < 0.01 + 4 / np.sqrt(deviation.size)
 
 
 @pytest.mark.parametrize("level", [0.05, 1.0, 40.0])
@@ -149,7 +149,7 @@ def test_guided_draw_is_near_the_exact_posterior(prior, states):
     def observe(x):
         return [GaussianObservation(x[::2], jnp.full((20,), error), y, jnp.ones((20,), bool))]
 
-    step = DiffusionStep(
+    step = DiffusionDynamics(
         prior, eqx.filter_jit(prior.condition)(states[2]), ndda.Sampler(schedule=ndda.KarrasSchedule(32))
     )
     one = jax.jit(jax.vmap(lambda k: step.conditional_draw(k, GaussianLikelihood(observe), ndda.MMPS())[0]))
@@ -191,5 +191,5 @@ def test_training_script_runs_small(tmp_path, monkeypatch):
         runpy.run_path(str(ROOT / "examples" / "train_lorenz96.py"), run_name="__main__")
     assert ended.value.code == 0
     prior = read_emulator(tmp_path, "lorenz96", 40)
-    assert prior.card["training"]["optimiser_steps"]["mean_network"] == 20
+    assert prior.card["training"]["optimizer_steps"]["mean_network"] == 20
     assert prior.card["one_step"]["mean_error_relative_to_persistence"] < 1.0

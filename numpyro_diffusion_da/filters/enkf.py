@@ -1,0 +1,94 @@
+"""The ensemble Kalman filter of a NumPyro program."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
+
+import jax
+from jaxtyping import Array, PRNGKeyArray, PyTree
+
+from numpyro_diffusion_da.diffusion.sampler import Sampler
+from numpyro_diffusion_da.filters.base import FilterAlgorithm, Proposal
+from numpyro_diffusion_da.filters.placement import place_taper
+from numpyro_diffusion_da.filters.settings import in_full, inflation_setting, sampler_setting, taper_setting
+from numpyro_diffusion_da.program.scan import TimeInputs
+from numpyro_diffusion_da.program.state_space import StateSpaceModel
+from numpyro_diffusion_da.smc import enkf
+from numpyro_diffusion_da.smc.base import (
+    Kernel,
+)
+from numpyro_diffusion_da.smc.ensemble_update import EnsembleUpdate, PerturbedObservations
+from numpyro_diffusion_da.smc.inflation import Inflation, Multiplicative, check_inflation, forecast_factor
+from numpyro_diffusion_da.smc.localization import Taper
+from numpyro_diffusion_da.transition.base import DrawRecord
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class EnKF(FilterAlgorithm):
+    """The ensemble Kalman filter (`smc.enkf`) on the same program.
+
+    Args:
+        model: a NumPyro program as for `FAAPF`, but with any transition that can be sampled (a `Delta` too), and
+            Gaussian observations.
+        inflation: a sequence of `Inflation`. `ForecastMultiplicative(1.05)` widens the forecast before the update.
+            `RTPS`, `RTPP`, `Multiplicative` and `Jitter` widen the analysis, in their order.
+        sampler: reverse diffusion of the forecast; None for the transition's own.
+        update: `PerturbedObservations()` or `SquareRoot()`.
+        taper: localization, `Taper(radius, distance, observations)`; None for none.
+
+    Raises:
+        TypeError: an argument of the wrong kind; the sentence names it.
+    """
+
+    needs_gaussian: ClassVar[bool] = False
+    needs_gaussian_errors: ClassVar[bool] = True
+
+    model: Callable[..., Any]
+    inflation: Sequence[Inflation] = ()
+    sampler: Sampler | None = None
+    update: EnsembleUpdate = dataclasses.field(default_factory=PerturbedObservations)
+    taper: Taper | None = None
+
+    def __post_init__(self) -> None:
+        check_inflation(self.inflation, "EnKF", paired=True)
+
+    def has_evidence(self) -> bool:
+        """None: there are no weights."""
+        return False
+
+    def kernel(self, program: StateSpaceModel, batch_size: int = 0) -> Kernel:
+        """The EnKF kernel of the program.
+
+        Raises:
+            ValueError: a taper whose positions do not fit the program.
+        """
+
+        def forecast(rng_key: PRNGKeyArray, carry: PyTree, inputs: TimeInputs) -> tuple[Array, DrawRecord]:
+            return program.draw(rng_key, carry, inputs, self.sampler)
+
+        def residual(x: Array, carry: PyTree, inputs: TimeInputs) -> Array:
+            return program.gaussian_likelihood(carry, inputs).residual(x)
+
+        def advance(
+            rng_key: PRNGKeyArray, x: Array, carry: PyTree, inputs: TimeInputs, draw: DrawRecord
+        ) -> tuple[PyTree, Proposal]:
+            return program.advance(x, carry, inputs), Proposal(draw, program.record(rng_key, x, carry, inputs))
+
+        taper = None if self.taper is None else place_taper(self.taper, program)
+        return enkf.build_kernel(forecast, residual, advance, self.update, taper, self.inflation, batch_size)
+
+    def inflate_forecast(self, forecast: Array) -> Array:
+        """As inflated as the update takes it to be."""
+        return Multiplicative(forecast_factor(self.inflation))(jax.random.key(0), forecast, None)
+
+    def settings(self, program: StateSpaceModel) -> dict[str, str | float]:
+        """Plain values."""
+        return {
+            "algorithm": "EnKF",
+            "update": in_full(self.update),
+            "inflation": inflation_setting(self.inflation),
+            "taper": taper_setting(self.taper),
+            "sampler": sampler_setting(self.sampler, program),
+        }

@@ -1,0 +1,195 @@
+"""The fully adapted auxiliary particle filter of a NumPyro program."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+from jaxtyping import Array, PRNGKeyArray, PyTree
+
+from numpyro_diffusion_da.diffusion.guidance import MMPS, Guidance
+from numpyro_diffusion_da.diffusion.sampler import Sampler
+from numpyro_diffusion_da.filters.base import FilterAlgorithm, Proposal
+from numpyro_diffusion_da.filters.placement import place_taper
+from numpyro_diffusion_da.filters.settings import (
+    in_full,
+    inflation_setting,
+    resampling_setting,
+    sampler_setting,
+    taper_setting,
+)
+from numpyro_diffusion_da.program.scan import TimeInputs
+from numpyro_diffusion_da.program.state_space import StateSpaceModel
+from numpyro_diffusion_da.smc import fa_apf
+from numpyro_diffusion_da.smc.base import (
+    Kernel,
+    Resampling,
+    check_target_ess,
+)
+from numpyro_diffusion_da.smc.inflation import Inflation, check_inflation
+from numpyro_diffusion_da.smc.local_ancestors import LocalAncestors
+from numpyro_diffusion_da.smc.localization import Taper
+from numpyro_diffusion_da.smc.tempering import Tempering, WeightTempering
+from numpyro_diffusion_da.transition.base import DrawRecord
+from numpyro_diffusion_da.transition.gaussian import GaussianDynamics
+from numpyro_diffusion_da.transition.weights import Dirac, Equal, Moment, PredictiveWeight
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class FAAPF(FilterAlgorithm):
+    """The fully adapted auxiliary particle filter (`smc.fa_apf`).
+
+    Args:
+        model: a NumPyro program with one `scan`, whose transition is a `DiffusionTransition`, `Normal` or
+            `MultivariateNormal`. Observed sites may have any distribution of independent elements, or a
+            `MultivariateNormal`; NaN is missing.
+        weight: estimate of log p(y | c). By default `Dirac()` for a diffusion, and the exact `Moment()` for a
+            transition in closed form.
+        target_ess: effective sample size that tempering aims at, as a fraction of the particles; 0 for none.
+        guidance: how the score is guided by the observations.
+        sampler: reverse diffusion of the guided draw; by default the transition's own.
+        resampling: from `blackjax.smc.resampling`; systematic by default.
+        taper: localized ancestors (`smc.local_ancestors`): each block of the state selects by the observations near it,
+            `Taper(radius, distance, observations)`. None for a selection of whole particles. There is no evidence then.
+        block_radius: how far the places of one block may be from its center, in the unit of the taper's distance; 0 for
+            each place by itself.
+        inflation: what is done to the new particles' states, in this order: `RTPS(0.3)`, `Multiplicative(1.05)`,
+            `Jitter(0.1)`. Nothing by default. RTPS relaxes to the spread of forecasts, for which each particle makes
+            one more draw, unguided.
+        tempering: of the weights, where their effective sample size is below its target: `WeightTempering()` or
+            `LikelihoodTempering()` (`smc.tempering`), which are one with Dirac weights.
+
+    Raises:
+        TypeError: what is no sequence of inflations, or no tempering of weights.
+        ValueError: target_ess outside [0, 1), or a negative block_radius, or one without a taper; `RTPP`, which pairs
+            members.
+    """
+
+    model: Callable[..., Any]
+    weight: PredictiveWeight | None = None
+    target_ess: float = 0.2
+    guidance: Guidance = dataclasses.field(default_factory=MMPS)
+    sampler: Sampler | None = None
+    resampling: Resampling | None = None
+    taper: Taper | None = None
+    block_radius: float = 0.0
+    inflation: Sequence[Inflation] = ()
+    tempering: Tempering = dataclasses.field(default_factory=WeightTempering)
+
+    def __post_init__(self) -> None:
+        check_target_ess(self.target_ess)
+        check_inflation(self.inflation, "FAAPF", paired=False)
+        if not isinstance(self.tempering, Tempering):
+            raise TypeError(
+                f"FAAPF got tempering={self.tempering!r}; give ndda.WeightTempering() or ndda.LikelihoodTempering(), which "
+                "act on its weights (a factor on particles is inflation=(ndda.Multiplicative(1.05),))."
+            )
+        if not self.block_radius >= 0.0:
+            raise ValueError(f"FAAPF got block_radius={self.block_radius}; give 0 or more.")
+        if self.block_radius and self.taper is None:
+            raise ValueError(f"FAAPF got block_radius={self.block_radius} and no taper; give both, or neither.")
+
+    def has_evidence(self) -> bool:
+        """With weights of whole particles that differ."""
+        return not isinstance(self.weight, Equal) and self.taper is None
+
+    def weight_bias_reasons(self, program: StateSpaceModel) -> list[str]:
+        """What the weight says, and that inflated particles are not those of the program."""
+        closed_form = program.diffusion() is None
+        bias_reasons = self._weight(closed_form).bias_reasons(closed_form, program.observes_linearly())
+        inflations = inflation_setting(self.inflation)
+        return bias_reasons + ([f"the particles' spread is inflated: {inflations}"] if self.inflation else [])
+
+    def _weight(self, closed_form: bool) -> PredictiveWeight:
+        if self.weight is not None:
+            return self.weight
+        return Moment() if closed_form else Dirac()
+
+    def kernel(self, program: StateSpaceModel, batch_size: int = 0) -> Kernel:
+        """The FA-APF kernel of the program.
+
+        Raises:
+            ValueError: a taper whose positions do not fit the program; a site whose errors are to be tempered and
+                cannot be (naming it).
+        """
+        local = self._local(program)
+        if self.tempering.needs_likelihood_tempering and not isinstance(self.weight, Equal):
+            self._check_errors(program)
+
+        def log_predictive(carry: PyTree, inputs: TimeInputs) -> tuple[Any, PyTree]:
+            step = program.transition(carry, inputs, self.sampler)
+            weight = self._weight(closed_form=isinstance(step, GaussianDynamics))
+            weigh: Callable[..., tuple[Any, PyTree]]
+            if self.tempering.needs_likelihood_tempering:
+                weigh = weight.temperable if local is None else weight.temperable_pointwise
+            else:
+                weigh = weight if local is None else weight.pointwise
+            return weigh(step, program.likelihood(carry, inputs))
+
+        def draw(rng_key: PRNGKeyArray, carry: PyTree, inputs: TimeInputs) -> tuple[Array, DrawRecord]:
+            draw_key, _ = jax.random.split(rng_key)
+            step = program.transition(carry, inputs, self.sampler)
+            return step.conditional_draw(draw_key, program.likelihood(carry, inputs), self.guidance)
+
+        def advance(
+            rng_key: PRNGKeyArray, x: Array, carry: PyTree, inputs: TimeInputs, record: DrawRecord
+        ) -> tuple[PyTree, Proposal]:
+            _, record_key = jax.random.split(rng_key)
+            sites = program.record(record_key, x, carry, inputs)
+            return program.advance(x, carry, inputs), Proposal(record, sites)
+
+        def propose(rng_key: PRNGKeyArray, carry: PyTree, inputs: TimeInputs) -> tuple[PyTree, Proposal]:
+            x, record = draw(rng_key, carry, inputs)
+            return advance(rng_key, x, carry, inputs, record)
+
+        def forecast(rng_key: PRNGKeyArray, carry: PyTree, inputs: TimeInputs) -> tuple[Array, DrawRecord]:
+            draw_key, _ = jax.random.split(rng_key)
+            return program.draw(draw_key, carry, inputs, self.sampler)
+
+        return fa_apf.build_kernel(
+            log_predictive,
+            draw if self.inflation else propose,
+            self.resampling,
+            self.target_ess,
+            batch_size,
+            local,
+            self.inflation,
+            advance,
+            forecast,
+            self.tempering,
+        )
+
+    def _check_errors(self, program: StateSpaceModel) -> None:
+        for name in program.observed_names:
+            if name in program.general_names:
+                raise ValueError(
+                    f"the errors of site '{name}' cannot be tempered: it is not Gaussian, or its error or the slope of "
+                    f"its mean changes with the state; use tempering=ndda.WeightTempering() in place of {self.tempering}."
+                )
+
+    def _local(self, program: StateSpaceModel) -> LocalAncestors | None:
+        if self.taper is None:
+            return None
+        return LocalAncestors.at(place_taper(self.taper, program), program.state_shape, self.block_radius)
+
+    def parents(self, program: StateSpaceModel, ancestors: Array, values: Array) -> Array:
+        """Glued together where ancestors are local."""
+        local = self._local(program)
+        return super().parents(program, ancestors, values) if local is None else local.glue(values, ancestors)
+
+    def settings(self, program: StateSpaceModel) -> dict[str, str | float]:
+        """Plain values."""
+        return {
+            "algorithm": "FAAPF",
+            "weight": in_full(self._weight(closed_form=program.diffusion() is None)),
+            "target_ess": self.target_ess,
+            "tempering": in_full(self.tempering),
+            "guidance": in_full(self.guidance),
+            "sampler": sampler_setting(self.sampler, program),
+            "resampling": resampling_setting(self.resampling),
+            "taper": taper_setting(self.taper),
+            "block_radius": self.block_radius,
+            "inflation": inflation_setting(self.inflation),
+        }

@@ -1,0 +1,172 @@
+"""The predictive likelihood of the next observation, from the moments of one transition."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from numpyro_diffusion_da.observation.likelihood import (
+    Coordinates,
+    GaussianLikelihood,
+    GeneralLikelihood,
+    Likelihood,
+    whiten,
+)
+from numpyro_diffusion_da.observation.moment_matching import (
+    LEAST_VARIANCE,
+    PropagationResult,
+    PseudoObservations,
+    expectation_propagation,
+    tilted_moments,
+)
+from numpyro_diffusion_da.smc.tempering import TemperableLogWeight
+from numpyro_diffusion_da.transition.base import Moments
+
+Adjoint = Callable[[Float[Array, " m"]], Array]
+"""v -> H^T v."""
+
+
+def observed_covariance(
+    moments: Moments, likelihood: GaussianLikelihood
+) -> tuple[Float[Array, " m"], Float[Array, "m m"], Adjoint]:
+    """The whitened residual r at the mean, I + H V H^T there, and the map v -> H^T v. One product an observation."""
+    residual, row, pull = _observed_product(moments, likelihood)
+    return residual, jax.vmap(row)(jnp.eye(len(residual), dtype=residual.dtype)), pull
+
+
+def _observed_product(
+    moments: Moments, likelihood: GaussianLikelihood
+) -> tuple[Float[Array, " m"], Callable[[Float[Array, " m"]], Float[Array, " m"]], Adjoint]:
+    """The residual r at the mean, v -> (I + H V H^T) v, and v -> H^T v."""
+    residual, push = jax.linearize(likelihood.residual, moments.mean)
+    transposed = jax.linear_transpose(push, moments.mean)
+
+    def pull(v: Array) -> Array:
+        return -transposed(v)[0]  # H = -dr/dx
+
+    def row(v: Array) -> Array:
+        return v - push(moments.covariance_product(pull(v)))
+
+    return residual, row, pull
+
+
+def matched_pointwise(
+    moments: Moments, tangents: Float[Array, "k ..."], likelihood: Likelihood, probes: int | None
+) -> Float[Array, " m"]:
+    """log of int p(y_j | x) N(x; m, V) dx of each observation by itself, site by site; 0 where missing.
+
+    Args:
+        moments: m and V.
+        tangents: as `Dynamics.tangents`.
+        likelihood: of all observations.
+        probes: products with random signs that estimate the diagonal of H V H^T (Bekas, Kokiopoulou & Saad 2007, Appl.
+            Numer. Math. 57, 1214); None for one product an observation, and no error.
+    """
+
+    def widened(logs: Array, residual: Array, variance: Array) -> Array:
+        return logs + 0.5 * residual**2 * variance / (1.0 + variance) - 0.5 * jnp.log1p(variance)
+
+    if isinstance(likelihood, GaussianLikelihood):
+        return widened(likelihood.pointwise(moments.mean), *_own_variances(moments, likelihood, probes))
+    assert isinstance(likelihood, GeneralLikelihood)
+    coordinates = likelihood.coordinates(moments.mean, tangents)
+    n = len(coordinates.observed)
+    unit = PseudoObservations(jnp.zeros(n, moments.mean.dtype), jnp.ones(n, moments.mean.dtype))
+    _, variance = _own_variances(moments, likelihood.with_pseudo(coordinates, unit), probes)
+    spread = jnp.maximum(variance[-n:], LEAST_VARIANCE)
+    tilted = tilted_moments(coordinates.log_prob, jnp.zeros_like(spread), spread)
+    general = jnp.split(tilted.log_normalizer, np.cumsum(coordinates.sizes)[:-1])
+    gaussian, start = [], 0
+    for r, normalizer in map(whiten, likelihood.gaussian(moments.mean)):
+        gaussian.append(widened(normalizer - 0.5 * r**2, r, variance[start : start + len(r)]))
+        start += len(r)
+    return likelihood.in_order(moments.mean, [*gaussian, *general])
+
+
+def _own_variances(
+    moments: Moments, likelihood: GaussianLikelihood, probes: int | None
+) -> tuple[Float[Array, " m"], Float[Array, " m"]]:
+    """The whitened residual r at the mean, and the diagonal of H V H^T there; probes as `matched_pointwise`."""
+    residual, row, _ = _observed_product(moments, likelihood)
+    if probes is None:
+        found = jax.vmap(row, out_axes=1)(jnp.eye(len(residual), dtype=residual.dtype)).diagonal()
+    else:
+        signs = jax.random.rademacher(jax.random.key(0), (probes, len(residual)), residual.dtype)
+        found = jnp.mean(signs * jax.vmap(row)(signs), axis=0)
+    return residual, jnp.maximum(found - 1.0, 0.0)
+
+
+def temperable_pointwise(moments: Moments, likelihood: GaussianLikelihood, probes: int | None) -> TemperableLogWeight:
+    """log of int p(y_j | x)^alpha N(x; m, V) dx of each observation by itself; arguments as `matched_pointwise`."""
+    residual, variances = _own_variances(moments, likelihood, probes)
+    return TemperableLogWeight(likelihood.log_normalizers(moments.mean), residual**2, variances)
+
+
+def temperable(moments: Moments, likelihood: GaussianLikelihood) -> TemperableLogWeight:
+    """log of int p(y | x)^alpha N(x; m, V) dx, along the eigenvectors of H V H^T. One product an observation."""
+    residual, covariance, _ = observed_covariance(moments, likelihood)
+    values, vectors = jnp.linalg.eigh(0.5 * (covariance + covariance.T))
+    along = (vectors.T @ residual) ** 2
+    return TemperableLogWeight(likelihood.log_normalizers(moments.mean), along, jnp.maximum(values - 1.0, 0.0))
+
+
+def matched(
+    moments: Moments, tangents: Float[Array, "k ..."], likelihood: Likelihood
+) -> tuple[GaussianLikelihood, Float[Array, ""]]:
+    """The Gaussian likelihood with the same effect on N(m, V), and the log of int p(y | x) N(x; m, V) dx.
+
+    A Gaussian likelihood is itself, and linearized at m; any other is taken by expectation propagation over the
+    observations' coordinates. One product an observation.
+    """
+    if isinstance(likelihood, GaussianLikelihood):
+        residual, covariance, _ = observed_covariance(moments, likelihood)
+        values, vectors = jnp.linalg.eigh(0.5 * (covariance + covariance.T))
+        values = jnp.maximum(values, 1.0)  # R alone is the identity here; a learned V may fail to be positive
+        exponent = jnp.sum(jnp.log(values)) + jnp.sum((vectors.T @ residual) ** 2 / values)
+        return likelihood, likelihood.log_normalizer(moments.mean) - 0.5 * exponent
+    assert isinstance(likelihood, GeneralLikelihood)
+    found = _by_coordinates(moments, tangents, likelihood)
+    log_evidence = found.evidence.log_evidence + likelihood.gaussian_log_normalizer(moments.mean)
+    return found.local, log_evidence
+
+
+class _ByCoordinates(NamedTuple):
+    """What is known of observations by expectation propagation, the Gaussian ones first.
+
+    Attributes:
+        coordinates: of the n others.
+        local: the Gaussian likelihood with the same effect.
+        evidence: of all.
+        between: covariance of the coordinates before they are observed, of all.
+        pull: v -> H^T v, of all.
+    """
+
+    coordinates: Coordinates
+    local: GaussianLikelihood
+    evidence: PropagationResult
+    between: Float[Array, "m m"]
+    pull: Adjoint
+
+
+def _by_coordinates(moments: Moments, tangents: Float[Array, "k ..."], likelihood: GeneralLikelihood) -> _ByCoordinates:
+    coordinates = likelihood.coordinates(moments.mean, tangents)
+    n = len(coordinates.observed)
+    unit = PseudoObservations(jnp.zeros(n, moments.mean.dtype), jnp.ones(n, moments.mean.dtype))
+    residual, covariance, pull = observed_covariance(moments, likelihood.with_pseudo(coordinates, unit))
+    known = residual[:-n]
+
+    # What is Gaussian is whitened: its coordinate is h(x) - h(m) over the error, its likelihood a unit Gaussian.
+    def log_prob(t: Array) -> Array:
+        return jnp.concatenate([-0.5 * (known - t[:-n]) ** 2, coordinates.log_prob(t[-n:])])
+
+    values, vectors = jnp.linalg.eigh(0.5 * (covariance + covariance.T))
+    between = (vectors * jnp.maximum(values - 1.0, 0.0)[None]) @ vectors.T
+    seen = jnp.concatenate([jnp.ones(len(known), bool), coordinates.observed])
+    evidence = expectation_propagation(log_prob, between, seen)
+    pseudo = PseudoObservations(evidence.pseudo.value[-n:], evidence.pseudo.scale[-n:])
+    return _ByCoordinates(coordinates, likelihood.with_pseudo(coordinates, pseudo), evidence, between, pull)
