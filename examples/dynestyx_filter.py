@@ -27,7 +27,6 @@ from rich.console import Console
 from rich.table import Table
 
 import numpyro_diffusion_da as ndda
-from numpyro_diffusion_da.diagnostics import verification
 
 prior = ndda.load_prior("lorenz96")
 
@@ -78,7 +77,7 @@ def main(
 
     def add(name, mean, log_evidence):
         scored = [slice(None), slice(None, None, 2), slice(1, None, 2)]
-        scores = [verification.rmse(mean[None, steps // 3 :, at], truth[steps // 3 :, at]) for at in scored]
+        scores = [ndda.diagnostics.rmse(mean[None, steps // 3 :, at], truth[steps // 3 :, at]) for at in scored]
         table.add_row(name, *(f"{score:.2f}" for score in scores), log_evidence)
 
     configs = {

@@ -50,9 +50,8 @@ from rich.console import Console
 from rich.table import Table
 
 import numpyro_diffusion_da as ndda
-from numpyro_diffusion_da.diagnostics import plots, verification
-from numpyro_diffusion_da.fields.datasets import SHORT_NAMES, static_field
-from numpyro_diffusion_da.priors.gencast.synthetic import write_synthetic
+from numpyro_diffusion_da.fields import SHORT_NAMES, static_field
+from numpyro_diffusion_da.priors import write_synthetic_gencast
 
 # Standard deviations, from the published code's data/observations/covariance.
 GRIDDED = {"2m_temperature": 0.1, "temperature": 0.1}  # K
@@ -111,7 +110,7 @@ def block_means(layout: ndda.Layout) -> Platform:
 
 def drawn_points(key: Any, layout: ndda.Layout, number: int, preference: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Different grid points, with a density per area that is proportional to `preference` (latitude, longitude)."""
-    density = (verification.area_weights(layout.coords()["latitude"])[:, None] * preference).reshape(-1)
+    density = (ndda.diagnostics.area_weights(layout.coords()["latitude"])[:, None] * preference).reshape(-1)
     if not 0 < number <= density.size:
         raise typer.BadParameter(f"{number} points were asked for of a grid of {density.size}.")
     chosen = jax.random.choice(key, density.size, (number,), replace=False, p=jnp.asarray(density / density.sum()))
@@ -227,11 +226,13 @@ def recipe(published: bool, products: int) -> dict[str, Any]:
     from 88 to 2e-5, where the network, trained on 0.02 to 88, extrapolates, and a float32 state is all rounding.
     """
     if not published:
-        return {"guidance": ndda.MMPS(ndda.KrylovSolve(products))}
+        return {"guidance": ndda.MMPS(ndda.diffusion.KrylovSolve(products))}
     schedule = ndda.KarrasSchedule(32, rho=6.0)
-    sampler = ndda.Sampler(ndda.AdamsBashforth(3), schedule, corrector=ndda.LangevinCorrector(2, tau=0.1))
-    solver = ndda.KrylovSolve(products, warm_start=False)
-    return {"sampler": sampler, "guidance": ndda.MMPS(solver, noise=ndda.WhiteNoise())}
+    sampler = ndda.Sampler(
+        ndda.diffusion.AdamsBashforth(3), schedule, corrector=ndda.diffusion.LangevinCorrector(2, tau=0.1)
+    )
+    solver = ndda.diffusion.KrylovSolve(products, warm_start=False)
+    return {"sampler": sampler, "guidance": ndda.MMPS(solver, noise=ndda.diffusion.WhiteNoise())}
 
 
 # --- scores ----------------------------------------------------------------------------------------------------------
@@ -239,14 +240,14 @@ def recipe(published: bool, products: int) -> dict[str, Any]:
 
 def scores_by_time(particles: np.ndarray, truth: np.ndarray, latitude: np.ndarray) -> dict[str, list[float]]:
     """Of particles (particle, time, latitude, longitude); step by step, as scores copy to double precision."""
-    weights = verification.area_weights(latitude)[:, None]
+    weights = ndda.diagnostics.area_weights(latitude)[:, None]
     scores: dict[str, list[float]] = {name: [] for name in (*COLUMNS, "spread")}
     for x, y in zip(np.moveaxis(particles, 1, 0), truth, strict=True):
-        scores["rmse"].append(verification.rmse(x, y, weights=weights))
-        scores["spread"].append(verification.spread(x, weights=weights))
-        scores["spread_skill"].append(verification.spread_skill(x, y, weights=weights))
-        scores["crps"].append(verification.crps(x, y, weights=weights))
-        scores["rmse_unweighted"].append(verification.rmse(x, y))
+        scores["rmse"].append(ndda.diagnostics.rmse(x, y, weights=weights))
+        scores["spread"].append(ndda.diagnostics.spread(x, weights=weights))
+        scores["spread_skill"].append(ndda.diagnostics.spread_skill(x, y, weights=weights))
+        scores["crps"].append(ndda.diagnostics.crps(x, y, weights=weights))
+        scores["rmse_unweighted"].append(ndda.diagnostics.rmse(x, y))
     return scores
 
 
@@ -326,7 +327,7 @@ def main(
         if dry_run:
             particles, steps, stations, footprints = min(particles, 8), min(steps, 4), 40, 100
             directory = stack.enter_context(tempfile.TemporaryDirectory())
-            files = write_synthetic(directory, num_frames=2 + steps, start="2019-03-29T00")
+            files = write_synthetic_gencast(directory, num_frames=2 + steps, start="2019-03-29T00")
             checkpoint, stats, data, start = *map(str, files), "2019-03-29T12"
         if checkpoint is None or stats is None or data is None:
             raise typer.BadParameter("give --checkpoint, --stats and --data, or --dry-run.")
@@ -382,7 +383,7 @@ def main(
     seen = [slice(None) if p.seen is None else p.seen[-1] for p in platforms]
     places = {p.name: (p.latitude[at], p.longitude[at]) for p, at in zip(platforms, seen, strict=True)}
     mean = result.posterior[shown.name][0, :, -1].mean(0)
-    figure = plots.map_figure(
+    figure = ndda.diagnostics.map_figure(
         true_fields[shown.name][-1],
         mean,
         **grid,
@@ -394,7 +395,7 @@ def main(
     figure.savefig(out / "maps.png", dpi=130)
     units = {f.name: f.units for f in fields}
     days = np.arange(1, steps + 1) / 2
-    plots.skill_figure(days, scores, units, result.sample_stats, title).savefig(out / "skill.png", dpi=130)
+    ndda.diagnostics.skill_figure(days, scores, units, result.sample_stats, title).savefig(out / "skill.png", dpi=130)
     axes = {"time": times, "level": np.asarray(layout.variable("temperature").levels), **grid}
     labeled(filters[ANALYSIS], platforms, fields, axes).to_netcdf(out / "analysis.nc", engine="h5netcdf")
     numbers = {

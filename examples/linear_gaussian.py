@@ -2,7 +2,7 @@
 
 The transition is N(A x, Q) as a diffusion, with A a rotation times 0.95, and every second component is observed. The
 program is linear and Gaussian, so its exact filter is Kalman's; cuthbert has one, and takes the matrices that
-`ndda.LinearGaussian` reads off the program.
+`ndda.program.LinearGaussian` reads off the program.
 
 What to expect: FA-APF with exact weights (`Moment`, no tempering) is off the Kalman filter's mean by a tenth of its
 standard deviation, which is what 256 particles give, with its variance, and its log-evidence to about .5. The published
@@ -56,7 +56,7 @@ def kalman(model, y):
     import cuthbert
     from cuthbert.gaussian.kalman import build_filter
 
-    exact = ndda.LinearGaussian(ndda.StateSpaceModel(model, (y,)))
+    exact = ndda.program.LinearGaussian(ndda.program.StateSpaceModel(model, (y,)))
     filter = build_filter(exact.initial_mean, exact.initial_factor, exact.dynamics, exact.observation)
     states = cuthbert.filter(filter, exact.model_inputs, filter.init_prepare())
     return states.mean[1:], jnp.linalg.norm(states.chol_cov[1:], axis=-1), states.log_normalizing_constant[-1]

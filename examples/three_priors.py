@@ -29,7 +29,6 @@ from rich.table import Table
 
 import numpyro_diffusion_da as ndda
 from numpyro_diffusion_da.demos import lorenz96_system as lorenz96
-from numpyro_diffusion_da.diagnostics import verification
 
 ERROR = 0.3
 SITES = 40
@@ -104,11 +103,11 @@ def main(
         filter.run(run_key, y)
         x, at = filter.result.posterior["x"][0][:, spun_up], np.asarray(truth[spun_up])
         scores = [
-            verification.rmse(x, at),
-            verification.rmse(x[..., ::2], at[:, ::2]),
-            verification.rmse(x[..., 1::2], at[:, 1::2]),
-            verification.spread_skill(x, at),
-            verification.crps(x, at),
+            ndda.diagnostics.rmse(x, at),
+            ndda.diagnostics.rmse(x[..., ::2], at[:, ::2]),
+            ndda.diagnostics.rmse(x[..., 1::2], at[:, 1::2]),
+            ndda.diagnostics.spread_skill(x, at),
+            ndda.diagnostics.crps(x, at),
         ]
         passes = sum(v.mean() for v in filter.result.network_passes.values())
         table.add_row(name, *(f"{score:.2f}" for score in scores), f"{passes:.0f}")

@@ -35,17 +35,16 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from numpyro_diffusion_da.demos import lorenz96_system as lorenz96
-from numpyro_diffusion_da.diffusion.sampler import Sampler
-from numpyro_diffusion_da.diffusion.schedule import KarrasSchedule
-from numpyro_diffusion_da.fields.layout import Layout
-from numpyro_diffusion_da.priors.ring import (
+from numpyro_diffusion_da.diffusion import KarrasSchedule, Sampler
+from numpyro_diffusion_da.fields import Layout
+from numpyro_diffusion_da.priors import (
     RingEmulator,
     RingMeanNetwork,
     RingResidualNetwork,
-    read_emulator,
-    save_emulator,
+    read_ring_emulator,
+    save_ring_emulator,
 )
-from numpyro_diffusion_da.transition.diffusion import DiffusionDynamics
+from numpyro_diffusion_da.transition import DiffusionDynamics
 
 NAME = "lorenz96"
 SITES = 40
@@ -378,7 +377,7 @@ def main(
         "versions": {"python": platform.python_version()}
         | {name: version(name) for name in ("jax", "equinox", "optax", "numpy", "scoringrules")},
     }
-    save_emulator(emulator, finite(card), out, NAME)
+    save_ring_emulator(emulator, finite(card), out, NAME)
     summary = Table("one step, 40 sites", "emulator", "true system")
     scores = card["one_step"]
     summary.add_row("conditional-mean error / persistence", f"{scores['mean_error_relative_to_persistence']:.4f}", "0")
@@ -389,7 +388,7 @@ def main(
         pair = [card["climate"][label][key] for label in ("emulator", "true_system")]
         summary.add_row(f"climate: {key.replace('_', ' ')}", *(f"{v:.3f}" for v in pair))
     console.print(summary)
-    console.print(f"{out / NAME}.npz, sha256 {read_emulator(out, NAME, SITES).checksum}")
+    console.print(f"{out / NAME}.npz, sha256 {read_ring_emulator(out, NAME, SITES).checksum}")
 
 
 if __name__ == "__main__":

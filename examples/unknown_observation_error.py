@@ -66,7 +66,7 @@ def main(
         num_warmup=warmup,
         num_samples=samples,
         num_chains=chains,
-        chains_at_once=1,
+        batch_size=particles,  # one chain at a time: faster than all together on a CPU
     )
     inference.run(run_key, y, start)
     inference.print_summary()

@@ -19,8 +19,7 @@ from test_smoothing import by_hand, error_in_sd, filtered, program_with_incremen
 
 import numpyro_diffusion_da as ndda
 from numpyro_diffusion_da.inference import backward_simulation as backward
-from numpyro_diffusion_da.program.state_space import StateSpaceModel
-from numpyro_diffusion_da.results import smoothing
+from numpyro_diffusion_da.program import StateSpaceModel
 
 pytestmark = pytest.mark.slow  # each compiles filters of its own
 
@@ -94,21 +93,21 @@ def test_what_is_derived_belongs_to_the_path(run):
 
 def test_names_of_a_result(run):
     _, paths = run
-    tree = ndda.convert.to_datatree(paths)
+    tree = ndda.results.to_datatree(paths)
     assert tree.attrs["smoothing"] == "backward simulation"
     assert "given all observations" in tree["posterior"].attrs["description"]
     assert tree["posterior/x"].sizes == {"chain": 2, "draw": DRAWS, "time": 4}
     for name in ("filter_draw", "backward_ess", "distinct_lines", "backward_passes_forward"):
         assert tree[f"sample_stats/{name}"].attrs["description"]
     assert not {"log_weights", "ancestors"} & set(tree["sample_stats"].data_vars)
-    assert ndda.convert.to_arviz(paths).attrs["smoothing"] == "backward simulation"
+    assert ndda.results.to_arviz(paths).attrs["smoothing"] == "backward simulation"
     with pytest.raises(ValueError, match="already smoothed"):
-        smoothing.trajectories(paths)
+        ndda.results.trajectories(paths)
 
 
 def test_neither_batches_nor_chains_change_a_draw(run):
     particle_filter, _ = run
-    few, alone = (particle_filter.backward_simulation(jax.random.key(3), 4, batch_size=b) for b in (0, 5))
+    few, alone = (particle_filter.backward_simulation(jax.random.key(3), 4, batch_size=b) for b in (None, 5))
     for name in few.posterior:
         np.testing.assert_array_equal(few.posterior[name], alone.posterior[name])
 
@@ -120,7 +119,7 @@ def density_programs(d):
     a, q = jnp.asarray(model.transition), jnp.asarray(model.covariance)
 
     def diffusion(x):
-        return ndda.DiffusionTransition(prior, x, density=ndda.ProbabilityFlow(12))
+        return ndda.DiffusionTransition(prior, x, density=ndda.diffusion.ProbabilityFlow(12))
 
     def closed(x):
         return dist.MultivariateNormal(a @ x, q)
@@ -162,7 +161,7 @@ def test_paths_are_the_exact_smoother():
         se = estimate.std(0, ddof=1) / np.sqrt(len(estimate))
         assert np.all(np.abs(estimate.mean(0) - truth) < 6 * se)
     # 64 draws of the genealogy's 512 have this error and more, by their coalescence.
-    genealogy = smoothing.trajectories(result)
+    genealogy = ndda.results.trajectories(result)
     genealogy.posterior["x"] = genealogy.posterior["x"][:, ::8]
     assert error_in_sd(paths, mean, variance).mean() < error_in_sd(genealogy, mean, variance).mean()
     few = np.array([len(set(line)) for line in genealogy.sample_stats["filter_draw"][:, ::8, 0]])

@@ -10,9 +10,8 @@ import numpy as np
 import pytest
 
 import numpyro_diffusion_da as ndda
-from numpyro_diffusion_da.diffusion.memory import backward_bytes, device_memory
-from numpyro_diffusion_da.inference import filter as filtering
-from numpyro_diffusion_da.inference.compilation import Compiled
+from numpyro_diffusion_da.diffusion import memory
+from numpyro_diffusion_da.inference import Compiled, batching
 
 
 def test_what_is_closed_over_is_an_argument():
@@ -52,26 +51,28 @@ def test_traced_once_for_each_shape_and_static_value():
 def test_backward_bytes_counts_what_is_kept_and_not_what_is_there():
     weights = jnp.ones((50, 50))
     at = jax.ShapeDtypeStruct((50,), jnp.float32)
-    linear = backward_bytes(lambda x: weights @ x, at)
+    linear = memory.backward_bytes(lambda x: weights @ x, at)
     assert linear == 0
-    assert backward_bytes(lambda x: weights @ jnp.tanh(weights @ x), at) in (200, 400)
-    deep = backward_bytes(lambda x: jnp.tanh(weights @ jnp.tanh(weights @ jnp.tanh(weights @ x))), at)
-    remade = backward_bytes(jax.checkpoint(lambda x: jnp.tanh(weights @ jnp.tanh(weights @ jnp.tanh(weights @ x)))), at)
+    assert memory.backward_bytes(lambda x: weights @ jnp.tanh(weights @ x), at) in (200, 400)
+    deep = memory.backward_bytes(lambda x: jnp.tanh(weights @ jnp.tanh(weights @ jnp.tanh(weights @ x))), at)
+    remade = memory.backward_bytes(
+        jax.checkpoint(lambda x: jnp.tanh(weights @ jnp.tanh(weights @ jnp.tanh(weights @ x)))), at
+    )
     assert remade < deep
-    assert device_memory() > 2**28
+    assert memory.device_memory() > 2**28
 
 
 @pytest.mark.slow
 def test_particles_move_in_batches_that_fit(small, monkeypatch):
     y = small.simulate(1, 2)[1].astype(np.float32)
     results = []
-    for memory in (2**34, 4000, 1):
-        monkeypatch.setattr(filtering, "device_memory", lambda memory=memory: memory)
+    for available in (2**34, 4000, 1):
+        monkeypatch.setattr(batching, "device_memory", lambda available=available: available)
         filter = ndda.Filter(ndda.Bootstrap(small.diffusion_program()), num_particles=20, progress_bar=False)
         filter.run(jax.random.key(0), y)
         results.append(filter.result)
     sizes = [result.attributes["batch_size"] for result in results]
-    assert sizes[0] == 0
+    assert sizes[0] == 20
     assert 1 < sizes[1] < 20
     assert sizes[2] == 1
     for result in results[1:]:

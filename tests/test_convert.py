@@ -8,8 +8,7 @@ import pytest
 import xarray as xr
 
 import numpyro_diffusion_da as ndda
-from numpyro_diffusion_da.diagnostics import verification as v
-from numpyro_diffusion_da.fields.layout import Undefined, Variable
+from numpyro_diffusion_da.fields import Undefined, Variable
 from numpyro_diffusion_da.results import convert, summary
 
 CHAINS, DRAWS, STEPS = 2, 64, 8
@@ -88,7 +87,7 @@ def printed(result):
 
 def test_every_array_has_its_names():
     result = made()
-    tree = convert.to_datatree(result)
+    tree = ndda.results.to_datatree(result)
     particle = {"chain": 2, "draw": 5, "time": 3}
     assert list(tree.children) == [name for name in convert.GROUPS if name != "prior"]
     assert all(not group.children for group in tree.children.values())
@@ -118,11 +117,11 @@ def test_every_array_has_its_names():
 
 def test_forecasts_are_the_prior():
     result = made()
-    tree = convert.to_datatree(made(forecast=result.posterior["x"] + 1.0))
+    tree = ndda.results.to_datatree(made(forecast=result.posterior["x"] + 1.0))
     assert list(tree.children) == list(convert.GROUPS)
     assert tree["prior/x"].dims == tree["posterior/x"].dims
     assert tree["prior/x"].attrs["units"] == "K"
-    assert groups_of(convert.to_arviz(made(forecast=result.posterior["x"]))) == set(convert.GROUPS)
+    assert groups_of(ndda.results.to_arviz(made(forecast=result.posterior["x"]))) == set(convert.GROUPS)
 
 
 def test_values_are_those_of_the_result(filtered):
@@ -142,7 +141,7 @@ def test_values_are_those_of_the_result(filtered):
 def test_the_user_names_axes_and_time():
     days = np.array(["2024-01-01", "2024-01-02", "2024-01-03"], "datetime64[ns]")
     stations = ["Oslo", "Bergen", "Voss", "Moss"]
-    tree = convert.to_datatree(
+    tree = ndda.results.to_datatree(
         made(),
         time=days,
         dims={"y": ["station"], "mvn": ["wind"]},
@@ -157,10 +156,10 @@ def test_the_user_names_axes_and_time():
     assert all((group.time.values == days).all() for group in tree.children.values())
     assert np.isnan(tree["observed_data/y"].sel(time="2024-01-02", station="Voss"))
     steps = xr.DataArray([0, 6, 12], dims="step", attrs={"long_name": "hours since the start"})
-    assert convert.to_datatree(made(), time=steps)["posterior"].time.values.tolist() == [0, 6, 12]
-    assert convert.to_datatree(made(), time=steps)["posterior"].time.attrs["long_name"] == "hours since the start"
+    assert ndda.results.to_datatree(made(), time=steps)["posterior"].time.values.tolist() == [0, 6, 12]
+    assert ndda.results.to_datatree(made(), time=steps)["posterior"].time.attrs["long_name"] == "hours since the start"
     dates = [datetime.datetime(2024, 1, day) for day in (1, 2, 3)]
-    assert convert.to_datatree(made(), time=dates)["posterior"].time.dtype.kind == "M"
+    assert ndda.results.to_datatree(made(), time=dates)["posterior"].time.dtype.kind == "M"
 
 
 @pytest.mark.parametrize(
@@ -181,18 +180,18 @@ def test_the_user_names_axes_and_time():
 )
 def test_names_that_do_not_fit_are_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
-        convert.to_datatree(made(), **arguments)
+        ndda.results.to_datatree(made(), **arguments)
 
 
 def test_a_state_without_its_layout_is_numbered():
-    assert convert.to_datatree(made(layout=None))["posterior/x"].dims[3:] == ("x_dim_0", "x_dim_1")
+    assert ndda.results.to_datatree(made(layout=None))["posterior/x"].dims[3:] == ("x_dim_0", "x_dim_1")
     other = ndda.Layout((6,), ("cell",))  # of the latent inside the prior, say
-    assert convert.to_datatree(made(layout=other))["posterior/x"].dims[3:] == ("x_dim_0", "x_dim_1")
+    assert ndda.results.to_datatree(made(layout=other))["posterior/x"].dims[3:] == ("x_dim_0", "x_dim_1")
 
 
 def test_attributes_say_where_it_comes_from_in_plain_values():
     odd = {"flag": True, "none": None, "number": np.float32(0.5), "list": [1, 2], "seed": "[0, 1]", "count": 3}
-    tree = convert.to_datatree(made(attributes=odd))
+    tree = ndda.results.to_datatree(made(attributes=odd))
     for group in (tree, *tree.children.values()):
         assert group.attrs["creation_library"] == group.attrs["inference_library"] == "numpyro_diffusion_da"
         assert group.attrs["creation_library_version"] == ndda.__version__
@@ -232,7 +231,7 @@ def gridded(levels=((500, 850), (500, 850)), chains=2, draws=5, name="sea_surfac
 def test_a_gridded_state_is_one_variable_for_every_field():
     result = gridded()
     x = result.posterior["x"]
-    tree = convert.to_datatree(result)
+    tree = ndda.results.to_datatree(result)
     assert list(tree["posterior"].data_vars) == ["geopotential", "sea_surface_temperature", "temperature", "a"]
     assert list(tree["prior"].data_vars) == ["geopotential", "sea_surface_temperature", "temperature"]
     temperature, sea = tree["posterior/temperature"], tree["posterior/sea_surface_temperature"]
@@ -250,13 +249,15 @@ def test_a_gridded_state_is_one_variable_for_every_field():
     assert tree["posterior"].latitude.attrs["units"] == "degrees_north"
     assert tree["posterior"]["level"].values.tolist() == [500, 850]  # .level is the depth of a tree
     assert dict(tree["observed_data/y"].sizes) == {"time": 3, "y_dim_0": 4}
-    np.testing.assert_array_equal(convert.to_datatree(gridded(forecast=None))["posterior/temperature"], temperature)
-    other = convert.to_datatree(gridded(), coords={"longitude": [0, 1, 2]})
+    np.testing.assert_array_equal(
+        ndda.results.to_datatree(gridded(forecast=None))["posterior/temperature"], temperature
+    )
+    other = ndda.results.to_datatree(gridded(), coords={"longitude": [0, 1, 2]})
     assert other["posterior/temperature"].longitude.values.tolist() == [0, 1, 2]
 
 
 def test_fields_with_levels_of_their_own():
-    tree = convert.to_datatree(gridded(((500, 850), (850, 1000))))
+    tree = ndda.results.to_datatree(gridded(((500, 850), (850, 1000))))
     assert tree["posterior/geopotential"].dims[3] == "level"
     assert tree["posterior/temperature"].dims[3] == "temperature_level"
     assert tree["posterior"].temperature_level.values.tolist() == [850, 1000]
@@ -279,17 +280,17 @@ def test_fields_with_levels_of_their_own():
 )
 def test_names_that_a_gridded_state_cannot_have(changes, arguments, message):
     with pytest.raises(ValueError, match=message):
-        convert.to_datatree(gridded(**changes), **arguments)
+        ndda.results.to_datatree(gridded(**changes), **arguments)
 
 
 def test_a_gridded_state_goes_to_files_and_to_arviz(tmp_path):
     import arviz as az
 
-    tree = convert.to_datatree(gridded())
+    tree = ndda.results.to_datatree(gridded())
     tree.to_netcdf(tmp_path / "result.nc", engine="h5netcdf")
     with xr.open_datatree(tmp_path / "result.nc", engine="h5netcdf") as back:
         xr.testing.assert_identical(back.load(), tree)
-    data = convert.to_arviz(gridded(draws=64))
+    data = ndda.results.to_arviz(gridded(draws=64))
     assert groups_of(data) == set(convert.GROUPS)
     rhat = az.rhat(data, method="identity")
     rhat = rhat.to_dataset() if NEW_ARVIZ and isinstance(rhat, xr.DataTree) else rhat
@@ -321,7 +322,9 @@ def test_round_trip(filtered, tmp_path, fmt):
 
 
 def test_names_of_stations_go_through_netcdf(tmp_path):
-    tree = convert.to_datatree(made(), dims={"y": ["station"]}, coords={"station": ["Oslo", "Bergen", "Voss", "Ås"]})
+    tree = ndda.results.to_datatree(
+        made(), dims={"y": ["station"]}, coords={"station": ["Oslo", "Bergen", "Voss", "Ås"]}
+    )
     tree.to_netcdf(tmp_path / "result.nc", engine="h5netcdf")
     with xr.open_datatree(tmp_path / "result.nc", engine="h5netcdf") as back:
         assert back["observed_data/y"].station.values.tolist() == ["Oslo", "Bergen", "Voss", "Ås"]
@@ -331,8 +334,10 @@ def test_names_of_stations_go_through_netcdf(tmp_path):
 def test_verification_reads_a_result(filtered):
     tree = filtered.to_datatree()
     predicted, y = tree["posterior_predictive/y"].isel(chain=0), tree["observed_data/y"]
-    assert v.rank_histogram(predicted, y, member="draw").sum() == pytest.approx(13)
-    assert np.isnan(v.crps(predicted, y, member="draw", axis="y_dim_0").values).tolist() == [t == 5 for t in range(8)]
+    assert ndda.diagnostics.rank_histogram(predicted, y, member="draw").sum() == pytest.approx(13)
+    assert np.isnan(ndda.diagnostics.crps(predicted, y, member="draw", axis="y_dim_0").values).tolist() == [
+        t == 5 for t in range(8)
+    ]
 
 
 # --- ArviZ -----------------------------------------------------------------------------------------------------------
@@ -360,7 +365,7 @@ def test_arviz_is_given_its_own_type(filtered):
 
 def test_arviz_is_given_only_what_was_observed():
     result = made()
-    data = convert.to_arviz(result, time=[10, 20, 30], dims={"y": ["station"]}, coords={"station": list("abcd")})
+    data = ndda.results.to_arviz(result, time=[10, 20, 30], dims={"y": ["station"]}, coords={"station": list("abcd")})
     observed, predicted = dataset(data, "observed_data"), dataset(data, "posterior_predictive")
     kept = result.observed_mask["y"]
     at = list(zip(*np.nonzero(kept), strict=True))
@@ -383,11 +388,11 @@ def test_arviz_is_given_only_what_was_observed():
 def test_a_site_without_observations_is_left_out_for_arviz():
     result = made()
     nothing = {**result.observed_mask, "y": np.zeros((3, 4), bool)}
-    data = convert.to_arviz(made(observed_mask=nothing))
+    data = ndda.results.to_arviz(made(observed_mask=nothing))
     for group in ("posterior_predictive", "log_likelihood", "observed_data"):
         assert set(dataset(data, group)) == {"mvn", "s"}
     none = {site: np.zeros_like(mask) for site, mask in nothing.items()}
-    assert groups_of(convert.to_arviz(made(observed_mask=none))) == {"posterior", "constant_data", "sample_stats"}
+    assert groups_of(ndda.results.to_arviz(made(observed_mask=none))) == {"posterior", "constant_data", "sample_stats"}
 
 
 @pytest.mark.filterwarnings("ignore:Estimated shape parameter of Pareto:UserWarning")  # few particles
@@ -497,7 +502,7 @@ def test_loo_is_that_of_the_filter_up_to_its_time():
         observed_mask={"y": np.ones_like(y, bool)},
         layout=None,
     )
-    loo = az.loo(convert.to_arviz(result), pointwise=True)
+    loo = az.loo(ndda.results.to_arviz(result), pointwise=True)
     estimate = (loo.elpd_i if NEW_ARVIZ else loo.loo_i).values
     # elpd_i = -log mean(1 / p): its standard error is that of the mean, relative.
     inverse = np.exp(-log_likelihood).reshape(-1, steps * 2)
@@ -577,7 +582,7 @@ def test_summary_of_one_chain_and_of_equal_weights():
 )
 def test_caveats_of_the_log_evidence(known, tempering, expected):
     changed = made().sample_stats | {"tempering": np.full((2, 3), tempering)}
-    bias_reasons = summary.evidence_bias_reasons(
+    bias_reasons = ndda.results.evidence_bias_reasons(
         made(attributes={"evidence_bias_reasons": known}, sample_stats=changed)
     )
     assert len(bias_reasons) == len(expected)

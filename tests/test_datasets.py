@@ -5,9 +5,7 @@ import pytest
 import xarray as xr
 
 import numpyro_diffusion_da as ndda
-from numpyro_diffusion_da.fields import datasets as gd
-from numpyro_diffusion_da.fields.layout import Undefined, Variable
-from numpyro_diffusion_da.fields.units import same_unit
+from numpyro_diffusion_da.fields import Undefined, Variable, same_unit
 
 LATITUDE, LONGITUDE = np.linspace(-90, 90, 7), np.arange(12) * 30.0
 LEVELS = (500, 850, 1000)
@@ -71,7 +69,7 @@ def expected(dataset, at, time):
 
 def test_states_of_a_weatherbench_dataset():
     dataset = era5()
-    states = gd.read_states(dataset, layout(), TIMES[[3, 0]], fill=FILL)
+    states = ndda.fields.read_states(dataset, layout(), TIMES[[3, 0]], fill=FILL)
     assert states.shape == (2, 7, 12, 12)
     assert states.dtype == np.float32
     for state, time in zip(states, TIMES[[3, 0]], strict=True):
@@ -125,24 +123,24 @@ def shuffled(dataset):
 @pytest.mark.parametrize("form", [gencast_example, weatherbench, from_180, short_names, shuffled])
 def test_other_forms_of_the_same_data_give_the_same_states(form):
     dataset = era5()
-    states = gd.read_states(dataset, layout(), TIMES[:2], fill=FILL)
-    np.testing.assert_array_equal(gd.read_states(form(dataset), layout(), TIMES[:2], fill=FILL), states)
-    np.testing.assert_array_equal(gd.undefined_mask(form(dataset), SST, LATITUDE, LONGITUDE), LAND)
-    np.testing.assert_array_equal(gd.static_field(form(dataset), "land_sea_mask", LATITUDE, LONGITUDE), LAND)
-    for found, axis in zip(gd.grid(form(dataset)), (LATITUDE, LONGITUDE), strict=True):
+    states = ndda.fields.read_states(dataset, layout(), TIMES[:2], fill=FILL)
+    np.testing.assert_array_equal(ndda.fields.read_states(form(dataset), layout(), TIMES[:2], fill=FILL), states)
+    np.testing.assert_array_equal(ndda.fields.undefined_mask(form(dataset), SST, LATITUDE, LONGITUDE), LAND)
+    np.testing.assert_array_equal(ndda.fields.static_field(form(dataset), "land_sea_mask", LATITUDE, LONGITUDE), LAND)
+    for found, axis in zip(ndda.fields.grid(form(dataset)), (LATITUDE, LONGITUDE), strict=True):
         np.testing.assert_array_equal(found, axis)
 
 
 def test_times_in_any_form():
     dataset, one = era5(), layout(names=("2m_temperature",))
-    states = gd.read_states(dataset, one, TIMES[:2])
+    states = ndda.fields.read_states(dataset, one, TIMES[:2])
     for times in (["2019-03-29", "2019-03-29T06:00"], dataset.time[:2], dataset.indexes["time"][:2], iter(TIMES[:2])):
-        np.testing.assert_array_equal(gd.read_states(dataset, one, times), states)
+        np.testing.assert_array_equal(ndda.fields.read_states(dataset, one, times), states)
     frame = dataset.isel(time=0)  # a single frame keeps its time as a scalar coordinate
-    np.testing.assert_array_equal(gd.read_states(frame, one, TIMES[:1]), states[:1])
+    np.testing.assert_array_equal(ndda.fields.read_states(frame, one, TIMES[:1]), states[:1])
     for wrong in (["yesterday"], "2019-03-29", [0, 6], TIMES[0]):
         with pytest.raises(ValueError, match=r"give a list of dates|Error parsing"):
-            gd.read_states(dataset, one, wrong)
+            ndda.fields.read_states(dataset, one, wrong)
 
 
 # --- grids ----------------------------------------------------------------------------------------------------------
@@ -151,7 +149,7 @@ def test_times_in_any_form():
 def test_every_other_point_of_a_finer_grid():
     latitude, longitude = np.linspace(-90, 90, 13), np.arange(24) * 15.0
     fine = era5(latitude[::-1], longitude, np.kron(LAND, np.ones((2, 2), bool))[:13])
-    states = gd.read_states(fine, layout(), TIMES[:1], fill=FILL)
+    states = ndda.fields.read_states(fine, layout(), TIMES[:1], fill=FILL)
     coarse = fine.isel(latitude=slice(None, None, -2), longitude=slice(None, None, 2))
     np.testing.assert_array_equal(states[0, ..., 0], coarse["2m_temperature"][0])
     temperature = layout().select(states, "temperature", 500)
@@ -161,7 +159,7 @@ def test_every_other_point_of_a_finer_grid():
 def test_coordinates_rounded_to_float32():
     third = np.arange(12) / 3.0
     dataset = era5(longitude=(third - 2.0).astype(np.float32))
-    states = gd.read_states(dataset, layout(longitude=np.mod(third - 2.0, 360.0)), TIMES[:1], fill=FILL)
+    states = ndda.fields.read_states(dataset, layout(longitude=np.mod(third - 2.0, 360.0)), TIMES[:1], fill=FILL)
     np.testing.assert_array_equal(states[0, ..., 0], dataset["2m_temperature"][0])
 
 
@@ -170,17 +168,17 @@ def test_another_grid_is_refused_unless_interpolated():
     with pytest.raises(
         ValueError, match=r"latitude is -90 to 90 by 30 \(7 points\), but the state's is .* by 15 .* 6 of"
     ):
-        gd.read_states(era5(), target, TIMES[:1])
+        ndda.fields.read_states(era5(), target, TIMES[:1])
     shifted = layout(longitude=LONGITUDE + 1.0, names=("2m_temperature",))
     with pytest.raises(ValueError, match=r"longitude is 0 to 330.* 12 of these .* interpolate=True"):
-        gd.read_states(era5(), shifted, TIMES[:1])
+        ndda.fields.read_states(era5(), shifted, TIMES[:1])
 
 
 @pytest.mark.parametrize("form", [weatherbench, from_180, gencast_example])
 def test_interpolation_is_bilinear_and_goes_round(form):
     dataset = era5()
     lat, lon = np.linspace(-90, 90, 13), np.arange(24) * 15.0
-    states = gd.read_states(
+    states = ndda.fields.read_states(
         form(dataset), layout(latitude=lat, longitude=lon, names=("temperature",)), TIMES[:2], interpolate=True
     )
     closed = xr.concat([dataset, dataset.isel(longitude=[0]).assign_coords(longitude=[360.0])], "longitude")
@@ -192,25 +190,25 @@ def test_interpolation_is_bilinear_and_goes_round(form):
 
 def test_interpolation_next_to_nan():
     lat, lon = np.linspace(-90, 90, 13), np.arange(24) * 15.0
-    mask = gd.undefined_mask(era5(), SST, lat, lon, interpolate=True)
+    mask = ndda.fields.undefined_mask(era5(), SST, lat, lon, interpolate=True)
     np.testing.assert_array_equal(mask[::2, ::2], LAND)  # points of the dataset keep their value
     assert mask[3, 6]  # half way between sea and land
     assert not mask[2, 6]
     target = layout(latitude=lat, longitude=lon, land=mask, names=(SST,))
-    states = gd.read_states(era5(), target, TIMES[:1], fill=FILL, interpolate=True)
+    states = ndda.fields.read_states(era5(), target, TIMES[:1], fill=FILL, interpolate=True)
     assert (states[0, mask] == 271.0).all()
 
 
 def test_nothing_is_extrapolated():
     inner = era5().isel(latitude=slice(1, -1))
     with pytest.raises(ValueError, match=r"latitude .* lie outside; nothing is extrapolated"):
-        gd.read_states(inner, layout(names=("2m_temperature",)), TIMES[:1], interpolate=True)
+        ndda.fields.read_states(inner, layout(names=("2m_temperature",)), TIMES[:1], interpolate=True)
     part = era5().isel(longitude=slice(0, 6))
     with pytest.raises(ValueError, match=r"longitude .* lie outside"):
-        gd.read_states(part, layout(names=("2m_temperature",)), TIMES[:1], interpolate=True)
+        ndda.fields.read_states(part, layout(names=("2m_temperature",)), TIMES[:1], interpolate=True)
     single = era5().isel(longitude=[0])
     with pytest.raises(ValueError, match=r"longitude .* lie outside"):
-        gd.read_states(single, layout(names=("2m_temperature",)), TIMES[:1], interpolate=True)
+        ndda.fields.read_states(single, layout(names=("2m_temperature",)), TIMES[:1], interpolate=True)
 
 
 # --- what is refused ------------------------------------------------------------------------------------------------
@@ -255,33 +253,33 @@ def in_units(name, units):
 )
 def test_a_dataset_that_does_not_fit_is_refused(change, message):
     with pytest.raises(ValueError, match=message):
-        gd.read_states(change(era5()), layout(), TIMES[:1], fill=FILL)
+        ndda.fields.read_states(change(era5()), layout(), TIMES[:1], fill=FILL)
 
 
 def test_a_batch_of_several_is_refused():
     example = gencast_example(era5())
     two = example.isel(batch=[0, 0])
     with pytest.raises(ValueError, match=r"\(batch: 2, .* select one, as in dataset.isel\(batch=0\)"):
-        gd.read_states(two, layout(), TIMES[:1], fill=FILL)
-    one = gd.read_states(two.isel(batch=0), layout(), TIMES[:1], fill=FILL)
-    np.testing.assert_array_equal(one, gd.read_states(era5(), layout(), TIMES[:1], fill=FILL))
+        ndda.fields.read_states(two, layout(), TIMES[:1], fill=FILL)
+    one = ndda.fields.read_states(two.isel(batch=0), layout(), TIMES[:1], fill=FILL)
+    np.testing.assert_array_equal(one, ndda.fields.read_states(era5(), layout(), TIMES[:1], fill=FILL))
 
 
 def test_a_filling_value_is_asked_for():
     with pytest.raises(ValueError, match=r"'sea_surface_temperature' has points without a value, and fill has \[\]"):
-        gd.read_states(era5(), layout(), TIMES[:1])
+        ndda.fields.read_states(era5(), layout(), TIMES[:1])
     # A dataset may know a value (of a lake) where the layout has none: the state holds what it holds elsewhere there.
     lakes = era5(land=np.zeros_like(LAND))
-    states = gd.read_states(lakes, layout(), TIMES[:1], fill=FILL)
+    states = ndda.fields.read_states(lakes, layout(), TIMES[:1], fill=FILL)
     assert (states[0, LAND][:, layout().channels(SST)] == 271.0).all()
 
 
 def test_a_layout_that_is_no_grid_is_refused():
     with pytest.raises(ValueError, match=r"expected \(latitude, longitude, channel\)"):
-        gd.read_states(era5(), ndda.Layout((3,), ("component",)), TIMES[:1])
+        ndda.fields.read_states(era5(), ndda.Layout((3,), ("component",)), TIMES[:1])
     coordinates = layout().coordinates
     with pytest.raises(ValueError, match="no variables"):
-        gd.read_states(era5(), ndda.Layout((7, 12, 1), layout().dims, coordinates), TIMES[:1])
+        ndda.fields.read_states(era5(), ndda.Layout((7, 12, 1), layout().dims, coordinates), TIMES[:1])
 
 
 @pytest.mark.parametrize(
@@ -323,11 +321,11 @@ def rain(**variables):
 def test_precipitation_is_summed():
     one = layout(names=(RAIN,))
     six = np.random.default_rng(0).uniform(size=(5, 7, 12)).astype(np.float32)
-    states = gd.read_states(rain(total_precipitation_6hr=six), one, TIMES[[1, 4]])
+    states = ndda.fields.read_states(rain(total_precipitation_6hr=six), one, TIMES[[1, 4]])
     np.testing.assert_allclose(states[..., 0], [six[0] + six[1], six[3] + six[4]], rtol=1e-6)
     hours = TIMES[0] + np.arange(14) * np.timedelta64(1, "h")
     hourly = era5(times=hours).rename({RAIN: "tp"})
-    states = gd.read_states(hourly, one, hours[[11, 13]])
+    states = ndda.fields.read_states(hourly, one, hours[[11, 13]])
     np.testing.assert_allclose(states[0, ..., 0], hourly.tp[:12].sum("time"), rtol=1e-5)
     np.testing.assert_allclose(states[1, ..., 0], hourly.tp[2:].sum("time"), rtol=1e-5)
 
@@ -339,11 +337,11 @@ def test_precipitation_that_is_not_there():
         with pytest.raises(
             ValueError, match=r"neither 'total_precipitation_12hr' .*6hr' .* without_precipitation=True"
         ):
-            gd.read_states(dataset, one, TIMES[:2])
-        assert (gd.read_states(dataset, one, TIMES[:2], without_precipitation=True) == 0).all()
-    assert (gd.read_states(six, one, TIMES[1:], without_precipitation=True) == 2).all()
+            ndda.fields.read_states(dataset, one, TIMES[:2])
+        assert (ndda.fields.read_states(dataset, one, TIMES[:2], without_precipitation=True) == 0).all()
+    assert (ndda.fields.read_states(six, one, TIMES[1:], without_precipitation=True) == 2).all()
     holes = era5().assign({RAIN: era5()[RAIN].where(~LAND)})
-    states = gd.read_states(holes, one, TIMES[:1], without_precipitation=True)
+    states = ndda.fields.read_states(holes, one, TIMES[:1], without_precipitation=True)
     np.testing.assert_array_equal(states[0, ..., 0] == 0, LAND)
 
 
@@ -352,15 +350,17 @@ def test_precipitation_that_is_not_there():
 
 def test_fields_that_do_not_change():
     dataset = era5()
-    height = gd.static_field(dataset, "geopotential_at_surface", LATITUDE, LONGITUDE)
+    height = ndda.fields.static_field(dataset, "geopotential_at_surface", LATITUDE, LONGITUDE)
     assert height.dtype == np.float32
     np.testing.assert_array_equal(height, dataset.geopotential_at_surface.astype(np.float32))
     named_z = weatherbench(dataset)[["geopotential_at_surface"]].rename(geopotential_at_surface="z")
     with_time = named_z.expand_dims(time=TIMES)
     for other in (named_z, with_time, gencast_example(dataset)):
-        np.testing.assert_array_equal(gd.static_field(other, "geopotential_at_surface", LATITUDE, LONGITUDE), height)
+        np.testing.assert_array_equal(
+            ndda.fields.static_field(other, "geopotential_at_surface", LATITUDE, LONGITUDE), height
+        )
     np.testing.assert_array_equal(
-        gd.static_field(dataset, "geopotential_at_surface", LATITUDE[::2], LONGITUDE[1::3]), height[::2, 1::3]
+        ndda.fields.static_field(dataset, "geopotential_at_surface", LATITUDE[::2], LONGITUDE[1::3]), height[::2, 1::3]
     )
     for change, message in (
         (in_units("geopotential_at_surface", "m"), "is in 'm', .* 'm2 s-2'"),
@@ -368,11 +368,11 @@ def test_fields_that_do_not_change():
         (lambda d: d.assign(geopotential_at_surface=d.geopotential_at_surface.where(LAND)), "at 75 of 84 points"),
     ):
         with pytest.raises(ValueError, match=message):
-            gd.static_field(change(dataset), "geopotential_at_surface", LATITUDE, LONGITUDE)
+            ndda.fields.static_field(change(dataset), "geopotential_at_surface", LATITUDE, LONGITUDE)
 
 
 def test_grid_of_a_dataset():
-    latitude, longitude = gd.grid(from_180(weatherbench(era5())))
+    latitude, longitude = ndda.fields.grid(from_180(weatherbench(era5())))
     np.testing.assert_array_equal(latitude, LATITUDE)
     np.testing.assert_array_equal(longitude, LONGITUDE)
 
@@ -381,14 +381,14 @@ def test_grid_of_a_dataset():
 
 
 def test_round_trip():
-    states = gd.read_states(era5(), layout(), TIMES, fill=FILL)
-    dataset = gd.to_dataset(states, layout(), {"time": TIMES})
+    states = ndda.fields.read_states(era5(), layout(), TIMES, fill=FILL)
+    dataset = ndda.fields.to_dataset(states, layout(), {"time": TIMES})
     assert list(dataset.data_vars) == list(UNITS)
     assert dataset.temperature.dims == ("time", "level", "latitude", "longitude")
     assert dataset["2m_temperature"].dims == ("time", "latitude", "longitude")
     np.testing.assert_array_equal(np.isnan(dataset[SST][0]), LAND)
     xr.testing.assert_equal(dataset, era5()[list(UNITS)])
-    np.testing.assert_array_equal(gd.read_states(dataset, layout(), TIMES, fill=FILL), states)
+    np.testing.assert_array_equal(ndda.fields.read_states(dataset, layout(), TIMES, fill=FILL), states)
     for name in dataset.data_vars:
         assert dataset[name].dtype == np.float32
         assert dataset[name].encoding["dtype"] == "float32"
@@ -398,18 +398,18 @@ def test_round_trip():
 
 
 def test_particles_are_an_ensemble(tmp_path):
-    states = gd.read_states(era5(), layout(), TIMES, fill=FILL)
+    states = ndda.fields.read_states(era5(), layout(), TIMES, fill=FILL)
     ensemble = states + np.arange(3, dtype=np.float32)[:, None, None, None, None]
-    dataset = gd.to_dataset(ensemble, layout(), {"number": range(3), "time": TIMES})
+    dataset = ndda.fields.to_dataset(ensemble, layout(), {"number": range(3), "time": TIMES})
     assert dataset.temperature.dims == ("number", "time", "level", "latitude", "longitude")
     path = tmp_path / "ensemble.nc"
     dataset.to_netcdf(path, engine="h5netcdf")
     with xr.open_dataset(path, engine="h5netcdf") as back:
         xr.testing.assert_identical(back.load(), dataset)
         assert back.temperature.dtype == np.float32
-        member = gd.read_states(back.sel(number=2), layout(), TIMES[1:2], fill={SST: 273.0})
+        member = ndda.fields.read_states(back.sel(number=2), layout(), TIMES[1:2], fill={SST: 273.0})
     np.testing.assert_array_equal(member[0], ensemble[2, 1])
-    frame = gd.to_dataset(states[0], layout(), {})
+    frame = ndda.fields.to_dataset(states[0], layout(), {})
     assert frame.temperature.dims == ("level", "latitude", "longitude")
 
 
@@ -421,10 +421,10 @@ def test_levels_of_some_variables_only():
         variables=(Variable("geopotential", "m2 s-2", (850,)), Variable("temperature", "K", (500, 850))),
     )
     states = np.random.default_rng(0).normal(size=(1, 7, 12, 3)).astype(np.float32)
-    dataset = gd.to_dataset(states, mixed, {"time": TIMES[:1]})
+    dataset = ndda.fields.to_dataset(states, mixed, {"time": TIMES[:1]})
     assert dataset.level.values.tolist() == [500, 850]
     assert np.isnan(dataset.geopotential.sel(level=500)).all()
-    np.testing.assert_array_equal(gd.read_states(dataset, mixed, TIMES[:1]), states)
+    np.testing.assert_array_equal(ndda.fields.read_states(dataset, mixed, TIMES[:1]), states)
 
 
 @pytest.mark.parametrize(
@@ -439,7 +439,7 @@ def test_levels_of_some_variables_only():
 )
 def test_axes_that_do_not_fit_are_refused(shape, axes, message):
     with pytest.raises(ValueError, match=message):
-        gd.to_dataset(np.zeros(shape, np.float32), layout(), axes)
+        ndda.fields.to_dataset(np.zeros(shape, np.float32), layout(), axes)
 
 
 # --- archives -------------------------------------------------------------------------------------------------------
@@ -456,13 +456,13 @@ def archive(tmp_path):
 def test_only_what_is_needed_is_loaded_from_an_archive(tmp_path):
     dataset, path = archive(tmp_path)
     wanted = dataset.time.values[[2, 37]]
-    states = gd.read_states(dataset, layout(), wanted, fill=FILL)
+    states = ndda.fields.read_states(dataset, layout(), wanted, fill=FILL)
     for chunk in path.glob("temperature/c/*"):  # nothing else than the two times can be read afterwards
         if chunk.name not in ("2", "37"):
             for file in [f for f in chunk.rglob("*") if f.is_file()]:
                 file.write_bytes(b"damaged")
     with xr.open_zarr(path, consolidated=False, chunks=None) as opened:
-        np.testing.assert_array_equal(gd.read_states(opened, layout(), wanted, fill=FILL), states)
+        np.testing.assert_array_equal(ndda.fields.read_states(opened, layout(), wanted, fill=FILL), states)
         with pytest.raises(RuntimeError):
             opened.temperature[3].load()
 
@@ -473,8 +473,8 @@ def test_a_dataset_of_dask_arrays(tmp_path):
     wanted = dataset.time.values[[2, 37]]
     with xr.open_zarr(path, consolidated=False, chunks={}) as opened:
         assert opened.temperature.chunks is not None
-        states = gd.read_states(opened, layout(), wanted, fill=FILL)
-    np.testing.assert_array_equal(states, gd.read_states(dataset, layout(), wanted, fill=FILL))
+        states = ndda.fields.read_states(opened, layout(), wanted, fill=FILL)
+    np.testing.assert_array_equal(states, ndda.fields.read_states(dataset, layout(), wanted, fill=FILL))
 
 
 # --- the package of GenCast -----------------------------------------------------------------------------------------
@@ -488,5 +488,5 @@ def test_channels_are_those_of_the_package():
     example = gencast_example(era5())
     frame = example[list(UNITS)].isel(time=[1]).fillna(271.0)
     stacked = model_utils.dataset_to_stacked(frame.drop_vars("datetime"))
-    states = gd.read_states(example, layout(), TIMES[1:2], fill=FILL)
+    states = ndda.fields.read_states(example, layout(), TIMES[1:2], fill=FILL)
     np.testing.assert_array_equal(stacked.transpose("batch", "lat", "lon", "channels"), states)

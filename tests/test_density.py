@@ -18,8 +18,8 @@ pytestmark = pytest.mark.slow
 COMPILES_A_LOT = True
 
 KEY = jax.random.key(0)
-FLOW = ndda.ProbabilityFlow()
-FEW = ndda.ProbabilityFlow(8)
+FLOW = ndda.diffusion.ProbabilityFlow()
+FEW = ndda.diffusion.ProbabilityFlow(8)
 
 
 def exact(prior, state):
@@ -58,14 +58,14 @@ class Independent(ndda.DiffusionPrior):
 
     scales: jax.Array
     variance: float = eqx.field(static=True)
-    noise: ndda.Noise
+    noise: ndda.diffusion.Noise
     noise_range: tuple[float, float] = eqx.field(static=True)
     layout: ndda.Layout = eqx.field(static=True)
     conditioning_passes: int = eqx.field(static=True)
 
     def __init__(self, scales, variance=0.4, noise=None):
         self.scales, self.variance, self.noise_range = jnp.asarray(scales), variance, (2e-2, 80.0)
-        self.noise = ndda.WhiteNoise() if noise is None else noise
+        self.noise = ndda.diffusion.WhiteNoise() if noise is None else noise
         self.layout, self.conditioning_passes = ndda.Layout(self.scales.shape, ("row", "column")), 1
 
     def condition(self, state, inputs=None):
@@ -104,7 +104,7 @@ def test_error_falls_at_fourth_order():
 
         def error(num_levels):
             # From a level so low that the first step, of order (lowest^2 / v)^2, does not show.
-            density = ndda.ProbabilityFlow(num_levels, lowest=1e-3)
+            density = ndda.diffusion.ProbabilityFlow(num_levels, lowest=1e-3)
             transition = ndda.DiffusionTransition(prior, jnp.zeros(8), density=density)
             return float(jnp.sqrt(jnp.mean((transition.log_prob(x) - expected) ** 2)))
 
@@ -116,7 +116,7 @@ def test_two_modes_integrate_to_one():
     benchmark = load_program(BENCHMARKS / "density.py")
     modes = benchmark.TwoModes(np.array([0.9]), 0.05)
     x = jnp.linspace(-3.0, 3.0, 401)[:, None]
-    value = ndda.DiffusionTransition(modes, jnp.zeros(1), density=ndda.ProbabilityFlow(33)).log_prob(x)
+    value = ndda.DiffusionTransition(modes, jnp.zeros(1), density=ndda.diffusion.ProbabilityFlow(33)).log_prob(x)
     np.testing.assert_allclose(jnp.trapezoid(jnp.exp(value), x[:, 0]), 1.0, atol=1e-3)
     likely = np.abs(np.abs(np.asarray(x[:, 0])) - 0.9) < 0.7
     np.testing.assert_allclose(value[likely], truth(modes.exact(jnp.zeros(1)), x)[likely], atol=1e-2)
@@ -190,7 +190,7 @@ def test_hutchinson_is_unbiased(prior):
     conditioning, x = prior.condition(jnp.zeros(4)), jnp.ones(4)
 
     def value(key, probes):
-        return ndda.ProbabilityFlow(8, ndda.Hutchinson(key, probes))(prior, conditioning, x)[0]
+        return ndda.diffusion.ProbabilityFlow(8, ndda.diffusion.Hutchinson(key, probes))(prior, conditioning, x)[0]
 
     expected, passes = FEW(prior, conditioning, x)
     assert int(passes.jvp) == 8 * 4
@@ -206,7 +206,7 @@ def test_hutchinson_is_unbiased(prior):
 def test_hutchinson_of_a_diagonal_jacobian_is_exact():
     independent, frame = Independent(np.ones((2, 3))), jnp.zeros((2, 3))
     x = jax.random.normal(KEY, (2, 3))
-    signs = ndda.ProbabilityFlow(8, ndda.Hutchinson(KEY, 1))
+    signs = ndda.diffusion.ProbabilityFlow(8, ndda.diffusion.Hutchinson(KEY, 1))
     np.testing.assert_allclose(signs(independent, frame, x)[0], FEW(independent, frame, x)[0], rtol=1e-5)
 
 
@@ -247,16 +247,16 @@ def check_log_density(diffusion, closed, y, values):
 
 def test_density_is_opt_in(prior):
     transition = ndda.DiffusionTransition(prior, jnp.zeros(4))
-    with pytest.raises(NotImplementedError, match=r"Filter.*mask\(False\).*density=ndda.ProbabilityFlow\(\)"):
+    with pytest.raises(NotImplementedError, match=r"Filter.*mask\(False\).*density=ndda.diffusion.ProbabilityFlow\(\)"):
         transition.log_prob(jnp.zeros(4))
 
 
 def test_guided_transition_has_none(prior):
     def observe(x):
-        return [ndda.GaussianObservation(x[:1], jnp.ones(1), jnp.zeros(1), jnp.asarray([True]))]
+        return [ndda.observation.GaussianObservation(x[:1], jnp.ones(1), jnp.zeros(1), jnp.asarray([True]))]
 
     transition = ndda.DiffusionTransition(prior, jnp.zeros(4), density=FLOW)
-    guided = transition.conditioned(ndda.GaussianLikelihood(observe))
+    guided = transition.conditioned(ndda.observation.GaussianLikelihood(observe))
     with pytest.raises(NotImplementedError, match=r"a ConditionedTransition has no density(?!.*ProbabilityFlow)"):
         guided.log_prob(jnp.zeros(4))
 
@@ -278,11 +278,11 @@ def test_refusals():
     with pytest.raises(RuntimeError, match="scale S is zero"):
         known.log_prob(jnp.zeros((1, 2)))
     with pytest.raises(ValueError, match="num_levels=1"):
-        ndda.ProbabilityFlow(1)
+        ndda.diffusion.ProbabilityFlow(1)
     with pytest.raises(ValueError, match="0 < lowest < highest"):
-        ndda.ProbabilityFlow(lowest=3.0).levels((0.02, 2.0))
+        ndda.diffusion.ProbabilityFlow(lowest=3.0).levels((0.02, 2.0))
     with pytest.raises(ValueError, match="probes=0"):
-        ndda.Hutchinson(KEY, 0)
+        ndda.diffusion.Hutchinson(KEY, 0)
 
 
 def test_learned_emulator():
@@ -295,6 +295,8 @@ def test_learned_emulator():
     def value(density):
         return float(ndda.DiffusionTransition(prior, state, density=density).log_prob(x))
 
-    many = value(ndda.ProbabilityFlow(48))
-    np.testing.assert_allclose(value(ndda.ProbabilityFlow(12)), many, atol=1e-3)
-    np.testing.assert_allclose(value(ndda.ProbabilityFlow(12, ndda.Hutchinson(KEY, 4))), many, atol=0.05)
+    many = value(ndda.diffusion.ProbabilityFlow(48))
+    np.testing.assert_allclose(value(ndda.diffusion.ProbabilityFlow(12)), many, atol=1e-3)
+    np.testing.assert_allclose(
+        value(ndda.diffusion.ProbabilityFlow(12, ndda.diffusion.Hutchinson(KEY, 4))), many, atol=0.05
+    )

@@ -47,7 +47,7 @@ def test_draws_have_the_transition_s_moments(prior, small):
 
 
 def test_pytree_round_trip_keeps_prior_and_sampler(prior):
-    sampler = ndda.Sampler(ndda.DDIM(), ndda.KarrasSchedule(4))
+    sampler = ndda.Sampler(ndda.diffusion.DDIM(), ndda.KarrasSchedule(4))
     transition = ndda.DiffusionTransition(prior, jnp.zeros(4), sampler=sampler)
     leaves, structure = jax.tree.flatten(transition)
     assert [x.shape for x in leaves] == [(4,)]  # no network parameters: scan would stack them over time
@@ -131,9 +131,11 @@ def test_wrong_input(prior):
 def test_conditioned_draws_move_towards_the_observation(prior):
     def observe(x):
         y = jnp.asarray([5.0])
-        return [ndda.GaussianObservation(x[:1], jnp.asarray([0.01]), y, jnp.asarray([True]))]
+        return [ndda.observation.GaussianObservation(x[:1], jnp.asarray([0.01]), y, jnp.asarray([True]))]
 
-    guided = ndda.DiffusionTransition(prior, jnp.zeros((2, 4))).conditioned(ndda.GaussianLikelihood(observe))
+    guided = ndda.DiffusionTransition(prior, jnp.zeros((2, 4))).conditioned(
+        ndda.observation.GaussianLikelihood(observe)
+    )
     x, (record,) = guided.sample_with_intermediates(KEY, (3,))
     assert x.shape == (3, 2, 4)
     np.testing.assert_allclose(x[..., 0], 5.0, atol=0.1)

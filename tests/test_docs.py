@@ -11,7 +11,7 @@ import pytest
 import scipy.linalg
 import scipy.stats
 
-from numpyro_diffusion_da.results import smoothing
+import numpyro_diffusion_da as ndda
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -82,7 +82,7 @@ def says_of_arviz(names):
         assert outer[1] > 0.2 + 2 * se
     error = [
         np.sqrt(np.mean((result.posterior["x"].mean((0, 1)) - names["truth"]) ** 2))
-        for result in (analysis, smoothing.fixed_lag(analysis, 5), names["paths"])
+        for result in (analysis, ndda.results.fixed_lag(analysis, 5), names["paths"])
     ]
     assert max(error[1:]) < 0.9 * error[0]
     assert names["tree"]["lag_5"].attrs["smoothing"] == "fixed lag"

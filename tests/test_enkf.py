@@ -12,11 +12,10 @@ import scipy.linalg
 from numpyro.contrib.control_flow import scan
 
 import numpyro_diffusion_da as ndda
-from numpyro_diffusion_da.filters.placement import place_taper
-from numpyro_diffusion_da.smc import ensemble_update
-from numpyro_diffusion_da.smc.enkf import build_kernel, init
+from numpyro_diffusion_da.filters import placement
+from numpyro_diffusion_da.smc import enkf, ensemble_update, init
 
-UPDATES = {"perturbed": ndda.PerturbedObservations(), "square root": ndda.SquareRoot()}
+UPDATES = {"perturbed": ndda.smc.PerturbedObservations(), "square root": ndda.smc.SquareRoot()}
 D = 6
 SITES = np.arange(D)
 
@@ -34,7 +33,7 @@ def analysed(update, x, h, y, taper=None):
     def residual(x, particle, y):
         return jnp.where(jnp.isnan(y), 0.0, jnp.nan_to_num(y) - h.astype(np.float32) @ x)
 
-    kernel = build_kernel(
+    kernel = enkf.build_kernel(
         lambda key, particle, y: (particle, ()),
         residual,
         lambda key, x, particle, y, record: (x, record),
@@ -58,7 +57,7 @@ def kalman(mean, p, h, y, seen_through=None):
 def test_square_root_is_exact(m):
     """Mean and covariance of the Kalman update with the ensemble's own; fewer and more values than members."""
     x, h, y = ensemble(12, m)
-    got = analysed(ndda.SquareRoot(), x, h, y)
+    got = analysed(ndda.smc.SquareRoot(), x, h, y)
     mean, covariance = kalman(x.mean(0), np.cov(x.T), h, y)
     scale = np.abs(np.cov(x.T)).max()
     np.testing.assert_allclose(got.mean(0), mean, atol=1e-3)
@@ -68,7 +67,7 @@ def test_square_root_is_exact(m):
 def test_square_root_moves_the_members_least():
     """The symmetric root: T of the anomalies is the inverse root of I + Y Y^T / (N - 1)."""
     x, h, y = ensemble(8, 3)
-    got = analysed(ndda.SquareRoot(), x, h, y)
+    got = analysed(ndda.smc.SquareRoot(), x, h, y)
     before, after = x - x.mean(0), got - got.mean(0)
     predicted = before @ h.T
     root = np.linalg.inv(scipy.linalg.sqrtm(np.eye(8) + predicted @ predicted.T / 7).real)
@@ -96,7 +95,7 @@ def test_square_root_with_a_taper_is_a_kalman_update_at_each_site(batch, monkeyp
     monkeypatch.setattr(ensemble_update, "LARGEST_BLOCK", batch)
     (x, _, _), (h, rho, taper) = ensemble(7, 1), local()
     y = np.array([0.5, np.nan, -1.0])
-    got = analysed(ndda.SquareRoot(), x, h, y, taper)
+    got = analysed(ndda.smc.SquareRoot(), x, h, y, taper)
     for site in SITES:
         near = (rho[site] > 0) & ~np.isnan(y)
         root = np.sqrt(rho[site][near])
@@ -109,7 +108,7 @@ def test_perturbed_observations_with_a_taper():
     """The mean's update is that of the gain whose covariances are multiplied by the taper."""
     (x, _, _), (h, rho, taper) = ensemble(7, 1), local(0.9)
     y, seen = np.array([0.5, np.nan, -1.0]), [0, 2]
-    got = analysed(ndda.PerturbedObservations(), x, h, y, taper)
+    got = analysed(ndda.smc.PerturbedObservations(), x, h, y, taper)
     between = taper.between_observations()[np.ix_(seen, seen)]
     mean, _ = kalman(x.mean(0), np.cov(x.T), h[seen], y[seen], (rho[:, seen], between))
     np.testing.assert_allclose(got.mean(0), mean, rtol=2e-4, atol=1e-4)
@@ -125,9 +124,9 @@ def test_nothing_observed_changes_nothing(name):
 
 
 def test_settings_are_refused():
-    for wrong in ({"rtps": -0.1}, {"rtps": 1.5}, {"tempering": 0.5}):
-        with pytest.raises(ValueError, match=f"EnKF got {next(iter(wrong))}="):
-            ndda.EnKF(program, **wrong)
+    for wrong, value in ((ndda.RTPS, -0.1), (ndda.RTPS, 1.5), (ndda.ForecastMultiplicative, 0.5)):
+        with pytest.raises(ValueError, match=rf"{wrong.__name__} got \w+={value}; give"):
+            wrong(value)
 
 
 # --- of a program -----------------------------------------------------------------------------------------------------
@@ -156,13 +155,14 @@ def correlated(y):
 
 
 Y = np.random.default_rng(0).normal(size=(3, 3)).astype(np.float32)
+INFLATION = (ndda.ForecastMultiplicative(1.05), ndda.RTPS(0.5))
 TAPER = ndda.Taper(1.2, ndda.Ring(D), {"y": SITES[::2]}, state=SITES)
 
 
 def test_a_program_with_a_taper():
     """The settings are in the attributes, and far from what is observed the analysis is the forecast."""
     only_first = np.where(np.arange(3) == 0, Y, np.nan).astype(np.float32)
-    algorithm = ndda.EnKF(program, update=ndda.SquareRoot(), taper=TAPER, rtps=0.5, tempering=1.05)
+    algorithm = ndda.EnKF(program, update=ndda.smc.SquareRoot(), taper=TAPER, inflation=INFLATION)
     online, states = ndda.OnlineFilter(algorithm, num_particles=12), []
     for y in (only_first, np.full_like(Y, np.nan)):
         start = online.init(jax.random.key(0), y[:1])
@@ -170,10 +170,10 @@ def test_a_program_with_a_taper():
     moved = np.abs(states[0] - states[1]).max(0)
     assert np.all(moved[[5, 0, 1]] > 1e-3)
     np.testing.assert_allclose(moved[3], 0.0, atol=1e-5)
-    settings = algorithm.settings(ndda.StateSpaceModel(program, (Y,)))
+    settings = algorithm.settings(ndda.program.StateSpaceModel(program, (Y,)))
     assert settings["update"] == "SquareRoot()"
     assert settings["taper"] == repr(TAPER)
-    assert (settings["rtps"], settings["tempering"]) == (0.5, 1.05)
+    assert settings["inflation"] == "ForecastMultiplicative(factor=1.05), RTPS(alpha=0.5)"
 
 
 def test_a_prior_gives_the_places_of_its_state():
@@ -191,7 +191,7 @@ def test_a_prior_gives_the_places_of_its_state():
         scan(step, jnp.zeros(D), y)
 
     taper = ndda.Taper(30.0, ndda.Ring(60), {"y": [0, 20, 40], "pair": [35]})
-    placed = place_taper(taper, ndda.StateSpaceModel(model, (np.zeros((2, 5)),)))
+    placed = placement.place_taper(taper, ndda.program.StateSpaceModel(model, (np.zeros((2, 5)),)))
     np.testing.assert_array_equal(placed.points[:, 0], 10 * SITES)
     np.testing.assert_array_equal(placed.observations[:, 0], [35, 35, 0, 20, 40])
 
@@ -206,7 +206,7 @@ def test_a_prior_gives_the_places_of_its_state():
 )
 def test_a_program_and_a_taper_that_do_not_fit(model, taper, sentence):
     with pytest.raises(ValueError, match=sentence):
-        ndda.EnKF(model, taper=taper).kernel(ndda.StateSpaceModel(model, (Y,)))
+        ndda.EnKF(model, taper=taper).kernel(ndda.program.StateSpaceModel(model, (Y,)))
 
 
 def test_a_transition_without_noise_is_taken():

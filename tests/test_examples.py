@@ -239,7 +239,7 @@ def test_published_settings_are_the_particle_filters(number, noise):
     _, y = setting.truth(jax.random.key(0), 12)
     algorithm = benchmark.algorithm_of(row, False, noise)
     mean, variance = jax.jit(lambda key, y: benchmark.moments(algorithm, row.members, key, y))(key, y)
-    filter_ = ndda.Filter(algorithm, num_particles=row.members, batch_size=0, progress_bar=False)
+    filter_ = ndda.Filter(algorithm, num_particles=row.members, progress_bar=False)
     filter_.run(key, y)
     x = filter_.result.posterior["x"][0]
     np.testing.assert_allclose(mean[:3], x.mean(0)[:3], rtol=1e-3, atol=1e-3)  # later, chaos has parted them
@@ -252,8 +252,8 @@ def test_rotation_of_the_published_settings_keeps_mean_and_covariance():
     anomalies = jax.random.normal(keys[0], (10, 3))
     anomalies = anomalies - anomalies.mean(0, keepdims=True)
     residual = jax.random.normal(keys[1], (10, 2))
-    plain = anomalies + ndda.SquareRoot()(keys[2], anomalies, residual)
-    turned = anomalies + benchmark.AsDapper(ndda.SquareRoot(), 1.1, rotate=True)(keys[2], anomalies, residual)
+    plain = anomalies + ndda.smc.SquareRoot()(keys[2], anomalies, residual)
+    turned = anomalies + benchmark.AsDapper(ndda.smc.SquareRoot(), 1.1, rotate=True)(keys[2], anomalies, residual)
     np.testing.assert_allclose(turned.mean(0), plain.mean(0), atol=1e-5)
     np.testing.assert_allclose(np.cov(turned.T), 1.1**2 * np.cov(plain.T), atol=1e-5)
     assert np.abs(turned - plain).max() > 0.5

@@ -15,7 +15,7 @@ KEY = jax.random.key(0)
 N = 15
 
 
-def make(model, algorithm=ndda.FAAPF, num_chains=1, batch_size=0):
+def make(model, algorithm=ndda.FAAPF, num_chains=1, batch_size=None):
     return ndda.Filter(
         algorithm(model), num_particles=N, num_chains=num_chains, batch_size=batch_size, progress_bar=False
     )

@@ -17,11 +17,9 @@ from conftest import LinearGaussian
 from numpyro.contrib.control_flow import scan
 
 import numpyro_diffusion_da as ndda
-from numpyro_diffusion_da.diffusion.denoiser import PriorDenoiser
-from numpyro_diffusion_da.diffusion.linear_solve import projected_solve
-from numpyro_diffusion_da.program.sites import gaussian_observations
-from numpyro_diffusion_da.transition.gaussian import GaussianDynamics
-from numpyro_diffusion_da.transition.predictive import observed_covariance
+from numpyro_diffusion_da.diffusion import PriorDenoiser, linear_solve
+from numpyro_diffusion_da.program import gaussian_observations
+from numpyro_diffusion_da.transition import GaussianDynamics, predictive
 
 CASES = [(seed, singular) for seed in (0, 1) for singular in (False, True)]
 
@@ -77,10 +75,12 @@ class Problem:
     def prior(self) -> ndda.GaussianPrior:
         return ndda.GaussianPrior(self.a, self.q, self.b, self.c)
 
-    def likelihood(self) -> ndda.GaussianLikelihood:
+    def likelihood(self) -> ndda.observation.GaussianLikelihood:
         h, y = jnp.asarray(self.h), jnp.asarray(self.y)
         factor = jnp.asarray(np.linalg.cholesky(self.r))
-        return ndda.GaussianLikelihood(lambda x: [ndda.GaussianObservation(h @ x, factor, y, ~jnp.isnan(y))])
+        return ndda.observation.GaussianLikelihood(
+            lambda x: [ndda.observation.GaussianObservation(h @ x, factor, y, ~jnp.isnan(y))]
+        )
 
     def reduced(self) -> Problem:
         """The same with the missing rows taken out."""
@@ -116,11 +116,11 @@ def test_guided_flow_is_the_exact_posterior(seed, singular):
     """A deterministic sampler is an affine map of its noise, so its law is known without Monte Carlo."""
     problem = Problem.random(seed, singular)
     d, highest = len(problem.x), 1e5  # what z_s still says about z at the highest level is of order 1 / highest
-    sampler = ndda.Sampler(ndda.AdamsBashforth(4), ndda.KarrasSchedule(600, 15.0, 1e-4, highest))
+    sampler = ndda.Sampler(ndda.diffusion.AdamsBashforth(4), ndda.KarrasSchedule(600, 15.0, 1e-4, highest))
     with jax.enable_x64(True):
         prior = problem.prior()
         conditioning = prior.condition(problem.x)
-        denoiser = ndda.MMPS(ndda.DirectSolve())(PriorDenoiser(prior, conditioning), problem.likelihood())
+        denoiser = ndda.MMPS(ndda.diffusion.DirectSolve())(PriorDenoiser(prior, conditioning), problem.likelihood())
 
         def flow(z):
             z, memory = sampler(jax.random.key(0), denoiser, prior.noise, prior.noise_range, z)
@@ -137,7 +137,7 @@ def test_guided_flow_is_the_exact_posterior(seed, singular):
 
 
 @pytest.mark.parametrize(
-    ("seed", "singular", "solver"), [(1, False, ndda.KrylovSolve()), (2, True, ndda.DirectSolve())]
+    ("seed", "singular", "solver"), [(1, False, ndda.diffusion.KrylovSolve()), (2, True, ndda.diffusion.DirectSolve())]
 )
 def test_default_sampler(seed, singular, solver):
     """16 levels, with exact solves or two products: a law within a tenth of the posterior's spread of the posterior."""
@@ -153,9 +153,9 @@ def test_default_sampler(seed, singular, solver):
 
 def test_conditioned_transition_has_the_posterior_moments():
     problem = Problem.random(3, True)
-    sampler = ndda.Sampler(ndda.AdamsBashforth(3), ndda.KarrasSchedule(40, 7.0, 2e-3))
+    sampler = ndda.Sampler(ndda.diffusion.AdamsBashforth(3), ndda.KarrasSchedule(40, 7.0, 2e-3))
     transition = ndda.DiffusionTransition(problem.prior(), problem.x, sampler=sampler)
-    conditioned = transition.conditioned(problem.likelihood(), ndda.MMPS(ndda.DirectSolve()))
+    conditioned = transition.conditioned(problem.likelihood(), ndda.MMPS(ndda.diffusion.DirectSolve()))
     draws, (record,) = jax.jit(lambda key: conditioned.sample_with_intermediates(key, (4000,)))(jax.random.key(0))
     assert_moments(np.asarray(draws, np.float64), *problem.posterior())
     assert np.all(record.passes.forward == 40)
@@ -182,7 +182,7 @@ def test_missing_observations_are_rows_that_are_not_there(correlated):
                 site = dist.Normal(h @ x, jnp.diagonal(error)).to_event(1)
             return gaussian_observations("y", site, value)
 
-        def answers(keys, likelihood=ndda.GaussianLikelihood(observe)):
+        def answers(keys, likelihood=ndda.observation.GaussianLikelihood(observe)):
             weight, _ = ndda.Moment()(step, likelihood)
             guided = ndda.MMPS()(PriorDenoiser(step.prior, step.conditioning), likelihood)
             denoised, _ = guided(jnp.ones(len(problem.x)), jnp.asarray(0.5), guided.init())
@@ -278,7 +278,10 @@ def test_gaussian_step_is_exact(diagonal):
     assert_moments(np.asarray(free, np.float64), problem.mean, problem.q)
     np.testing.assert_allclose(covariance_matrix(step, len(problem.x)), problem.q, rtol=1e-5, atol=1e-6)
     weight, residual, whitened = jax.jit(
-        lambda step: (ndda.Moment()(step, likelihood)[0], *observed_covariance(step.moments(), likelihood)[:2])
+        lambda step: (
+            ndda.Moment()(step, likelihood)[0],
+            *predictive.observed_covariance(step.moments(), likelihood)[:2],
+        )
     )(step)
     np.testing.assert_allclose(weight, problem.log_predictive(), rtol=1e-4)
     root = np.linalg.inv(np.linalg.cholesky(problem.r))
@@ -454,8 +457,8 @@ def test_diffusion_filter_is_the_kalman_filter():
     """The whole way: denoiser, guidance, sampler, weights, filter."""
     model = LinearGaussian.make(0, 4)
     _, y = model.simulate(100, 8)
-    sampler = ndda.Sampler(ndda.AdamsBashforth(3), ndda.KarrasSchedule(48, 7.0, 2e-3))
-    guidance = ndda.MMPS(ndda.DirectSolve())
+    sampler = ndda.Sampler(ndda.diffusion.AdamsBashforth(3), ndda.KarrasSchedule(48, 7.0, 2e-3))
+    guidance = ndda.MMPS(ndda.diffusion.DirectSolve())
     algorithm = ndda.FAAPF(model.diffusion_program(), ndda.Moment(), 0.0, guidance, sampler)
     particle_filter = ndda.Filter(algorithm, num_particles=512, num_chains=8, progress_bar=False)
     particle_filter.run(jax.random.key(0), jnp.asarray(y))
@@ -498,13 +501,13 @@ def test_krylov_is_conjugate_gradients():
     b = spread_matrix(M, 0)
     with jax.enable_x64(True):
         for k in (1, 2, 3, M):
-            solution, _ = solve(ndda.KrylovSolve(k, warm_start=False), b, G, RHS)
+            solution, _ = solve(ndda.diffusion.KrylovSolve(k, warm_start=False), b, G, RHS)
             expected, _ = jax.scipy.sparse.linalg.cg(lambda v: v + b @ v, jnp.asarray(RHS), tol=0.0, maxiter=k)
             np.testing.assert_allclose(solution.answer, expected, atol=1e-6)  # its own loss of orthogonality
             np.testing.assert_allclose(solution.image, G @ np.asarray(solution.answer), atol=1e-10)
             np.testing.assert_allclose(solution.residual, relative_residual(b, RHS, solution.answer), atol=1e-10)
             assert solution.products == k
-        direct, _ = solve(ndda.DirectSolve(), b, G, RHS)
+        direct, _ = solve(ndda.diffusion.DirectSolve(), b, G, RHS)
         np.testing.assert_allclose(direct.answer, np.linalg.solve(np.eye(M) + b, RHS), rtol=1e-9)
         np.testing.assert_allclose(direct.image, G @ np.asarray(direct.answer), atol=1e-10)
         assert direct.residual < 1e-10
@@ -515,20 +518,22 @@ def test_warm_start():
     b = spread_matrix(M, 1)
     exact, close = (np.linalg.solve(np.eye(M) + factor * b, RHS) for factor in (1.0, 1.2))
     with jax.enable_x64(True):
-        cold, warm_start = solve(ndda.KrylovSolve(2), b, G, RHS)
+        cold, warm_start = solve(ndda.diffusion.KrylovSolve(2), b, G, RHS)
         np.testing.assert_array_equal(warm_start, cold.answer)
         assert cold.residual > 0.1
-        assert solve(ndda.KrylovSolve(2), b, G, RHS, exact)[0].residual < 1e-10
+        assert solve(ndda.diffusion.KrylovSolve(2), b, G, RHS, exact)[0].residual < 1e-10
         # From the answer of a system close by, one more direction is worth more than two from nothing.
-        assert solve(ndda.KrylovSolve(2), b, G, RHS, close)[0].residual < 0.5 * cold.residual
+        assert solve(ndda.diffusion.KrylovSolve(2), b, G, RHS, close)[0].residual < 0.5 * cold.residual
         # A single product leaves no room for the old answer: the residual is the direction.
-        single, _ = solve(ndda.KrylovSolve(1), b, G, RHS, exact)
-        without, _ = solve(ndda.KrylovSolve(1, warm_start=False), b, G, RHS)
+        single, _ = solve(ndda.diffusion.KrylovSolve(1), b, G, RHS, exact)
+        without, _ = solve(ndda.diffusion.KrylovSolve(1, warm_start=False), b, G, RHS)
         np.testing.assert_array_equal(single.answer, without.answer)
 
 
 @pytest.mark.parametrize("kind", ["indefinite", "nonsymmetric", "nearly singular"])
-@pytest.mark.parametrize("solver", [ndda.KrylovSolve(3), ndda.KrylovSolve(M), ndda.DirectSolve()], ids=repr)
+@pytest.mark.parametrize(
+    "solver", [ndda.diffusion.KrylovSolve(3), ndda.diffusion.KrylovSolve(M), ndda.diffusion.DirectSolve()], ids=repr
+)
 def test_unruly_systems_stay_bounded_and_say_so(kind, solver):
     for seed in range(3):
         a = np.random.default_rng(seed).normal(size=(M, M))
@@ -547,7 +552,9 @@ def test_unruly_systems_stay_bounded_and_say_so(kind, solver):
         np.testing.assert_allclose(solution.image, G @ answer, atol=1e-4)
 
 
-@pytest.mark.parametrize("solver", [ndda.KrylovSolve(3), ndda.KrylovSolve(50), ndda.DirectSolve()], ids=repr)
+@pytest.mark.parametrize(
+    "solver", [ndda.diffusion.KrylovSolve(3), ndda.diffusion.KrylovSolve(50), ndda.diffusion.DirectSolve()], ids=repr
+)
 def test_solves_at_the_edges(solver):
     g, rhs = jnp.asarray(G, jnp.float32), jnp.asarray(RHS, jnp.float32)
     zero = jnp.zeros((M, M))
@@ -559,9 +566,11 @@ def test_solves_at_the_edges(solver):
 
 
 def test_projected_solve_lifts_eigenvalues_to_one():
-    np.testing.assert_allclose(projected_solve(jnp.diag(jnp.array([-3.0, 0.5, 4.0])), jnp.ones(3)), [1.0, 1.0, 0.25])
+    np.testing.assert_allclose(
+        linear_solve.projected_solve(jnp.diag(jnp.array([-3.0, 0.5, 4.0])), jnp.ones(3)), [1.0, 1.0, 0.25]
+    )
 
 
 def test_krylov_needs_a_product():
     with pytest.raises(ValueError, match="products=0; give 1 or more"):
-        ndda.KrylovSolve(0)
+        ndda.diffusion.KrylovSolve(0)

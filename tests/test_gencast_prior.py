@@ -32,9 +32,9 @@ pytestmark = [
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
     """A random checkpoint with its statistics and data."""
-    from numpyro_diffusion_da.priors.gencast.synthetic import write_synthetic
+    from numpyro_diffusion_da.priors import write_synthetic_gencast
 
-    return write_synthetic(tmp_path_factory.mktemp("gencast"))
+    return write_synthetic_gencast(tmp_path_factory.mktemp("gencast"))
 
 
 @pytest.fixture(scope="module")
@@ -50,13 +50,12 @@ def prior(files):
 @pytest.fixture(scope="module")
 def package(files):
     """The package's modules and what it reads of the checkpoint and of the statistics."""
-    from numpyro_diffusion_da.priors.gencast.package import weathernext
-    from numpyro_diffusion_da.priors.gencast.statistics import read_statistics
+    from numpyro_diffusion_da.priors import import_weathernext, read_gencast_statistics
 
-    wn = weathernext()
+    wn = import_weathernext()
     with open(files.checkpoint, "rb") as file:
         checkpoint = wn.checkpoint.load(file, wn.gencast.CheckPoint)
-    return wn, checkpoint, read_statistics(files.stats)
+    return wn, checkpoint, read_gencast_statistics(files.stats)
 
 
 def in_the_package_s_form(dataset):
@@ -134,7 +133,7 @@ def test_unguided_sampler_is_the_official_one(prior, files, dataset, package, mo
     from weathernext.utils import nan_cleaning, normalization
     from weathernext.weathernext1_gen import samplers_utils
 
-    from numpyro_diffusion_da.priors.gencast.package import as_the_package_expects
+    from numpyro_diffusion_da.priors import package_settings
 
     wn, checkpoint, statistics = package
     inputs, targets, forcings = extract(dataset, package)
@@ -166,17 +165,17 @@ def test_unguided_sampler_is_the_official_one(prior, files, dataset, package, mo
         predictor = nan_cleaning.NaNCleaner(predictor, "sea_surface_temperature", statistics["min"], True)
         return predictor(inputs, targets_template=template, forcings=forcings)
 
-    with as_the_package_expects(), jax.default_matmul_precision("highest"):
+    with package_settings(), jax.default_matmul_precision("highest"):
         run = jax.jit(lambda p, i, t, f: official.apply(p, jax.random.key(0), i, t, f))
         expected = stacked(run(checkpoint.params, inputs, targets * 0, forcings).compute())
 
-    sampler = ndda.Sampler(ndda.DPMSolverPP2S(), ndda.KarrasSchedule(20, rho=7.0, lowest=0.03, highest=80.0))
+    sampler = ndda.Sampler(ndda.diffusion.DPMSolverPP2S(), ndda.KarrasSchedule(20, rho=7.0, lowest=0.03, highest=80.0))
     frames = prior.frames(dataset, dataset.time.values[:2])
     forcings = jax.tree.map(lambda v: v[0], prior.forcings(dataset.time.values[2:3]))
 
     @jax.jit
     def ours(previous, last):
-        from numpyro_diffusion_da.diffusion.denoiser import PriorDenoiser
+        from numpyro_diffusion_da.diffusion import PriorDenoiser
 
         conditioning = prior.condition((previous, last), forcings)
         z, memory = sampler(

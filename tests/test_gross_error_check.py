@@ -13,7 +13,7 @@ from numpyro.contrib.control_flow import scan
 from rich.console import Console
 
 import numpyro_diffusion_da as ndda
-from numpyro_diffusion_da.results.summary import summary
+from numpyro_diffusion_da.results import summary_table
 
 COMPILES_A_LOT = True
 
@@ -47,7 +47,7 @@ def twin(steps=20):
 
 FILTERS = {
     "FAAPF": lambda model: ndda.FAAPF(model),
-    "EnKF": lambda model: ndda.EnKF(model, tempering=1.02),
+    "EnKF": lambda model: ndda.EnKF(model, inflation=(ndda.ForecastMultiplicative(1.02),)),
     "GuidedPF": lambda model: ndda.GuidedPF(model),
     "Bootstrap": lambda model: ndda.Bootstrap(model),
 }
@@ -124,7 +124,7 @@ def test_what_the_result_says(checked):
     assert listed["log_likelihood"]["y"].sizes["y_observed"] == y.size - wrong.sum() - 1
     console = Console(width=150)
     with console.capture() as printed:
-        console.print(summary(checked.result))
+        console.print(summary_table(checked.result))
     assert "rejected as gross errors" in printed.get()
     assert f"{wrong.sum() / (y.size - 1):.2%} of the checked" in printed.get()
 

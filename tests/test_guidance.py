@@ -17,17 +17,18 @@ from test_gaussian_oracle import Problem
 from test_path import MEAN, assert_unbiased, draw, law, step_of
 
 import numpyro_diffusion_da as ndda
-from numpyro_diffusion_da.diffusion.denoiser import PriorDenoiser
-from numpyro_diffusion_da.diffusion.linear_solve import RowSumSolve
-from numpyro_diffusion_da.observation.likelihood import GeneralLikelihood
-from numpyro_diffusion_da.program.sites import general_observation
+from numpyro_diffusion_da.diffusion import PriorDenoiser, RowSumSolve
+from numpyro_diffusion_da.observation import GeneralLikelihood
+from numpyro_diffusion_da.program import general_observation
 
 LEVELS = (20.0, 1.0, 0.1)
 
 
 @eqx.filter_jit
 def _denoised(guidance, prior, h, factor, y, x, level, z):
-    like = ndda.GaussianLikelihood(lambda x: [ndda.GaussianObservation(h @ x, factor, y, jnp.ones(len(y), bool))])
+    like = ndda.observation.GaussianLikelihood(
+        lambda x: [ndda.observation.GaussianObservation(h @ x, factor, y, jnp.ones(len(y), bool))]
+    )
     guided = guidance(PriorDenoiser(prior, prior.condition(x)), like)
     return guided(z, level, guided.init())
 
@@ -41,7 +42,7 @@ def denoised_by(guidance, problem, level, z):
 
 def correction(guidance, problem, level, z):
     """D_y - D."""
-    return denoised_by(guidance, problem, level, z)[0] - denoised_by(ndda.Unguided(), problem, level, z)[0]
+    return denoised_by(guidance, problem, level, z)[0] - denoised_by(ndda.diffusion.Unguided(), problem, level, z)[0]
 
 
 def exact(problem, level, z):
@@ -64,18 +65,18 @@ def isotropic(seed, correlated_noise):
 
 
 @pytest.mark.parametrize("correlated_noise", [False, True])
-@pytest.mark.parametrize(("guidance", "vjp"), [(ndda.PiGDM, 1), (ndda.JFPS, 0)])
+@pytest.mark.parametrize(("guidance", "vjp"), [(ndda.diffusion.PiGDM, 1), (ndda.diffusion.JFPS, 0)])
 def test_constant_variance_is_exact_where_the_variance_is_constant(guidance, vjp, correlated_noise):
     problem = isotropic(2, correlated_noise)
     z = np.random.default_rng(0).normal(size=len(problem.x))
     with jax.enable_x64(True):
         sigma_data = 0.7 / float(problem.prior().latent_scale)
         for level in LEVELS:
-            chosen = guidance(sigma_data, ndda.DirectSolve())
+            chosen = guidance(sigma_data, ndda.diffusion.DirectSolve())
             value, passes, _ = denoised_by(chosen, problem, level, level * z)
             assert passes == (1, 0, vjp)
             np.testing.assert_allclose(value, exact(problem, level, level * z), atol=1e-9)
-            wrong = denoised_by(guidance(3.0 * sigma_data, ndda.DirectSolve()), problem, level, level * z)[0]
+            wrong = denoised_by(guidance(3.0 * sigma_data, ndda.diffusion.DirectSolve()), problem, level, level * z)[0]
             assert level < 0.2 or np.abs(wrong - value).max() > 1e-2  # sigma_data matters, but for low noise
 
 
@@ -87,10 +88,10 @@ def test_sigma_data_of_each_component():
     z = np.random.default_rng(0).normal(size=len(problem.x))
     with jax.enable_x64(True):
         sigma_data = np.sqrt(variances) / float(problem.prior().latent_scale)
-        for guidance in (ndda.PiGDM, ndda.JFPS):
-            given = guidance(sigma_data, ndda.DirectSolve())
+        for guidance in (ndda.diffusion.PiGDM, ndda.diffusion.JFPS):
+            given = guidance(sigma_data, ndda.diffusion.DirectSolve())
             np.testing.assert_allclose(denoised_by(given, problem, 1.0, z)[0], exact(problem, 1.0, z), atol=1e-9)
-            one = guidance(solver=ndda.DirectSolve())
+            one = guidance(solver=ndda.diffusion.DirectSolve())
             assert np.abs(denoised_by(one, problem, 1.0, z)[0] - exact(problem, 1.0, z)).max() > 1e-2
 
 
@@ -105,7 +106,7 @@ def test_tmpd_is_exact_for_a_diagonal_system():
     z = np.random.default_rng(0).normal(size=d)
     with jax.enable_x64(True):
         for level in LEVELS:
-            value, passes, residual = denoised_by(ndda.TMPD(), problem, level, level * z)
+            value, passes, residual = denoised_by(ndda.diffusion.TMPD(), problem, level, level * z)
             assert passes == (1, 0, 2)
             assert residual < 1e-12
             np.testing.assert_allclose(value, exact(problem, level, level * z), atol=1e-9)
@@ -141,9 +142,9 @@ def test_dps_is_the_limit_of_inaccurate_observations(singular):
         for tempering in (1e3, 1e5):
             weak = dataclasses.replace(problem, r=tempering * problem.r)
             z = np.asarray(z)
-            true = exact(weak, 1.0, z) - denoised_by(ndda.Unguided(), weak, 1.0, z)[0]
-            assert denoised_by(ndda.DPS(), weak, 1.0, z)[1] == (1, 0, 1)
-            error = correction(ndda.DPS(), weak, 1.0, z) - true
+            true = exact(weak, 1.0, z) - denoised_by(ndda.diffusion.Unguided(), weak, 1.0, z)[0]
+            assert denoised_by(ndda.diffusion.DPS(), weak, 1.0, z)[1] == (1, 0, 1)
+            error = correction(ndda.diffusion.DPS(), weak, 1.0, z) - true
             relative.append(np.linalg.norm(error) / np.linalg.norm(true))
     assert relative[0] < 0.1
     np.testing.assert_allclose(relative[0] / relative[1], 100.0, rtol=0.1)
@@ -154,27 +155,31 @@ def test_dps_step_size():
     problem = Problem.random(1, False)
     z = np.random.default_rng(0).normal(size=len(problem.x))
     with jax.enable_x64(True):
-        plain, scaled = (correction(ndda.DPS(zeta), problem, 1.0, z) for zeta in (None, 0.3))
+        plain, scaled = (correction(ndda.diffusion.DPS(zeta), problem, 1.0, z) for zeta in (None, 0.3))
         prior = problem.prior()
-        x = problem.mean + float(prior.latent_scale) * denoised_by(ndda.Unguided(), problem, 1.0, z)[0]
+        x = problem.mean + float(prior.latent_scale) * denoised_by(ndda.diffusion.Unguided(), problem, 1.0, z)[0]
         residual = np.linalg.norm(problem.likelihood().residual(jnp.asarray(x)))
     np.testing.assert_allclose(scaled, plain * 0.3 / residual, rtol=1e-9)
 
 
 def test_refusals():
     with pytest.raises(ValueError, match="zeta=0"):
-        ndda.DPS(0.0)
+        ndda.diffusion.DPS(0.0)
     with pytest.raises(ValueError, match="JFPS got sigma_data"):
-        ndda.JFPS(np.array([1.0, 0.0]))
+        ndda.diffusion.JFPS(np.array([1.0, 0.0]))
     with pytest.raises(ValueError, match="one level fewer"):
-        ndda.Piecewise((ndda.MMPS(),), (1.0,))
+        ndda.diffusion.Piecewise((ndda.MMPS(),), (1.0,))
     with pytest.raises(ValueError, match="highest first"):
-        ndda.Piecewise((ndda.MMPS(), ndda.MMPS(), ndda.MMPS()), (1.0, 2.0))
+        ndda.diffusion.Piecewise((ndda.MMPS(), ndda.MMPS(), ndda.MMPS()), (1.0, 2.0))
     problem = Problem.random(0, False)
     step = ndda.DiffusionTransition(
         problem.prior(), problem.x, sampler=ndda.Sampler(ndda.SDEDPMSolverPP2M())
     ).only_step()
-    for guidance in (ndda.JFPS(), ndda.Piecewise((ndda.MMPS(), ndda.DPS()), (1.0,)), ndda.TMPD()):
+    for guidance in (
+        ndda.diffusion.JFPS(),
+        ndda.diffusion.Piecewise((ndda.MMPS(), ndda.diffusion.DPS()), (1.0,)),
+        ndda.diffusion.TMPD(),
+    ):
         with pytest.raises(TypeError, match="path weights need"):
             step.weighted_draw(jax.random.key(0), problem.likelihood(), guidance)
 
@@ -203,10 +208,12 @@ SHRINK = 1 / (1 + LEVEL**2)
 @pytest.mark.parametrize(
     ("guidance", "passes"),
     [
-        pytest.param(ndda.MMPS(ndda.DirectSolve()), (1, 0, 6), id="MMPS", marks=pytest.mark.slow),
-        pytest.param(ndda.TMPD(), (1, 0, 3), id="TMPD"),
-        pytest.param(ndda.PiGDM(solver=ndda.DirectSolve()), (1, 0, 1), id="PiGDM", marks=pytest.mark.slow),
-        pytest.param(ndda.JFPS(solver=ndda.DirectSolve()), (1, 0, 0), id="JFPS"),
+        pytest.param(ndda.MMPS(ndda.diffusion.DirectSolve()), (1, 0, 6), id="MMPS", marks=pytest.mark.slow),
+        pytest.param(ndda.diffusion.TMPD(), (1, 0, 3), id="TMPD"),
+        pytest.param(
+            ndda.diffusion.PiGDM(solver=ndda.diffusion.DirectSolve()), (1, 0, 1), id="PiGDM", marks=pytest.mark.slow
+        ),
+        pytest.param(ndda.diffusion.JFPS(solver=ndda.diffusion.DirectSolve()), (1, 0, 0), id="JFPS"),
     ],
 )
 def test_counts(guidance, passes):
@@ -223,9 +230,9 @@ def test_counts(guidance, passes):
 
 def test_dps_of_counts_takes_the_gradient():
     with jax.enable_x64(True):
-        value, counted = of_counts(ndda.DPS(), LEVEL, Z)
+        value, counted = of_counts(ndda.diffusion.DPS(), LEVEL, Z)
         with pytest.raises(ValueError, match="Gaussian observations"):
-            of_counts(ndda.DPS(1.0), LEVEL, Z)
+            of_counts(ndda.diffusion.DPS(1.0), LEVEL, Z)
     gradient = np.append(COUNTS - np.exp(SHRINK * Z[:3]), 0.0)
     np.testing.assert_allclose(value, SHRINK * Z + LEVEL**2 * SHRINK * gradient, atol=1e-9)
     assert counted == (1, 0, 1)
@@ -263,9 +270,9 @@ class Counter:
 
 
 def observe_first_two(error):
-    return ndda.GaussianLikelihood(
+    return ndda.observation.GaussianLikelihood(
         lambda x: [
-            ndda.GaussianObservation(x[:2], jnp.full(2, error), jnp.array([0.5, -1.0]), jnp.ones(2, bool)),
+            ndda.observation.GaussianObservation(x[:2], jnp.full(2, error), jnp.array([0.5, -1.0]), jnp.ones(2, bool)),
         ]
     )
 
@@ -274,7 +281,7 @@ def test_skipped_passes_are_not_executed():
     """Callbacks in the network say what ran: as counted, under vmap over draws."""
     members, counter = 3, Counter()
     prior = ndda.DenoiserPrior(counter.network(), layout=4, noise_range=(0.02, 80.0))
-    guidance = ndda.Piecewise((ndda.Unguided(), ndda.MMPS(), ndda.JFPS()), (10.0, 0.1))
+    guidance = ndda.diffusion.Piecewise((ndda.diffusion.Unguided(), ndda.MMPS(), ndda.diffusion.JFPS()), (10.0, 0.1))
     sampler = ndda.Sampler(schedule=ndda.KarrasSchedule(6))
     levels = sampler.schedule.levels(prior.noise_range)
     step = ndda.DiffusionTransition(prior, jnp.zeros(4), sampler=sampler).only_step()
@@ -294,10 +301,13 @@ def test_skipped_passes_are_not_executed():
 
 def test_the_level_chooses():
     """A level belongs to the part below it."""
-    problem, between = Problem.random(0, False), ndda.Piecewise((ndda.Unguided(), ndda.MMPS()), (1.0,))
+    problem, between = (
+        Problem.random(0, False),
+        ndda.diffusion.Piecewise((ndda.diffusion.Unguided(), ndda.MMPS()), (1.0,)),
+    )
     z = np.random.default_rng(0).normal(size=len(problem.x))
     with jax.enable_x64(True):
-        for level, same in ((1.01, ndda.Unguided()), (1.0, ndda.MMPS())):
+        for level, same in ((1.01, ndda.diffusion.Unguided()), (1.0, ndda.MMPS())):
             value, passes, _ = denoised_by(between, problem, level, z)
             expected, those, _ = denoised_by(same, problem, level, z)
             np.testing.assert_allclose(value, expected, rtol=1e-12)
@@ -309,7 +319,7 @@ def test_the_warm_start_goes_on():
     """Two equal parts are one guidance."""
     problem, sampler = Problem.random(0, False), ndda.Sampler(schedule=ndda.KarrasSchedule(6))
     step = ndda.DiffusionTransition(problem.prior(), problem.x, sampler=sampler).only_step()
-    whole, parts = ndda.MMPS(), ndda.Piecewise((ndda.MMPS(), ndda.MMPS()), (1.0,))
+    whole, parts = ndda.MMPS(), ndda.diffusion.Piecewise((ndda.MMPS(), ndda.MMPS()), (1.0,))
     (once, first), (twice, second) = jax.jit(
         lambda key: [step.conditional_draw(key, problem.likelihood(), guidance) for guidance in (whole, parts)]
     )(jax.random.key(0))
@@ -322,8 +332,12 @@ def test_path_weights_with_unguided_levels_are_unbiased():
     """Levels without guidance, with two directions and with one: for the law that the sampler has."""
     sampler = ndda.Sampler(ndda.SDEDPMSolverPP2M(), ndda.KarrasSchedule(10, 20.0))
     step = step_of(sampler, "C")
-    pieces = (ndda.Unguided(), ndda.MMPS(ndda.DirectSolve()), ndda.MMPS(ndda.KrylovSolve(1)))
-    x, log_weights, record = draw(step, ndda.Piecewise(pieces, (10.0, 0.1)), 3000)
+    pieces = (
+        ndda.diffusion.Unguided(),
+        ndda.MMPS(ndda.diffusion.DirectSolve()),
+        ndda.MMPS(ndda.diffusion.KrylovSolve(1)),
+    )
+    x, log_weights, record = draw(step, ndda.diffusion.Piecewise(pieces, (10.0, 0.1)), 3000)
     assert_unbiased(x, log_weights, MEAN, law(step.prior, sampler))
     levels = sampler.schedule.levels(step.prior.noise_range)[:-1]
     expected = 2 * np.sum((levels <= 10.0) & (levels > 0.1)) + np.sum(levels <= 0.1)
@@ -337,7 +351,9 @@ def test_filter_takes_them(small):
     _, y = small.simulate(0, 2)
     sampler = ndda.Sampler(schedule=ndda.KarrasSchedule(6))
     levels = sampler.schedule.levels((0.02, 80.0))
-    guidance = ndda.Piecewise((ndda.Unguided(), ndda.MMPS(), ndda.JFPS(np.ones(4))), (10.0, 0.1))
+    guidance = ndda.diffusion.Piecewise(
+        (ndda.diffusion.Unguided(), ndda.MMPS(), ndda.diffusion.JFPS(np.ones(4))), (10.0, 0.1)
+    )
     filtered = ndda.Filter(
         ndda.FAAPF(small.diffusion_program(sampler), guidance=guidance, weight=ndda.Dirac()),
         num_particles=8,
@@ -372,7 +388,7 @@ def test_safeguard_bounds_a_network_with_random_weights(safeguard):
     assert of_system["asymmetry"] > 0.5
     assert of_system["smallest eigenvalue"] < -100.0
     unguarded = case.draws(safeguard.ConjugateGradients(3), 8)
-    guarded = case.draws(ndda.KrylovSolve(3), 8)
+    guarded = case.draws(ndda.diffusion.KrylovSolve(3), 8)
     assert not unguarded["farthest"] < 1e3
     assert guarded["farthest"] < 100.0
     assert guarded["misfit"] < 20.0
@@ -387,6 +403,8 @@ def test_shipped_emulator_needs_no_safeguard(safeguard):
     of_system = case.systems()
     assert of_system["asymmetry"] < 1e-5
     assert of_system["smallest eigenvalue"] > -1e-3
-    unguarded, guarded = (case.draws(solver, 8) for solver in (safeguard.ConjugateGradients(4), ndda.KrylovSolve(4)))
+    unguarded, guarded = (
+        case.draws(solver, 8) for solver in (safeguard.ConjugateGradients(4), ndda.diffusion.KrylovSolve(4))
+    )
     np.testing.assert_allclose(unguarded["misfit"], guarded["misfit"], rtol=1e-3)
     np.testing.assert_allclose(unguarded["farthest"], guarded["farthest"], rtol=1e-3)

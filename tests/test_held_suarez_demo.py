@@ -9,11 +9,11 @@ from conftest import EXAMPLES, load_program
 from test_observation_network import LAYOUT
 from test_spherical_emulator import small_emulator
 
+import numpyro_diffusion_da as ndda
 from numpyro_diffusion_da.demos import held_suarez_demo as twin
 from numpyro_diffusion_da.demos import held_suarez_figures as plots_weather
 from numpyro_diffusion_da.demos import held_suarez_truth as held_suarez
-from numpyro_diffusion_da.diagnostics import verification
-from numpyro_diffusion_da.observation.networks import BlockMeans, Stations, Swath
+from numpyro_diffusion_da.observation import BlockMeans, Stations, Swath
 
 COMPILES_A_LOT = True
 
@@ -47,7 +47,9 @@ def test_scores_are_by_area_and_channel():
     np.testing.assert_allclose(run.rmse, np.sqrt(squares) / scale, rtol=1e-5)
     variance = np.einsum("tjqc,j->tc", particles.var(0, ddof=1), weights) / 16
     np.testing.assert_allclose(run.spread_by_time, np.sqrt((1 + 1 / members) * variance) / scale, rtol=1e-5)
-    by_hand = verification.crps(particles[:, 3, ..., 2], states[3, ..., 2], weights=np.repeat(weights[:, None], 16, 1))
+    by_hand = ndda.diagnostics.crps(
+        particles[:, 3, ..., 2], states[3, ..., 2], weights=np.repeat(weights[:, None], 16, 1)
+    )
     np.testing.assert_allclose(run.crps[3, 2], by_hand / 2.0, rtol=1e-5)
     assert run.ranks.shape == (3, members + 1)
     assert run.ranks.sum() == 3 * 3 * 2 * 4  # channels, scored cycles, every fourth latitude and longitude
@@ -69,7 +71,7 @@ def test_wrong_experiments():
     with pytest.raises(ValueError, match="start_error=0"):
         twin.WeatherExperiment(start_error=0.0)
     with pytest.raises(ValueError, match="target_ess=2"):
-        twin.WeatherExperiment(target_ess=2.0)
+        twin.WeatherExperiment(target_ess=2.0).filters(ndda.load_prior("held_suarez"))
     prior = SimpleNamespace(layout=LAYOUT)
     with pytest.raises(ValueError, match=r"\(4, 8, 16, 3\)"):
         twin.run_weather_twin(twin.WeatherExperiment(cycles=3, spin_up=1), prior, np.zeros((1, 3, 8, 16, 3)))

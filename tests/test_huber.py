@@ -12,7 +12,7 @@ from numpyro.contrib.control_flow import scan
 from scipy import integrate, stats
 
 import numpyro_diffusion_da as ndda
-from numpyro_diffusion_da.program.state_space import StateSpaceModel
+from numpyro_diffusion_da.program import StateSpaceModel
 
 COMPILES_A_LOT = True
 

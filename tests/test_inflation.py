@@ -13,10 +13,10 @@ import pytest
 from numpyro.contrib.control_flow import scan
 
 import numpyro_diffusion_da as ndda
-from numpyro_diffusion_da.filters.base import Proposal
-from numpyro_diffusion_da.inference.tune_spread import _ratio
+from numpyro_diffusion_da.filters import Proposal
+from numpyro_diffusion_da.inference import tune_spread as tuning
 from numpyro_diffusion_da.smc import fa_apf
-from numpyro_diffusion_da.smc.inflation import inflated
+from numpyro_diffusion_da.smc import inflation as members
 
 pytestmark = pytest.mark.slow  # each compiles filters of its own
 
@@ -58,7 +58,7 @@ def test_rtps_by_its_definition(alpha):
 @pytest.mark.parametrize("alpha", [0.0, 0.4, 1.0])
 def test_rtpp_by_its_definition(alpha):
     analysis, forecast = ensembles()
-    got = ndda.RTPP(alpha)(KEY, analysis, forecast)
+    got = ndda.smc.RTPP(alpha)(KEY, analysis, forecast)
     np.testing.assert_allclose(
         anomalies(got), (1 - alpha) * anomalies(analysis) + alpha * anomalies(forecast), atol=1e-5
     )
@@ -76,27 +76,27 @@ def test_jitter_has_its_size():
     """In each component, whatever the spread was, none included; the mean stays."""
     n, scale = 2000, np.array([0.5, 0.0, 2.0])
     x = jnp.full((n, 2, 3), 7.0)
-    got = ndda.Jitter(scale)(KEY, x, None)
+    got = ndda.smc.Jitter(scale)(KEY, x, None)
     np.testing.assert_allclose(got.mean(0), 7.0, atol=1e-5)
     expected = np.broadcast_to(scale, (2, 3))
     assert np.all(np.abs(np.std(got, axis=0, ddof=1) - expected) <= 4 * expected / np.sqrt(2 * n) + 1e-6)
     np.testing.assert_allclose(np.corrcoef(got[:, :, 0].T)[0, 1], 0.0, atol=4 / np.sqrt(n))
     # The unbiased variance is scale^2 in the mean, for two members too.
-    few = [np.var(ndda.Jitter(1.0)(jax.random.key(i), jnp.zeros((2, 500)), None), axis=0, ddof=1) for i in range(4)]
+    few = [np.var(ndda.smc.Jitter(1.0)(jax.random.key(i), jnp.zeros((2, 500)), None), axis=0, ddof=1) for i in range(4)]
     np.testing.assert_allclose(np.mean(few), 1.0, atol=4 * np.sqrt(2 / 2000))  # chi-square, one degree of freedom
-    np.testing.assert_array_equal(ndda.Jitter(1.0)(KEY, x[:1], None), x[:1])
+    np.testing.assert_array_equal(ndda.smc.Jitter(1.0)(KEY, x[:1], None), x[:1])
 
 
 def test_the_order_is_that_of_the_sequence():
     analysis, forecast = ensembles()
     rtps, twice = ndda.RTPS(0.5), ndda.Multiplicative(2.0)
-    first, last = (inflated(order, KEY, analysis, forecast) for order in ((rtps, twice), (twice, rtps)))
+    first, last = (members.inflated(order, KEY, analysis, forecast) for order in ((rtps, twice), (twice, rtps)))
     s_a, s_b = spread(analysis), spread(forecast)
     alive = s_a > 0
     np.testing.assert_allclose(spread(first)[alive], (s_a + s_b)[alive], rtol=1e-4)
     np.testing.assert_allclose(spread(last)[alive], (s_a + 0.5 * s_b)[alive], rtol=1e-4)
-    np.testing.assert_array_equal(inflated((), KEY, analysis, None), analysis)
-    two = inflated((ndda.Jitter(1.0), ndda.Jitter(1.0)), KEY, jnp.zeros((2000, 1)), None)
+    np.testing.assert_array_equal(members.inflated((), KEY, analysis, None), analysis)
+    two = members.inflated((ndda.smc.Jitter(1.0), ndda.smc.Jitter(1.0)), KEY, jnp.zeros((2000, 1)), None)
     np.testing.assert_allclose(np.var(two, ddof=1), 2.0, atol=4 * 2 * np.sqrt(2 / 2000))  # two draws, not one twice
 
 
@@ -115,9 +115,9 @@ def test_a_lost_member_counts_for_nothing():
 def test_amounts_are_refused():
     for kind, name, wrong in (
         (ndda.RTPS, "alpha", (-0.1, 1.5)),
-        (ndda.RTPP, "alpha", (-0.1, 1.5)),
+        (ndda.smc.RTPP, "alpha", (-0.1, 1.5)),
         (ndda.Multiplicative, "factor", (0.9, np.nan)),
-        (ndda.Jitter, "scale", (-1.0, np.array([1.0, -1.0]))),
+        (ndda.smc.Jitter, "scale", (-1.0, np.array([1.0, -1.0]))),
     ):
         for value in wrong:
             with pytest.raises(ValueError, match=rf"{kind.__name__} got {name}=.*; give [01].0"):
@@ -161,7 +161,7 @@ def stepped(algorithm, y=Y, n=40):
 @pytest.mark.slow
 def test_without_inflation_nothing_changes():
     """Bit for bit the filter of draw, record and advance in one function."""
-    model = ndda.StateSpaceModel(program, (Y,))
+    model = ndda.program.StateSpaceModel(program, (Y,))
     algorithm = ndda.FAAPF(program)
 
     def log_predictive(carry, inputs):
@@ -189,7 +189,7 @@ TAPER = ndda.Taper(0.4, ndda.Ring(D), {"y": np.arange(0, D, 2)}, state=np.arange
 FILTERS = {
     "FAAPF": ndda.FAAPF,
     "FAAPF, local": lambda model, **settings: ndda.FAAPF(model, taper=TAPER, **settings),
-    "EnKF, local": lambda model, **settings: ndda.EnKF(model, update=ndda.SquareRoot(), taper=TAPER, **settings),
+    "EnKF, local": lambda model, **settings: ndda.EnKF(model, update=ndda.smc.SquareRoot(), taper=TAPER, **settings),
 }
 
 
@@ -197,7 +197,7 @@ FILTERS = {
     "name", [pytest.param(name, marks=[pytest.mark.slow] if name.startswith("FAAPF") else []) for name in FILTERS]
 )
 def test_the_state_is_inflated_before_it_is_advanced(name):
-    """Record and carry hold the inflated state; all else is what it was without inflation. RTPS relaxes to the spread of
+    """Record and carry hold the members.inflated state; all else is what it was without inflation. RTPS relaxes to the spread of
     the predictive distribution, 0.81 + 0.25 of each component before anything is observed."""
     make, n = FILTERS[name], 4000
     (x, previous), info = stepped(make(program), n=n)
@@ -242,18 +242,17 @@ def test_forecasts_of_a_diffusion():
 
 
 @pytest.mark.slow
-def test_enkf_knows_rtps_by_two_names():
-    by_number = run(ndda.EnKF(program, rtps=0.3, tempering=1.05))
-    by_value = run(ndda.EnKF(program, inflation=(ndda.RTPS(0.3),), tempering=1.05))
-    np.testing.assert_array_equal(by_number.posterior["x"], by_value.posterior["x"])
-    both = run(ndda.EnKF(program, rtps=0.3, inflation=(ndda.Jitter(0.1), ndda.RTPP(0.2))))
-    one = run(ndda.EnKF(program, inflation=(ndda.RTPS(0.3), ndda.Jitter(0.1), ndda.RTPP(0.2))))
-    np.testing.assert_array_equal(both.posterior["x"], one.posterior["x"])
+def test_a_factor_on_the_forecast_acts_before_the_update_wherever_it_stands():
+    last = run(ndda.EnKF(program, inflation=(ndda.RTPS(0.3), ndda.ForecastMultiplicative(1.05))))
+    first = run(ndda.EnKF(program, inflation=(ndda.ForecastMultiplicative(1.05), ndda.RTPS(0.3))))
+    np.testing.assert_array_equal(last.posterior["x"], first.posterior["x"])
+    without = run(ndda.EnKF(program, inflation=(ndda.RTPS(0.3),)))
+    assert np.abs(without.posterior["x"] - first.posterior["x"]).max() > 1e-3
 
 
 def test_a_result_says_what_was_inflated():
-    model = ndda.StateSpaceModel(program, (Y,))
-    algorithm = ndda.FAAPF(program, inflation=(ndda.RTPS(0.3), ndda.Jitter(0.1)), target_ess=0.0)
+    model = ndda.program.StateSpaceModel(program, (Y,))
+    algorithm = ndda.FAAPF(program, inflation=(ndda.RTPS(0.3), ndda.smc.Jitter(0.1)), target_ess=0.0)
     assert algorithm.settings(model)["inflation"] == "RTPS(alpha=0.3), Jitter(scale=0.1)"
     assert algorithm.evidence_bias_reasons(model) == [
         "the particles' spread is inflated: RTPS(alpha=0.3), Jitter(scale=0.1)"
@@ -264,7 +263,7 @@ def test_a_result_says_what_was_inflated():
 
 def test_what_a_filter_cannot_do_is_refused():
     with pytest.raises(ValueError, match=r"FAAPF got inflation=RTPP\(alpha=0.3\), .* use ndda.RTPS"):
-        ndda.FAAPF(program, inflation=(ndda.RTPP(0.3),))
+        ndda.FAAPF(program, inflation=(ndda.smc.RTPP(0.3),))
     for kind in (ndda.FAAPF, ndda.EnKF):
         with pytest.raises(TypeError, match=r"give a sequence of inflations: \(RTPS\(alpha=0.3\),\)"):
             kind(program, inflation=ndda.RTPS(0.3))
@@ -311,7 +310,7 @@ def forecast_spread_skill(algorithm, noise, truth, y, n):
     """Of forecasts made here, from the particles of each step but the first 20."""
     particles = run(algorithm, y, n).posterior["x"][0, :, 20:-1]
     forecast = MEMORY * particles + noise * np.random.default_rng(0).normal(size=particles.shape)
-    return ndda.verification.spread_skill(forecast, truth[21:])
+    return ndda.diagnostics.spread_skill(forecast, truth[21:])
 
 
 def exact_amounts() -> dict[str, float]:
@@ -326,7 +325,7 @@ def exact_amounts() -> dict[str, float]:
     }
 
 
-REPAIRS = {"multiplicative": (ndda.Multiplicative, (1.0, 3.0)), "jitter": (ndda.Jitter, (0.0, 1.0))}
+REPAIRS = {"multiplicative": (ndda.Multiplicative, (1.0, 3.0)), "jitter": (ndda.smc.Jitter, (0.0, 1.0))}
 slow = pytest.mark.slow
 
 
@@ -341,7 +340,7 @@ def test_the_amount_that_makes_up_for_a_noise_given_too_small(kind, seed):
     def make(amount):
         return ndda.FAAPF(all_observed(0.25), inflation=(inflation(amount),))
 
-    found = ndda.innovations.tune_spread(
+    found = ndda.inference.tune_spread(
         make, jax.random.key(seed), y[:100], between=between, num_particles=100, discard=10
     )
     assert found.within_tolerance
@@ -366,7 +365,7 @@ def test_the_amount_for_few_members(seed):
     def make(alpha):
         return ndda.EnKF(all_observed(0.5), inflation=(ndda.RTPS(alpha),))
 
-    found = ndda.innovations.tune_spread(
+    found = ndda.inference.tune_spread(
         make, jax.random.key(seed), y[:100], between=(0.0, 1.0), num_particles=8, discard=10
     )
     assert found.within_tolerance
@@ -379,7 +378,7 @@ def test_the_amount_for_few_members(seed):
 def test_runs_are_bounded():
     """The best amount then, and a word that it is not within the tolerance; `tempering` is an amount too."""
     _, y = truth_and_observations(0, 15)
-    found = ndda.innovations.tune_spread(
+    found = ndda.inference.tune_spread(
         lambda amount: ndda.EnKF(all_observed(0.1), tempering=amount),
         KEY,
         y,
@@ -395,17 +394,18 @@ def test_runs_are_bounded():
 
 
 @pytest.mark.slow
-def test_a_background_is_as_tempered_as_the_update_takes_it_to_be():
-    model = ndda.StateSpaceModel(program, (Y,))
+def test_a_background_is_as_inflated_as_the_update_takes_it_to_be():
+    model = ndda.program.StateSpaceModel(program, (Y,))
     carry = jax.vmap(model.initial)(jax.random.split(KEY, 30))
     inputs = jax.tree.map(lambda x: x[0], model.time_inputs())
-    plain, tempered = (
-        ndda.EnKF(program, tempering=tempering).background(model)(KEY, carry, inputs) for tempering in (1.0, 1.5)
+    plain, inflated = (
+        ndda.EnKF(program, inflation=(ndda.ForecastMultiplicative(factor),)).background(model)(KEY, carry, inputs)
+        for factor in (1.0, 1.5)
     )
-    x, wide = plain["posterior"]["x"], tempered["posterior"]["x"]
+    x, wide = plain["posterior"]["x"], inflated["posterior"]["x"]
     np.testing.assert_allclose(anomalies(wide), 1.5 * anomalies(x), atol=1e-5)
     noise = plain["posterior_predictive"]["y"] - x[:, ::2]
-    np.testing.assert_allclose(tempered["posterior_predictive"]["y"] - wide[:, ::2], noise, atol=1e-5)
+    np.testing.assert_allclose(inflated["posterior_predictive"]["y"] - wide[:, ::2], noise, atol=1e-5)
 
 
 @pytest.mark.slow
@@ -417,7 +417,7 @@ def test_units_of_observations_do_not_count():
 
     def ratio(**sites):
         observed, members = ({name: pair[i] for name, pair in sites.items()} for i in (0, 1))
-        return _ratio(SimpleNamespace(observed_data=observed, posterior=members, rejected={}), 2, 1)
+        return tuning._ratio(SimpleNamespace(observed_data=observed, posterior=members, rejected={}), 2, 1)
 
     one = ratio(y=(o, b))
     two = ratio(y=(o[:, :2], b[..., :2]), z=(1e4 * o[:, 2:], 1e4 * b[..., 2:]))
@@ -433,7 +433,7 @@ def test_what_cannot_be_tuned_is_refused():
         def make(alpha):
             return ndda.FAAPF(all_observed(0.1), inflation=(ndda.RTPS(alpha),))
 
-        return ndda.innovations.tune_spread(make, KEY, y, between=between, num_particles=20, **settings)
+        return ndda.inference.tune_spread(make, KEY, y, between=between, num_particles=20, **settings)
 
     with pytest.raises(ValueError, match=r"times what is expected at 0 and .* times at 0.1, .*; allow more inflation"):
         tune(between=(0.0, 0.1))

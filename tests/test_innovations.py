@@ -6,7 +6,7 @@ import scipy.linalg
 import xarray as xr
 from scipy import stats
 
-from numpyro_diffusion_da.diagnostics import innovations
+import numpyro_diffusion_da as ndda
 
 A = np.array([[0.9, 0.2, 0.0], [-0.2, 0.8, 0.1], [0.0, 0.1, 0.7]])
 Q = np.diag([0.5, 0.3, 0.4])
@@ -55,7 +55,7 @@ def within(estimate, expected, errors=4):
 def test_a_right_filter_gives_r_and_p():
     o, b, a, p, v, _ = kalman(R)
     assert v == pytest.approx(p + R)
-    found = innovations.error_variances(o, b[None], a[None])
+    found = ndda.diagnostics.error_variances(o, b[None], a[None])
     assert within(found.observation, np.diag(R))
     assert within(found.background, np.diag(p))
     assert np.all(found.observation.standard_error < 0.05 * np.diag(R))
@@ -71,7 +71,7 @@ def test_a_right_filter_gives_r_and_p():
 @pytest.mark.parametrize("factor", [0.25, 4.0])
 def test_a_wrong_r_is_seen_in_its_direction(factor):
     o, b, a, p, v, expected = kalman(factor * R)
-    found = innovations.error_variances(o, b[None], a[None], block=20)
+    found = ndda.diagnostics.error_variances(o, b[None], a[None], block=20)
     assert within(found.observation, expected)
     assert within(found.background, np.diag(v) - expected)
     # Between what the filter believed and the truth, and far from both.
@@ -79,24 +79,24 @@ def test_a_wrong_r_is_seen_in_its_direction(factor):
     value, se = found.observation
     assert np.all(value - between[0] > 4 * se)
     assert np.all(between[1] - value > 4 * se)
-    ratio = innovations.consistency(o, ensemble(b, p), np.sqrt(factor * np.diag(R)), block=20)
+    ratio = ndda.diagnostics.consistency(o, ensemble(b, p), np.sqrt(factor * np.diag(R)), block=20)
     assert within(ratio.ratio, np.diag(v) / np.diag(p + factor * R))
     assert np.all((ratio.ratio.value - 1) / ratio.ratio.standard_error * (1 if factor < 1 else -1) > 4)
 
 
 def test_a_right_filter_is_consistent():
     o, b, _, p, _, _ = kalman(R)
-    found = innovations.consistency(o, ensemble(b, p), np.sqrt(np.diag(R)))
+    found = ndda.diagnostics.consistency(o, ensemble(b, p), np.sqrt(np.diag(R)))
     assert within(found.ratio, 1.0)
     assert found.ratio.standard_error == pytest.approx(np.full(2, np.sqrt(2 / STEPS)), rel=0.15)
     assert found.chi_square == pytest.approx(found.ratio.value * STEPS)  # the same variance at all times
     assert found.p_value == pytest.approx(stats.chi2.sf(found.chi_square, STEPS))
     assert np.all((found.p_value > 1e-3) & (found.p_value < 1 - 1e-3))
-    with_error = innovations.consistency(o, ensemble(b, p + R), 0.0)
+    with_error = ndda.diagnostics.consistency(o, ensemble(b, p + R), 0.0)
     assert with_error.ratio.value == pytest.approx(found.ratio.value, rel=0.01)  # the factor (M + 1) / M is on R too
-    assert np.all(innovations.consistency(o, ensemble(b, p), 0.5 * np.sqrt(np.diag(R))).p_value < 1e-6)
+    assert np.all(ndda.diagnostics.consistency(o, ensemble(b, p), 0.5 * np.sqrt(np.diag(R))).p_value < 1e-6)
     # The error for each observation.
-    each = innovations.consistency(o, ensemble(b, p), np.broadcast_to(np.sqrt(np.diag(R)), o.shape))
+    each = ndda.diagnostics.consistency(o, ensemble(b, p), np.broadcast_to(np.sqrt(np.diag(R)), o.shape))
     assert each.chi_square == pytest.approx(found.chi_square)
 
 
@@ -111,12 +111,12 @@ def test_few_members_are_accounted_for(members):
     b = mean + np.sqrt(p) * rng.normal(size=(members, steps))
     a = mean + gain * (o - mean) + np.sqrt((1 - gain) * p) * rng.normal(size=(members, steps))
     error = np.sqrt(r) * rng.normal(size=b.shape)
-    assert within(innovations.consistency(o, b, np.sqrt(r)).ratio, 1.0)
-    assert within(innovations.consistency(o, b + error, 0.0).ratio, 1.0)
-    found = innovations.error_variances(o, b, a)
+    assert within(ndda.diagnostics.consistency(o, b, np.sqrt(r)).ratio, 1.0)
+    assert within(ndda.diagnostics.consistency(o, b + error, 0.0).ratio, 1.0)
+    found = ndda.diagnostics.error_variances(o, b, a)
     assert within(found.observation, r)
     assert within(found.background, p + p / members)
-    found = innovations.error_variances(o, b + error, a + np.sqrt(r) * rng.normal(size=a.shape))
+    found = ndda.diagnostics.error_variances(o, b + error, a + np.sqrt(r) * rng.normal(size=a.shape))
     assert within(found.observation, r)
     assert within(found.background, p + (p + r) / members)
 
@@ -124,23 +124,23 @@ def test_few_members_are_accounted_for(members):
 def test_departures_are_means_over_time():
     o = np.array([[1.0, 2.0], [3.0, np.nan], [2.0, 6.0]])
     members = np.array([[0.0, 1.0], [1.0, 5.0], [1.0, 1.0]]) + np.array([-1.0, 1.0])[:, None, None]
-    found = innovations.departures(o, members)  # O - B: 1, 2, 1 and 1, -, 5
+    found = ndda.diagnostics.departures(o, members)  # O - B: 1, 2, 1 and 1, -, 5
     assert found.mean.value == pytest.approx([4 / 3, 3])
     assert found.mean.standard_error == pytest.approx([np.std([1, 2, 1], ddof=1) / np.sqrt(3), 4 / 2])
     assert found.rms == pytest.approx(np.sqrt([2, 13]))
     assert found.count.tolist() == [3, 2]
     # Both sites together: the values of one time are dependent, and what is independent are its sums.
-    pooled = innovations.departures(o, members, axis=1)
+    pooled = ndda.diagnostics.departures(o, members, axis=1)
     assert pooled.mean.value == pytest.approx(2.0)
     deviations = np.array([1 + 1 - 2 * 2, 2 - 2, 1 + 5 - 2 * 2])
     assert pooled.mean.standard_error == pytest.approx(np.sqrt(3 / 2 * np.sum(deviations**2)) / 5)
     assert pooled.count == 5
-    assert np.isnan(innovations.departures(o, members, block=3).mean.standard_error).all()
-    nothing = innovations.departures(np.full((3, 2), np.nan), members)
+    assert np.isnan(ndda.diagnostics.departures(o, members, block=3).mean.standard_error).all()
+    nothing = ndda.diagnostics.departures(np.full((3, 2), np.nan), members)
     assert np.isnan(nothing.mean.value).all()
     assert nothing.count.tolist() == [0, 0]
     members[1, 0, 0] = np.nan  # a failed forecast is seen
-    found = innovations.departures(o, members)
+    found = ndda.diagnostics.departures(o, members)
     assert np.isnan([found.mean.value, found.mean.standard_error, found.rms])[:, 0].all()
     assert not np.isnan(found.mean.value[1])
 
@@ -162,7 +162,7 @@ def test_standard_errors_need_blocks_where_values_remember():
 
     def ratio(values, block):
         """Standard error, as a root mean square over runs, over the spread of the means."""
-        mean = innovations.departures(values, b, block=block).mean
+        mean = ndda.diagnostics.departures(values, b, block=block).mean
         return np.sqrt(np.mean(mean.standard_error**2) / np.mean(mean.value**2))
 
     spread = 1 / np.sqrt(2 * runs)  # relative standard error of a root mean square
@@ -185,38 +185,38 @@ def test_named_arrays_give_the_same_by_name():
         xr.DataArray(x, dims=("draw", "time", "station"), coords={**coords, "draw": range(len(x))}) for x in (b, a)
     )
     by_name = {"member": "draw", "time": "time"}
-    got = innovations.error_variances(
+    got = ndda.diagnostics.error_variances(
         named_o, named_b.transpose("station", "draw", "time"), named_a, block=2, **by_name
     )
-    expected = innovations.error_variances(o, b, a, block=2)
+    expected = ndda.diagnostics.error_variances(o, b, a, block=2)
     for one, other in ((got.observation, expected.observation), (got.background, expected.background)):
         assert one.value.dims == one.standard_error.dims == ("station",)
         assert one.value.station.values.tolist() == ["Oslo", "Bergen"]
         assert one.value.values == pytest.approx(other.value)
         assert one.standard_error.values == pytest.approx(other.standard_error)
     error = xr.DataArray([0.5, 2.0], dims="station", coords={"station": coords["station"]})
-    found = innovations.consistency(named_o, named_b, error, axis="station", **by_name)
-    numbers = innovations.consistency(o, b, np.array([0.5, 2.0]), axis=1)
+    found = ndda.diagnostics.consistency(named_o, named_b, error, axis="station", **by_name)
+    numbers = ndda.diagnostics.consistency(o, b, np.array([0.5, 2.0]), axis=1)
     assert float(found.ratio.value) == pytest.approx(numbers.ratio.value)
     assert float(found.ratio.standard_error) == pytest.approx(numbers.ratio.standard_error)
     assert float(found.p_value) == pytest.approx(numbers.p_value)
-    moved = innovations.departures(o.T, np.moveaxis(b, 0, 2).transpose(1, 0, 2), member=2, time=1)
-    assert moved.mean.value == pytest.approx(innovations.departures(o, b).mean.value)
+    moved = ndda.diagnostics.departures(o.T, np.moveaxis(b, 0, 2).transpose(1, 0, 2), member=2, time=1)
+    assert moved.mean.value == pytest.approx(ndda.diagnostics.departures(o, b).mean.value)
 
 
 def test_what_does_not_fit_is_refused():
     o, b = np.zeros((3, 2)), np.zeros((4, 3, 2))
     with pytest.raises(ValueError, match="block=4"):
-        innovations.departures(o, b, block=4)
+        ndda.diagnostics.departures(o, b, block=4)
     with pytest.raises(ValueError, match="block=0"):
-        innovations.departures(o, b, block=0)
+        ndda.diagnostics.departures(o, b, block=0)
     with pytest.raises(ValueError, match="two members"):
-        innovations.consistency(o, b[:1], 1.0)
+        ndda.diagnostics.consistency(o, b[:1], 1.0)
     with pytest.raises(ValueError, match=r"axis \[2\]"):
-        innovations.departures(o, b, time=2)
+        ndda.diagnostics.departures(o, b, time=2)
     with pytest.raises(TypeError, match="observations and error"):
-        innovations.consistency(o, b, xr.DataArray(np.ones(2), dims="y"))
+        ndda.diagnostics.consistency(o, b, xr.DataArray(np.ones(2), dims="y"))
     with pytest.raises(TypeError, match="ensemble and truth"):
-        innovations.departures(xr.DataArray(o, dims=("time", "y")), b)
+        ndda.diagnostics.departures(xr.DataArray(o, dims=("time", "y")), b)
     with pytest.raises(ValueError, match="'axis_1': 2"):
-        innovations.error_variances(o, b, np.zeros((4, 3, 5)))
+        ndda.diagnostics.error_variances(o, b, np.zeros((4, 3, 5)))

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 import numpyro_diffusion_da as ndda
-from numpyro_diffusion_da.fields.layout import Undefined, Variable
+from numpyro_diffusion_da.fields import Undefined, Variable
 
 LAND = np.array([[True, False, False], [False, True, False]])
 

@@ -11,15 +11,10 @@ from numpyro.contrib.control_flow import scan
 from scipy import stats
 
 import numpyro_diffusion_da as ndda
-from numpyro_diffusion_da.diffusion.denoiser import PriorDenoiser
-from numpyro_diffusion_da.observation.likelihood import GeneralLikelihood, GeneralObservation
-from numpyro_diffusion_da.observation.moment_matching import (
-    expectation_propagation,
-    pseudo_observations,
-    tilted_moments,
-)
-from numpyro_diffusion_da.program.sites import general_observation
-from numpyro_diffusion_da.transition.gaussian import GaussianDynamics
+from numpyro_diffusion_da.diffusion import PriorDenoiser
+from numpyro_diffusion_da.observation import GeneralLikelihood, GeneralObservation, moment_matching
+from numpyro_diffusion_da.program import general_observation
+from numpyro_diffusion_da.transition import GaussianDynamics
 
 TWO = dist.Categorical(probs=jnp.array([0.5, 0.5]))
 # What a value x of the state makes of an observation, and a value of it.
@@ -102,7 +97,7 @@ def test_guidance_and_moment_weight_are_exact_for_one_observation_of_a_gaussian(
 def test_expectation_propagation_of_correlated_counts():
     covariance, counts = np.array([[1.0, 0.8], [0.8, 1.0]]), np.array([3.0, 0.0])
     got = jax.jit(
-        lambda b: expectation_propagation(
+        lambda b: moment_matching.expectation_propagation(
             lambda t: dist.Poisson(jnp.exp(t)).log_prob(jnp.asarray(counts)), b, jnp.ones(2, bool)
         )
     )(jnp.asarray(covariance))
@@ -124,7 +119,9 @@ def test_expectation_propagation_is_exact_for_gaussians_and_leaves_out_what_is_m
     seen = jnp.array([True, True, False])
     y = jnp.array([1.0, -0.5, 7.0])
     got = jax.jit(
-        lambda b: expectation_propagation(lambda t: jnp.where(seen, dist.Normal(t, 0.3).log_prob(y), 0.0), b, seen)
+        lambda b: moment_matching.expectation_propagation(
+            lambda t: jnp.where(seen, dist.Normal(t, 0.3).log_prob(y), 0.0), b, seen
+        )
     )(covariance)
     exact = stats.multivariate_normal(np.zeros(2), np.asarray(covariance)[:2, :2] + 0.09 * np.eye(2)).logpdf(y[:2])
     np.testing.assert_allclose(got.log_evidence, exact, atol=1e-3)
@@ -137,11 +134,11 @@ def test_tilted_moments_far_out_narrow_and_impossible():
         return jnp.stack([-0.5 * ((20.0 - t[0]) / 0.1) ** 2, -0.5 * (t[1] / 1e-3) ** 2, jnp.nan])
 
     center, variance = jnp.zeros(3), jnp.ones(3)
-    got = tilted_moments(log_prob, center, variance)
+    got = moment_matching.tilted_moments(log_prob, center, variance)
     np.testing.assert_allclose(got.mean, [20.0 / 1.01, 0.0, 0.0], atol=2e-3)
     np.testing.assert_allclose(got.variance[1], 1e-6, rtol=0.01)
     assert got.log_normalizer[2] == -jnp.inf
-    pseudo = pseudo_observations(got, center, variance)
+    pseudo = moment_matching.pseudo_observations(got, center, variance)
     assert jnp.all(jnp.isfinite(pseudo.value))  # an impossible observation says nothing
     assert pseudo.scale[2] > 10.0
 
@@ -180,7 +177,7 @@ def test_missing_counts_change_nothing_and_have_no_weight():
     np.testing.assert_allclose(some.log_prob(x), both.log_prob(x))
     prior = ndda.GaussianPrior(np.eye(1), np.eye(1))
     at = PriorDenoiser(prior, prior.condition(jnp.zeros(1)))
-    solved = ndda.MMPS(ndda.DirectSolve())
+    solved = ndda.MMPS(ndda.diffusion.DirectSolve())
     answers = []
     for likelihood in (some, both):
         denoiser = solved(at, likelihood)

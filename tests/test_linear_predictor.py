@@ -12,11 +12,9 @@ from numpyro.contrib.control_flow import scan
 from scipy import stats
 
 import numpyro_diffusion_da as ndda
-from numpyro_diffusion_da.observation.likelihood import GeneralLikelihood
-from numpyro_diffusion_da.observation.linear_predictor import linear_predictor
-from numpyro_diffusion_da.program.sites import pointwise_log_likelihood, predicted_observation
-from numpyro_diffusion_da.transition.diffusion import DiffusionDynamics
-from numpyro_diffusion_da.transition.gaussian import GaussianDynamics
+from numpyro_diffusion_da.observation import GeneralLikelihood, find_linear_predictor
+from numpyro_diffusion_da.program import pointwise_log_likelihood, predicted_observation
+from numpyro_diffusion_da.transition import DiffusionDynamics, GaussianDynamics
 
 MAP = jnp.asarray(np.random.default_rng(0).normal(size=(5, 10)), jnp.float32)
 Y = 0.3 * jnp.arange(5.0) + 0.1
@@ -43,7 +41,7 @@ SPLIT = {
 @pytest.mark.parametrize("name", SPLIT)
 def test_link_and_predictor(name):
     fn, y, expected, separate = SPLIT[name]
-    parts = linear_predictor(lambda x: pointwise_log_likelihood(fn(x), y), (10,))
+    parts = find_linear_predictor(lambda x: pointwise_log_likelihood(fn(x), y), (10,))
     assert parts is not None
     for key in range(2):
         x = jax.random.normal(jax.random.key(key), (10,))
@@ -70,7 +68,7 @@ def test_link_and_predictor(name):
     ],
 )
 def test_other_functions_have_none(fn):
-    assert linear_predictor(lambda x: pointwise_log_likelihood(fn(x), Y), (10,)) is None
+    assert find_linear_predictor(lambda x: pointwise_log_likelihood(fn(x), Y), (10,)) is None
 
 
 def moduli(y: jax.Array, error: float) -> GeneralLikelihood:
@@ -79,7 +77,7 @@ def moduli(y: jax.Array, error: float) -> GeneralLikelihood:
     def site(x):
         return dist.Normal(jnp.abs(x), error)
 
-    parts = linear_predictor(lambda x: pointwise_log_likelihood(site(x), y), y.shape)
+    parts = find_linear_predictor(lambda x: pointwise_log_likelihood(site(x), y), y.shape)
 
     def observe(x):
         return [predicted_observation(site(x), y, parts.predictor(x), parts.link, parts.components)]
@@ -128,7 +126,7 @@ def test_two_modes_by_diffusion():
     likelihood = moduli(MODULI, 0.3)
     keys = jax.random.split(jax.random.key(0), 2000)
     draws = jax.jit(
-        jax.vmap(lambda key: step.conditional_draw(key, likelihood, ndda.MMPS(ndda.DirectSolve()))[0])
+        jax.vmap(lambda key: step.conditional_draw(key, likelihood, ndda.MMPS(ndda.diffusion.DirectSolve()))[0])
     )(keys)  # fmt: skip
     assert largest_distance(np.asarray(draws)) < 0.06
 
@@ -146,7 +144,7 @@ def test_a_program_is_taken_apart():
 
         scan(step, x0, y)
 
-    program = ndda.StateSpaceModel(model, (jnp.ones((2, 3)),))
+    program = ndda.program.StateSpaceModel(model, (jnp.ones((2, 3)),))
     assert program.general_names == {"modulus"}
     assert not program.observes_linearly()
     carry, inputs = jnp.array([0.5, -0.2, 1.0]), jax.tree.map(lambda v: v[0], program.time_inputs())

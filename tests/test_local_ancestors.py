@@ -13,11 +13,11 @@ from numpyro.contrib.control_flow import scan
 from scipy import stats
 
 import numpyro_diffusion_da as ndda
-from numpyro_diffusion_da.observation.likelihood import GaussianLikelihood, GeneralLikelihood
-from numpyro_diffusion_da.program.sites import gaussian_observations, general_observation
-from numpyro_diffusion_da.smc.base import select
-from numpyro_diffusion_da.smc.local_ancestors import LocalAncestors, keep_places
-from numpyro_diffusion_da.transition.gaussian import GaussianDynamics
+from numpyro_diffusion_da.observation import GaussianLikelihood, GeneralLikelihood
+from numpyro_diffusion_da.program import gaussian_observations, general_observation
+from numpyro_diffusion_da.smc import LocalAncestors, local_ancestors
+from numpyro_diffusion_da.smc import base as smc_base
+from numpyro_diffusion_da.transition import GaussianDynamics
 
 SITES = 24
 
@@ -30,22 +30,22 @@ def local(radius: float, block_radius: float = 0.0, every: int = 1) -> LocalAnce
 
 def test_places_are_kept():
     ancestors = jnp.array([3, 3, 3, 5, 7, 7, 0, 1])
-    kept = np.asarray(keep_places(ancestors))
+    kept = np.asarray(local_ancestors.keep_places(ancestors))
     np.testing.assert_array_equal(np.bincount(kept, minlength=8), np.bincount(ancestors, minlength=8))
     np.testing.assert_array_equal(kept[[0, 1, 3, 5, 7]], [0, 1, 3, 5, 7])
     np.testing.assert_array_equal(kept[[2, 4, 6]], [3, 3, 7])
-    np.testing.assert_array_equal(keep_places(jnp.arange(8)), np.arange(8))
+    np.testing.assert_array_equal(local_ancestors.keep_places(jnp.arange(8)), np.arange(8))
 
 
 @pytest.mark.slow
 def test_one_block_is_the_selection_of_whole_particles():
     logs = -np.square(np.random.default_rng(0).normal(size=(50, SITES))).astype(np.float32)
     key = jax.random.key(1)
-    whole, alpha = select(key, jnp.asarray(logs.sum(1)), systematic, 0.3)
+    whole, alpha = smc_base.select(key, jnp.asarray(logs.sum(1)), systematic, 0.3)
     log_weights, ancestors, alphas = local(1e6, np.inf).select(key, jnp.asarray(logs), systematic, 0.3)
     np.testing.assert_allclose(log_weights[:, 0], logs.sum(1), rtol=1e-6)
     np.testing.assert_allclose(alphas, [alpha], rtol=1e-5)
-    np.testing.assert_array_equal(ancestors, keep_places(whole)[:, None])
+    np.testing.assert_array_equal(ancestors, local_ancestors.keep_places(whole)[:, None])
 
 
 @pytest.mark.slow
@@ -56,8 +56,8 @@ def test_a_block_selects_by_what_is_near_it():
     log_weights, ancestors, alphas = alone.select(key, jnp.asarray(logs), systematic, 0.3)
     np.testing.assert_array_equal(log_weights, logs)
     for site in (0, 7):
-        whole, alpha = select(key, jnp.asarray(logs[:, site]), systematic, 0.3)
-        np.testing.assert_array_equal(ancestors[:, site], keep_places(whole))
+        whole, alpha = smc_base.select(key, jnp.asarray(logs[:, site]), systematic, 0.3)
+        np.testing.assert_array_equal(ancestors[:, site], local_ancestors.keep_places(whole))
         np.testing.assert_allclose(alphas[site], alpha, rtol=1e-5)
     # What no observation reaches keeps its particles; an impossible observation far away changes nothing.
     sparse = local(1.0, every=12)
@@ -98,7 +98,7 @@ def test_blocks_cover_the_state():
 
 def test_heights_and_radii_by_site():
     grid = np.array([[0.0, 0.0, 6.9], [0.0, 0.0, 5.9], [0.0, 90.0, 6.9]])
-    distance = ndda.WithHeight(ndda.GreatCircle(), 1000.0)
+    distance = ndda.smc.WithHeight(ndda.GreatCircle(), 1000.0)
     quarter = np.pi / 2 * 6371.0
     expected = [[0.0, 1000.0, quarter], [1000.0, 0.0, np.hypot(1000.0, quarter)]]
     np.testing.assert_allclose(distance(grid[:2], grid), expected, rtol=1e-6)
@@ -110,7 +110,7 @@ def test_heights_and_radii_by_site():
     with pytest.raises(ValueError, match="then a height"):
         ndda.Taper(1.0, distance, {"a": [[1.0, 2.0]]}, state=grid)
     with pytest.raises(ValueError, match="scale=0"):
-        ndda.WithHeight(ndda.GreatCircle(), 0.0)
+        ndda.smc.WithHeight(ndda.GreatCircle(), 0.0)
 
 
 @pytest.mark.slow

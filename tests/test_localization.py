@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 import numpyro_diffusion_da as ndda
-from numpyro_diffusion_da.smc import localization
-from numpyro_diffusion_da.smc.localization import gaspari_cohn
+from numpyro_diffusion_da.filters import placement
+from numpyro_diffusion_da.smc import gaspari_cohn, localization
 
 RING = np.arange(12.0)
 SPHERE = np.stack([np.repeat([-60.0, 0.0, 45.0, 89.0], 5), np.tile([0.0, 90.0, 179.0, 200.0, 350.0], 4)], -1)
@@ -90,11 +90,13 @@ def test_positions_of_the_state():
     y = {"y": ((1,), 1)}
     prior = ndda.load_prior("lorenz96")
     ring = ndda.Taper(3.0, ndda.Ring(40), {"y": [7]})
-    np.testing.assert_array_equal(ring.place((40,), y, prior.layout).points[:, 0], np.arange(40))
+    np.testing.assert_array_equal(ring.place((40,), y, placement.grid_axes(prior.layout)).points[:, 0], np.arange(40))
     grid = ndda.Layout(
         (2, 3, 4), ("lon", "lat", "channel"), (("lon", (0, 180)), ("lat", (-30, 0, 30)), ("channel", tuple("abcd")))
     )
-    sphere = ndda.Taper(1000.0, ndda.GreatCircle(), {"y": [[30.0, 180.0]]}).place(grid.shape, y, grid)
+    sphere = ndda.Taper(1000.0, ndda.GreatCircle(), {"y": [[30.0, 180.0]]}).place(
+        grid.shape, y, placement.grid_axes(grid)
+    )
     np.testing.assert_array_equal(sphere.points, [[-30, 0], [0, 0], [30, 0], [-30, 180], [0, 180], [30, 180]])
     np.testing.assert_array_equal(sphere.neighborhoods().weights[:, 0], [0, 0, 0, 0, 0, 1])
     given = ndda.Taper(1.0, ndda.Euclidean(), {"y": np.zeros((1, 1, 2))}, state=np.zeros((2, 3, 2)))
@@ -134,7 +136,9 @@ ONE_SITE = {"y": ((6,), 1)}
 )
 def test_places_are_refused(given, site, layout, sentence):
     with pytest.raises(ValueError, match=sentence):
-        ndda.Taper(2.0, ndda.Ring(12), **given).place((12,), site, layout)
+        ndda.Taper(2.0, ndda.Ring(12), **given).place(
+            (12,), site, None if "state" in given else placement.grid_axes(layout)
+        )
 
 
 def test_settings_are_refused():
@@ -152,9 +156,7 @@ def test_settings_are_refused():
     with pytest.raises(ValueError, match="the same coordinates to all"):
         ndda.Taper(1.0, ndda.Euclidean(), PLACES, state=np.zeros((12, 2))).place((12,), ONE_SITE)
     with pytest.raises(ValueError, match="without latitude and longitude"):
-        ndda.Taper(1.0, ndda.GreatCircle(), {"y": [[0, 0]]}).place(
-            (2,), {"y": ((1,), 1)}, ndda.Layout((2,), ("x",), (("x", (0, 1)),))
-        )
+        ndda.Taper(1.0, ndda.GreatCircle(), {"y": [[0, 0]]}).place((2,), {"y": ((1,), 1)}, {"x": np.array([0, 1])})
     for wrong in (0.0, np.inf):
         with pytest.raises(ValueError, match="give its circumference"):
             ndda.Ring(wrong)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from numpyro_diffusion_da.demos import held_suarez_truth as held_suarez
-from numpyro_diffusion_da.priors.spherical.emulator import read_spherical_emulator
+from numpyro_diffusion_da.priors import read_spherical_emulator
 
 pytestmark = pytest.mark.slow
 COMPILES_A_LOT = True

@@ -31,7 +31,7 @@ def their_rank_promotion():
 
 
 def exact_filter(program):
-    exact = ndda.LinearGaussian(program)
+    exact = ndda.program.LinearGaussian(program)
     filter = kalman.build_filter(exact.initial_mean, exact.initial_factor, exact.dynamics, exact.observation)
     return jax.jit(lambda: cuthbert.filter(filter, exact.model_inputs, filter.init_prepare()))()
 
@@ -60,7 +60,7 @@ def numpy_kalman(small, y):
 def test_kalman_filter_of_a_diffusion_program(small):
     y = small.simulate(1, 6)[1].astype(np.float32)
     y[1, 0] = y[4] = np.nan
-    states = exact_filter(ndda.StateSpaceModel(small.diffusion_program(), (y,)))
+    states = exact_filter(ndda.program.StateSpaceModel(small.diffusion_program(), (y,)))
     means, variances, log_evidence = numpy_kalman(small, y)
     # The covariance is read off a noise level of 80: too small by at most .001 of itself.
     np.testing.assert_allclose(states.mean[1:], means, atol=2e-3)
@@ -90,7 +90,7 @@ def tracked(y, forcing):
 def test_matrices_of_a_program():
     y = {"both": jnp.array([[1.0, jnp.nan], [2.0, 3.0]]), "sum": jnp.array([4.0, jnp.nan])}
     forcing = jnp.array([[0.0, 0.0], [5.0, 6.0]])
-    exact = ndda.LinearGaussian(ndda.StateSpaceModel(tracked, (y, forcing)))
+    exact = ndda.program.LinearGaussian(ndda.program.StateSpaceModel(tracked, (y, forcing)))
     np.testing.assert_allclose(exact.initial_mean, [1, 1])
     np.testing.assert_allclose(exact.initial_factor @ exact.initial_factor.T, [[4.25, 0.25], [0.25, 4.25]], rtol=1e-6)
     second = jax.tree.map(lambda v: v[1], exact.model_inputs)
@@ -121,7 +121,7 @@ def program_with(transition=None, mean=None, start=None, carried=None):
 
         scan(step, x0 if carried is None else carried(x0), y)
 
-    return ndda.StateSpaceModel(model, (jnp.zeros((2, 2)),))
+    return ndda.program.StateSpaceModel(model, (jnp.zeros((2, 2)),))
 
 
 @pytest.mark.parametrize(
@@ -137,7 +137,7 @@ def program_with(transition=None, mean=None, start=None, carried=None):
 )
 def test_what_is_not_linear_and_gaussian_is_refused(part, sentence):
     with pytest.raises(ValueError, match=sentence):
-        ndda.LinearGaussian(program_with(**part))
+        ndda.program.LinearGaussian(program_with(**part))
 
 
 def evidence_and_means(parts, key, n, runs):
@@ -159,12 +159,12 @@ def evidence_and_means(parts, key, n, runs):
 def test_particle_filters_of_cuthbert(small, kind):
     y = small.simulate(3, 4)[1].astype(np.float32)
     y[2, 1] = np.nan
-    program = ndda.StateSpaceModel(small.diffusion_program(), (y,))
+    program = ndda.program.StateSpaceModel(small.diffusion_program(), (y,))
     exact_means, exact_variances, exact_evidence = numpy_kalman(small, y)
     if kind == "bootstrap":
-        parts = ndda.feynman_kac.bootstrap(program)
+        parts = ndda.program.feynman_kac.bootstrap(program)
     else:
-        parts = ndda.feynman_kac.guided(program, weight=ndda.Moment())
+        parts = ndda.program.feynman_kac.guided(program, weight=ndda.Moment())
     runs = 12
     log_evidence, means = evidence_and_means(parts, jax.random.key(0), 1024, runs)
     ratio = np.exp(log_evidence - exact_evidence)  # its mean is 1: a particle filter's evidence is unbiased
@@ -177,7 +177,7 @@ def test_particle_filters_of_cuthbert(small, kind):
 
 def test_first_particles_have_no_state_yet(small):
     y = small.simulate(3, 2)[1].astype(np.float32)
-    parts = ndda.feynman_kac.bootstrap(ndda.StateSpaceModel(small.diffusion_program(), (y,)))
+    parts = ndda.program.feynman_kac.bootstrap(ndda.program.StateSpaceModel(small.diffusion_program(), (y,)))
     first = parts.init_sample(jax.random.key(0))
     assert first.carry.shape == (4,)
     assert np.isnan(first.x).all()
@@ -271,7 +271,7 @@ def test_dynestyx_scores_paths_where_there_is_a_density(dsx, small):
     }
     with pytest.raises(NotImplementedError, match="a DiffusionTransition has no density"):
         dsx.log_prob(dynamics(dsx, small, lambda x: ndda.DiffusionTransition(prior, x)), **path)
-    flow = ndda.ProbabilityFlow()
+    flow = ndda.diffusion.ProbabilityFlow()
     diffusion = dynamics(dsx, small, lambda x: ndda.DiffusionTransition(prior, x, density=flow))
     gaussian = dynamics(dsx, small, lambda x: dist.MultivariateNormal(prior.condition(x), prior.covariance))
     assert abs(dsx.log_prob(diffusion, **path) - dsx.log_prob(gaussian, **path)) < 0.01

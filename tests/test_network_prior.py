@@ -14,24 +14,9 @@ import pytest
 from numpyro.contrib.control_flow import scan
 
 import numpyro_diffusion_da as ndda
-from numpyro_diffusion_da.observation.likelihood import GaussianLikelihood, GaussianObservation
-from numpyro_diffusion_da.priors.parametrization import (
-    Cosine,
-    Denoised,
-    DiscreteTable,
-    Epsilon,
-    FlowMatching,
-    Level,
-    LinearBeta,
-    LogLevel,
-    Preconditioned,
-    Score,
-    VarianceExploding,
-    VariancePreserving,
-    Velocity,
-    VPrediction,
-)
-from numpyro_diffusion_da.transition.diffusion import DiffusionDynamics
+from numpyro_diffusion_da.observation import GaussianLikelihood, GaussianObservation
+from numpyro_diffusion_da.priors import parametrization as par
+from numpyro_diffusion_da.transition import DiffusionDynamics
 
 pytestmark = pytest.mark.slow
 COMPILES_A_LOT = True
@@ -103,20 +88,20 @@ OUTPUTS = {
 }
 
 CASES = {
-    "denoiser": (lambda: Denoised(), exploding, "z"),
-    "denoiser, log level": (lambda: Denoised(VarianceExploding(LogLevel(0.25))), exploding_log, "z"),
-    "x0, table": (lambda: Denoised(VariancePreserving(DiscreteTable(TABLE))), table, "z"),
-    "EDM": (lambda: Preconditioned(0.5), edm, "F"),
-    "epsilon, table": (lambda: Epsilon(VariancePreserving(DiscreteTable(TABLE))), table, "e"),
-    "epsilon, linear beta": (lambda: Epsilon(VariancePreserving(LinearBeta())), linear_beta, "e"),
-    "epsilon, exploding": (lambda: Epsilon(VarianceExploding()), exploding, "e"),
-    "v, cosine": (lambda: VPrediction(VariancePreserving(Cosine())), cosine, "v"),
-    "v, exploding": (lambda: VPrediction(VarianceExploding()), exploding, "v"),
-    "score, linear beta": (lambda: Score(VariancePreserving(LinearBeta())), linear_beta, "score"),
-    "score, exploding": (lambda: Score(VarianceExploding(Level())), exploding, "score"),
-    "velocity": (lambda: Velocity(), straight, "e - z"),
-    "velocity from noise": (lambda: Velocity(FlowMatching(data_at=1)), straight_from_noise, "z - e"),
-    "epsilon, flow": (lambda: Epsilon(FlowMatching()), straight, "e"),
+    "denoiser": (lambda: par.Denoised(), exploding, "z"),
+    "denoiser, log level": (lambda: par.Denoised(par.VarianceExploding(par.LogLevel(0.25))), exploding_log, "z"),
+    "x0, table": (lambda: par.Denoised(par.VariancePreserving(par.DiscreteTable(TABLE))), table, "z"),
+    "EDM": (lambda: par.Preconditioned(0.5), edm, "F"),
+    "epsilon, table": (lambda: par.Epsilon(par.VariancePreserving(par.DiscreteTable(TABLE))), table, "e"),
+    "epsilon, linear beta": (lambda: par.Epsilon(par.VariancePreserving(par.LinearBeta())), linear_beta, "e"),
+    "epsilon, exploding": (lambda: par.Epsilon(par.VarianceExploding()), exploding, "e"),
+    "v, cosine": (lambda: par.VPrediction(par.VariancePreserving(par.Cosine())), cosine, "v"),
+    "v, exploding": (lambda: par.VPrediction(par.VarianceExploding()), exploding, "v"),
+    "score, linear beta": (lambda: par.Score(par.VariancePreserving(par.LinearBeta())), linear_beta, "score"),
+    "score, exploding": (lambda: par.Score(par.VarianceExploding(par.Level())), exploding, "score"),
+    "velocity": (lambda: par.Velocity(), straight, "e - z"),
+    "velocity from noise": (lambda: par.Velocity(par.FlowMatching(data_at=1)), straight_from_noise, "z - e"),
+    "epsilon, flow": (lambda: par.Epsilon(par.FlowMatching()), straight, "e"),
 }
 
 
@@ -213,21 +198,21 @@ def test_single_precision_is_near(case):
     for s in LEVELS:
         exact, ours = (p.denoise((1 + s) * z, jnp.asarray(s), p.condition(jnp.ones(D))) for p in (gaussian, wrapped))
         # The price of predicting e or the score: rounding, and that of the index, is multiplied by s.
-        amplified = isinstance(wrapped.parametrization, (Epsilon, Score))
+        amplified = isinstance(wrapped.parametrization, (par.Epsilon, par.Score))
         np.testing.assert_allclose(ours, exact, atol=2e-5 * (1 + s if amplified else 1))
 
 
 def test_indices_invert_their_schedules():
     s = jnp.geomspace(0.02, 80.0, 40)
-    for index, path in ((Cosine(), cosine), (LinearBeta(), linear_beta), (DiscreteTable(TABLE), table)):
+    for index, path in ((par.Cosine(), cosine), (par.LinearBeta(), linear_beta), (par.DiscreteTable(TABLE), table)):
         alpha, sigma = jax.vmap(path)(jax.vmap(index)(s))
         np.testing.assert_allclose(sigma / alpha, s, rtol=1e-3)
-        np.testing.assert_allclose(alpha, jax.vmap(VariancePreserving(index).alpha)(s), rtol=1e-3)
-    exact = DiscreteTable(TABLE)
+        np.testing.assert_allclose(alpha, jax.vmap(par.VariancePreserving(index).alpha)(s), rtol=1e-3)
+    exact = par.DiscreteTable(TABLE)
     at = jax.vmap(exact)(jnp.sqrt(1 / TABLE[[0, 10, 999]] - 1))
     np.testing.assert_allclose(at, [0, 10, 999], atol=0.05)
     assert math.isclose(exact.limits[1], math.sqrt(1 / TABLE[-1] - 1))
-    np.testing.assert_allclose(jax.vmap(LinearBeta())(jnp.asarray(LinearBeta().limits)), [1e-5, 1.0], rtol=1e-5)
+    np.testing.assert_allclose(jax.vmap(par.LinearBeta())(jnp.asarray(par.LinearBeta().limits)), [1e-5, 1.0], rtol=1e-5)
 
 
 # --- frameworks -----------------------------------------------------------------------------------------------------
@@ -261,7 +246,7 @@ def equinox_prior():
             return self.mlp(jnp.concatenate([z_t, t[None], x]))
 
     return ndda.DenoiserPrior(
-        Net(mlp), Velocity(), layout=(D,), residual=True, scale=0.5, climatology=climatology()
+        Net(mlp), par.Velocity(), layout=(D,), residual=True, scale=0.5, climatology=climatology()
     ), 2 * 2
 
 
@@ -285,9 +270,9 @@ def haiku_prior():
 
     net = hk.without_apply_rng(hk.transform(forward))
     parameters = net.init(jax.random.key(0), jnp.zeros(D), jnp.zeros(()), jnp.zeros(D))
-    path = VariancePreserving(Cosine())
+    path = par.VariancePreserving(par.Cosine())
     return ndda.DenoiserPrior(
-        net.apply, VPrediction(path), parameters=parameters, layout=D, climatology=climatology()
+        net.apply, par.VPrediction(path), parameters=parameters, layout=D, climatology=climatology()
     ), 4
 
 
@@ -301,9 +286,9 @@ def flax_prior():
 
     net = Net()
     parameters = net.init(jax.random.key(0), jnp.zeros(D), jnp.zeros(()), jnp.zeros(D))
-    path = VariancePreserving(DiscreteTable(TABLE))
+    path = par.VariancePreserving(par.DiscreteTable(TABLE))
     return ndda.DenoiserPrior(
-        net.apply, Epsilon(path), parameters=parameters, layout=D, residual=True, climatology=climatology()
+        net.apply, par.Epsilon(path), parameters=parameters, layout=D, residual=True, climatology=climatology()
     ), 4
 
 
@@ -406,8 +391,8 @@ def test_half_precision_networks_keep_the_state_s_precision():
         ({"network": 3}, TypeError, "something to call"),
         ({"condition": 3}, TypeError, "state, inputs"),
         ({"parametrization": "epsilon"}, TypeError, "parametrization 'epsilon'.*Velocity"),
-        ({"parametrization": Velocity}, TypeError, "give a value"),
-        ({"noise": 1.0}, TypeError, "ndda.Noise"),
+        ({"parametrization": par.Velocity}, TypeError, "give a value"),
+        ({"noise": 1.0}, TypeError, "ndda.diffusion.Noise"),
         ({"layout": (2, "x")}, TypeError, "positive integers"),
         ({"residual": True, "location": 1.0}, ValueError, "one of them"),
         ({"scale": np.ones(4)}, ValueError, r"scale has shape \(4,\)"),
@@ -415,7 +400,10 @@ def test_half_precision_networks_keep_the_state_s_precision():
         ({"noise_range": None}, ValueError, "give noise_range"),
         ({"noise_range": (1.0, 0.5)}, ValueError, "lowest < highest"),
         (
-            {"parametrization": Epsilon(VariancePreserving(DiscreteTable(TABLE))), "noise_range": (1e-3, 80.0)},
+            {
+                "parametrization": par.Epsilon(par.VariancePreserving(par.DiscreteTable(TABLE))),
+                "noise_range": (1e-3, 80.0),
+            },
             ValueError,
             "stay within",
         ),
@@ -429,21 +417,21 @@ def test_mistakes_are_refused(change, error, match):
 
 def test_mistakes_of_a_parametrization_are_refused():
     with pytest.raises(TypeError, match="Epsilon got the path 'vp'"):
-        Epsilon("vp")
+        par.Epsilon("vp")
     with pytest.raises(TypeError, match="NoiseIndex"):
-        VariancePreserving(TABLE)
+        par.VariancePreserving(TABLE)
     with pytest.raises(TypeError, match="FlowMatching"):
-        Velocity(VariancePreserving(Cosine()))
+        par.Velocity(par.VariancePreserving(par.Cosine()))
     with pytest.raises(ValueError, match="0 or 1"):
-        FlowMatching(data_at=2)
+        par.FlowMatching(data_at=2)
     with pytest.raises(ValueError, match="positive number"):
-        Preconditioned(0.0)
+        par.Preconditioned(0.0)
     with pytest.raises(ValueError, match="fall strictly"):
-        DiscreteTable(TABLE[::-1])
+        par.DiscreteTable(TABLE[::-1])
     with pytest.raises(ValueError, match="entry of 0"):
-        DiscreteTable([0.9, 0.5, 0.0])
+        par.DiscreteTable([0.9, 0.5, 0.0])
     with pytest.raises(ValueError, match="0 < first"):
-        LinearBeta(20.0, 0.1)
+        par.LinearBeta(20.0, 0.1)
 
 
 def test_mistakes_at_run_time_are_refused():

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from numpyro_diffusion_da.fields.layout import Layout, Variable
-from numpyro_diffusion_da.observation.networks import BlockMeans, Stations, Swath, channel_names, fraction_of
+from numpyro_diffusion_da.fields import Layout, Variable
+from numpyro_diffusion_da.observation import BlockMeans, Stations, Swath, channel_names, fraction_of
 
 LATITUDE, LONGITUDE = np.linspace(-78.75, 78.75, 8), np.arange(16) * 22.5
 LAYOUT = Layout(

@@ -12,9 +12,8 @@ from numpyro import handlers
 from numpyro.contrib.control_flow import scan
 
 import numpyro_diffusion_da as ndda
-from numpyro_diffusion_da.observation.dependence import depends_on_first
-from numpyro_diffusion_da.program.parameters import Parameters
-from numpyro_diffusion_da.program.state_space import StateSpaceModel
+from numpyro_diffusion_da.observation import dependence
+from numpyro_diffusion_da.program import GlobalParameters, StateSpaceModel
 
 KEY = jax.random.key(0)
 Y = np.zeros((4, 3), np.float32)
@@ -48,7 +47,7 @@ def test_which_sites_are_parameters():
     assert program.global_names == ("spread", "error", "end", "inside", "mix")
     assert program.initial_names == ("width", "x0")
     assert program.outside_names == ("gauge",)
-    assert Parameters(program).size == 1 + 3 + 1 + 1 + 2
+    assert GlobalParameters(program).size == 1 + 3 + 1 + 1 + 2
     known = handlers.condition(everything, {"error": jnp.ones(3)})
     program = StateSpaceModel(known, (Y,))
     assert (program.global_names, program.needed_names) == (
@@ -61,7 +60,7 @@ def test_which_sites_are_parameters():
 
 
 def test_prior_and_transforms():
-    parameters = Parameters(StateSpaceModel(everything, (Y,)))
+    parameters = GlobalParameters(StateSpaceModel(everything, (Y,)))
 
     @jax.jit
     def at(key):
@@ -115,14 +114,14 @@ def test_no_parameters_and_discrete_ones():
         steps(numpyro.sample("x0", dist.Normal(jnp.zeros(3), 1.0).to_event(1)), y)
 
     with pytest.raises(ValueError, match="no parameter to infer"):
-        Parameters(StateSpaceModel(without, (Y,)))
+        GlobalParameters(StateSpaceModel(without, (Y,)))
 
     def discrete(y):
         regime = numpyro.sample("regime", dist.Bernoulli(0.5))
         steps(numpyro.sample("x0", dist.Normal(jnp.zeros(3), 1.0).to_event(1)), y, 0.5 + regime)
 
     with pytest.raises(ValueError, match="'regime' of 'discrete' is discrete"):
-        Parameters(StateSpaceModel(discrete, (Y,)))
+        GlobalParameters(StateSpaceModel(discrete, (Y,)))
 
 
 def test_linear_observations_are_recognized():
@@ -155,5 +154,5 @@ def test_dependence():
     def fn(x, y):
         return {"both": jnp.where(y > 0, x, 0.0), "none": y, "tuple": (y * 2, jnp.linalg.norm(x))}
 
-    found = depends_on_first(fn, jnp.ones(2), jnp.ones(2))
+    found = dependence.depends_on_first(fn, jnp.ones(2), jnp.ones(2))
     assert found == {"both": True, "none": False, "tuple": (False, True)}

@@ -8,10 +8,9 @@ import numpy as np
 import pytest
 
 import numpyro_diffusion_da as ndda
-from numpyro_diffusion_da.filters.guided_pf import PATH_SAMPLER
-from numpyro_diffusion_da.results.summary import evidence_bias_reasons
-from numpyro_diffusion_da.transition.diffusion import DiffusionDynamics
-from numpyro_diffusion_da.transition.gaussian import GaussianDynamics
+from numpyro_diffusion_da.filters import PATH_SAMPLER
+from numpyro_diffusion_da.results import evidence_bias_reasons
+from numpyro_diffusion_da.transition import DiffusionDynamics, GaussianDynamics
 
 COVARIANCE = np.array([[1.2, 0.5, 0.1], [0.5, 0.7, -0.2], [0.1, -0.2, 0.4]])
 MEAN = np.array([0.5, -1.0, 2.0])
@@ -27,11 +26,13 @@ NOISES = {
 }
 
 
-def likelihood(y=Y, seen=True) -> ndda.GaussianLikelihood:
+def likelihood(y=Y, seen=True) -> ndda.observation.GaussianLikelihood:
     """Two observations of three components."""
     observed = jnp.full(2, seen)
-    return ndda.GaussianLikelihood(
-        lambda x: [ndda.GaussianObservation(jnp.asarray(H) @ x, jnp.full(2, ERROR), jnp.asarray(y), observed)]
+    return ndda.observation.GaussianLikelihood(
+        lambda x: [
+            ndda.observation.GaussianObservation(jnp.asarray(H) @ x, jnp.full(2, ERROR), jnp.asarray(y), observed)
+        ]
     )
 
 
@@ -85,13 +86,15 @@ def assert_unbiased(x, log_weights, mean, covariance):
         assert np.all(np.abs(estimate.mean(0) - exact) < 4.5 * se + 1e-5)
 
 
-DIRECT = ndda.MMPS(ndda.DirectSolve())
-AS_PUBLISHED = ndda.MMPS(ndda.DirectSolve(), ndda.WhiteNoise())
+DIRECT = ndda.MMPS(ndda.diffusion.DirectSolve())
+AS_PUBLISHED = ndda.MMPS(ndda.diffusion.DirectSolve(), ndda.diffusion.WhiteNoise())
 SECOND = ndda.Sampler(ndda.SDEDPMSolverPP2M(), ndda.KarrasSchedule(10, 20.0))
-ANCESTRAL = ndda.Sampler(ndda.DDIM(1.0))
+ANCESTRAL = ndda.Sampler(ndda.diffusion.DDIM(1.0))
 CASES = [
     pytest.param("singular", SECOND, DIRECT, 0.8, id="singular C"),
-    pytest.param("C", ANCESTRAL, ndda.MMPS(ndda.KrylovSolve(1)), 3.0, id="one product", marks=pytest.mark.slow),
+    pytest.param(
+        "C", ANCESTRAL, ndda.MMPS(ndda.diffusion.KrylovSolve(1)), 3.0, id="one product", marks=pytest.mark.slow
+    ),
     pytest.param("C", SECOND, AS_PUBLISHED, 2.0, id="C = I", marks=pytest.mark.slow),
     pytest.param("C", PATH_SAMPLER, DIRECT, 0.2, id="default", marks=pytest.mark.slow),
 ]
@@ -111,7 +114,7 @@ def test_path_weights_are_unbiased(noise, sampler, guidance, spread):
 
 def test_nothing_observed_weighs_nothing():
     """All missing: log w is 0 to the last bit, and every particle stays in its place."""
-    sampler = ndda.Sampler(ndda.DDIM(1.0), ndda.KarrasSchedule(4))
+    sampler = ndda.Sampler(ndda.diffusion.DDIM(1.0), ndda.KarrasSchedule(4))
     x, log_weights, _ = draw(step_of(sampler), DIRECT, 5, likelihood(np.full(2, np.nan), seen=False))
     np.testing.assert_array_equal(log_weights, 0.0)
     assert np.all(np.isfinite(x))
@@ -132,8 +135,10 @@ def test_gaussian_steps_weigh_exactly():
 def test_gaussian_steps_correct_a_linearization():
     """y = x + x^2 / 2 + N(0, 0.5^2) of x ~ N(0.3, 0.6^2), against quadrature."""
     step, y, error = GaussianDynamics(jnp.full(1, 0.3), jnp.full(1, 0.6)), 1.0, 0.5
-    like = ndda.GaussianLikelihood(
-        lambda x: [ndda.GaussianObservation(x + x**2 / 2, jnp.full(1, error), jnp.full(1, y), jnp.ones(1, bool))]
+    like = ndda.observation.GaussianLikelihood(
+        lambda x: [
+            ndda.observation.GaussianObservation(x + x**2 / 2, jnp.full(1, error), jnp.full(1, y), jnp.ones(1, bool))
+        ]
     )
     _, log_weights, _ = draw(step, DIRECT, 20000, like)
     grid = np.linspace(-5, 5, 20001)
@@ -148,9 +153,9 @@ def test_gaussian_steps_correct_a_linearization():
     "sampler",
     [
         ndda.Sampler(),
-        ndda.Sampler(ndda.DDIM(0.0)),
-        ndda.Sampler(ndda.SDEDPMSolverPP2M(), churn=ndda.Churn()),
-        ndda.Sampler(ndda.DDIM(1.0), corrector=ndda.LangevinCorrector()),
+        ndda.Sampler(ndda.diffusion.DDIM(0.0)),
+        ndda.Sampler(ndda.SDEDPMSolverPP2M(), churn=ndda.diffusion.Churn()),
+        ndda.Sampler(ndda.diffusion.DDIM(1.0), corrector=ndda.diffusion.LangevinCorrector()),
     ],
     ids=["2M", "DDIM(0)", "churn", "corrector"],
 )
@@ -162,14 +167,14 @@ def test_a_sampler_without_a_path_weight_is_refused(sampler, small):
         step_of(sampler).weighted_draw(jax.random.key(0), likelihood(), DIRECT)
 
 
-class Unguided(ndda.Guidance):
+class Unguided(ndda.diffusion.Guidance):
     """Says nothing of what it sees."""
 
     def __call__(self, denoiser, likelihood):
         return denoiser
 
 
-class Silent(ndda.KrylovSolve):
+class Silent(ndda.diffusion.KrylovSolve):
     """Says nothing of its directions."""
 
     def __call__(self, product, rhs, warm_start):
@@ -187,9 +192,9 @@ def test_what_guides_must_say_what_it_has_seen():
 def test_guided_pf_on_a_program(small):
     """Settings, diagnostics and evidence of a run; the transition's own sampler where it has noise."""
     _, y = small.simulate(0, 2)
-    sampler = ndda.Sampler(ndda.DDIM(1.0), ndda.KarrasSchedule(5))
+    sampler = ndda.Sampler(ndda.diffusion.DDIM(1.0), ndda.KarrasSchedule(5))
     program, with_noise = small.diffusion_program(), small.diffusion_program(sampler)
-    assert "SDEDPMSolverPP2M" in ndda.GuidedPF(program).settings(ndda.StateSpaceModel(program, (y,)))["sampler"]
+    assert "SDEDPMSolverPP2M" in ndda.GuidedPF(program).settings(ndda.program.StateSpaceModel(program, (y,)))["sampler"]
     run = ndda.Filter(ndda.GuidedPF(with_noise), num_particles=16, progress_bar=False)
     run.run(jax.random.key(0), jnp.asarray(y, jnp.float32))
     result = run.result

@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 from test_smoothing import LINES, by_hand
 
-from numpyro_diffusion_da.diagnostics import plots
-from numpyro_diffusion_da.results import smoothing
+import numpyro_diffusion_da as ndda
 
 
 @pytest.mark.parametrize("fields", [1, 2, 4, 5])
@@ -20,7 +19,7 @@ def test_skill_figure_has_a_panel_for_each_field(fields):
         "ess": np.full((1, 6), 3.0),
         "log_weights": np.zeros((1, 32, 6)),
     }
-    figure = plots.skill_figure(days, scores, units, stats, "title")
+    figure = ndda.diagnostics.skill_figure(days, scores, units, stats, "title")
     figure.draw_without_rendering()
     titles = [axes.get_title() for axes in figure.axes]
     assert titles[: fields + 1] == [*units, "analysis: particles that count"]
@@ -40,7 +39,9 @@ def test_map_figure_shows_truth_mean_and_error_on_their_scales(dressed):
     land = np.tile(longitude < 90.0, (7, 1)).astype(float)
     places = {"station": (latitude[1:4], longitude[:3])}
     more = {"land": land, "places": places} if dressed else {}
-    figure = plots.map_figure(truth, truth + 1.0, latitude=latitude, longitude=longitude, units="K", title="t", **more)
+    figure = ndda.diagnostics.map_figure(
+        truth, truth + 1.0, latitude=latitude, longitude=longitude, units="K", title="t", **more
+    )
     figure.draw_without_rendering()
     meshes = [axes.collections[0] for axes in figure.axes[:3]]
     np.testing.assert_allclose(meshes[2].get_array()[1:], 1.0)
@@ -55,7 +56,7 @@ def test_genealogy_draws_each_link_once(dates):
     result = by_hand()
     result.sample_stats["distinct_ancestors"] = np.full((2, 4), 3)
     time = np.arange("2020-01-01", "2020-01-05", dtype="datetime64[D]") if dates else None
-    figure = plots.genealogy(result, (1,), paths=smoothing.fixed_lag(result, 1), lags=(1, 2), time=time)
+    figure = ndda.diagnostics.genealogy(result, (1,), paths=ndda.results.fixed_lag(result, 1), lags=(1, 2), time=time)
     figure.draw_without_rendering()
     count, lines, paths = figure.axes
     links = [len(collection.get_segments()) for collection in lines.collections]
@@ -77,7 +78,7 @@ def test_predictive_at_point_shows_what_the_forecast_has_not_seen():
     result.observed_data["y"][2] = np.nan
     unseen = np.where(np.arange(4)[:, None] < 1, result.observed_data["y"], np.nan)
     forecast = dataclasses.replace(result, observed_data={"y": unseen})
-    figure = plots.predictive_at_point(result, forecast, "y", (0,), step=1, units="K")
+    figure = ndda.diagnostics.predictive_at_point(result, forecast, "y", (0,), step=1, units="K")
     figure.draw_without_rendering()
     over_time, at_time = figure.axes
     lines = {line.get_label(): line for line in over_time.get_lines()}
@@ -91,7 +92,7 @@ def test_predictive_at_point_shows_what_the_forecast_has_not_seen():
 
 def test_pit_over_time_counts_and_marks_quartiles():
     pit, time = np.linspace(0.005, 0.995, 100), np.repeat(np.arange(10), 10)
-    figure = plots.pit_over_time(pit, time, bins=5, windows=2)
+    figure = ndda.diagnostics.pit_over_time(pit, time, bins=5, windows=2)
     figure.draw_without_rendering()
     whole, by_time = figure.axes
     assert [bar.get_height() for bar in whole.patches[:5]] == [20] * 5

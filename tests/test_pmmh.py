@@ -225,13 +225,13 @@ def through_a_diffusion(y):
     ids=lambda value: type(value).__name__,
 )
 def test_biased_evidence_warns(algorithm, reasons):
-    from numpyro_diffusion_da.inference.evidence import check_evidence
-    from numpyro_diffusion_da.program.parameters import Parameters
+    from numpyro_diffusion_da.inference import evidence
+    from numpyro_diffusion_da.program import GlobalParameters
 
-    known = Parameters(ndda.StateSpaceModel(algorithm.model, (Y,))).placeholder()
+    known = GlobalParameters(ndda.program.StateSpaceModel(algorithm.model, (Y,))).placeholder()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        bias_reasons = check_evidence(algorithm, known, "PMMH")
+        bias_reasons = evidence.check_evidence(algorithm, known, "PMMH")
     assert len(bias_reasons) == len(reasons)
     assert len(caught) == bool(reasons)
     for reason in reasons:

@@ -14,11 +14,10 @@ import pytest
 
 import numpyro_diffusion_da as ndda
 from numpyro_diffusion_da.demos import lorenz96_system as lorenz96
-from numpyro_diffusion_da.observation.likelihood import GaussianLikelihood, GaussianObservation
+from numpyro_diffusion_da.observation import GaussianLikelihood, GaussianObservation
+from numpyro_diffusion_da.priors import load_prior, read_ring_emulator
 from numpyro_diffusion_da.priors import ring as emulators
-from numpyro_diffusion_da.priors.ring import read_emulator
-from numpyro_diffusion_da.priors.shipped import load_prior
-from numpyro_diffusion_da.transition.diffusion import DiffusionDynamics
+from numpyro_diffusion_da.transition import DiffusionDynamics
 
 KEY = jax.random.key(0)
 ROOT = Path(__file__).parents[1]
@@ -77,7 +76,7 @@ def test_arrays_that_are_not_the_card_s_are_refused(tmp_path):
     arrays["mean_network.readout"] = arrays["mean_network.readout"] + np.float32(1e-3)
     np.savez(tmp_path / "lorenz96.npz", **arrays)
     with pytest.raises(ValueError, match="checksum"):
-        read_emulator(tmp_path, "lorenz96", 40)
+        read_ring_emulator(tmp_path, "lorenz96", 40)
 
 
 def test_rings_that_are_too_small_and_wrong_states_are_refused(prior):
@@ -190,6 +189,6 @@ def test_training_script_runs_small(tmp_path, monkeypatch):
     with jax.numpy_rank_promotion("allow"), pytest.raises(SystemExit) as ended:
         runpy.run_path(str(ROOT / "examples" / "train_lorenz96.py"), run_name="__main__")
     assert ended.value.code == 0
-    prior = read_emulator(tmp_path, "lorenz96", 40)
+    prior = read_ring_emulator(tmp_path, "lorenz96", 40)
     assert prior.card["training"]["optimizer_steps"]["mean_network"] == 20
     assert prior.card["one_step"]["mean_error_relative_to_persistence"] < 1.0

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import numpyro_diffusion_da as ndda
-from numpyro_diffusion_da.diffusion.denoiser import PriorDenoiser
+from numpyro_diffusion_da.diffusion import PriorDenoiser
 
 COVARIANCE = np.array([[1.2, 0.5, 0.1], [0.5, 0.7, -0.2], [0.1, -0.2, 0.4]])
 MEAN = np.array([0.5, -1.0, 2.0])
@@ -27,7 +27,7 @@ def run(sampler: ndda.Sampler, prior: ndda.GaussianPrior, z: jax.Array, key: jax
     return prior.location(conditioning) + prior.scale(conditioning) * z, memory
 
 
-def flow_error(step: ndda.Step, num_levels: int) -> float:
+def flow_error(step: ndda.diffusion.Step, num_levels: int) -> float:
     """Distance of a deterministic sampler's map to the exact flow, over the norm of the exact one."""
     highest = 80.0
     sampler = ndda.Sampler(step, ndda.KarrasSchedule(num_levels, 7.0, 1e-4, highest))
@@ -45,11 +45,11 @@ def flow_error(step: ndda.Step, num_levels: int) -> float:
 @pytest.mark.parametrize(
     "step",
     [
-        ndda.DDIM(),
+        ndda.diffusion.DDIM(),
         ndda.DPMSolverPP2M(),
-        ndda.DPMSolverPP2S(),
-        ndda.Heun(),
-        *[ndda.AdamsBashforth(order) for order in (2, 3, 4)],
+        ndda.diffusion.DPMSolverPP2S(),
+        ndda.diffusion.Heun(),
+        *[ndda.diffusion.AdamsBashforth(order) for order in (2, 3, 4)],
     ],
     ids=repr,
 )
@@ -69,7 +69,7 @@ def test_adams_bashforth_weights_integrate_polynomials():
     levels = ndda.KarrasSchedule(8, 7.0, 1e-3, 80.0).levels((1.0, 2.0))
     start, stop = levels[:-1], levels[1:]
     for order in (1, 2, 3, 4):
-        weights = ndda.AdamsBashforth(order).coefficients(start, stop)["weights"]
+        weights = ndda.diffusion.AdamsBashforth(order).coefficients(start, stop)["weights"]
         assert weights.shape == (7, order)
         for i in range(7):
             for degree in range(min(order, i + 1)):
@@ -82,24 +82,28 @@ def test_first_orders_agree():
     """DDIM with eta = 0, Adams-Bashforth of order 1, and one step of each second-order method from zero history."""
     prior, z = gaussian(), 80.0 * jnp.ones(3)
     schedule = ndda.KarrasSchedule(6)
-    ddim, _ = run(ndda.Sampler(ndda.DDIM(), schedule), prior, z, jax.random.key(0))
-    euler, _ = run(ndda.Sampler(ndda.AdamsBashforth(1), schedule), prior, z, jax.random.key(0))
+    ddim, _ = run(ndda.Sampler(ndda.diffusion.DDIM(), schedule), prior, z, jax.random.key(0))
+    euler, _ = run(ndda.Sampler(ndda.diffusion.AdamsBashforth(1), schedule), prior, z, jax.random.key(0))
     np.testing.assert_allclose(ddim, euler, rtol=1e-5)
     two = ndda.KarrasSchedule(2)
-    for step in (ndda.DPMSolverPP2M(), ndda.AdamsBashforth(3)):
+    for step in (ndda.DPMSolverPP2M(), ndda.diffusion.AdamsBashforth(3)):
         first, _ = run(ndda.Sampler(step, two), prior, z, jax.random.key(0))
-        expected, _ = run(ndda.Sampler(ndda.DDIM(), two), prior, z, jax.random.key(0))
+        expected, _ = run(ndda.Sampler(ndda.diffusion.DDIM(), two), prior, z, jax.random.key(0))
         np.testing.assert_allclose(first, expected, rtol=1e-5)
 
 
 STOCHASTIC = {
-    "ancestral": ndda.Sampler(ndda.DDIM(1.0), ndda.KarrasSchedule(400, 7.0, 2e-3, 80.0)),
-    "half": ndda.Sampler(ndda.DDIM(0.5), ndda.KarrasSchedule(400, 7.0, 2e-3, 80.0)),
+    "ancestral": ndda.Sampler(ndda.diffusion.DDIM(1.0), ndda.KarrasSchedule(400, 7.0, 2e-3, 80.0)),
+    "half": ndda.Sampler(ndda.diffusion.DDIM(0.5), ndda.KarrasSchedule(400, 7.0, 2e-3, 80.0)),
     "churn": ndda.Sampler(
-        ndda.Heun(), ndda.KarrasSchedule(60, 7.0, 2e-3, 80.0), churn=ndda.Churn(10.0, lowest=0.05, inflation=1.0)
+        ndda.diffusion.Heun(),
+        ndda.KarrasSchedule(60, 7.0, 2e-3, 80.0),
+        churn=ndda.diffusion.Churn(10.0, lowest=0.05, inflation=1.0),
     ),
     "langevin": ndda.Sampler(
-        ndda.AdamsBashforth(2), ndda.KarrasSchedule(100, 7.0, 2e-3, 80.0), corrector=ndda.LangevinCorrector(2, 0.05)
+        ndda.diffusion.AdamsBashforth(2),
+        ndda.KarrasSchedule(100, 7.0, 2e-3, 80.0),
+        corrector=ndda.diffusion.LangevinCorrector(2, 0.05),
     ),
 }
 
@@ -147,10 +151,15 @@ def test_stochastic_samplers_leave_the_right_law(name, singular):
     ("sampler", "count"),
     [
         (ndda.Sampler(), 16),
-        (ndda.Sampler(ndda.DPMSolverPP2S(), ndda.KarrasSchedule(5)), 9),
-        (ndda.Sampler(ndda.Heun(), ndda.KarrasSchedule(5), churn=ndda.Churn()), 9),
-        (ndda.Sampler(ndda.AdamsBashforth(3), ndda.KarrasSchedule(5), corrector=ndda.LangevinCorrector(2)), 13),
-        (ndda.Sampler(ndda.DDIM(0.3), ndda.KarrasSchedule(2)), 2),
+        (ndda.Sampler(ndda.diffusion.DPMSolverPP2S(), ndda.KarrasSchedule(5)), 9),
+        (ndda.Sampler(ndda.diffusion.Heun(), ndda.KarrasSchedule(5), churn=ndda.diffusion.Churn()), 9),
+        (
+            ndda.Sampler(
+                ndda.diffusion.AdamsBashforth(3), ndda.KarrasSchedule(5), corrector=ndda.diffusion.LangevinCorrector(2)
+            ),
+            13,
+        ),
+        (ndda.Sampler(ndda.diffusion.DDIM(0.3), ndda.KarrasSchedule(2)), 2),
     ],
     ids=["default", "2S", "Heun with churn", "published", "DDIM"],
 )
@@ -187,28 +196,28 @@ def test_schedule():
 
 def test_churn_raises_levels_inside_its_range():
     levels = np.array([80.0, 10.0, 1.0, 0.5])
-    raised = ndda.Churn(rate=0.4, lowest=0.75, highest=20.0).raised(levels)
+    raised = ndda.diffusion.Churn(rate=0.4, lowest=0.75, highest=20.0).raised(levels)
     np.testing.assert_allclose(raised, [80.0, 11.0, 1.1, 0.5])
     # Capped at sqrt(2) - 1, as in EDM.
-    np.testing.assert_allclose(ndda.Churn(rate=100.0).raised(levels)[0], 80.0 * np.sqrt(2.0))
+    np.testing.assert_allclose(ndda.diffusion.Churn(rate=100.0).raised(levels)[0], 80.0 * np.sqrt(2.0))
 
 
 @pytest.mark.parametrize(
     ("make", "sentence"),
     [
-        (lambda: ndda.AdamsBashforth(5), "order=5; give 1, 2, 3 or 4"),
-        (lambda: ndda.AdamsBashforth(0), "order=0; give 1, 2, 3 or 4"),
-        (lambda: ndda.DDIM(1.5), "eta=1.5; give a number from 0"),
-        (lambda: ndda.DDIM(-0.1), "eta=-0.1; give a number from 0"),
+        (lambda: ndda.diffusion.AdamsBashforth(5), "order=5; give 1, 2, 3 or 4"),
+        (lambda: ndda.diffusion.AdamsBashforth(0), "order=0; give 1, 2, 3 or 4"),
+        (lambda: ndda.diffusion.DDIM(1.5), "eta=1.5; give a number from 0"),
+        (lambda: ndda.diffusion.DDIM(-0.1), "eta=-0.1; give a number from 0"),
         (lambda: ndda.KarrasSchedule(1), "num_levels=1; give at least 2"),
         (lambda: ndda.KarrasSchedule(rho=0.0), "rho=0.0; give a positive number"),
         (lambda: ndda.KarrasSchedule(lowest=90.0).levels((0.02, 80.0)), "from 80.0 down to 90.0: expected 0 < lowest"),
         (lambda: ndda.KarrasSchedule(lowest=-1.0).levels((0.02, 80.0)), "down to -1.0: expected 0 < lowest"),
-        (lambda: ndda.Churn(rate=-1.0), "rate=-1.0, inflation=1.05; neither can be negative"),
-        (lambda: ndda.Churn(inflation=-1.0), "inflation=-1.0; neither can be negative"),
-        (lambda: ndda.LangevinCorrector(0), "steps=0; give 1 or more"),
-        (lambda: ndda.LangevinCorrector(tau=1.0), "tau=1.0; give a number between 0 and 1"),
-        (lambda: ndda.LangevinCorrector(tau=0.0), "tau=0.0; give a number between 0 and 1"),
+        (lambda: ndda.diffusion.Churn(rate=-1.0), "rate=-1.0, inflation=1.05; neither can be negative"),
+        (lambda: ndda.diffusion.Churn(inflation=-1.0), "inflation=-1.0; neither can be negative"),
+        (lambda: ndda.diffusion.LangevinCorrector(0), "steps=0; give 1 or more"),
+        (lambda: ndda.diffusion.LangevinCorrector(tau=1.0), "tau=1.0; give a number between 0 and 1"),
+        (lambda: ndda.diffusion.LangevinCorrector(tau=0.0), "tau=0.0; give a number between 0 and 1"),
     ],
 )
 def test_what_is_refused(make, sentence):

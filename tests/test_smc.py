@@ -10,9 +10,20 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from numpyro_diffusion_da.smc import bootstrap, enkf, fa_apf, guided_pf
-from numpyro_diffusion_da.smc.base import guarded, init, map_particles, num_particles, particle_keys, select, tempering
-from numpyro_diffusion_da.smc.ensemble_update import PerturbedObservations, SquareRoot
+from numpyro_diffusion_da.smc import (
+    ForecastMultiplicative,
+    PerturbedObservations,
+    SquareRoot,
+    base,
+    bootstrap,
+    enkf,
+    fa_apf,
+    guided_pf,
+    init,
+    map_particles,
+    num_particles,
+    particle_keys,
+)
 
 # x' = A x + N(0, Q), y = x'_0 + N(0, R), in two dimensions.
 A = np.array([[0.9, 0.3], [-0.3, 0.9]])
@@ -100,7 +111,7 @@ def ess_at(alpha, log_weights) -> float:
 
 def algorithms(**settings):
     """The filters as `SamplingAlgorithm`s (the ensemble Kalman filters' kernels with the same `init`)."""
-    batch_size = settings.get("batch_size", 0)
+    batch_size = settings.get("batch_size")
     make = type(fa_apf.as_top_level_api(log_predictive, optimal_draw))
     stochastic, square_root = (
         make(init, enkf.build_kernel(free_draw, whitened_residual, keep, batch_size=batch_size, update=update))
@@ -328,7 +339,7 @@ def test_diagnostics_do_not_depend_on_the_size_of_the_weights():
 # --- tempering --------------------------------------------------------------------------------------------------------
 
 
-tempered = jax.jit(tempering, static_argnums=1)
+tempered = jax.jit(base.tempering_exponent, static_argnums=1)
 
 
 @pytest.mark.parametrize("spread", [1e-3, 1.0, 10.0, 1e3, 1e6])
@@ -380,17 +391,15 @@ def test_target_is_a_fraction(target):
         bootstrap.build_kernel(free_draw, log_likelihood, target_ess=target)
 
 
-def test_enkf_tempering():
-    with pytest.raises(ValueError, match=r"tempering=0.9; give 1.0"):
-        enkf.build_kernel(free_draw, whitened_residual, keep, tempering=0.9)
-    y, particles = jnp.asarray(np.nan), start(64)  # unobserved, only the tempering acts
-    kernel = jax.jit(enkf.build_kernel(free_draw, whitened_residual, keep, tempering=1.5))
-    tempered, info = kernel(jax.random.key(0), init(particles), y)
+def test_enkf_inflation():
+    y, particles = jnp.asarray(np.nan), start(64)  # unobserved, only the inflation acts
+    kernel = jax.jit(enkf.build_kernel(free_draw, whitened_residual, keep, inflation=(ForecastMultiplicative(1.5),)))
+    inflated, info = kernel(jax.random.key(0), init(particles), y)
     plain, _ = jax.jit(jax.vmap(free_draw, (0, 0, None)))(
         particle_keys(jax.random.split(jax.random.key(0), 3)[0], 64), particles, y
     )
     mean = plain.mean(0, keepdims=True)
-    np.testing.assert_allclose(tempered.particles - mean, 1.5 * (plain - mean), atol=1e-5)
+    np.testing.assert_allclose(inflated.particles - mean, 1.5 * (plain - mean), atol=1e-5)
     np.testing.assert_array_equal(info.ancestors, np.arange(64))
 
 
@@ -426,7 +435,7 @@ RESAMPLING = [resampling.systematic, resampling.stratified, resampling.multinomi
 def test_zero_weight_is_never_selected(resampling_fn):
     """In float32, many keys, with the last particle and whole stretches impossible."""
     n, keys = 1000, jax.random.split(jax.random.key(0), 500)
-    choose = jax.jit(jax.vmap(lambda key, weights: guarded(resampling_fn)(key, weights, n), (0, None)))
+    choose = jax.jit(jax.vmap(lambda key, weights: base.guarded(resampling_fn)(key, weights, n), (0, None)))
     raw = jnp.abs(jax.random.normal(jax.random.key(1), (n,), jnp.float32)) ** 4
     index = jnp.arange(n)
     for alive in (index < n - 1, index < n // 2, index > n // 2, (index % 7 == 3) & (index < 900), index == 0):
@@ -439,7 +448,7 @@ def test_guard_takes_the_nearest_possible_particle():
     """Whatever a resampling returns: the last one before it that has weight, else the first one after it."""
     weights = jnp.array([0.0, 0.0, 0.4, 0.0, 0.6, 0.0, 0.0])
     for chosen, expected in {0: 2, 1: 2, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 4}.items():
-        resample = guarded(lambda key, w, n, chosen=chosen: jnp.full(n, chosen))
+        resample = base.guarded(lambda key, w, n, chosen=chosen: jnp.full(n, chosen))
         np.testing.assert_array_equal(resample(jax.random.key(0), weights, 3), expected)
 
 
@@ -449,7 +458,7 @@ def test_guarded_resampling_is_unbiased(resampling_fn):
     n, repeats = 20, 4000
     weights = jax.nn.softmax(2.0 * jax.random.normal(jax.random.key(0), (n,)))
     keys = jax.random.split(jax.random.key(1), repeats)
-    count = jax.jit(jax.vmap(lambda key: jnp.bincount(guarded(resampling_fn)(key, weights, n), length=n)))
+    count = jax.jit(jax.vmap(lambda key: jnp.bincount(base.guarded(resampling_fn)(key, weights, n), length=n)))
     counts = np.asarray(count(keys), np.float64)
     se = counts.std(0, ddof=1) / np.sqrt(repeats)
     assert np.all(np.abs(counts.mean(0) - n * np.asarray(weights)) < 5 * se + 1e-3)
@@ -457,7 +466,7 @@ def test_guarded_resampling_is_unbiased(resampling_fn):
 
 def test_select():
     n, key = 50, jax.random.key(0)
-    choose = jax.jit(select, static_argnums=(2, 3))
+    choose = jax.jit(base.select, static_argnums=(2, 3))
     ancestors, alpha = choose(key, jnp.full(n, -3.0), resampling.systematic, 0.5)
     np.testing.assert_array_equal(ancestors, np.arange(n))  # equal weights: nobody moves
     assert alpha == 1.0

@@ -17,7 +17,6 @@ from conftest import LinearGaussian
 from numpyro.contrib.control_flow import scan
 
 import numpyro_diffusion_da as ndda
-from numpyro_diffusion_da.results import convert, smoothing
 
 STEPS = 12
 
@@ -62,7 +61,7 @@ LINES = {
 @pytest.mark.parametrize("lag", [0, 1, 2, 3, 50, None])
 def test_a_small_genealogy(lag):
     result = by_hand()
-    smoothed = smoothing.trajectories(result) if lag is None else smoothing.fixed_lag(result, lag)
+    smoothed = ndda.results.trajectories(result) if lag is None else ndda.results.fixed_lag(result, lag)
     lines = np.array(LINES[3 if lag is None else min(lag, 3)])
     x = 10 * np.arange(4) + lines
     np.testing.assert_array_equal(smoothed.sample_stats["filter_draw"][0], lines)
@@ -82,7 +81,7 @@ def test_a_small_genealogy(lag):
     assert "ancestors" not in smoothed.sample_stats
     counts = [[len(set(lines[:, k])) for k in range(4)], [4] * 4]
     assert smoothed.sample_stats["distinct_lines"].tolist() == counts
-    assert smoothing.distinct_ancestors_at(result, lag).tolist() == counts
+    assert ndda.results.distinct_ancestors_at(result, lag).tolist() == counts
     assert result.posterior["x"][0, 0, :, 0].tolist() == [0, 10, 20, 30]  # the filter's is as it was
 
 
@@ -91,7 +90,7 @@ def test_one_step_and_one_particle():
     one = {"ancestors": np.zeros((1, 1, 1), np.int32)}
     few = {"posterior": {"x": np.ones((1, 1, 1))}, "posterior_predictive": {}, "log_likelihood": {}, "forecast": None}
     fields = {**{name: getattr(result, name) for name in result.__dataclass_fields__}, **few, "sample_stats": one}
-    smoothed = smoothing.trajectories(ndda.FilterResult(**fields))
+    smoothed = ndda.results.trajectories(ndda.FilterResult(**fields))
     assert smoothed.posterior["x"].tolist() == [[[1.0]]]
     assert smoothed.sample_stats["distinct_lines"].tolist() == [[1]]
     assert smoothed.forecast is None
@@ -100,12 +99,12 @@ def test_one_step_and_one_particle():
 def test_what_is_refused():
     result = by_hand()
     with pytest.raises(ValueError, match="lag=-1; give a number of steps, 0 or more"):
-        smoothing.fixed_lag(result, -1)
+        ndda.results.fixed_lag(result, -1)
     with pytest.raises(TypeError):
-        smoothing.fixed_lag(result, 1.5)
-    for call in (smoothing.trajectories, smoothing.distinct_ancestors_at, lambda r: smoothing.fixed_lag(r, 2)):
+        ndda.results.fixed_lag(result, 1.5)
+    for call in (ndda.results.trajectories, ndda.results.distinct_ancestors_at, lambda r: ndda.results.fixed_lag(r, 2)):
         with pytest.raises(ValueError, match="already smoothed; give the one of the filter"):
-            call(smoothing.trajectories(result))
+            call(ndda.results.trajectories(result))
         result.attributes["algorithm"] = "EnKF"
         with pytest.raises(ValueError, match=r"EnKF selects no particles, .* smooth a result of FAAPF or Bootstrap"):
             call(result)
@@ -177,7 +176,9 @@ def test_what_was_kept_is_smoothed():
 
 def test_a_smoothed_result_has_its_names():
     result = by_hand()
-    paths, lagged = (convert.to_datatree(r) for r in (smoothing.trajectories(result), smoothing.fixed_lag(result, 2)))
+    paths, lagged = (
+        ndda.results.to_datatree(r) for r in (ndda.results.trajectories(result), ndda.results.fixed_lag(result, 2))
+    )
     assert (paths.attrs["smoothing"], lagged.attrs["smoothing"]) == ("genealogy", "fixed lag")
     assert "smoothing_lag" not in paths.attrs
     assert lagged["posterior"].attrs["smoothing_lag"] == 2
@@ -187,8 +188,8 @@ def test_a_smoothed_result_has_its_names():
         assert tree["sample_stats/filter_draw"].dims == ("chain", "draw", "time")
         assert tree["sample_stats/distinct_lines"].dims == ("chain", "time")
         assert tree["sample_stats/distinct_lines"].attrs["description"]
-    assert "smoothing" not in convert.to_datatree(result).attrs
-    assert convert.to_arviz(smoothing.trajectories(result)).attrs["smoothing"] == "genealogy"
+    assert "smoothing" not in ndda.results.to_datatree(result).attrs
+    assert ndda.results.to_arviz(ndda.results.trajectories(result)).attrs["smoothing"] == "genealogy"
 
 
 @pytest.mark.slow
@@ -274,7 +275,7 @@ def test_trajectories_are_the_exact_smoother(seed):
     """Mean and second moment within standard errors over independent filters, which know of the coalescence."""
     result, model, y = filtered(seed)
     mean, variance = rauch_tung_striebel(model, y)
-    paths = smoothing.trajectories(result)
+    paths = ndda.results.trajectories(result)
     departure = paths.posterior["x"].astype(float) - mean  # (chain, draw, time, d)
     for estimate, truth, unit in (
         (departure.mean(1), 0.0, np.sqrt(variance)),
@@ -297,7 +298,7 @@ def test_trajectories_are_the_exact_smoother(seed):
 def test_a_lag_comes_nearer_to_the_smoother(seed):
     result, model, y = filtered(seed)
     mean, variance = rauch_tung_striebel(model, y)
-    errors = [error_in_sd(smoothing.fixed_lag(result, lag), mean, variance) for lag in (0, 1, 3)]
+    errors = [error_in_sd(ndda.results.fixed_lag(result, lag), mean, variance) for lag in (0, 1, 3)]
     for nearer, farther in zip(errors[1:], errors, strict=False):
         gain = farther - nearer
         assert gain.mean() > 5 * gain.std(ddof=1) / np.sqrt(len(gain))

@@ -2,14 +2,14 @@ import numpy as np
 import pytest
 import xarray as xr
 
-from numpyro_diffusion_da.diagnostics import spectra
-from numpyro_diffusion_da.diagnostics.verification import area_weights
+import numpyro_diffusion_da as ndda
+from numpyro_diffusion_da.diagnostics import area_weights
 
 
 @pytest.mark.parametrize("n", [2, 3, 16, 17])
 def test_power_sums_to_the_variance(n):
     x = np.random.default_rng(n).normal(5.0, 2.0, (4, n))
-    power = spectra.power_spectrum(x)
+    power = ndda.diagnostics.power_spectrum(x)
     assert power.shape == (4, n // 2)
     assert power.sum(-1) == pytest.approx(x.var(-1))
 
@@ -20,21 +20,21 @@ def test_each_wave_is_found_at_its_wavenumber(n):
     x = 7 + 3 * np.cos(2 * np.pi * 2 * j / n + 0.4) + 0.5 * np.sin(2 * np.pi * 5 * j / n)
     expected = np.zeros(6)
     expected[[1, 4]] = 9 / 2, 0.25 / 2
-    assert spectra.power_spectrum(x) == pytest.approx(expected, abs=1e-12)
-    assert spectra.power_spectrum(x[:, None], axis=0)[:, 0] == pytest.approx(expected, abs=1e-12)
+    assert ndda.diagnostics.power_spectrum(x) == pytest.approx(expected, abs=1e-12)
+    assert ndda.diagnostics.power_spectrum(x[:, None], axis=0)[:, 0] == pytest.approx(expected, abs=1e-12)
 
 
 def test_the_shortest_wave_has_all_its_variance():
     x = np.array([1.0, -1.0] * 4)
-    assert spectra.power_spectrum(x) == pytest.approx([0, 0, 0, 1], abs=1e-12)
-    assert spectra.roughness(x) == pytest.approx(2.0)
+    assert ndda.diagnostics.power_spectrum(x) == pytest.approx([0, 0, 0, 1], abs=1e-12)
+    assert ndda.diagnostics.roughness(x) == pytest.approx(2.0)
 
 
 def test_white_noise_is_flat():
     n, rings = 16, 4000
     x = np.random.default_rng(0).normal(size=(rings, n))
-    each = spectra.power_spectrum(x)
-    power = spectra.power_spectrum(x, average=0)
+    each = ndda.diagnostics.power_spectrum(x)
+    power = ndda.diagnostics.power_spectrum(x, average=0)
     assert power == pytest.approx(each.mean(0))
     expected = np.full(n // 2, 2 / n)
     expected[-1] = 1 / n
@@ -45,13 +45,13 @@ def test_roughness_is_the_mean_of_the_spectrum():
     rng = np.random.default_rng(0)
     for n in (15, 16):
         x = rng.normal(size=(3, n)).cumsum(-1)
-        power = spectra.power_spectrum(x)
+        power = ndda.diagnostics.power_spectrum(x)
         waves = 1 - np.cos(2 * np.pi * np.arange(1, n // 2 + 1) / n)
-        assert spectra.roughness(x) == pytest.approx((power * waves).sum(-1) / power.sum(-1))
-        assert spectra.roughness(x, average=None) == pytest.approx((power * waves).sum() / power.sum())
+        assert ndda.diagnostics.roughness(x) == pytest.approx((power * waves).sum(-1) / power.sum(-1))
+        assert ndda.diagnostics.roughness(x, average=None) == pytest.approx((power * waves).sum() / power.sum())
     wave = np.sin(2 * np.pi * 3 * np.arange(20) / 20)
-    assert spectra.roughness(wave) == pytest.approx(1 - np.cos(2 * np.pi * 3 / 20))
-    assert np.isnan(spectra.roughness(np.ones(5)))
+    assert ndda.diagnostics.roughness(wave) == pytest.approx(1 - np.cos(2 * np.pi * 3 / 20))
+    assert np.isnan(ndda.diagnostics.roughness(np.ones(5)))
 
 
 def test_roughness_of_white_noise_and_of_seams():
@@ -60,16 +60,16 @@ def test_roughness_of_white_noise_and_of_seams():
     noise = rng.normal(size=(rings, n))
     steps, variance = ((np.roll(noise, -1, -1) - noise) ** 2).mean(-1) / 2, noise.var(-1)
     se = np.std(steps - n / (n - 1) * variance) / np.sqrt(rings)
-    assert abs(spectra.roughness(noise, average=0) - n / (n - 1)) < 4 * se
+    assert abs(ndda.diagnostics.roughness(noise, average=0) - n / (n - 1)) < 4 * se
     # Smooth members, put together from pieces of four points, each of another member. Half the mean square of a seam's
     # difference is Var x instead of Var x (1 - r), r the correlation of neighbors; one difference in four is a seam's.
     angle = 2 * np.pi * np.arange(n) / n
     members = np.cos(2 * angle + rng.uniform(0, 2 * np.pi, (rings, 1)))
     pieces = np.concatenate([members[rng.permutation(rings)][:, i : i + 4] for i in range(0, n, 4)], axis=-1)
     smooth = 1 - np.cos(2 * angle[1])
-    assert spectra.roughness(members, average=0) == pytest.approx(smooth)
+    assert ndda.diagnostics.roughness(members, average=0) == pytest.approx(smooth)
     steps = ((np.roll(pieces, -1, -1) - pieces) ** 2).mean(-1) / 2
-    rough = spectra.roughness(pieces, average=0)
+    rough = ndda.diagnostics.roughness(pieces, average=0)
     expected, se = 0.5 * (0.75 * smooth + 0.25), steps.std() / np.sqrt(rings)
     assert abs(rough * pieces.var(-1).mean() - expected) < 4 * se
     assert rough > 3 * smooth
@@ -81,7 +81,7 @@ def test_fields_by_name_are_averaged_with_weights():
     x = rng.normal(size=(3, 4, 10)) * np.array([1.0, 2.0, 3.0, 4.0])[:, None]
     named = xr.DataArray(x, dims=("draw", "latitude", "longitude"), coords={"latitude": latitude, "draw": range(3)})
     weights = area_weights(latitude)
-    power = spectra.power_spectrum(
+    power = ndda.diagnostics.power_spectrum(
         named.transpose("longitude", "draw", "latitude"),
         axis="longitude",
         average="latitude",
@@ -89,13 +89,13 @@ def test_fields_by_name_are_averaged_with_weights():
     )
     assert power.dims == ("wavenumber", "draw")
     assert power.wavenumber.values.tolist() == [1, 2, 3, 4, 5]
-    numbers = spectra.power_spectrum(x, average=1, weights=weights)
+    numbers = ndda.diagnostics.power_spectrum(x, average=1, weights=weights)
     assert power.transpose("draw", "wavenumber").values == pytest.approx(numbers)
     assert numbers.sum(-1) == pytest.approx((x.var(-1) * weights).sum(1) / weights.sum())
-    rough = spectra.roughness(
+    rough = ndda.diagnostics.roughness(
         named, axis="longitude", average=["draw", "latitude"], weights=area_weights(named.latitude)
     )
-    assert float(rough) == pytest.approx(spectra.roughness(x, average=(0, 1), weights=weights))
+    assert float(rough) == pytest.approx(ndda.diagnostics.roughness(x, average=(0, 1), weights=weights))
     steps = ((np.roll(x, -1, -1) - x) ** 2).mean(-1)
     assert float(rough) == pytest.approx((steps * weights).sum() / (2 * x.var(-1) * weights).sum())
 
@@ -103,15 +103,15 @@ def test_fields_by_name_are_averaged_with_weights():
 def test_a_nan_makes_its_ring_nan():
     x = np.random.default_rng(0).normal(size=(2, 8))
     x[0, 3] = np.nan
-    assert np.isnan(spectra.power_spectrum(x)).tolist() == [[True] * 4, [False] * 4]
-    assert np.isnan(spectra.roughness(x)).tolist() == [True, False]
-    assert np.isnan(spectra.power_spectrum(x, average=0)).all()
+    assert np.isnan(ndda.diagnostics.power_spectrum(x)).tolist() == [[True] * 4, [False] * 4]
+    assert np.isnan(ndda.diagnostics.roughness(x)).tolist() == [True, False]
+    assert np.isnan(ndda.diagnostics.power_spectrum(x, average=0)).all()
 
 
 def test_rings_that_do_not_fit_are_refused():
     x = np.zeros((3, 4))
     named = xr.DataArray(x, dims=("latitude", "longitude"), coords={"latitude": [0.0, 1.0, 2.0]})
-    for function in (spectra.power_spectrum, spectra.roughness):
+    for function in (ndda.diagnostics.power_spectrum, ndda.diagnostics.roughness):
         with pytest.raises(ValueError, match="axis of the ring"):
             function(x, average=1)
         with pytest.raises(ValueError, match=r"axis \[2\] is not among those of the field"):

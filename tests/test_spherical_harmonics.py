@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import scipy.special
 
-from numpyro_diffusion_da.priors.spherical.harmonics import HarmonicNoise, SphericalHarmonics
+from numpyro_diffusion_da.priors import HarmonicNoise, SphericalHarmonics
 
 KEY = jax.random.key(0)
 H = SphericalHarmonics(7, 9, num_scalars=2, num_winds=1)

@@ -33,7 +33,7 @@ def formula(num_latitudes: int, num_longitudes: int) -> np.ndarray:
 @functools.cache
 def covariance(num_latitudes: int, num_longitudes: int) -> np.ndarray:
     """C from products with unit vectors."""
-    noise = ndda.SphericalNoise(num_latitudes, num_longitudes)
+    noise = ndda.diffusion.SphericalNoise(num_latitudes, num_longitudes)
     points = num_latitudes * num_longitudes
     units = jnp.eye(points).reshape(points, num_latitudes, num_longitudes)
     return np.asarray(jax.jit(jax.vmap(noise.covariance_product))(units)).reshape(points, points)
@@ -57,7 +57,7 @@ def assert_covariance(draws: np.ndarray, expected: np.ndarray, sigmas: float = 6
 )
 def test_eigenvalues(grid, rank, largest, smallest):
     values = np.linalg.eigvalsh(covariance(*grid).astype(np.float64))[::-1]
-    assert ndda.SphericalNoise(*grid).rank == rank
+    assert ndda.diffusion.SphericalNoise(*grid).rank == rank
     assert round(values[0], 1) == largest
     assert round(values[rank - 1], 2) == smallest
     assert np.abs(values[rank:]).max() < 1e-5
@@ -76,7 +76,7 @@ def test_covariance_is_the_formula(grid):
 
 def test_the_largest_grid():
     """One degree: unit variance, and far apart from each other three entries against the formula."""
-    noise = ndda.SphericalNoise(181, 360)
+    noise = ndda.diffusion.SphericalNoise(181, 360)
     assert (noise.rank, noise.num_latitudes, noise.num_longitudes) == (32_400, 181, 360)
     np.testing.assert_allclose(jnp.sum(noise.factor**2, (0, 2)), 1.0, atol=1e-6)
     product = jax.jit(noise_product)(noise, jnp.zeros((181, 360)).at[120, 10].set(1.0))
@@ -94,7 +94,7 @@ def noise_product(noise, v):
 
 @pytest.mark.slow
 def test_product_is_symmetric_linear_and_the_same_for_every_channel():
-    noise = ndda.SphericalNoise(13, 24)
+    noise = ndda.diffusion.SphericalNoise(13, 24)
     v, w = jax.random.normal(jax.random.key(0), (2, 13, 24, 3))
     product = jax.jit(noise_product)(noise, v)
     np.testing.assert_allclose(jnp.vdot(w, product), jnp.vdot(noise_product(noise, w), v), rtol=1e-4)
@@ -107,7 +107,7 @@ def test_product_is_symmetric_linear_and_the_same_for_every_channel():
 
 @pytest.mark.slow
 def test_double_and_half_precision():
-    noise = ndda.SphericalNoise(5, 8)
+    noise = ndda.diffusion.SphericalNoise(5, 8)
     single = noise.covariance_product(jnp.ones((5, 8)))
     half = noise.covariance_product(jnp.ones((5, 8), jnp.bfloat16))
     assert half.dtype == jnp.bfloat16
@@ -127,7 +127,7 @@ def test_double_and_half_precision():
 @pytest.mark.parametrize("grid", GRIDS)
 def test_draws_have_the_covariance(grid):
     """Channels are independent, so that 20 000 of them are 20 000 draws."""
-    noise = ndda.SphericalNoise(*grid)
+    noise = ndda.diffusion.SphericalNoise(*grid)
     draws = np.asarray(noise.sample(jax.random.key(0), (*grid, 20_000), jnp.dtype("float32")), np.float64)
     np.testing.assert_allclose(draws[[0, -1]], draws[[0, -1], :1] + 0 * draws[[0, -1]], atol=1e-5)
     assert_covariance(draws.reshape(-1, 20_000).T, formula(*grid))
@@ -135,7 +135,7 @@ def test_draws_have_the_covariance(grid):
 
 @pytest.mark.slow
 def test_draws_with_jit_and_vmap():
-    noise, dtype = ndda.SphericalNoise(7, 12), jnp.dtype("float32")
+    noise, dtype = ndda.diffusion.SphericalNoise(7, 12), jnp.dtype("float32")
     keys = jax.random.split(jax.random.key(0), 3)
     one_by_one = jnp.stack([noise.sample(key, (7, 12, 2), dtype) for key in keys])
     together = jax.jit(jax.vmap(lambda key: noise.sample(key, (7, 12, 2), dtype)))(keys)
@@ -170,13 +170,13 @@ def test_gencast_draws_the_same_noise():
 @pytest.mark.parametrize("grid", [(13, 26), (12, 24), (1, 0), (90, 180)])
 def test_other_grids_are_refused(grid):
     with pytest.raises(ValueError, match=r"got .* expected num_longitudes = 2 \(num_latitudes - 1\)"):
-        ndda.SphericalNoise(*grid)
+        ndda.diffusion.SphericalNoise(*grid)
 
 
 def test_coordinates():
     latitudes, longitudes = np.linspace(-90, 90, 13), np.arange(24) * 15.0
-    noise = ndda.SphericalNoise.from_coordinates(latitudes, longitudes)
-    np.testing.assert_array_equal(noise.factor, ndda.SphericalNoise(13, 24).factor)
+    noise = ndda.diffusion.SphericalNoise.from_coordinates(latitudes, longitudes)
+    np.testing.assert_array_equal(noise.factor, ndda.diffusion.SphericalNoise(13, 24).factor)
     for bad, sentence in (
         ((latitudes[::-1], longitudes), "latitudes go from 90 to -90, expected 13"),
         ((latitudes, longitudes - 180), "longitudes go from -180 to 165, expected 24"),
@@ -185,12 +185,12 @@ def test_coordinates():
         ((np.linspace(-90, 90, 12), longitudes), "got 12 latitudes and 24 longitudes"),
     ):
         with pytest.raises(ValueError, match=sentence):
-            ndda.SphericalNoise.from_coordinates(*bad)
+            ndda.diffusion.SphericalNoise.from_coordinates(*bad)
 
 
 @pytest.mark.parametrize("shape", [(24, 13), (3, 13, 24), (312,)])
 def test_latents_of_another_grid_are_refused(shape):
-    noise = ndda.SphericalNoise(13, 24)
+    noise = ndda.diffusion.SphericalNoise(13, 24)
     with pytest.raises(ValueError, match="put latitude and longitude first"):
         noise.covariance_product(jnp.zeros(shape))
     with pytest.raises(ValueError, match="put latitude and longitude first"):
@@ -228,13 +228,13 @@ def test_guided_sampler_is_the_benchmark():
 
 def test_white_noise_in_guidance_changes_nothing_where_the_noise_is_white(small):
     prior = ndda.GaussianPrior(small.transition, small.covariance)
-    likelihood = ndda.GaussianLikelihood(
-        lambda x: [ndda.GaussianObservation(x[::2], jnp.full(2, 0.5), jnp.ones(2), jnp.ones(2, bool))]
+    likelihood = ndda.observation.GaussianLikelihood(
+        lambda x: [ndda.observation.GaussianObservation(x[::2], jnp.full(2, 0.5), jnp.ones(2), jnp.ones(2, bool))]
     )
     step = ndda.DiffusionTransition(prior, jnp.zeros(4)).only_step()
     draws = [
         jax.jit(lambda key, guidance=guidance: step.conditional_draw(key, likelihood, guidance)[0])(jax.random.key(0))
-        for guidance in (ndda.MMPS(), ndda.MMPS(noise=ndda.WhiteNoise()))
+        for guidance in (ndda.MMPS(), ndda.MMPS(noise=ndda.diffusion.WhiteNoise()))
     ]
     np.testing.assert_array_equal(*draws)
 

@@ -6,22 +6,21 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from numpyro_diffusion_da.diffusion.sampler import Sampler
-from numpyro_diffusion_da.fields.layout import Variable
-from numpyro_diffusion_da.priors.spherical.emulator import (
+from numpyro_diffusion_da.diffusion import Sampler
+from numpyro_diffusion_da.fields import Variable
+from numpyro_diffusion_da.priors import (
+    GaussianDenoiser,
+    HarmonicNoise,
     SphericalEmulator,
+    SphericalHarmonics,
+    SphericalMeanNetwork,
+    SphericalResidualNetwork,
+    ZonalOperator,
     read_spherical_emulator,
     save_spherical_emulator,
     spherical_layout,
 )
-from numpyro_diffusion_da.priors.spherical.harmonics import HarmonicNoise, SphericalHarmonics
-from numpyro_diffusion_da.priors.spherical.networks import (
-    GaussianDenoiser,
-    SphericalMeanNetwork,
-    SphericalResidualNetwork,
-    ZonalOperator,
-)
-from numpyro_diffusion_da.transition.diffusion import DiffusionDynamics
+from numpyro_diffusion_da.transition import DiffusionDynamics
 
 pytestmark = pytest.mark.slow
 COMPILES_A_LOT = True

@@ -10,8 +10,7 @@ from numpyro import handlers
 from numpyro.contrib.control_flow import scan
 
 import numpyro_diffusion_da as ndda
-from numpyro_diffusion_da.program.scan import TimeInputs
-from numpyro_diffusion_da.program.state_space import StateSpaceModel
+from numpyro_diffusion_da.program import StateSpaceModel, TimeInputs
 
 Y = np.zeros((4, 2), np.float32)
 KEY = jax.random.key(0)

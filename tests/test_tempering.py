@@ -18,16 +18,14 @@ from numpyro.contrib.control_flow import scan
 from scipy import stats
 
 import numpyro_diffusion_da as ndda
-from numpyro_diffusion_da.observation.likelihood import GaussianLikelihood
-from numpyro_diffusion_da.program.sites import gaussian_observations
+from numpyro_diffusion_da.observation import GaussianLikelihood
+from numpyro_diffusion_da.program import gaussian_observations
 from numpyro_diffusion_da.results import summary
-from numpyro_diffusion_da.smc.local_ancestors import LocalAncestors, keep_places
-from numpyro_diffusion_da.smc.tempering import TemperableLogWeight
-from numpyro_diffusion_da.transition.diffusion import DiffusionDynamics
-from numpyro_diffusion_da.transition.gaussian import GaussianDynamics
+from numpyro_diffusion_da.smc import LocalAncestors, TemperableLogWeight, local_ancestors
+from numpyro_diffusion_da.transition import DiffusionDynamics, GaussianDynamics
 
 KEY = jax.random.key(0)
-TEMPERING, TEMPERING = ndda.WeightTempering(), ndda.LikelihoodTempering()
+TEMPERING, TEMPERING = ndda.smc.WeightTempering(), ndda.smc.LikelihoodTempering()
 COMPILES_A_LOT = True
 
 
@@ -189,7 +187,7 @@ def test_blocks_have_alphas_of_their_own():
         alone = select(TEMPERING, weights, reach[block])
         np.testing.assert_allclose(log_weights[:, block], alone[0], rtol=1e-4, atol=1e-4)
         np.testing.assert_allclose(alphas[block], alone[2], rtol=1e-3)
-        assert np.mean(np.asarray(ancestors[:, block]) == np.asarray(keep_places(alone[1]))) > 0.95
+        assert np.mean(np.asarray(ancestors[:, block]) == np.asarray(local_ancestors.keep_places(alone[1]))) > 0.95
         at_alpha = exact_terms(weights, float(alphas[block])) @ reach[block]
         np.testing.assert_allclose(ess(at_alpha), TARGET * N, rtol=1e-2)
 
@@ -246,7 +244,7 @@ def test_filters_with_either_tempering(tempered):
 def test_a_filter_of_local_ancestors_tempers_block_by_block():
     taper = ndda.Taper(1.0, ndda.Ring(12), {"y": np.arange(12)}, state=np.arange(12))
     local = ndda.FAAPF(program, tempering=TEMPERING, taper=taper)
-    model = ndda.StateSpaceModel(program, (Y,))
+    model = ndda.program.StateSpaceModel(program, (Y,))
     inputs = jax.tree.map(lambda x: x[0], model.time_inputs())
     state = ndda.smc.fa_apf.init(jnp.zeros((50, 12)))
     _, info = jax.eval_shape(local.kernel(model), KEY, state, inputs)  # traced, not computed
@@ -259,13 +257,15 @@ def test_refusals():
         ValueError, match=r"site 'n' cannot be tempered: it is not Gaussian.*WeightTempering\(\) in place of"
     ):
         make(tempering=TEMPERING).run(KEY, Y, counts)
-    ndda.FAAPF(program, tempering=TEMPERING, weight=ndda.Equal()).kernel(ndda.StateSpaceModel(program, (Y, counts)))
+    ndda.FAAPF(program, tempering=TEMPERING, weight=ndda.Equal()).kernel(
+        ndda.program.StateSpaceModel(program, (Y, counts))
+    )
     with pytest.raises(
-        TypeError, match=r"tempering=1.05; give ndda.WeightTempering\(\) or ndda.LikelihoodTempering\(\)"
+        TypeError, match=r"tempering=1.05; give ndda.smc.WeightTempering\(\) or ndda.smc.LikelihoodTempering\(\)"
     ):
         ndda.FAAPF(program, tempering=1.05)
 
-    class Halved(ndda.PredictiveWeight):
+    class Halved(ndda.transition.PredictiveWeight):
         def __call__(self, step, likelihood):
             log_weight, record = ndda.Moment()(step, likelihood)
             return 0.5 * log_weight, record

@@ -42,14 +42,14 @@ class TwoModes(ndda.DiffusionPrior):
 
     center: jax.Array
     variance: float = eqx.field(static=True)
-    noise: ndda.Noise
+    noise: ndda.diffusion.Noise
     noise_range: tuple[float, float] = eqx.field(static=True)
     layout: ndda.Layout = eqx.field(static=True)
     conditioning_passes: int = eqx.field(static=True)
 
     def __init__(self, center: np.ndarray, variance: float) -> None:
         self.center, self.variance = jnp.asarray(center, jnp.float32), variance
-        self.noise, self.noise_range, self.conditioning_passes = ndda.WhiteNoise(), RANGE, 0
+        self.noise, self.noise_range, self.conditioning_passes = ndda.diffusion.WhiteNoise(), RANGE, 0
         self.layout = ndda.Layout((len(center),), ("component",))
 
     def condition(self, state: jax.Array, inputs: Any = None) -> jax.Array:
@@ -108,7 +108,7 @@ def targets() -> list[Target]:
     ]
 
 
-def log_prob(target: Target, density: ndda.ProbabilityFlow, x: jax.Array) -> tuple[np.ndarray, Any]:
+def log_prob(target: Target, density: ndda.diffusion.ProbabilityFlow, x: jax.Array) -> tuple[np.ndarray, Any]:
     """The log-densities of x given zero, in double precision, and the network passes of each."""
     conditioning = target.prior.condition(jnp.zeros(x.shape[1:]))
     values, passes = jax.jit(jax.vmap(lambda v: density(target.prior, conditioning, v)))(x)
@@ -119,7 +119,7 @@ def level_rows(target: Target, levels: list[int], x: jax.Array) -> list[dict[str
     """Error and cost against the number of levels, exact traces."""
     truth, rows = np.asarray(target.exact.log_prob(x), np.float64), []
     for n in levels:
-        values, passes = log_prob(target, ndda.ProbabilityFlow(n), x)
+        values, passes = log_prob(target, ndda.diffusion.ProbabilityFlow(n), x)
         error = values - truth
         rows.append(
             {
@@ -136,16 +136,18 @@ def level_rows(target: Target, levels: list[int], x: jax.Array) -> list[dict[str
 
 def probe_rows(target: Target, probes: list[int], keys: int, x: jax.Array) -> list[dict[str, Any]]:
     """Mean and spread over keys of the difference between Hutchinson's and exact traces, at one point."""
-    exact, _ = log_prob(target, ndda.ProbabilityFlow(), x[:1])
+    exact, _ = log_prob(target, ndda.diffusion.ProbabilityFlow(), x[:1])
     rows = []
     for number in probes:
 
         def difference(key: jax.Array, number: int = number) -> jax.Array:
-            density = ndda.ProbabilityFlow(trace=ndda.Hutchinson(key, number))
+            density = ndda.diffusion.ProbabilityFlow(trace=ndda.diffusion.Hutchinson(key, number))
             return density(target.prior, target.prior.condition(jnp.zeros(x.shape[1:])), x[0])[0]
 
         values = np.asarray(jax.jit(jax.vmap(difference))(jax.random.split(jax.random.key(1), keys)), np.float64)
-        _, passes = log_prob(target, ndda.ProbabilityFlow(trace=ndda.Hutchinson(jax.random.key(0), number)), x[:1])
+        _, passes = log_prob(
+            target, ndda.diffusion.ProbabilityFlow(trace=ndda.diffusion.Hutchinson(jax.random.key(0), number)), x[:1]
+        )
         spread = float(values.std(ddof=1))
         rows.append(
             {
@@ -189,7 +191,7 @@ def main(
     wide = all_targets[1]
     by_probes = probe_rows(wide, probes, keys, wide.exact.sample(jax.random.key(0), (1,)))
     show(console, f"Exact traces, {points} draws of each target", by_levels)
-    show(console, f"Hutchinson's, {keys} keys, {ndda.ProbabilityFlow().num_levels} levels", by_probes)
+    show(console, f"Hutchinson's, {keys} keys, {ndda.diffusion.ProbabilityFlow().num_levels} levels", by_probes)
     if out is not None:
         settings = {"points": points, "keys": keys, "noise range": RANGE, "version": ndda.__version__}
         out.write_text(json.dumps({"settings": settings, "levels": by_levels, "probes": by_probes}, indent=1) + "\n")

@@ -24,34 +24,38 @@ from rich.table import Table
 
 import numpyro_diffusion_da as ndda
 from numpyro_diffusion_da.demos.lorenz96_demo import TwinExperiment
-from numpyro_diffusion_da.diagnostics import verification
 
-UPDATES: dict[str, ndda.EnsembleUpdate] = {
-    "perturbed": ndda.PerturbedObservations(),
-    "square root": ndda.SquareRoot(),
+UPDATES: dict[str, ndda.smc.EnsembleUpdate] = {
+    "perturbed": ndda.smc.PerturbedObservations(),
+    "square root": ndda.smc.SquareRoot(),
 }
 TUNING_SEED = 1
 
 
 class Setting(NamedTuple):
-    """How one filter is set: half-width of the taper in sites (None for none), and the two inflations of its spread."""
+    """How one filter is set: half-width of the taper in sites (None for none), and its two kinds of inflation."""
 
     radius: float | None
-    inflation: float = 1.0
+    factor: float = 1.0
     rtps: float = 0.0
+
+    def inflation(self) -> tuple[ndda.smc.Inflation, ...]:
+        """The filter's argument: a factor on the forecast, then relaxation of the analysis where there is any."""
+        relaxation = (ndda.RTPS(self.rtps),) if self.rtps else ()
+        return (ndda.ForecastMultiplicative(self.factor), *relaxation)
 
 
 # By number of members and update: the lowest CRPS of `GRID` on two truths of `TUNING_SEED`, d = 40, for all d.
 TUNED = {
-    (32, "perturbed"): Setting(4.0, inflation=1.05),
-    (32, "square root"): Setting(2.5, inflation=1.05),
-    (256, "perturbed"): Setting(9.0, inflation=1.02),
-    (256, "square root"): Setting(4.0, inflation=1.02),
+    (32, "perturbed"): Setting(4.0, factor=1.05),
+    (32, "square root"): Setting(2.5, factor=1.05),
+    (256, "perturbed"): Setting(9.0, factor=1.02),
+    (256, "square root"): Setting(4.0, factor=1.02),
 }
 GRID = {
-    32: [Setting(r, inflation=i) for r in (2.5, 4.0, 6.0) for i in (1.0, 1.05)]
+    32: [Setting(r, factor=i) for r in (2.5, 4.0, 6.0) for i in (1.0, 1.05)]
     + [Setting(r, rtps=0.3) for r in (2.5, 4.0)],
-    256: [Setting(r, inflation=i) for r in (4.0, 6.0, 9.0) for i in (1.0, 1.02)],
+    256: [Setting(r, factor=i) for r in (4.0, 6.0, 9.0) for i in (1.0, 1.02)],
 }
 
 
@@ -84,8 +88,7 @@ def run(
             experiment.true_program(climate),
             update=UPDATES[update],
             taper=taper,
-            inflation=setting.inflation,
-            rtps=setting.rtps,
+            inflation=setting.inflation(),
         ),
         num_particles=members,
         progress_bar=False,
@@ -98,7 +101,9 @@ def run(
         except FloatingPointError:
             continue
         x, truth = filter_.result.posterior["x"][0, :, experiment.spin_up :], states[experiment.spin_up :]
-        scores.append([verification.rmse(x, truth), verification.spread_skill(x, truth), verification.crps(x, truth)])
+        scores.append(
+            [ndda.diagnostics.rmse(x, truth), ndda.diagnostics.spread_skill(x, truth), ndda.diagnostics.crps(x, truth)]
+        )
     row: dict[str, Any] = {"d": sites, "members": members, "update": update, **setting._asdict()}
     row["lost"] = truths - len(scores)
     table = np.array(scores).reshape(-1, 3)
@@ -112,7 +117,7 @@ def run(
 def show(console: Console, title: str, rows: list[dict[str, Any]]) -> None:
     """The table on the terminal."""
     table = Table(title=title, box=None, padding=(0, 1, 0, 0))
-    for name in ("d", "N", "update", "taper", "infl.", "RTPS", "RMSE", "spread/skill", "CRPS", "lost"):
+    for name in ("d", "N", "update", "taper", "factor", "RTPS", "RMSE", "spread/skill", "CRPS", "lost"):
         table.add_column(name, no_wrap=True)
     for row in rows:
 
@@ -125,7 +130,7 @@ def show(console: Console, title: str, rows: list[dict[str, Any]]) -> None:
             str(row["members"]),
             row["update"],
             "none" if row["radius"] is None else f"{row['radius']:g}",
-            f"{row['inflation']:g}",
+            f"{row['factor']:g}",
             f"{row['rtps']:g}",
             *(cell(name) for name in ("RMSE", "spread/skill", "CRPS")),
             str(row["lost"]),

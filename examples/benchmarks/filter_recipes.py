@@ -30,12 +30,12 @@ class Recipe(NamedTuple):
     """How a guided draw is made."""
 
     sampler: ndda.Sampler
-    guidance: ndda.Guidance
+    guidance: ndda.diffusion.Guidance
 
 
 def products(number: int) -> ndda.MMPS:
     """Moment-matched guidance with so many products a level."""
-    return ndda.MMPS(ndda.KrylovSolve(number))
+    return ndda.MMPS(ndda.diffusion.KrylovSolve(number))
 
 
 RECIPES = {
@@ -44,15 +44,17 @@ RECIPES = {
     "13 levels to 0.04": Recipe(ndda.Sampler(schedule=ndda.KarrasSchedule(13, 20.0, 0.04)), ndda.MMPS()),
     "13 levels, 1 product at the ends": Recipe(
         ndda.Sampler(schedule=ndda.KarrasSchedule(13, 20.0, 0.04)),
-        ndda.Piecewise((products(1), products(2), products(1)), (40.0, 0.2)),
+        ndda.diffusion.Piecewise((products(1), products(2), products(1)), (40.0, 0.2)),
     ),
     "13 levels, 1 product": Recipe(ndda.Sampler(schedule=ndda.KarrasSchedule(13, 20.0, 0.04)), products(1)),
     "8 levels, 1 product": Recipe(ndda.Sampler(schedule=ndda.KarrasSchedule(8, 20.0, 0.04)), products(1)),
     "published: Adams-Bashforth 3, 2 Langevin": Recipe(
         ndda.Sampler(
-            ndda.AdamsBashforth(3), ndda.KarrasSchedule(32, 6.0, 2e-5), corrector=ndda.LangevinCorrector(2, 0.1)
+            ndda.diffusion.AdamsBashforth(3),
+            ndda.KarrasSchedule(32, 6.0, 2e-5),
+            corrector=ndda.diffusion.LangevinCorrector(2, 0.1),
         ),
-        ndda.MMPS(ndda.KrylovSolve(6, warm_start=False)),
+        ndda.MMPS(ndda.diffusion.KrylovSolve(6, warm_start=False)),
     ),
 }
 REFERENCE = "published: Adams-Bashforth 3, 2 Langevin"

@@ -32,17 +32,17 @@ from rich.progress import track
 from rich.table import Table
 
 import numpyro_diffusion_da as ndda
-from numpyro_diffusion_da.fields.datasets import dataset_times
-from numpyro_diffusion_da.inference.compilation import Compiled
-from numpyro_diffusion_da.priors.gencast.synthetic import write_synthetic
-from numpyro_diffusion_da.program.scan import TimeInputs
+from numpyro_diffusion_da.fields import dataset_times
+from numpyro_diffusion_da.inference import Compiled
+from numpyro_diffusion_da.priors import write_synthetic_gencast
+from numpyro_diffusion_da.program import TimeInputs
 
 
 class Recipe(NamedTuple):
     """A sampler with its guidance."""
 
     sampler: ndda.Sampler
-    guidance: ndda.Guidance
+    guidance: ndda.diffusion.Guidance
 
 
 def published(products: int) -> Recipe:
@@ -51,9 +51,11 @@ def published(products: int) -> Recipe:
     The levels end at 2e-5 as published, far below what the network was trained on: this is about cost.
     """
     schedule = ndda.KarrasSchedule(32, rho=6.0, lowest=2e-5, highest=88.0)
-    sampler = ndda.Sampler(ndda.AdamsBashforth(3), schedule, corrector=ndda.LangevinCorrector(2, tau=0.1))
-    solver = ndda.KrylovSolve(products=products, warm_start=False)
-    return Recipe(sampler, ndda.MMPS(solver, noise=ndda.WhiteNoise()))
+    sampler = ndda.Sampler(
+        ndda.diffusion.AdamsBashforth(3), schedule, corrector=ndda.diffusion.LangevinCorrector(2, tau=0.1)
+    )
+    solver = ndda.diffusion.KrylovSolve(products=products, warm_start=False)
+    return Recipe(sampler, ndda.MMPS(solver, noise=ndda.diffusion.WhiteNoise()))
 
 
 RECIPES = {
@@ -107,7 +109,7 @@ def kernel_of(problem: Problem, recipe: Recipe, error: float, particles: int, ba
     model = problem.model(recipe.sampler, error)
     algorithm = ndda.FAAPF(model, guidance=recipe.guidance)
     arguments = (problem.observations, problem.frames, problem.forcings)
-    program = ndda.StateSpaceModel(model, arguments)
+    program = ndda.program.StateSpaceModel(model, arguments)
     program.check(one_step=True)
     step = Compiled(
         lambda key, state, inputs, given: algorithm.kernel(program.at(given, {}), batch_size)(key, state, inputs)
@@ -136,7 +138,7 @@ def main(
         raise typer.BadParameter("give --checkpoint, --stats and --data together, or none of them.")
     with tempfile.TemporaryDirectory() as directory:
         if checkpoint is None or stats is None or data is None:
-            checkpoint, stats, data = write_synthetic(
+            checkpoint, stats, data = write_synthetic_gencast(
                 directory, levels=(500, 850, 1000), mesh_size=2, num_heads=4, num_frames=2 + steps
             )
         with xarray.open_dataset(data, engine="h5netcdf") as file:

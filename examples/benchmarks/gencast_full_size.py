@@ -29,9 +29,9 @@ from rich.console import Console
 from rich.table import Table
 
 import numpyro_diffusion_da as ndda
-from numpyro_diffusion_da.inference.compilation import Compiled
-from numpyro_diffusion_da.priors.gencast.synthetic import write_synthetic
-from numpyro_diffusion_da.program.scan import TimeInputs
+from numpyro_diffusion_da.inference import Compiled
+from numpyro_diffusion_da.priors import write_synthetic_gencast
+from numpyro_diffusion_da.program import TimeInputs
 
 MINI: dict[str, Any] = {
     "num_latitudes": 181,
@@ -125,7 +125,7 @@ def filter_step(
         scan(step, (frames[0], frames[1]), (y, forcings))
 
     algorithm = ndda.FAAPF(model)
-    program = ndda.StateSpaceModel(model, (truth, frames, prior.forcings(times)))
+    program = ndda.program.StateSpaceModel(model, (truth, frames, prior.forcings(times)))
     kernel = Compiled(
         lambda key, state, inputs, given: algorithm.kernel(program.at(*given), batch_size)(key, state, inputs)
     )
@@ -178,7 +178,7 @@ def main(
 
     with tempfile.TemporaryDirectory() as directory:
         begin = time.perf_counter()
-        files = write_synthetic(directory, **size, num_frames=6)
+        files = write_synthetic_gencast(directory, **size, num_frames=6)
         data = xarray.load_dataset(files.data, engine="h5netcdf")
         console.print(f"wrote a random checkpoint in {time.perf_counter() - begin:.0f} s")
         reference = None

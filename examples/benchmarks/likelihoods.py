@@ -29,11 +29,9 @@ from rich.table import Table
 from scipy import stats
 
 import numpyro_diffusion_da as ndda
-from numpyro_diffusion_da.observation.likelihood import GeneralLikelihood, GeneralObservation
-from numpyro_diffusion_da.observation.linear_predictor import linear_predictor
-from numpyro_diffusion_da.program.sites import general_observation, pointwise_log_likelihood, predicted_observation
-from numpyro_diffusion_da.transition.diffusion import DiffusionDynamics
-from numpyro_diffusion_da.transition.gaussian import GaussianDynamics
+from numpyro_diffusion_da.observation import GeneralLikelihood, GeneralObservation, find_linear_predictor
+from numpyro_diffusion_da.program import general_observation, pointwise_log_likelihood, predicted_observation
+from numpyro_diffusion_da.transition import DiffusionDynamics, GaussianDynamics
 
 Kind = Callable[[jax.Array], dist.Distribution]
 EITHER = dist.Categorical(probs=jnp.array([0.5, 0.5]))
@@ -66,7 +64,7 @@ SERIES: dict[str, Kind] = {
 
 def likelihood_of(kind: Kind, value: jax.Array, look: jax.Array) -> GeneralLikelihood:
     """The likelihood of `value`, a draw of `kind(look @ x)`, as a program's is made."""
-    parts = linear_predictor(lambda x: pointwise_log_likelihood(kind(look @ x), value).reshape(-1), look.shape[1:])
+    parts = find_linear_predictor(lambda x: pointwise_log_likelihood(kind(look @ x), value).reshape(-1), look.shape[1:])
 
     def observe(x: jax.Array) -> list[GeneralObservation]:
         if parts is None:
@@ -76,7 +74,9 @@ def likelihood_of(kind: Kind, value: jax.Array, look: jax.Array) -> GeneralLikel
     return GeneralLikelihood(observe)
 
 
-def guided(covariance: np.ndarray, likelihood: Any, guidance: ndda.Guidance, draws: int) -> tuple[np.ndarray, int]:
+def guided(
+    covariance: np.ndarray, likelihood: Any, guidance: ndda.diffusion.Guidance, draws: int
+) -> tuple[np.ndarray, int]:
     """Draws of the posterior of N(0, covariance) by guided diffusion, and the network passes of one."""
     d = len(covariance)
     prior = ndda.GaussianPrior(np.eye(d), covariance)
@@ -116,7 +116,11 @@ def four_observations(name: str, seeds: int, draws: int) -> list[dict[str, Any]]
     kind, at = FOUR[name], np.arange(8)
     covariance = np.exp(-np.abs(at[:, None] - at) / 3.0)
     root, look = np.linalg.cholesky(covariance), np.eye(8)[::2]
-    solvers = {"2 products": ndda.KrylovSolve(), "4 products": ndda.KrylovSolve(4), "exact": ndda.DirectSolve()}
+    solvers = {
+        "2 products": ndda.diffusion.KrylovSolve(),
+        "4 products": ndda.diffusion.KrylovSolve(4),
+        "exact": ndda.diffusion.DirectSolve(),
+    }
     found: dict[str, list[tuple[float, ...]]] = {solver: [] for solver in solvers}
     for seed in range(seeds):
         truth = root @ np.random.default_rng(seed).normal(size=8)

@@ -69,21 +69,21 @@ class Setting(NamedTuple):
 
 
 SIZES = ((4, 0.5, 0.5), (20, 0.5, 0.5), (20, 0.5, 0.2), (100, 0.5, 0.5), (400, 0.5, 0.5))
-FILTERS: dict[str, Callable[[Any], ndda.FilterAlgorithm]] = {  # of whole states
+FILTERS: dict[str, Callable[[Any], ndda.filters.FilterAlgorithm]] = {  # of whole states
     "bootstrap": ndda.Bootstrap,
     "exact weights": lambda model: ndda.FAAPF(model, weight=ndda.Moment(), target_ess=0.0),
     "Dirac": lambda model: ndda.FAAPF(model, weight=ndda.Dirac(), target_ess=0.0),
     "Dirac + tempering": lambda model: ndda.FAAPF(model, weight=ndda.Dirac()),
     "exact weights + tempering": lambda model: ndda.FAAPF(model, weight=ndda.Moment()),
     "exact weights + observation tempering": lambda model: ndda.FAAPF(
-        model, weight=ndda.Moment(), tempering=ndda.LikelihoodTempering()
+        model, weight=ndda.Moment(), tempering=ndda.smc.LikelihoodTempering()
     ),
     "equal weights": lambda model: ndda.FAAPF(model, weight=ndda.Equal()),
     "ensemble Kalman": ndda.EnKF,
-    "ensemble Kalman, square root": lambda model: ndda.EnKF(model, update=ndda.SquareRoot()),
+    "ensemble Kalman, square root": lambda model: ndda.EnKF(model, update=ndda.smc.SquareRoot()),
 }
 # Radii chosen on two seeds (1000, 1001) of d = 100 on the ring, from 1.5, 3 and 6.
-LOCALISED: dict[str, Callable[[Any, Setting], ndda.FilterAlgorithm]] = {
+LOCALISED: dict[str, Callable[[Any, Setting], ndda.filters.FilterAlgorithm]] = {
     "localized, exact weights": lambda model, s: ndda.FAAPF(model, weight=ndda.Moment(), taper=s.taper(3.0)),
     "localized ensemble Kalman": lambda model, s: ndda.EnKF(model, taper=s.taper(6.0)),
 }

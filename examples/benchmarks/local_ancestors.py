@@ -37,7 +37,6 @@ from rich.table import Table
 
 import numpyro_diffusion_da as ndda
 from numpyro_diffusion_da.demos import lorenz96_system as lorenz96
-from numpyro_diffusion_da.diagnostics import spectra, verification
 
 TUNING_SEED = 1
 
@@ -59,9 +58,9 @@ CASES = {
 
 
 class Setting(NamedTuple):
-    """Half-width of the taper in sites, with the particle filter's target ESS or the Kalman filter's tempering.
+    """Half-width of the taper in sites, with the particle filter's target ESS or the Kalman filter's factor on the forecast.
 
-    `factor` is that of the particle filter's inflation, `Multiplicative`; the Kalman filter has its tempering.
+    `factor` is that of the particle filter's inflation, `Multiplicative`; the Kalman filter's is on the forecast.
     """
 
     radius: float
@@ -96,7 +95,7 @@ GRID = {
 CONTROLS = ("free ensemble", "bootstrap", "equal weights", "global, Dirac")
 # Of the emulator's draws: fewer passes than the default, and a smaller error on rings (docs/method.md, ring-64).
 SAMPLER = ndda.Sampler(schedule=ndda.KarrasSchedule(13, rho=20.0, lowest=0.04))
-GUIDANCE = ndda.Piecewise(tuple(ndda.MMPS(ndda.KrylovSolve(k)) for k in (1, 2, 1)), (40.0, 0.2))
+GUIDANCE = ndda.diffusion.Piecewise(tuple(ndda.MMPS(ndda.diffusion.KrylovSolve(k)) for k in (1, 2, 1)), (40.0, 0.2))
 
 
 def program(case: Case, sites: int, emulator: bool) -> Callable[[jax.Array], None]:
@@ -128,7 +127,7 @@ def simulate(key: jax.Array, case: Case, sites: int, cycles: int) -> tuple[np.nd
 
 def make(
     name: str, setting: Setting | None, model: Any, case: Case, sites: int, emulator: bool
-) -> ndda.FilterAlgorithm:
+) -> ndda.filters.FilterAlgorithm:
     """The filter of that name."""
     taper = None
     if setting is not None:
@@ -137,7 +136,7 @@ def make(
     # The emulator's errors are nearly independent from site to site: one product with random signs has its variances.
     moment = ndda.Moment(noise_level=10.0, probes=1) if emulator else ndda.Moment()
     if name == "EnKF":
-        return ndda.EnKF(model, taper=taper, tempering=setting.amount)
+        return ndda.EnKF(model, taper=taper, inflation=(ndda.ForecastMultiplicative(setting.amount),))
     if name in ("free ensemble", "bootstrap"):
         return ndda.Bootstrap(model)
     if name == "equal weights":
@@ -180,14 +179,14 @@ def row_of(
             lost += 1
             continue
         x, truth = run.result.posterior["x"][0, :, spin_up:], states[spin_up:]
-        smooth = float(np.mean(spectra.roughness(truth, axis=-1)))
+        smooth = float(np.mean(ndda.diagnostics.roughness(truth, axis=-1)))
         scores.append(
             {
-                "RMSE": verification.rmse(x, truth),
-                "spread/skill": verification.spread_skill(x, truth),
-                "CRPS": verification.crps(x, truth),
-                "roughness": float(np.mean(spectra.roughness(x, axis=-1))) / smooth,
-                "glued": float(np.mean(spectra.roughness(glued(run.result, spin_up), axis=-1))) / smooth,
+                "RMSE": ndda.diagnostics.rmse(x, truth),
+                "spread/skill": ndda.diagnostics.spread_skill(x, truth),
+                "CRPS": ndda.diagnostics.crps(x, truth),
+                "roughness": float(np.mean(ndda.diagnostics.roughness(x, axis=-1))) / smooth,
+                "glued": float(np.mean(ndda.diagnostics.roughness(glued(run.result, spin_up), axis=-1))) / smooth,
                 "tempering": float(np.median(run.result.sample_stats["tempering"])),
                 "passes": float(sum(v.mean() for v in run.result.network_passes.values())),
             }

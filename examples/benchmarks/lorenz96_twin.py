@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from numpyro_diffusion_da.demos.lorenz96_demo import FILTERS, TwinExperiment, run_twin, score_table
-from numpyro_diffusion_da.priors.shipped import load_prior
+from numpyro_diffusion_da.priors import load_prior
 
 
 def main(

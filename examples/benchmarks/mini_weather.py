@@ -47,10 +47,9 @@ from numpyro_diffusion_da.demos.held_suarez_demo import (
     summarize_run,
 )
 from numpyro_diffusion_da.demos.scores import mean_and_standard_error
-from numpyro_diffusion_da.diagnostics import verification
-from numpyro_diffusion_da.observation.networks import BlockMeans, ObservingNetwork, Stations, Swath, fraction_of
-from numpyro_diffusion_da.priors.spherical.emulator import SphericalEmulator
-from numpyro_diffusion_da.transition.diffusion import DiffusionDynamics
+from numpyro_diffusion_da.observation import BlockMeans, ObservingNetwork, Stations, Swath, fraction_of
+from numpyro_diffusion_da.priors import SphericalEmulator
+from numpyro_diffusion_da.transition import DiffusionDynamics
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "mini_weather"))
 import data
@@ -138,7 +137,7 @@ def main(
     def forecast_error(rng_key: jax.Array, ensemble: np.ndarray, truth: np.ndarray) -> float:
         found = np.asarray(forecast(rng_key, jnp.asarray(ensemble)))
         scaled = (in_climate_units(v, prior) for v in (found, truth))
-        by_channel = verification.rmse(*scaled, axis=(1, 2), weights=area_weights(prior))
+        by_channel = ndda.diagnostics.rmse(*scaled, axis=(1, 2), weights=area_weights(prior))
         return float(np.sqrt(np.mean(by_channel**2)))
 
     settings = {
@@ -208,7 +207,9 @@ class TrueModelFilter:
             experiment.taper(prior, TRUE_RADIUS), state=true_model.positions(prior.layout, archive.shape[-1])
         )
         self.filter = ndda.Filter(
-            ndda.EnKF(program, taper=taper, rtps=TRUE_RTPS), num_particles=particles, progress_bar=False
+            ndda.EnKF(program, taper=taper, inflation=(ndda.RTPS(TRUE_RTPS),)),
+            num_particles=particles,
+            progress_bar=False,
         )
 
     def run(self, number: int, place: tuple[int, int], states: np.ndarray, y: dict[str, np.ndarray]) -> Any:

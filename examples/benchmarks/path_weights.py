@@ -40,20 +40,18 @@ from rich.console import Console
 from rich.table import Table
 
 import numpyro_diffusion_da as ndda
-from numpyro_diffusion_da.diffusion.denoiser import PriorDenoiser
-from numpyro_diffusion_da.diffusion.guidance import ObservingDenoiser
-from numpyro_diffusion_da.diffusion.steps import StepInputs
-from numpyro_diffusion_da.filters.guided_pf import PATH_SAMPLER
-from numpyro_diffusion_da.transition.diffusion import DiffusionDynamics
+from numpyro_diffusion_da.diffusion import ObservingDenoiser, PriorDenoiser, StepInputs
+from numpyro_diffusion_da.filters import PATH_SAMPLER
+from numpyro_diffusion_da.transition import DiffusionDynamics
 
 # Steps that add noise, by name.
-STEPS: dict[str, ndda.StochasticStep] = {
+STEPS: dict[str, ndda.diffusion.StochasticStep] = {
     "SDE-DPM-Solver++(2M)": ndda.SDEDPMSolverPP2M(),
-    "ancestral DDIM": ndda.DDIM(1.0),
+    "ancestral DDIM": ndda.diffusion.DDIM(1.0),
 }
 GUIDANCE = {
-    "exact": ndda.MMPS(ndda.DirectSolve()),
-    "4 products": ndda.MMPS(ndda.KrylovSolve(4)),
+    "exact": ndda.MMPS(ndda.diffusion.DirectSolve()),
+    "4 products": ndda.MMPS(ndda.diffusion.KrylovSolve(4)),
     "2 products": ndda.MMPS(),
 }
 GIRSANOV = "exact, Girsanov"
@@ -72,7 +70,7 @@ def ring(size: int) -> np.ndarray:
     return np.exp(-((np.minimum(distance, size - distance) / 4.0) ** 1.5)) + 1e-3 * np.eye(size)
 
 
-def with_levels(step: ndda.Step, levels: int) -> ndda.Sampler:
+def with_levels(step: ndda.diffusion.Step, levels: int) -> ndda.Sampler:
     """A sampler of that step, its levels spaced as `GuidedPF` spaces its own."""
     assert isinstance(PATH_SAMPLER.schedule, ndda.KarrasSchedule)
     return ndda.Sampler(step, ndda.KarrasSchedule(levels, PATH_SAMPLER.schedule.rho))
@@ -156,11 +154,11 @@ class Problem(NamedTuple):
         return float(log_evidence(self.y[None], covariance)[0])
 
     @property
-    def likelihood(self) -> ndda.GaussianLikelihood:
+    def likelihood(self) -> ndda.observation.GaussianLikelihood:
         """Of the observations."""
         scale, seen = jnp.full(len(self.y), self.error), jnp.ones(len(self.y), bool)
-        return ndda.GaussianLikelihood(
-            lambda x: [ndda.GaussianObservation(jnp.asarray(self.h) @ x, scale, jnp.asarray(self.y), seen)]
+        return ndda.observation.GaussianLikelihood(
+            lambda x: [ndda.observation.GaussianObservation(jnp.asarray(self.h) @ x, scale, jnp.asarray(self.y), seen)]
         )
 
 
@@ -176,7 +174,12 @@ def problem(size: int, observations: int, error: float, noise: np.ndarray | None
     return Problem(ndda.GaussianPrior(np.eye(size), q, noise_covariance=noise), h, y, error)
 
 
-def girsanov(step: DiffusionDynamics, likelihood: ndda.GaussianLikelihood, guidance: ndda.Guidance, key: Any) -> Any:
+def girsanov(
+    step: DiffusionDynamics,
+    likelihood: ndda.observation.GaussianLikelihood,
+    guidance: ndda.diffusion.Guidance,
+    key: Any,
+) -> Any:
     """A draw with the guided denoiser in the mean of every step, and Girsanov's log w."""
     prior, sampler, law_of = step.prior, step.sampler, step.sampler.stochastic_step().law
     denoiser = guidance(PriorDenoiser(prior, step.conditioning), likelihood)
@@ -268,7 +271,7 @@ def kalman(y: np.ndarray, a: np.ndarray, q: np.ndarray, initial: np.ndarray, err
     return total
 
 
-FILTERS: dict[str, Callable[[Any], ndda.FilterAlgorithm]] = {
+FILTERS: dict[str, Callable[[Any], ndda.filters.FilterAlgorithm]] = {
     "GuidedPF": ndda.GuidedPF,
     "GuidedPF, 2 products": lambda model: ndda.GuidedPF(model, guidance=ndda.MMPS()),
     "Bootstrap": lambda model: ndda.Bootstrap(model, sampler=PATH_SAMPLER),
@@ -351,11 +354,11 @@ def learned_rows(draws: int) -> list[dict[str, Any]]:
     rows = []
     for r in (2.0, 1.0, 0.5):
 
-        def observe(x: jax.Array, y: jax.Array, r: float = r) -> list[ndda.GaussianObservation]:
-            return [ndda.GaussianObservation(x[::4], jnp.full(len(y), r), y, seen)]
+        def observe(x: jax.Array, y: jax.Array, r: float = r) -> list[ndda.observation.GaussianObservation]:
+            return [ndda.observation.GaussianObservation(x[::4], jnp.full(len(y), r), y, seen)]
 
         y = x[::4] + r * noise
-        likelihood = ndda.GaussianLikelihood(lambda x, y=y, observe=observe: observe(x, y))
+        likelihood = ndda.observation.GaussianLikelihood(lambda x, y=y, observe=observe: observe(x, y))
         draw = jax.jit(jax.vmap(lambda key, at=likelihood: step.weighted_draw(key, at, GUIDANCE["exact"])))
         _, log_weights, record = draw(guided)
         row: dict[str, Any] = {"r": r, "passes": int(record.passes.total()[0])}

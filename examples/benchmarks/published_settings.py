@@ -4,8 +4,8 @@ DAPPER (Raanes et al. 2024, github.com/nansencenter/DAPPER) states, beside each 
 the analysis mean that its own filters reach there. Here are three of the settings (Sakov et al. 2012, Sakov & Oke 2008,
 Bocquet et al. 2010) as NumPyro programs: the same equations, Runge-Kutta step, observations, length, burn-in and score.
 
-The dynamics have no noise. An ensemble Kalman filter takes them as they are. DAPPER tempers and rotates an ensemble
-after its update, this library tempers before it and rotates nothing; both orders are run. A particle filter of
+The dynamics have no noise. An ensemble Kalman filter takes them as they are. DAPPER inflates and rotates an ensemble
+after its update, this library inflates before it and rotates nothing; both orders are run. A particle filter of
 deterministic dynamics keeps nothing but copies of one particle: DAPPER jitters copies by the ensemble's covariance, a
 program says a model noise instead, N(M(x), s^2 (F F^T + 0.01 I)) with F the derivative of the flow M at x, as if each
 particle had been jittered by s before it moved. s was chosen on other truths than those reported (`--tune` prints that
@@ -37,9 +37,8 @@ from rich.progress import track
 from rich.table import Table
 
 import numpyro_diffusion_da as ndda
-from numpyro_diffusion_da.program.scan import TimeInputs
-from numpyro_diffusion_da.smc.base import Info, Kernel, State, init, particle_keys
-from numpyro_diffusion_da.smc.localization import PlacedTaper
+from numpyro_diffusion_da.program import TimeInputs
+from numpyro_diffusion_da.smc import Info, Kernel, PlacedTaper, State, init, particle_keys
 
 TUNING_SEED = 1
 NO_NOISE = 1e-6
@@ -145,18 +144,18 @@ SETTINGS = {
 }
 
 
-class AsDapper(ndda.EnsembleUpdate):
-    """An update with what DAPPER does after it: the analysis' anomalies tempered, and rotated at random.
+class AsDapper(ndda.smc.EnsembleUpdate):
+    """An update with what DAPPER does after it: the analysis' anomalies inflated, and rotated at random.
 
     Args:
         update: what it follows.
-        tempering: factor on the anomalies of the analysis.
+        inflation: factor on the anomalies of the analysis.
         rotate: by an orthogonal matrix drawn uniformly of those that keep the mean (Sakov & Oke 2008), so that mean and
             covariance stay and the members become nearly Gaussian.
     """
 
-    update: ndda.EnsembleUpdate
-    tempering: float = 1.0
+    update: ndda.smc.EnsembleUpdate
+    inflation: float = 1.0
     rotate: bool = False
 
     def __call__(
@@ -170,7 +169,7 @@ class AsDapper(ndda.EnsembleUpdate):
         update_key, rotation_key = jax.random.split(rng_key)
         analysis = anomalies + self.update(update_key, anomalies, residual, taper)
         mean = analysis.mean(0, keepdims=True)
-        moved = self.tempering * (analysis - mean)
+        moved = self.inflation * (analysis - mean)
         if self.rotate:
             n = len(anomalies)
             # Of the constant vector and any others, Gram-Schmidt leaves n - 1 orthogonal to the constant one.
@@ -190,7 +189,7 @@ class Row(NamedTuple):
         published: its score.
         filter: "perturbed", "square root", "Bootstrap" or "FAAPF".
         members: members or particles N.
-        tempering: of the ensemble.
+        inflation: of the ensemble.
         rotate: DAPPER rotates.
         radius: of DAPPER's localization, sites; None for none.
         jitter: of DAPPER's particles, over a rule-of-thumb bandwidth ("reg"); None where it is none of copies alone.
@@ -201,15 +200,15 @@ class Row(NamedTuple):
     published: float
     filter: str
     members: int
-    tempering: float = 1.0
+    inflation: float = 1.0
     rotate: bool = False
     radius: float | None = None
     jitter: float | None = None
 
 
-UPDATES: dict[str, ndda.EnsembleUpdate] = {
-    "perturbed": ndda.PerturbedObservations(),
-    "square root": ndda.SquareRoot(),
+UPDATES: dict[str, ndda.smc.EnsembleUpdate] = {
+    "perturbed": ndda.smc.PerturbedObservations(),
+    "square root": ndda.smc.SquareRoot(),
 }
 ALGORITHMS: dict[str, Any] = {"Bootstrap": ndda.Bootstrap, "FAAPF": functools.partial(ndda.FAAPF, target_ess=0.0)}
 
@@ -257,7 +256,7 @@ GRID = {
 
 
 class Run(NamedTuple):
-    """A row in one of the ways it is run: tempered, rotated or jittered as DAPPER does; or with a model noise."""
+    """A row in one of the ways it is run: inflated, rotated or jittered as DAPPER does; or with a model noise."""
 
     row: Row
     as_dapper: bool
@@ -276,7 +275,7 @@ def runs_of(rows: list[Row], tune: bool) -> Iterator[Run]:
             yield Run(row, True, None)
 
 
-def algorithm_of(row: Row, as_dapper: bool, noise: ArrayLike | None) -> ndda.FilterAlgorithm:
+def algorithm_of(row: Row, as_dapper: bool, noise: ArrayLike | None) -> ndda.filters.FilterAlgorithm:
     """The filter of a row, over its program."""
     setting = SETTINGS[row.setting]
     program = setting.program(noise)
@@ -291,8 +290,8 @@ def algorithm_of(row: Row, as_dapper: bool, noise: ArrayLike | None) -> ndda.Fil
         taper = ndda.Taper(half_width, ndda.Ring(sites), observed, state=np.arange(sites))
     update = UPDATES[row.filter]
     if as_dapper:
-        return ndda.EnKF(program, update=AsDapper(update, row.tempering, row.rotate), taper=taper)
-    return ndda.EnKF(program, update=update, tempering=row.tempering, taper=taper)
+        return ndda.EnKF(program, update=AsDapper(update, row.inflation, row.rotate), taper=taper)
+    return ndda.EnKF(program, update=update, inflation=(ndda.ForecastMultiplicative(row.inflation),), taper=taper)
 
 
 def jittered(kernel: Kernel, flow: Callable[[Array], Array], jitter: float) -> Kernel:
@@ -322,7 +321,7 @@ def jittered(kernel: Kernel, flow: Callable[[Array], Array], jitter: float) -> K
 
 
 def moments(
-    algorithm: ndda.FilterAlgorithm,
+    algorithm: ndda.filters.FilterAlgorithm,
     members: int,
     rng_key: PRNGKeyArray,
     y: Float[Array, "t m"],
@@ -333,7 +332,7 @@ def moments(
     `Filter` with the same key has these particles (the tests compare). It calls the compiled step from a loop,
     several milliseconds a cycle; thousands of cycles on several truths are better compiled as a whole.
     """
-    program = ndda.StateSpaceModel(algorithm.model, (y,), {})
+    program = ndda.program.StateSpaceModel(algorithm.model, (y,), {})
     program.check(algorithm.needs_gaussian, algorithm.needs_gaussian_errors)
     kernel = algorithm.kernel(program)
     kernel = kernel if around is None else around(kernel)

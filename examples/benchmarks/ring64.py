@@ -35,11 +35,17 @@ from rich.console import Console
 from rich.table import Table
 
 import numpyro_diffusion_da as ndda
-from numpyro_diffusion_da.diffusion.denoiser import GuidanceState, PriorDenoiser
-from numpyro_diffusion_da.diffusion.linear_solve import LinearSolver, Product, Solution, relative_residual
-from numpyro_diffusion_da.diffusion.steps import StepInputs
+from numpyro_diffusion_da.diffusion import (
+    GuidanceState,
+    LinearSolver,
+    PriorDenoiser,
+    Product,
+    Solution,
+    StepInputs,
+    relative_residual,
+)
 
-EXACT = ndda.MMPS(ndda.DirectSolve())
+EXACT = ndda.MMPS(ndda.diffusion.DirectSolve())
 
 
 class DiagonalSolve(LinearSolver):
@@ -57,7 +63,7 @@ class DiagonalSolve(LinearSolver):
         return Solution(answer, image, relative_residual(rhs, back), jnp.asarray(1)), warm_start
 
 
-class GivenNoise(ndda.Noise):
+class GivenNoise(ndda.diffusion.Noise):
     """Noise whose one draw is known: makes a stochastic step a function of it, to be differentiated."""
 
     draw: jax.Array
@@ -96,19 +102,21 @@ class Ring:
         self.mean, self.covariance = gain @ y, covariance - gain @ h @ covariance
         self.spread = float(np.sqrt(np.trace(self.covariance)))
         self.prior = ndda.GaussianPrior(np.zeros((points, points)), covariance)
-        self.likelihood = ndda.GaussianLikelihood(
+        self.likelihood = ndda.observation.GaussianLikelihood(
             lambda x: [
-                ndda.GaussianObservation(x[::spacing], jnp.full(len(y), error), jnp.asarray(y), jnp.ones(len(y), bool))
+                ndda.observation.GaussianObservation(
+                    x[::spacing], jnp.full(len(y), error), jnp.asarray(y), jnp.ones(len(y), bool)
+                )
             ]
         )
 
-    def denoiser(self, guidance: ndda.Guidance) -> Any:
+    def denoiser(self, guidance: ndda.diffusion.Guidance) -> Any:
         """The posterior's denoiser."""
         conditioning = self.prior.condition(jnp.zeros(self.points))
         return guidance(PriorDenoiser(self.prior, conditioning), self.likelihood)
 
     def flow(
-        self, sampler: ndda.Sampler, guidance: ndda.Guidance
+        self, sampler: ndda.Sampler, guidance: ndda.diffusion.Guidance
     ) -> Callable[[jax.Array], tuple[jax.Array, GuidanceState]]:
         """The map from the starting noise to the sample, for a deterministic sampler."""
         denoiser, prior = self.denoiser(guidance), self.prior
@@ -152,7 +160,7 @@ def law_of_langevin(ring: Ring, sampler: ndda.Sampler) -> tuple[np.ndarray, np.n
     constants = jax.tree.map(jnp.asarray, step.coefficients(start, stop))
     memory, key, d = denoiser.init(), jax.random.key(0), ring.points
     zero, unravel = ravel_pytree((jnp.zeros(d), step.init(jnp.zeros(d))))
-    move = ndda.LangevinCorrector(1, corrector.tau)
+    move = ndda.diffusion.LangevinCorrector(1, corrector.tau)
 
     def advance(v: jax.Array, start: jax.Array, stop: jax.Array, constants: Any) -> jax.Array:
         z, history = unravel(v)
@@ -199,22 +207,22 @@ def sampler_rows(ring: Ring) -> list[dict[str, Any]]:
         return ndda.KarrasSchedule(levels, 7.0, 2e-3, 80.0)
 
     published = ndda.KarrasSchedule(32, 6.0, 2e-5, 80.0)
-    third = ndda.AdamsBashforth(3)
+    third = ndda.diffusion.AdamsBashforth(3)
     default = ndda.KarrasSchedule(lowest=2e-2, highest=80.0)
     entries = [
         *[
             (
                 f"Adams-Bashforth 3 + 2 Langevin corrections, tau {tau:g}",
-                ndda.Sampler(third, published, corrector=ndda.LangevinCorrector(2, tau)),
+                ndda.Sampler(third, published, corrector=ndda.diffusion.LangevinCorrector(2, tau)),
             )
             for tau in (0.1, 0.5)
         ],
         ("the same without corrections", ndda.Sampler(third, published)),
         ("Adams-Bashforth 3", ndda.Sampler(third, edm(20))),
         ("DPM-Solver++(2M)", ndda.Sampler(ndda.DPMSolverPP2M(), edm(20))),
-        ("DPM-Solver++(2S)", ndda.Sampler(ndda.DPMSolverPP2S(), edm(12))),
-        ("Heun", ndda.Sampler(ndda.Heun(), edm(12))),
-        ("DDIM, deterministic", ndda.Sampler(ndda.DDIM(), edm(32))),
+        ("DPM-Solver++(2S)", ndda.Sampler(ndda.diffusion.DPMSolverPP2S(), edm(12))),
+        ("Heun", ndda.Sampler(ndda.diffusion.Heun(), edm(12))),
+        ("DDIM, deterministic", ndda.Sampler(ndda.diffusion.DDIM(), edm(32))),
         ("library default: DPM-Solver++(2M)", ndda.Sampler(schedule=default)),
     ]
     rows = []
@@ -242,12 +250,12 @@ def starting_noise(ring: Ring, paths: int) -> jax.Array:
 
 def exact_flow(ring: Ring, paths: int, levels: int) -> jax.Array:
     """Where the exact flow takes every path, shape (paths, points)."""
-    reference = ndda.Sampler(ndda.DPMSolverPP2S(), ndda.KarrasSchedule(levels, 7.0, 2e-4, 80.0))
+    reference = ndda.Sampler(ndda.diffusion.DPMSolverPP2S(), ndda.KarrasSchedule(levels, 7.0, 2e-4, 80.0))
     return jax.vmap(lambda z: ring.flow(reference, EXACT)(z)[0])(80.0 * starting_noise(ring, paths))
 
 
 def path_error(
-    ring: Ring, sampler: ndda.Sampler, guidance: ndda.Guidance, exact: jax.Array
+    ring: Ring, sampler: ndda.Sampler, guidance: ndda.diffusion.Guidance, exact: jax.Array
 ) -> tuple[float, GuidanceState]:
     """RMS distance to the exact flow, path by path, over the posterior's spread; and the memories of the paths."""
     x, memory = jax.vmap(ring.flow(sampler, guidance))(80.0 * starting_noise(ring, len(exact)))
@@ -263,13 +271,13 @@ def solve_rows(ring: Ring, paths: int, reference_levels: int) -> list[dict[str, 
 
     default = ndda.KarrasSchedule(lowest=2e-2, highest=80.0)
     entries: list[tuple[str, ndda.KarrasSchedule, LinearSolver]] = [
-        ("exact", edm(20), ndda.DirectSolve()),
+        ("exact", edm(20), ndda.diffusion.DirectSolve()),
         ("none (diagonal)", edm(20), DiagonalSolve()),
-        *[(f"{k} from zero", edm(20), ndda.KrylovSolve(k, warm_start=False)) for k in (1, 2, 3)],
-        *[(f"{k - 1}, warm-started", edm(20), ndda.KrylovSolve(k)) for k in (2, 3)],
-        *[("1, warm-started", edm(levels), ndda.KrylovSolve(2)) for levels in (16, 24)],
-        ("library default: 1, warm-started", default, ndda.KrylovSolve(2)),
-        ("library default, exact", default, ndda.DirectSolve()),
+        *[(f"{k} from zero", edm(20), ndda.diffusion.KrylovSolve(k, warm_start=False)) for k in (1, 2, 3)],
+        *[(f"{k - 1}, warm-started", edm(20), ndda.diffusion.KrylovSolve(k)) for k in (2, 3)],
+        *[("1, warm-started", edm(levels), ndda.diffusion.KrylovSolve(2)) for levels in (16, 24)],
+        ("library default: 1, warm-started", default, ndda.diffusion.KrylovSolve(2)),
+        ("library default, exact", default, ndda.diffusion.DirectSolve()),
     ]
     rows = []
     for name, schedule, solver in entries:
@@ -304,27 +312,27 @@ def guidance_rows(points: int, paths: int, reference_levels: int) -> list[dict[s
     def shorter(levels: int) -> ndda.KarrasSchedule:
         return ndda.KarrasSchedule(levels, 20.0, 4e-2, 80.0)
 
-    one, two, three = (ndda.MMPS(ndda.KrylovSolve(k)) for k in (1, 2, 3))
+    one, two, three = (ndda.MMPS(ndda.diffusion.KrylovSolve(k)) for k in (1, 2, 3))
     entries = [
         ("library default: MMPS, 2 products", default(), two),
         ("MMPS, 2 products", default(15), two),
         ("MMPS, 2 products", default(14), two),
-        ("none above 40", default(), ndda.Piecewise((ndda.Unguided(), two), (40.0,))),
-        ("none above 10", default(), ndda.Piecewise((ndda.Unguided(), two), (10.0,))),
-        ("none below 0.06", default(), ndda.Piecewise((two, ndda.Unguided()), (0.06,))),
-        ("1 product below 0.2", default(), ndda.Piecewise((two, one), (0.2,))),
-        ("JFPS below 0.06", default(), ndda.Piecewise((two, ndda.JFPS()), (0.06,))),
+        ("none above 40", default(), ndda.diffusion.Piecewise((ndda.diffusion.Unguided(), two), (40.0,))),
+        ("none above 10", default(), ndda.diffusion.Piecewise((ndda.diffusion.Unguided(), two), (10.0,))),
+        ("none below 0.06", default(), ndda.diffusion.Piecewise((two, ndda.diffusion.Unguided()), (0.06,))),
+        ("1 product below 0.2", default(), ndda.diffusion.Piecewise((two, one), (0.2,))),
+        ("JFPS below 0.06", default(), ndda.diffusion.Piecewise((two, ndda.diffusion.JFPS()), (0.06,))),
         ("MMPS, 2 products", shorter(13), two),
-        ("3 products to 3, 2 to 0.3, then 1", shorter(13), ndda.Piecewise((three, two, one), (3.0, 0.3))),
-        ("1 product above 40 and below 0.2", shorter(13), ndda.Piecewise((one, two, one), (40.0, 0.2))),
-        ("1 product above 40 and below 0.2", shorter(12), ndda.Piecewise((one, two, one), (40.0, 0.2))),
-        ("TMPD", default(), ndda.TMPD()),
-        ("PiGDM", default(24), ndda.PiGDM()),
-        ("JFPS", default(48), ndda.JFPS()),
-        ("DPS", default(24), ndda.DPS()),
-        ("DPS, zeta 0.3", default(24), ndda.DPS(0.3)),
-        ("DPS, zeta 1", default(24), ndda.DPS(1.0)),
-        ("DPS, zeta 3", default(24), ndda.DPS(3.0)),
+        ("3 products to 3, 2 to 0.3, then 1", shorter(13), ndda.diffusion.Piecewise((three, two, one), (3.0, 0.3))),
+        ("1 product above 40 and below 0.2", shorter(13), ndda.diffusion.Piecewise((one, two, one), (40.0, 0.2))),
+        ("1 product above 40 and below 0.2", shorter(12), ndda.diffusion.Piecewise((one, two, one), (40.0, 0.2))),
+        ("TMPD", default(), ndda.diffusion.TMPD()),
+        ("PiGDM", default(24), ndda.diffusion.PiGDM()),
+        ("JFPS", default(48), ndda.diffusion.JFPS()),
+        ("DPS", default(24), ndda.diffusion.DPS()),
+        ("DPS, zeta 0.3", default(24), ndda.diffusion.DPS(0.3)),
+        ("DPS, zeta 1", default(24), ndda.diffusion.DPS(1.0)),
+        ("DPS, zeta 3", default(24), ndda.diffusion.DPS(3.0)),
     ]
     rows = []
     for name, schedule, guidance in entries:

@@ -39,7 +39,6 @@ from rich.table import Table
 
 import numpyro_diffusion_da as ndda
 from numpyro_diffusion_da.demos import lorenz96_system as lorenz96
-from numpyro_diffusion_da.diagnostics import innovations, verification
 
 TUNING_SEED = 1
 SITES = 40
@@ -161,7 +160,7 @@ class Shifted(ndda.DiffusionPrior):
 
     prior: ndda.DiffusionPrior
     shift: float = eqx.field(static=True)
-    noise: ndda.Noise
+    noise: ndda.diffusion.Noise
     noise_range: tuple[float, float] = eqx.field(static=True)
     layout: ndda.Layout = eqx.field(static=True)
     conditioning_passes: int = eqx.field(static=True)
@@ -215,19 +214,19 @@ def simulate(key: jax.Array, scenario: Scenario, cycles: int) -> tuple[np.ndarra
     return np.asarray(states), np.asarray(y), np.asarray(gross)
 
 
-def algorithm(treatment: Treatment, bias: float, emulator: bool, amount: Any = None) -> ndda.FilterAlgorithm:
+def algorithm(treatment: Treatment, bias: float, emulator: bool, amount: Any = None) -> ndda.filters.FilterAlgorithm:
     """The filter; `amount` may be traced."""
     model = program(treatment.likelihood, bias, emulator)
     amount = treatment.amount if amount is None else amount
     wide = treatment.filter.endswith("global")
-    inflations = {"Multiplicative": ndda.Multiplicative, "Jitter": ndda.Jitter}
+    inflations = {"Multiplicative": ndda.Multiplicative, "Jitter": ndda.smc.Jitter}
     inflation = (inflations[treatment.inflation](amount),) if treatment.inflation else ()
 
     def taper(radius: float) -> ndda.Taper | None:
         return None if wide else ndda.Taper(radius, ndda.Ring(SITES), {"y": AT}, state=np.arange(SITES))
 
     # The settings of local_ancestors.py for this case.
-    made: ndda.FilterAlgorithm
+    made: ndda.filters.FilterAlgorithm
     if treatment.filter == "free ensemble":
         made = ndda.Bootstrap(model)
     elif treatment.filter.startswith("EnKF"):
@@ -271,9 +270,9 @@ def row_of(
         rejected = run.result.rejected.get("y")
         scores.append(
             {
-                "RMSE": verification.rmse(x, truth),
-                "spread/skill": verification.spread_skill(x, truth),
-                "CRPS": verification.crps(x, truth),
+                "RMSE": ndda.diagnostics.rmse(x, truth),
+                "spread/skill": ndda.diagnostics.spread_skill(x, truth),
+                "CRPS": ndda.diagnostics.crps(x, truth),
                 "rejected, gross": np.nan if rejected is None or not gross.any() else rejected[0][gross].mean(),
                 "rejected, good": np.nan if rejected is None else rejected[0][~gross].mean(),
                 "passes": float(sum(v.mean() for v in run.result.network_passes.values())),
@@ -331,7 +330,7 @@ def estimated_error(name: str, treatment: Treatment, emulator: bool, particles: 
             members.append(tuple(both))  # type: ignore[arg-type]
         spin = cycles // 4
         background, analyses = (np.stack(x, axis=1)[:, spin:] for x in zip(*members, strict=True))
-        estimate = innovations.error_variances(y[spin:], background, analyses, axis=1, block=5).observation
+        estimate = ndda.diagnostics.error_variances(y[spin:], background, analyses, axis=1, block=5).observation
         found.append(float(np.clip(estimate.value / VARIANCE, 0.02, 50.0)))
     return found
 
@@ -361,7 +360,7 @@ def tune(console: Console, emulator: bool, particles: int, cycles: int, wanted: 
 
         error = jnp.asarray((VARIANCE * scenario.given) ** 0.5)
         try:
-            found_amount = innovations.tune_spread(
+            found_amount = ndda.inference.tune_spread(
                 make, filter_key, y, error, between=between, num_particles=particles, discard=cycles // 4, max_runs=6
             )
             console.print(f"{name}, {treatment.filter}, {inflation}: {found_amount.amount:.3f}, {found_amount.ratio}")

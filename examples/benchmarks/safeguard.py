@@ -27,7 +27,7 @@ from rich.console import Console
 from rich.table import Table
 
 import numpyro_diffusion_da as ndda
-from numpyro_diffusion_da.diffusion.linear_solve import LinearSolver, Product, Solution, relative_residual
+from numpyro_diffusion_da.diffusion import LinearSolver, Product, Solution, relative_residual
 
 SITES = 40
 
@@ -80,7 +80,11 @@ def random_network(gain: float, hidden: int = 64) -> ndda.DenoiserPrior:
         return back @ jnp.tanh(forth @ z)
 
     return ndda.DenoiserPrior(
-        network, ndda.parametrization.Preconditioned(1.0), parameters=parameters, layout=SITES, noise_range=(0.02, 80.0)
+        network,
+        ndda.priors.parametrization.Preconditioned(1.0),
+        parameters=parameters,
+        layout=SITES,
+        noise_range=(0.02, 80.0),
     )
 
 
@@ -102,10 +106,12 @@ class Case:
         noise = self.error * jax.random.normal(jax.random.key(2), (SITES // 2,))
         self.value = self.unguided[0, ::2] + noise
 
-    def likelihood(self) -> ndda.GaussianLikelihood:
+    def likelihood(self) -> ndda.observation.GaussianLikelihood:
         """Every second site."""
         scale, seen = jnp.full(SITES // 2, self.error), jnp.ones(SITES // 2, bool)
-        return ndda.GaussianLikelihood(lambda x: [ndda.GaussianObservation(x[::2], scale, self.value, seen)])
+        return ndda.observation.GaussianLikelihood(
+            lambda x: [ndda.observation.GaussianObservation(x[::2], scale, self.value, seen)]
+        )
 
     def system(self, level: jax.Array, z_s: jax.Array) -> jax.Array:
         """B, shape (observations, observations)."""
@@ -172,7 +178,7 @@ def main(
     for name, case in cases().items():
         systems.append({"prior": name, **case.systems()})
         for products in (2, 3, 6):
-            solvers = {"unguarded": ConjugateGradients(products), "library": ndda.KrylovSolve(products)}
+            solvers = {"unguarded": ConjugateGradients(products), "library": ndda.diffusion.KrylovSolve(products)}
             for kind, solver in solvers.items():
                 rows.append({"prior": name, "products": products, "solve": kind, **case.draws(solver, draws)})
     show(console, "Systems", systems)

@@ -34,8 +34,7 @@ from rich.console import Console
 from rich.table import Table
 
 import numpyro_diffusion_da as ndda
-from numpyro_diffusion_da.diffusion.denoiser import PriorDenoiser
-from numpyro_diffusion_da.diffusion.linear_solve import LinearSolver, Product, Solution, relative_residual
+from numpyro_diffusion_da.diffusion import LinearSolver, PriorDenoiser, Product, Solution, relative_residual
 
 FORWARD_FLOP = 1.6e12
 
@@ -56,13 +55,13 @@ class PlainSolve(LinearSolver):
 
 
 GUIDANCES: dict[str, ndda.MMPS] = {
-    "C": ndda.MMPS(ndda.DirectSolve()),
-    "C = I": ndda.MMPS(PlainSolve(), noise=ndda.WhiteNoise()),
-    "C = I, symmetrized": ndda.MMPS(ndda.DirectSolve(), noise=ndda.WhiteNoise()),
+    "C": ndda.MMPS(ndda.diffusion.DirectSolve()),
+    "C = I": ndda.MMPS(PlainSolve(), noise=ndda.diffusion.WhiteNoise()),
+    "C = I, symmetrized": ndda.MMPS(ndda.diffusion.DirectSolve(), noise=ndda.diffusion.WhiteNoise()),
 }
 
 
-def harmonics(noise: ndda.SphericalNoise) -> tuple[np.ndarray, np.ndarray]:
+def harmonics(noise: ndda.diffusion.SphericalNoise) -> tuple[np.ndarray, np.ndarray]:
     """A of C = A A^T as a matrix, shape (points, rank), and the total wavenumber of each of its columns."""
     factor = np.asarray(noise.factor, np.float64)
     longitude = 2.0 * np.pi * np.arange(noise.num_longitudes) / noise.num_longitudes
@@ -79,7 +78,7 @@ class Sphere:
     """The problem: prior, likelihood, and everything exact in coefficients w of z = A w."""
 
     def __init__(self, num_latitudes: int, num_longitudes: int, observations: int, error: float = 0.1) -> None:
-        self.noise = ndda.SphericalNoise(num_latitudes, num_longitudes)
+        self.noise = ndda.diffusion.SphericalNoise(num_latitudes, num_longitudes)
         self.synthesis, degrees = harmonics(self.noise)
         points = num_latitudes * num_longitudes
         spectrum = (1.0 + (degrees / 5.0) ** 2) ** -2.0
@@ -103,8 +102,8 @@ class Sphere:
     def denoiser(self, guidance: ndda.MMPS, y: jax.Array) -> Any:
         """The posterior's denoiser, as guided."""
         scale, seen = jnp.full(len(self.observed), self.error), jnp.ones(len(self.observed), bool)
-        likelihood = ndda.GaussianLikelihood(
-            lambda x: [ndda.GaussianObservation(x[self.observed], scale, jnp.asarray(y), seen)]
+        likelihood = ndda.observation.GaussianLikelihood(
+            lambda x: [ndda.observation.GaussianObservation(x[self.observed], scale, jnp.asarray(y), seen)]
         )
         return guidance(PriorDenoiser(self.prior, self.prior.condition(jnp.zeros(self.points))), likelihood)
 
@@ -121,7 +120,7 @@ def spectrum_rows(grids: list[tuple[int, int]]) -> list[dict[str, Any]]:
     """Table 1. C is block diagonal in zonal wavenumbers, so that no matrix is large."""
     rows = []
     for num_latitudes, num_longitudes in grids:
-        noise = ndda.SphericalNoise(num_latitudes, num_longitudes)
+        noise = ndda.diffusion.SphericalNoise(num_latitudes, num_longitudes)
         values: list[np.ndarray] = []
         for m, block in enumerate(np.asarray(noise.factor, np.float64)):
             squared = np.linalg.svd(block[:, m:], compute_uv=False) ** 2
@@ -191,7 +190,7 @@ def sampler_rows(sphere: Sphere) -> list[dict[str, Any]]:
     prior, rank = sphere.prior, len(sphere.spectrum)
     samplers = {
         "library default": ndda.Sampler(schedule=ndda.KarrasSchedule(lowest=2e-2, highest=80.0)),
-        "Adams-Bashforth 3": ndda.Sampler(ndda.AdamsBashforth(3), ndda.KarrasSchedule(32, 6.0, 2e-5, 80.0)),
+        "Adams-Bashforth 3": ndda.Sampler(ndda.diffusion.AdamsBashforth(3), ndda.KarrasSchedule(32, 6.0, 2e-5, 80.0)),
     }
     rows = []
     for sampler_name, sampler in samplers.items():
@@ -225,7 +224,7 @@ def sampler_rows(sphere: Sphere) -> list[dict[str, Any]]:
 
 def cost_rows(num_latitudes: int, num_longitudes: int, channels: int, repeats: int) -> list[dict[str, Any]]:
     """Table 4."""
-    noise = ndda.SphericalNoise(num_latitudes, num_longitudes)
+    noise = ndda.diffusion.SphericalNoise(num_latitudes, num_longitudes)
     shape, n = (num_latitudes, num_longitudes, channels), num_longitudes // 2
     v = jax.random.normal(jax.random.key(0), shape, jnp.float32)
     # A or A^T: a (latitude x l) matrix for each m, on two parts, two operations each; and 2.5 N log2 N for a real FFT.

@@ -35,7 +35,6 @@ from rich.table import Table
 
 import numpyro_diffusion_da as ndda
 from numpyro_diffusion_da.demos import lorenz96_system as lorenz96
-from numpyro_diffusion_da.diagnostics import verification
 
 TUNING_SEED = 1
 SITES = 40
@@ -87,7 +86,7 @@ CASES = {
 
 
 class Setting(NamedTuple):
-    """Target ESS of the particle filter or tempering of the Kalman filter, and the taper's half-width in sites."""
+    """Target ESS of the particle filter or factor on the Kalman filter's forecast, and the taper's half-width in sites."""
 
     amount: float
     radius: float | None = None
@@ -147,7 +146,7 @@ def simulate(key: jax.Array, case: Case, cycles: int) -> tuple[np.ndarray, np.nd
     return np.asarray(states), np.asarray(seen + case.error_variance**0.5 * jax.random.normal(error_key, seen.shape))
 
 
-def make(name: str, setting: Setting | None, case: Case) -> ndda.FilterAlgorithm:
+def make(name: str, setting: Setting | None, case: Case) -> ndda.filters.FilterAlgorithm:
     """The filter of that name."""
     model, taper = program(case), None
     if setting is not None and setting.radius is not None:
@@ -155,7 +154,7 @@ def make(name: str, setting: Setting | None, case: Case) -> ndda.FilterAlgorithm
         at = np.arange(0, SITES, case.every)
         taper = ndda.Taper(setting.radius, ndda.Ring(SITES), {"y": at}, state=np.arange(SITES))
     if name == "EnKF":
-        return ndda.EnKF(model, taper=taper, tempering=setting.amount)
+        return ndda.EnKF(model, taper=taper, inflation=(ndda.ForecastMultiplicative(setting.amount),))
     if name == "equal weights":
         return ndda.FAAPF(model, weight=ndda.Equal())
     if name == "FA-APF, Moment":
@@ -181,9 +180,9 @@ def row_of(
             row["lost"] += 1
             continue
         x, truth = run.result.posterior["x"][0, :, spin_up:], states[spin_up:]
-        row["CRPS"].append(verification.crps(x, truth))
-        row["RMSE"].append(verification.rmse(x, truth))
-        row["spread/skill"].append(verification.spread_skill(x, truth))
+        row["CRPS"].append(ndda.diagnostics.crps(x, truth))
+        row["RMSE"].append(ndda.diagnostics.rmse(x, truth))
+        row["spread/skill"].append(ndda.diagnostics.spread_skill(x, truth))
     return row
 
 

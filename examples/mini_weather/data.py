@@ -13,9 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from numpyro_diffusion_da.demos.held_suarez_truth import unpacked
-from numpyro_diffusion_da.fields.layout import Layout, Variable
-from numpyro_diffusion_da.priors.spherical.emulator import spherical_layout
-from numpyro_diffusion_da.priors.spherical.harmonics import HarmonicNoise, SphericalHarmonics
+from numpyro_diffusion_da.fields import Layout, Variable
+from numpyro_diffusion_da.priors import HarmonicNoise, SphericalHarmonics, spherical_layout
 
 TEMPERATURE_LEVELS = (500, 850)
 """Of the emulator's state, hPa. That at 250 hPa is ruled by slow disturbances of the layer above, which it has not."""

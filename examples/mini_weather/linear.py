@@ -11,8 +11,7 @@ from collections.abc import Sequence
 import jax.numpy as jnp
 import numpy as np
 
-from numpyro_diffusion_da.priors.spherical.harmonics import SphericalHarmonics
-from numpyro_diffusion_da.priors.spherical.networks import GaussianDenoiser, ZonalOperator
+from numpyro_diffusion_da.priors import GaussianDenoiser, SphericalHarmonics, ZonalOperator
 
 
 def complex_waves(coefficients: np.ndarray, m: int) -> np.ndarray:

@@ -20,7 +20,7 @@ import typer
 from packing import packed
 
 import numpyro_diffusion_da
-from numpyro_diffusion_da.priors.stored import read_stored, write_stored
+from numpyro_diffusion_da.priors import read_stored, write_stored
 
 NAME = "held_suarez"
 

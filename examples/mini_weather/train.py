@@ -30,8 +30,13 @@ import numpy as np
 import optax
 import typer
 
-from numpyro_diffusion_da.priors.spherical.emulator import SphericalEmulator, save_spherical_emulator
-from numpyro_diffusion_da.priors.spherical.networks import SphericalMeanNetwork, SphericalResidualNetwork, ZonalOperator
+from numpyro_diffusion_da.priors import (
+    SphericalEmulator,
+    SphericalMeanNetwork,
+    SphericalResidualNetwork,
+    ZonalOperator,
+    save_spherical_emulator,
+)
 
 NAME = "held_suarez"
 NOISE_RANGE = (0.02, 80.0)

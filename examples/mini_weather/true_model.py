@@ -19,8 +19,8 @@ from atmosphere import Atmosphere
 from jaxtyping import Array, Float, PRNGKeyArray
 from numpyro.contrib.control_flow import scan
 
-from numpyro_diffusion_da.fields.layout import Layout
-from numpyro_diffusion_da.observation.networks import ObservingNetwork
+from numpyro_diffusion_da.fields import Layout
+from numpyro_diffusion_da.observation import ObservingNetwork
 
 
 class Archive(dist.Distribution):

@@ -26,11 +26,10 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from numpyro_diffusion_da.diffusion.sampler import Sampler
-from numpyro_diffusion_da.diffusion.schedule import KarrasSchedule
-from numpyro_diffusion_da.observation.networks import channel_names
-from numpyro_diffusion_da.priors.spherical.emulator import SphericalEmulator, read_spherical_emulator
-from numpyro_diffusion_da.transition.diffusion import DiffusionDynamics
+from numpyro_diffusion_da.diffusion import KarrasSchedule, Sampler
+from numpyro_diffusion_da.observation import channel_names
+from numpyro_diffusion_da.priors import SphericalEmulator, read_spherical_emulator
+from numpyro_diffusion_da.transition import DiffusionDynamics
 
 NAME = "held_suarez"
 WAVENUMBERS = 21

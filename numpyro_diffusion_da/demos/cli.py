@@ -83,10 +83,9 @@ def _lorenz96(out: Path, seed: int, particles: int, truths: int, cycles: int, sp
     """Lorenz-96, every second variable observed: FA-APF on a diffusion emulator, and five controls."""
     from xarray import DataTree
 
+    import numpyro_diffusion_da as ndda
     from numpyro_diffusion_da.demos.lorenz96_demo import FILTERS, FREE, MAIN, TwinExperiment, run_twin, score_table
-    from numpyro_diffusion_da.diagnostics import plots
-    from numpyro_diffusion_da.priors.shipped import load_prior
-    from numpyro_diffusion_da.results.convert import to_datatree
+    from numpyro_diffusion_da.demos.lorenz96_figures import twin_figure
 
     console = Console()
     try:
@@ -101,7 +100,7 @@ def _lorenz96(out: Path, seed: int, particles: int, truths: int, cycles: int, sp
     with _filter_bar(console, len(FILTERS) * truths) as on_step:
         result = run_twin(
             experiment,
-            load_prior("lorenz96"),
+            ndda.load_prior("lorenz96"),
             seed=seed,
             truths=truths,
             num_particles=particles,
@@ -117,12 +116,12 @@ def _lorenz96(out: Path, seed: int, particles: int, truths: int, cycles: int, sp
     out.mkdir(parents=True, exist_ok=True)
     settings = {"seed": seed, "particles": particles, "truths": truths, "cycles": cycles, "spin_up": spin_up}
     (out / "demo.json").write_text(json.dumps({"settings": settings, "scores": result.summary()}, indent=1) + "\n")
-    tree = to_datatree(result.runs[MAIN], dims={"y": ["observed_site"]})
+    tree = ndda.results.to_datatree(result.runs[MAIN], dims={"y": ["observed_site"]})
     constants = tree["constant_data"].to_dataset()
     constants["x_true"] = (("time", "site"), result.states, {"long_name": "the truth that was observed"})
     tree["constant_data"] = DataTree(constants)
     tree.to_netcdf(out / "demo.nc", engine="h5netcdf")
-    plots.twin_figure(experiment, result).savefig(out / "demo.png", dpi=130)
+    twin_figure(experiment, result).savefig(out / "demo.png", dpi=130)
     better = result.mean(FREE, "rmse")[0] / result.mean(MAIN, "rmse")[0]
     console.print(
         f"The error of local FA-APF is {better:.1f} times smaller than the free ensemble's. "
@@ -135,6 +134,7 @@ def _held_suarez(out: Path, seed: int, particles: int, truths: int, cycles: int,
     """Weather from stations at the ground."""
     import jax
 
+    import numpyro_diffusion_da as ndda
     from numpyro_diffusion_da.demos import held_suarez_figures as plots_weather
     from numpyro_diffusion_da.demos import held_suarez_truth as held_suarez
     from numpyro_diffusion_da.demos.held_suarez_demo import (
@@ -148,12 +148,11 @@ def _held_suarez(out: Path, seed: int, particles: int, truths: int, cycles: int,
         shortfalls,
         to_datatree,
     )
-    from numpyro_diffusion_da.priors.shipped import load_prior
 
     console = Console()
     try:
         experiment = WeatherExperiment(cycles=cycles, spin_up=spin_up)
-        prior, states = load_prior("held_suarez"), held_suarez.truth()
+        prior, states = ndda.load_prior("held_suarez"), held_suarez.truth()
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
     if len(states) < truths * cycles + 1:
@@ -207,7 +206,7 @@ def info() -> None:
     """Versions, devices and the priors that ship, with their data cards."""
     import jax
 
-    from numpyro_diffusion_da.priors.shipped import SHIPPED, load_prior
+    import numpyro_diffusion_da as ndda
 
     console = Console()
     table = Table("package", "version", header_style="bold")
@@ -219,6 +218,6 @@ def info() -> None:
             table.add_row(name, "not installed")
     console.print(table)
     console.print(f"devices: {', '.join(str(d) for d in jax.devices())}")
-    for name in SHIPPED:
+    for name in ndda.priors.SHIPPED:
         console.print(f"[bold]{name}[/bold]")
-        console.print_json(json.dumps(load_prior(name).card))
+        console.print_json(json.dumps(ndda.load_prior(name).card))

@@ -23,23 +23,9 @@ import numpyro.distributions as dist
 from jaxtyping import Array, Float, PRNGKeyArray
 from numpyro.contrib.control_flow import scan
 
+import numpyro_diffusion_da as ndda
 from numpyro_diffusion_da.demos.held_suarez_truth import STEP_HOURS
 from numpyro_diffusion_da.demos.scores import check_spin_up, summarized, table_of_scores
-from numpyro_diffusion_da.diagnostics import verification
-from numpyro_diffusion_da.diffusion.sampler import Sampler
-from numpyro_diffusion_da.diffusion.schedule import KarrasSchedule
-from numpyro_diffusion_da.filters.base import FilterAlgorithm
-from numpyro_diffusion_da.filters.bootstrap import Bootstrap
-from numpyro_diffusion_da.filters.enkf import EnKF
-from numpyro_diffusion_da.filters.fa_apf import FAAPF
-from numpyro_diffusion_da.inference.filter import Filter, FilterResult
-from numpyro_diffusion_da.observation.networks import ObservingNetwork, Stations, fraction_of
-from numpyro_diffusion_da.priors.spherical.emulator import SphericalEmulator
-from numpyro_diffusion_da.program.distribution import DiffusionTransition
-from numpyro_diffusion_da.smc.base import check_target_ess
-from numpyro_diffusion_da.smc.distances import GreatCircle
-from numpyro_diffusion_da.smc.localization import Taper
-from numpyro_diffusion_da.transition.weights import Dirac, Equal
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -62,7 +48,7 @@ COLUMNS = {
     "spread_skill": "spread/\nskill",
     "crps": "CRPS",
 }
-SAMPLER = Sampler(schedule=KarrasSchedule(8, rho=20.0, lowest=0.1))
+SAMPLER = ndda.Sampler(schedule=ndda.KarrasSchedule(8, rho=20.0, lowest=0.1))
 """For observation errors of the size of the one-step spread; docs/mini_weather.md has its error."""
 
 GUIDED_ERRORS = 1.6
@@ -84,10 +70,10 @@ class WeatherExperiment:
             sharper selection, and 0.5 has less error with them, and less spread (docs/mini_weather.md).
 
     Raises:
-        ValueError: nothing left to score, a start error that is not positive, or a target ESS outside [0, 1).
+        ValueError: nothing left to score, or a start error that is not positive.
     """
 
-    networks: dict[str, ObservingNetwork] | None = None
+    networks: dict[str, ndda.observation.ObservingNetwork] | None = None
     cycles: int = 30
     spin_up: int = 20
     start_error: float = 0.5
@@ -96,25 +82,29 @@ class WeatherExperiment:
 
     def __post_init__(self) -> None:
         check_spin_up(self.spin_up, self.cycles)
-        check_target_ess(self.target_ess)
         if not self.start_error > 0:
             raise ValueError(f"start_error={self.start_error}; give a positive number of standard deviations.")
 
-    def observing(self, prior: SphericalEmulator) -> dict[str, ObservingNetwork]:
+    def observing(self, prior: ndda.priors.SphericalEmulator) -> dict[str, ndda.observation.ObservingNetwork]:
         """The networks, those by default among them."""
         if self.networks is not None:
             return self.networks
         return {
-            "stations": Stations(fraction_of(np.asarray(prior.state_scale), NEAR_GROUND, prior.layout, 0.2), count=200)
+            "stations": ndda.observation.Stations(
+                ndda.observation.fraction_of(np.asarray(prior.state_scale), NEAR_GROUND, prior.layout, 0.2), count=200
+            )
         }
 
-    def observed_channels(self, prior: SphericalEmulator) -> np.ndarray:
+    def observed_channels(self, prior: ndda.priors.SphericalEmulator) -> np.ndarray:
         """True for each channel that some network observes."""
         observed = {c for network in self.observing(prior).values() for c in network.channels(prior.layout)}
         return np.isin(np.arange(prior.layout.shape[-1]), sorted(observed))
 
     def observations(
-        self, rng_key: PRNGKeyArray, prior: SphericalEmulator, states: Float[np.ndarray, "time lat lon channel"]
+        self,
+        rng_key: PRNGKeyArray,
+        prior: ndda.priors.SphericalEmulator,
+        states: Float[np.ndarray, "time lat lon channel"],
     ) -> dict[str, Float[np.ndarray, "time place observed"]]:
         """Of each network, with errors, at all times of `states`; NaN where it observes nothing."""
         found, networks = {}, self.observing(prior)
@@ -124,12 +114,12 @@ class WeatherExperiment:
             found[name] = np.where(network.reports(len(states), prior.layout)[..., None], y, np.nan)
         return found
 
-    def first_guess(self, rng_key: PRNGKeyArray, prior: SphericalEmulator, truth: Array) -> Array:
+    def first_guess(self, rng_key: PRNGKeyArray, prior: ndda.priors.SphericalEmulator, truth: Array) -> Array:
         """The mean of the first ensemble: the truth, and a part of a state drawn from the climate less its mean."""
         climate = prior.climatology()
         return truth + self.start_error * (climate.sample(rng_key) - climate.mean)
 
-    def program(self, prior: SphericalEmulator) -> Callable[[Array, dict[str, Array]], None]:
+    def program(self, prior: ndda.priors.SphericalEmulator) -> Callable[[Array, dict[str, Array]], None]:
         """The state-space model with the emulator."""
         networks, climate = self.observing(prior), prior.climatology()
 
@@ -137,7 +127,7 @@ class WeatherExperiment:
             x0 = numpyro.sample("x0", climate)
 
             def step(x: Array, y_t: dict[str, Array]) -> tuple[Array, None]:
-                x = numpyro.sample("x", DiffusionTransition(prior, x, sampler=SAMPLER))
+                x = numpyro.sample("x", ndda.DiffusionTransition(prior, x, sampler=SAMPLER))
                 for name, network in networks.items():
                     seen = network.observe(x, prior.layout)
                     numpyro.sample(name, dist.Normal(seen, network.error()).to_event(2), obs=y_t[name])
@@ -147,12 +137,12 @@ class WeatherExperiment:
 
         return weather
 
-    def taper(self, prior: SphericalEmulator, radius: float) -> Taper:
+    def taper(self, prior: ndda.priors.SphericalEmulator, radius: float) -> ndda.Taper:
         """Localization along the sphere; half-width in kilometers of the Earth."""
         places = {name: network.places(prior.layout) for name, network in self.observing(prior).items()}
-        return Taper(radius, GreatCircle(), places)
+        return ndda.Taper(radius, ndda.GreatCircle(), places)
 
-    def filters(self, prior: SphericalEmulator) -> dict[str, FilterAlgorithm]:
+    def filters(self, prior: ndda.priors.SphericalEmulator) -> dict[str, ndda.filters.FilterAlgorithm]:
         """The filters by their names; settings chosen with 200 stations on two pieces of a run that no score is of.
 
         The guided ones see the emulator with larger errors (`SphericalEmulator.with_errors_times`); the free ensemble
@@ -162,11 +152,11 @@ class WeatherExperiment:
         guided = self.program(prior.with_errors_times(GUIDED_ERRORS))
         taper = self.taper(prior, 2500.0)
         return {
-            FREE: Bootstrap(plain),  # with nothing observed every weight is equal: a forecast
-            GUIDED: FAAPF(guided, weight=Equal()),
-            GLOBAL: FAAPF(guided),
-            MAIN: FAAPF(guided, weight=Dirac(), target_ess=self.target_ess, taper=taper),
-            ENKF: EnKF(plain, taper=taper, rtps=0.5),
+            FREE: ndda.Bootstrap(plain),  # with nothing observed every weight is equal: a forecast
+            GUIDED: ndda.FAAPF(guided, weight=ndda.Equal()),
+            GLOBAL: ndda.FAAPF(guided),
+            MAIN: ndda.FAAPF(guided, weight=ndda.Dirac(), target_ess=self.target_ess, taper=taper),
+            ENKF: ndda.EnKF(plain, taper=taper, inflation=(ndda.RTPS(0.5),)),
         }
 
 
@@ -255,20 +245,24 @@ class WeatherResult:
         return np.append(0, np.cumsum(sizes)) / len(counts), density
 
 
-def area_weights(prior: SphericalEmulator) -> Float[np.ndarray, "latitude 1"]:
+def area_weights(prior: ndda.priors.SphericalEmulator) -> Float[np.ndarray, "latitude 1"]:
     """Of the grid points, for fields (..., latitude, longitude)."""
     return np.asarray(prior.noise.harmonics.weights)[:, None]
 
 
 def in_climate_units(
-    fields: Float[np.ndarray, "*batch latitude longitude channel"], prior: SphericalEmulator
+    fields: Float[np.ndarray, "*batch latitude longitude channel"], prior: ndda.priors.SphericalEmulator
 ) -> Float[np.ndarray, "*batch channel latitude longitude"]:
     """In standard deviations of each channel's climate, the channels before the grid."""
     return np.moveaxis(fields, -1, -3) / np.asarray(prior.state_scale)[:, None, None]
 
 
 def summarize_run(
-    result: FilterResult, states: np.ndarray, prior: SphericalEmulator, network: ObservingNetwork, spin_up: int
+    result: ndda.FilterResult,
+    states: np.ndarray,
+    prior: ndda.priors.SphericalEmulator,
+    network: ndda.observation.ObservingNetwork,
+    spin_up: int,
 ) -> WeatherRun:
     """Scores of a run, and what figures need of it.
 
@@ -284,12 +278,12 @@ def summarize_run(
     scores: dict[str, list[Any]] = {"rmse": [], "spread": [], "crps": []}
     for t in range(len(states)):
         x, truth = (in_climate_units(v[..., t, :, :, :], prior) for v in (particles, states))
-        scores["rmse"].append(verification.rmse(x, truth, axis=(1, 2), weights=weights))
-        scores["spread"].append(verification.spread(x, axis=(1, 2), weights=weights))
-        scores["crps"].append(verification.crps(x, truth, axis=(1, 2), weights=weights))
+        scores["rmse"].append(ndda.diagnostics.rmse(x, truth, axis=(1, 2), weights=weights))
+        scores["spread"].append(ndda.diagnostics.spread(x, axis=(1, 2), weights=weights))
+        scores["crps"].append(ndda.diagnostics.crps(x, truth, axis=(1, 2), weights=weights))
     late = (slice(None), slice(spin_up, None), slice(None, None, 4), slice(None, None, 4))
     ranks = [
-        verification.rank_histogram(particles[(*late, c)], states[(*late[1:], c)]) for c in range(states.shape[-1])
+        ndda.diagnostics.rank_histogram(particles[(*late, c)], states[(*late[1:], c)]) for c in range(states.shape[-1])
     ]
     at_stations = jax.vmap(jax.vmap(lambda x: network.at_places(x, prior.layout)))(particles)
     return WeatherRun(
@@ -320,7 +314,7 @@ class FilterInputs(NamedTuple):
 
 
 def _filter_inputs(
-    rng_key: PRNGKeyArray, experiment: WeatherExperiment, prior: SphericalEmulator, truth: np.ndarray
+    rng_key: PRNGKeyArray, experiment: WeatherExperiment, prior: ndda.priors.SphericalEmulator, truth: np.ndarray
 ) -> FilterInputs:
     guess_key, error_key, filter_key = jax.random.split(rng_key, 3)
     first_guess = experiment.first_guess(guess_key, prior, jnp.asarray(truth[0]))
@@ -330,13 +324,13 @@ def _filter_inputs(
 def _run_filter(
     name: str,
     experiment: WeatherExperiment,
-    prior: SphericalEmulator,
+    prior: ndda.priors.SphericalEmulator,
     states: Sequence[np.ndarray] | np.ndarray,
     inputs: Sequence[FilterInputs],
     num_particles: int,
 ) -> list[WeatherRun]:
     """One filter on every truth, whichever others are run: it must do with its arguments, in any process."""
-    filter = Filter(
+    filter = ndda.Filter(
         experiment.filters(prior)[name], num_particles=num_particles, progress_bar=False, keep_observed=False
     )
     network = next(iter(experiment.observing(prior).values()))
@@ -352,7 +346,7 @@ def _run_filter(
 
 def run_weather_twin(
     experiment: WeatherExperiment,
-    prior: SphericalEmulator,
+    prior: ndda.priors.SphericalEmulator,
     states: Sequence[Float[np.ndarray, "time latitude longitude channel"]] | np.ndarray,
     *,
     seed: int = 0,
@@ -411,7 +405,7 @@ def run_weather_twin(
     )
 
 
-def shortfalls(prior: SphericalEmulator, result: WeatherResult) -> list[str]:
+def shortfalls(prior: ndda.priors.SphericalEmulator, result: WeatherResult) -> list[str]:
     """What is not as a forecaster would want it, a sentence each: of local FA-APF on these truths, and of the emulator.
 
     Spread within a fifth of the error for every truth, ranks that are not U-shaped, and of the emulator, by the
@@ -451,7 +445,7 @@ def shortfalls(prior: SphericalEmulator, result: WeatherResult) -> list[str]:
     return found
 
 
-def to_datatree(experiment: WeatherExperiment, prior: SphericalEmulator, result: WeatherResult) -> DataTree:
+def to_datatree(experiment: WeatherExperiment, prior: ndda.priors.SphericalEmulator, result: WeatherResult) -> DataTree:
     """The first truth, what was observed of it, and mean and spread of every filter, by variable, as xarray names them.
 
     Groups: "truth", "observations", and one for each filter, in which the mean of a variable has its name and the

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+import numpyro_diffusion_da as ndda
 from numpyro_diffusion_da.demos.held_suarez_demo import (
     ENKF,
     FREE,
@@ -16,9 +17,6 @@ from numpyro_diffusion_da.demos.held_suarez_demo import (
     WeatherExperiment,
     WeatherResult,
 )
-from numpyro_diffusion_da.fields.layout import Layout
-from numpyro_diffusion_da.observation.networks import channel, channel_names
-from numpyro_diffusion_da.priors.spherical.emulator import SphericalEmulator
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -34,7 +32,7 @@ def label(name: str) -> str:
     return f"{SYMBOLS.get(variable, variable)} {level} hPa" if level.isdigit() else name.replace("_", " ")
 
 
-def units(layout: Layout) -> list[str]:
+def units(layout: ndda.Layout) -> list[str]:
     """Of each channel, as matplotlib writes them."""
     spelled = {"m s-1": "m s$^{-1}$"}
     return [spelled.get(v.units, v.units) for v in layout.variables for _ in range(v.num_channels)]
@@ -49,7 +47,9 @@ def _by_observed(result: WeatherResult) -> dict[str, np.ndarray]:
     return {"observed variables": result.observed, "unobserved variables": ~result.observed}
 
 
-def figures(experiment: WeatherExperiment, prior: SphericalEmulator, result: WeatherResult) -> dict[str, Figure]:
+def figures(
+    experiment: WeatherExperiment, prior: ndda.priors.SphericalEmulator, result: WeatherResult
+) -> dict[str, Figure]:
     """All of them by name, for the default network; maps and a place of one observed and one unobserved variable."""
     observed, unobserved = "surface_pressure", "v_component_of_wind_250"
     at_place = (observed, "temperature_500", "v_component_of_wind_850", unobserved)
@@ -63,11 +63,13 @@ def figures(experiment: WeatherExperiment, prior: SphericalEmulator, result: Wea
     }
 
 
-def skill_over_time(experiment: WeatherExperiment, prior: SphericalEmulator, result: WeatherResult) -> Figure:
+def skill_over_time(
+    experiment: WeatherExperiment, prior: ndda.priors.SphericalEmulator, result: WeatherResult
+) -> Figure:
     """Error of the mean of every filter, a panel a channel, over the climate's standard deviation; by area."""
     from matplotlib.figure import Figure
 
-    names, time = channel_names(prior.layout), days(experiment)
+    names, time = ndda.observation.channel_names(prior.layout), days(experiment)
     groups = _by_observed(result)
     columns = [max(1, (int(chosen.sum()) + 1) // 2) for chosen in groups.values()]
     figure = Figure(figsize=(3.0 * sum(columns) + 0.4, 6.4), layout="constrained")
@@ -121,7 +123,7 @@ def spread_and_error(experiment: WeatherExperiment, result: WeatherResult) -> Fi
 
 def maps(
     experiment: WeatherExperiment,
-    prior: SphericalEmulator,
+    prior: ndda.priors.SphericalEmulator,
     result: WeatherResult,
     name: str,
     at_days: Sequence[float] = (3, 7, 15),
@@ -140,7 +142,7 @@ def maps(
     """
     from matplotlib.figure import Figure
 
-    c, time = channel(prior.layout, name), days(experiment)
+    c, time = ndda.observation.channel(prior.layout, name), days(experiment)
     climate = np.asarray(prior.state_mean)[:, None, c]
     truth = result.states[0][..., c] - climate
     analysis, forecast = (result.runs[run][0].mean[..., c] - climate for run in (MAIN, FREE))
@@ -198,7 +200,7 @@ def _round_number(value: float) -> float:
 
 def at_station(
     experiment: WeatherExperiment,
-    prior: SphericalEmulator,
+    prior: ndda.priors.SphericalEmulator,
     result: WeatherResult,
     names: Sequence[str],
     *,
@@ -231,7 +233,7 @@ def at_station(
     figure.suptitle(f"at {abs(north):.0f}°{side} {east:.0f}°E", fontsize=12, fontweight="bold")
     panels = figure.subplots(rows, 2, sharex=True, squeeze=False)
     for axes, name in zip(panels.flat, names, strict=False):
-        c = channel(prior.layout, name)
+        c = ndda.observation.channel(prior.layout, name)
         for run in (FREE, MAIN):
             members = result.runs[run][0].at_stations[:, :, k, c]
             low, lower, middle, upper, high = np.quantile(members, [0.05, 0.25, 0.5, 0.75, 0.95], axis=0)
@@ -303,7 +305,7 @@ def _globe(axes: Axes) -> None:
     axes.grid(color="k", alpha=0.2, lw=0.4)
 
 
-def _around_the_globe(layout: Layout, field: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _around_the_globe(layout: ndda.Layout, field: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(longitude, latitude, values) from -180 to 180 degrees and from pole to pole, in radians, without a gap."""
     coordinates, around = layout.coords(), field.shape[1]
     half = around // 2

@@ -19,19 +19,9 @@ import numpyro.distributions as dist
 from jaxtyping import Array, PRNGKeyArray
 from numpyro.contrib.control_flow import scan
 
+import numpyro_diffusion_da as ndda
 from numpyro_diffusion_da.demos import lorenz96_system as lorenz96
 from numpyro_diffusion_da.demos.scores import check_spin_up, mean_and_standard_error, summarized, table_of_scores
-from numpyro_diffusion_da.diagnostics import verification
-from numpyro_diffusion_da.diffusion.prior import DiffusionPrior
-from numpyro_diffusion_da.filters.base import FilterAlgorithm
-from numpyro_diffusion_da.filters.bootstrap import Bootstrap
-from numpyro_diffusion_da.filters.enkf import EnKF
-from numpyro_diffusion_da.filters.fa_apf import FAAPF
-from numpyro_diffusion_da.inference.filter import Filter, FilterResult
-from numpyro_diffusion_da.program.distribution import DiffusionTransition
-from numpyro_diffusion_da.smc.distances import Ring
-from numpyro_diffusion_da.smc.localization import Taper
-from numpyro_diffusion_da.transition.weights import Equal, Moment
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -88,14 +78,14 @@ class TwinExperiment:
         y = observed + np.sqrt(self.error_variance) * jax.random.normal(error_key, observed.shape)
         return np.asarray(states), np.asarray(y)
 
-    def emulator_program(self, prior: DiffusionPrior) -> Callable[[Array], None]:
+    def emulator_program(self, prior: ndda.DiffusionPrior) -> Callable[[Array], None]:
         """The state-space model with a diffusion emulator."""
 
         def lorenz96_emulator(y: Array) -> None:
             x0 = numpyro.sample("x0", prior.climatology())
 
             def step(x: Array, y_t: Array) -> tuple[Array, None]:
-                x = numpyro.sample("x", DiffusionTransition(prior, x))
+                x = numpyro.sample("x", ndda.DiffusionTransition(prior, x))
                 error = np.sqrt(self.error_variance)
                 numpyro.sample("y", dist.Normal(x[:: self.every], error).to_event(1), obs=y_t)
                 return x, None
@@ -104,11 +94,11 @@ class TwinExperiment:
 
         return lorenz96_emulator
 
-    def local_filter(self, model: Callable[[Array], None], sites: int) -> FAAPF:
+    def local_filter(self, model: Callable[[Array], None], sites: int) -> ndda.FAAPF:
         """FA-APF with localized ancestors; settings as in `examples/benchmarks/local_ancestors.py`, tuned there."""
-        taper = Taper(5.0, Ring(sites), {"y": np.arange(0, sites, self.every)}, state=np.arange(sites))
+        taper = ndda.Taper(5.0, ndda.Ring(sites), {"y": np.arange(0, sites, self.every)}, state=np.arange(sites))
         # The emulator's errors are nearly independent from site to site: one product with random signs is enough.
-        return FAAPF(model, weight=Moment(noise_level=10.0, probes=1), target_ess=0.1, taper=taper)
+        return ndda.FAAPF(model, weight=ndda.Moment(noise_level=10.0, probes=1), target_ess=0.1, taper=taper)
 
     def true_program(self, start: dist.Distribution) -> Callable[[Array], None]:
         """The state-space model with the true dynamics."""
@@ -126,18 +116,18 @@ class TwinExperiment:
 
         return lorenz96_truth
 
-    def score(self, result: FilterResult, states: np.ndarray) -> dict[str, float]:
+    def score(self, result: ndda.FilterResult, states: np.ndarray) -> dict[str, float]:
         """Scores over time and sites after the spin-up; squares are averaged first, the root taken last."""
         particles = result.posterior["x"][0, :, self.spin_up :]
         truth = states[self.spin_up :]
         observed = np.arange(truth.shape[1]) % self.every == 0
         passes = sum(v[0, self.spin_up :].mean() for v in result.network_passes.values())
         return {
-            "rmse": verification.rmse(particles, truth),
-            "rmse_observed": verification.rmse(particles[..., observed], truth[:, observed]),
-            "rmse_unobserved": verification.rmse(particles[..., ~observed], truth[:, ~observed]),
-            "spread_skill": verification.spread_skill(particles, truth),
-            "crps": verification.crps(particles, truth),
+            "rmse": ndda.diagnostics.rmse(particles, truth),
+            "rmse_observed": ndda.diagnostics.rmse(particles[..., observed], truth[:, observed]),
+            "rmse_unobserved": ndda.diagnostics.rmse(particles[..., ~observed], truth[:, ~observed]),
+            "spread_skill": ndda.diagnostics.spread_skill(particles, truth),
+            "crps": ndda.diagnostics.crps(particles, truth),
             "ess": float(np.median(result.sample_stats["ess"][0, self.spin_up :])),
             "tempering": float(np.median(result.sample_stats["tempering"][0, self.spin_up :])),
             "passes": float(passes),
@@ -158,7 +148,7 @@ class TwinResult:
     scores: dict[str, dict[str, np.ndarray]]
     rmse_by_time: dict[str, np.ndarray]
     states: np.ndarray
-    runs: dict[str, FilterResult]
+    runs: dict[str, ndda.FilterResult]
 
     def mean(self, name: str, score: str) -> tuple[float, float]:
         """Mean over truths and its standard error (NaN for a single truth)."""
@@ -178,7 +168,7 @@ def score_table(result: TwinResult) -> Table:
 
 def run_twin(
     experiment: TwinExperiment,
-    prior: DiffusionPrior,
+    prior: ndda.DiffusionPrior,
     *,
     seed: int = 0,
     truths: int = 3,
@@ -202,21 +192,21 @@ def run_twin(
         raise ValueError(f"truths={truths}; give 1 or more.")
     program, climate = experiment.emulator_program(prior), prior.climatology()
 
-    def make(algorithm: FilterAlgorithm) -> Filter:
-        return Filter(algorithm, num_particles=num_particles, progress_bar=False)
+    def make(algorithm: ndda.filters.FilterAlgorithm) -> ndda.Filter:
+        return ndda.Filter(algorithm, num_particles=num_particles, progress_bar=False)
 
-    blind = make(Bootstrap(program))
+    blind = make(ndda.Bootstrap(program))
     filters = {
         FREE: blind,  # with nothing observed every weight is equal: a forecast
         BOOTSTRAP: blind,
-        GUIDED: make(FAAPF(program, weight=Equal())),
-        GLOBAL: make(FAAPF(program)),
+        GUIDED: make(ndda.FAAPF(program, weight=ndda.Equal())),
+        GLOBAL: make(ndda.FAAPF(program)),
         MAIN: make(experiment.local_filter(program, prior.layout.shape[0])),
-        ENKF: make(EnKF(experiment.true_program(climate))),
+        ENKF: make(ndda.EnKF(experiment.true_program(climate))),
     }
     scores: dict[str, list[dict[str, float]]] = {name: [] for name in filters}
     by_time: dict[str, list[np.ndarray]] = {name: [] for name in filters}
-    runs: dict[str, FilterResult] = {}
+    runs: dict[str, ndda.FilterResult] = {}
     for number in range(truths):
         truth_key, filter_key = jax.random.split(jax.random.fold_in(jax.random.key(seed), number))
         states, y = experiment.truth(truth_key, climate)
@@ -229,7 +219,7 @@ def run_twin(
                 warnings.filterwarnings("ignore", message="weights are tempered")
                 filter.run(jax.random.fold_in(filter_key, i), np.full_like(y, np.nan) if name == FREE else y)
             scores[name].append(experiment.score(filter.result, states))
-            by_time[name].append(verification.rmse(filter.result.posterior["x"][0], states, axis=1))
+            by_time[name].append(ndda.diagnostics.rmse(filter.result.posterior["x"][0], states, axis=1))
             if number == 0:
                 runs[name] = filter.result
     return TwinResult(

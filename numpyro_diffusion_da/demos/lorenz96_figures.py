@@ -4,16 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from numpyro_diffusion_da.diagnostics.plots import (
-    over_blocks,
-)
-
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
 import numpy as np
 
+import numpyro_diffusion_da as ndda
 from numpyro_diffusion_da.demos.lorenz96_demo import (
     BOOTSTRAP,
     ENKF,
@@ -97,16 +94,23 @@ def twin_figure(experiment: TwinExperiment, result: TwinResult) -> Figure:
     stats = result.runs[MAIN].sample_stats
     axes = lower.add_subplot(grid[1, 0])
     axes.plot(
-        over_blocks(stats["distinct_ancestors"][0]), color=COLORS[MAIN], label="distinct ancestors, after tempering"
+        ndda.diagnostics.median_over_blocks(stats["distinct_ancestors"][0]),
+        color=COLORS[MAIN],
+        label="distinct ancestors, after tempering",
     )
-    axes.plot(over_blocks(stats["ess"][0]), color=COLORS[MAIN], ls=":", label="ESS of the weights, before it")
+    axes.plot(
+        ndda.diagnostics.median_over_blocks(stats["ess"][0]),
+        color=COLORS[MAIN],
+        ls=":",
+        label="ESS of the weights, before it",
+    )
     axes.set_yscale("log")
     axes.set_ylim(0.9, 1.1 * len(stats["log_weights"][0]))
     axes.set_xlabel("cycle")
     axes.set_title(f"{MAIN}: how many particles count", fontsize=10)
     axes.legend(fontsize=8, frameon=False)
     axes = lower.add_subplot(grid[1, 1])
-    axes.plot(over_blocks(stats["tempering"][0]), color=COLORS[MAIN])
+    axes.plot(ndda.diagnostics.median_over_blocks(stats["tempering"][0]), color=COLORS[MAIN])
     axes.set_yscale("log")
     axes.set_xlabel("cycle")
     axes.set_ylabel("alpha")

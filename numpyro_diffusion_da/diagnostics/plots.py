@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 PALETTE = ("#D55E00", "#777777", "#0072B2", "#009E73", "#E69F00", "#000000")
 
 
-def over_blocks(values: np.ndarray) -> np.ndarray:
+def median_over_blocks(values: np.ndarray) -> np.ndarray:
     """A statistic of one chain over time: the median over blocks of localized ancestors, shape (time,)."""
     return values if values.ndim == 1 else np.median(values, axis=1)
 
@@ -52,8 +52,10 @@ def skill_figure(
             axes.plot(days, fields[field]["spread"], color=color, ls="--", label=f"{run}: spread")
         axes.set(title=field, ylabel=unit, ylim=0)
     count, *rest = panels[len(units) :]
-    count.plot(days, over_blocks(stats["distinct_ancestors"][0]), color="k", label="distinct ancestors")
-    count.plot(days, over_blocks(stats["ess"][0]), color="k", ls=":", label="ESS of the weights, before tempering")
+    count.plot(days, median_over_blocks(stats["distinct_ancestors"][0]), color="k", label="distinct ancestors")
+    count.plot(
+        days, median_over_blocks(stats["ess"][0]), color="k", ls=":", label="ESS of the weights, before tempering"
+    )
     count.set_yscale("log", base=2)
     count.yaxis.set_major_formatter("{x:.0f}")
     count.set(title=f"{next(iter(scores))}: particles that count", ylim=(0.9, 1.1 * len(stats["log_weights"][0])))

@@ -116,7 +116,7 @@ class MMPSDenoiser(ObservingDenoiser):
         if solution.directions is None:
             raise TypeError(
                 f"{type(self.solver).__name__} does not say which directions it has seen, and path weights need them; "
-                "return Solution(..., directions=...), or use ndda.DirectSolve() or ndda.KrylovSolve()."
+                "return Solution(..., directions=...), or use ndda.diffusion.DirectSolve() or ndda.diffusion.KrylovSolve()."
             )
         basis, columns, images = solution.directions
         return denoised, GuidanceDirections(basis, basis @ residual, basis @ columns.T, images), guidance_state

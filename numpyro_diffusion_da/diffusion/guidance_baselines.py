@@ -69,7 +69,7 @@ class DPS(Guidance):
             ValueError: zeta with a likelihood that is not Gaussian, which has no residual.
         """
         if self.zeta is not None and not isinstance(likelihood, GaussianLikelihood):
-            raise ValueError(f"DPS(zeta={self.zeta}) needs Gaussian observations; use ndda.DPS() for others.")
+            raise ValueError(f"DPS(zeta={self.zeta}) needs Gaussian observations; use ndda.diffusion.DPS() for others.")
         return DPSDenoiser(denoiser, likelihood, self.zeta)
 
 

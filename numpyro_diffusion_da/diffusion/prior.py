@@ -12,15 +12,14 @@ how to condition, how to denoise, a and S, the noise with its covariance C, and 
 from __future__ import annotations
 
 import abc
-import hashlib
 from typing import TYPE_CHECKING, Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float, PyTree
 
+from numpyro_diffusion_da.checksums import checksum
 from numpyro_diffusion_da.diffusion.noise import Noise
 from numpyro_diffusion_da.fields.layout import Layout
 
@@ -29,16 +28,6 @@ if TYPE_CHECKING:
 
 Conditioning = Any
 """Whatever `DiffusionPrior.condition` makes of the previous states and the inputs: a pytree of arrays."""
-
-
-def checksum(tree: PyTree) -> str:
-    """SHA-256 over the arrays of a pytree, in hexadecimal."""
-    digest = hashlib.sha256()
-    for leaf in jax.tree.leaves(tree):
-        value = np.asarray(leaf)
-        digest.update(f"{value.dtype.str}{value.shape}".encode())
-        digest.update(np.ascontiguousarray(value).tobytes())
-    return digest.hexdigest()
 
 
 class DiffusionPrior(eqx.Module):

@@ -54,7 +54,7 @@ class FilterAlgorithm(abc.ABC):
     """Reverse diffusion of the filter's draws; None for the transition's own."""
 
     @abc.abstractmethod
-    def kernel(self, program: StateSpaceModel, batch_size: int) -> Kernel:
+    def kernel(self, program: StateSpaceModel, batch_size: int | None = None) -> Kernel:
         """The program's kernel: (rng_key, state, TimeInputs) -> (State, Info), `info.proposal` being a `Proposal`."""
 
     @abc.abstractmethod
@@ -79,13 +79,13 @@ class FilterAlgorithm(abc.ABC):
         return values[ancestors]
 
     def forecasts(
-        self, program: StateSpaceModel, batch_size: int = 0
+        self, program: StateSpaceModel, batch_size: int | None = None
     ) -> Callable[[PRNGKeyArray, PyTree, TimeInputs], tuple[Array, DrawRecord]]:
         """The next state as the filter takes it to be, one draw from each particle that has not seen the observation.
 
         Args:
             program: the program.
-            batch_size: particles moved at a time; 0 for all at once.
+            batch_size: particles moved at a time; None moves all at once.
 
         Returns:
             (rng_key, particles, inputs) -> (N states, records of their draws), with a leading axis of N.
@@ -99,13 +99,13 @@ class FilterAlgorithm(abc.ABC):
         return forecasts
 
     def background(
-        self, program: StateSpaceModel, batch_size: int = 0
+        self, program: StateSpaceModel, batch_size: int | None = None
     ) -> Callable[[PRNGKeyArray, PyTree, TimeInputs], dict[str, dict[str, Array]]]:
         """What is seen in `forecasts`, observations with their errors among it.
 
         Args:
             program: the program.
-            batch_size: particles moved at a time; 0 for all at once.
+            batch_size: particles moved at a time; None moves all at once.
 
         Returns:
             (rng_key, particles, inputs) -> `StateSpaceModel.record` of N forecasts, with a leading axis of N.
@@ -120,6 +120,7 @@ class FilterAlgorithm(abc.ABC):
         return background
 
     def inflate_forecast(self, forecast: Array) -> Array:
+        """Apply the inflation of the forecast that the update uses; none by default."""
         return forecast
 
     def passes(self, info: Info) -> NetworkPasses:

@@ -47,7 +47,7 @@ class Bootstrap(FilterAlgorithm):
     def __post_init__(self) -> None:
         check_target_ess(self.target_ess)
 
-    def kernel(self, program: StateSpaceModel, batch_size: int = 0) -> Kernel:
+    def kernel(self, program: StateSpaceModel, batch_size: int | None = None) -> Kernel:
         """The bootstrap kernel of the program."""
 
         def propose(rng_key: PRNGKeyArray, carry: PyTree, inputs: TimeInputs) -> tuple[PyTree, Proposal]:

@@ -58,7 +58,7 @@ class EnKF(FilterAlgorithm):
         """None: there are no weights."""
         return False
 
-    def kernel(self, program: StateSpaceModel, batch_size: int = 0) -> Kernel:
+    def kernel(self, program: StateSpaceModel, batch_size: int | None = None) -> Kernel:
         """The EnKF kernel of the program.
 
         Raises:

@@ -83,7 +83,7 @@ class FAAPF(FilterAlgorithm):
         check_inflation(self.inflation, "FAAPF", paired=False)
         if not isinstance(self.tempering, Tempering):
             raise TypeError(
-                f"FAAPF got tempering={self.tempering!r}; give ndda.WeightTempering() or ndda.LikelihoodTempering(), which "
+                f"FAAPF got tempering={self.tempering!r}; give ndda.smc.WeightTempering() or ndda.smc.LikelihoodTempering(), which "
                 "act on its weights (a factor on particles is inflation=(ndda.Multiplicative(1.05),))."
             )
         if not self.block_radius >= 0.0:
@@ -107,7 +107,7 @@ class FAAPF(FilterAlgorithm):
             return self.weight
         return Moment() if closed_form else Dirac()
 
-    def kernel(self, program: StateSpaceModel, batch_size: int = 0) -> Kernel:
+    def kernel(self, program: StateSpaceModel, batch_size: int | None = None) -> Kernel:
         """The FA-APF kernel of the program.
 
         Raises:
@@ -166,7 +166,7 @@ class FAAPF(FilterAlgorithm):
             if name in program.general_names:
                 raise ValueError(
                     f"the errors of site '{name}' cannot be tempered: it is not Gaussian, or its error or the slope of "
-                    f"its mean changes with the state; use tempering=ndda.WeightTempering() in place of {self.tempering}."
+                    f"its mean changes with the state; use tempering=ndda.smc.WeightTempering() in place of {self.tempering}."
                 )
 
     def _local(self, program: StateSpaceModel) -> LocalAncestors | None:

@@ -100,6 +100,7 @@ class GrossErrorCheck(FilterAlgorithm):
         return self.algorithm.parents(program, ancestors, values)
 
     def inflate_forecast(self, forecast: Array) -> Array:
+        """Apply the inflation of the forecast that the wrapped filter uses."""
         return self.algorithm.inflate_forecast(forecast)
 
     def passes(self, info: Info) -> NetworkPasses:
@@ -126,7 +127,7 @@ class GrossErrorCheck(FilterAlgorithm):
             )
         return dict(self.threshold)
 
-    def kernel(self, program: StateSpaceModel, batch_size: int = 0) -> Kernel:
+    def kernel(self, program: StateSpaceModel, batch_size: int | None = None) -> Kernel:
         """The filter's, with what is rejected missing in the program that it is given.
 
         Raises:

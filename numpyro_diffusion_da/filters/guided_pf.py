@@ -66,7 +66,7 @@ class GuidedPF(FilterAlgorithm):
             return transition.sampler
         return PATH_SAMPLER if self.sampler is None else self.sampler
 
-    def kernel(self, program: StateSpaceModel, batch_size: int = 0) -> Kernel:
+    def kernel(self, program: StateSpaceModel, batch_size: int | None = None) -> Kernel:
         """The guided kernel of the program."""
         sampler = self._sampler(program)
 

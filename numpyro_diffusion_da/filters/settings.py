@@ -18,7 +18,7 @@ from numpyro_diffusion_da.smc.localization import Taper
 
 
 def in_full(value: Any) -> str:
-    """A module with all its settings: its repr would leave out those at their defaults, which may change."""
+    """A module with all its settings, defaults included: its repr leaves those out, and defaults may change."""
     if not isinstance(value, eqx.Module):
         return repr(value)
     settings = ", ".join(f"{f.name}={in_full(getattr(value, f.name))}" for f in dataclasses.fields(value) if f.init)
@@ -26,6 +26,7 @@ def in_full(value: Any) -> str:
 
 
 def sampler_setting(sampler: Sampler | None, program: StateSpaceModel) -> str:
+    """The sampler in full, the transition's own where none is given; "closed form" for a Gaussian transition."""
     transition = program.diffusion()
     if transition is None:
         return "closed form"
@@ -33,12 +34,15 @@ def sampler_setting(sampler: Sampler | None, program: StateSpaceModel) -> str:
 
 
 def taper_setting(taper: Taper | None) -> str:
+    """The taper with checksums of its positions, or "none"."""
     return "none" if taper is None else repr(taper)
 
 
 def inflation_setting(inflations: Sequence[Inflation]) -> str:
+    """The sequence of inflations in full, or "none"."""
     return ", ".join(in_full(inflation) for inflation in inflations) or "none"
 
 
 def resampling_setting(resampling: Resampling | None) -> str:
+    """The name of the resampling function; systematic by default."""
     return "systematic" if resampling is None else getattr(resampling, "__name__", repr(resampling))

@@ -1,1 +1,19 @@
-"""inference."""
+"""Runs of a filter over time, and of its evidence over parameters."""
+
+from numpyro_diffusion_da.inference.compilation import Compiled
+from numpyro_diffusion_da.inference.filter import Filter
+from numpyro_diffusion_da.inference.online_filter import OnlineFilter
+from numpyro_diffusion_da.inference.pmmh import PMMH
+from numpyro_diffusion_da.inference.smc2 import SMC2
+from numpyro_diffusion_da.inference.tune_spread import SpreadTrial, SpreadTuning, tune_spread
+
+__all__ = [
+    "PMMH",
+    "SMC2",
+    "Compiled",
+    "Filter",
+    "OnlineFilter",
+    "SpreadTrial",
+    "SpreadTuning",
+    "tune_spread",
+]

@@ -29,7 +29,6 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
 
 from numpyro_diffusion_da.diffusion.denoiser import NetworkPasses
-from numpyro_diffusion_da.diffusion.memory import device_memory
 from numpyro_diffusion_da.program.scan import TimeInputs
 from numpyro_diffusion_da.program.sites import check_density, log_density, pointwise_log_likelihood
 from numpyro_diffusion_da.program.state_space import StateSpaceModel
@@ -63,7 +62,7 @@ def select(
     later: Float[Array, "m ..."],
     inputs: TimeInputs,
     later_inputs: TimeInputs,
-    batch_size: int,
+    batch_size: int | None,
 ) -> Selection:
     """Choose the particle that each trajectory comes from.
 
@@ -74,7 +73,7 @@ def select(
         later: the trajectories' values of it at time k + 1.
         inputs: of time k.
         later_inputs: of time k + 1.
-        batch_size: densities at a time; 0 for all N M at once.
+        batch_size: densities at a time; None for all N M at once.
     """
     choice_key, record_key = jax.random.split(rng_key)
     before = program.initial(jax.random.key(0))  # any carry: the next one does not depend on it
@@ -125,11 +124,11 @@ def check(program: StateSpaceModel, result: FilterResult, num_draws: int) -> Non
         )
 
 
-def batch_that_fits(program: StateSpaceModel, size: int) -> int:
-    """How many densities at a time half of the device's memory takes; `size` is that of the state."""
+def bytes_of_density(program: StateSpaceModel, size: int) -> int:
+    """Working memory of one transition density, in bytes; `size` is the number of values of the state."""
     transition = program.diffusion()
     tangents = 1 if transition is None or transition.density is None else transition.density.trace.products(size)
-    return max(int(0.5 * device_memory() // max(program.working_bytes() * tangents, 256 * size)), 1)
+    return max(program.working_bytes() * tangents, 256 * size)
 
 
 def simulate(

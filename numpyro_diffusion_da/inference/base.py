@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -11,9 +12,10 @@ import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from numpyro_diffusion_da.filters.base import FilterAlgorithm
+from numpyro_diffusion_da.inference.batching import check_batch_size, particles_at_a_time, split_batch
 from numpyro_diffusion_da.inference.compilation import Compiled
 from numpyro_diffusion_da.inference.evidence import EvidenceEstimator, FilterEvidence, check_evidence
-from numpyro_diffusion_da.program.parameters import Parameters
+from numpyro_diffusion_da.program.parameters import GlobalParameters
 from numpyro_diffusion_da.program.state_space import StateSpaceModel
 from numpyro_diffusion_da.results.result import ParameterResult
 from numpyro_diffusion_da.smc.base import map_particles
@@ -25,15 +27,14 @@ BATCH = 16  # points at which the evidence is estimated in one call
 REPEATS = 2  # such calls for the spread of log p^(y) at one point
 
 
-class ParameterInference:
+class ParameterInference(abc.ABC):
     """Draws of a program's global parameters; the part of it that does not depend on how they are made."""
 
     def __init__(
         self,
         algorithm: FilterAlgorithm,
         num_particles: int,
-        batch_size: int,
-        at_once: int,
+        batch_size: int | None,
         progress_bar: bool,
         **numbers: int,
     ) -> None:
@@ -43,26 +44,30 @@ class ParameterInference:
                 f"{name} got {type(algorithm).__name__}; give a filter of your program, "
                 f"as in {name}(ndda.Bootstrap(model), num_particles=256, ...)."
             )
-        least = {"num_warmup": 0, "batch_size": 0, "at_once": 0}
-        for what, value in {"num_particles": num_particles, "batch_size": batch_size, **numbers}.items():
+        check_batch_size(batch_size)
+        least = {"num_warmup": 0}
+        for what, value in {"num_particles": num_particles, **numbers}.items():
             if value < least.get(what, 1):
                 raise ValueError(f"{what}={value}; give {least.get(what, 1)} or more.")
         self.algorithm = algorithm
         self.num_particles = num_particles
         self.batch_size = batch_size
-        self.at_once = at_once
         self.progress_bar = progress_bar
-        self._estimator = EvidenceEstimator(algorithm, num_particles, batch_size)
+        self._estimator = EvidenceEstimator(algorithm, num_particles)
+        self._filters_at_a_time: int | None = None
         self._compiled: dict[str, Compiled] = {}
         self._result: ParameterResult | None = None
 
-    def _begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Parameters, dict[str, Any]]:
+    def _begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[GlobalParameters, dict[str, Any]]:
         """The program's parameters, and the attributes of a result that are known before it is there."""
         name = type(self).__name__
-        parameters = Parameters(StateSpaceModel(self.algorithm.model, args, kwargs))
+        parameters = GlobalParameters(StateSpaceModel(self.algorithm.model, args, kwargs))
         known = parameters.placeholder()
         bias_reasons = check_evidence(self.algorithm, known, name)
         if not self._compiled:
+            batch = particles_at_a_time(self.batch_size, self.num_particles * self._num_filters(), known)
+            self._filters_at_a_time, of_filter = split_batch(batch, self.num_particles)
+            self._estimator = EvidenceEstimator(self.algorithm, self.num_particles, of_filter)
             self._compiled = {part: Compiled(fn) for part, fn in self._parts(parameters).items()}
         return parameters, {
             "inference": name,
@@ -72,12 +77,16 @@ class ParameterInference:
             "evidence_bias_reasons": "; ".join(bias_reasons),
         }
 
-    def _parts(self, parameters: Parameters) -> dict[str, Callable[..., Any]]:
+    @abc.abstractmethod
+    def _num_filters(self) -> int:
+        """The number of filters that run side by side."""
+
+    def _parts(self, parameters: GlobalParameters) -> dict[str, Callable[..., Any]]:
         """What is compiled. Kept, so that a second run with arguments of the same shapes compiles nothing."""
 
         def evaluate(rng_key: Any, positions: Array, given: Any) -> FilterEvidence:
             keys = jax.random.split(rng_key, BATCH)
-            evidence = map_particles(self._evidence(parameters.at(*given)), self.at_once)(keys, positions)
+            evidence = map_particles(self._evidence(parameters.at(*given)), self._filters_at_a_time)(keys, positions)
             return FilterEvidence(evidence.state._replace(particles=()), evidence.passes)
 
         def values(positions: Array, given: Any) -> dict[str, Array]:
@@ -86,7 +95,7 @@ class ParameterInference:
 
         return {"evaluate": evaluate, "values": values}
 
-    def _evidence(self, parameters: Parameters) -> Callable[..., FilterEvidence]:
+    def _evidence(self, parameters: GlobalParameters) -> Callable[..., FilterEvidence]:
         """(rng_key, position[, steps]) -> what the filter leaves behind there."""
 
         def run(rng_key: PRNGKeyArray, position: Array, steps: Any = None) -> FilterEvidence:
@@ -107,7 +116,7 @@ class ParameterInference:
         return {"log_evidence_std": float(np.concatenate([logs for logs, _ in runs]).std(ddof=1)), **runs[0][1]}
 
     def _values(self, positions: np.ndarray, given: Any) -> dict[str, np.ndarray]:
-        """Parameters of positions (..., d), in their own space."""
+        """GlobalParameters of positions (..., d), in their own space."""
         return {name: np.asarray(value) for name, value in self._compiled["values"](positions, given).items()}
 
     # --- the result ---------------------------------------------------------------------------------------------------
@@ -140,9 +149,9 @@ class ParameterInference:
         """
         from rich.console import Console
 
-        from numpyro_diffusion_da.results.summary import parameter_summary
+        from numpyro_diffusion_da.results.summary import parameter_summary_table
 
-        Console().print(parameter_summary(self.result))
+        Console().print(parameter_summary_table(self.result))
 
     def to_datatree(
         self, *, dims: Mapping[str, Sequence[str]] | None = None, coords: Mapping[str, Any] | None = None

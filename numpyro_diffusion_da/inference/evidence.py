@@ -34,12 +34,12 @@ class EvidenceEstimator(NamedTuple):
     Attributes:
         algorithm: the filter.
         num_particles: particles N.
-        batch_size: particles moved at a time; 0 for all at once.
+        batch_size: particles moved at a time; None moves all at once.
     """
 
     algorithm: FilterAlgorithm
     num_particles: int
-    batch_size: int = 0
+    batch_size: int | None = None
 
     def start(self, rng_key: PRNGKeyArray, program: StateSpaceModel) -> FilterEvidence:
         """N draws of the initial state, before any observation."""

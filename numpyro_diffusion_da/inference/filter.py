@@ -12,9 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, PRNGKeyArray, PyTree
 
-from numpyro_diffusion_da.diffusion.memory import device_memory
 from numpyro_diffusion_da.filters.base import FilterAlgorithm
 from numpyro_diffusion_da.inference import backward_simulation as backward
+from numpyro_diffusion_da.inference.batching import batch_in_memory, check_batch_size, particles_at_a_time
 from numpyro_diffusion_da.inference.compilation import Compiled
 from numpyro_diffusion_da.inference.progress import step_progress
 from numpyro_diffusion_da.inference.storage import RunStore
@@ -37,8 +37,8 @@ class Filter:
         algorithm: `FAAPF(model)`, `GuidedPF(model)`, `Bootstrap(model)` or `EnKF(model)`.
         num_particles: particles N of each filter.
         num_chains: independent filters; they become the chains of the result.
-        batch_size: particles moved at a time; 0 for all at once, None for as many as half of the device's memory takes.
-            The result does not depend on it.
+        batch_size: particles moved at a time; None for as many as half of the device's memory takes. The result
+            does not depend on it.
         progress_bar: show a bar over the steps.
         keep_forecasts: keep the one-step forecast that each particle came from (the group `prior` of the result).
         keep_observed: keep a predictive draw and the log-likelihood of each observation for every particle (the groups
@@ -74,10 +74,10 @@ class Filter:
         for name, value, least in (
             ("num_particles", num_particles, 1),
             ("num_chains", num_chains, 1),
-            ("batch_size", batch_size, 0),
         ):
             if value is not None and value < least:
                 raise ValueError(f"{name}={value}; give {least} or more.")
+        check_batch_size(batch_size)
         if keep is not None and (isinstance(keep, str) or not keep):
             raise ValueError(
                 f"keep={keep!r}; give a list of one or more latent or deterministic sites, or None for all."
@@ -160,7 +160,7 @@ class Filter:
                 keys = jax.vmap(jax.random.fold_in, (None, 0))(rng_key, jnp.arange(self.num_particles))
                 return init(jax.vmap(at.initial)(keys)), at.inputs()
 
-            batch_size = self._batch_size(program)
+            batch_size = particles_at_a_time(self.batch_size, self.num_particles, program)
 
             def step(rng_key: PRNGKeyArray, state: State, inputs: TimeInputs, given: Any) -> Any:
                 at = program.at(*given)
@@ -192,12 +192,6 @@ class Filter:
 
             self._compiled = {"start": Compiled(start), "step": Compiled(step), "back": Compiled(back)}
         return self._compiled["start"], self._compiled["step"], self._compiled["back"]
-
-    def _batch_size(self, program: StateSpaceModel) -> int:
-        if self.batch_size is not None:
-            return self.batch_size
-        fit = int(0.5 * device_memory() // max(program.working_bytes(), 1))
-        return 0 if fit >= self.num_particles else max(fit, 1)
 
     def _store(self, attributes: dict[str, Any]) -> RunStore | None:
         """Where steps are written."""
@@ -287,7 +281,11 @@ class Filter:
             network_passes=outputs["passes"],
             latent_name=program.latent_name if has_state else next(iter(groups["posterior"])),
             layout=transition.prior.layout if transition is not None and has_state else None,
-            attributes={**attributes, "num_chains": self.num_chains, "batch_size": self._batch_size(program)},
+            attributes={
+                **attributes,
+                "num_chains": self.num_chains,
+                "batch_size": particles_at_a_time(self.batch_size, self.num_particles, program) or self.num_particles,
+            },
             rejected=outputs.get("rejected", {}),
         )
 
@@ -333,8 +331,7 @@ class Filter:
         Args:
             rng_key: from `jax.random.key`; not the one of the run.
             num_draws: trajectories of each chain. Their cost is num_particles densities each and step.
-            batch_size: densities computed at a time; 0 for all at once, None for as many as half of the device's memory
-                takes. The result does not depend on it.
+            batch_size: densities computed at a time; None for as many as half of the device's memory takes. The result does not depend on it.
 
         Raises:
             RuntimeError: nothing has been run.
@@ -346,9 +343,11 @@ class Filter:
         args, kwargs = self._given
         program = StateSpaceModel(self.algorithm.model, args, kwargs)
         backward.check(program, result, num_draws)
-        if batch_size is None:
-            batch_size = backward.batch_that_fits(program, result.posterior[program.latent_name][0, 0, 0].size)
-            batch_size = 0 if batch_size >= self.num_particles * num_draws else batch_size
+        check_batch_size(batch_size)
+        size = result.posterior[program.latent_name][0, 0, 0].size
+        batch_size = batch_in_memory(
+            batch_size, self.num_particles * num_draws, backward.bytes_of_density(program, size)
+        )
         _, _, back = self._functions(program)
 
         def step(*of_step: Any) -> backward.Selection:
@@ -407,9 +406,9 @@ class Filter:
         """
         from rich.console import Console
 
-        from numpyro_diffusion_da.results.summary import summary
+        from numpyro_diffusion_da.results.summary import summary_table
 
-        Console().print(summary(self.result))
+        Console().print(summary_table(self.result))
 
 
 def _at_time(xs: PyTree, t: int) -> TimeInputs:

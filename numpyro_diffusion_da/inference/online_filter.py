@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import PRNGKeyArray
 
 from numpyro_diffusion_da.filters.base import FilterAlgorithm
+from numpyro_diffusion_da.inference.batching import check_batch_size, particles_at_a_time
 from numpyro_diffusion_da.inference.compilation import Compiled
 from numpyro_diffusion_da.program.scan import TimeInputs
 from numpyro_diffusion_da.program.state_space import StateSpaceModel
@@ -24,15 +25,16 @@ class OnlineFilter:
     Args:
         algorithm: `FAAPF(model)`, `Bootstrap(model)` or `EnKF(model)`.
         num_particles: particles N.
-        batch_size: particles moved at a time; 0 for all at once.
+        batch_size: particles moved at a time; None for as many as half of the device's memory takes.
 
     Raises:
         ValueError: fewer than one particle, or a negative batch size.
     """
 
-    def __init__(self, algorithm: FilterAlgorithm, *, num_particles: int, batch_size: int = 0) -> None:
-        if num_particles < 1 or batch_size < 0:
-            raise ValueError(f"num_particles={num_particles}, batch_size={batch_size}; give 1 or more, and 0 or more.")
+    def __init__(self, algorithm: FilterAlgorithm, *, num_particles: int, batch_size: int | None = None) -> None:
+        if num_particles < 1:
+            raise ValueError(f"num_particles={num_particles}; give 1 or more.")
+        check_batch_size(batch_size)
         self.algorithm = algorithm
         self.num_particles = num_particles
         self.batch_size = batch_size
@@ -95,4 +97,5 @@ class OnlineFilter:
     def _step(self, rng_key: PRNGKeyArray, state: State, given: Any) -> tuple[State, Info]:
         program = self._at(given)
         inputs = TimeInputs(jnp.asarray(0), jax.tree.map(lambda x: x[0], program.inputs()))
-        return self.algorithm.kernel(program, self.batch_size)(rng_key, state, inputs)
+        batch_size = particles_at_a_time(self.batch_size, self.num_particles, program)
+        return self.algorithm.kernel(program, batch_size)(rng_key, state, inputs)

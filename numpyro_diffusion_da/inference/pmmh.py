@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from numpyro_diffusion_da.filters.base import FilterAlgorithm
 from numpyro_diffusion_da.inference.base import BATCH, ParameterInference
 from numpyro_diffusion_da.inference.progress import progress
-from numpyro_diffusion_da.program.parameters import Parameters
+from numpyro_diffusion_da.program.parameters import GlobalParameters
 from numpyro_diffusion_da.results.result import ParameterResult
 from numpyro_diffusion_da.smc import pmmh
 from numpyro_diffusion_da.smc.base import map_particles
@@ -38,8 +38,8 @@ class PMMH(ParameterInference):
         num_warmup: iterations in which the proposal is adapted; they are thrown away.
         num_samples: draws of each chain.
         num_chains: independent chains.
-        batch_size: particles moved at a time; 0 for all at once.
-        chains_at_once: chains that move at a time, each with N particles; 0 for all at once.
+        batch_size: particles moved at a time, of all chains together; None for as many as half of the device's memory
+            takes. Below N, one chain moves at a time.
         progress_bar: show a bar over the iterations.
 
     Raises:
@@ -55,12 +55,11 @@ class PMMH(ParameterInference):
         num_warmup: int,
         num_samples: int,
         num_chains: int = 1,
-        batch_size: int = 0,
-        chains_at_once: int = 0,
+        batch_size: int | None = None,
         progress_bar: bool = True,
     ) -> None:
         numbers = {"num_warmup": num_warmup, "num_samples": num_samples, "num_chains": num_chains}
-        super().__init__(algorithm, num_particles, batch_size, chains_at_once, progress_bar, **numbers)
+        super().__init__(algorithm, num_particles, batch_size, progress_bar, **numbers)
         self.num_warmup = num_warmup
         self.num_samples = num_samples
         self.num_chains = num_chains
@@ -98,7 +97,10 @@ class PMMH(ParameterInference):
             },
         )
 
-    def _parts(self, parameters: Parameters) -> dict[str, Callable[..., Any]]:
+    def _num_filters(self) -> int:
+        return max(self.num_chains, BATCH)
+
+    def _parts(self, parameters: GlobalParameters) -> dict[str, Callable[..., Any]]:
         ends = np.concatenate([pmmh.window_ends(self.num_warmup), np.zeros(self.num_samples, bool)])
 
         def cloud(rng_key: Any, given: Any) -> Any:
@@ -143,7 +145,7 @@ class PMMH(ParameterInference):
                 }
                 return jax.lax.fori_loop(0, number, iterate, (state, adaptation, kept))
 
-            return map_particles(chain, self.at_once)(rng_keys, states, adaptations)
+            return map_particles(chain, self._filters_at_a_time)(rng_keys, states, adaptations)
 
         return {**super()._parts(parameters), "cloud": cloud, "move": move}
 

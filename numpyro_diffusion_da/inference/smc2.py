@@ -10,10 +10,10 @@ import numpy as np
 from jaxtyping import Array, PRNGKeyArray
 
 from numpyro_diffusion_da.filters.base import FilterAlgorithm
-from numpyro_diffusion_da.inference.base import ParameterInference
+from numpyro_diffusion_da.inference.base import BATCH, ParameterInference
 from numpyro_diffusion_da.inference.evidence import FilterEvidence
 from numpyro_diffusion_da.inference.progress import progress
-from numpyro_diffusion_da.program.parameters import Parameters
+from numpyro_diffusion_da.program.parameters import GlobalParameters
 from numpyro_diffusion_da.results.result import ParameterResult
 from numpyro_diffusion_da.smc import smc2
 from numpyro_diffusion_da.smc.base import map_particles
@@ -33,8 +33,8 @@ class SMC2(ParameterInference):
         num_moves: steps of `PMMH` that each parameter makes after it was resampled.
         target_ess: parameters are resampled and moved where their effective sample size is below this fraction of M.
         num_chains: independent runs; they become the chains of the result.
-        batch_size: state particles moved at a time; 0 for all at once.
-        parameters_at_once: parameter particles handled at a time, each with N state particles; 0 for all at once.
+        batch_size: state particles moved at a time, of all parameter particles together; None for as many as half of
+            the device's memory takes. Below N, one parameter particle is handled at a time.
         progress_bar: show a bar over the steps.
 
     Raises:
@@ -51,8 +51,7 @@ class SMC2(ParameterInference):
         num_moves: int = 3,
         target_ess: float = 0.5,
         num_chains: int = 1,
-        batch_size: int = 0,
-        parameters_at_once: int = 0,
+        batch_size: int | None = None,
         progress_bar: bool = True,
     ) -> None:
         if not 0.0 <= target_ess <= 1.0:
@@ -62,7 +61,7 @@ class SMC2(ParameterInference):
             "num_moves": num_moves,
             "num_chains": num_chains,
         }
-        super().__init__(algorithm, num_particles, batch_size, parameters_at_once, progress_bar, **numbers)
+        super().__init__(algorithm, num_particles, batch_size, progress_bar, **numbers)
         self.num_parameter_particles = num_parameter_particles
         self.num_moves = num_moves
         self.target_ess = target_ess
@@ -125,7 +124,10 @@ class SMC2(ParameterInference):
             },
         )
 
-    def _parts(self, parameters: Parameters) -> dict[str, Callable[..., Any]]:
+    def _num_filters(self) -> int:
+        return max(self.num_parameter_particles, BATCH)
+
+    def _parts(self, parameters: GlobalParameters) -> dict[str, Callable[..., Any]]:
         def start(rng_key: Any, given: Any) -> smc2.SMC2State:
             at = parameters.at(*given)
             draw_key, filter_key = jax.random.split(rng_key)
@@ -135,7 +137,7 @@ class SMC2(ParameterInference):
             def begin(key: Any, position: Array) -> Any:
                 return self._estimator.start(key, at.filterable(position))
 
-            filters = map_particles(begin, self.at_once)(jax.random.split(filter_key, m), positions)
+            filters = map_particles(begin, self._filters_at_a_time)(jax.random.split(filter_key, m), positions)
             return smc2.init(positions, filters, jax.vmap(at.log_prior)(positions), jax.vmap(at.log_outside)(positions))
 
         def step(rng_key: Any, state: smc2.SMC2State, t: Array, given: Any) -> tuple[smc2.SMC2State, smc2.SMC2Info]:
@@ -148,7 +150,9 @@ class SMC2(ParameterInference):
                 evidence = self._evidence(at)(key, position, number)
                 return evidence.state.log_evidence, evidence
 
-            kernel = smc2.build_kernel(at.log_prior, advance, restart, self.num_moves, self.target_ess, self.at_once)
+            kernel = smc2.build_kernel(
+                at.log_prior, advance, restart, self.num_moves, self.target_ess, self._filters_at_a_time
+            )
             return kernel(rng_key, state, t)
 
         return {**super()._parts(parameters), "start": start, "step": step}

@@ -21,7 +21,7 @@ import jax
 import numpy as np
 from jaxtyping import PyTree
 
-from numpyro_diffusion_da.diffusion.prior import checksum
+from numpyro_diffusion_da.checksums import checksum
 
 
 class RunStore:

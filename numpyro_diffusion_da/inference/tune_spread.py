@@ -151,7 +151,7 @@ class _OfAmount(FilterAlgorithm):
 
         self.model = model
 
-    def kernel(self, program: StateSpaceModel, batch_size: int = 0) -> Kernel:
+    def kernel(self, program: StateSpaceModel, batch_size: int | None = None) -> Kernel:
         """The filter's, with what it forecast of the observations in place of its particles' sites."""
         algorithm = self._make_filter(program.args[0])
         step, background = algorithm.kernel(program, batch_size), algorithm.background(program, batch_size)

@@ -59,7 +59,7 @@ class LinearPredictor(NamedTuple):
     components: Int[np.ndarray, " m"] | None
 
 
-def linear_predictor(fn: Callable[[Array], Array], shape: tuple[int, ...]) -> LinearPredictor | None:
+def find_linear_predictor(fn: Callable[[Array], Array], shape: tuple[int, ...]) -> LinearPredictor | None:
     """The predictor and link of a function, or None where it has none of this form.
 
     Args:

@@ -1,1 +1,64 @@
-"""The priors that ship: the exact Gaussian one and the trained emulators."""
+"""Diffusion priors: exact, trained and shipped, any network you have, GenCast."""
+
+from numpyro_diffusion_da.priors import parametrization
+from numpyro_diffusion_da.priors.gaussian import GaussianPrior
+from numpyro_diffusion_da.priors.gencast.package import import_weathernext, package_settings
+from numpyro_diffusion_da.priors.gencast.prior import Forcings, GenCastPrior
+from numpyro_diffusion_da.priors.gencast.statistics import read_gencast_statistics
+from numpyro_diffusion_da.priors.gencast.synthetic import SyntheticFiles, write_synthetic_gencast
+from numpyro_diffusion_da.priors.network import DenoiserPrior, NetworkConditioning
+from numpyro_diffusion_da.priors.ring import (
+    RingEmulator,
+    RingMeanNetwork,
+    RingResidualNetwork,
+    read_ring_emulator,
+    save_ring_emulator,
+)
+from numpyro_diffusion_da.priors.shipped import SHIPPED, load_prior
+from numpyro_diffusion_da.priors.spherical.emulator import (
+    SphericalEmulator,
+    read_spherical_emulator,
+    save_spherical_emulator,
+    spherical_layout,
+)
+from numpyro_diffusion_da.priors.spherical.harmonics import HarmonicNoise, SphericalHarmonics
+from numpyro_diffusion_da.priors.spherical.networks import (
+    GaussianDenoiser,
+    SphericalMeanNetwork,
+    SphericalResidualNetwork,
+    ZonalOperator,
+)
+from numpyro_diffusion_da.priors.stored import read_stored, write_stored
+
+__all__ = [
+    "SHIPPED",
+    "DenoiserPrior",
+    "Forcings",
+    "GaussianDenoiser",
+    "GaussianPrior",
+    "GenCastPrior",
+    "HarmonicNoise",
+    "NetworkConditioning",
+    "RingEmulator",
+    "RingMeanNetwork",
+    "RingResidualNetwork",
+    "SphericalEmulator",
+    "SphericalHarmonics",
+    "SphericalMeanNetwork",
+    "SphericalResidualNetwork",
+    "SyntheticFiles",
+    "ZonalOperator",
+    "import_weathernext",
+    "load_prior",
+    "package_settings",
+    "parametrization",
+    "read_gencast_statistics",
+    "read_ring_emulator",
+    "read_spherical_emulator",
+    "read_stored",
+    "save_ring_emulator",
+    "save_spherical_emulator",
+    "spherical_layout",
+    "write_stored",
+    "write_synthetic_gencast",
+]

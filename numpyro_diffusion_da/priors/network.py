@@ -2,7 +2,7 @@
 
     prior = ndda.DenoiserPrior(
         model.apply,                                    # (parameters, z_t, index, conditioning) -> output
-        ndda.parametrization.Epsilon(VariancePreserving(DiscreteTable(alphas_cumprod))),
+        ndda.priors.parametrization.Epsilon(VariancePreserving(DiscreteTable(alphas_cumprod))),
         parameters=parameters, layout=(40,), residual=True, scale=increment_scale,
     )
 
@@ -139,12 +139,12 @@ class DenoiserPrior(DiffusionPrior):
         parametrization = Denoised() if parametrization is None else parametrization
         if not isinstance(parametrization, Parametrization):
             raise TypeError(
-                f"DenoiserPrior got the parametrization {parametrization!r}; give a value of ndda.parametrization, "
-                "for example ndda.parametrization.Velocity()."
+                f"DenoiserPrior got the parametrization {parametrization!r}; give a value of ndda.priors.parametrization, "
+                "for example ndda.priors.parametrization.Velocity()."
             )
         noise = WhiteNoise() if noise is None else noise
         if not isinstance(noise, Noise):
-            raise TypeError(f"DenoiserPrior got noise of type {type(noise).__name__}; give an ndda.Noise.")
+            raise TypeError(f"DenoiserPrior got noise of type {type(noise).__name__}; give an ndda.diffusion.Noise.")
         if residual and location is not None:
             raise ValueError("DenoiserPrior got a location and residual=True, which is another; give one of them.")
         self.network = _Function(network)

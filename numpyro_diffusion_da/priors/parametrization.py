@@ -26,24 +26,17 @@ from __future__ import annotations
 import abc
 import math
 from collections.abc import Callable
-from typing import Any
 
 import equinox as eqx
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, Float
 
+from numpyro_diffusion_da.arguments import require
 from numpyro_diffusion_da.diffusion.noise import Noise
 
 NetworkFunction = Callable[[Float[Array, "..."], Float[Array, ""]], Float[Array, "..."]]
 """(z_t, index) -> output, the conditioning already in it."""
-
-
-def _require(value: Any, kind: type, owner: Any, name: str, example: str) -> None:
-    if not isinstance(value, kind):
-        raise TypeError(
-            f"{type(owner).__name__} got {name} {value!r}, expected a {kind.__name__}, for example {example}."
-        )
 
 
 # --- the number by which a network knows the level ------------------------------------------------------------------
@@ -220,7 +213,7 @@ class VarianceExploding(Path):
     noise_index: NoiseIndex = Level()
 
     def __check_init__(self) -> None:
-        _require(self.noise_index, NoiseIndex, self, "noise_index", "Level()")
+        require(self.noise_index, NoiseIndex, self, "noise_index", "Level()")
 
     @property
     def limits(self) -> tuple[float, float] | None:
@@ -249,7 +242,7 @@ class VariancePreserving(Path):
     noise_index: NoiseIndex
 
     def __check_init__(self) -> None:
-        _require(self.noise_index, NoiseIndex, self, "noise_index", "DiscreteTable(alphas_cumprod) or Cosine()")
+        require(self.noise_index, NoiseIndex, self, "noise_index", "DiscreteTable(alphas_cumprod) or Cosine()")
 
     @property
     def limits(self) -> tuple[float, float] | None:
@@ -327,7 +320,7 @@ class PathParametrization(Parametrization):
     path: eqx.AbstractVar[Path]
 
     def __check_init__(self) -> None:
-        _require(self.path, Path, self, "the path", "VariancePreserving(Cosine())")
+        require(self.path, Path, self, "the path", "VariancePreserving(Cosine())")
 
     @property
     def limits(self) -> tuple[float, float] | None:
@@ -426,7 +419,7 @@ class Velocity(PathParametrization):
     path: FlowMatching = FlowMatching()
 
     def __check_init__(self) -> None:
-        _require(self.path, FlowMatching, self, "the path", "FlowMatching(data_at=1)")
+        require(self.path, FlowMatching, self, "the path", "FlowMatching(data_at=1)")
 
     def denoised(self, output: Array, z_t: Array, alpha: Array, sigma: Array, noise: Noise) -> Array:
         """z_t - t (e - z)."""
@@ -454,7 +447,7 @@ class Preconditioned(Parametrization):
     def __check_init__(self) -> None:
         if not self.sigma_data > 0.0:
             raise ValueError(f"Preconditioned got sigma_data={self.sigma_data!r}; give a positive number.")
-        _require(self.noise_index, NoiseIndex, self, "noise_index", "LogLevel(0.25)")
+        require(self.noise_index, NoiseIndex, self, "noise_index", "LogLevel(0.25)")
 
     @property
     def limits(self) -> tuple[float, float] | None:

@@ -33,10 +33,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
+from numpyro_diffusion_da.checksums import named_arrays
 from numpyro_diffusion_da.diffusion.noise import Noise, WhiteNoise
 from numpyro_diffusion_da.diffusion.prior import DiffusionPrior
 from numpyro_diffusion_da.fields.layout import Layout
-from numpyro_diffusion_da.priors.stored import named_arrays, part, read_stored, write_stored
+from numpyro_diffusion_da.priors.stored import part, read_stored, write_stored
 
 if TYPE_CHECKING:
     import numpyro.distributions as dist
@@ -257,13 +258,13 @@ class RingEmulator(DiffusionPrior):
         return dist.MultivariateNormal(jnp.full((sites,), self.climatology_mean), scale_tril=jnp.asarray(factor))
 
 
-def save_emulator(emulator: RingEmulator, card: dict[str, Any], folder: Path, name: str) -> None:
+def save_ring_emulator(emulator: RingEmulator, card: dict[str, Any], folder: Path, name: str) -> None:
     """Write NAME.npz (plain arrays) and NAME.json (the card, with noise range and checksum added) into `folder`."""
     write_stored(named_arrays(emulator), {**card, "noise_range": list(emulator.noise_range)}, folder, name)
 
 
-def read_emulator(folder: Path | Traversable, name: str, num_sites: int) -> RingEmulator:
-    """Read what `save_emulator` wrote, for a ring of `num_sites`.
+def read_ring_emulator(folder: Path | Traversable, name: str, num_sites: int) -> RingEmulator:
+    """Read what `save_ring_emulator` wrote, for a ring of `num_sites`.
 
     Raises:
         FileNotFoundError: the folder has no such files.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.resources
 from typing import Literal, overload
 
-from numpyro_diffusion_da.priors.ring import RingEmulator, read_emulator
+from numpyro_diffusion_da.priors.ring import RingEmulator, read_ring_emulator
 from numpyro_diffusion_da.priors.spherical.emulator import SphericalEmulator, read_spherical_emulator
 
 SHIPPED = ("lorenz96", "held_suarez")
@@ -41,7 +41,7 @@ def load_prior(name: str, num_sites: int | None = None) -> RingEmulator | Spheri
         raise ValueError(f"no prior named '{name}' ships with this package; there is {', '.join(map(repr, SHIPPED))}.")
     folder = importlib.resources.files("numpyro_diffusion_da").joinpath("data")
     if name == "lorenz96":
-        return read_emulator(folder, name, 40 if num_sites is None else num_sites)
+        return read_ring_emulator(folder, name, 40 if num_sites is None else num_sites)
     if num_sites is not None:
         raise ValueError(f"load_prior got num_sites={num_sites}, which only 'lorenz96' has; leave it out.")
     return read_spherical_emulator(folder, name)

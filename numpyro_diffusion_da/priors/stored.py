@@ -2,36 +2,20 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
-from jaxtyping import Array, PyTree
+from jaxtyping import Array
 
-
-def named_arrays(tree: PyTree) -> dict[str, np.ndarray]:
-    """All arrays of a pytree by name, for instance 'mean_network.encode'."""
-    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
-    return {jax.tree_util.keystr(path).lstrip("."): np.asarray(leaf) for path, leaf in leaves}
+from numpyro_diffusion_da.checksums import arrays_checksum
 
 
 def part(arrays: dict[str, Array], prefix: str) -> dict[str, Array]:
     """Those whose name begins with the prefix, named by the rest."""
     return {name.removeprefix(prefix): value for name, value in arrays.items() if name.startswith(prefix)}
-
-
-def arrays_checksum(arrays: dict[str, np.ndarray]) -> str:
-    """sha256 over name, type, shape and bytes of each array, in the order of their names; independent of the file."""
-    digest = hashlib.sha256()
-    for name in sorted(arrays):
-        value = np.ascontiguousarray(arrays[name])
-        digest.update(f"{name} {value.dtype.str} {value.shape}\n".encode())
-        digest.update(value.tobytes())
-    return digest.hexdigest()
 
 
 def write_stored(arrays: dict[str, np.ndarray], card: dict[str, Any], folder: Path, name: str) -> None:

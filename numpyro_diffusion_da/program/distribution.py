@@ -56,7 +56,7 @@ class DiffusionTransition(dist.Distribution):
             axes are the batch shape.
         inputs: forcings and other inputs of the prior, a pytree whose leaves lead with the batch shape; or None.
         sampler: the reverse diffusion; 16 levels of DPM-Solver++(2M) by default.
-        density: how `log_prob` is computed, for example `ndda.ProbabilityFlow()`; None: it raises.
+        density: how `log_prob` is computed, for example `ndda.diffusion.ProbabilityFlow()`; None: it raises.
 
     Raises:
         ValueError: a state whose trailing shape is not the prior's.
@@ -195,7 +195,7 @@ class DiffusionTransition(dist.Distribution):
         return (
             f"a {type(self).__name__} has no density: filter the program with "
             "ndda.Filter(ndda.FAAPF(model), ...), take the site out of the density with .mask(False), or pay "
-            "for a density with DiffusionTransition(..., density=ndda.ProbabilityFlow())."
+            "for a density with DiffusionTransition(..., density=ndda.diffusion.ProbabilityFlow())."
         )
 
     def conditioned(self, likelihood: Likelihood, guidance: Guidance | None = None) -> ConditionedTransition:

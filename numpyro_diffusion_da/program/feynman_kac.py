@@ -57,7 +57,7 @@ def bootstrap(program: StateSpaceModel, sampler: Sampler | None = None) -> Feynm
     """M = p(x' | c), G = p(y | x'): any transition that can be sampled, any likelihood with a log_prob.
 
     Args:
-        program: ``ndda.StateSpaceModel(model, (y,))``.
+        program: ``ndda.program.StateSpaceModel(model, (y,))``.
         sampler: reverse diffusion of the draw; by default the transition's own.
 
     Raises:

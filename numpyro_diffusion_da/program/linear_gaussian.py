@@ -36,7 +36,7 @@ class LinearGaussian:
     a thousandth at most for `GaussianPrior`.
 
     Args:
-        program: ``ndda.StateSpaceModel(model, (y,))``; its scan carries the latent site's value.
+        program: ``ndda.program.StateSpaceModel(model, (y,))``; its scan carries the latent site's value.
 
     Attributes:
         initial_mean: m, shape (n,).

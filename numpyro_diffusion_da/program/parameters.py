@@ -22,7 +22,7 @@ from numpyro_diffusion_da.program.scan import SkipScan
 from numpyro_diffusion_da.program.state_space import StateSpaceModel
 
 
-class Parameters:
+class GlobalParameters:
     """The global parameters of a program, as a vector in unconstrained space.
 
     Args:
@@ -45,9 +45,9 @@ class Parameters:
         flat, self._unravel = ravel_pytree(zeros)
         self.size = flat.size
 
-    def at(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Parameters:
+    def at(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> GlobalParameters:
         """The same parameters at other arguments of the program (tracers, say)."""
-        other = object.__new__(Parameters)
+        other = object.__new__(GlobalParameters)
         other.__dict__.update(self.__dict__)
         other.program = self.program.at(args, kwargs)
         return other

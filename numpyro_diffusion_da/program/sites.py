@@ -74,7 +74,7 @@ def check_density(name: str, fn: dist.Distribution) -> None:
     if isinstance(base, DiffusionTransition) and base.density is None:
         raise ValueError(
             f"the transition of site '{name}' has no density; give it one, "
-            "DiffusionTransition(..., density=ndda.ProbabilityFlow())."
+            "DiffusionTransition(..., density=ndda.diffusion.ProbabilityFlow())."
         )
 
 

@@ -28,7 +28,7 @@ from numpyro_diffusion_da.observation.likelihood import (
     GeneralObservation,
     Likelihood,
 )
-from numpyro_diffusion_da.observation.linear_predictor import LinearPredictor, linear_predictor
+from numpyro_diffusion_da.observation.linear_predictor import LinearPredictor, find_linear_predictor
 from numpyro_diffusion_da.program.distribution import DiffusionTransition
 from numpyro_diffusion_da.program.scan import (
     BodySites,
@@ -273,7 +273,7 @@ class StateSpaceModel:
         def logs(x: Array) -> Array:
             return pointwise_log_likelihood(*self.sites(carry, inputs, x).observed[name]).reshape(-1)
 
-        return linear_predictor(logs, self.state_shape)
+        return find_linear_predictor(logs, self.state_shape)
 
     def gaussian_likelihood(self, carry: PyTree, inputs: TimeInputs) -> GaussianLikelihood:
         """The same for Gaussian sites only, whose errors may change with x': the derivative of that is left out.

@@ -6,6 +6,7 @@ xarray and ArviZ are imported where they are used: they take longer to load than
 from __future__ import annotations
 
 from collections.abc import Mapping
+from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -323,8 +324,7 @@ def _description(group: str, result: FilterResult) -> dict[str, str]:
 
 def _attributes(result: FilterResult | ParameterResult) -> dict[str, Any]:
     """Where the result comes from, in values that netCDF and Zarr can hold."""
-    from numpyro_diffusion_da import __version__
-
+    __version__ = version("numpyro-diffusion-da")
     created = {
         "creation_library": "numpyro_diffusion_da",
         "creation_library_version": __version__,

@@ -21,7 +21,7 @@ TEMPERED = 0.1  # alpha, below which selection hardly looks at the observations
 NOISY = 3.0  # standard deviation of log p^(y) above which a chain on it hardly moves
 
 
-def summary(result: FilterResult, max_rows: int = 8) -> Group:
+def summary_table(result: FilterResult, max_rows: int = 8) -> Group:
     """What to look at first after a run, for `rich` to print.
 
     A table on the filter (are the weights healthy, can the log-evidence be used, what did it cost), and one on the
@@ -211,7 +211,7 @@ def _place(result: FilterResult, index: tuple[int, ...]) -> tuple[str, str]:
     return f"{name}[{', '.join(where)}]", units
 
 
-def parameter_summary(result: ParameterResult) -> Group:
+def parameter_summary_table(result: ParameterResult) -> Group:
     """What to look at first after a run of `PMMH` or `SMC2`, for `rich` to print.
 
     A table on the inference (does it move, is the evidence good enough, what did it cost) and one on the parameters.

@@ -1,27 +1,64 @@
-"""Filter kernels in BlackJAX style: `init`, `build_kernel`, `as_top_level_api`; nothing here knows of diffusion."""
+"""Filter kernels in BlackJAX style, and their parts: pure functions that know neither diffusion nor NumPyro.
 
-from numpyro_diffusion_da.smc import (
-    bootstrap,
-    enkf,
-    ensemble_update,
-    fa_apf,
-    guided_pf,
-    local_ancestors,
-    localization,
-    pmmh,
-    smc2,
-    tempering,
+A kernel is a module with `init`, `build_kernel` and, where it has one, `as_top_level_api`: `fa_apf`, `guided_pf`,
+`bootstrap`, `enkf`, `pmmh`, `smc2`.
+"""
+
+from numpyro_diffusion_da.smc import bootstrap, enkf, fa_apf, guided_pf, pmmh, smc2
+from numpyro_diffusion_da.smc.base import (
+    Info,
+    Kernel,
+    Resampling,
+    State,
+    init,
+    make_info,
+    map_particles,
+    num_particles,
+    particle_keys,
 )
+from numpyro_diffusion_da.smc.distances import Distance, Euclidean, GreatCircle, Ring, WithHeight
+from numpyro_diffusion_da.smc.ensemble_update import EnsembleUpdate, PerturbedObservations, SquareRoot
+from numpyro_diffusion_da.smc.inflation import RTPP, RTPS, ForecastMultiplicative, Inflation, Jitter, Multiplicative
+from numpyro_diffusion_da.smc.local_ancestors import LocalAncestors
+from numpyro_diffusion_da.smc.localization import PlacedTaper, Taper, gaspari_cohn
+from numpyro_diffusion_da.smc.tempering import LikelihoodTempering, TemperableLogWeight, Tempering, WeightTempering
 
 __all__ = [
+    "RTPP",
+    "RTPS",
+    "Distance",
+    "EnsembleUpdate",
+    "Euclidean",
+    "ForecastMultiplicative",
+    "GreatCircle",
+    "Inflation",
+    "Info",
+    "Jitter",
+    "Kernel",
+    "LikelihoodTempering",
+    "LocalAncestors",
+    "Multiplicative",
+    "PerturbedObservations",
+    "PlacedTaper",
+    "Resampling",
+    "Ring",
+    "SquareRoot",
+    "State",
+    "Taper",
+    "TemperableLogWeight",
+    "Tempering",
+    "WeightTempering",
+    "WithHeight",
     "bootstrap",
     "enkf",
-    "ensemble_update",
     "fa_apf",
+    "gaspari_cohn",
     "guided_pf",
-    "local_ancestors",
-    "localization",
+    "init",
+    "make_info",
+    "map_particles",
+    "num_particles",
+    "particle_keys",
     "pmmh",
     "smc2",
-    "tempering",
 ]

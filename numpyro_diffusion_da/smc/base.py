@@ -86,11 +86,16 @@ def particle_keys(rng_key: PRNGKeyArray, n: int) -> Key[Array, " n"]:
     return jax.vmap(jax.random.fold_in, (None, 0))(rng_key, jnp.arange(n))
 
 
-def map_particles(fn: Callable[..., Any], batch_size: int) -> Callable[..., Any]:
-    """`fn` over the leading axis of its arguments: all at once for 0, else in batches that bound the memory."""
+def map_particles(fn: Callable[..., Any], batch_size: int | None = None) -> Callable[..., Any]:
+    """Map a function of one particle over the leading axis of its arguments.
+
+    Args:
+        fn: a function of one particle.
+        batch_size: particles mapped at a time, which bounds the memory; None maps all at once.
+    """
     from blackjax.smc.base import map_kernel
 
-    return map_kernel(fn, batch_size)
+    return map_kernel(fn, batch_size or 0)
 
 
 def relative_to_highest(log_weights: Float[Array, " n"]) -> Float[Array, " n"]:
@@ -104,7 +109,7 @@ def relative_to_highest(log_weights: Float[Array, " n"]) -> Float[Array, " n"]:
     return jnp.where(finite, log_weights - jnp.where(jnp.isfinite(highest), highest, 0.0), -jnp.inf)
 
 
-def tempering(log_weights: Float[Array, " n"], target_ess: float) -> Float[Array, ""]:
+def tempering_exponent(log_weights: Float[Array, " n"], target_ess: float) -> Float[Array, ""]:
     """The largest alpha in (0, 1] with ESS(alpha log w) >= target_ess N, by bisection on log alpha.
 
     Log-weights of Dirac type are linear in 1/R, so this is the tempering R -> R / alpha of the published filter
@@ -176,7 +181,7 @@ def select(
     rng_key: PRNGKeyArray, log_weights: Float[Array, " n"], resampling_fn: Resampling | None, target_ess: float
 ) -> tuple[Int[Array, " n"], Float[Array, ""]]:
     """Temper, then resample; returns (ancestors, alpha). Equal weights keep every particle in its place."""
-    alpha = tempering(log_weights, target_ess)
+    alpha = tempering_exponent(log_weights, target_ess)
     return resampled(rng_key, log_weights, alpha * relative_to_highest(log_weights), resampling_fn), alpha
 
 

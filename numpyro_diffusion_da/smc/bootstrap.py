@@ -24,7 +24,7 @@ def build_kernel(
     log_likelihood_fn: Callable[[PyTree, PyTree, PyTree], Any],
     resampling_fn: Resampling | None = None,
     target_ess: float = 0.0,
-    batch_size: int = 0,
+    batch_size: int | None = None,
 ) -> Kernel:
     """Build the kernel; arguments as `guided_pf.build_kernel`.
 
@@ -44,7 +44,7 @@ def as_top_level_api(
     log_likelihood_fn: Callable[[PyTree, PyTree, PyTree], Any],
     resampling_fn: Resampling | None = None,
     target_ess: float = 0.0,
-    batch_size: int = 0,
+    batch_size: int | None = None,
 ) -> Any:
     """The filter as a `blackjax.base.SamplingAlgorithm`; arguments as `build_kernel`."""
     from blackjax.base import SamplingAlgorithm

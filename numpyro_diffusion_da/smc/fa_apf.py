@@ -68,7 +68,7 @@ def build_kernel(
     propose_fn: Draw,
     resampling_fn: Resampling | None = None,
     target_ess: float = 0.2,
-    batch_size: int = 0,
+    batch_size: int | None = None,
     local: LocalAncestors | None = None,
     inflation: Sequence[Inflation] = (),
     advance_fn: Advance | None = None,
@@ -82,7 +82,7 @@ def build_kernel(
         propose_fn: (rng_key, particle, observation) -> (new particle, record), for one particle.
         resampling_fn: from `blackjax.smc.resampling`; systematic by default.
         target_ess: effective sample size that tempering aims at, as a fraction of N; 0 for none.
-        batch_size: particles mapped at a time, which bounds the memory; 0 for all at once.
+        batch_size: particles mapped at a time, which bounds the memory; None maps all at once.
         local: localized ancestors; None for one selection of whole particles. Then `Info` has one set of weights and
             ancestors for each block, and no evidence is estimated.
         inflation: what is done to the new states, in this order; then `propose_fn` returns states.
@@ -145,7 +145,7 @@ def as_top_level_api(
     propose_fn: Draw,
     resampling_fn: Resampling | None = None,
     target_ess: float = 0.2,
-    batch_size: int = 0,
+    batch_size: int | None = None,
     local: LocalAncestors | None = None,
     inflation: Sequence[Inflation] = (),
     advance_fn: Advance | None = None,

@@ -40,7 +40,7 @@ Propose = Callable[[PRNGKeyArray, PyTree, PyTree], tuple[PyTree, Any, PyTree]]
 
 
 def build_kernel(
-    propose_fn: Propose, resampling_fn: Resampling | None = None, target_ess: float = 0.0, batch_size: int = 0
+    propose_fn: Propose, resampling_fn: Resampling | None = None, target_ess: float = 0.0, batch_size: int | None = None
 ) -> Kernel:
     """Build the kernel.
 
@@ -49,7 +49,7 @@ def build_kernel(
         resampling_fn: from `blackjax.smc.resampling`; systematic by default.
         target_ess: effective sample size that tempering aims at, as a fraction of N. None by default: an tempered
             weight makes no unbiased evidence.
-        batch_size: particles mapped at a time, which bounds the memory; 0 for all at once.
+        batch_size: particles mapped at a time, which bounds the memory; None maps all at once.
 
     Returns:
         kernel(rng_key, state, observation) -> (State, Info), pure and jit-able.
@@ -74,7 +74,7 @@ def build_kernel(
 
 
 def as_top_level_api(
-    propose_fn: Propose, resampling_fn: Resampling | None = None, target_ess: float = 0.0, batch_size: int = 0
+    propose_fn: Propose, resampling_fn: Resampling | None = None, target_ess: float = 0.0, batch_size: int | None = None
 ) -> Any:
     """The filter as a `blackjax.base.SamplingAlgorithm`; arguments as `build_kernel`."""
     from blackjax.base import SamplingAlgorithm

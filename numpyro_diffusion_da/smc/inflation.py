@@ -237,8 +237,8 @@ def check_inflation(inflations: Any, owner: str, paired: bool) -> None:
     for inflation in inflations:
         if not isinstance(inflation, Inflation):
             raise TypeError(
-                f"{owner} got {inflation!r} among its inflation; give values of ndda.RTPS, ndda.RTPP, "
-                "ndda.Multiplicative or ndda.Jitter."
+                f"{owner} got {inflation!r} among its inflation; give values of ndda.RTPS, ndda.smc.RTPP, "
+                "ndda.Multiplicative or ndda.smc.Jitter."
             )
         if inflation.pairs_members and not paired:
             raise ValueError(

@@ -16,8 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import ArrayLike, Float, Int
 
-from numpyro_diffusion_da.diffusion.prior import checksum
-from numpyro_diffusion_da.fields.layout import Layout
+from numpyro_diffusion_da.checksums import checksum
 from numpyro_diffusion_da.smc.distances import Distance
 
 LARGEST_BLOCK = 2**22
@@ -204,7 +203,7 @@ class Taper:
         self,
         state_shape: tuple[int, ...],
         observed: Mapping[str, tuple[tuple[int, ...], int]],
-        layout: Layout | None = None,
+        axes: Mapping[str, np.ndarray] | None = None,
     ) -> PlacedTaper:
         """The taper at the places of one model.
 
@@ -212,13 +211,14 @@ class Taper:
             state_shape: shape of one state.
             observed: for each observed site, in the order of the residuals, the shape of its value and the number of
                 values that share a correlated error (1 where errors are independent).
-            layout: of the state, for positions that were not given.
+            axes: coordinates of the leading dimensions of the state's grid, by name, for positions of the state that
+                were not given.
 
         Raises:
             ValueError: positions missing, in a wrong number or of a site that is not there, or correlated errors of
                 values at different places; the sentence names the site.
         """
-        rows = self._layout_rows(layout) if self.state is None else np.asarray(self.state)
+        rows = self._grid_rows(axes) if self.state is None else np.asarray(self.state)
         _values_at_each(len(rows), state_shape, "the state")
         if unknown := sorted(set(self.observations) - set(observed)):
             raise ValueError(f"Taper has positions of {unknown}, but the observed sites are {sorted(observed)}.")
@@ -245,20 +245,10 @@ class Taper:
             raise ValueError(f"Taper got positions of {counts} coordinates; give the same coordinates to all.")
         return PlacedTaper(np.concatenate(radii), self.distance, rows, np.concatenate(placed))
 
-    def _layout_rows(self, layout: Layout | None) -> Float[np.ndarray, "n k"]:
-        if layout is None:
-            raise ValueError(
-                "Taper has no positions of the state, and the transition has no prior whose layout has them; "
-                "give Taper(state=...), one position for each value."
-            )
-        coordinates, axes = layout.coords(), {}
-        for dim in layout.dims[: len(layout.dims) - bool(layout.variables)]:
-            if dim not in coordinates or coordinates[dim].dtype.kind not in "iuf":
-                break
-            axes[dim] = coordinates[dim]
+    def _grid_rows(self, axes: Mapping[str, np.ndarray] | None) -> Float[np.ndarray, "n k"]:
         if not axes:
             raise ValueError(
-                f"Taper has no positions of the state, and its layout has no coordinates of '{layout.dims[0]}'; "
+                "Taper has no positions of the state, and its values lie on no grid that is known; "
                 "give Taper(state=...), one position for each value."
             )
         mesh = np.meshgrid(*axes.values(), indexing="ij")

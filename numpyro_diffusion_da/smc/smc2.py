@@ -81,7 +81,7 @@ def build_kernel(
     restart_fn: Callable[[PRNGKeyArray, Float[Array, " d"], Int[Array, ""]], tuple[Float[Array, ""], PyTree]],
     num_moves: int,
     target_ess: float,
-    at_once: int = 0,
+    batch_size: int | None = None,
     resampling_fn: Resampling | None = None,
 ) -> Callable[[PRNGKeyArray, SMC2State, Int[Array, ""]], tuple[SMC2State, SMC2Info]]:
     """Build the kernel.
@@ -92,7 +92,7 @@ def build_kernel(
         restart_fn: see the module.
         num_moves: steps of `pmmh` after each resampling.
         target_ess: parameters are moved where the effective sample size is below this fraction of M.
-        at_once: parameters handled at a time, which bounds the memory; 0 for all at once.
+        batch_size: parameters handled at a time, which bounds the memory; None maps all at once.
         resampling_fn: from `blackjax.smc.resampling`; systematic by default.
 
     Returns:
@@ -119,7 +119,7 @@ def build_kernel(
             chain, rates = jax.lax.scan(step, chain, jnp.arange(num_moves))
             return chain, jnp.mean(rates)
 
-        chains, rates = map_particles(one, at_once)(particle_keys(move_key, m), chains)
+        chains, rates = map_particles(one, batch_size)(particle_keys(move_key, m), chains)
         return SMC2State(chains.position, jnp.zeros(m), state.log_evidence), jnp.mean(rates)
 
     def kernel(rng_key: PRNGKeyArray, state: SMC2State, step: Int[Array, ""]) -> tuple[SMC2State, SMC2Info]:
@@ -131,7 +131,7 @@ def build_kernel(
             return advance_fn(key, theta, filter, step)
 
         keys = particle_keys(advance_key, m)
-        filters, increments = map_particles(advance, at_once)(keys, old.parameters, old.record)
+        filters, increments = map_particles(advance, batch_size)(keys, old.parameters, old.record)
         log_weights = state.log_weights + increments
         increment = jax.nn.logsumexp(log_weights) - jax.nn.logsumexp(state.log_weights)
         positions = pmmh.Position(old.parameters, old.log_prior, old.log_evidence + increments, filters)

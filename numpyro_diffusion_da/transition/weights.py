@@ -70,7 +70,7 @@ class PredictiveWeight(eqx.Module):
     def _cannot_temper(self) -> str:
         return (
             f"{type(self).__name__} weights do not say what they are with tempered observation errors; "
-            "use tempering=ndda.WeightTempering(), or ndda.Dirac() or ndda.Moment() weights."
+            "use tempering=ndda.smc.WeightTempering(), or ndda.Dirac() or ndda.Moment() weights."
         )
 
     def bias_reasons(self, closed_form: bool, linear: bool) -> list[str]:
@@ -233,6 +233,6 @@ def _gaussian(likelihood: Likelihood) -> GaussianLikelihood:
     if not isinstance(likelihood, GaussianLikelihood):
         raise TypeError(
             f"observation errors of a {type(likelihood).__name__} cannot be tempered: not all of it is Gaussian; "
-            "use tempering=ndda.WeightTempering()."
+            "use tempering=ndda.smc.WeightTempering()."
         )
     return likelihood

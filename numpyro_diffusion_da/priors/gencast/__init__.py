@@ -1,1 +1,1 @@
-"""priors/gencast."""
+"""GenCast as a prior: its package, statistics and a synthetic checkpoint."""

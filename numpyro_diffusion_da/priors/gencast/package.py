@@ -31,7 +31,7 @@ STATIC = ("geopotential_at_surface", "land_sea_mask")
 FORCINGS = ("day_progress_cos", "day_progress_sin", "year_progress_cos", "year_progress_sin")
 
 
-def weathernext() -> SimpleNamespace:
+def import_weathernext() -> SimpleNamespace:
     """The modules of GenCast's package.
 
     Raises:
@@ -52,14 +52,14 @@ def weathernext() -> SimpleNamespace:
         "haiku": "haiku",
     }
     try:
-        with as_the_package_expects():
+        with package_settings():
             return SimpleNamespace(**{name: importlib.import_module(path) for name, path in modules.items()})
     except ImportError as error:
         raise ImportError(f"{INSTALL} (weathernext is here, but importing it failed: {error})") from error
 
 
 @contextlib.contextmanager
-def as_the_package_expects() -> Iterator[None]:
+def package_settings() -> Iterator[None]:
     """The package promotes ranks, imports what jax deprecates, and changes a sparse matrix as scipy finds slow."""
     with warnings.catch_warnings(), jax.numpy_rank_promotion("allow"):
         warnings.simplefilter("ignore", DeprecationWarning)
@@ -69,7 +69,7 @@ def as_the_package_expects() -> Iterator[None]:
 
 def is_atmospheric(name: str) -> bool:
     """Whether the package gives the variable levels."""
-    return name in weathernext().variables.ALL_ATMOSPHERIC_VARS
+    return name in import_weathernext().variables.ALL_ATMOSPHERIC_VARS
 
 
 def with_attention(architecture: Any, attention: str | None) -> Any:
@@ -191,7 +191,7 @@ def trace_network(
     num_inputs = sum(layout.variable(name).num_channels for name in inputs_names)
     shapes = [(2, rows, columns, num_inputs), (rows, columns, 2), (3, columns, 2), (3, 2), layout.shape, ()]
     matmul = {"float32": "highest", "tensorfloat32": "tensorfloat32", "bfloat16": "default"}[precision]
-    with as_the_package_expects(), jax.default_matmul_precision(matmul):
+    with package_settings(), jax.default_matmul_precision(matmul):
         traced = eqx.filter_closure_convert(
             program, parameters, *[jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
         )

@@ -35,13 +35,13 @@ from numpyro_diffusion_da.priors.gencast.package import (
     FORCINGS,
     STATIC,
     TracedNetwork,
+    import_weathernext,
     is_atmospheric,
     noise_range,
     trace_network,
-    weathernext,
     with_attention,
 )
-from numpyro_diffusion_da.priors.gencast.statistics import channel_statistics, read_statistics
+from numpyro_diffusion_da.priors.gencast.statistics import channel_statistics, read_gencast_statistics
 
 if TYPE_CHECKING:
     import xarray
@@ -283,12 +283,12 @@ class GenCastPrior(DiffusionPrior):
         """
         _choose("attention", attention, (None, "mha", "triblockdiag_mha", "splash_mha"))
         _choose("precision", precision, ("float32", "tensorfloat32", "bfloat16"))
-        wn = weathernext()
+        wn = import_weathernext()
         with open(checkpoint, "rb") as file:
             opened = wn.checkpoint.load(file, wn.gencast.CheckPoint)
         architecture = with_attention(opened.denoiser_architecture_config, attention)
         task = opened.task_config
-        statistics = read_statistics(stats)
+        statistics = read_gencast_statistics(stats)
         dataset = _open(surface)
         latitude, longitude = grid(dataset) if resolution is None else _regular_grid(resolution)
         undefined = undefined_mask(dataset, SEA_SURFACE_TEMPERATURE, latitude, longitude)

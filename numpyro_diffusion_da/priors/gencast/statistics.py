@@ -38,7 +38,7 @@ class Statistics(NamedTuple):
     is_input: np.ndarray
 
 
-def read_statistics(directory: str | os.PathLike[str]) -> dict[str, xarray.Dataset]:
+def read_gencast_statistics(directory: str | os.PathLike[str]) -> dict[str, xarray.Dataset]:
     """The four normalization datasets, by what they are (see `STATISTICS`).
 
     Raises:

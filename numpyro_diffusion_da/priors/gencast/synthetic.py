@@ -10,16 +10,18 @@ from __future__ import annotations
 import dataclasses
 import os
 import pathlib
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import xarray
 
-from numpyro_diffusion_da.priors.gencast.package import FORCINGS, STATIC, as_the_package_expects, weathernext
+from numpyro_diffusion_da.priors.gencast.package import FORCINGS, STATIC, import_weathernext, package_settings
 from numpyro_diffusion_da.priors.gencast.prior import TIME_STEP, UNITS
 from numpyro_diffusion_da.priors.gencast.statistics import STATISTICS
+
+if TYPE_CHECKING:
+    import xarray
 
 # Mean, standard deviation and standard deviation of 12 h differences, of the size of the real ones, in the units of
 # `UNITS`; for a variable with levels at 500 hPa.
@@ -43,7 +45,7 @@ TYPICAL = {
 
 
 class SyntheticFiles(NamedTuple):
-    """Paths of what `write_synthetic` made.
+    """Paths of what `write_synthetic_gencast` made.
 
     Attributes:
         checkpoint: as `GenCastPrior.from_checkpoint` takes it.
@@ -56,7 +58,7 @@ class SyntheticFiles(NamedTuple):
     data: pathlib.Path
 
 
-def write_synthetic(
+def write_synthetic_gencast(
     directory: str | os.PathLike[str],
     *,
     num_latitudes: int = 13,
@@ -88,7 +90,7 @@ def write_synthetic(
     Raises:
         ImportError: GenCast's package is missing.
     """
-    wn = weathernext()
+    wn = import_weathernext()
     path = pathlib.Path(directory)
     (path / "stats").mkdir(parents=True, exist_ok=True)
     task = dataclasses.replace(wn.gencast.TASK, pressure_levels=tuple(levels))
@@ -165,7 +167,7 @@ def random_parameters(wn: Any, configs: dict[str, Any], num_latitudes: int, seed
             forcings=zeros(task.forcing_variables, 1),
         )
 
-    with as_the_package_expects():
+    with package_settings():
         shapes = jax.eval_shape(run.init, jax.random.key(0))
     rng = np.random.default_rng(seed)
 
@@ -190,6 +192,8 @@ def _profile(name: str, level: int | None) -> tuple[float, float, float]:
 
 
 def _write_statistics(directory: pathlib.Path, targets: Any, atmospheric: Any, levels: tuple[int, ...]) -> None:
+    import xarray
+
     for i, what in enumerate(("mean", "stddev", "diffs_stddev", "min")):
         values: dict[str, Any] = {}
         for name in (*targets, *STATIC, *FORCINGS):
@@ -210,6 +214,8 @@ def synthetic_atmosphere(
         Variables of GenCast with dims (time, [level], latitude, longitude), NaN in sea surface temperature over land,
         and the static fields.
     """
+    import xarray
+
     rng = np.random.default_rng(seed)
     latitude = np.linspace(-90.0, 90.0, num_latitudes)
     longitude = np.arange(2 * (num_latitudes - 1)) * 180.0 / (num_latitudes - 1)

@@ -1,1 +1,1 @@
-"""priors/spherical."""
+"""Emulators on the sphere: harmonics, networks and climatology."""

@@ -26,6 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PyTree
 
+from numpyro_diffusion_da.checksums import named_arrays
 from numpyro_diffusion_da.diffusion.prior import DiffusionPrior
 from numpyro_diffusion_da.fields.layout import Layout, Variable
 from numpyro_diffusion_da.priors.spherical.harmonics import HarmonicNoise, SphericalHarmonics
@@ -36,7 +37,7 @@ from numpyro_diffusion_da.priors.spherical.networks import (
     SphericalResidualNetwork,
     ZonalOperator,
 )
-from numpyro_diffusion_da.priors.stored import named_arrays, part, read_stored, write_stored
+from numpyro_diffusion_da.priors.stored import part, read_stored, write_stored
 
 if TYPE_CHECKING:
     import numpyro.distributions as dist
