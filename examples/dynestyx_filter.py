@@ -1,13 +1,13 @@
 """A diffusion prior as the state evolution of a dynestyx model, filtered by dynestyx and by FA-APF.
 
-dynestyx (Python 3.12 and 3.13: pip install dynestyx) writes a dynamical system as three callables that return NumPyro
-distributions. `ndda.DiffusionTransition` is one, so an emulator is a state evolution as it is: simulators, ensemble
-Kalman and bootstrap particle filters only draw from it.
+dynestyx (Python 3.12 and 3.13: pip install dynestyx) describes a dynamical system by callables that return NumPyro
+distributions. `ndda.DiffusionTransition` is such a distribution, so an emulator can be the state evolution without any
+adapter. Simulators, ensemble Kalman filters and bootstrap particle filters only need to draw from it.
 
-What to expect: dynestyx's bootstrap filter loses the truth (its weights see an observation only after the particles
-have moved, and twenty accurate observations leave one particle alive). Its ensemble Kalman filter follows it, RMSE 0.9,
-and so does FA-APF on the same two callables in a NumPyro program. The evidence of FA-APF is left out: with tempering,
-which it needs here, there is none.
+What to expect: dynestyx's bootstrap filter loses the truth. It weights particles only after they have moved, and twenty
+accurate observations leave one particle alive. dynestyx's ensemble Kalman filter follows the truth (RMSE 0.9). FA-APF
+does too, with the same two callables in a NumPyro program. The table shows no evidence for FA-APF: it needs tempering
+here, and tempered weights do not estimate the evidence.
 
     python examples/dynestyx_filter.py --particles 256 --steps 30
 """
@@ -32,17 +32,20 @@ prior = ndda.load_prior("lorenz96")
 
 
 def state_evolution(x, u, t_now, t_next):
-    """One step of the emulator."""
+    """Distribution of the next state: one step of the emulator."""
     return ndda.DiffusionTransition(prior, x)
 
 
 def observation(x, u, t):
-    """Every second site, with an error of 0.3."""
+    """Distribution of the observations: every second site, with an error of 0.3."""
     return dist.Normal(x[::2], 0.3).to_event(1)
 
 
 def program(y):
-    """The same for FA-APF; `x0` is one step before the first observation here, and at it in dynestyx."""
+    """The same model as a NumPyro program, for FA-APF.
+
+    Here `x0` is one step before the first observation; in dynestyx it is at the first observation.
+    """
     x0 = numpyro.sample("x0", prior.climatology())
 
     def step(x, y_t):
@@ -55,10 +58,10 @@ def program(y):
 
 def main(
     particles: Annotated[int, typer.Option(help="Particles of each filter.", min=2)] = 256,
-    steps: Annotated[int, typer.Option(help="Observations in time.", min=2)] = 30,
-    seed: Annotated[int, typer.Option(help="Truth, observations and filters.")] = 0,
+    steps: Annotated[int, typer.Option(help="Number of observation times.", min=2)] = 30,
+    seed: Annotated[int, typer.Option(help="Seed of truth, observations and filters.")] = 0,
 ) -> None:
-    """Simulate with dynestyx, then filter three ways."""
+    """Simulate a truth with dynestyx, then run three filters."""
     try:
         import dynestyx as dsx
         from dynestyx.inference.configs.filter import EnKFConfig, PFConfig

@@ -1,32 +1,34 @@
-"""GenCast assimilates simulated observations of ERA5 for 15 days: the experiment of Savary, Rozet & Louppe.
+"""Assimilate simulated observations of ERA5 with GenCast for 15 days: the experiment of Savary, Rozet & Louppe.
 
-The truth is a reanalysis; a network of instruments observes it every 12 h, with noise; FA-APF follows it with GenCast
-as its transition, from particles that are all copies of the truth's first two frames. The control, from the same
-frames, is the same program with every observation missing: a forecast. Four networks:
+The truth is a reanalysis. An observing network observes it every 12 h, with noise. FA-APF follows the truth with
+GenCast as its transition; all particles start as copies of the truth's first two frames. The control starts from the
+same frames and runs the same program with every observation missing, so it is a forecast. There are four networks:
 
     subsampled    temperature at all levels and 2 m temperature at every 4th point of latitude and longitude
-    blocks        means of 4 x 4 points of the same
+    blocks        means of 4 x 4 points of the same variables
     stations      2 m temperature, 10 m wind and sea level pressure at scattered points, most of them on land
     satellite     these stations, and temperature at all levels under a polar orbiter
 
-`--dry-run` makes a tiny random network and a made-up atmosphere itself and takes half a minute on two cores; its
-numbers mean nothing. The real thing needs the published checkpoint, statistics and example data of GenCast:
+`--dry-run` makes a tiny random network and a made-up atmosphere, and takes half a minute on two cores; its numbers mean
+nothing. The experiment itself needs the published checkpoint, statistics and example data of GenCast:
 
     python examples/gencast_assimilation.py --dry-run --network satellite
     python examples/gencast_assimilation.py --network blocks --precision tensorfloat32 --checkpoint gencast_1deg.npz
         --stats stats/ --data source-era5_date-2019-03-29_res-1.0_levels-13_steps-30.nc
 
-Into --out go a table as JSON, figures, the kept fields as netCDF, and each step as it is made: started again after it
-was killed, a run goes on from its last step. Published (arXiv 2605.20028; 1 degree, 256 particles, RMSE of the mean
-*without* area weights at days 3 / 7 / 15; this program has not been run with the real weights):
+The program writes to --out: the scores as JSON, figures, the kept fields as netCDF, and each step when it is done. A
+run that was interrupted continues from its last step when it is started again. Published scores (arXiv 2605.20028; 1
+degree, 256 particles, RMSE of the mean *without* area weights at days 3 / 7 / 15; this program has not been run with
+the real weights):
 
                   free forecast        subsampled           blocks               stations and satellite
     t2m, K        1.27 / 2.11 / 3.18   0.89 / 1.07 / 1.07   0.65 / 0.70 / 0.73   1.13 / 1.38 / 1.81
     u10, m/s      1.54 / 3.18 / 3.67   0.99 / 1.18 / 1.14   0.88 / 1.00 / 0.98   1.13 / 1.67 / 2.54
     z250, m2/s2    152 /  622 / 1036     61 /   98 /  105     45 /   64 /   62     84 /  198 /  470
 
-Observation errors are the published ones. What differs: points are drawn anew, stations do not report sea surface
-temperature, the orbiter moves (theirs saw the same half of all points at every step), the 181st row is in no block.
+Observation errors are the published ones. Four things differ from the publication: points are drawn anew, stations do
+not report sea surface temperature, the orbiter moves (the published one saw the same half of all points at every step),
+and no block contains the 181st row.
 """
 
 from __future__ import annotations
@@ -73,31 +75,34 @@ COLUMNS = {"rmse": "RMSE", "spread_skill": "spread/\nskill", "crps": "CRPS", "rm
 
 
 class Platform(NamedTuple):
-    """One kind of instrument: where it is, the variables that it sees and with which error, how, and when."""
+    """One kind of instrument: its places, the variables that it observes with their errors, and when it observes."""
 
     name: str
     latitude: np.ndarray  # (point,)
     longitude: np.ndarray  # (point,)
-    errors: dict[str, float]
+    errors: dict[str, float]  # variable -> standard deviation, in the variable's unit
     look: Callable[[Any], Any]  # a field (latitude, longitude, ...) -> (point, ...)
-    seen: np.ndarray | None = None  # (time, point); None: always
+    seen: np.ndarray | None = None  # (time, point), True where observed; None: everywhere at all times
 
     def observe(self, layout: ndda.Layout, x: Any) -> dict[str, tuple[Any, float]]:
-        """Site -> (noiseless observation of a state (point,) or (point, level), standard deviation of the error)."""
+        """Observe one state without noise, as site -> (values, standard deviation of their error).
+
+        Values have the shape (point,), or (point, level) for a variable with levels.
+        """
         return {f"{self.name}_{v}": (self.look(layout.select(x, v)), error) for v, error in self.errors.items()}
 
 
 def at_points(
     name: str, layout: ndda.Layout, rows: Any, columns: Any, errors: dict[str, float], times: Any = None
 ) -> Platform:
-    """A platform at grid points; with `times`, where the orbiter sees them."""
+    """Platform at grid points; with `times`, it observes a point only when the orbiter sees it."""
     latitude, longitude = layout.coords()["latitude"][rows], layout.coords()["longitude"][columns]
     seen = None if times is None else swath(times, latitude, longitude)
     return Platform(name, latitude, longitude, errors, lambda v: v[rows, columns], seen)
 
 
 def block_means(layout: ndda.Layout) -> Platform:
-    """Plain means of 4 x 4 points; rows left over at the north pole are not observed."""
+    """Platform of unweighted means over 4 x 4 points; remaining rows at the north pole are not observed."""
     rows, columns = layout.shape[0] // 4, layout.shape[1] // 4
 
     def means(v: Any) -> Any:
@@ -109,17 +114,25 @@ def block_means(layout: ndda.Layout) -> Platform:
 
 
 def drawn_points(key: Any, layout: ndda.Layout, number: int, preference: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Different grid points, with a density per area that is proportional to `preference` (latitude, longitude)."""
+    """Draw distinct grid points, with a density per area proportional to `preference` (latitude, longitude).
+
+    Returns:
+        Row and column of each point, both (number,).
+    """
     density = (ndda.diagnostics.area_weights(layout.coords()["latitude"])[:, None] * preference).reshape(-1)
     if not 0 < number <= density.size:
-        raise typer.BadParameter(f"{number} points were asked for of a grid of {density.size}.")
+        raise typer.BadParameter(f"{number} points were asked for; the grid allows 1 to {density.size}.")
     chosen = jax.random.choice(key, density.size, (number,), replace=False, p=jnp.asarray(density / density.sum()))
     rows, columns = np.divmod(np.asarray(chosen), layout.shape[1])
     return rows, columns
 
 
 def swath(times: np.ndarray, latitude: np.ndarray, longitude: np.ndarray) -> np.ndarray:
-    """Whether a sun-synchronous orbiter (101.5 min, 98.7 degrees, 1100 km to each side) sees points; (time, point)."""
+    """Whether a sun-synchronous orbiter sees each point at each time, shape (time, point).
+
+    Its period is 101.5 min, its inclination 98.7 degrees, its swath 1100 km to each side. A point counts as seen if
+    the swath covers it within 90 min of the time.
+    """
 
     def directions(latitude: Any, longitude: Any) -> np.ndarray:
         across = np.cos(latitude)
@@ -136,14 +149,14 @@ def swath(times: np.ndarray, latitude: np.ndarray, longitude: np.ndarray) -> np.
 def network(
     name: str, layout: ndda.Layout, land: np.ndarray, times: np.ndarray, stations: int, footprints: int
 ) -> list[Platform]:
-    """The platforms of a network; the same at each call."""
+    """Platforms of a network; each call draws the same points."""
     if name == "subsampled":
         rows, columns = np.mgrid[0 : layout.shape[0] : 4, 0 : layout.shape[1] : 4].reshape(2, -1)
         return [at_points("point", layout, rows, columns, GRIDDED)]
     if name == "blocks":
         return [block_means(layout)]
     if name not in ("stations", "satellite"):
-        raise typer.BadParameter(f"no network called {name}; there are subsampled, blocks, stations and satellite.")
+        raise typer.BadParameter(f"no network called {name}; choose subsampled, blocks, stations or satellite.")
     four_times_on_land = drawn_points(jax.random.key(1), layout, stations, 1 + 3 * land)
     ground = at_points("station", layout, *four_times_on_land, STATION)
     if name == "stations":
@@ -153,7 +166,7 @@ def network(
 
 
 def simulated(key: Any, layout: ndda.Layout, platforms: list[Platform], truth: Any) -> dict[str, Any]:
-    """Site -> observations (time, point, ...) of the true states, noise included, NaN where not seen."""
+    """Simulated observations of the true states by site, (time, point, ...); with noise, NaN where not seen."""
     observations: dict[str, Any] = {}
     for platform in platforms:
         at_times = [platform.observe(layout, x) for x in truth]
@@ -171,7 +184,7 @@ def simulated(key: Any, layout: ndda.Layout, platforms: list[Platform], truth: A
 
 
 class Field(NamedTuple):
-    """One field that is kept of every particle, and scored, at every n-th row and column."""
+    """A field that is kept of every particle, and scored, at every n-th row and column."""
 
     name: str
     variable: str
@@ -181,7 +194,7 @@ class Field(NamedTuple):
 
     @classmethod
     def parse(cls, text: str, layout: ndda.Layout, every: int) -> Field:
-        """From "variable" or "variable:hPa", taking the nearest level that there is."""
+        """Parse "variable" or "variable:hPa"; the level is the nearest one of the layout."""
         name, _, level = text.partition(":")
         variable = layout.variable(name)
         if bool(level) != bool(variable.levels):
@@ -191,12 +204,12 @@ class Field(NamedTuple):
         return cls(f"{SHORT_NAMES[name][0]}{nearest or ''}", name, nearest, variable.units, every)
 
     def of(self, layout: ndda.Layout, x: Any) -> Any:
-        """The field of states (..., latitude, longitude, channel)."""
+        """Select the field from states (..., latitude, longitude, channel)."""
         return layout.select(x, self.variable, self.level)[..., :: self.every, :: self.every]
 
 
 def program(prior: ndda.GenCastPrior, platforms: list[Platform], fields: list[Field]) -> Callable[..., None]:
-    """The state-space model."""
+    """State-space model: GenCast as the transition, one observed site for each variable of each platform."""
 
     def gencast_assimilation(y: dict[str, Any], frames: Any, forcings: Any) -> None:
         def step(carry: Any, at: Any) -> Any:
@@ -215,15 +228,17 @@ def program(prior: ndda.GenCastPrior, platforms: list[Platform], fields: list[Fi
 
 
 def recipe(published: bool, products: int) -> dict[str, Any]:
-    """Sampler and guidance: the library's default sampler, or as published.
+    """Sampler and guidance: the library's default sampler, or the published recipe.
 
-    Observation errors here are a thirtieth of typical 12 h changes. With an exact Gaussian prior on 13 x 24
-    points of the sphere, 84 of them observed with an error of 0.05 spreads, the library's 2 products a level leave
-    draws 4.4 errors from the observations; 4 bring them to 0.9, as exact solves do.
+    Why 4 products: the observation errors here are a thirtieth of typical 12 h changes. This was measured with an exact
+    Gaussian prior on 13 x 24 points of the sphere, 84 of them observed with an error of 0.05 spreads. With the
+    library's 2 products at each noise level, draws are 4.4 errors away from the observations. With 4 products they are
+    0.9 errors away, as with exact solves.
 
-    Published: Adams-Bashforth 3 with 2 Langevin moves a level, 32 levels, rho 6; guidance with C = I, solved from zero
-    by 2 steps of BiCGStab, which are 4 products. The levels are within the prior's own range: the published ones go
-    from 88 to 2e-5, where the network, trained on 0.02 to 88, extrapolates, and a float32 state is all rounding.
+    The published recipe: Adams-Bashforth of order 3 with 2 Langevin steps at each of 32 noise levels, rho = 6; guidance
+    with C = I, solved from zero by 2 steps of BiCGStab, which are 4 products. The noise levels here stay within the
+    prior's range. The published ones go from 88 to 2e-5: the network was trained on 0.02 to 88 and extrapolates below,
+    and the rounding of a float32 state is larger than such noise.
     """
     if not published:
         return {"guidance": ndda.MMPS(ndda.diffusion.KrylovSolve(products))}
@@ -239,7 +254,10 @@ def recipe(published: bool, products: int) -> dict[str, Any]:
 
 
 def scores_by_time(particles: np.ndarray, truth: np.ndarray, latitude: np.ndarray) -> dict[str, list[float]]:
-    """Of particles (particle, time, latitude, longitude); step by step, as scores copy to double precision."""
+    """Scores of particles (particle, time, latitude, longitude) at each time.
+
+    One time after another, because scores copy their input to double precision.
+    """
     weights = ndda.diagnostics.area_weights(latitude)[:, None]
     scores: dict[str, list[float]] = {name: [] for name in (*COLUMNS, "spread")}
     for x, y in zip(np.moveaxis(particles, 1, 0), truth, strict=True):
@@ -252,8 +270,8 @@ def scores_by_time(particles: np.ndarray, truth: np.ndarray, latitude: np.ndarra
 
 
 def score_table(fields: list[Field], scores: dict[str, Any], steps: int, title: str) -> Table:
-    """Days 3, 7 and 15, and the last there is; beside each score that of the free forecast."""
-    caption = "free: of the free forecast; all but plain are area-weighted"
+    """Table of scores at days 3, 7 and 15 and at the last day; the free forecast's score follows each score."""
+    caption = "free: score of the free forecast; all scores but the plain RMSE are area-weighted"
     table = Table(title=title, caption=caption, box=None, padding=(0, 1, 0, 0))
     table.add_column("field", no_wrap=True)
     for heading in ("day", *(h for column in COLUMNS.values() for h in (column, "free"))):
@@ -273,13 +291,13 @@ def score_table(fields: list[Field], scores: dict[str, Any], steps: int, title: 
 
 
 def opened(path: str) -> xarray.Dataset:
-    """A file or a Zarr store, lazily."""
+    """Open a netCDF file or a Zarr store lazily."""
     engine = "zarr" if path.rstrip("/").endswith(".zarr") else "h5netcdf"
     return xarray.open_dataset(path, engine=engine, decode_timedelta=True)
 
 
 def labeled(filter: ndda.Filter, platforms: list[Platform], fields: list[Field], axes: dict[str, Any]) -> Any:
-    """What was kept, with names, units and the places of observations."""
+    """The result as a DataTree, with names, units and the places of observations."""
     dims = {field.name: ["latitude", "longitude"] for field in fields}
     for platform in platforms:
         for name in platform.errors:
@@ -303,22 +321,22 @@ def main(
     network_name: Annotated[
         str, typer.Option("--network", help="subsampled, blocks, stations or satellite.")
     ] = "subsampled",
-    start: Annotated[str, typer.Option(help="UTC of the second of the two first frames.")] = "2019-03-29T12",
+    start: Annotated[str, typer.Option(help="Time (UTC) of the second of the two initial frames.")] = "2019-03-29T12",
     steps: Annotated[int, typer.Option(help="Steps of 12 h.")] = 30,
     particles: Annotated[int, typer.Option(help="Particles.")] = 256,
-    batch_size: Annotated[int | None, typer.Option(help="Particles moved at a time; left out: as many as fit.")] = None,
-    stations: Annotated[int, typer.Option(help="How many stations.")] = 6000,
-    footprints: Annotated[int, typer.Option(help="How many points the orbiter can see.")] = 4000,
+    batch_size: Annotated[int | None, typer.Option(help="Particles moved at a time; default: all that fit.")] = None,
+    stations: Annotated[int, typer.Option(help="Number of stations.")] = 6000,
+    footprints: Annotated[int, typer.Option(help="Number of points that the orbiter can see.")] = 4000,
     field: Annotated[list[str] | None, typer.Option(help="Field to keep and score, as geopotential:250.")] = None,
     every: Annotated[int, typer.Option(help="Keep every n-th row and column; 3 is fair to all networks.")] = 1,
-    published: Annotated[bool, typer.Option("--published", help="The published sampler and guidance.")] = False,
-    products: Annotated[int, typer.Option(help="Network products in the solve of a noise level.")] = 4,
+    published: Annotated[bool, typer.Option("--published", help="Use the published sampler and guidance.")] = False,
+    products: Annotated[int, typer.Option(help="Network products in the linear solve at each noise level.")] = 4,
     precision: Annotated[str, typer.Option(help="float32, tensorfloat32 or bfloat16.")] = "float32",
-    resolution: Annotated[float | None, typer.Option(help="Degrees; left out: that of the data.")] = None,
-    seed: Annotated[int, typer.Option(help="Of observation errors and filters.")] = 0,
-    out: Annotated[Path, typer.Option(help="Directory for everything.")] = Path("gencast_assimilation"),
+    resolution: Annotated[float | None, typer.Option(help="Degrees; by default that of the data.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of observation errors and filters.")] = 0,
+    out: Annotated[Path, typer.Option(help="Directory of all output.")] = Path("gencast_assimilation"),
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="A tiny random network; at most 8 particles and 4 steps.")
+        bool, typer.Option("--dry-run", help="Use a tiny random network, at most 8 particles and 4 steps.")
     ] = False,
 ) -> None:
     """Run the experiment and print its scores."""
@@ -348,17 +366,17 @@ def main(
     grid = {name: values[::every] for name, values in layout.coords().items()}
 
     for site, y in observations.items():
-        console.print(f"{site}: {int(jnp.isfinite(y).sum()) / steps:.0f} a step")
+        console.print(f"{site}: {int(jnp.isfinite(y).sum()) / steps:.0f} observations per step")
     values = sum(v.size for v in true_fields.values())
-    console.print(f"kept of each run, in memory and in --out: {4e-9 * particles * values:.2g} GB (--every, --field)")
+    console.print(f"a run keeps {4e-9 * particles * values:.2g} GB in memory and in --out; less with --every, --field")
 
     settings = recipe(published, products)
     model = program(prior, platforms, fields)
     missing = jax.tree.map(lambda y: jnp.full_like(y, jnp.nan), observations)
-    # With nothing observed every weight is equal, and an unguided draw costs a third of a guided one.
+    # With nothing observed all weights are equal, and an unguided draw costs a third of a guided one.
     blind = ndda.Bootstrap(model, sampler=settings.get("sampler"))
     runs = {ANALYSIS: (ndda.FAAPF(model, **settings), observations), FREE: (blind, missing)}
-    kept_as = "-".join([*(f.name for f in fields), f"every{every}"])  # a store does not know what is kept of a state
+    kept_as = "-".join([*(f.name for f in fields), f"every{every}"])  # a store does not check this
     filters, scores = {}, {}
     for number, (name, (algorithm, y)) in enumerate(runs.items()):
         console.print(f"\n[bold]{name}[/bold]")

@@ -1,14 +1,14 @@
-"""Filters against the exact answer: a linear-Gaussian program, through a diffusion prior.
+"""Compare filters with the exact answer, on a linear-Gaussian program with a diffusion prior.
 
-The transition is N(A x, Q) as a diffusion, with A a rotation times 0.95, and every second component is observed. The
-program is linear and Gaussian, so its exact filter is Kalman's; cuthbert has one, and takes the matrices that
-`ndda.program.LinearGaussian` reads off the program.
+The transition N(A x, Q) is written as a diffusion; A is a rotation times 0.95. Every second component is observed. The
+program is linear and Gaussian, so the Kalman filter is exact. cuthbert provides one. It takes the matrices that
+`ndda.program.LinearGaussian` finds in the program.
 
-What to expect: FA-APF with exact weights (`Moment`, no tempering) is off the Kalman filter's mean by a tenth of its
-standard deviation, which is what 256 particles give, with its variance, and its log-evidence to about .5. The published
-weights (`Dirac`, tempered) and the bootstrap filter are off by nearly twice as much. The ensemble Kalman filter is made
-for this problem and a little better than all of them, but gives no evidence. More seeds, larger states and standard
-errors: examples/benchmarks/linear_gaussian.py.
+What to expect: the mean of FA-APF with exact weights (`Moment`, no tempering) differs from the Kalman filter's by a
+tenth of the standard deviation, which is the sampling error of 256 particles. Its variance agrees, and its log-evidence
+agrees to about 0.5. The errors of the published weights (`Dirac`, tempered) and of the bootstrap filter are nearly
+twice as large. The ensemble Kalman filter is made for this problem: it is a little better than all of them, but it
+gives no evidence. examples/benchmarks/linear_gaussian.py has more seeds, larger states and standard errors.
 
     python examples/linear_gaussian.py --particles 256 --steps 40 --dimension 4
 """
@@ -33,7 +33,7 @@ ERROR = 0.5
 
 
 def make_program(dimension: int):
-    """The state-space model; its only argument are the observations."""
+    """State-space model of `dimension` components; its only argument is the array of observations."""
     separation = np.abs(np.subtract.outer(np.arange(dimension), np.arange(dimension)))
     rotation = np.linalg.qr(np.random.default_rng(0).normal(size=(dimension, dimension)))[0]
     prior = ndda.GaussianPrior(transition=0.95 * rotation, covariance=0.25 * np.exp(-separation / 3))
@@ -52,7 +52,7 @@ def make_program(dimension: int):
 
 
 def kalman(model, y):
-    """Mean, standard deviation (time, component) and log-evidence of the exact filter."""
+    """Mean and standard deviation (time, component), and log-evidence, of the exact filter."""
     import cuthbert
     from cuthbert.gaussian.kalman import build_filter
 
@@ -64,11 +64,11 @@ def kalman(model, y):
 
 def main(
     particles: Annotated[int, typer.Option(help="Particles of each filter.", min=2)] = 256,
-    steps: Annotated[int, typer.Option(help="Observations in time.", min=1)] = 40,
+    steps: Annotated[int, typer.Option(help="Number of observation times.", min=1)] = 40,
     dimension: Annotated[int, typer.Option(help="Components of the state.", min=1)] = 4,
-    seed: Annotated[int, typer.Option(help="Truth, observations and filters.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of truth, observations and filters.")] = 0,
 ) -> None:
-    """FA-APF, bootstrap and ensemble Kalman filter against the Kalman filter."""
+    """Compare FA-APF, bootstrap and ensemble Kalman filters with the Kalman filter."""
     model = make_program(dimension)
     truth_key, error_key, run_key = jax.random.split(jax.random.key(seed), 3)
     nothing = jnp.full((steps, (dimension + 1) // 2), jnp.nan)
@@ -87,8 +87,8 @@ def main(
     }
     table = Table(
         title=f"d = {dimension}, {steps} steps, N = {particles}",
-        caption="against the Kalman filter: error of the mean in its standard deviations, variance / its variance, "
-        "log-evidence less its log-evidence",
+        caption="compared with the Kalman filter: error of the mean in Kalman standard deviations, ratio of variances, "
+        "difference of log-evidence",
     )
     for column in ("", "mean", "variance", "evidence", "ESS", "passes"):
         table.add_column(column, justify="right" if column else "left")
@@ -99,7 +99,7 @@ def main(
         error = np.sqrt(np.mean(((x.mean(0) - mean) / deviation) ** 2))
         variance = np.mean(x.var(0, ddof=1) / deviation**2)
         evidence = stats["log_evidence_increment"].sum() - log_evidence
-        has_evidence = name in ("FA-APF, exact weights", "bootstrap")  # the others' increments estimate no evidence
+        has_evidence = name in ("FA-APF, exact weights", "bootstrap")  # the others do not estimate it
         table.add_row(
             name,
             f"{error:.2f}",

@@ -1,17 +1,17 @@
-"""Observations that arrive one by one, and a process that may be stopped at any of them.
+"""Filter observations that arrive one by one, in a process that can be stopped and resumed at any step.
 
-An instrument reports every second site of a Lorenz-96 truth, one time after the other, and the filter takes each report
-in as it comes: `ndda.OnlineFilter`, a loop of your own, and a state that is a pytree of arrays. After every step the
-state is written to --out; started again, the program reads it and goes on where it was. Keys are folded from the run's
-key and the step, so a run that was interrupted makes the draws that it would have made: the particles are the same to
-the last bit, which is what the checksum in the last line is of.
+An instrument reports every second site of a Lorenz-96 truth, one time after another. `ndda.OnlineFilter` assimilates
+each report as it arrives; the loop is yours, and the filter's state is a pytree of arrays. The program writes the state
+to --out after every step. When you start it again, it reads the state and continues from there. The key of a step is
+derived from the run's key and the step's number, so an interrupted run makes the same draws as an uninterrupted one:
+the particles are equal bit for bit. The last line prints their checksum.
 
-    python examples/online_loop.py --out run.npz --stop 12     # stopped after 12 reports
-    python examples/online_loop.py --out run.npz               # goes on with the 13th
-    python examples/online_loop.py --out other.npz             # never stopped: the same checksum
+    python examples/online_loop.py --out run.npz --stop 12     # stops after 12 reports
+    python examples/online_loop.py --out run.npz               # resumes with the 13th
+    python examples/online_loop.py --out other.npz             # never stops: the same checksum
 
-What to expect: the error falls from 3.6, the spread of the climatology, to about 1 within some ten reports, the spread
-of the particles follows it, and only the first step takes seconds, to compile.
+What to expect: the error falls from 3.6, the spread of the climatology, to about 1 within about ten reports. The spread
+of the particles follows the error. Only the first step takes seconds, because it compiles.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def model(y):
 
 
 def reports(seed, number):
-    """The outside world: yields (step, truth, report) as they come; it is the same whenever it is asked."""
+    """Yield (step, truth, report) in order, as the instrument would; the same values for the same seed."""
     key = jax.random.key(seed)
     x = prior.climatology().sample(jax.random.fold_in(key, 0))
     for t in range(number):
@@ -59,27 +59,27 @@ def reports(seed, number):
 
 
 def save(path, step, state):
-    """Write the state in one piece: whoever reads the file finds the old state or the new one."""
+    """Write the state atomically: a reader of the file finds either the old state or the new one."""
     partial = path.with_suffix(".partial.npz")
     np.savez(partial, *jax.tree.leaves(state), step=step)
     os.replace(partial, path)
 
 
 def load(path, like):
-    """(step, state) from a file; `like` has the structure of the state."""
+    """Read (step, state) from a file; `like` is a state with the same structure."""
     with np.load(path) as file:
         leaves = [jnp.asarray(file[f"arr_{i}"]) for i in range(len(jax.tree.leaves(like)))]
         return int(file["step"]), jax.tree.unflatten(jax.tree.structure(like), leaves)
 
 
 def main(
-    out: Annotated[Path, typer.Option(help="Where the state is kept (.npz).")] = Path("run.npz"),
+    out: Annotated[Path, typer.Option(help="File of the state (.npz).")] = Path("run.npz"),
     particles: Annotated[int, typer.Option(help="Particles.", min=2)] = 256,
-    steps: Annotated[int, typer.Option(help="Reports in all.", min=1)] = 30,
-    stop: Annotated[int | None, typer.Option(help="End the process after this many reports.", min=1)] = None,
-    seed: Annotated[int, typer.Option(help="Truth, reports and filter.")] = 0,
+    steps: Annotated[int, typer.Option(help="Number of reports in total.", min=1)] = 30,
+    stop: Annotated[int | None, typer.Option(help="Stop after this many reports.", min=1)] = None,
+    seed: Annotated[int, typer.Option(help="Seed of truth, reports and filter.")] = 0,
 ) -> None:
-    """Filter reports as they arrive, and go on from the last one that was taken in."""
+    """Filter reports as they arrive; resume after the last report that was assimilated."""
     console = Console()
     filter = ndda.OnlineFilter(ndda.FAAPF(model), num_particles=particles)
     run_key, init_key = jax.random.split(jax.random.key(seed + 1))
@@ -87,10 +87,10 @@ def main(
     done, state = 0, filter.init(init_key, nothing_yet)
     if out.exists():
         done, state = load(out, state)
-        console.print(f"going on after step {done} of {out}")
+        console.print(f"resuming after step {done} of {out}")
     for t, truth, y_t in reports(seed, min(steps, stop or steps)):
         if t < done:
-            continue  # taken in before
+            continue  # assimilated before
         state, info = filter.step(jax.random.fold_in(run_key, t), state, y_t[None])
         save(out, t + 1, state)
         x = np.asarray(info.proposal.sites["posterior"]["x"])

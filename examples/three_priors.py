@@ -1,15 +1,15 @@
-"""One program, three priors: what a diffusion emulator is worth depends on what it knows.
+"""Filter one program with three priors: the analysis is as good as the prior's one-step forecast.
 
-A stochastic Lorenz-96 truth is observed at every second site, and one program is filtered with three priors in it:
+A stochastic Lorenz-96 truth is observed at every second site. The same program is filtered with three priors:
 
-- the emulator that is shipped, a trained network;
-- an autoregression x' = A x + b + noise fitted to a run of the true system: a `GaussianPrior`, linear and exact;
+- the trained emulator that ships with the library;
+- an autoregression x' = A x + b + noise, fitted to a run of the true system: a `GaussianPrior`, linear and exact;
 - the true equations, written as a denoiser in one line: a `DenoiserPrior` of a plain function.
 
-What to expect: RMSE near 1.0 with the true equations, which is the best that a prior can do here, the same within a
-tenth with the emulator, and 2.6 with the autoregression. That one is an exact sampler of its own linear system, and its
-spread is honest: what it lacks is the one-step forecast. The "passes" are evaluations of the denoiser for each particle
-and step; only the emulator's are those of a network.
+What to expect: the RMSE is near 1.0 with the true equations, the best possible prior here. It is the same within a
+tenth with the emulator, and 2.6 with the autoregression. The autoregression is sampled exactly and its spread matches
+its error; only its one-step forecast is poor. "passes" counts evaluations of the denoiser for each particle and step;
+only the emulator's denoiser is a network.
 
     python examples/three_priors.py --particles 256 --steps 40
 """
@@ -35,7 +35,7 @@ SITES = 40
 
 
 def make_program(prior, climatology):
-    """The state-space model: nothing but `prior` changes."""
+    """State-space model with the given prior; all else is the same for each prior."""
 
     def model(y):
         x0 = numpyro.sample("x0", climatology)
@@ -51,13 +51,13 @@ def make_program(prior, climatology):
 
 
 def true_run(rng_key, steps, climatology):
-    """The true system from a state of its climatology, after 50 steps of spin-up, shape (steps, sites)."""
+    """Run of the true system after 50 steps of spin-up from the climatology, shape (steps, sites)."""
     start_key, run_key = jax.random.split(rng_key)
     return lorenz96.trajectory(run_key, climatology.sample(start_key), 50 + steps)[50:]
 
 
 def autoregression(run):
-    """N(A x + b, Q) by least squares from a run of the true system."""
+    """Fit the prior N(A x + b, Q) to a run of the true system by least squares."""
     run = np.asarray(run, np.float64)
     before = np.column_stack([run[:-1], np.ones(len(run) - 1)])
     coefficients = np.linalg.lstsq(before, run[1:], rcond=None)[0]
@@ -66,7 +66,10 @@ def autoregression(run):
 
 
 def true_equations():
-    """x' = flow(x) + N(0, v): the latent is the noise, and z_s v / (v + s^2) is its exact denoiser."""
+    """Prior of the true equations x' = flow(x) + N(0, v).
+
+    The latent z is the noise, so its exact denoiser is z_s v / (v + s^2).
+    """
     variance = lorenz96.NOISE_VARIANCE
     return ndda.DenoiserPrior(
         lambda z_s, noise_level, forecast: z_s * variance / (variance + noise_level**2),
@@ -79,14 +82,14 @@ def true_equations():
 
 def main(
     particles: Annotated[int, typer.Option(help="Particles of each filter.", min=2)] = 256,
-    steps: Annotated[int, typer.Option(help="Observations in time.", min=2)] = 40,
+    steps: Annotated[int, typer.Option(help="Number of observation times.", min=2)] = 40,
     fitted: Annotated[int, typer.Option(help="Steps of the run that the autoregression is fitted to.", min=100)] = 4000,
-    seed: Annotated[int, typer.Option(help="Truth, observations and filters.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of truth, observations and filters.")] = 0,
 ) -> None:
-    """The same observations through three priors."""
+    """Assimilate the same observations with three priors."""
     fit_key, truth_key, error_key, run_key = jax.random.split(jax.random.key(seed), 4)
     emulator = ndda.load_prior("lorenz96")
-    climatology = emulator.climatology()  # where all three start
+    climatology = emulator.climatology()  # the initial states with each prior
     truth = true_run(truth_key, steps, climatology)
     y = truth[:, ::2] + ERROR * jax.random.normal(error_key, (steps, SITES // 2))
     priors = {
@@ -94,7 +97,7 @@ def main(
         "autoregression": autoregression(true_run(fit_key, fitted, climatology)),
         "true equations": true_equations(),
     }
-    spun_up = slice(steps // 4, None)  # the filters know nothing at first
+    spun_up = slice(steps // 4, None)  # the filters start from the climatology
     table = Table(title=f"Lorenz-96, {steps} steps, N = {particles}, every second of {SITES} sites")
     for column in ("prior", "RMSE", "observed", "unobserved", "spread/skill", "CRPS", "passes"):
         table.add_column(column, justify="left" if column == "prior" else "right")

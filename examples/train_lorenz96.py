@@ -1,18 +1,17 @@
-"""Train the emulator of stochastic Lorenz-96 that ships as `ndda.load_prior("lorenz96")`, and measure it.
-
-Writes the arrays (lorenz96.npz) and the data card (lorenz96.json) into --out. Three stages:
-
-1. The mean network, by least squares on flow(x), the conditional mean of the next state: the simulator gives the
-   regression function without its sampling noise, so the noise is left out of this stage.
-2. The residual network, by denoising score matching (EDM's loss) on noisy draws of the next state, with the mean
-   network fixed.
-3. The card: everything is measured on runs that training has not seen, with the sampler that filters use by default,
-   and set beside the same number for the true system, so that sampling error can be told from the emulator's.
+"""Train the emulator of stochastic Lorenz-96 that ships as `ndda.load_prior("lorenz96")`, and measure its skill.
 
     pip install "numpyro-diffusion-da[train]"
     python examples/train_lorenz96.py --out my_emulator
 
-takes a few minutes on two CPU cores.
+The script writes the arrays (lorenz96.npz) and the data card (lorenz96.json) to the folder --out. It takes a few
+minutes on two CPU cores. There are three stages:
+
+1. Train the mean network by least squares on flow(x), the conditional mean of the next state. The simulator gives this
+   mean without sampling noise, so that this stage needs no random draws of the next state.
+2. Train the residual network by denoising score matching with the loss of EDM, on random draws of the next state. The
+   mean network is fixed.
+3. Measure the emulator for the card, on runs that were not used in training and with the default sampler of filters.
+   The same scores of the true system are recorded too. They show which part of a score is sampling error.
 """
 
 from __future__ import annotations
@@ -53,12 +52,12 @@ SPIN_UP = 100
 CHECK_LEVELS = (0.05, 0.3, 1.0, 3.0, 10.0, 40.0)
 
 Transition = Callable[[jax.Array, jax.Array], jax.Array]
-"""(rng_key, states of shape (rings, sites)) -> a draw of the next states."""
+"""Function (rng_key, states of shape (rings, sites)) -> random draw of the next states."""
 
 
 @contextmanager
 def progress(title: str, total: int) -> Iterator[Callable[[int, str], None]]:
-    """A bar; call what it gives with the steps done since the last call and a note."""
+    """Context with a progress bar. It yields a function to call with the steps since the last call and a note."""
     note = TextColumn("{task.fields[note]}")
     with Progress(TextColumn(title), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), note) as bar:
         task = bar.add_task(title, total=total, note="")
@@ -66,7 +65,7 @@ def progress(title: str, total: int) -> Iterator[Callable[[int, str], None]]:
 
 
 def long_run(rng_key: jax.Array, transition: Transition, rings: int, steps: int) -> jax.Array:
-    """`rings` independent runs after the spin-up, shape (steps, rings, sites)."""
+    """Run `rings` independent rings for `steps` steps after a spin-up, shape (steps, rings, sites)."""
     start_key, run_key = jax.random.split(rng_key)
     start = lorenz96.FORCING + jax.random.normal(start_key, (rings, SITES))
 
@@ -90,12 +89,12 @@ def covariance_by_distance(run: jax.Array) -> np.ndarray:
 
 
 def training_batch(rng_key: jax.Array, bank: jax.Array, climatology: Any, batch: int) -> jax.Array:
-    """States to learn from, shape (batch, sites).
+    """Draw a batch of states for training, shape (batch, sites).
 
-    Half are states of the runs. A quarter are those with white noise added, of a standard deviation between 0 and 2.5
-    that differs from state to state: analysis ensembles are not on the attractor, and rare large states, which the
-    runs show too seldom to be learned from, are then common. A quarter are draws of the Gaussian climatology, from
-    which filters start.
+    Half of the states come from the runs. A quarter come from the runs, with white noise added whose standard deviation
+    is drawn between 0 and 2.5 for each state. Analysis ensembles are not on the attractor either, and large states,
+    which are too rare in the runs to learn from, become common. The last quarter are samples of the Gaussian
+    climatology, from which filters start.
     """
     index_key, size_key, noise_key, climatology_key = jax.random.split(rng_key, 4)
     x = bank[jax.random.randint(index_key, (batch,), 0, len(bank))]
@@ -106,7 +105,7 @@ def training_batch(rng_key: jax.Array, bank: jax.Array, climatology: Any, batch:
 
 
 def optimize(title: str, loss: Any, model: Any, rng_key: jax.Array, steps: int, rate: float, decay: float) -> Any:
-    """AdamW with warm-up and cosine decay on `loss(model, rng_key)`; returns the trained model."""
+    """Minimize `loss(model, rng_key)` by AdamW with warm-up and cosine decay, and return the trained model."""
     warm_up = min(200, steps // 5)
     schedule = optax.warmup_cosine_decay_schedule(0.0, rate, warm_up, steps)
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, weight_decay=decay))
@@ -129,7 +128,7 @@ def optimize(title: str, loss: Any, model: Any, rng_key: jax.Array, steps: int, 
 def train(
     seed: int, steps: int, channels: int, blocks: int, hidden: int, rings: int, run_steps: int, batch: int
 ) -> RingEmulator:
-    """Stages 1 and 2: `steps` for the mean network, half as many for the residual network."""
+    """Train the mean network for `steps` steps and the residual network for half as many (stages 1 and 2)."""
     data_key, mean_key, residual_key, rms_key = jax.random.split(jax.random.key(seed), 4)
     run = long_run(data_key, lorenz96.draw, rings, run_steps)
     bank = run.reshape(-1, SITES)
@@ -175,12 +174,12 @@ def train(
 
 
 def rms(values: jax.Array) -> jax.Array:
-    """Root mean square."""
+    """Root mean square of all values."""
     return jnp.sqrt(jnp.mean(values**2))
 
 
 def emulator_draw(emulator: RingEmulator, num_levels: int = 16) -> Transition:
-    """The emulator's transition with the default sampler."""
+    """Transition of the emulator with the default sampler and a given number of noise levels."""
     sampler = Sampler(schedule=KarrasSchedule(num_levels))
 
     def one(rng_key: jax.Array, x: jax.Array) -> jax.Array:
@@ -190,11 +189,11 @@ def emulator_draw(emulator: RingEmulator, num_levels: int = 16) -> Transition:
 
 
 def one_step(emulator: RingEmulator, rng_key: jax.Array, states: int, members: int) -> dict[str, Any]:
-    """Mean, spread and CRPS of the next state, for the emulator and for the true system.
+    """Score the mean, the spread and the CRPS of the next state, for the emulator and for the true system.
 
-    The two are scored against the same truths; `crps_standard_error` is that of the difference of the two scores. The
-    emulator is scored with the sampler's default 16 noise levels; its spread with 64 levels is given as well, which
-    tells the sampler's discretization from the network's error.
+    Both are scored against the same truths. `crps_standard_error` is the standard error of the difference of their
+    CRPS. The emulator is scored with 16 noise levels, the default of the sampler. Its spread with 64 levels shows which
+    part of the error comes from the discretization of the sampler.
     """
     import scoringrules
 
@@ -244,11 +243,12 @@ def one_step(emulator: RingEmulator, rng_key: jax.Array, states: int, members: i
 
 
 def jacobians(emulator: RingEmulator, rng_key: jax.Array, states: int) -> list[dict[str, float]]:
-    """J = dD/dz_s at a few noise levels, worst over `states`.
+    """Measure the Jacobian J = dD/dz_s at a few noise levels; every measure is the worst one over `states` states.
 
-    `asymmetry` is |J - J^T| / |J|; the eigenvalues are those of the symmetrized J, smallest over largest;
-    `covariance_error` is |s^2 S^2 J - V| / |V|, with V = (1/Q + 1/(s S)^2)^-1 I the covariance of the next state given
-    z_s in the true system, and Q its noise variance.
+    - `asymmetry` is |J - J^T| / |J|.
+    - `smallest_over_largest_eigenvalue` is a ratio of eigenvalues of the symmetrized J.
+    - `covariance_error` is |s^2 S^2 J - V| / |V|, where V = (1/Q + 1/(s S)^2)^-1 I is the covariance of the next state
+      given z_s in the true system, and Q is the noise variance of the true system.
     """
     run_key, draw_key, noise_key = jax.random.split(rng_key, 3)
     x = long_run(run_key, lorenz96.draw, states, 1)[0]
@@ -278,7 +278,7 @@ def jacobians(emulator: RingEmulator, rng_key: jax.Array, states: int) -> list[d
 
 
 def climate(run: jax.Array) -> dict[str, Any]:
-    """Mean, standard deviation, correlations and energy spectrum of a long run, shape (steps, rings, sites)."""
+    """Compute climate statistics of a long run of shape (steps, rings, sites)."""
     x = np.asarray(run, dtype=np.float64)
     anomaly = x - x.mean()
     energy = np.mean(np.abs(np.fft.rfft(x, axis=-1)) ** 2, axis=(0, 1)) / SITES**2
@@ -294,7 +294,10 @@ def climate(run: jax.Array) -> dict[str, Any]:
 
 
 def rollout(emulator: RingEmulator, rng_key: jax.Array, rings: int, steps: int) -> dict[str, Any]:
-    """Climate of the emulator and of two independent runs of the true system, whose difference is sampling error."""
+    """Compare the climate of the emulator with two independent runs of the true system.
+
+    The difference between the two runs of the true system is sampling error.
+    """
     runs = {"emulator": emulator_draw(emulator), "true_system": lorenz96.draw, "true_system_again": lorenz96.draw}
     keys = jax.random.split(rng_key, len(runs))
     found = {label: climate(long_run(k, t, rings, steps)) for k, (label, t) in zip(keys, runs.items(), strict=True)}
@@ -305,7 +308,7 @@ def rollout(emulator: RingEmulator, rng_key: jax.Array, rings: int, steps: int) 
 
 
 def finite(value: Any) -> Any:
-    """`value` with what JSON cannot hold (NaN, infinities of a barely trained emulator) as None."""
+    """Replace NaN and infinity, which JSON cannot hold and a barely trained emulator may produce, by None."""
     if isinstance(value, dict):
         return {k: finite(v) for k, v in value.items()}
     if isinstance(value, list):
@@ -315,16 +318,18 @@ def finite(value: Any) -> Any:
 
 def main(
     out: Annotated[Path, typer.Option(help="folder for lorenz96.npz and lorenz96.json")] = Path("lorenz96_emulator"),
-    seed: Annotated[int, typer.Option(help="of data, initial weights and training")] = 0,
+    seed: Annotated[int, typer.Option(help="seed of data, initial weights and training")] = 0,
     steps: Annotated[
-        int, typer.Option(help="optimizer steps of the mean network; the other takes half as many")
+        int, typer.Option(help="optimizer steps of the mean network; the residual network takes half as many")
     ] = 8000,
     channels: Annotated[int, typer.Option(help="features of each site in the mean network")] = 16,
     blocks: Annotated[int, typer.Option(help="residual blocks of the mean network")] = 4,
-    hidden: Annotated[int, typer.Option(help="hidden units of the network that every noise level runs")] = 16,
-    rings: Annotated[int, typer.Option(help="independent true runs to train on")] = 1024,
-    run_steps: Annotated[int, typer.Option(help="steps kept of each")] = 128,
-    batch: Annotated[int, typer.Option(help="states of an optimizer step")] = 128,
+    hidden: Annotated[
+        int, typer.Option(help="hidden units of the residual network, which runs at every noise level")
+    ] = 16,
+    rings: Annotated[int, typer.Option(help="independent runs of the true system for training")] = 1024,
+    run_steps: Annotated[int, typer.Option(help="steps of each run after the spin-up")] = 128,
+    batch: Annotated[int, typer.Option(help="states in each optimizer step")] = 128,
     check_states: Annotated[int, typer.Option(help="states of the one-step scores")] = 1024,
     check_members: Annotated[int, typer.Option(help="members of the one-step scores")] = 32,
     climate_rings: Annotated[int, typer.Option(help="rings of the long rollout")] = 32,
@@ -333,9 +338,9 @@ def main(
     """Train the Lorenz-96 emulator, measure it, and write its arrays and its card."""
     emulator = train(seed, steps, channels, blocks, hidden, rings, run_steps, batch)
     console = Console()
-    # The checks have keys of their own, so that they stay the same whatever training draws.
+    # The checks have their own keys, so that they do not depend on the random draws of the training.
     score_key, jacobian_key, climate_key = jax.random.split(jax.random.fold_in(jax.random.key(seed), 1), 3)
-    console.print("one-step scores, Jacobians, climate")
+    console.print("measuring one-step scores, Jacobians and climate")
     card = {
         "name": NAME,
         "system": {

@@ -1,4 +1,4 @@
-"""Checksums of arrays: what identifies a prior, an input or a file of parameters."""
+"""Checksums of arrays, which identify a prior, an input or a file of parameters."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from jaxtyping import PyTree
 
 
 def named_arrays(tree: PyTree) -> dict[str, np.ndarray]:
-    """All arrays of a pytree by the path that leads to them, for instance 'mean_network.encode'."""
+    """Arrays of a pytree by their path in it, for instance 'mean_network.encode'."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
     return {jax.tree_util.keystr(path).lstrip("."): np.asarray(leaf) for path, leaf in leaves}
 
 
 def arrays_checksum(arrays: Mapping[str, np.ndarray]) -> str:
-    """SHA-256 over name, type, shape and bytes of each array, in the order of their names, in hexadecimal."""
+    """SHA-256 in hexadecimal over the name, type, shape and bytes of each array, in the order of the names."""
     digest = hashlib.sha256()
     for name in sorted(arrays):
         value = np.ascontiguousarray(arrays[name])
@@ -27,5 +27,5 @@ def arrays_checksum(arrays: Mapping[str, np.ndarray]) -> str:
 
 
 def checksum(tree: PyTree) -> str:
-    """SHA-256 over the arrays of a pytree and their paths, in hexadecimal."""
+    """SHA-256 in hexadecimal over the arrays of a pytree and their paths."""
     return arrays_checksum(named_arrays(tree))

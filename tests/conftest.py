@@ -1,4 +1,4 @@
-"""Shared by tests: the linear-Gaussian state-space model, programs of `examples/`, a count of what is compiled."""
+"""Shared by tests: a linear-Gaussian state-space model, programs of `examples/`, a count of compilations."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ from numpyro.contrib.control_flow import scan
 import numpyro_diffusion_da as ndda
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
-# Most tests compile longer than they compute: a third less time for the suite.
+# Most tests spend more time compiling than computing: without optimizations the suite takes a third less time.
 jax.config.update("jax_disable_most_optimizations", True)
-# What several tests compile, each with a filter of its own, XLA sees once in a process. Workers do not share: JAX
-# writes an entry in place, where another may read half of it.
+# Several tests compile the same programs with filters of their own: this cache lets XLA compile each only once. Each
+# worker process has its own cache, because JAX writes entries in place and another process could read half of one.
 COMPILED = tempfile.mkdtemp(prefix="compiled-by-tests-")
 jax.config.update("jax_compilation_cache_dir", COMPILED)
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
@@ -40,7 +40,13 @@ def pytest_unconfigure() -> None:
 
 @dataclasses.dataclass(frozen=True)
 class LinearGaussian:
-    """x' = A x + N(0, Q); y = x[::2] + N(0, error^2)."""
+    """Linear-Gaussian state-space model: x' = A x + N(0, Q); y = x[::2] + N(0, error^2).
+
+    Attributes:
+        transition: A, shape (d, d).
+        covariance: Q, shape (d, d).
+        error: standard deviation of each observation's error.
+    """
 
     transition: np.ndarray
     covariance: np.ndarray
@@ -48,14 +54,14 @@ class LinearGaussian:
 
     @staticmethod
     def make(seed: int, d: int, spread: float = 0.5, error: float = 0.5) -> LinearGaussian:
-        """The linear-Gaussian model of the yardsticks: A = 0.95 x a random rotation, exponential covariance."""
+        """Make a model: A is 0.95 times a random rotation, Q an exponential covariance of variance spread^2."""
         rng = np.random.default_rng(seed)
         i = np.arange(d)
         covariance = spread**2 * np.exp(-np.abs(i[:, None] - i[None]) / 3)
         return LinearGaussian(0.95 * np.linalg.qr(rng.normal(size=(d, d)))[0], covariance, error)
 
     def simulate(self, seed: int, steps: int) -> tuple[np.ndarray, np.ndarray]:
-        """(states, observations), each leading with time, from a draw of the stationary distribution."""
+        """Simulate (states, observations), each leading with time, from a draw of the stationary distribution."""
         rng = np.random.default_rng(seed)
         d = len(self.transition)
         root = np.linalg.cholesky(self.covariance)
@@ -70,7 +76,7 @@ class LinearGaussian:
         return np.array(states), np.array(observations)
 
     def diffusion_program(self, sampler: ndda.Sampler | None = None):
-        """The program with a `GaussianPrior` as its transition."""
+        """NumPyro program of the model, with a `GaussianPrior` as its transition."""
         prior = ndda.GaussianPrior(self.transition, self.covariance)
 
         def model(y):
@@ -91,17 +97,21 @@ BENCHMARKS = EXAMPLES / "benchmarks"
 
 
 def load_program(path: Path) -> ModuleType:
-    """A program of `examples/` as a module."""
+    """Import a program of `examples/` as a module."""
     spec = importlib.util.spec_from_file_location(f"program_{path.stem}", path)
     module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # where dataclasses look up annotations
-    spec.loader.exec_module(module)
+    sys.modules[spec.name] = module  # dataclasses look up annotations there
+    sys.path.insert(0, str(path.parent))
+    try:
+        spec.loader.exec_module(module)
+    finally:
+        sys.path.remove(str(path.parent))
     return module
 
 
 @contextlib.contextmanager
 def compilations() -> Iterator[list[str]]:
-    """What is compiled inside the `with`, one entry a program."""
+    """Collect the compilations inside the `with` block in a list, one entry for each compiled program."""
     compiled: list[str] = []
 
     def listen(event: str, duration: float, **kwargs) -> None:
@@ -117,13 +127,13 @@ def compilations() -> Iterator[list[str]]:
 
 @pytest.fixture(scope="session")
 def small() -> LinearGaussian:
-    """A four-dimensional model for tests of behavior."""
+    """Four-dimensional linear-Gaussian model, for tests of behavior."""
     return LinearGaussian.make(0, 4)
 
 
 @pytest.fixture(autouse=True)
 def optimized_where_it_pays(request):
-    """Optimize what `slow` tests compile, as they compute for long; unless their module says that it only compiles."""
+    """Let XLA optimize in `slow` tests, which compute for long; not in modules that define `COMPILES_A_LOT`."""
     computes = request.node.get_closest_marker("slow") is not None and not hasattr(request.module, "COMPILES_A_LOT")
     jax.config.update("jax_disable_most_optimizations", not computes)
     yield

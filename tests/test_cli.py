@@ -7,8 +7,8 @@ import xarray
 from typer.testing import CliRunner
 
 import numpyro_diffusion_da as ndda
-from numpyro_diffusion_da.demos.cli import app
-from numpyro_diffusion_da.demos.lorenz96_demo import COLUMNS, ENKF, FREE, GLOBAL, MAIN, TwinExperiment, run_twin
+from numpyro_diffusion_da.demos import cli
+from numpyro_diffusion_da.demos import lorenz96_demo as twin
 
 COMPILES_A_LOT = True
 
@@ -16,14 +16,16 @@ COMPILES_A_LOT = True
 @pytest.mark.slow
 def test_demo_writes_table_figure_and_file(tmp_path):
     arguments = ["demo", "--out", str(tmp_path / "new"), "--truths", "2", "--cycles", "3", "--spin-up", "1"]
-    result = CliRunner().invoke(app, [*arguments, "--particles", "8"], catch_exceptions=False)
+    result = CliRunner().invoke(cli.app, [*arguments, "--particles", "8"], catch_exceptions=False)
     assert result.exit_code == 0
-    assert MAIN in result.output
-    assert ENKF in result.output
+    assert twin.MAIN in result.output
+    assert twin.ENKF in result.output
     scores = json.loads((tmp_path / "new" / "demo.json").read_text())["scores"]
-    assert set(scores[FREE]) == set(COLUMNS)
-    assert scores[GLOBAL]["passes"]["mean"] == 51  # weight: 2 (one conditions); draw: 1 + 16 forward + 32 vjp
-    assert scores[MAIN]["passes"]["mean"] == 54  # its weight: 4 (mean and variance each at a level of its own), 1 vjp
+    assert set(scores[twin.FREE]) == set(twin.COLUMNS)
+    # Weight: 2, of which one conditions; draw: 1 + 16 forward + 32 vjp.
+    assert scores[twin.GLOBAL]["passes"]["mean"] == 51
+    # Its weight: 4, for mean and variance each at a level of its own, and 1 vjp.
+    assert scores[twin.MAIN]["passes"]["mean"] == 54
     assert (tmp_path / "new" / "demo.png").stat().st_size > 10_000
     with xarray.open_datatree(tmp_path / "new" / "demo.nc", engine="h5netcdf") as tree:
         assert dict(tree["posterior/x"].sizes) == {"chain": 1, "draw": 8, "time": 3, "site": 40}
@@ -32,27 +34,27 @@ def test_demo_writes_table_figure_and_file(tmp_path):
 
 
 def test_demo_of_an_unknown_system_is_refused(tmp_path):
-    result = CliRunner().invoke(app, ["demo", "jupiter", "--out", str(tmp_path)])
+    result = CliRunner().invoke(cli.app, ["demo", "jupiter", "--out", str(tmp_path)])
     assert result.exit_code == 2
     assert "'jupiter' is not one of" in result.output
     assert "held_suarez" in result.output
 
 
 def test_demo_refuses_what_leaves_nothing_to_score(tmp_path):
-    result = CliRunner().invoke(app, ["demo", "--out", str(tmp_path), "--cycles", "5", "--spin-up", "5"])
+    result = CliRunner().invoke(cli.app, ["demo", "--out", str(tmp_path), "--cycles", "5", "--spin-up", "5"])
     assert result.exit_code == 2
     assert "more cycles" in result.output
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["demo", "--help"], ["info", "--help"]])
 def test_help(arguments):
-    result = CliRunner().invoke(app, arguments)
+    result = CliRunner().invoke(cli.app, arguments)
     assert result.exit_code == 0
     assert "Usage" in result.output
 
 
 def test_info_names_versions_and_card():
-    result = CliRunner().invoke(app, ["info"], catch_exceptions=False)
+    result = CliRunner().invoke(cli.app, ["info"], catch_exceptions=False)
     assert ndda.__version__ in result.output
     assert "lorenz96" in result.output
     assert "noise_variance" in result.output
@@ -60,6 +62,6 @@ def test_info_names_versions_and_card():
 
 def test_wrong_experiments():
     with pytest.raises(ValueError, match="error_variance=0"):
-        TwinExperiment(error_variance=0.0)
+        twin.TwinExperiment(error_variance=0.0)
     with pytest.raises(ValueError, match="truths=0"):
-        run_twin(TwinExperiment(), ndda.load_prior("lorenz96"), truths=0)
+        twin.run_twin(twin.TwinExperiment(), ndda.load_prior("lorenz96"), truths=0)

@@ -78,7 +78,7 @@ def printed(result):
     from rich.console import Console
 
     console = Console(file=io.StringIO(), width=120)
-    console.print(summary.summary(result))
+    console.print(summary.summary_table(result))
     return console.file.getvalue()
 
 
@@ -269,7 +269,7 @@ def test_fields_with_levels_of_their_own():
         (
             {},
             {"dims": {"x": ["i", "j", "k"]}},
-            "dims names the axes of 'x', but its layout cuts it into the fields geo",
+            "dims names the axes of 'x', but its layout splits it into the fields geo",
         ),
         ({"name": "a"}, {}, "the state 'x' has a field 'a', which is the name of another site"),
         ({"name": "draw"}, {}, "the state 'x' has a field 'draw'"),

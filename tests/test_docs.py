@@ -1,4 +1,4 @@
-"""Every Python example of the documents runs, smaller where it is large, and the links between them hold."""
+"""Every Python example of the documents runs, smaller where it is large; links, names and paths in them exist."""
 
 import importlib.util
 import re
@@ -14,7 +14,9 @@ import scipy.stats
 import numpyro_diffusion_da as ndda
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
+WITHOUT_EXAMPLES = [ROOT / "examples" / "README.md", *sorted((ROOT / "docs" / "reference").glob("*.md"))]
+FOLDERS = ["numpyro_diffusion_da", "tests", "examples", "examples/benchmarks", "examples/mini_weather"]
 SMALLER = {"num_particles=256": "num_particles=16", "num_chains=4": "num_chains=2", "(30, 10)": "(4, 10)"}
 
 
@@ -33,7 +35,7 @@ needs_gencast = [
 ]
 # .ci/run has the page on ArviZ run by both Pythons, hence by both generations of ArviZ.
 MARKS = {"gencast.md": needs_gencast} | {
-    page: [pytest.mark.slow] for page in ("arviz.md", "verification.md", "neighbors.md", "robustness.md")
+    page: [pytest.mark.slow] for page in ("arviz.md", "verification.md", "neighbors.md", "robustness.md", "choices.md")
 }
 WITH_EXAMPLES = [pytest.param(page, marks=MARKS.get(page.name, [])) for page in PAGES if examples(page)]
 
@@ -147,7 +149,45 @@ def run(texts, page):
         SAYS[page.name](names)
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def of_pages(pages):
+    return pytest.mark.parametrize("page", pages, ids=lambda p: str(p.relative_to(ROOT)).replace("/", "-"))
+
+
+# The changelog tells of names that were.
+TODAY = [page for page in [*PAGES, *WITHOUT_EXAMPLES] if page.name != "CHANGELOG.md"]
+
+
+@of_pages([*PAGES, *WITHOUT_EXAMPLES])
 def test_links_between_pages_hold(page):
     for target in re.findall(r"\]\((?!https?://)([^)#]+)", page.read_text()):
         assert (page.parent / target).exists(), f"{page.name} links to {target}, which is not there"
+
+
+@of_pages(TODAY)
+def test_names_in_pages_exist(page):
+    """Nothing executes the names in text and tables."""
+    for name in re.findall(r"\bndda((?:\.[A-Za-z_]\w*)+)", page.read_text()):
+        value = ndda
+        for part in name.split(".")[1:]:
+            assert hasattr(value, part), f"{page.name} names ndda{name}, which is not there"
+            value = getattr(value, part)
+
+
+@of_pages(TODAY)
+def test_paths_in_pages_exist(page):
+    for path in re.findall(r"[\w./-]+\.py\b", page.read_text()):
+        found = any((ROOT / folder / path).exists() for folder in ["", *FOLDERS])
+        assert found, f"{page.name} names the file {path}, which is not there"
+
+
+def test_all_examples_are_run():
+    assert not any(blocks(page) for page in WITHOUT_EXAMPLES)
+
+
+def test_readme_gives_two_commands():
+    """A newcomer copies them; .ci/run takes the second one from here."""
+    text = (ROOT / "README.md").read_text()
+    demo, tests = re.findall(r"```bash\n(.*?)\n```", text, re.DOTALL)
+    assert demo == "python3 -m venv .venv && .venv/bin/pip install -q . && .venv/bin/ndda demo"
+    assert tests == 'python3 -m venv .venv && .venv/bin/pip install -q -e ".[test]" && .venv/bin/pytest -n 2'
+    assert re.findall(r"^python3 -m venv .*pytest.*$", text, re.MULTILINE) == [tests]

@@ -44,7 +44,7 @@ def test_online_loop_goes_on_where_it_was(tmp_path, capsys):
     for path, stop in (("stopped", 2), ("stopped", None), ("never", None)):
         program("online_loop")(out=tmp_path / f"{path}.npz", stop=stop, **small)
     printed = capsys.readouterr().out.splitlines()
-    assert sum(line.startswith("going on after step 2") for line in printed) == 1
+    assert sum(line.startswith("resuming after step 2") for line in printed) == 1
     stopped, resumed, never = (line for line in printed if line.startswith("particles"))
     assert stopped != resumed == never
 

@@ -123,7 +123,7 @@ def test_enkf_of_lorenz96(tmp_path):
     assert tapered["RMSE"] < 1.2
     assert 0.65 < tapered["spread/skill"] < 1.2
     assert plain["lost"] == 1 or (plain["RMSE"] > 2.0 and plain["spread/skill"] < 0.5)
-    with pytest.raises(typer.BadParameter, match=r"nothing was chosen for \[7\] members; there are \[32, 256\]"):
+    with pytest.raises(typer.BadParameter, match=r"no settings were chosen for \[7\] members; give one of \[32, 256\]"):
         load("enkf").main(members=[7])
 
 
@@ -262,7 +262,7 @@ def test_rotation_of_the_published_settings_keeps_mean_and_covariance():
 def test_published_settings_refuse():
     for arguments, sentence in (
         ({"filters": ["magic"]}, "no filter called magic"),
-        ({"members": [7], "filters": ["FAAPF"]}, "no score is published"),
+        ({"members": [7], "filters": ["FAAPF"]}, "no score is published for this combination"),
         ({"cycles": 10}, "leaves none of 10 cycles"),
     ):
         with pytest.raises(typer.BadParameter, match=sentence):

@@ -177,3 +177,31 @@ def test_wrong_settings(program):
         ndda.Filter(program[0], num_particles=8)
     with pytest.raises(RuntimeError, match="not run yet"):
         _ = make(program[0]).result
+
+
+@pytest.mark.parametrize("algorithm", [ndda.FAAPF, ndda.EnKF, ndda.Bootstrap])
+def test_a_second_run_calls_the_program_at_most_twice(algorithm):
+    """Also of a program whose structure takes a third look, for its mean is not linear."""
+    calls = []
+
+    def model(y):
+        calls.append(None)
+        x0 = numpyro.sample("x0", dist.Normal(jnp.zeros(3), 1.0).to_event(1))
+
+        def step(x, y_t):
+            x = numpyro.sample("x", dist.Normal(0.9 * x, 0.5).to_event(1))
+            numpyro.sample("y", dist.Normal(jnp.abs(x[:2]), 0.5).to_event(1), obs=y_t)
+            return x, None
+
+        scan(step, x0, y)
+
+    filter = ndda.Filter(algorithm(model), num_particles=8, progress_bar=False)
+    y = np.zeros((4, 2), np.float32)
+    filter.run(jax.random.key(0), y)
+    assert len(calls) <= 10
+    calls.clear()
+    filter.run(jax.random.key(1), y + 1.0)
+    assert len(calls) <= 2
+    calls.clear()
+    filter.run(jax.random.key(1), y[:3])  # another length: another structure
+    assert filter.result.posterior["x"].shape == (1, 8, 3, 3)

@@ -574,3 +574,18 @@ def test_projected_solve_lifts_eigenvalues_to_one():
 def test_krylov_needs_a_product():
     with pytest.raises(ValueError, match="products=0; give 1 or more"):
         ndda.diffusion.KrylovSolve(0)
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        ({"transition": "A"}, r"GaussianPrior got transition='A'; expected .*write transition=0.9 \* np.eye\(3\)"),
+        ({"covariance": [[1.0], [0.0, 1.0]]}, "GaussianPrior got covariance=.*; expected a ndarray"),
+        ({"offset": ndda.Layout((2,), ("site",))}, r"GaussianPrior got offset=Layout.*write offset=np.zeros\(3\)"),
+        ({"noise_covariance": ndda.diffusion.WhiteNoise()}, r"noise_covariance=WhiteNoise\(\); expected a ndarray"),
+        ({"noise_range": 80.0}, r"noise_range=80.0; expected a tuple: write noise_range=\(0.02, 80.0\)"),
+    ],
+)
+def test_arguments_of_the_wrong_kind_are_refused(change, match):
+    with pytest.raises(TypeError, match=match):
+        ndda.GaussianPrior(**({"transition": np.eye(2), "covariance": np.eye(2)} | change))

@@ -346,7 +346,7 @@ def test_wrong_use_is_refused(prior, files, dataset):
         ndda.GenCastPrior.from_checkpoint(files.checkpoint, stats=files.stats, surface=dataset, precision="fp8")
     with pytest.raises(FileNotFoundError, match="published statistics"):
         ndda.GenCastPrior.from_checkpoint(files.checkpoint, stats=files.checkpoint.parent, surface=dataset)
-    with pytest.raises(ValueError, match="one target time a step"):
+    with pytest.raises(ValueError, match="one target time per step"):
         prior.forcings("2019-03-29")
     with pytest.raises(NotImplementedError, match="climatology"):
         prior.climatology()

@@ -97,11 +97,11 @@ def test_what_falls_short_is_said():
     assert twin.shortfalls(prior, result(1.0, np.stack([flat, flat]))) == []
     narrow = twin.shortfalls(prior, result(0.7, np.stack([flat, deep])))
     assert "is 0.70 of its error" in narrow[0]
-    assert "unobserved variables are U-shaped: 1.6 times" in narrow[1]  # (20 + 8) / 2 over 232 / 26
+    assert "unobserved variables is U-shaped: its end bars are 1.6 times" in narrow[1]  # (20 + 8) / 2 over 232 / 26
     card = {"validation": {"one_step": {"crps_over_persistence": [0.2, 0.312]}, "climate": {"power": [0.05, -0.2]}}}
     (emulator,) = twin.shortfalls(SimpleNamespace(card=card), result(1.0, np.stack([flat, flat])))
-    assert "0.31 (wanted: 0.3)" in emulator
-    assert "-0.2 (wanted: 0.1)" in emulator
+    assert "0.31 (limit 0.3)" in emulator
+    assert "-0.2 (limit 0.1)" in emulator
     assert "variance" not in emulator
 
 

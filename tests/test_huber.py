@@ -133,6 +133,6 @@ def test_a_program_finds_its_linear_predictor():
     program = StateSpaceModel(model, (Y[:, None],))
     inputs = jax.tree.map(lambda v: v[0], program.time_inputs())
     likelihood = program.likelihood(jnp.zeros(1), inputs)
-    assert program.general_names == {"y"}
+    assert program.structure.general_names == {"y"}
     assert likelihood.are_separate(jnp.zeros(1))
     np.testing.assert_allclose(likelihood.log_prob(jnp.ones(1)), ndda.Huber(1.0, ERROR, 1.5).log_prob(Y[0]), rtol=1e-5)

@@ -267,7 +267,7 @@ def test_what_a_filter_cannot_do_is_refused():
     for kind in (ndda.FAAPF, ndda.EnKF):
         with pytest.raises(TypeError, match=r"give a sequence of inflations: \(RTPS\(alpha=0.3\),\)"):
             kind(program, inflation=ndda.RTPS(0.3))
-        with pytest.raises(TypeError, match=r"got 0.3 among its inflation; give values of ndda.RTPS"):
+        with pytest.raises(TypeError, match=r"got 0.3 in the sequence `inflation`; give instances of ndda.RTPS"):
             kind(program, inflation=(0.3,))
     for missing, given in (("advance_fn", {}), ("forecast_fn", {"advance_fn": lambda *_: None})):
         with pytest.raises(ValueError, match=f"needs {missing}"):

@@ -115,13 +115,25 @@ def test_layouts_are_hashable_and_compare_by_value():
         ),
         (lambda g, x: g.channels("snow"), "no variable 'snow'"),
         (lambda g, x: ndda.Layout((3,), ("i",)).select(x, "snow"), "none: the state is a single quantity"),
-        (lambda g, x: g.select(x, "temperature", 700), r"'temperature' has the levels \(500, 850\) hPa, not 700"),
-        (lambda g, x: g.select(x, "2m_temperature", 500), "'2m_temperature' has no levels, not 500; leave level out"),
-        (lambda g, x: g.select(x[..., :3], "temperature"), r"shape \(2, 3, 3\), expected states of shape"),
-        (lambda g, x: ndda.Layout((2, 3), ("i",)), "1 names"),
+        (
+            lambda g, x: g.select(x, "temperature", 700),
+            r"'temperature' has the levels \(500, 850\) hPa, but got level=700",
+        ),
+        (
+            lambda g, x: g.select(x, "2m_temperature", 500),
+            "'2m_temperature' has no levels, but got level=500; leave level out",
+        ),
+        (
+            lambda g, x: g.select(x[..., :3], "temperature"),
+            r"shape \(2, 3, 3\), expected states of shape \(..., 2, 3, 4\)",
+        ),
+        (lambda g, x: ndda.Layout((2, 3), ("i",)), "1 names .* give one name for each axis"),
         (lambda g, x: ndda.Layout((2,), ("i",), (("j", (1.0, 2.0)),)), "a coordinate 'j'"),
         (lambda g, x: ndda.Layout((2,), ("i",), (("i", (1.0,)),)), "coordinate 'i' has 1 values"),
-        (lambda g, x: ndda.Layout((2,), ("i",), variables=(Variable("t", "K", (1, 2, 3)),)), "take 3 channels"),
+        (
+            lambda g, x: ndda.Layout((2,), ("i",), variables=(Variable("t", "K", (1, 2, 3)),)),
+            "take 3 channels, .* has 2; give",
+        ),
     ],
 )
 def test_what_does_not_fit_is_refused(call, message):

@@ -145,8 +145,8 @@ def test_a_program_is_taken_apart():
         scan(step, x0, y)
 
     program = ndda.program.StateSpaceModel(model, (jnp.ones((2, 3)),))
-    assert program.general_names == {"modulus"}
-    assert not program.observes_linearly()
+    assert program.structure.general_names == {"modulus"}
+    assert not program.structure.observes_linearly
     carry, inputs = jnp.array([0.5, -0.2, 1.0]), jax.tree.map(lambda v: v[0], program.time_inputs())
     x = jnp.array([0.4, -1.0, 2.0])
     expected = [stats.norm.logpdf(1.0, 2.0 * x[:2], 0.3), stats.norm.logpdf(1.0, np.abs(x), 0.3)]

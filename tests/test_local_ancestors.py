@@ -81,7 +81,7 @@ def test_states_are_glued_place_by_place():
     np.testing.assert_array_equal(glued["state"], expected)
     np.testing.assert_array_equal(glued["frames"], np.stack([expected, -expected], 1))
     np.testing.assert_array_equal(glued["clock"], np.arange(3))
-    with pytest.raises(ValueError, match=r"glue states of shape \(4, 2\), and the scan's carry has an array of shape"):
+    with pytest.raises(ValueError, match=r"glue states of shape \(4, 2\), but the scan's carry has an array of shape"):
         blocks.glue({"state": x, "factor": jnp.ones(3)}, ancestors)
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import equinox as eqx
 import numpy as np
 import pytest
 
 import numpyro_diffusion_da as ndda
 from numpyro_diffusion_da.filters import placement
-from numpyro_diffusion_da.smc import gaspari_cohn, localization
+from numpyro_diffusion_da.smc import Boxcar, Correlation, GaspariCohn, gaspari_cohn, localization
 
 RING = np.arange(12.0)
 SPHERE = np.stack([np.repeat([-60.0, 0.0, 45.0, 89.0], 5), np.tile([0.0, 90.0, 179.0, 200.0, 350.0], 4)], -1)
@@ -34,6 +35,45 @@ def test_gaspari_cohn():
     assert np.all(np.diff(fine) <= 0)
     assert np.all(fine >= 0)
     assert np.max(np.abs(np.diff(fine, 2))) < 4e-6  # the second derivative has no jump: at most 10/3 times 1e-6
+
+
+class Askey(Correlation):
+    """(1 - r / 2)^power, a correlation function that the library does not have."""
+
+    power: float = eqx.field(static=True, default=2.0)
+
+    def __call__(self, ratio):
+        return np.maximum(1.0 - 0.5 * np.asarray(ratio), 0.0) ** self.power
+
+
+def test_correlation_functions_of_a_taper():
+    """Positions on a ring of 12, a half-width of 1.5: by hand. What a taper takes, neighborhoods take."""
+    observed = {"y": ((2,), 1)}
+    for given, expected in (
+        ({"correlation": Boxcar()}, [1, 1, 1, 0, 0, 0, 0, 0, 0, 0, 1, 1]),  # nearer than 3 = 2 x 1.5
+        ({"correlation": Askey()}, [1, 4 / 9, 1 / 9, 0, 0, 0, 0, 0, 0, 0, 1 / 9, 4 / 9]),
+        ({"correlation": GaspariCohn()}, gaspari_cohn(np.minimum(RING, 12 - RING) / 1.5)),
+        ({}, gaspari_cohn(np.minimum(RING, 12 - RING) / 1.5)),
+    ):
+        placed = ndda.Taper(1.5, ndda.Ring(12), {"y": [0, 1]}, state=RING, **given).place((12,), observed)
+        np.testing.assert_allclose(placed.taper(placed.points)[:, 0], expected, rtol=1e-15, atol=1e-15)
+        np.testing.assert_allclose(placed.between_observations()[0], expected[:2], rtol=1e-15)
+        near = placed.neighborhoods()
+        rebuilt = np.zeros((12, 2))
+        np.put_along_axis(rebuilt, near.which.astype(int), near.weights, axis=1)
+        np.testing.assert_allclose(rebuilt[:, 0], expected, atol=1e-7)
+
+
+def test_a_cutoff_is_no_covariance():
+    """The matrix of a boxcar has negative eigenvalues: covariances must not be multiplied by it."""
+    taper = ndda.Taper(1.0, ndda.Ring(12), {"y": RING}, state=RING, correlation=Boxcar())
+    placed = taper.place((12,), {"y": ((12,), 1)})
+    assert np.linalg.eigvalsh(placed.between_observations()).min() < -0.5
+    assert not placed.correlation.is_positive_definite
+    assert GaspariCohn().is_positive_definite
+    members = np.zeros((2, 12), np.float32)
+    with pytest.raises(ValueError, match=r"correlation=Boxcar\(\), .* give correlation=ndda.smc.GaspariCohn\(\), or"):
+        ndda.smc.PerturbedObservations()(None, members, members, placed)
 
 
 def test_distances():
@@ -147,6 +187,9 @@ def test_settings_are_refused():
             ndda.Taper(radius, ndda.Ring(12), PLACES)
     with pytest.raises(TypeError, match=r"give ndda.Ring\(length\)"):
         ndda.Taper(1.0, 12, PLACES)
+    for wrong in (gaspari_cohn, Boxcar, "boxcar"):
+        with pytest.raises(TypeError, match=r"Taper got correlation=.*; expected a Correlation: write correlation="):
+            ndda.Taper(1.0, ndda.Ring(12), PLACES, correlation=wrong)
     with pytest.raises(ValueError, match=r"shape \(6,\) for site 'y'; .* GreatCircle is \(latitude, longitude\)"):
         ndda.Taper(1.0, ndda.GreatCircle(), PLACES)
     with pytest.raises(ValueError, match="a position of Ring is one number"):
@@ -168,5 +211,9 @@ def test_a_taper_in_a_results_attributes():
     """In full: other positions are another text."""
     texts = [repr(ndda.Taper(2.0, ndda.Ring(12), {"y": RING[::2] + shift})) for shift in (0, 0, 1)]
     assert texts[0] == texts[1] != texts[2]
-    assert texts[0].startswith("Taper(radius=2, distance=Ring(length=12.0), y=[6 positions, ")
+    assert texts[0].startswith(
+        "Taper(radius=2, distance=Ring(length=12.0), correlation=GaspariCohn(), y=[6 positions, "
+    )
     assert texts[0].endswith("state=layout)")
+    for correlation, text in ((Boxcar(), "Boxcar()"), (Askey(), "Askey(power=2.0)"), (Askey(3.0), "Askey(power=3.0)")):
+        assert f"correlation={text}, " in repr(ndda.Taper(2.0, ndda.Ring(12), PLACES, correlation=correlation))

@@ -8,7 +8,7 @@ import pytest
 from conftest import BENCHMARKS, load_program
 
 import numpyro_diffusion_da as ndda
-from numpyro_diffusion_da.demos.lorenz96_demo import BOOTSTRAP, FREE, GLOBAL, GUIDED, MAIN, TwinExperiment, run_twin
+from numpyro_diffusion_da.demos import lorenz96_demo as twin
 
 
 def load(name):
@@ -18,13 +18,16 @@ def load(name):
 @pytest.mark.slow
 def test_fa_apf_on_the_emulator_beats_its_controls():
     """The first four truths of the benchmark; comparisons by more than three standard errors of the difference."""
-    result = run_twin(TwinExperiment(cycles=90, spin_up=30), ndda.load_prior("lorenz96"), seed=1000, truths=4)
-    assert result.mean(GLOBAL, "rmse")[0] <= 1.05
-    assert result.mean(MAIN, "rmse")[0] <= 0.9
-    for name in (GLOBAL, MAIN):
+    result = twin.run_twin(twin.TwinExperiment(cycles=90, spin_up=30), ndda.load_prior("lorenz96"), seed=1000, truths=4)
+    assert result.mean(twin.GLOBAL, "rmse")[0] <= 1.05
+    assert result.mean(twin.MAIN, "rmse")[0] <= 0.9
+    for name in (twin.GLOBAL, twin.MAIN):
         assert 0.9 <= result.mean(name, "spread_skill")[0] <= 1.15
     for score in ("rmse_observed", "rmse_unobserved", "crps"):
-        for name, controls in {GLOBAL: (FREE, BOOTSTRAP, GUIDED), MAIN: (GLOBAL,)}.items():
+        for name, controls in {
+            twin.GLOBAL: (twin.FREE, twin.BOOTSTRAP, twin.GUIDED),
+            twin.MAIN: (twin.GLOBAL,),
+        }.items():
             for control in controls:
                 gain = result.scores[control][score] - result.scores[name][score]
                 assert gain.mean() > 3 * gain.std(ddof=1) / np.sqrt(len(gain)), (name, control, score)
@@ -35,7 +38,7 @@ def test_benchmark_runs_small(tmp_path):
     jax.config.update("jax_disable_most_optimizations", True)  # so small, it compiles longer than it computes
     out = tmp_path / "twin.json"
     load("lorenz96_twin").main(truths=1, cycles=3, spin_up=1, particles=8, seed=0, out=out)
-    assert json.loads(out.read_text())["scores"][MAIN]["passes"]["mean"] == 54
+    assert json.loads(out.read_text())["scores"][twin.MAIN]["passes"]["mean"] == 54
 
 
 @pytest.mark.slow  # tests/test_package.py holds what must not be imported

@@ -388,24 +388,30 @@ def test_half_precision_networks_keep_the_state_s_precision():
 @pytest.mark.parametrize(
     ("change", "error", "match"),
     [
-        ({"network": 3}, TypeError, "something to call"),
-        ({"condition": 3}, TypeError, "state, inputs"),
-        ({"parametrization": "epsilon"}, TypeError, "parametrization 'epsilon'.*Velocity"),
-        ({"parametrization": par.Velocity}, TypeError, "give a value"),
-        ({"noise": 1.0}, TypeError, "ndda.diffusion.Noise"),
+        ({"network": 3}, TypeError, "DenoiserPrior got network=3; expected a Callable"),
+        ({"condition": 3}, TypeError, "got condition=3; expected a Callable: write condition=lambda state, inputs"),
+        ({"parametrization": "epsilon"}, TypeError, "parametrization='epsilon'; expected a Parametrization.*Velocity"),
+        ({"parametrization": par.Velocity}, TypeError, "the class Velocity, without parentheses"),
+        ({"noise": 1.0}, TypeError, r"noise=1.0; expected a Noise: write noise=ndda.diffusion.WhiteNoise\(\)"),
+        ({"noise": ndda.diffusion.WhiteNoise}, TypeError, "the class WhiteNoise, without parentheses"),
         ({"layout": (2, "x")}, TypeError, "positive integers"),
+        ({"layout": 40.0}, TypeError, r"DenoiserPrior got layout=40.0; expected a Layout.*write layout=\(40,\)"),
+        ({"layout": ndda.Layout}, TypeError, "the class Layout, without parentheses"),
+        ({"climatology": 1.0}, TypeError, "climatology=1.0; expected a Distribution: write climatology=dist.Normal"),
+        ({"noise_range": 80.0}, TypeError, r"noise_range=80.0; expected a tuple.*write noise_range=\(0.02, 80.0\)"),
         ({"residual": True, "location": 1.0}, ValueError, "one of them"),
         ({"scale": np.ones(4)}, ValueError, r"scale has shape \(4,\)"),
         ({"location": np.ones((5, 2, 3))}, ValueError, "location has shape"),
         ({"noise_range": None}, ValueError, "give noise_range"),
         ({"noise_range": (1.0, 0.5)}, ValueError, "lowest < highest"),
+        ({"noise_range": (0.02, 1.0, 80.0)}, ValueError, "noise_range has 3 values"),
         (
             {
                 "parametrization": par.Epsilon(par.VariancePreserving(par.DiscreteTable(TABLE))),
                 "noise_range": (1e-3, 80.0),
             },
             ValueError,
-            "stay within",
+            "give levels within these limits",
         ),
         ({"climatology": dist.Normal(0.0, 1.0)}, ValueError, r"event shape \(\)"),
     ],
@@ -416,21 +422,21 @@ def test_mistakes_are_refused(change, error, match):
 
 
 def test_mistakes_of_a_parametrization_are_refused():
-    with pytest.raises(TypeError, match="Epsilon got the path 'vp'"):
+    with pytest.raises(TypeError, match="Epsilon got path='vp'; expected a Path: write path=VariancePreserving"):
         par.Epsilon("vp")
     with pytest.raises(TypeError, match="NoiseIndex"):
         par.VariancePreserving(TABLE)
     with pytest.raises(TypeError, match="FlowMatching"):
         par.Velocity(par.VariancePreserving(par.Cosine()))
-    with pytest.raises(ValueError, match="0 or 1"):
+    with pytest.raises(ValueError, match="give the time of pure data, 0 or 1"):
         par.FlowMatching(data_at=2)
     with pytest.raises(ValueError, match="positive number"):
         par.Preconditioned(0.0)
-    with pytest.raises(ValueError, match="fall strictly"):
+    with pytest.raises(ValueError, match="must decrease strictly"):
         par.DiscreteTable(TABLE[::-1])
-    with pytest.raises(ValueError, match="entry of 0"):
+    with pytest.raises(ValueError, match="without a last value of 0"):
         par.DiscreteTable([0.9, 0.5, 0.0])
-    with pytest.raises(ValueError, match="0 < first"):
+    with pytest.raises(ValueError, match="give 0 < beta_min < beta_max"):
         par.LinearBeta(20.0, 0.1)
 
 
@@ -443,11 +449,11 @@ def test_mistakes_at_run_time_are_refused():
         make(network=lambda z, s, c: (z, None)).denoise(x, s, conditioning)
     with pytest.raises(ValueError, match="describes states of shape"):
         make().condition(jnp.ones(3))
-    with pytest.raises(ValueError, match="one state of shape"):
+    with pytest.raises(ValueError, match=r"batch of states of shape \(5,\), but takes one state of shape"):
         make().condition(jnp.ones((5, 2, 3)))
     with pytest.raises(ValueError, match="no function that takes them"):
         make().condition(x, jnp.ones(()))
-    with pytest.raises(ValueError, match="last of a tuple"):
+    with pytest.raises(ValueError, match="residual=True got a dict, but needs a state or a tuple of states"):
         make(residual=True).condition({"a": x})
     with pytest.raises(ValueError, match="location has shape"):
         make(location=lambda c: jnp.ones(4)).condition(x)

@@ -1,98 +1,208 @@
-"""The walls of the house: who imports what, and how light the package is to import."""
+"""The layers of the package: which folder imports which, who imports a neighbor, and how light the import is."""
 
 import ast
+import importlib
+import re
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 import numpyro_diffusion_da as ndda
 
+PACKAGE = "numpyro_diffusion_da"
 ROOT = Path(ndda.__file__).parent
+CHECKOUT = Path(__file__).parent.parent
 
-# Who may import a neighbor, anywhere in a module.
-ALLOWED = {
-    "arviz": {"convert"},
-    "matplotlib": {"plots", "plots_weather"},
-    "scoringrules": {"verification"},
+# The folders from the bottom up, and which of those before it each may import.
+MAY_IMPORT = {
+    "fields": set(),
+    "smc": set(),
+    "observation": {"fields"},
+    "results": {"fields"},
+    "diffusion": {"fields", "observation"},
+    "diagnostics": {"fields", "results"},
+    "transition": {"diffusion", "observation", "smc"},
+    "priors": {"diffusion", "fields"},
+    "program": {"transition", "diffusion", "observation"},
+    "filters": {"program", "transition", "diffusion", "smc", "fields"},
+    "inference": {"filters", "program", "transition", "diffusion", "observation", "smc", "results", "diagnostics"},
+    # The demos are written as a user writes: on the root and its public names.
+    "demos": set(),
+}
+# Modules of the root that every folder may import, and that import nothing of the package.
+LEAVES = {"arguments", "checksums"}
+
+# Where a neighbor is imported, anywhere in a module: a folder, or one of its modules.
+NEIGHBORS = {
+    "arviz": {"results"},
     "blackjax": {"smc"},
-    # Priors offer their climatology as a NumPyro distribution, inside a method.
-    "numpyro": {
-        "distribution",
-        "free_parameters",
-        "huber",
-        "linear_gaussian",
-        "site",
-        "program",
-        "state_space",
-        "parameters",
-        "summary",
-        "prior",
-        "priors",
-        "twin",
-        "weather_twin",
-    },
-    "weathernext": {"priors.gencast_package"},
+    "matplotlib": {"diagnostics", "demos.held_suarez_figures", "demos.lorenz96_figures"},
+    # Priors offer their climatology as a NumPyro distribution; results take NumPyro's diagnostics of chains.
+    "numpyro": {"program", "priors", "diffusion.prior", "results.summary", "demos"},
+    "rich": {"results", "inference", "demos"},
+    "scoringrules": {"diagnostics"},
+    "typer": {"demos.cli"},
+    "weathernext": {"priors.gencast"},
+    "xarray": {"fields", "results", "diagnostics", "priors.gencast", "inference", "demos"},
     # What their filters ask for is given as functions (docs/neighbors.md).
     "cuthbert": set(),
     "dynestyx": set(),
 }
 
-# From the top down: a module imports only from later entries.
-ORDER = [
-    "__init__", "cli", "plots_weather", "weather_twin", "plots", "twin", "twin_scores",
-    "verification", "innovations", "spectra", "labeling",
-    "filtering", "online", "pmmh", "smc2", "inference",
-    "summary", "backward", "smoothing", "convert", "result_axes", "progress", "storage", "evidence",
-    "gross_error_check", "result", "algorithm", "feynman_kac", "linear_gaussian", "smc", "parameters", "state_space",
-    "program", "linear_predictor", "dependence", "site", "free_parameters", "huber", "distribution", "density",
-    "weight", "transition", "path", "piecewise_guidance", "approximate_guidance", "guidance", "likelihood",
-    "moment_matching", "linear_solve", "sampler", "schedule",
-    "denoiser", "observation_network", "priors", "prior", "spherical_harmonics", "spherical_noise", "noise",
-    "gridded_data", "axis_positions", "units", "layout",
-    "compilation", "footprint",
-]  # fmt: skip
-
 
 def modules():
+    """(Name below the package, syntax tree) of each module; a folder's `__init__` goes by the folder's name."""
     for path in sorted(ROOT.rglob("*.py")):
-        name = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+        parts = path.relative_to(ROOT).with_suffix("").parts
+        name = ".".join(parts[:-1] if len(parts) > 1 and parts[-1] == "__init__" else parts)
         yield name, ast.parse(path.read_text())
 
 
 def imported(tree):
+    """The dotted names that a module imports: `from a.b import c` is a.b.c."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute"
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
-def test_neighbors_are_imported_only_where_they_belong():
-    for name, tree in modules():
-        for target in imported(tree):
-            for neighbor, allowed in ALLOWED.items():
-                if target.split(".")[0] == neighbor:
-                    assert any(name == a or name.startswith(f"{a}.") for a in allowed), f"{name} imports {target}"
+def within(name, places):
+    """Whether a module is one of `places`, or lies in one of them."""
+    return any(name == place or name.startswith(f"{place}.") for place in places)
 
 
-def test_imports_point_downwards():
-    rank = {name: i for i, name in enumerate(ORDER)}
+def test_the_table_has_every_folder_and_points_upwards_only():
+    folders = {path.parent.name for path in ROOT.glob("*/__init__.py")}
+    assert folders == set(MAY_IMPORT)
+    below = set()
+    for folder, allowed in MAY_IMPORT.items():
+        assert allowed <= below, f"{folder} may import {allowed - below}, which come later in the table"
+        below.add(folder)
+
+
+def test_a_folder_imports_only_what_its_row_allows():
     for name, tree in modules():
-        room = name.split(".")[0]
-        assert room in rank, f"{room} has no place in ORDER"
+        folder = name.split(".")[0]
+        if folder == "__init__":
+            continue
+        assert folder in MAY_IMPORT or folder in LEAVES, f"{name} is neither in a folder of the table nor a leaf"
         for target in imported(tree):
-            parts = target.split(".")
-            if parts[0] != "numpyro_diffusion_da" or parts[1] not in rank or name == "__init__":
+            package, _, rest = target.partition(".")
+            if package != PACKAGE:
                 continue
-            assert rank[parts[1]] >= rank[room], f"{name} imports {target}, which stands above it"
+            to = rest.split(".")[0]
+            if folder in LEAVES:
+                allowed = False
+            elif folder == "demos":
+                allowed = to in ("", "demos")
+            else:
+                allowed = to == folder or to in LEAVES or to in MAY_IMPORT[folder]
+            assert allowed, f"{name} imports {target}"
 
 
-def test_nothing_below_the_filters_speaks_of_particles():
+def test_neighbors_are_imported_only_where_they_belong():
+    found = {neighbor: set() for neighbor in NEIGHBORS}
     for name, tree in modules():
-        room = name.split(".")[0]
-        if room in ORDER and ORDER.index(room) > ORDER.index("state_space"):
-            words = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
-            assert not {w for w in words if "particle" in w}, name
+        # weathernext is imported by the names of its modules, which are strings.
+        texts = [
+            node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)
+        ]
+        for target in [*imported(tree), *(text for text in texts if re.fullmatch(r"weathernext(\.\w+)+", text))]:
+            neighbor = target.split(".")[0]
+            if neighbor in NEIGHBORS:
+                assert within(name, NEIGHBORS[neighbor]), f"{name} imports {target}"
+                found[neighbor] |= {place for place in NEIGHBORS[neighbor] if within(name, {place})}
+    assert found == NEIGHBORS, "a place of the table does not import its neighbor: take it out"
+
+
+def test_states_and_transitions_know_no_particles():
+    """The folders of one state speak of no particles; `feynman_kac` is written for the particle filters of others."""
+    for name, tree in modules():
+        if not within(name, {"fields", "observation", "diffusion", "transition", "priors", "program"}):
+            continue
+        if name == "program.feynman_kac":
+            continue
+        words = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
+        words |= {node.arg for node in ast.walk(tree) if isinstance(node, ast.arg)}
+        assert not {word for word in words if "particle" in word.lower()}, name
+
+
+def programs():
+    """(Place, syntax tree) of every test, every example and every Python block of the documents."""
+    for folder in ("tests", "examples"):
+        for path in sorted((CHECKOUT / folder).rglob("*.py")):
+            yield str(path.relative_to(CHECKOUT)), ast.parse(path.read_text())
+    for path in [*sorted(CHECKOUT.glob("*.md")), *sorted((CHECKOUT / "docs").rglob("*.md"))]:
+        for block in re.findall(r"```python\n(.*?)```", path.read_text(), re.DOTALL):
+            yield str(path.relative_to(CHECKOUT)), ast.parse(block)
+
+
+def test_programs_import_at_most_one_folder_below_the_root():
+    for place, tree in programs():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom):
+                names = [node.module]
+            else:
+                continue
+            for name in names:
+                parts = name.split(".")
+                assert parts[0] != PACKAGE or len(parts) <= 2, (
+                    f"{place}, line {node.lineno}, imports {name}; import from {'.'.join(parts[:2])}"
+                )
+
+
+def test_examples_import_public_names():
+    for place, tree in programs():
+        if not place.startswith("examples"):
+            continue
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ImportFrom) and node.module.split(".")[0] == PACKAGE:
+                if node.module == f"{PACKAGE}.demos":
+                    continue
+                public = importlib.import_module(node.module).__all__
+                private = {alias.name for alias in node.names} - set(public)
+                assert not private, f"{place} imports {private}, which {node.module} does not export"
+
+
+@pytest.mark.parametrize("folder", ["", *(f".{folder}" for folder in MAY_IMPORT if folder != "demos")])
+def test_exported_names_exist(folder):
+    module = importlib.import_module(f"{PACKAGE}{folder}")
+    assert len(module.__all__) == len(set(module.__all__))
+    assert all(hasattr(module, name) for name in module.__all__)
+
+
+def test_the_citation_has_the_version_of_the_package():
+    assert re.search(r"^version: (.*)$", (CHECKOUT / "CITATION.cff").read_text(), re.MULTILINE)[1] == ndda.__version__
+
+
+def test_contributing_names_files_that_exist():
+    paths = re.findall(r"`([\w/]+\.py)", (CHECKOUT / "CONTRIBUTING.md").read_text())
+    folders = (CHECKOUT, CHECKOUT / "tests", CHECKOUT / PACKAGE)
+    assert paths
+    assert [path for path in paths if not any((folder / path).exists() for folder in folders)] == []
+
+
+def documents():
+    """The documents, without a changelog, which keeps the names of its time."""
+    pages = [*CHECKOUT.glob("*.md"), *(CHECKOUT / "docs").rglob("*.md"), *(CHECKOUT / "examples").rglob("*.md")]
+    return sorted(page for page in pages if page.name != "CHANGELOG.md")
+
+
+@pytest.mark.parametrize("page", documents(), ids=lambda page: str(page.relative_to(CHECKOUT)))
+def test_documents_name_what_exists(page):
+    """In text and in code: `ndda.folder.name`, and members of a class."""
+    made_up = {"diffusion.Midpoint"}  # the example of docs/extending.md
+    for dotted in set(re.findall(r"\bndda\.((?:\w+\.)*\w+)", page.read_text())) - made_up:
+        value = ndda
+        for name in dotted.split("."):
+            assert hasattr(value, name), f"{page.name} says ndda.{dotted}, which does not exist"
+            value = getattr(value, name)
 
 
 HEAVY = ("arviz", "matplotlib", "weathernext", "graphcast", "xarray", "blackjax", "scoringrules", "typer", "cuthbert")

@@ -12,7 +12,6 @@ from numpyro import handlers
 from numpyro.contrib.control_flow import scan
 
 import numpyro_diffusion_da as ndda
-from numpyro_diffusion_da.observation import dependence
 from numpyro_diffusion_da.program import GlobalParameters, StateSpaceModel
 
 KEY = jax.random.key(0)
@@ -44,19 +43,19 @@ def everything(y, measured=0.7):
 
 def test_which_sites_are_parameters():
     program = StateSpaceModel(everything, (Y,))
-    assert program.global_names == ("spread", "error", "end", "inside", "mix")
-    assert program.initial_names == ("width", "x0")
-    assert program.outside_names == ("gauge",)
+    assert program.structure.global_names == ("spread", "error", "end", "inside", "mix")
+    assert program.structure.initial_names == ("width", "x0")
+    assert program.structure.outside_names == ("gauge",)
     assert GlobalParameters(program).size == 1 + 3 + 1 + 1 + 2
     known = handlers.condition(everything, {"error": jnp.ones(3)})
     program = StateSpaceModel(known, (Y,))
-    assert (program.global_names, program.needed_names) == (
+    assert (program.structure.global_names, program.structure.needed_names) == (
         ("spread", "end", "inside", "mix"),
         ("end", "inside", "mix"),
     )
     # All that the scan needs is known: what the spread was drawn from does not matter to a filter.
     known = handlers.condition(known, {"inside": 0.0, "mix": jnp.ones(3) / 3})
-    StateSpaceModel(known, (Y,)).check(one_step=True)
+    StateSpaceModel(known, (Y,)).check(needs_dynamics=True)
 
 
 def test_prior_and_transforms():
@@ -147,12 +146,4 @@ def test_linear_observations_are_recognized():
         (site(lambda x: x**2), False),
         (site(lambda x: x, lambda x: 0.1 + jnp.abs(x)), False),
     ):
-        assert StateSpaceModel(model, (Y, observe)).observes_linearly() is linear
-
-
-def test_dependence():
-    def fn(x, y):
-        return {"both": jnp.where(y > 0, x, 0.0), "none": y, "tuple": (y * 2, jnp.linalg.norm(x))}
-
-    found = dependence.depends_on_first(fn, jnp.ones(2), jnp.ones(2))
-    assert found == {"both": True, "none": False, "tuple": (False, True)}
+        assert StateSpaceModel(model, (Y, observe)).structure.observes_linearly is linear

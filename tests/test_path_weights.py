@@ -185,7 +185,7 @@ class Silent(ndda.diffusion.KrylovSolve):
 def test_what_guides_must_say_what_it_has_seen():
     with pytest.raises(TypeError, match="Unguided gives a PriorDenoiser, which is no ObservingDenoiser"):
         step_of(PATH_SAMPLER).weighted_draw(jax.random.key(0), likelihood(), Unguided())
-    with pytest.raises(TypeError, match="Silent does not say which directions it has seen"):
+    with pytest.raises(TypeError, match="Silent does not return the directions it has seen"):
         step_of(PATH_SAMPLER).weighted_draw(jax.random.key(0), likelihood(), ndda.MMPS(Silent()))
 
 

@@ -22,7 +22,7 @@ def test_skill_figure_has_a_panel_for_each_field(fields):
     figure = ndda.diagnostics.skill_figure(days, scores, units, stats, "title")
     figure.draw_without_rendering()
     titles = [axes.get_title() for axes in figure.axes]
-    assert titles[: fields + 1] == [*units, "analysis: particles that count"]
+    assert titles[: fields + 1] == [*units, "analysis: effective particles"]
     assert [line.get_label() for line in figure.axes[0].get_lines()] == [
         f"{run}: {what}" for run in ("analysis", "forecast") for what in ("error of the mean", "spread")
     ]
@@ -65,10 +65,10 @@ def test_genealogy_draws_each_link_once(dates):
     start, end = lines.collections[0].get_segments()[0]
     assert (start[1], end[1]) == (0.0, 11.0)  # of draw 3, particle 0 at the first time and 1 at the second
     counts = {line.get_label(): list(line.get_ydata()) for line in count.get_lines()}
-    assert counts["lines of the last particles"] == [len(set(whole[:, k])) for k in range(4)]
+    assert counts["genealogy of the last particles"] == [len(set(whole[:, k])) for k in range(4)]
     assert list(counts) == [
-        "distinct ancestors of one step", "lines of lag 1", "lines of lag 2",
-        "lines of the last particles", "backward simulation",
+        "distinct ancestors of one step", "fixed lag 1", "fixed lag 2",
+        "genealogy of the last particles", "backward simulation",
     ]  # fmt: skip
     assert paths.get_title() == "backward simulation"
 

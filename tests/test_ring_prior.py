@@ -1,5 +1,6 @@
 """The emulator that ships: what its card claims, on rings of any size, and the script that trains it."""
 
+import dataclasses
 import json
 import runpy
 import shutil
@@ -15,7 +16,7 @@ import pytest
 import numpyro_diffusion_da as ndda
 from numpyro_diffusion_da.demos import lorenz96_system as lorenz96
 from numpyro_diffusion_da.observation import GaussianLikelihood, GaussianObservation
-from numpyro_diffusion_da.priors import load_prior, read_ring_emulator
+from numpyro_diffusion_da.priors import load_prior, read_ring_emulator, save_ring_emulator
 from numpyro_diffusion_da.priors import ring as emulators
 from numpyro_diffusion_da.transition import DiffusionDynamics
 
@@ -86,6 +87,29 @@ def test_rings_that_are_too_small_and_wrong_states_are_refused(prior):
         prior.condition(jnp.zeros(39))
     with pytest.raises(ValueError, match="takes no inputs"):
         prior.condition(jnp.zeros(40), jnp.zeros(1))
+
+
+def test_arguments_of_the_wrong_kind_are_refused(prior, tmp_path):
+    with pytest.raises(TypeError, match='load_prior got name=96; expected a str: write name="lorenz96"'):
+        load_prior(96)
+    with pytest.raises(TypeError, match=r"load_prior got num_sites=40\.0; expected a int"):
+        load_prior("lorenz96", num_sites=40.0)
+    with pytest.raises(TypeError, match=r"read_ring_emulator got num_sites=40\.0; expected a int"):
+        read_ring_emulator(tmp_path, "lorenz96", 40.0)
+    with pytest.raises(TypeError, match=r"got folder='.*'; expected a Path or Traversable: write folder=Path\("):
+        read_ring_emulator(str(DATA), "lorenz96", 40)
+    with pytest.raises(TypeError, match=r"got folder='out'; expected a Path: write folder=Path\("):
+        save_ring_emulator(prior, {}, "out", "lorenz96")
+    with pytest.raises(TypeError, match=r"save_ring_emulator got emulator=.*; expected a RingEmulator"):
+        save_ring_emulator({"mean_network": prior.mean_network}, {}, tmp_path, "lorenz96")
+    with pytest.raises(
+        TypeError, match=r"RingEmulator got layout=\(40,\); expected a Layout: write layout=ndda.Layout"
+    ):
+        dataclasses.replace(prior, layout=(40,))
+    with pytest.raises(TypeError, match=r"RingEmulator got mean_network=.*; expected a RingMeanNetwork"):
+        dataclasses.replace(prior, mean_network=prior.residual_network)
+    with pytest.raises(TypeError, match="the class RingResidualNetwork, without parentheses"):
+        dataclasses.replace(prior, residual_network=emulators.RingResidualNetwork)
 
 
 def test_conditional_mean_is_as_good_as_the_card_claims(prior, states):

@@ -98,7 +98,7 @@ STOCHASTIC = {
     "churn": ndda.Sampler(
         ndda.diffusion.Heun(),
         ndda.KarrasSchedule(60, 7.0, 2e-3, 80.0),
-        churn=ndda.diffusion.Churn(10.0, lowest=0.05, inflation=1.0),
+        churn=ndda.diffusion.Churn(10.0, lowest=0.05, noise_scale=1.0),
     ),
     "langevin": ndda.Sampler(
         ndda.diffusion.AdamsBashforth(2),
@@ -213,8 +213,8 @@ def test_churn_raises_levels_inside_its_range():
         (lambda: ndda.KarrasSchedule(rho=0.0), "rho=0.0; give a positive number"),
         (lambda: ndda.KarrasSchedule(lowest=90.0).levels((0.02, 80.0)), "from 80.0 down to 90.0: expected 0 < lowest"),
         (lambda: ndda.KarrasSchedule(lowest=-1.0).levels((0.02, 80.0)), "down to -1.0: expected 0 < lowest"),
-        (lambda: ndda.diffusion.Churn(rate=-1.0), "rate=-1.0, inflation=1.05; neither can be negative"),
-        (lambda: ndda.diffusion.Churn(inflation=-1.0), "inflation=-1.0; neither can be negative"),
+        (lambda: ndda.diffusion.Churn(rate=-1.0), "rate=-1.0, noise_scale=1.05; give numbers that are not negative"),
+        (lambda: ndda.diffusion.Churn(noise_scale=-1.0), "noise_scale=-1.0; give numbers that are not negative"),
         (lambda: ndda.diffusion.LangevinCorrector(0), "steps=0; give 1 or more"),
         (lambda: ndda.diffusion.LangevinCorrector(tau=1.0), "tau=1.0; give a number between 0 and 1"),
         (lambda: ndda.diffusion.LangevinCorrector(tau=0.0), "tau=0.0; give a number between 0 and 1"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 
 import blackjax.smc.resampling as resampling
 import jax
@@ -110,11 +111,10 @@ def ess_at(alpha, log_weights) -> float:
 
 
 def algorithms(**settings):
-    """The filters as `SamplingAlgorithm`s (the ensemble Kalman filters' kernels with the same `init`)."""
+    """The filters as `SamplingAlgorithm`s."""
     batch_size = settings.get("batch_size")
-    make = type(fa_apf.as_top_level_api(log_predictive, optimal_draw))
     stochastic, square_root = (
-        make(init, enkf.build_kernel(free_draw, whitened_residual, keep, batch_size=batch_size, update=update))
+        enkf.as_top_level_api(free_draw, whitened_residual, keep, batch_size=batch_size, update=update)
         for update in (PerturbedObservations(), SquareRoot())
     )
     return {
@@ -182,6 +182,18 @@ def jitted(name: str):
 def assert_same(got, expected):
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("module", [fa_apf, guided_pf, bootstrap, enkf], ids=lambda module: module.__name__)
+def test_top_level_api_has_the_arguments_of_its_kernel(module):
+    api, parameters = module.as_top_level_api, inspect.signature(module.build_kernel).parameters
+    assert inspect.signature(api).parameters == parameters
+    assert (api.__module__, api.__name__) == (module.__name__, "as_top_level_api")
+    assert api.__doc__.startswith("Build the filter as a `blackjax.base.SamplingAlgorithm`.")
+    for section in ("Args:", *(f"    {name}: " for name in parameters), "Returns:", "Raises:"):
+        assert f"\n{section}" in api.__doc__
+    with pytest.raises(TypeError, match="unexpected keyword argument 'targetess'"):
+        api(targetess=0.2)
 
 
 @pytest.mark.parametrize(

@@ -103,7 +103,7 @@ def test_what_is_refused():
     with pytest.raises(TypeError):
         ndda.results.fixed_lag(result, 1.5)
     for call in (ndda.results.trajectories, ndda.results.distinct_ancestors_at, lambda r: ndda.results.fixed_lag(r, 2)):
-        with pytest.raises(ValueError, match="already smoothed; give the one of the filter"):
+        with pytest.raises(ValueError, match="already smoothed; give the result of the filter"):
             call(ndda.results.trajectories(result))
         result.attributes["algorithm"] = "EnKF"
         with pytest.raises(ValueError, match=r"EnKF selects no particles, .* smooth a result of FAAPF or Bootstrap"):

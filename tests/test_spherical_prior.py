@@ -1,12 +1,14 @@
 """The emulator on the sphere: its symmetries and its denoiser on random weights."""
 
+import dataclasses
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from numpyro_diffusion_da.diffusion import Sampler
+from numpyro_diffusion_da.diffusion import Sampler, WhiteNoise
 from numpyro_diffusion_da.fields import Variable
 from numpyro_diffusion_da.priors import (
     GaussianDenoiser,
@@ -147,3 +149,25 @@ def test_unknown_inputs_are_refused(emulator, state):
         emulator.condition(state, jnp.zeros(1))
     with pytest.raises(ValueError, match=r"expected \(8, 16, 4\)"):
         emulator.condition(state[:4])
+
+
+def test_arguments_of_the_wrong_kind_are_refused(emulator, tmp_path):
+    with pytest.raises(TypeError, match=r"SphericalEmulator got noise=WhiteNoise\(\); expected a HarmonicNoise"):
+        dataclasses.replace(emulator, noise=WhiteNoise())
+    with pytest.raises(TypeError, match=r"got layout=\(8, 16, 4\); expected a Layout: write layout=spherical_layout"):
+        dataclasses.replace(emulator, layout=(8, 16, 4))
+    with pytest.raises(TypeError, match=r"got mean_network=.*; expected a SphericalMeanNetwork"):
+        dataclasses.replace(emulator, mean_network=emulator.residual_network)
+    with pytest.raises(TypeError, match="got residual_network=None; expected a SphericalResidualNetwork"):
+        dataclasses.replace(emulator, residual_network=None)
+    for name in ("gaussian", "climate"):
+        with pytest.raises(TypeError, match=f"got {name}=.*; expected a GaussianDenoiser"):
+            dataclasses.replace(emulator, **{name: emulator.mean_network.propagator})
+    with pytest.raises(TypeError, match=r"HarmonicNoise got harmonics=22; expected a SphericalHarmonics"):
+        HarmonicNoise(22)
+    with pytest.raises(TypeError, match=r"got folder='out'; expected a Path or Traversable"):
+        read_spherical_emulator("out", "small")
+    with pytest.raises(TypeError, match=r"got folder='out'; expected a Path: write"):
+        save_spherical_emulator(emulator, {}, "out", "small")
+    with pytest.raises(TypeError, match=r"save_spherical_emulator got emulator=.*; expected a SphericalEmulator"):
+        save_spherical_emulator(emulator.mean_network, {}, tmp_path, "small")

@@ -20,7 +20,7 @@ from scipy import stats
 import numpyro_diffusion_da as ndda
 from numpyro_diffusion_da.observation import GaussianLikelihood
 from numpyro_diffusion_da.program import gaussian_observations
-from numpyro_diffusion_da.results import summary
+from numpyro_diffusion_da.results import advice
 from numpyro_diffusion_da.smc import LocalAncestors, TemperableLogWeight, local_ancestors
 from numpyro_diffusion_da.transition import DiffusionDynamics, GaussianDynamics
 
@@ -33,9 +33,9 @@ N, M, TARGET = 200, 8, 0.55  # of all selections, which then are compiled once
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def select(tempering, weights, reach=None):
+def select(tempering, weights, taper=None):
     """(log-weights, ancestors, alpha), with one key."""
-    return tempering.select(KEY, weights, reach, systematic, TARGET)
+    return tempering.select(KEY, weights, taper, systematic, TARGET)
 
 
 def ess(log_weights) -> float:
@@ -119,11 +119,11 @@ def test_no_further_network_pass():
         ndda.Moment(probes=1).temperable(step, likelihood)
 
 
-@pytest.mark.parametrize("reach", [None, np.linspace(0.0, 1.0, M, dtype=np.float32)])
-def test_without_spread_it_is_tempering(reach):
+@pytest.mark.parametrize("taper", [None, np.linspace(0.0, 1.0, M, dtype=np.float32)])
+def test_without_spread_it_is_tempering(taper):
     weights = curve(20.0)._replace(variances=np.zeros((N, M), np.float32))
-    logs = weights.terms(1.0) @ (np.ones(M, np.float32) if reach is None else reach)
-    expected, found = select(TEMPERING, logs), select(TEMPERING, weights, reach)
+    logs = weights.terms(1.0) @ (np.ones(M, np.float32) if taper is None else taper)
+    expected, found = select(TEMPERING, logs), select(TEMPERING, weights, taper)
     np.testing.assert_allclose(found[0], expected[0], rtol=1e-5)
     assert 0.0 < expected[2] < 0.9
     np.testing.assert_allclose(found[2], expected[2], rtol=1e-3)
@@ -181,14 +181,14 @@ def test_blocks_have_alphas_of_their_own():
     placed = taper.place((M,), {"y": ((M,), 1)})
     each = LocalAncestors.at(placed, (M,), 0.0)
     log_weights, ancestors, alphas = each.select(KEY, jax.tree.map(jnp.asarray, weights), systematic, TARGET, TEMPERING)
-    reach = np.asarray(placed.taper(placed.points), np.float32)
+    tapers = np.asarray(placed.taper(placed.points), np.float32)
     assert len(np.unique(alphas)) == M
     for block in (0, 5):
-        alone = select(TEMPERING, weights, reach[block])
+        alone = select(TEMPERING, weights, tapers[block])
         np.testing.assert_allclose(log_weights[:, block], alone[0], rtol=1e-4, atol=1e-4)
         np.testing.assert_allclose(alphas[block], alone[2], rtol=1e-3)
         assert np.mean(np.asarray(ancestors[:, block]) == np.asarray(local_ancestors.keep_places(alone[1]))) > 0.95
-        at_alpha = exact_terms(weights, float(alphas[block])) @ reach[block]
+        at_alpha = exact_terms(weights, float(alphas[block])) @ tapers[block]
         np.testing.assert_allclose(ess(at_alpha), TARGET * N, rtol=1e-2)
 
 
@@ -270,7 +270,7 @@ def test_refusals():
             log_weight, record = ndda.Moment()(step, likelihood)
             return 0.5 * log_weight, record
 
-    with pytest.raises(TypeError, match="Halved weights do not say what they are with tempered observation errors"):
+    with pytest.raises(TypeError, match="Halved weights are not defined for tempered observation errors"):
         make(weight=Halved(), tempering=TEMPERING).run(KEY, Y)
 
 
@@ -284,7 +284,7 @@ def test_a_run_warns_of_strong_tempering(tempered, capsys):
         ({"algorithm": "Bootstrap"}, "use ndda.FAAPF(model)"),
     ):
         result = dataclasses.replace(tempered.result, attributes={**tempered.result.attributes, **attributes})
-        assert words in summary.tempering_advice(result)
+        assert words in advice.tempering_advice(result)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         tempered.run(KEY, np.full_like(Y, np.nan))

@@ -1,11 +1,11 @@
-"""How exact is `log_prob` by the probability-flow ODE, and what does it cost?
+"""How accurate is `log_prob` by the probability-flow ODE, and what does it cost?
 
-Targets whose density is known, in the coordinates that the diffusion sees (unit variance on average), at 200 draws of
-each; the noise levels go from 0.02 to 80, in single precision:
+The targets have known densities. They are scaled to unit variance on average, as the diffusion sees them, and compared
+at 200 draws of each. Noise levels go from 0.02 to 80, in single precision:
 
 - Gaussian: four components, variances 0.31 to 2.0.
 - Gaussian, wide: eight components, variances 0.021 to 4.3.
-- Gaussian, correlated noise: the first, with a C that is not the identity.
+- Gaussian, correlated noise: the first target with correlated noise of the diffusion.
 - two modes: four components, two Gaussians of standard deviation 0.22 whose means are 1.8 apart.
 
     python examples/benchmarks/density.py --out density.json
@@ -13,7 +13,6 @@ each; the noise levels go from 0.02 to 80, in single precision:
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -23,9 +22,9 @@ import jax.numpy as jnp
 import numpy as np
 import numpyro.distributions as dist
 import typer
+from report import print_table, write_json
 from rich.console import Console
 from rich.progress import track
-from rich.table import Table
 
 import numpyro_diffusion_da as ndda
 
@@ -33,11 +32,11 @@ RANGE = (2e-2, 80.0)
 
 
 class TwoModes(ndda.DiffusionPrior):
-    """Equal parts of N(x + center, v I) and N(x - center, v I), for a previous state x.
+    """Prior with two modes: equal parts of N(x + center, v I) and N(x - center, v I) for a previous state x.
 
     Args:
-        center: shape (d,).
-        variance: v.
+        center: distance of the modes from x, shape (d,).
+        variance: variance v of each mode.
     """
 
     center: jax.Array
@@ -53,32 +52,32 @@ class TwoModes(ndda.DiffusionPrior):
         self.layout = ndda.Layout((len(center),), ("component",))
 
     def condition(self, state: jax.Array, inputs: Any = None) -> jax.Array:
-        """The previous state."""
+        """Return the previous state as conditioning."""
         return state
 
     def denoise(self, z_s: jax.Array, noise_level: jax.Array, conditioning: jax.Array) -> jax.Array:
-        """The mean under each mode, weighted by the mode's posterior probability."""
+        """Mean of the modes' posterior means, weighted by the posterior probability of each mode."""
         total = self.variance + noise_level**2
         mode = self.center * jnp.tanh(jnp.vdot(self.center, z_s) / total)
         return mode + (self.variance / total) * (z_s - mode)
 
     def location(self, conditioning: jax.Array) -> jax.Array:
-        """The previous state."""
+        """Return the previous state as location."""
         return conditioning
 
     def scale(self, conditioning: jax.Array) -> jax.Array:
-        """One."""
+        """Return the scale 1."""
         return jnp.ones(())
 
     def exact(self, state: jax.Array) -> dist.Distribution:
-        """The transition from one state."""
+        """Exact transition distribution from `state`."""
         means = jnp.stack([state + self.center, state - self.center])
         parts = dist.Normal(means, self.variance**0.5).to_event(1)
         return dist.MixtureSameFamily(dist.Categorical(jnp.full(2, 0.5)), parts)
 
 
 class Target(NamedTuple):
-    """A prior with the exact distribution of its transition from zero."""
+    """Prior with the exact distribution of its transition from the zero state."""
 
     name: str
     prior: ndda.DiffusionPrior
@@ -86,7 +85,7 @@ class Target(NamedTuple):
 
 
 def gaussian(name: str, variances: np.ndarray, correlated: bool = False) -> Target:
-    """Given variances along random directions."""
+    """Gaussian target with the given variances along random directions, scaled to mean variance 1."""
     d = len(variances)
     rotation = np.linalg.qr(np.random.default_rng(0).normal(size=(d, d)))[0]
     covariance = (rotation * variances / variances.mean()) @ rotation.T
@@ -97,7 +96,7 @@ def gaussian(name: str, variances: np.ndarray, correlated: bool = False) -> Targ
 
 
 def targets() -> list[Target]:
-    """The four targets."""
+    """All four targets."""
     mild, wide = np.geomspace(0.3, 2.0, 4), np.geomspace(0.02, 4.0, 8)
     modes = TwoModes(np.full(4, 0.45), 0.05)
     return [
@@ -109,14 +108,14 @@ def targets() -> list[Target]:
 
 
 def log_prob(target: Target, density: ndda.diffusion.ProbabilityFlow, x: jax.Array) -> tuple[np.ndarray, Any]:
-    """The log-densities of x given zero, in double precision, and the network passes of each."""
+    """Log-densities of x given the zero state, as double precision, and network passes per density."""
     conditioning = target.prior.condition(jnp.zeros(x.shape[1:]))
     values, passes = jax.jit(jax.vmap(lambda v: density(target.prior, conditioning, v)))(x)
     return np.asarray(values, np.float64), jax.tree.map(lambda count: int(count[0]), passes)
 
 
 def level_rows(target: Target, levels: list[int], x: jax.Array) -> list[dict[str, Any]]:
-    """Error and cost against the number of levels, exact traces."""
+    """Rows of the first table: error and cost for each number of levels, with exact traces."""
     truth, rows = np.asarray(target.exact.log_prob(x), np.float64), []
     for n in levels:
         values, passes = log_prob(target, ndda.diffusion.ProbabilityFlow(n), x)
@@ -135,7 +134,7 @@ def level_rows(target: Target, levels: list[int], x: jax.Array) -> list[dict[str
 
 
 def probe_rows(target: Target, probes: list[int], keys: int, x: jax.Array) -> list[dict[str, Any]]:
-    """Mean and spread over keys of the difference between Hutchinson's and exact traces, at one point."""
+    """Rows of the second table: mean and spread over keys of the error from Hutchinson's traces, at one point."""
     exact, _ = log_prob(target, ndda.diffusion.ProbabilityFlow(), x[:1])
     rows = []
     for number in probes:
@@ -157,30 +156,22 @@ def probe_rows(target: Target, probes: list[int], keys: int, x: jax.Array) -> li
                 "jvp": passes.jvp,
                 "standard deviation": spread,
                 "bias": float(values.mean() - exact[0]),
-                "its standard error": spread / np.sqrt(keys),
+                "bias SE": spread / np.sqrt(keys),
             }
         )
     return rows
 
 
-def show(console: Console, title: str, rows: list[dict[str, Any]]) -> None:
-    """One table on the terminal."""
-    table = Table(title=title)
-    for name in rows[0]:
-        table.add_column(name, justify="left" if isinstance(rows[0][name], str) else "right")
-    for row in rows:
-        table.add_row(*(f"{v:.2g}" if isinstance(v, float) else str(v) for v in row.values()))
-    console.print(table)
-
-
 def main(
-    out: Annotated[Path | None, typer.Option(help="Write the tables to this JSON file.")] = None,
-    levels: Annotated[list[int] | None, typer.Option(help="Numbers of noise levels.")] = None,
-    points: Annotated[int, typer.Option(min=1, help="Draws at which the density is compared.")] = 200,
-    probes: Annotated[list[int] | None, typer.Option(help="Numbers of probes in the second table.")] = None,
-    keys: Annotated[int, typer.Option(min=2, help="Keys of the second table.")] = 400,
+    out: Annotated[Path | None, typer.Option(help="JSON file to write the tables to.")] = None,
+    levels: Annotated[list[int] | None, typer.Option(help="Number of noise levels; may be repeated.")] = None,
+    points: Annotated[int, typer.Option(min=1, help="Draws of each target to compare densities at.")] = 200,
+    probes: Annotated[
+        list[int] | None, typer.Option(help="Number of probes in the second table; may be repeated.")
+    ] = None,
+    keys: Annotated[int, typer.Option(min=2, help="Random keys of the second table.")] = 400,
 ) -> None:
-    """Error of the log-density against the number of levels; spread of Hutchinson's against that of probes."""
+    """Print errors of log-densities by number of levels, and those of Hutchinson's traces by number of probes."""
     console = Console()
     levels = levels or [8, 12, 16, 24, 32, 64]
     probes = probes or [1, 8, 32]
@@ -190,12 +181,11 @@ def main(
         by_levels += level_rows(target, levels, target.exact.sample(jax.random.key(0), (points,)))
     wide = all_targets[1]
     by_probes = probe_rows(wide, probes, keys, wide.exact.sample(jax.random.key(0), (1,)))
-    show(console, f"Exact traces, {points} draws of each target", by_levels)
-    show(console, f"Hutchinson's, {keys} keys, {ndda.diffusion.ProbabilityFlow().num_levels} levels", by_probes)
-    if out is not None:
-        settings = {"points": points, "keys": keys, "noise range": RANGE, "version": ndda.__version__}
-        out.write_text(json.dumps({"settings": settings, "levels": by_levels, "probes": by_probes}, indent=1) + "\n")
-        console.print(f"wrote {out}")
+    print_table(console, f"Exact traces, {points} draws of each target", by_levels, default=".2g")
+    num_levels = ndda.diffusion.ProbabilityFlow().num_levels
+    print_table(console, f"Hutchinson's traces, {keys} keys, {num_levels} levels", by_probes, default=".2g")
+    settings = {"points": points, "keys": keys, "noise range": RANGE}
+    write_json(out, settings, levels=by_levels, probes=by_probes)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""What do a taper and the square root give an ensemble Kalman filter? Lorenz-96 with its true transition.
+"""How much do a taper and the square-root update improve an ensemble Kalman filter? Lorenz-96, true transition.
 
-Stochastic Lorenz-96 (F = 8, step 0.1, noise variance 0.5), every second site observed with error variance 0.1; the
-filter is told the true equations, so that its only errors are those of an ensemble and of a linear update. The settings
-below were chosen on other truths than those reported (`--tune` prints that table).
+The system is stochastic Lorenz-96 (F = 8, step 0.1, noise variance 0.5). Every second site is observed with error
+variance 0.1. The filter has the true equations, so its only errors are those of a finite ensemble and of a linear
+update. Settings were chosen on other truths than those reported; `--tune` prints the table of that choice.
 
     python examples/benchmarks/enkf.py --out enkf.json
 """
@@ -10,7 +10,6 @@ below were chosen on other truths than those reported (`--tune` prints that tabl
 from __future__ import annotations
 
 import functools
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
@@ -18,12 +17,12 @@ from typing import Annotated, Any, NamedTuple
 import jax
 import numpy as np
 import typer
+from report import mean_and_error, print_table, write_json
 from rich.console import Console
 from rich.progress import track
-from rich.table import Table
 
 import numpyro_diffusion_da as ndda
-from numpyro_diffusion_da.demos.lorenz96_demo import TwinExperiment
+from numpyro_diffusion_da.demos import lorenz96_demo
 
 UPDATES: dict[str, ndda.smc.EnsembleUpdate] = {
     "perturbed": ndda.smc.PerturbedObservations(),
@@ -33,19 +32,19 @@ TUNING_SEED = 1
 
 
 class Setting(NamedTuple):
-    """How one filter is set: half-width of the taper in sites (None for none), and its two kinds of inflation."""
+    """Half-width of the taper in sites (None for no taper), and amounts of the two kinds of inflation of a filter."""
 
     radius: float | None
     factor: float = 1.0
     rtps: float = 0.0
 
     def inflation(self) -> tuple[ndda.smc.Inflation, ...]:
-        """The filter's argument: a factor on the forecast, then relaxation of the analysis where there is any."""
+        """Inflations of the filter: a factor on the forecast, and relaxation of the analysis if `rtps` is not 0."""
         relaxation = (ndda.RTPS(self.rtps),) if self.rtps else ()
         return (ndda.ForecastMultiplicative(self.factor), *relaxation)
 
 
-# By number of members and update: the lowest CRPS of `GRID` on two truths of `TUNING_SEED`, d = 40, for all d.
+# Lowest CRPS of `GRID` on two truths of `TUNING_SEED` with d = 40, by number of members and update; used for all d.
 TUNED = {
     (32, "perturbed"): Setting(4.0, factor=1.05),
     (32, "square root"): Setting(2.5, factor=1.05),
@@ -60,7 +59,7 @@ GRID = {
 
 
 def rows_of(members: list[int], updates: list[str], tune: bool) -> Iterator[tuple[int, str, Setting]]:
-    """(N, update, setting) of the table: without a taper and with the chosen one, or all of the grid."""
+    """Rows of the table as (members, update, setting): no taper and the chosen taper, or the whole grid."""
     for n in members:
         for update in updates:
             for setting in GRID[n] if tune else [Setting(None), TUNED[n, update]]:
@@ -68,16 +67,25 @@ def rows_of(members: list[int], updates: list[str], tune: bool) -> Iterator[tupl
 
 
 @functools.cache
-def truth_of(experiment: TwinExperiment, sites: int, seed: int, number: int) -> tuple[np.ndarray, np.ndarray]:
-    """(states, observations), the same for every filter."""
+def truth_of(
+    experiment: lorenz96_demo.TwinExperiment, sites: int, seed: int, number: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """States and observations of a truth, the same for all filters."""
     climate = ndda.load_prior("lorenz96", num_sites=sites).climatology()
     return experiment.truth(jax.random.split(jax.random.fold_in(jax.random.key(seed), number))[0], climate)
 
 
 def run(
-    experiment: TwinExperiment, sites: int, members: int, update: str, setting: Setting, *, seed: int, truths: int
+    experiment: lorenz96_demo.TwinExperiment,
+    sites: int,
+    members: int,
+    update: str,
+    setting: Setting,
+    *,
+    seed: int,
+    truths: int,
 ) -> dict[str, Any]:
-    """One row: means over truths with their standard errors; truths on which the ensemble blew up are lost."""
+    """Row of the table: means over truths with standard errors; truths on which the ensemble diverges are lost."""
     climate = ndda.load_prior("lorenz96", num_sites=sites).climatology()
     taper = None
     if setting.radius is not None:
@@ -108,67 +116,45 @@ def run(
     row["lost"] = truths - len(scores)
     table = np.array(scores).reshape(-1, 3)
     for name, values in zip(("RMSE", "spread/skill", "CRPS"), table.T, strict=True):
-        row[name] = float(values.mean()) if len(values) else None
-        # One truth says nothing about its own error.
-        row[f"{name} SE"] = float(values.std(ddof=1) / np.sqrt(len(values))) if len(values) > 1 else None
+        row |= mean_and_error(name, values)
     return row
 
 
-def show(console: Console, title: str, rows: list[dict[str, Any]]) -> None:
-    """The table on the terminal."""
-    table = Table(title=title, box=None, padding=(0, 1, 0, 0))
-    for name in ("d", "N", "update", "taper", "factor", "RTPS", "RMSE", "spread/skill", "CRPS", "lost"):
-        table.add_column(name, no_wrap=True)
-    for row in rows:
-
-        def cell(name: str, row: dict[str, Any] = row) -> str:
-            value, se = row[name], row[f"{name} SE"]
-            return "-" if value is None else f"{value:.3f}" + ("" if se is None else f"±{se:.3f}".replace("±0.", "±."))
-
-        table.add_row(
-            str(row["d"]),
-            str(row["members"]),
-            row["update"],
-            "none" if row["radius"] is None else f"{row['radius']:g}",
-            f"{row['factor']:g}",
-            f"{row['rtps']:g}",
-            *(cell(name) for name in ("RMSE", "spread/skill", "CRPS")),
-            str(row["lost"]),
-        )
-    console.print(table)
+COLUMNS = {
+    "d": "", "members": "", "update": "", "radius": "g", "factor": "g", "rtps": "g",
+    "RMSE": ".3f", "spread/skill": ".3f", "CRPS": ".3f", "lost": "",
+}  # fmt: skip
 
 
 def main(
-    out: Annotated[Path | None, typer.Option(help="Write the table to this JSON file.")] = None,
+    out: Annotated[Path | None, typer.Option(help="JSON file to write the table to.")] = None,
     sites: Annotated[list[int] | None, typer.Option(help="Number of sites d; may be repeated.")] = None,
-    members: Annotated[list[int] | None, typer.Option(help="Members N, 32 or 256; may be repeated.")] = None,
-    updates: Annotated[list[str] | None, typer.Option(help="Only this update; may be repeated.")] = None,
-    truths: Annotated[int, typer.Option(help="Different truths.", min=1)] = 10,
-    cycles: Annotated[int, typer.Option(help="Filter steps.", min=2)] = 120,
-    spin_up: Annotated[int, typer.Option(help="First steps, not scored.", min=0)] = 30,
+    members: Annotated[list[int] | None, typer.Option(help="Number of members, 32 or 256; may be repeated.")] = None,
+    updates: Annotated[list[str] | None, typer.Option(help="Update to run; may be repeated; all by default.")] = None,
+    truths: Annotated[int, typer.Option(help="Number of truths.", min=1)] = 10,
+    cycles: Annotated[int, typer.Option(help="Filter steps on each truth.", min=2)] = 120,
+    spin_up: Annotated[int, typer.Option(help="Filter steps at the start that are not scored.", min=0)] = 30,
     seed: Annotated[int, typer.Option(help="Seed of truths and filters.")] = 1000,
-    tune: Annotated[bool, typer.Option(help="The grid that the settings were chosen from, on other truths.")] = False,
+    tune: Annotated[bool, typer.Option(help="Run the grid of settings on the tuning truths instead.")] = False,
 ) -> None:
-    """Scores of the ensemble Kalman filters, with the taper and without."""
+    """Print scores of ensemble Kalman filters with and without a taper."""
     members = list(members or GRID)
     if unknown := sorted(set(members) - set(GRID)):
-        raise typer.BadParameter(f"nothing was chosen for {unknown} members; there are {sorted(GRID)}.")
+        raise typer.BadParameter(f"no settings were chosen for {unknown} members; give one of {sorted(GRID)}.")
     updates = list(updates or UPDATES)
     if unnamed := sorted(set(updates) - set(UPDATES)):
-        raise typer.BadParameter(f"no update called {', '.join(unnamed)}; there are {', '.join(UPDATES)}.")
+        raise typer.BadParameter(f"no update called {', '.join(unnamed)}; give one of {', '.join(UPDATES)}.")
     seed = TUNING_SEED if tune else seed
     console = Console()
-    experiment = TwinExperiment(cycles=cycles, spin_up=spin_up)
+    experiment = lorenz96_demo.TwinExperiment(cycles=cycles, spin_up=spin_up)
     work = [(d, *row) for d in sites or ([40] if tune else [40, 400]) for row in rows_of(members, updates, tune)]
     rows = [
         run(experiment, *row, seed=seed, truths=truths)
         for row in track(work, "filtering", console=console, transient=True)
     ]
-    show(console, f"{truths} truths of {cycles} cycles, the first {spin_up} not scored, ± standard error", rows)
-    if out is not None:
-        settings = {"truths": truths, "cycles": cycles, "spin_up": spin_up, "seed": seed, "tune": tune}
-        out.write_text(json.dumps({"version": ndda.__version__, "settings": settings, "rows": rows}, indent=2) + "\n")
-        console.print(f"wrote {out}")
+    title = f"{truths} truths of {cycles} cycles, the first {spin_up} not scored; mean ± standard error over truths"
+    print_table(console, title, rows, COLUMNS)
+    write_json(out, {"truths": truths, "cycles": cycles, "spin_up": spin_up, "seed": seed, "tune": tune}, rows=rows)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""Does a cheap recipe for the guided draws lose anything in the filter? Lorenz-96 through its learned emulator.
+"""Does a cheaper recipe for the guided draws make a filter less accurate? Lorenz-96 with its learned emulator.
 
-The sampler of a draw can be measured alone (`ring64.py`). Here it is asked what is left of its error after a filter
-has cycled with it: stochastic Lorenz-96 (F = 8, step 0.1, noise variance 0.5), every second site observed with error
-variance 0.1, localized ancestors with Moment weights. All recipes have the same truths, observations and keys, so that
-differences are taken truth by truth. Nothing but the recipe differs, and none was chosen on these truths.
+`ring64.py` measures samplers alone. This benchmark measures how much of their error remains in a cycled filter. The
+system is stochastic Lorenz-96 (F = 8, step 0.1, noise variance 0.5), with every second site observed with error
+variance 0.1. The filter is local FA-APF with Moment weights. All recipes have the same truths, observations and keys,
+and differences are computed truth by truth. No recipe was chosen on these truths.
 
     python examples/benchmarks/filter_recipes.py --out recipes.json
 """
@@ -11,30 +11,29 @@ differences are taken truth by truth. Nothing but the recipe differs, and none w
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
 import jax
 import numpy as np
 import typer
+from report import mean_and_error, print_table, write_json
 from rich.console import Console
 from rich.progress import track
-from rich.table import Table
 
 import numpyro_diffusion_da as ndda
-from numpyro_diffusion_da.demos.lorenz96_demo import TwinExperiment
+from numpyro_diffusion_da.demos import lorenz96_demo
 
 
 class Recipe(NamedTuple):
-    """How a guided draw is made."""
+    """Sampler and guidance of a guided draw."""
 
     sampler: ndda.Sampler
     guidance: ndda.diffusion.Guidance
 
 
 def products(number: int) -> ndda.MMPS:
-    """Moment-matched guidance with so many products a level."""
+    """Moment-matched guidance with `number` products per noise level."""
     return ndda.MMPS(ndda.diffusion.KrylovSolve(number))
 
 
@@ -60,8 +59,10 @@ RECIPES = {
 REFERENCE = "published: Adams-Bashforth 3, 2 Langevin"
 
 
-def scores_of(recipe: Recipe, experiment: TwinExperiment, *, sites: int, truths: int, particles: int, seed: int) -> Any:
-    """Scores by truth, and the network passes of one particle and step."""
+def scores_of(
+    recipe: Recipe, experiment: lorenz96_demo.TwinExperiment, *, sites: int, truths: int, particles: int, seed: int
+) -> Any:
+    """Scores for each truth, and network passes per particle and step."""
     prior = ndda.load_prior("lorenz96", num_sites=sites)
     local = experiment.local_filter(experiment.emulator_program(prior), sites)
     algorithm = dataclasses.replace(local, sampler=recipe.sampler, guidance=recipe.guidance)
@@ -78,28 +79,22 @@ def scores_of(recipe: Recipe, experiment: TwinExperiment, *, sites: int, truths:
     return found
 
 
-def mean_and_error(values: Any) -> tuple[float, float]:
-    """Mean and its standard error over truths; NaN for one."""
-    values = np.asarray(values, float)
-    return float(values.mean()), float(values.std(ddof=1) / np.sqrt(len(values))) if len(values) > 1 else float("nan")
-
-
 def main(
-    only: Annotated[list[str] | None, typer.Option(help="Only this recipe beside the reference; repeatable.")] = None,
-    sites: Annotated[int, typer.Option(min=21, help="Sites of the ring.")] = 40,
-    truths: Annotated[int, typer.Option(min=1, help="Truths.")] = 4,
-    particles: Annotated[int, typer.Option(min=2, help="Particles.")] = 64,
-    cycles: Annotated[int, typer.Option(min=2, help="Cycles of each truth.")] = 120,
-    spin_up: Annotated[int, typer.Option(min=0, help="Cycles that are not scored.")] = 30,
+    only: Annotated[list[str] | None, typer.Option(help="Recipe to compare; may be repeated; all by default.")] = None,
+    sites: Annotated[int, typer.Option(min=21, help="Number of sites.")] = 40,
+    truths: Annotated[int, typer.Option(min=1, help="Number of truths.")] = 4,
+    particles: Annotated[int, typer.Option(min=2, help="Number of particles.")] = 64,
+    cycles: Annotated[int, typer.Option(min=2, help="Filter steps on each truth.")] = 120,
+    spin_up: Annotated[int, typer.Option(min=0, help="Filter steps at the start that are not scored.")] = 30,
     seed: Annotated[int, typer.Option(help="Seed of truths and filters.")] = 0,
-    out: Annotated[Path | None, typer.Option(help="JSON file to write.")] = None,
+    out: Annotated[Path | None, typer.Option(help="JSON file to write the scores to.")] = None,
 ) -> None:
-    """Scores of one filter with different recipes for its draws."""
+    """Print scores of one filter with different recipes for its draws."""
     console = Console(width=130)
     if unknown := sorted(set(only or ()) - set(RECIPES)):
-        raise typer.BadParameter(f"no recipe called {', '.join(unknown)}; there are {', '.join(RECIPES)}.")
+        raise typer.BadParameter(f"no recipe called {', '.join(unknown)}; give one of {', '.join(RECIPES)}.")
     try:
-        experiment = TwinExperiment(cycles=cycles, spin_up=spin_up)
+        experiment = lorenz96_demo.TwinExperiment(cycles=cycles, spin_up=spin_up)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
     names = [name for name in RECIPES if not only or name in {REFERENCE, *only}]
@@ -107,23 +102,18 @@ def main(
     found: dict[str, dict[str, Any]] = {}
     for name in track(names, "filtering", console=console, transient=True):
         found[name] = scores_of(RECIPES[name], experiment, **sizes)
-        if out is not None:
-            settings = {**sizes, "cycles": cycles, "spin_up": spin_up}
-            written = {"version": ndda.__version__, "settings": settings, "by truth": found}
-            out.write_text(json.dumps(written, indent=1) + "\n")
-    title = f"Lorenz-96, {sites} sites, N = {particles}, {truths} truths of {cycles} cycles; % of the published recipe"
-    table = Table(title=title, box=None, padding=(0, 1, 0, 0))
-    for column in ("recipe", "passes", "RMSE", "spread/skill", "CRPS", "CRPS, %"):
-        table.add_column(column, no_wrap=True)
-    reference = np.asarray(found[REFERENCE]["CRPS"])
+        # Write after every recipe, so that an interrupted run keeps what it has.
+        write_json(out, {**sizes, "cycles": cycles, "spin_up": spin_up}, **{"by truth": found})
+    rows: list[dict[str, Any]] = []
     for name, scores in found.items():
-        cells = [
-            f"{mean:.4f} ± {error:.4f}"
-            for mean, error in map(mean_and_error, (scores[k] for k in ("RMSE", "spread/skill", "CRPS")))
-        ]
-        mean, error = mean_and_error(100.0 * (np.asarray(scores["CRPS"]) / reference - 1.0))
-        table.add_row(name, f"{scores['passes']:.0f}", *cells, f"{mean:+.2f} ± {error:.2f}")
-    console.print(table)
+        row: dict[str, Any] = {"recipe": name, "passes": scores["passes"]}
+        for score in ("RMSE", "spread/skill", "CRPS"):
+            row |= mean_and_error(score, scores[score])
+        ratio = np.asarray(scores["CRPS"]) / np.asarray(found[REFERENCE]["CRPS"])
+        rows.append(row | mean_and_error("CRPS difference, %", 100.0 * (ratio - 1.0)))
+    title = f"Lorenz-96, {sites} sites, N = {particles}, {truths} truths of {cycles} cycles; % of published recipe"
+    columns = {"recipe": "", "passes": ".0f", "RMSE": "", "spread/skill": "", "CRPS": "", "CRPS difference, %": "+.2f"}
+    print_table(console, title, rows, columns, default=".4f")
 
 
 if __name__ == "__main__":

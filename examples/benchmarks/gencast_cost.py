@@ -1,19 +1,18 @@
-"""What a filter step through a tiny GenCast costs: at the published recipe's settings, and at this library's default.
+"""How much does a filter step with GenCast cost, with the published recipe and with the default of this library?
 
-The network is tiny (13 x 24 points, 3 levels, mesh 2, width 32, 2 blocks) and random, so that a laptop can run it; the
-ratio between recipes is that of their network passes at any size. Every 4th point of 2 m temperature and temperature is
-observed with an error of 0.1 K, as in the published experiment. Seconds are medians over the steps after the first; the
-recipes alternate, so that what else the machine does falls on all of them.
+The network is tiny (13 x 24 points, 3 levels, mesh 2, width 32, 2 blocks) and random, so that it runs on a laptop. At
+any size, the costs of recipes are in the ratio of their network passes. Every 4th point of 2 m temperature and
+temperature is observed with an error of 0.1 K, as in the published experiment. Seconds are medians over the steps after
+the first. Recipes alternate, so that other load on the machine affects all of them.
 
     python examples/benchmarks/gencast_cost.py --out gencast_cost.json
     python examples/benchmarks/gencast_cost.py --checkpoint a.npz --stats stats/ --data era5.nc --particles 16
 
-To compare with the published code (github.com/ThomasSavary08/FA-APF), run it from its own repository on the same files.
+To compare with the published code (github.com/ThomasSavary08/FA-APF), run that code on the same files.
 """
 
 from __future__ import annotations
 
-import json
 import tempfile
 import time
 from pathlib import Path
@@ -27,9 +26,9 @@ import numpyro.distributions as dist
 import typer
 import xarray
 from numpyro.contrib.control_flow import scan
+from report import print_table, write_json
 from rich.console import Console
 from rich.progress import track
-from rich.table import Table
 
 import numpyro_diffusion_da as ndda
 from numpyro_diffusion_da.fields import dataset_times
@@ -39,16 +38,19 @@ from numpyro_diffusion_da.program import TimeInputs
 
 
 class Recipe(NamedTuple):
-    """A sampler with its guidance."""
+    """Sampler and guidance of a guided draw."""
 
     sampler: ndda.Sampler
     guidance: ndda.diffusion.Guidance
 
 
 def published(products: int) -> Recipe:
-    """32 levels, Adams-Bashforth 3, two Langevin corrections a level, C = I; `products` of the solver, from zero.
+    """Published recipe: 32 levels, Adams-Bashforth 3, two Langevin corrections per level, C = I, no warm start.
 
-    The levels end at 2e-5 as published, far below what the network was trained on: this is about cost.
+    The lowest level is 2e-5 as published, far below the training range of the network; only the cost matters here.
+
+    Args:
+        products: number of products per linear solve.
     """
     schedule = ndda.KarrasSchedule(32, rho=6.0, lowest=2e-5, highest=88.0)
     sampler = ndda.Sampler(
@@ -66,7 +68,7 @@ RECIPES = {
 
 
 class Problem(NamedTuple):
-    """Observations of the first steps of a dataset."""
+    """Observations of the first steps of a dataset, with the inputs of the filter."""
 
     prior: ndda.GenCastPrior
     frames: jax.Array
@@ -75,7 +77,7 @@ class Problem(NamedTuple):
 
     @staticmethod
     def make(prior: ndda.GenCastPrior, data: xarray.Dataset, steps: int, error: float, seed: int) -> Problem:
-        """All particles begin with the first two frames."""
+        """Simulate observations of the frames after the first two, which are the initial state of all particles."""
         times = dataset_times(data)
         states = jnp.asarray(prior.frames(data, times[2 : 2 + steps]))
         exact = jax.vmap(lambda x: observed(prior, x))(states)
@@ -84,7 +86,7 @@ class Problem(NamedTuple):
         return Problem(prior, frames, exact + jnp.asarray(noise, jnp.float32), prior.forcings(times[2 : 2 + steps]))
 
     def model(self, sampler: ndda.Sampler, error: float) -> Any:
-        """The program."""
+        """State-space model with GenCast as transition."""
 
         def model(y: jax.Array, frames: jax.Array, forcings: Any) -> None:
             def step(carry: Any, at: Any) -> Any:
@@ -99,39 +101,41 @@ class Problem(NamedTuple):
 
 
 def observed(prior: ndda.GenCastPrior, x: jax.Array) -> jax.Array:
-    """Every 4th point of 2 m temperature and of temperature at all levels, K."""
+    """Every 4th point of 2 m temperature and of temperature at all levels, in K."""
     fields = [prior.layout.select(x, name)[::4, ::4].reshape(-1) for name in ("2m_temperature", "temperature")]
     return jnp.concatenate(fields)
 
 
-def kernel_of(problem: Problem, recipe: Recipe, error: float, particles: int, batch_size: int) -> Any:
-    """() -> (first state, inputs of each step, step function, passes of an info)."""
+def kernel_of(problem: Problem, recipe: Recipe, error: float, particles: int, batch_size: int | None) -> Any:
+    """Prepare a filter: (first state, inputs of each step, step function, function that counts passes)."""
     model = problem.model(recipe.sampler, error)
     algorithm = ndda.FAAPF(model, guidance=recipe.guidance)
     arguments = (problem.observations, problem.frames, problem.forcings)
     program = ndda.program.StateSpaceModel(model, arguments)
-    program.check(one_step=True)
+    program.check(needs_dynamics=True)
     step = Compiled(
         lambda key, state, inputs, given: algorithm.kernel(program.at(given, {}), batch_size)(key, state, inputs)
     )
     one = program.initial(jax.random.key(0))
     state = ndda.smc.fa_apf.init(jax.tree.map(lambda x: jnp.repeat(x[None], particles, 0), one))
     xs = program.inputs()
-    inputs = [TimeInputs(jnp.asarray(t), jax.tree.map(lambda x, t=t: x[t], xs)) for t in range(program.length)]
+    inputs = [
+        TimeInputs(jnp.asarray(t), jax.tree.map(lambda x, t=t: x[t], xs)) for t in range(program.structure.length)
+    ]
     return state, inputs, lambda key, state, at: step(key, state, at, arguments), algorithm.passes
 
 
 def main(
-    checkpoint: Annotated[Path | None, typer.Option(help="GenCast checkpoint; a random tiny one if left out.")] = None,
-    stats: Annotated[Path | None, typer.Option(help="Directory of its statistics.")] = None,
-    data: Annotated[Path | None, typer.Option(help="ERA5-like netCDF, 12 h apart.")] = None,
-    attention: Annotated[str, typer.Option(help="mha or triblockdiag_mha.")] = "mha",
-    particles: Annotated[int, typer.Option(help="Particles.")] = 8,
-    batch_size: Annotated[int, typer.Option(help="Particles moved at a time; 0 for all.")] = 0,
+    checkpoint: Annotated[Path | None, typer.Option(help="GenCast checkpoint; a tiny random one by default.")] = None,
+    stats: Annotated[Path | None, typer.Option(help="Folder of the statistics of the checkpoint.")] = None,
+    data: Annotated[Path | None, typer.Option(help="ERA5-like netCDF file with times 12 h apart.")] = None,
+    attention: Annotated[str, typer.Option(help="Attention: mha or triblockdiag_mha.")] = "mha",
+    particles: Annotated[int, typer.Option(help="Number of particles.")] = 8,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Particles to move at a time; all by default.")] = None,
     steps: Annotated[int, typer.Option(help="Filter steps; the first is not timed.")] = 4,
-    out: Annotated[Path | None, typer.Option(help="JSON file for the numbers.")] = None,
+    out: Annotated[Path | None, typer.Option(help="JSON file to write the table to.")] = None,
 ) -> None:
-    """Measure and print."""
+    """Measure and print the cost of a filter step."""
     error, console = 0.1, Console()
     given = [path for path in (checkpoint, stats, data) if path is not None]
     if len(given) not in (0, 3):
@@ -160,28 +164,26 @@ def main(
             cpu[name].append(time.process_time() - begin[1])
             passes[name] = float(count(info).total())
     title = f"{particles} particles, {attention}, batches of {batch_size or particles}, {jax.default_backend()}"
-    table = Table(title=title)
-    for column in ("recipe", "passes", "first step s", "step s", "per particle s", "CPU s", "ms a pass"):
-        table.add_column(column, justify="left" if column == "recipe" else "right")
     rows = []
     for name in runs:
         median = float(np.median(seconds[name][1:]))
-        row = {
-            "recipe": name,
-            "passes": passes[name],
-            "first_step_seconds": seconds[name][0],
-            "step_seconds": median,
-            "particle_seconds": median / particles,
-            "particle_cpu_seconds": float(np.median(cpu[name][1:])) / particles,
-            "pass_milliseconds": 1e3 * median / particles / passes[name],
-        }
-        rows.append(row)
-        cells = [f"{row[k]:.3g}" for k in list(row)[1:]]
-        table.add_row(name, *cells)
-    console.print(table)
-    if out is not None:
-        settings = {"particles": particles, "attention": attention, "batch_size": batch_size, "steps": steps}
-        out.write_text(json.dumps({"settings": settings, "rows": rows}, indent=1) + "\n")
+        rows.append(
+            {
+                "recipe": name,
+                "passes": passes[name],
+                "first_step_seconds": seconds[name][0],
+                "step_seconds": median,
+                "particle_seconds": median / particles,
+                "particle_cpu_seconds": float(np.median(cpu[name][1:])) / particles,
+                "pass_milliseconds": 1e3 * median / particles / passes[name],
+            }
+        )
+    print_table(console, title, rows, default=".3g")
+    write_json(
+        out,
+        {"particles": particles, "attention": attention, "batch_size": batch_size, "steps": steps},
+        rows=rows,
+    )
 
 
 if __name__ == "__main__":

@@ -1,16 +1,15 @@
-"""What GenCast at its real size costs on this device: memory and seconds of a pass, of a guided draw, of a filter step.
+"""How much memory and time does GenCast at full size need on this device, per network pass and per filter step?
 
-Random weights in the real architecture (by default the 1 degree Mini model: 181 x 360 points, 84 channels, mesh 4, 16
-blocks of width 512): the cost is that of the published checkpoint, the forecasts are nothing. Precision is compared by
-the denoiser's output against float32 in the same run.
+The weights are random, in the published architecture: by default the 1 degree Mini model with 181 x 360 points, 84
+channels, mesh 4, and 16 blocks of width 512. The cost equals that of the published checkpoint; the forecasts are
+meaningless. The error of a precision is that of the output of the denoiser, relative to float32 in the same run.
 
     python examples/benchmarks/gencast_full_size.py --out gencast_full_size.json     # needs a GPU of about 80 GB
-    python examples/benchmarks/gencast_full_size.py --tiny                           # the same on a laptop, in a minute
+    python examples/benchmarks/gencast_full_size.py --tiny                           # on a laptop, in a minute
 """
 
 from __future__ import annotations
 
-import json
 import tempfile
 import time
 from pathlib import Path
@@ -25,8 +24,8 @@ import numpyro.distributions as dist
 import typer
 import xarray
 from numpyro.contrib.control_flow import scan
+from report import print_table, write_json
 from rich.console import Console
-from rich.table import Table
 
 import numpyro_diffusion_da as ndda
 from numpyro_diffusion_da.inference import Compiled
@@ -47,7 +46,7 @@ PUBLISHED_PARTICLES = 256
 
 
 def seconds(run: Any, repeats: int) -> tuple[float, float]:
-    """(first call, compilation included; median of the others)."""
+    """Seconds of the first call, with compilation, and median of the `repeats` calls after it."""
     times = []
     for _ in range(repeats + 1):
         begin = time.perf_counter()
@@ -57,19 +56,19 @@ def seconds(run: Any, repeats: int) -> tuple[float, float]:
 
 
 def peak_bytes() -> int | None:
-    """Most memory that the device ever held, where it says so."""
+    """Peak memory of the device so far, in bytes; None if the device does not report it."""
     stats = jax.local_devices()[0].memory_stats()
     return None if not stats else stats.get("peak_bytes_in_use")
 
 
 def flops(lowered: Any) -> float:
-    """Floating point operations as the compiler counts them, before it rewrites anything."""
+    """Number of floating-point operations as the compiler counts them before optimization."""
     cost = lowered.cost_analysis()
     return float((cost[0] if isinstance(cost, list) else cost).get("flops", float("nan")))
 
 
 def passes(prior: ndda.GenCastPrior, conditioning: Any, z: jax.Array, repeats: int) -> dict[str, Any]:
-    """Seconds and operations of a forward pass, and of a forward with one backward pass."""
+    """Seconds, operations and memory of a forward pass, and of a forward pass with one backward pass."""
     arrays, static = eqx.partition(prior, eqx.is_array)
 
     def forward(arrays: Any, z: jax.Array) -> jax.Array:
@@ -97,7 +96,7 @@ def passes(prior: ndda.GenCastPrior, conditioning: Any, z: jax.Array, repeats: i
 
 
 def stations(prior: ndda.GenCastPrior, number: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Rows and columns of observed points."""
+    """Rows and columns of `number` random grid points that are observed."""
     rng = np.random.default_rng(seed)
     rows, columns = prior.layout.shape[:2]
     return rng.integers(1, rows - 1, number), rng.integers(0, columns, number)
@@ -106,7 +105,7 @@ def stations(prior: ndda.GenCastPrior, number: int, seed: int = 0) -> tuple[np.n
 def filter_step(
     prior: ndda.GenCastPrior, data: xarray.Dataset, particles: int, batch_size: int, observations: int
 ) -> dict[str, Any]:
-    """Seconds of a filter step after the first, and its network passes."""
+    """Seconds per particle of a filter step after the first, and its network passes."""
     layout = prior.layout
     rows, columns = stations(prior, observations)
     start = data.time.values[1]
@@ -153,28 +152,26 @@ def filter_step(
 
 
 def main(
-    out: Annotated[Path | None, typer.Option(help="JSON file for the numbers.")] = None,
-    tiny: Annotated[bool, typer.Option(help="A tiny network, to try the script.")] = False,
-    mesh: Annotated[int, typer.Option(help="Mesh size: 4 is the Mini model, 5 the larger one.")] = 4,
-    precisions: Annotated[str, typer.Option(help="Of float32, tensorfloat32, bfloat16; comma between.")] = (
+    out: Annotated[Path | None, typer.Option(help="JSON file to write the numbers to.")] = None,
+    tiny: Annotated[bool, typer.Option(help="Use a tiny network, to try the script.")] = False,
+    mesh: Annotated[int, typer.Option(help="Mesh size: 4 for the Mini model, 5 for the larger one.")] = 4,
+    precisions: Annotated[str, typer.Option(help="Precisions, separated by commas.")] = (
         "float32,tensorfloat32,bfloat16"
     ),
-    attention: Annotated[str, typer.Option(help="Attention; auto for the library's choice.")] = "auto",
+    attention: Annotated[str, typer.Option(help="Attention; auto for the choice of the library.")] = "auto",
     particles: Annotated[int, typer.Option(help="Particles of the filter step.")] = 4,
-    batch_size: Annotated[int, typer.Option(help="Particles moved at a time.")] = 1,
-    observations: Annotated[int, typer.Option(help="Stations of 2 m temperature.")] = 2000,
-    repeats: Annotated[int, typer.Option(help="Timed calls of each pass; the median is given.")] = 5,
-    rematerialize: Annotated[bool, typer.Option(help="Compute activations again in the backward pass.")] = False,
-    filter_with: Annotated[str, typer.Option(help="Precision of the filter step; none to leave it out.")] = "bfloat16",
+    batch_size: Annotated[int, typer.Option(help="Particles to move at a time.")] = 1,
+    observations: Annotated[int, typer.Option(help="Number of stations of 2 m temperature.")] = 2000,
+    repeats: Annotated[int, typer.Option(help="Timed calls of each pass; the median is reported.")] = 5,
+    rematerialize: Annotated[bool, typer.Option(help="Recompute activations in the backward pass.")] = False,
+    filter_with: Annotated[str, typer.Option(help="Precision of the filter step; none to skip it.")] = "bfloat16",
 ) -> None:
-    """Measure and print."""
+    """Measure and print the cost of network passes and of a filter step."""
     console = Console()
     size = TINY if tiny else {**MINI, "mesh_size": mesh}
     found: dict[str, Any] = {"device": str(jax.devices()[0].device_kind), "size": size, "rows": []}
-
-    def save() -> None:
-        if out is not None:
-            out.write_text(json.dumps(found, indent=1) + "\n")
+    shown = []
+    settings = {"attention": attention, "repeats": repeats, "tiny": tiny}
 
     with tempfile.TemporaryDirectory() as directory:
         begin = time.perf_counter()
@@ -182,9 +179,6 @@ def main(
         data = xarray.load_dataset(files.data, engine="h5netcdf")
         console.print(f"wrote a random checkpoint in {time.perf_counter() - begin:.0f} s")
         reference = None
-        table = Table(title=f"one pass, {found['device']}")
-        for column in ("precision", "forward s", "TFLOP", "+ vjp s", "TFLOP", "GiB", "rel. error"):
-            table.add_column(column, justify="right")
         for precision in precisions.split(","):
             begin = time.perf_counter()
             prior = ndda.GenCastPrior.from_checkpoint(
@@ -208,25 +202,27 @@ def main(
             row["relative_error"] = float(np.sqrt(np.mean((denoised - reference) ** 2) / np.mean(reference**2)))
             row["peak_gib"] = (peak_bytes() or 0) / 2**30
             found["rows"].append(row)
-            save()
-            both = row["forward_and_vjp"]
-            table.add_row(
-                precision,
-                f"{row['forward']['seconds']:.4f}",
-                f"{row['forward']['tflop']:.3f}",
-                f"{both['seconds']:.4f}",
-                f"{both['tflop']:.3f}",
-                f"{both['temporary_gib']:.2f}",
-                f"{row['relative_error']:.1e}",
+            write_json(out, settings, **found)
+            one, both = row["forward"], row["forward_and_vjp"]
+            shown.append(
+                {
+                    "precision": precision,
+                    "forward, s": one["seconds"],
+                    "TFLOP": one["tflop"],
+                    "forward and vjp, s": both["seconds"],
+                    "TFLOP of both": both["tflop"],
+                    "GiB": both["temporary_gib"],
+                    "relative error": row["relative_error"],
+                }
             )
             console.print(row)
             if precision == filter_with:
                 found["filter"] = filter_step(prior, data, particles, batch_size, observations)
                 found["filter"]["precision"] = precision
                 found["filter"]["peak_gib"] = (peak_bytes() or 0) / 2**30
-                save()
+                write_json(out, settings, **found)
                 console.print(found["filter"])
-        console.print(table)
+        print_table(console, f"one pass, {found['device']}", shown, default=".3g")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,7 @@
-"""How long `import numpyro_diffusion_da` takes beside `import numpyro`: medians of runs taken in turn."""
+"""How long does `import numpyro_diffusion_da` take, compared with `import numpyro`? Medians of alternating runs."""
 
 from __future__ import annotations
 
-import json
 import statistics
 import subprocess
 import sys
@@ -11,39 +10,35 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from report import print_table, write_json
 from rich.console import Console
-from rich.table import Table
 
 MODULES = ("numpyro", "numpyro_diffusion_da")
 
 
 def seconds(module: str) -> float:
-    """Wall time of a fresh interpreter that imports the module."""
+    """Wall time in seconds of a new interpreter that imports the module."""
     start = time.perf_counter()
     subprocess.run([sys.executable, "-c", f"import {module}"], check=True)
     return time.perf_counter() - start
 
 
 def main(
-    repeats: Annotated[int, typer.Option(min=1, help="Runs of each, taken in turn.")] = 9,
-    out: Annotated[Path | None, typer.Option(help="JSON file to write.")] = None,
+    repeats: Annotated[int, typer.Option(min=1, help="Runs of each import, in alternation.")] = 9,
+    out: Annotated[Path | None, typer.Option(help="JSON file to write the medians to.")] = None,
 ) -> None:
-    """Print both medians and their ratio."""
+    """Print the median import times and their ratio."""
     times: dict[str, list[float]] = {module: [] for module in MODULES}
     for module in MODULES:
-        seconds(module)  # compiles the bytecode
+        seconds(module)  # the first import compiles bytecode and is not timed
     for _ in range(repeats):
         for module in MODULES:
             times[module].append(seconds(module))
     medians = {module: statistics.median(values) for module, values in times.items()}
     ratio = medians[MODULES[1]] / medians[MODULES[0]]
-    table = Table("import", "median, s")
-    for module, median in medians.items():
-        table.add_row(module, f"{median:.2f}")
-    table.add_row("ratio", f"{ratio:.2f}")
-    Console().print(table)
-    if out is not None:
-        out.write_text(json.dumps({"medians_s": medians, "ratio": ratio, "repeats": repeats}, indent=1) + "\n")
+    rows = [{"import": module, "median, s": median} for module, median in medians.items()]
+    print_table(Console(), f"{repeats} runs each, ratio {ratio:.2f}", rows, default=".2f")
+    write_json(out, {"repeats": repeats}, medians_s=medians, ratio=ratio)
 
 
 if __name__ == "__main__":

@@ -1,17 +1,18 @@
-"""How good are guidance and weights for observations that are not Gaussian?
+"""How accurate are guidance and weights for observations that are not Gaussian?
 
-1. One observation of one Gaussian state: the guided draw, the Moment and the Dirac weight against quadrature.
-2. Four observations of a correlated Gaussian state of 8: guided draws and expectation propagation against importance
-   sampling.
-3. Filters on a linear-Gaussian state that is counted (Poisson) or seen with gross errors (StudentT), against a
-   bootstrap filter with very many particles.
+The script prints three tables:
+
+1. One observation of one Gaussian state: guided draws, Moment weight and Dirac weight, compared with quadrature.
+2. Four observations of a correlated Gaussian state of 8 components: guided draws and Moment weight (by expectation
+   propagation), compared with importance sampling.
+3. Filters on a linear-Gaussian state that is observed by counts (Poisson) or with gross errors (StudentT), compared
+   with a bootstrap filter with very many particles.
 
     python examples/benchmarks/likelihoods.py --out likelihoods.json
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
@@ -23,9 +24,9 @@ import numpyro
 import numpyro.distributions as dist
 import typer
 from numpyro.contrib.control_flow import scan
+from report import mean_and_error, print_table, write_json
 from rich.console import Console
 from rich.progress import track
-from rich.table import Table
 from scipy import stats
 
 import numpyro_diffusion_da as ndda
@@ -63,7 +64,7 @@ SERIES: dict[str, Kind] = {
 
 
 def likelihood_of(kind: Kind, value: jax.Array, look: jax.Array) -> GeneralLikelihood:
-    """The likelihood of `value`, a draw of `kind(look @ x)`, as a program's is made."""
+    """Likelihood of `value`, a draw of `kind(look @ x)`, made as it is made from a program."""
     parts = find_linear_predictor(lambda x: pointwise_log_likelihood(kind(look @ x), value).reshape(-1), look.shape[1:])
 
     def observe(x: jax.Array) -> list[GeneralObservation]:
@@ -77,7 +78,7 @@ def likelihood_of(kind: Kind, value: jax.Array, look: jax.Array) -> GeneralLikel
 def guided(
     covariance: np.ndarray, likelihood: Any, guidance: ndda.diffusion.Guidance, draws: int
 ) -> tuple[np.ndarray, int]:
-    """Draws of the posterior of N(0, covariance) by guided diffusion, and the network passes of one."""
+    """Guided draws from the posterior with the prior N(0, covariance), and network passes per draw."""
     d = len(covariance)
     prior = ndda.GaussianPrior(np.eye(d), covariance)
     step = DiffusionDynamics(prior, prior.condition(jnp.zeros(d)), ndda.Sampler())
@@ -87,7 +88,7 @@ def guided(
 
 
 def one_observation(name: str, draws: int) -> dict[str, Any]:
-    """A row of the first table."""
+    """Row of the first table."""
     kind, value = KINDS[name]
     likelihood = likelihood_of(kind, jnp.full(1, value), jnp.eye(1))
     x, passes = guided(np.eye(1), likelihood, ndda.MMPS(), draws)
@@ -149,14 +150,15 @@ def four_observations(name: str, seeds: int, draws: int) -> list[dict[str, Any]]
         {
             "observations": name,
             "solve": solver,
-            **dict(zip(("mean error", "variance ratio", "Moment", "passes"), np.mean(rows, axis=0), strict=True)),
+            **dict(zip(("mean error", "variance ratio", "Moment"), map(float, np.mean(rows, axis=0)), strict=False)),
+            "passes": int(rows[0][3]),
         }
         for solver, rows in found.items()
     ]
 
 
 def program(kind: Kind, diffusion: bool) -> Callable[[jax.Array], None]:
-    """A linear-Gaussian state of 4, each component observed."""
+    """State-space model with a linear-Gaussian state of 4 components, all observed."""
     at = np.arange(4)
     rotation = 0.95 * np.linalg.qr(np.random.default_rng(0).normal(size=(4, 4)))[0]
     covariance = 0.25 * np.exp(-np.abs(at[:, None] - at) / 3.0)
@@ -209,57 +211,45 @@ def filters(name: str, seeds: int, particles: int, reference: int, steps: int) -
             found[label].append((error, np.mean(ensemble.var(0) / spread**2), difference, passes))
     rows = []
     for label, values in found.items():
-        table = np.array(values)
-        se = table.std(0, ddof=1) / np.sqrt(seeds)
-        keys = ("mean error", "variance ratio", "log-evidence error")
-        cells = {key: f"{m:.2f} ± {s:.2f}" for key, m, s in zip(keys, table.mean(0), se, strict=False)}
-        rows.append({"observations": name, "filter": label, **cells, "passes": float(table[:, 3].mean())})
+        row: dict[str, Any] = {"observations": name, "filter": label}
+        table = np.array(values).T
+        for key, column in zip(("mean error", "variance ratio", "log-evidence error"), table, strict=False):
+            row |= mean_and_error(key, column)
+        rows.append({**row, "passes": round(float(table[3].mean()))})
     return rows
 
 
-def show(console: Console, title: str, rows: list[dict[str, Any]]) -> None:
-    """One table on the terminal."""
-    table = Table(title=title)
-    for name in rows[0]:
-        table.add_column(name, justify="left" if isinstance(rows[0][name], str) else "right")
-    for row in rows:
-        table.add_row(*(f"{v:.3f}" if isinstance(v, float) and abs(v) < 30 else f"{v}" for v in row.values()))
-    console.print(table)
-
-
 def main(
-    out: Annotated[Path | None, typer.Option(help="Write the tables to this JSON file.")] = None,
+    out: Annotated[Path | None, typer.Option(help="JSON file to write the tables to.")] = None,
     draws: Annotated[int, typer.Option(min=10, help="Guided draws of the first two tables.")] = 4000,
     seeds: Annotated[int, typer.Option(min=2, help="Data sets of the last two tables.")] = 6,
-    particles: Annotated[int, typer.Option(min=2, help="Particles of the filters.")] = 256,
-    reference: Annotated[int, typer.Option(min=2, help="Particles of the filter they are compared with.")] = 50_000,
-    steps: Annotated[int, typer.Option(min=1, help="Steps of a series.")] = 15,
-    kinds: Annotated[int, typer.Option(min=1, help="How many rows of each kind.")] = 12,
-    tables: Annotated[list[int] | None, typer.Option(help="Which of the three tables; all by default.")] = None,
+    particles: Annotated[int, typer.Option(min=2, help="Particles of each filter.")] = 256,
+    reference: Annotated[int, typer.Option(min=2, help="Particles of the reference filter.")] = 50_000,
+    steps: Annotated[int, typer.Option(min=1, help="Steps of each series.")] = 15,
+    kinds: Annotated[int, typer.Option(min=1, help="Number of kinds of observations in each table.")] = 12,
+    tables: Annotated[list[int] | None, typer.Option(help="Table to print, 1 to 3; may be repeated.")] = None,
 ) -> None:
-    """Guidance and weights for observations that are not Gaussian, against exact answers."""
+    """Print errors of guidance and weights for observations that are not Gaussian."""
     console = Console()
     wanted = tables or [1, 2, 3]
     made: dict[str, list[dict[str, Any]]] = {}
     if 1 in wanted:
         names = track(list(KINDS)[:kinds], "one observation", console=console)
         made["one"] = [one_observation(name, draws) for name in names]
-        show(console, f"One observation of x ~ N(0, 1), {draws} guided draws; errors of log p(y)", made["one"])
+        title = f"One observation of x ~ N(0, 1), {draws} guided draws; Moment and Dirac: error of log p(y)"
+        print_table(console, title, made["one"])
     if 2 in wanted:
         names = track(list(FOUR)[:kinds], "four observations", console=console)
         made["four"] = [row for name in names for row in four_observations(name, seeds, draws)]
-        show(console, f"Four observations of a correlated state of 8, means of {seeds}", made["four"])
+        title = f"Four observations of a correlated state of 8, means over {seeds} data sets; Moment: error of log p(y)"
+        print_table(console, title, made["four"])
     if 3 in wanted:
         names = track(list(SERIES)[:kinds], "filters", console=console)
         made["filters"] = [row for name in names for row in filters(name, seeds, particles, reference, steps)]
-        show(console, f"Filters, N = {particles}, {steps} steps, {seeds} series", made["filters"])
-    if out is not None:
-        settings = {
-            "draws": draws, "seeds": seeds, "particles": particles, "reference": reference, "steps": steps,
-            "version": ndda.__version__,
-        }  # fmt: skip
-        out.write_text(json.dumps({"settings": settings, **made}, indent=1) + "\n")
-        console.print(f"wrote {out}")
+        title = f"Filters, N = {particles}, {steps} steps, {seeds} series; mean ± standard error over series"
+        print_table(console, title, made["filters"], default=".2f")
+    sizes = {"draws": draws, "seeds": seeds, "particles": particles, "reference": reference, "steps": steps}
+    write_json(out, sizes, **made)
 
 
 if __name__ == "__main__":

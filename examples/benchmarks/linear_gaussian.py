@@ -1,28 +1,27 @@
-"""Filters against the Kalman filter in the linear-Gaussian state-space model.
+"""How close are filters to the Kalman filter in a linear-Gaussian state-space model?
 
-x' = A x + N(0, Q), A = 0.95 x a random rotation, Q_ij = qs^2 exp(-|i - j| / 3); every second component is observed with
-error rs. With `--ring` the components are places on a ring, A moves what is there on by one place (times 0.95), and
-|i - j| is the distance along the ring: what is far apart then stays nearly independent, as localization takes it to
-be; a random rotation mixes everything. For each filter, means over seeds (a new rotation, truth and observations each)
-with their standard errors:
+The model is x' = A x + N(0, Q), where A is 0.95 times a random rotation and Q_ij = qs^2 exp(-|i - j| / 3). Every second
+component is observed with error rs. With `--ring`, components are places on a ring, A moves values to the next place
+(times 0.95), and |i - j| is the distance along the ring. Distant places then stay nearly independent, as localization
+assumes; a random rotation mixes all components. The table has means over seeds with standard errors (each seed has its
+own rotation, truth and observations):
 
-- RMSE / Kalman's: of the particle mean against the truth, over that of the Kalman filter's mean;
+- RMSE / Kalman's: RMSE of the particle mean, divided by the RMSE of the Kalman filter's mean;
 - mean error: RMS over steps and components of (particle mean - Kalman mean) / Kalman standard deviation;
-- variance ratio: particle variance / Kalman variance, averaged the same way;
-- log evidence: the filter's minus the Kalman filter's, over all steps. With tempering it is no estimate of the
-  evidence; equal weights and the ensemble Kalman filter give none.
+- variance ratio: mean over steps and components of particle variance / Kalman variance;
+- log evidence: log-evidence of the filter minus that of the Kalman filter, over all steps. With tempering it is not an
+  estimate of the evidence. Equal weights, localized resampling and ensemble Kalman filters give none.
 
-The first steps are left out of the first two: the filters start from the stationary distribution, far wider than what
-they then hold, and an RMS would be that of the first steps.
+The first steps are left out of all scores except the log evidence: filters start from the stationary distribution,
+which is much wider than their later ensembles, so that these steps would dominate.
 
     python examples/benchmarks/linear_gaussian.py --out linear_gaussian.json              # transitions in closed form
-    python examples/benchmarks/linear_gaussian.py --diffusion --dims 20                   # the same through a diffusion
-    python examples/benchmarks/linear_gaussian.py --ring --dims 400 --seeds 2             # where localization is right
+    python examples/benchmarks/linear_gaussian.py --diffusion --dims 20                   # transitions by diffusion
+    python examples/benchmarks/linear_gaussian.py --ring --dims 400 --seeds 2             # distant places independent
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
@@ -35,15 +34,15 @@ import numpyro.distributions as dist
 import scipy.linalg
 import typer
 from numpyro.contrib.control_flow import scan
+from report import mean_and_error, print_table, write_json
 from rich.console import Console
 from rich.progress import track
-from rich.table import Table
 
 import numpyro_diffusion_da as ndda
 
 
 class Setting(NamedTuple):
-    """One row group of the table: dimension, spread of the transition, error of the observations."""
+    """Setting of the model: dimension, standard deviation of the transition, error of the observations, ring or not."""
 
     d: int
     qs: float
@@ -52,24 +51,25 @@ class Setting(NamedTuple):
 
     @property
     def covariance(self) -> np.ndarray:
-        """Q."""
+        """Covariance Q of the transition."""
         i = np.arange(self.d)
         apart = np.abs(i[:, None] - i[None])
         return self.qs**2 * np.exp(-(np.minimum(apart, self.d - apart) if self.ring else apart) / 3)
 
     def transition(self, rng: np.random.Generator) -> np.ndarray:
-        """A."""
+        """Matrix A of the transition."""
         if self.ring:
             return 0.95 * np.roll(np.eye(self.d), 1, axis=0)
         return 0.95 * np.linalg.qr(rng.normal(size=(self.d, self.d)))[0]
 
     def taper(self, radius: float) -> ndda.Taper:
-        """Of half-width `radius` components."""
+        """Taper with a half-width of `radius` components."""
         return ndda.Taper(radius, ndda.Ring(self.d), {"y": np.arange(0, self.d, 2)}, state=np.arange(self.d))
 
 
 SIZES = ((4, 0.5, 0.5), (20, 0.5, 0.5), (20, 0.5, 0.2), (100, 0.5, 0.5), (400, 0.5, 0.5))
-FILTERS: dict[str, Callable[[Any], ndda.filters.FilterAlgorithm]] = {  # of whole states
+# Filters without localization.
+FILTERS: dict[str, Callable[[Any], ndda.filters.FilterAlgorithm]] = {
     "bootstrap": ndda.Bootstrap,
     "exact weights": lambda model: ndda.FAAPF(model, weight=ndda.Moment(), target_ess=0.0),
     "Dirac": lambda model: ndda.FAAPF(model, weight=ndda.Dirac(), target_ess=0.0),
@@ -82,7 +82,7 @@ FILTERS: dict[str, Callable[[Any], ndda.filters.FilterAlgorithm]] = {  # of whol
     "ensemble Kalman": ndda.EnKF,
     "ensemble Kalman, square root": lambda model: ndda.EnKF(model, update=ndda.smc.SquareRoot()),
 }
-# Radii chosen on two seeds (1000, 1001) of d = 100 on the ring, from 1.5, 3 and 6.
+# Radii were chosen among 1.5, 3 and 6 on two seeds (1000, 1001) with d = 100 on the ring.
 LOCALISED: dict[str, Callable[[Any, Setting], ndda.filters.FilterAlgorithm]] = {
     "localized, exact weights": lambda model, s: ndda.FAAPF(model, weight=ndda.Moment(), taper=s.taper(3.0)),
     "localized ensemble Kalman": lambda model, s: ndda.EnKF(model, taper=s.taper(6.0)),
@@ -91,7 +91,7 @@ WITHOUT_EVIDENCE = ("equal weights", "ensemble Kalman", "ensemble Kalman, square
 
 
 class Twin(NamedTuple):
-    """One experiment: the program's arguments, and what the Kalman filter makes of them."""
+    """One experiment: arguments of the program, results of the Kalman filter, and the truth."""
 
     y: np.ndarray
     transition: np.ndarray
@@ -103,7 +103,7 @@ class Twin(NamedTuple):
 
 
 def experiment(setting: Setting, seed: int, steps: int) -> Twin:
-    """A truth and its observations, from the stationary distribution, and the Kalman filter's answer."""
+    """Simulate a truth from the stationary distribution and its observations, and run the Kalman filter."""
     rng = np.random.default_rng(seed)
     d, q, r = setting.d, setting.covariance, setting.rs**2
     a = setting.transition(rng)
@@ -132,9 +132,9 @@ def experiment(setting: Setting, seed: int, steps: int) -> Twin:
 
 
 def program(setting: Setting, diffusion: bool) -> Callable[..., None]:
-    """The state-space model, its transition in closed form or a diffusion; the matrix A is an argument."""
+    """State-space model with a transition in closed form or by diffusion; the matrix A is an argument."""
     if diffusion:
-        # The prior knows only Q, and A is applied in the program: a new rotation compiles nothing.
+        # The prior has only Q, and the program applies A, so that a new rotation does not compile again.
         prior = ndda.GaussianPrior(np.eye(setting.d), setting.covariance)
 
         def transition(mean: jax.Array) -> dist.Distribution:
@@ -169,7 +169,7 @@ def run(
     particles: int,
     first_seed: int = 0,
 ) -> dict[str, Any]:
-    """One row of the table."""
+    """Row of the table for one filter, means over seeds."""
     model = program(setting, diffusion)
     algorithm = FILTERS[name](model) if name in FILTERS else LOCALISED[name](model, setting)
     filter_ = ndda.Filter(algorithm, num_particles=particles, progress_bar=False)
@@ -191,73 +191,46 @@ def run(
     row: dict[str, Any] = {**setting._asdict(), "filter": name}
     for i, column in enumerate(("RMSE / Kalman's", "mean error", "variance ratio", "log evidence")):
         known = column != "log evidence" or name not in WITHOUT_EVIDENCE
-        row[column] = float(mean[i]) if known else None
-        # One seed says nothing about its own error.
-        row[f"{column} SE"] = float(table[:, i].std(ddof=1) / np.sqrt(seeds)) if known and seeds > 1 else None
+        row |= mean_and_error(column, table[:, i] if known else [])
     row["tempering"], row["passes"] = float(mean[4]), float(mean[5])
     return row
 
 
-def show(console: Console, title: str, rows: list[dict[str, Any]]) -> None:
-    """The table on the terminal."""
-    table = Table(title=title, box=None, padding=(0, 1, 0, 0))
-    for name in ("d, qs, rs", "filter"):
-        table.add_column(name)
-    for name in ("RMSE / Kalman's", "mean error", "variance ratio", "log evidence", "tempering", "passes"):
-        table.add_column(name, justify="right")
-    previous = None
-    for row in rows:
-        setting = f"{row['d']}, {row['qs']:g}, {row['rs']:g}"
-
-        def cell(name: str, digits: int, row: dict[str, Any] = row) -> str:
-            value, se = row[name], row[f"{name} SE"]
-            if value is None:
-                return "-"
-            return f"{value:.{digits}f}" + ("" if se is None else f" ± {se:.{digits}f}")
-
-        table.add_row(
-            "" if setting == previous else setting,
-            row["filter"],
-            cell("RMSE / Kalman's", 3),
-            cell("mean error", 2),
-            cell("variance ratio", 2),
-            cell("log evidence", 1),
-            f"{row['tempering']:.2f}",
-            f"{row['passes']:.0f}",
-        )
-        previous = setting
-    console.print(table)
+COLUMNS = {
+    "d, qs, rs": "", "filter": "", "RMSE / Kalman's": ".3f", "mean error": ".2f", "variance ratio": ".2f",
+    "log evidence": ".1f", "tempering": ".2f", "passes": ".0f",
+}  # fmt: skip
 
 
 def main(
-    out: Annotated[Path | None, typer.Option(help="Write the table to this JSON file.")] = None,
+    out: Annotated[Path | None, typer.Option(help="JSON file to write the table to.")] = None,
     dims: Annotated[
         list[int] | None,
-        typer.Option(help="Settings of this dimension; may be repeated. By default 4, 20 and 100, not 400."),
+        typer.Option(help="Dimension of the state; may be repeated; by default 4, 20 and 100, not 400."),
     ] = None,
-    filters: Annotated[list[str] | None, typer.Option(help="Only this filter; may be repeated.")] = None,
-    seeds: Annotated[int, typer.Option(help="Experiments of each setting.", min=1)] = 8,
+    filters: Annotated[list[str] | None, typer.Option(help="Filter to run; may be repeated; all by default.")] = None,
+    seeds: Annotated[int, typer.Option(help="Number of seeds for each setting.", min=1)] = 8,
     steps: Annotated[int, typer.Option(help="Steps of each experiment.", min=1)] = 40,
     spin_up: Annotated[
-        int | None, typer.Option(help="First steps left out of the scores; a quarter of them by default.", min=0)
+        int | None, typer.Option(help="Steps at the start that are not scored; by default a quarter.", min=0)
     ] = None,
-    particles: Annotated[int, typer.Option(help="Particles N.", min=2)] = 256,
-    diffusion: Annotated[bool, typer.Option(help="Transition from a diffusion prior, not in closed form.")] = False,
-    ring: Annotated[bool, typer.Option(help="Components on a ring, moved on by one, instead of a rotation.")] = False,
-    first_seed: Annotated[int, typer.Option(help="First of the seeds.", min=0)] = 0,
+    particles: Annotated[int, typer.Option(help="Particles of each filter.", min=2)] = 256,
+    diffusion: Annotated[bool, typer.Option(help="Transition by diffusion instead of in closed form.")] = False,
+    ring: Annotated[bool, typer.Option(help="Shift along a ring instead of a random rotation.")] = False,
+    first_seed: Annotated[int, typer.Option(help="First seed.", min=0)] = 0,
 ) -> None:
-    """Mean error, variance and evidence of the filters against the Kalman filter."""
+    """Print mean error, variance and evidence of filters, compared with the Kalman filter."""
     settings = [Setting(*size, ring) for size in SIZES if size[0] in (dims or (4, 20, 100))]
     known = (*FILTERS, *LOCALISED)
     names = list(filters or known)
     unknown = sorted(set(names) - set(known))
     if unknown:
-        raise typer.BadParameter(f"no filter called {', '.join(unknown)}; there are {', '.join(known)}.")
+        raise typer.BadParameter(f"no filter called {', '.join(unknown)}; give one of {', '.join(known)}.")
     spin_up = steps // 4 if spin_up is None else spin_up
     if spin_up >= steps:
-        raise typer.BadParameter(f"spin-up of {spin_up} steps leaves none of {steps} to score.")
+        raise typer.BadParameter(f"a spin-up of {spin_up} steps leaves none of {steps} to score; give fewer.")
     if not settings:
-        raise typer.BadParameter(f"no setting of dimension {dims}; there are {sorted({size[0] for size in SIZES})}.")
+        raise typer.BadParameter(f"no setting of dimension {dims}; give one of {sorted({size[0] for size in SIZES})}.")
     console = Console(width=120)
     arguments = {"diffusion": diffusion, "seeds": seeds, "steps": steps, "spin_up": spin_up, "particles": particles}
     arguments["first_seed"] = first_seed
@@ -266,10 +239,10 @@ def main(
         run(setting, name, **arguments) for setting, name in track(work, "filtering", console=console, transient=True)
     ]
     kind = "diffusion" if diffusion else "closed form"
-    show(console, f"{kind}, N = {particles}, {steps} steps, {seeds} seeds", rows)
-    if out is not None:
-        out.write_text(json.dumps({"version": ndda.__version__, "settings": arguments, "rows": rows}, indent=2) + "\n")
-        console.print(f"wrote {out}")
+    title = f"{kind}, N = {particles}, {steps} steps, {seeds} seeds; mean ± standard error over seeds"
+    shown = [{**row, "d, qs, rs": f"{row['d']}, {row['qs']:g}, {row['rs']:g}"} for row in rows]
+    print_table(console, title, shown, COLUMNS, group="d, qs, rs")
+    write_json(out, arguments, rows=rows)
 
 
 if __name__ == "__main__":

@@ -1,17 +1,18 @@
-"""What do localized ancestors give? Lorenz-96, observed linearly and otherwise, with its true and a learned transition.
+"""How much does localized resampling improve a particle filter? Lorenz-96 with linear and nonlinear observations.
 
-Stochastic Lorenz-96 (F = 8, step 0.1, noise variance 0.5) on a ring of sites. Cases:
+The system is stochastic Lorenz-96 (F = 8, step 0.1, noise variance 0.5) on a ring of sites. The cases are:
 
 - linear: every second site, error variance 0.1;
 - modulus: |x| of every site, error variance 0.1;
 - square: x^2 / 8 of every site, error variance 0.1;
 - arctan: 3 arctan(x / 2) of every second site, error variance 0.05.
 
-Filters: localized FA-APF with Moment and with Dirac weights; the published FA-APF, whose weights are global; controls:
-the free ensemble, a bootstrap filter, guided particles with equal weights, and a localized ensemble Kalman filter. All
-have the same transition, the true one or the emulator's. No setting was chosen on the truths reported; `--tune` prints
-the scores of the grid on others. Seams show in the roughness of particles over that of the truth: after the transition
-("roughness"), and of the states glued together before it ("glued").
+The filters are local FA-APF with Moment and with Dirac weights, the published FA-APF, which resamples whole particles,
+and controls: the free ensemble, a bootstrap filter, guided particles with equal weights, and a localized ensemble
+Kalman filter. All have the same transition, either the true one or that of the emulator. No setting was chosen on the
+truths reported; `--tune` prints scores of a grid of settings on other truths. Seams between blocks increase the
+roughness of particles. The table has this roughness relative to that of the truth, after the transition ("roughness")
+and for the states glued together from several ancestors before it ("glued").
 
     python examples/benchmarks/local_ancestors.py --case linear --case modulus --out local.json
     python examples/benchmarks/local_ancestors.py --emulator --truths 3
@@ -19,7 +20,6 @@ the scores of the grid on others. Seams show in the roughness of particles over 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
@@ -31,9 +31,9 @@ import numpyro
 import numpyro.distributions as dist
 import typer
 from numpyro.contrib.control_flow import scan
+from report import mean_and_error, print_table, write_json
 from rich.console import Console
 from rich.progress import track
-from rich.table import Table
 
 import numpyro_diffusion_da as ndda
 from numpyro_diffusion_da.demos import lorenz96_system as lorenz96
@@ -42,7 +42,7 @@ TUNING_SEED = 1
 
 
 class Case(NamedTuple):
-    """How the state is observed: h, the variance of the error, every n-th site."""
+    """Observation of the state: function h, error variance, and spacing of the observed sites."""
 
     h: Callable[[jax.Array], jax.Array]
     error_variance: float
@@ -58,9 +58,12 @@ CASES = {
 
 
 class Setting(NamedTuple):
-    """Half-width of the taper in sites, with the particle filter's target ESS or the Kalman filter's factor on the forecast.
+    """Settings of a localized filter.
 
-    `factor` is that of the particle filter's inflation, `Multiplicative`; the Kalman filter's is on the forecast.
+    Attributes:
+        radius: half-width of the taper in sites.
+        amount: target ESS of the particle filter, or factor on the forecast of the Kalman filter.
+        factor: factor of the inflation of the particle filter (`Multiplicative`); not used by the Kalman filter.
     """
 
     radius: float
@@ -68,8 +71,8 @@ class Setting(NamedTuple):
     factor: float = 1.0
 
 
-# The lowest CRPS on two truths of `TUNING_SEED` (arctan with Moment weights: four), d = 40, true transition, of `GRID`;
-# only for arctan with all of it, elsewhere without target ESS 0.05, radius 4 and the inflations of spread.
+# Lowest CRPS of `GRID` on two truths of `TUNING_SEED` with d = 40 and the true transition (four truths for arctan with
+# Moment weights). Only arctan used the whole grid; other cases had no target ESS of 0.05, radius of 4, or inflation.
 TUNED: dict[str, dict[str, Setting]] = {
     "local, Moment": {
         "linear": Setting(5.0, 0.1), "modulus": Setting(5.0, 0.1), "square": Setting(5.0, 0.1),
@@ -93,13 +96,13 @@ GRID = {
     "EnKF": [Setting(r, i) for r in (4.0, 6.0, 9.0) for i in (1.0, 1.02)] + [Setting(4.0, 1.1), Setting(9.0, 1.1)],
 }
 CONTROLS = ("free ensemble", "bootstrap", "equal weights", "global, Dirac")
-# Of the emulator's draws: fewer passes than the default, and a smaller error on rings (docs/method.md, ring-64).
+# Draws of the emulator: fewer passes than with the default, and less error on rings (docs/method.md, ring-64).
 SAMPLER = ndda.Sampler(schedule=ndda.KarrasSchedule(13, rho=20.0, lowest=0.04))
 GUIDANCE = ndda.diffusion.Piecewise(tuple(ndda.MMPS(ndda.diffusion.KrylovSolve(k)) for k in (1, 2, 1)), (40.0, 0.2))
 
 
 def program(case: Case, sites: int, emulator: bool) -> Callable[[jax.Array], None]:
-    """The state-space model."""
+    """State-space model of a case, with the true transition or that of the emulator."""
     prior = ndda.load_prior("lorenz96", num_sites=sites)
     climate = prior.climatology()
 
@@ -117,7 +120,7 @@ def program(case: Case, sites: int, emulator: bool) -> Callable[[jax.Array], Non
 
 
 def simulate(key: jax.Array, case: Case, sites: int, cycles: int) -> tuple[np.ndarray, np.ndarray]:
-    """(states, observations) after 50 steps of spin-up."""
+    """Draw states and observations, after 50 steps of spin-up."""
     start_key, run_key, error_key = jax.random.split(key, 3)
     climate = ndda.load_prior("lorenz96", num_sites=sites).climatology()
     states = lorenz96.trajectory(run_key, climate.sample(start_key), 50 + cycles)[50:]
@@ -128,12 +131,12 @@ def simulate(key: jax.Array, case: Case, sites: int, cycles: int) -> tuple[np.nd
 def make(
     name: str, setting: Setting | None, model: Any, case: Case, sites: int, emulator: bool
 ) -> ndda.filters.FilterAlgorithm:
-    """The filter of that name."""
+    """Filter of the given name."""
     taper = None
     if setting is not None:
         at = np.arange(0, sites, case.every)
         taper = ndda.Taper(setting.radius, ndda.Ring(sites), {"y": at}, state=np.arange(sites))
-    # The emulator's errors are nearly independent from site to site: one product with random signs has its variances.
+    # Errors of the emulator are nearly independent between sites, so one product with random signs gives variances.
     moment = ndda.Moment(noise_level=10.0, probes=1) if emulator else ndda.Moment()
     if name == "EnKF":
         return ndda.EnKF(model, taper=taper, inflation=(ndda.ForecastMultiplicative(setting.amount),))
@@ -151,11 +154,11 @@ def make(
 
 
 def glued(result: ndda.FilterResult, spin_up: int) -> np.ndarray:
-    """The states that the draws were conditioned on, with their seams, shape (particles, time - 1, sites)."""
+    """States that the draws were conditioned on, with their seams, shape (particles, time - 1, sites)."""
     x = result.posterior["x"][0, :, spin_up:-1]
     if not result.is_local:
         return x
-    # Each site is a block, in the order of the sites.
+    # Each site is a block, and blocks have the order of the sites.
     return np.take_along_axis(x, result.sample_stats["ancestors"][0, :, spin_up + 1 :], axis=0)
 
 
@@ -163,7 +166,7 @@ def row_of(
     name: str, setting: Setting | None, case: str, sites: int, emulator: bool, *,
     seed: int, truths: int, particles: int, cycles: int, spin_up: int,
 ) -> dict[str, Any]:  # fmt: skip
-    """Means over truths with their standard errors."""
+    """Row of the table: means over truths with standard errors."""
     model = program(CASES[case], sites, emulator)
     run = ndda.Filter(
         make(name, setting, model, CASES[case], sites, emulator),
@@ -194,69 +197,37 @@ def row_of(
     row: dict[str, Any] = {"case": case, "d": sites, "filter": name, "lost": lost}
     row |= {"radius": None, "amount": None, "factor": None} if setting is None else setting._asdict()
     for key in ("RMSE", "spread/skill", "CRPS", "roughness", "glued", "tempering", "passes"):
-        values = np.array([score[key] for score in scores])
-        row[key] = float(values.mean()) if len(values) else None
-        row[f"{key} SE"] = float(values.std(ddof=1) / np.sqrt(len(values))) if len(values) > 1 else None
+        row |= mean_and_error(key, [score[key] for score in scores])
     return row
 
 
-def show(console: Console, title: str, rows: list[dict[str, Any]]) -> None:
-    """The table on the terminal."""
-    table = Table(title=title, box=None, padding=(0, 1, 0, 0))
-    for name in (
-        "case",
-        "d",
-        "filter",
-        "radius",
-        "ESS/infl.",
-        "factor",
-        "RMSE",
-        "spread/skill",
-        "CRPS",
-        "roughness",
-        "glued",
-        "passes",
-        "lost",
-    ):
-        table.add_column(name, no_wrap=True)
-    for row in rows:
-
-        def cell(key: str, digits: int, row: dict[str, Any] = row) -> str:
-            value, se = row[key], row[f"{key} SE"]
-            if value is None:
-                return "-"
-            return f"{value:.{digits}f}" + (f" ± {se:.{digits}f}" if se is not None else "")
-
-        amounts = ["-" if row[key] is None else f"{row[key]:g}" for key in ("radius", "amount", "factor")]
-        scores = [cell("RMSE", 3), cell("spread/skill", 3), cell("CRPS", 4)]
-        scores += [cell("roughness", 3), cell("glued", 3)]
-        table.add_row(
-            row["case"], str(row["d"]), row["filter"], *amounts, *scores, f"{row['passes'] or 0:.0f}", str(row["lost"])
-        )
-    console.print(table)
+COLUMNS = {
+    "case": "", "d": "", "filter": "", "radius": "g", "ESS or factor": "g", "factor": "g", "RMSE": ".3f",
+    "spread/skill": ".3f", "CRPS": ".4f", "roughness": ".3f", "glued": ".3f", "passes": ".0f", "lost": "",
+}  # fmt: skip
 
 
 def main(
-    case: Annotated[list[str] | None, typer.Option(help="Only this case; may be repeated.")] = None,
-    only: Annotated[list[str] | None, typer.Option(help="Only this filter; may be repeated.")] = None,
-    emulator: Annotated[bool, typer.Option(help="The learned transition, not the true one.")] = False,
-    sites: Annotated[int, typer.Option(min=21, help="Sites of the ring.")] = 40,
-    truths: Annotated[int, typer.Option(min=1, help="Truths.")] = 10,
+    case: Annotated[list[str] | None, typer.Option(help="Case to run; may be repeated; all by default.")] = None,
+    only: Annotated[list[str] | None, typer.Option(help="Filter to run; may be repeated; all by default.")] = None,
+    emulator: Annotated[bool, typer.Option(help="Use the transition of the emulator instead of the true one.")] = False,
+    sites: Annotated[int, typer.Option(min=21, help="Number of sites.")] = 40,
+    truths: Annotated[int, typer.Option(min=1, help="Number of truths.")] = 10,
     particles: Annotated[int, typer.Option(min=2, help="Particles of each filter.")] = 256,
-    cycles: Annotated[int, typer.Option(min=2, help="Cycles of each truth.")] = 120,
-    spin_up: Annotated[int, typer.Option(min=0, help="Cycles that are not scored.")] = 30,
-    tune: Annotated[bool, typer.Option(help="The grid of settings, on other truths, instead of the table.")] = False,
-    seed: Annotated[int, typer.Option(help="Of the truths reported.")] = 0,
-    out: Annotated[Path | None, typer.Option(help="Write the table to this JSON file.")] = None,
+    cycles: Annotated[int, typer.Option(min=2, help="Filter steps on each truth.")] = 120,
+    spin_up: Annotated[int, typer.Option(min=0, help="Filter steps at the start that are not scored.")] = 30,
+    tune: Annotated[bool, typer.Option(help="Run the grid of settings on the tuning truths instead.")] = False,
+    seed: Annotated[int, typer.Option(help="Seed of the truths reported.")] = 0,
+    out: Annotated[Path | None, typer.Option(help="JSON file to write the table to.")] = None,
 ) -> None:
-    """Localized ancestors against global ones and a localized ensemble Kalman filter."""
+    """Print scores of filters with and without localized resampling, and of a localized ensemble Kalman filter."""
     console = Console(width=150)
     names = [*TUNED, *CONTROLS]
     for given, known, what in ((case, list(CASES), "case"), (only, names, "filter")):
         if unknown := sorted(set(given or ()) - set(known)):
-            raise typer.BadParameter(f"no {what} called {', '.join(unknown)}; there are {', '.join(known)}.")
+            raise typer.BadParameter(f"no {what} called {', '.join(unknown)}; give one of {', '.join(known)}.")
     if not spin_up < cycles:
-        raise typer.BadParameter(f"spin-up of {spin_up} of {cycles} cycles leaves none to score.")
+        raise typer.BadParameter(f"a spin-up of {spin_up} of {cycles} cycles leaves none to score; give fewer.")
     work: list[tuple[str, str, Setting | None]] = []
     for kind in case or CASES:
         for name in names:
@@ -270,12 +241,11 @@ def main(
     rows = []
     for kind, name, setting in track(work, "filtering", console=console, transient=True):
         rows.append(row_of(name, setting, kind, sites, emulator, seed=TUNING_SEED if tune else seed, **sizes))
-        if out is not None:
-            settings_of_run = {**sizes, "emulator": emulator, "sites": sites, "tune": tune, "seed": seed}
-            found = {"version": ndda.__version__, "settings": settings_of_run, "rows": rows}
-            out.write_text(json.dumps(found, indent=1) + "\n")
-    transition = "the emulator's transition" if emulator else "the true transition"
-    show(console, f"Lorenz-96, {transition}, N = {particles}, {truths} truths of {cycles} cycles", rows)
+        # Write after every row, so that an interrupted run keeps what it has.
+        write_json(out, {**sizes, "emulator": emulator, "sites": sites, "tune": tune, "seed": seed}, rows=rows)
+    transition = "transition of the emulator" if emulator else "true transition"
+    title = f"Lorenz-96, {transition}, N = {particles}, {truths} truths of {cycles} cycles; mean ± standard error"
+    print_table(console, title, [{**row, "ESS or factor": row["amount"]} for row in rows], COLUMNS, group="case")
 
 
 if __name__ == "__main__":

@@ -1,20 +1,21 @@
-"""What is a filter worth in the mini weather? Three networks, several truths, the controls, and forecasts afterwards.
+"""How accurate are filters for the mini weather? Three observing networks, several truths, controls, and forecasts.
 
-The truth is the stochastic Held-Suarez atmosphere of examples/mini_weather, every 12 hours for 15 days; filters see the
-emulator that ships. Networks: stations, the swath of a satellite, means over blocks. Filters: the free ensemble, guided
-particles with equal weights, the published FA-APF, its localized form, an ensemble Kalman filter with the emulator, and
-with --true-model one with the true equations and the whole of their state (wants dinosaur-dycore). Scores are over the
-last 5 days, in standard deviations of the climate: RMSE of the mean of all channels, of observed and of unobserved
-ones, spread over error, CRPS. "forecast" is the RMSE of the emulator's 5-day forecast from the last ensemble.
+The truth is the stochastic Held-Suarez atmosphere of examples/mini_weather, every 12 hours for 15 days. Filters use the
+emulator of the package. The networks are stations, the swath of a satellite, and means over blocks. The filters are the
+free ensemble, guided particles with equal weights, the published FA-APF, local FA-APF, and an ensemble Kalman filter
+with the emulator. With `--true-model` there is also an ensemble Kalman filter with the true equations and their whole
+state, which requires dinosaur-dycore. Scores are averages over the last 5 days, in standard deviations of the climate:
+RMSE of the mean over all, observed and unobserved channels, spread divided by RMSE, and CRPS. "forecast" is the RMSE of
+a 5-day forecast of the emulator from the last ensemble.
 
-Truths are of the test runs, settings were chosen on the validation run (--split validation). generate.py makes other
-runs on another kind of processor, which rounds otherwise: its scores differ as those of other truths do.
+Truths come from the test runs; settings were chosen on the validation run (`--split validation`). On another kind of
+processor, generate.py makes other runs, because rounding differs. Scores then differ like those of other truths.
 
     python examples/mini_weather/generate.py --out weather_data
     python examples/benchmarks/mini_weather.py --data weather_data --network stations --out mini_weather.json
 
-Scores are written after every truth, and a run of the same command goes on from there. Every truth compiles its filters
-anew: with JAX_COMPILATION_CACHE_DIR set they are compiled once.
+The script writes scores after every truth, and continues from there if it runs again with the same options. It compiles
+the filters for every truth; set JAX_COMPILATION_CACHE_DIR to compile them only once.
 """
 
 from __future__ import annotations
@@ -31,22 +32,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import typer
+from report import mean_and_error, print_table, write_json
 from rich.console import Console
 from rich.progress import track
-from rich.table import Table
 
 import numpyro_diffusion_da as ndda
-from numpyro_diffusion_da.demos.held_suarez_demo import (
-    FILTERS,
-    NEAR_GROUND,
-    SAMPLER,
-    WeatherExperiment,
-    area_weights,
-    in_climate_units,
-    run_weather_twin,
-    summarize_run,
-)
-from numpyro_diffusion_da.demos.scores import mean_and_standard_error
+from numpyro_diffusion_da.demos import held_suarez_demo
 from numpyro_diffusion_da.observation import BlockMeans, ObservingNetwork, Stations, Swath, fraction_of
 from numpyro_diffusion_da.priors import SphericalEmulator
 from numpyro_diffusion_da.transition import DiffusionDynamics
@@ -60,7 +51,7 @@ TRUE_RADIUS, TRUE_RTPS = 2000.0, 0.5
 
 
 class NetworkName(StrEnum):
-    """The networks, by the names of the paper's experiments."""
+    """Observing networks of the published experiments."""
 
     STATIONS = "stations"
     SWATH = "swath"
@@ -68,8 +59,8 @@ class NetworkName(StrEnum):
 
 
 def network(name: NetworkName, prior: SphericalEmulator) -> ObservingNetwork:
-    """With errors of a fifth of the climate's standard deviation, of the surface and of the lowest level."""
-    errors = fraction_of(prior.state_scale, NEAR_GROUND, prior.layout, 0.2)
+    """Network that observes surface and lowest level, with errors of a fifth of the climate's standard deviation."""
+    errors = fraction_of(prior.state_scale, held_suarez_demo.NEAR_GROUND, prior.layout, 0.2)
     match name:
         case NetworkName.STATIONS:
             return Stations(errors, count=200)
@@ -80,44 +71,46 @@ def network(name: NetworkName, prior: SphericalEmulator) -> ObservingNetwork:
 
 
 def truths(folder: Path, split: str, count: int, length: int) -> tuple[np.ndarray, list[tuple[int, int]]]:
-    """States from the end of a shard on, and (run, shard) of that end: there the model's whole state is stored."""
+    """States of each truth from the end of a shard, where whole states are stored, and (run, shard) of that end."""
     shards = list(data.shards(folder, split))
     runs = len(shards[0])
     places = [(i % runs, 1 + 2 * (i // runs)) for i in range(count)]
     if places[-1][1] + 1 >= len(shards):
-        raise typer.BadParameter(f"{count} truths; the {len(shards)} shards of '{split}' have fewer.")
+        raise typer.BadParameter(
+            f"{count} truths are more than the {len(shards)} shards of '{split}' contain; give fewer."
+        )
     found = [np.concatenate([shards[shard][run, -1:], shards[shard + 1][run, : length - 1]]) for run, shard in places]
     return np.stack(found), places
 
 
 def scores_so_far(out: Path, settings: dict[str, Any], names: list[str]) -> dict[str, list[dict[str, float]]]:
-    """By filter, one for each truth, of a run that was stopped; empty lists for a new one."""
+    """Scores of each filter, one entry per truth, from an interrupted run; empty lists for a new run."""
     if not out.exists():
         return {name: [] for name in names}
     found = json.loads(out.read_text())
     if found["settings"] != settings or list(found["scores"]) != names:
         raise typer.BadParameter(
-            f"{out} has scores of {found['settings']} and {', '.join(found['scores'])}; this run is of {settings} and "
-            f"{', '.join(names)}. Give another --out, or remove it."
+            f"{out} has scores for {found['settings']} and {', '.join(found['scores'])}, but this run has {settings} "
+            f"and {', '.join(names)}; give another --out, or remove the file."
         )
     return found["scores"]
 
 
 def main(
-    data_folder: Annotated[Path, typer.Option("--data", help="Folder of generate.py.")] = Path("weather_data"),
-    network_name: Annotated[NetworkName, typer.Option("--network")] = NetworkName.STATIONS,
-    count: Annotated[int, typer.Option("--truths", min=1)] = 5,
-    particles: Annotated[int, typer.Option(min=2)] = 256,
-    cycles: Annotated[int, typer.Option(min=2)] = 30,
-    target_ess: Annotated[float, typer.Option(help="Of the local FA-APF; 0.8 for 64 particles.")] = 0.5,
-    only: Annotated[list[str] | None, typer.Option(help="Only this filter; may be repeated.")] = None,
-    true_model: Annotated[bool, typer.Option(help="Also the Kalman filter with the true model.")] = False,
-    split: Annotated[str, typer.Option(help="Runs the truths are of.")] = "test",
-    out: Annotated[Path, typer.Option(help="Where the scores go, as JSON.")] = Path("mini_weather.json"),
+    data_folder: Annotated[Path, typer.Option("--data", help="Folder that generate.py wrote.")] = Path("weather_data"),
+    network_name: Annotated[NetworkName, typer.Option("--network", help="Observing network.")] = NetworkName.STATIONS,
+    count: Annotated[int, typer.Option("--truths", min=1, help="Number of truths.")] = 5,
+    particles: Annotated[int, typer.Option(min=2, help="Particles, or members, of each filter.")] = 256,
+    cycles: Annotated[int, typer.Option(min=2, help="Filter steps on each truth.")] = 30,
+    target_ess: Annotated[float, typer.Option(help="Target ESS of local FA-APF; use 0.8 for 64 particles.")] = 0.5,
+    only: Annotated[list[str] | None, typer.Option(help="Filter to run; may be repeated; all by default.")] = None,
+    true_model: Annotated[bool, typer.Option(help="Also run the Kalman filter with the true model.")] = False,
+    split: Annotated[str, typer.Option(help="Runs that the truths come from.")] = "test",
+    out: Annotated[Path, typer.Option(help="JSON file to write the scores to.")] = Path("mini_weather.json"),
 ) -> None:
-    """Run, print and write."""
+    """Print scores of filters on several truths with one observing network."""
     prior = ndda.load_prior("held_suarez")
-    experiment = WeatherExperiment(
+    experiment = held_suarez_demo.WeatherExperiment(
         {"y": network(network_name, prior)}, cycles=cycles, spin_up=max(cycles - 10, 0), target_ess=target_ess
     )
     states, places = truths(data_folder, split, count, 1 + cycles + FORECAST_STEPS)
@@ -126,7 +119,7 @@ def main(
     def forecast(rng_key: jax.Array, ensemble: jax.Array) -> jax.Array:
         def member(key: jax.Array, x: jax.Array) -> jax.Array:
             def step(x: jax.Array, key: jax.Array) -> tuple[jax.Array, None]:
-                return DiffusionDynamics(prior, prior.condition(x), SAMPLER).draw(key)[0], None
+                return DiffusionDynamics(prior, prior.condition(x), held_suarez_demo.SAMPLER).draw(key)[0], None
 
             return jax.lax.scan(step, x, jax.random.split(key, FORECAST_STEPS))[0]
 
@@ -136,8 +129,8 @@ def main(
 
     def forecast_error(rng_key: jax.Array, ensemble: np.ndarray, truth: np.ndarray) -> float:
         found = np.asarray(forecast(rng_key, jnp.asarray(ensemble)))
-        scaled = (in_climate_units(v, prior) for v in (found, truth))
-        by_channel = ndda.diagnostics.rmse(*scaled, axis=(1, 2), weights=area_weights(prior))
+        scaled = (held_suarez_demo.in_climate_units(v, prior) for v in (found, truth))
+        by_channel = ndda.diagnostics.rmse(*scaled, axis=(1, 2), weights=held_suarez_demo.area_weights(prior))
         return float(np.sqrt(np.mean(by_channel**2)))
 
     settings = {
@@ -147,12 +140,12 @@ def main(
         "target_ess": target_ess,
         "split": split,
     }
-    names = only or list(FILTERS)
+    names = only or list(held_suarez_demo.FILTERS)
     rows = scores_so_far(out, settings, [*names, *([TRUE_MODEL] if true_model else [])])
     true_filter = TrueModelFilter(data_folder, split, experiment, prior, particles) if true_model else None
     for i in track(range(len(rows[names[0]]), count), description="truths"):
-        # One truth at a time, with the key of its number: which others are run does not matter.
-        result = run_weather_twin(
+        # One truth at a time with its own key, so that scores do not depend on the number of truths.
+        result = held_suarez_demo.run_weather_twin(
             experiment, prior, states[i : i + 1, : cycles + 1], seed=i, num_particles=particles, only=names
         )
         runs = {name: result.runs[name][0] for name in names}
@@ -163,33 +156,31 @@ def main(
             scores = {key: float(value[0]) for key, value in result.scores(name).items()}
             key = jax.random.fold_in(jax.random.key(100), i)
             rows[name].append(scores | {"forecast": forecast_error(key, run.last, states[i, -1])})
-        # After every truth: a long run that is stopped has lost one.
-        out.write_text(json.dumps({"settings": settings, "scores": rows}, indent=1) + "\n")
-    table = Table(
-        title=f"{network_name}, N = {particles}, {len(rows[names[0]])} truths of {cycles} cycles",
-        box=None,
-        header_style="bold",
-    )
-    table.add_column("filter")
-    for key in rows[names[0]][0]:
-        table.add_column(key, justify="right")
+        # Write after every truth, so that an interrupted run loses one truth at most.
+        write_json(out, settings, scores=rows)
+    shown = []
     for name, scores in rows.items():
-        cells = []
+        row: dict[str, Any] = {"filter": name}
         for key in scores[0]:
-            mean, error = mean_and_standard_error(np.array([s[key] for s in scores]))
-            spread = f" ± {error:.3f}" if len(scores) > 1 else ""
-            cells.append(f"{mean:.0f}" if key == "passes" else f"{mean:.3f}{spread}")
-        table.add_row(name, *cells)
-    Console(width=160).print(table)
+            row |= mean_and_error(key, [s[key] for s in scores])
+        shown.append({**row, "passes SE": None})
+    title = f"{network_name}, N = {particles}, {len(rows[names[0]])} truths of {cycles} cycles; mean ± standard error"
+    columns = {"filter": ""} | {key: ".0f" if key == "passes" else ".3f" for key in rows[names[0]][0]}
+    print_table(Console(), title, shown, columns)
 
 
 class TrueModelFilter:
-    """The ensemble Kalman filter that is given the true equations and the whole of their state."""
+    """Ensemble Kalman filter with the true equations and their whole state."""
 
     def __init__(
-        self, folder: Path, split: str, experiment: WeatherExperiment, prior: SphericalEmulator, particles: int
+        self,
+        folder: Path,
+        split: str,
+        experiment: held_suarez_demo.WeatherExperiment,
+        prior: SphericalEmulator,
+        particles: int,
     ) -> None:
-        # Only here: dinosaur is needed for nothing else.
+        # These modules need dinosaur, which nothing else here requires.
         import atmosphere as model
         import true_model
 
@@ -213,7 +204,7 @@ class TrueModelFilter:
         )
 
     def run(self, number: int, place: tuple[int, int], states: np.ndarray, y: dict[str, np.ndarray]) -> Any:
-        """On one truth, whose whole state is that of (run, shard)."""
+        """Run on one truth, whose whole initial state is stored at `place` = (run, shard)."""
         guess_key, filter_key = jax.random.split(jax.random.fold_in(jax.random.key(200), number))
         other = self.archive[int(jax.random.randint(guess_key, (), 0, len(self.archive)))]
         first_guess = self.own[place] + self.experiment.start_error * (other - self.mean)
@@ -224,7 +215,7 @@ class TrueModelFilter:
         flat = np.asarray(seen(particles.reshape(-1, *particles.shape[3:])))
         posterior = {**result.posterior, "x": flat.reshape(*particles.shape[:3], *flat.shape[1:])}
         first = next(iter(self.experiment.observing(self.prior).values()))
-        return summarize_run(
+        return held_suarez_demo.summarize_run(
             dataclasses.replace(result, posterior=posterior), states[1:], self.prior, first, self.experiment.spin_up
         )
 

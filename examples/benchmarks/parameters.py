@@ -1,22 +1,22 @@
-"""Posteriors of global parameters against the exact ones, in the linear-Gaussian state-space model.
+"""How accurate are posteriors of global parameters? PMMH and SMC^2 in a linear-Gaussian state-space model.
 
-x' = a U x + N(0, 0.5^2 I), U a rotation; y = x + N(0, sigma^2 I); a ~ Uniform(0, 1) and sigma ~ HalfNormal(1) unknown.
-The exact posterior comes from the Kalman filter's evidence on a grid. For each method, over seeds (a new truth and
-series each, a = 0.8, sigma = 0.4), mean and standard error of
+The model is x' = a U x + N(0, 0.5^2 I) with a rotation U, and y = x + N(0, sigma^2 I). The parameters a ~ Uniform(0, 1)
+and sigma ~ HalfNormal(1) are unknown. The exact posterior is computed from the evidence of the Kalman filter on a grid.
+The table has means over seeds with standard errors (each seed has its own truth and series, with a = 0.8 and
+sigma = 0.4):
 
 - bias: (posterior mean - exact mean) / exact standard deviation, of a and of sigma;
-- sd ratio: posterior standard deviation / exact, of a and of sigma;
-- RMS: of the biases over both; "expected": what the effective sample size of the draws alone would give.
-
-SMC^2 also gives the evidence with the parameters integrated out, compared with the grid's.
+- sd ratio: posterior standard deviation / exact standard deviation, of a and of sigma;
+- RMS: root mean square of the biases of both parameters;
+- expected: RMS of the biases that the effective sample size of the draws alone would give;
+- evidence error: error of the log-evidence with parameters integrated out, from SMC^2 only.
 
     python examples/benchmarks/parameters.py --out parameters.json
-    python examples/benchmarks/parameters.py --diffusion --seeds 4 --steps 20     # the same through a diffusion
+    python examples/benchmarks/parameters.py --diffusion --seeds 4 --steps 20     # transition by diffusion
 """
 
 from __future__ import annotations
 
-import json
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -29,9 +29,9 @@ import numpyro.distributions as dist
 import typer
 from numpyro.contrib.control_flow import scan
 from numpyro.diagnostics import effective_sample_size
+from report import mean_and_error, print_table, write_json
 from rich.console import Console
 from rich.progress import track
-from rich.table import Table
 
 import numpyro_diffusion_da as ndda
 
@@ -39,7 +39,7 @@ A, SIGMA, NOISE = 0.8, 0.4, 0.5
 
 
 class Exact(NamedTuple):
-    """Of a and sigma: mean and standard deviation; and the log-evidence, parameters integrated out."""
+    """Exact posterior mean and standard deviation of (a, sigma), and log-evidence with parameters integrated out."""
 
     mean: np.ndarray
     sd: np.ndarray
@@ -47,7 +47,7 @@ class Exact(NamedTuple):
 
 
 def rotation(d: int) -> np.ndarray:
-    """U: a turn by one radian in the first two components."""
+    """Rotation U by one radian in the first two components."""
     u = np.eye(d)
     if d > 1:
         u[:2, :2] = [[np.cos(1.0), -np.sin(1.0)], [np.sin(1.0), np.cos(1.0)]]
@@ -55,7 +55,7 @@ def rotation(d: int) -> np.ndarray:
 
 
 def simulate(seed: int, d: int, steps: int) -> np.ndarray:
-    """Observations, (time, d), from x0 ~ N(0, I)."""
+    """Simulate observations, shape (time, d), from x0 ~ N(0, I)."""
     rng = np.random.default_rng(seed)
     x, y = rng.normal(size=d), []
     for _ in range(steps):
@@ -65,7 +65,7 @@ def simulate(seed: int, d: int, steps: int) -> np.ndarray:
 
 
 def kalman_log_evidence(y: np.ndarray, a: np.ndarray, sigma: np.ndarray) -> np.ndarray:
-    """log p(y | a, sigma), elementwise; all covariances are multiples of the identity here, a U being a^2 of one."""
+    """Log-evidence log p(y | a, sigma), elementwise; all covariances are multiples of the identity in this model."""
     d = y.shape[1]
     mean, variance, log = np.zeros((*a.shape, d)), np.ones_like(a), np.zeros_like(a)
     for y_t in y.astype(float):
@@ -77,7 +77,7 @@ def kalman_log_evidence(y: np.ndarray, a: np.ndarray, sigma: np.ndarray) -> np.n
 
 
 def exact(y: np.ndarray, points: int = 400) -> Exact:
-    """The posterior on a grid of midpoints."""
+    """Exact posterior from a grid of midpoints."""
     a, sigma = np.meshgrid((np.arange(points) + 0.5) / points, (np.arange(points) + 0.5) * 3.0 / points, indexing="ij")
     log_prior = 0.5 * np.log(2 / np.pi) - 0.5 * sigma**2
     log = log_prior + kalman_log_evidence(y, a, sigma)
@@ -90,7 +90,7 @@ def exact(y: np.ndarray, points: int = 400) -> Exact:
 
 
 def program(d: int, diffusion: bool) -> Callable[..., None]:
-    """The NumPyro program; its transition a Normal, or a diffusion of the same law."""
+    """State-space model with a normal transition, or with the same transition by diffusion."""
     u = rotation(d).astype(np.float32)
     prior = ndda.GaussianPrior(u, NOISE**2 * np.eye(d))
 
@@ -121,7 +121,7 @@ FILTERS: dict[str, Callable[..., Any]] = {
 
 
 def methods(model: Callable[..., None], particles: int, samples: int, parameters: int) -> dict[str, Any]:
-    """What is compared, by name."""
+    """Methods to compare, by name."""
     chains = {"num_warmup": samples // 2, "num_samples": samples, "num_chains": 4, "progress_bar": False}
     found: dict[str, Any] = {
         f"PMMH, {name}": ndda.PMMH(make(model), num_particles=particles, **chains) for name, make in FILTERS.items()
@@ -133,10 +133,10 @@ def methods(model: Callable[..., None], particles: int, samples: int, parameters
 
 
 def score(method: Any, y: np.ndarray, seed: int) -> dict[str, float]:
-    """One run of one method on one series."""
+    """Scores of one run of a method on one series."""
     truth = exact(y)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # that the biased control is biased is what is shown
+        warnings.simplefilter("ignore", UserWarning)  # one method is a biased control, of which it warns
         method.run(jax.random.key(seed), y)
     draws = method.get_samples(group_by_chain=True)
     result = method.result
@@ -162,61 +162,38 @@ def score(method: Any, y: np.ndarray, seed: int) -> dict[str, float]:
 
 
 def summarize(name: str, scores: list[dict[str, float]]) -> dict[str, Any]:
-    """Means over seeds, with standard errors."""
+    """Row of the table: means over seeds with standard errors."""
     row: dict[str, Any] = {"method": name}
     for key in scores[0]:
-        values = np.array([score[key] for score in scores])
-        row[key] = float(values.mean())
-        row[f"{key} SE"] = float(values.std(ddof=1) / np.sqrt(len(values))) if len(values) > 1 else None
+        row |= mean_and_error(key, [score[key] for score in scores])
     row["RMS"] = float(np.sqrt(np.mean([score[f"bias {n}"] ** 2 for score in scores for n in ("a", "sigma")])))
     return row
 
 
-def show(console: Console, title: str, rows: list[dict[str, Any]]) -> None:
-    """The table on the terminal."""
-    table = Table(title=title)
-    table.add_column("method")
-    columns = {
-        "bias a": 2,
-        "bias sigma": 2,
-        "sd ratio a": 2,
-        "sd ratio sigma": 2,
-        "RMS": 2,
-        "expected": 2,
-        "acceptance": 2,
-        "log-evidence sd": 2,
-        "filter runs": 0,
-        "passes per run": 0,
-        "evidence error": 2,
-    }
-    for column in columns:
-        table.add_column(column, justify="right")
-    for row in rows:
-        cells = []
-        for column, digits in columns.items():
-            value, se = row.get(column), row.get(f"{column} SE")
-            some = f" ± {se:.{digits}f}" if se is not None and column.split()[0] in ("bias", "sd", "evidence") else ""
-            cells.append("-" if value is None else f"{value:.{digits}f}{some}")
-        table.add_row(row["method"], *cells)
-    console.print(table)
+COLUMNS = {
+    "method": "", "bias a": "", "bias sigma": "", "sd ratio a": "", "sd ratio sigma": "", "RMS": "", "expected": "",
+    "acceptance": "", "log-evidence sd": "", "filter runs": ".0f", "passes per run": ".0f", "evidence error": "",
+}  # fmt: skip
 
 
 def main(
-    out: Annotated[Path | None, typer.Option(help="Write the table to this JSON file.")] = None,
-    seeds: Annotated[int, typer.Option(help="Series.", min=1)] = 8,
+    out: Annotated[Path | None, typer.Option(help="JSON file to write the table to.")] = None,
+    seeds: Annotated[int, typer.Option(help="Number of seeds, one series each.", min=1)] = 8,
     steps: Annotated[int, typer.Option(help="Steps of each series.", min=1)] = 40,
     d: Annotated[int, typer.Option(help="Dimension of the state.", min=1)] = 2,
-    particles: Annotated[int, typer.Option(help="State particles N.", min=1)] = 150,
-    samples: Annotated[int, typer.Option(help="Draws of each of four chains; half as many before.", min=4)] = 600,
+    particles: Annotated[int, typer.Option(help="State particles of each filter.", min=1)] = 150,
+    samples: Annotated[
+        int, typer.Option(help="Draws of each of four chains, after half as many for warm-up.", min=4)
+    ] = 600,
     parameters: Annotated[int, typer.Option(help="Parameter particles of SMC^2.", min=2)] = 400,
-    only: Annotated[list[str] | None, typer.Option(help="Only this method; may be repeated.")] = None,
-    diffusion: Annotated[bool, typer.Option(help="Transition from a diffusion prior, not in closed form.")] = False,
+    only: Annotated[list[str] | None, typer.Option(help="Method to run; may be repeated; all by default.")] = None,
+    diffusion: Annotated[bool, typer.Option(help="Transition by diffusion instead of in closed form.")] = False,
 ) -> None:
-    """Posterior means and standard deviations of two parameters against exact ones."""
+    """Print errors of posterior means and standard deviations of two parameters."""
     console = Console()
     chosen = methods(program(d, diffusion), particles, samples, parameters)
     if unknown := sorted(set(only or ()) - set(chosen)):
-        raise typer.BadParameter(f"no method called {', '.join(unknown)}; there are {', '.join(chosen)}.")
+        raise typer.BadParameter(f"no method called {', '.join(unknown)}; give one of {', '.join(chosen)}.")
     chosen = {name: method for name, method in chosen.items() if not only or name in only}
     series = [simulate(seed, d, steps) for seed in range(seeds)]
     scores: dict[str, list[dict[str, float]]] = {name: [] for name in chosen}
@@ -225,12 +202,13 @@ def main(
         scores[name].append(score(chosen[name], series[seed], seed))
     rows = [summarize(name, of) for name, of in scores.items()]
     kind = "diffusion" if diffusion else "closed form"
-    show(console, f"{kind}, d = {d}, {steps} steps, N = {particles}, {seeds} seeds", rows)
-    if out is not None:
-        settings = {"seeds": seeds, "steps": steps, "d": d, "particles": particles, "samples": samples}
-        settings |= {"parameters": parameters, "diffusion": diffusion}
-        out.write_text(json.dumps({"version": ndda.__version__, "settings": settings, "rows": rows}, indent=2) + "\n")
-        console.print(f"wrote {out}")
+    title = f"{kind}, d = {d}, {steps} steps, N = {particles}, {seeds} seeds; mean ± standard error over seeds"
+    # The standard errors of costs are in the file only.
+    costs = ("expected", "acceptance", "log-evidence sd", "filter runs", "passes per run")
+    shown = [{**row, **{f"{cost} SE": None for cost in costs}} for row in rows]
+    print_table(console, title, shown, COLUMNS, default=".2f")
+    settings = {"seeds": seeds, "steps": steps, "d": d, "particles": particles, "samples": samples}
+    write_json(out, {**settings, "parameters": parameters, "diffusion": diffusion}, rows=rows)
 
 
 if __name__ == "__main__":

@@ -1,29 +1,28 @@
-"""Path weights: are they unbiased, how much do they vary, and how far is the emulator they speak of from the true one.
+"""Are path weights unbiased, how much do they vary, and how close is the discretized emulator to the exact one?
 
-A guided draw of a stochastic sampler comes with a weight whose mean is p(y | c) under the *discretized* emulator, the
-law of the sampler at its number of noise levels. With an exact Gaussian prior that law is Gaussian, and its covariance
-follows from the sampler's own linear recursion: all but the last of the tables has an exact answer.
+A guided draw of a stochastic sampler has a weight whose mean is p(y | c) under the *discretized* emulator, which is the
+distribution of the sampler at its number of noise levels. With an exact Gaussian prior this distribution is Gaussian,
+and its covariance follows from the linear recursion of the sampler. All tables but the last have an exact answer:
 
-1. The discretized emulator, on the ring of 64 points: 2-Wasserstein distance of its law to the prior, over the square
-   root of the prior's total variance; its total variance over the prior's; log p(y | c) of 16 observations with error
-   0.1 less that of the prior, mean and standard deviation over y.
-2. One step, a chain of 16 points with unit variance, m of them observed with error r: standard deviation of log w, and
-   mean of w over the discretized emulator's p(y | c), which is 1. By how exactly the draw is guided; and by Girsanov's
-   weights, whose draw is the unguided step, shifted by the guided denoiser and as wide as it was.
-3. The same where the noise of the diffusion is not white, and where it is singular.
-4. Filters on a linear-Gaussian state-space model, a chain of d points, every second observed: mean of Z^ / Z with its
-   standard error, and standard deviation of log Z^, over runs. Z is the Kalman filter's evidence, of the discretized
-   emulator where the transition is one.
-5. One step of the shipped Lorenz-96 emulator, whose denoiser is learned, every fourth of 40 points observed with error
-   r: log of the mean weight of guided draws, and of the mean likelihood of twenty times as many unguided draws, with
-   the relative standard errors of these means and the standard deviations of what is averaged; and the Moment weight.
+1. Discretized emulator on a ring of 64 points: 2-Wasserstein distance of its distribution to the prior, divided by the
+   square root of the total variance of the prior; its total variance divided by that of the prior; and log p(y | c) of
+   16 observations with error 0.1 minus that of the prior, mean and standard deviation over y.
+2. One step on a chain of 16 points with unit variance, m of them observed with error r: standard deviation of log w,
+   and mean of w / p(y | c) under the discretized emulator, which should be 1. Rows differ in the solve of the guidance.
+   With Girsanov's weights, the draw is the unguided step shifted by the guided denoiser, with an unchanged width.
+3. One step with noise of the diffusion that is not white, and with singular noise.
+4. Filters on a linear-Gaussian state-space model, a chain of d points with every second observed: mean of Z^ / Z and
+   standard deviation of log Z^ over runs. Z is the evidence of the Kalman filter, for the discretized emulator if the
+   transition is a diffusion.
+5. One step of the Lorenz-96 emulator of the package, whose denoiser is learned, with every fourth of 40 points observed
+   with error r: log of the mean weight of guided draws, log of the mean likelihood of twenty times as many unguided
+   draws, relative standard errors of both means, standard deviations of the logarithms, and the Moment weight.
 
     python examples/benchmarks/path_weights.py --out path_weights.json
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
@@ -36,15 +35,15 @@ import numpyro.distributions as dist
 import scipy.linalg
 import typer
 from numpyro.contrib.control_flow import scan
+from report import print_table, write_json
 from rich.console import Console
-from rich.table import Table
 
 import numpyro_diffusion_da as ndda
 from numpyro_diffusion_da.diffusion import ObservingDenoiser, PriorDenoiser, StepInputs
 from numpyro_diffusion_da.filters import PATH_SAMPLER
 from numpyro_diffusion_da.transition import DiffusionDynamics
 
-# Steps that add noise, by name.
+# Stochastic steps by name.
 STEPS: dict[str, ndda.diffusion.StochasticStep] = {
     "SDE-DPM-Solver++(2M)": ndda.SDEDPMSolverPP2M(),
     "ancestral DDIM": ndda.diffusion.DDIM(1.0),
@@ -58,32 +57,32 @@ GIRSANOV = "exact, Girsanov"
 
 
 def chain(size: int) -> np.ndarray:
-    """exp(-|i - j| / 3)."""
+    """Covariance exp(-|i - j| / 3) of a chain."""
     i = np.arange(size)
     return np.exp(-np.abs(i[:, None] - i) / 3)
 
 
 def ring(size: int) -> np.ndarray:
-    """The covariance of ring64.py."""
+    """Covariance of the ring of ring64.py."""
     i = np.arange(size)
     distance = np.abs(i[:, None] - i)
     return np.exp(-((np.minimum(distance, size - distance) / 4.0) ** 1.5)) + 1e-3 * np.eye(size)
 
 
 def with_levels(step: ndda.diffusion.Step, levels: int) -> ndda.Sampler:
-    """A sampler of that step, its levels spaced as `GuidedPF` spaces its own."""
+    """Sampler with the given step and number of levels, spaced as in the sampler of `GuidedPF`."""
     assert isinstance(PATH_SAMPLER.schedule, ndda.KarrasSchedule)
     return ndda.Sampler(step, ndda.KarrasSchedule(levels, PATH_SAMPLER.schedule.rho))
 
 
 def law(prior: ndda.GaussianPrior, sampler: ndda.Sampler) -> np.ndarray:
-    """Covariance of the unguided draws around A x. In the modes of Q and C all is diagonal: one recursion for each."""
+    """Covariance of unguided draws around A x, by one recursion for each of the modes that diagonalize Q and C."""
     step, variances = sampler.stochastic_step(), prior.variances
     levels = sampler.schedule.levels(prior.noise_range)
     constants = sampler.constants(prior.noise_range, variances.dtype)
     zero, one = jnp.zeros_like(variances), jnp.ones_like(variances)
     nothing = step.init(zero)
-    # Of (z, what the step remembers): the second is absent for a step without memory.
+    # Covariance of (z, history of the step); the history is empty for a step without memory.
     zz, zh, hh = levels[0] ** 2 * one, zero, zero
     for i in range(len(levels) - 1):
         c = {name: v[i] for name, v in constants.items()}
@@ -108,14 +107,14 @@ def law(prior: ndda.GaussianPrior, sampler: ndda.Sampler) -> np.ndarray:
 
 
 def log_evidence(y: np.ndarray, covariance: np.ndarray) -> np.ndarray:
-    """log N(y; 0, covariance), y of shape (..., m)."""
+    """Log-density log N(y; 0, covariance), y of shape (..., m)."""
     factor = np.linalg.cholesky(covariance)
     white = scipy.linalg.solve_triangular(factor, y.T, lower=True)
     return -0.5 * np.sum(white**2, axis=0) - np.sum(np.log(np.diag(factor))) - 0.5 * len(factor) * np.log(2 * np.pi)
 
 
 def emulator_rows(levels: list[int], size: int = 64) -> list[dict[str, Any]]:
-    """Table 1."""
+    """Rows of table 1: distance of the discretized emulator to the prior."""
     q, h, error = ring(size), np.eye(size)[::4], 0.1
     prior = ndda.GaussianPrior(np.eye(size), q)
     r = error**2 * np.eye(len(h))
@@ -141,7 +140,7 @@ def emulator_rows(levels: list[int], size: int = 64) -> list[dict[str, Any]]:
 
 
 class Problem(NamedTuple):
-    """One step from a Gaussian prior, and its observations."""
+    """One step from a Gaussian prior with observations."""
 
     prior: ndda.GaussianPrior
     h: np.ndarray
@@ -149,13 +148,13 @@ class Problem(NamedTuple):
     error: float
 
     def log_evidence(self, sampler: ndda.Sampler) -> float:
-        """Of the discretized emulator."""
+        """Log-evidence of the observations under the discretized emulator."""
         covariance = self.h @ law(self.prior, sampler) @ self.h.T + self.error**2 * np.eye(len(self.h))
         return float(log_evidence(self.y[None], covariance)[0])
 
     @property
     def likelihood(self) -> ndda.observation.GaussianLikelihood:
-        """Of the observations."""
+        """Likelihood of the observations."""
         scale, seen = jnp.full(len(self.y), self.error), jnp.ones(len(self.y), bool)
         return ndda.observation.GaussianLikelihood(
             lambda x: [ndda.observation.GaussianObservation(jnp.asarray(self.h) @ x, scale, jnp.asarray(self.y), seen)]
@@ -163,13 +162,13 @@ class Problem(NamedTuple):
 
 
 def problem(size: int, observations: int, error: float, noise: np.ndarray | None = None) -> Problem:
-    """A chain, evenly observed; y is a draw from the prior."""
+    """Make a chain with evenly spaced observations y, drawn from the prior; `noise` is the covariance C, None for I."""
     rng, q = np.random.default_rng(1), chain(size)
     h = np.eye(size)[:: size // observations]
     if noise is not None and np.linalg.matrix_rank(noise) < size:
         values, vectors = np.linalg.eigh(noise)
         onto = vectors[:, values > 1e-9] @ vectors[:, values > 1e-9].T
-        q = onto @ q @ onto  # a prior may vary only where the noise does
+        q = onto @ q @ onto  # the prior may vary only in the range of C
     y = h @ rng.multivariate_normal(np.zeros(size), q) + error * rng.normal(size=len(h))
     return Problem(ndda.GaussianPrior(np.eye(size), q, noise_covariance=noise), h, y, error)
 
@@ -180,7 +179,7 @@ def girsanov(
     guidance: ndda.diffusion.Guidance,
     key: Any,
 ) -> Any:
-    """A draw with the guided denoiser in the mean of every step, and Girsanov's log w."""
+    """Draw with the guided denoiser in the mean of each step; returns the draw, Girsanov's log w, and passes."""
     prior, sampler, law_of = step.prior, step.sampler, step.sampler.stochastic_step().law
     denoiser = guidance(PriorDenoiser(prior, step.conditioning), likelihood)
     assert isinstance(denoiser, ObservingDenoiser)
@@ -192,7 +191,8 @@ def girsanov(
     def body(carry: Any, c: Any) -> Any:
         z, free, guided, shift, memory, log_ratio = carry
         denoised, seen, memory = denoiser.directions(z, c["start"], memory)
-        # The guided denoiser is D + C d. Steps are linear, so the mean moves by C u with u the step of d: no C^-1.
+        # The guided denoiser is D + C d. Steps are linear, so the mean moves by C u, where u is the step of d. This
+        # avoids the inverse of C.
         d = c["start"] ** 2 * jnp.tensordot(jnp.linalg.solve(seen.covariance, seen.residual), seen.pulled, 1)
         at = StepInputs(loop_key, denoiser, prior.noise, z, c["start"], c["stop"], c)
         mean, spread, free = law_of(at, denoised, free)
@@ -211,7 +211,7 @@ def girsanov(
 
 
 def one_step(p: Problem, sampler: ndda.Sampler, how: str, draws: int) -> dict[str, Any]:
-    """Spread and bias of log w."""
+    """Standard deviation of log w and mean of w / p(y), over draws."""
     step = DiffusionDynamics(p.prior, p.prior.condition(jnp.zeros(len(p.prior.covariance))), sampler)
     likelihood = p.likelihood
 
@@ -232,7 +232,7 @@ def one_step(p: Problem, sampler: ndda.Sampler, how: str, draws: int) -> dict[st
 
 
 def weight_rows(size: int, levels: list[int], draws: int) -> list[dict[str, Any]]:
-    """Table 2."""
+    """Rows of table 2: weights of one step by levels, observations and guidance."""
     step, few = ndda.SDEDPMSolverPP2M(), min(4, size)
     cases = [(n, few, error, how) for error in (1.0, 0.3, 0.1) for n in levels for how in ("exact", GIRSANOV)]
     cases += [(24, m, 0.3, how) for m in sorted({1, few, size}) for how in (*GUIDANCE, GIRSANOV)]
@@ -244,7 +244,7 @@ def weight_rows(size: int, levels: list[int], draws: int) -> list[dict[str, Any]
 
 
 def noise_rows(size: int, draws: int) -> list[dict[str, Any]]:
-    """Table 3."""
+    """Rows of table 3: weights of one step with different noises of the diffusion."""
     factor = np.random.default_rng(2).normal(size=(size, size)) / np.sqrt(size)
     noises = {
         "white": None,
@@ -259,7 +259,7 @@ def noise_rows(size: int, draws: int) -> list[dict[str, Any]]:
 
 
 def kalman(y: np.ndarray, a: np.ndarray, q: np.ndarray, initial: np.ndarray, error: float) -> float:
-    """Log-evidence."""
+    """Log-evidence of the Kalman filter."""
     h = np.eye(len(a))[::2]
     mean, p, total = np.zeros(len(a)), initial, 0.0
     for y_t in y:
@@ -283,7 +283,7 @@ FILTERS: dict[str, Callable[[Any], ndda.filters.FilterAlgorithm]] = {
 def filter_rows(
     filters: list[str], dims: list[int], runs: int, experiments: int, steps: int, particles: int
 ) -> list[dict[str, Any]]:
-    """Table 4."""
+    """Rows of table 4: evidence of filters."""
     error, rows = 0.5, []
     for d in dims:
         q = 0.25 * chain(d)
@@ -342,7 +342,7 @@ def filter_rows(
 
 
 def learned_rows(draws: int) -> list[dict[str, Any]]:
-    """Table 5."""
+    """Rows of table 5: weights of one step of the learned Lorenz-96 emulator."""
     prior = ndda.load_prior("lorenz96")
     keys = jax.random.split(jax.random.key(0), 4)
     before = prior.climatology().sample(keys[0])
@@ -373,61 +373,49 @@ def learned_rows(draws: int) -> list[dict[str, Any]]:
     return rows
 
 
-def show(console: Console, title: str, rows: list[dict[str, Any]]) -> None:
-    """One table on the terminal."""
-    table = Table(title=title)
-    names = [name for name in rows[0] if not name.endswith(" SE")]
-    for name in names:
-        table.add_column(name, justify="left" if isinstance(rows[0][name], str) else "right")
-    for row in rows:
-        cells = []
-        for name in names:
-            value, se = row[name], row.get(f"{name} SE")
-            if not isinstance(value, str):
-                exact = isinstance(value, int) or name in ("r", "passes")
-                value = (f"{value:g}" if exact else f"{value:.3f}") + ("" if se is None else f" ± {se:.3f}")
-            cells.append(value)
-        table.add_row(*cells)
-    console.print(table)
-
-
 def main(
-    out: Annotated[Path | None, typer.Option(help="Write the tables to this JSON file.")] = None,
-    tables: Annotated[list[int] | None, typer.Option(help="Only this table, 1 to 5; may be repeated.")] = None,
-    levels: Annotated[list[int] | None, typer.Option(help="Noise levels (table 2: every second); repeatable.")] = None,
-    points: Annotated[int, typer.Option(help="Points of the ring.", min=4)] = 64,
+    out: Annotated[Path | None, typer.Option(help="JSON file to write the tables to.")] = None,
+    tables: Annotated[
+        list[int] | None, typer.Option(help="Table to print, 1 to 5; may be repeated; all by default.")
+    ] = None,
+    levels: Annotated[
+        list[int] | None, typer.Option(help="Number of levels (table 2: every second); may be repeated.")
+    ] = None,
+    points: Annotated[int, typer.Option(help="Points of the ring of table 1.", min=4)] = 64,
     size: Annotated[int, typer.Option(help="Points of the chain of tables 2 and 3.", min=4)] = 16,
     draws: Annotated[int, typer.Option(help="Draws of tables 2 and 3.", min=2)] = 4000,
-    dims: Annotated[list[int] | None, typer.Option(help="Dimensions of table 4; may be repeated.")] = None,
-    filters: Annotated[list[str] | None, typer.Option(help="Only this filter of table 4; may be repeated.")] = None,
+    dims: Annotated[list[int] | None, typer.Option(help="Dimension in table 4; may be repeated.")] = None,
+    filters: Annotated[
+        list[str] | None, typer.Option(help="Filter of table 4; may be repeated; all by default.")
+    ] = None,
     runs: Annotated[int, typer.Option(help="Runs of each filter on the same observations.", min=2)] = 32,
-    experiments: Annotated[int, typer.Option(help="Sets of observations.", min=1)] = 4,
-    steps: Annotated[int, typer.Option(help="Steps of each filter.", min=1)] = 8,
-    particles: Annotated[int, typer.Option(help="Particles N.", min=1)] = 256,
+    experiments: Annotated[int, typer.Option(help="Sets of observations in table 4.", min=1)] = 4,
+    steps: Annotated[int, typer.Option(help="Steps of each filter in table 4.", min=1)] = 8,
+    particles: Annotated[int, typer.Option(help="Particles of each filter in table 4.", min=1)] = 256,
 ) -> None:
-    """Bias and spread of path weights, of the evidence they give, and of the emulator they speak of."""
+    """Print bias and spread of path weights, of their evidence, and of the discretized emulator."""
     console, levels = Console(), levels or [12, 16, 24, 32, 48, 64]
     filters = filters or list(FILTERS)
     if unknown := sorted(set(filters) - set(FILTERS)):
-        raise typer.BadParameter(f"no filter called {', '.join(unknown)}; there are {'; '.join(FILTERS)}.")
+        raise typer.BadParameter(f"no filter called {', '.join(unknown)}; give one of {'; '.join(FILTERS)}.")
     wanted = tables or [1, 2, 3, 4, 5]
     title = f"Filters, {steps} steps, N = {particles}, {experiments} sets of observations, {runs} runs of each"
     with jax.enable_x64(True):
         double: dict[int, tuple[str, Callable[[], list[dict[str, Any]]]]] = {
-            1: (f"The discretized emulator, a ring of {points}", lambda: emulator_rows(levels, points)),
-            2: (f"One step, a chain of {size}, {draws} draws", lambda: weight_rows(size, levels[::2], draws)),
-            3: (f"One step, noise that is not white, {draws} draws", lambda: noise_rows(size, draws)),
+            1: (f"Discretized emulator, ring of {points} points", lambda: emulator_rows(levels, points)),
+            2: (f"One step, chain of {size} points, {draws} draws", lambda: weight_rows(size, levels[::2], draws)),
+            3: (f"One step, noise of the diffusion not white, {draws} draws", lambda: noise_rows(size, draws)),
         }
         results = {title: rows() for table, (title, rows) in double.items() if table in wanted}
     if 4 in wanted:
         results[title] = filter_rows(filters, dims or [4, 10], runs, experiments, steps, particles)
     if 5 in wanted:
-        results[f"Lorenz-96, learned, {draws // 8} draws"] = learned_rows(draws // 8)
+        results[f"One step of the Lorenz-96 emulator, {draws // 8} draws"] = learned_rows(draws // 8)
     for title, rows in results.items():
-        show(console, title, rows)
-    if out is not None:
-        out.write_text(json.dumps({"version": ndda.__version__, "tables": results}, indent=2) + "\n")
-        console.print(f"wrote {out}")
+        columns = {name: "g" if name in ("r", "passes") else "" for name in rows[0] if not name.endswith(" SE")}
+        print_table(console, title, rows, columns)
+    sizes = {"points": points, "size": size, "draws": draws, "runs": runs, "steps": steps, "particles": particles}
+    write_json(out, {**sizes, "levels": levels, "experiments": experiments}, tables=results)
 
 
 if __name__ == "__main__":

@@ -1,15 +1,16 @@
-"""Do the filters reach the scores published for them? Lorenz-63 and Lorenz-96 in DAPPER's settings.
+"""Do the filters reach the scores that are published for them? Lorenz-63 and Lorenz-96 in DAPPER's settings.
 
-DAPPER (Raanes et al. 2024, github.com/nansencenter/DAPPER) states, beside each of its settings, the time-mean error of
-the analysis mean that its own filters reach there. Here are three of the settings (Sakov et al. 2012, Sakov & Oke 2008,
-Bocquet et al. 2010) as NumPyro programs: the same equations, Runge-Kutta step, observations, length, burn-in and score.
+DAPPER (Raanes et al. 2024, github.com/nansencenter/DAPPER) lists, with each of its settings, the time-mean error of the
+analysis mean that its own filters reach. This script has three of these settings (Sakov et al. 2012, Sakov & Oke 2008,
+Bocquet et al. 2010) as NumPyro programs, with the same equations, Runge-Kutta step, observations, length, burn-in and
+score.
 
-The dynamics have no noise. An ensemble Kalman filter takes them as they are. DAPPER inflates and rotates an ensemble
-after its update, this library inflates before it and rotates nothing; both orders are run. A particle filter of
-deterministic dynamics keeps nothing but copies of one particle: DAPPER jitters copies by the ensemble's covariance, a
-program says a model noise instead, N(M(x), s^2 (F F^T + 0.01 I)) with F the derivative of the flow M at x, as if each
-particle had been jittered by s before it moved. s was chosen on other truths than those reported (`--tune` prints that
-table); the bootstrap filter is also run with DAPPER's jitter around its kernel.
+The dynamics have no noise. An ensemble Kalman filter uses them without change. DAPPER inflates and rotates the ensemble
+after the update; this library inflates it before the update and does not rotate. The script runs both ways. A particle
+filter with deterministic dynamics would end with copies of one particle. DAPPER adds jitter with the covariance of the
+ensemble to copies. The programs here have model noise instead, N(M(x), s^2 (F F^T + 0.01 I)), where F is the derivative
+of the flow M at x, as if each particle got jitter of size s before it moved. The size s was chosen on other truths than
+those reported; `--tune` prints the table of that choice. The bootstrap filter also runs with DAPPER's jitter.
 
     python examples/benchmarks/published_settings.py --out published_settings.json
 """
@@ -17,8 +18,6 @@ table); the bootstrap filter is also run with DAPPER's jitter around its kernel.
 from __future__ import annotations
 
 import functools
-import itertools
-import json
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -32,9 +31,9 @@ import numpyro.distributions as dist
 import typer
 from jaxtyping import Array, ArrayLike, Float, PRNGKeyArray
 from numpyro.contrib.control_flow import scan
+from report import mean_and_error, print_table, write_json
 from rich.console import Console
 from rich.progress import track
-from rich.table import Table
 
 import numpyro_diffusion_da as ndda
 from numpyro_diffusion_da.program import TimeInputs
@@ -42,18 +41,19 @@ from numpyro_diffusion_da.smc import Info, Kernel, PlacedTaper, State, init, par
 
 TUNING_SEED = 1
 NO_NOISE = 1e-6
-"""Standard deviation of the ensemble Kalman filters' transition: the last digit of a state in single precision."""
+"""Standard deviation of the transition for ensemble Kalman filters, near the last digit in single precision."""
+
 FLOOR = 0.1
-"""Standard deviation of the model noise after the flow, over that before it: a covariance needs full rank."""
+"""Ratio of model noise after the flow to that before it, to give the covariance full rank."""
 
 
 def lorenz63(x: Float[Array, " 3"]) -> Float[Array, " 3"]:
-    """dx/dt of Lorenz (1963), sigma = 10, rho = 28, beta = 8/3."""
+    """Time derivative dx/dt of Lorenz (1963), sigma = 10, rho = 28, beta = 8/3."""
     return jnp.stack([10.0 * (x[1] - x[0]), x[0] * (28.0 - x[2]) - x[1], x[0] * x[1] - 8.0 / 3.0 * x[2]])
 
 
 def lorenz96(x: Float[Array, " d"]) -> Float[Array, " d"]:
-    """dx/dt of Lorenz (1996), F = 8."""
+    """Time derivative dx/dt of Lorenz (1996), F = 8."""
     return (jnp.roll(x, -1) - jnp.roll(x, 2)) * jnp.roll(x, 1) - x + 8.0
 
 
@@ -61,15 +61,15 @@ class Setting(NamedTuple):
     """One of DAPPER's settings.
 
     Attributes:
-        tendency: dx/dt.
-        time_step: of the Runge-Kutta scheme of fourth order.
-        steps: of these between observations.
+        tendency: time derivative dx/dt.
+        time_step: time step of the fourth-order Runge-Kutta scheme.
+        steps: number of time steps between observations.
         start: mean of the initial state.
-        start_variance: of each of its components, about the mean.
-        every: every n-th component is observed.
-        error_variance: of the observations.
-        cycles: observation times; none at the start.
-        burn_in: cycles at the start that are not scored.
+        start_variance: variance of each component of the initial state.
+        every: spacing of the observed components.
+        error_variance: error variance of the observations.
+        cycles: number of observation times; the initial state is not observed.
+        burn_in: number of cycles at the start that are not scored.
     """
 
     tendency: Callable[[Array], Array]
@@ -83,7 +83,7 @@ class Setting(NamedTuple):
     burn_in: int
 
     def flow(self, x: Float[Array, " d"]) -> Float[Array, " d"]:
-        """The state at the next observation time."""
+        """State at the next observation time."""
         h, f = self.time_step, self.tendency
 
         def runge_kutta(_: int, x: Array) -> Array:
@@ -96,11 +96,11 @@ class Setting(NamedTuple):
         return jax.lax.fori_loop(0, self.steps, runge_kutta, x)
 
     def initial(self) -> dist.Distribution:
-        """Of the truth and of every particle, independently."""
+        """Distribution of the initial state of the truth and of each particle."""
         return dist.Normal(jnp.array(self.start), math.sqrt(self.start_variance)).to_event(1)
 
     def transition(self, x: Float[Array, " d"], noise: ArrayLike | None) -> dist.Distribution:
-        """The flow alone, or with the model noise of the module's head."""
+        """Transition with model noise of size `noise` as in the module docstring; negligible noise if it is None."""
         if noise is None:
             return dist.Normal(self.flow(x), NO_NOISE).to_event(1)
         derivative = jax.jacfwd(self.flow)(x)
@@ -108,7 +108,7 @@ class Setting(NamedTuple):
         return dist.MultivariateNormal(self.flow(x), scale_tril=noise * jnp.linalg.cholesky(spread))
 
     def program(self, noise: ArrayLike | None) -> Callable[[Array], None]:
-        """The state-space model."""
+        """State-space model with model noise of size `noise`, or none."""
 
         def model(y: Array) -> None:
             x0 = numpyro.sample("x0", self.initial())
@@ -124,7 +124,7 @@ class Setting(NamedTuple):
         return model
 
     def truth(self, rng_key: PRNGKeyArray, cycles: int) -> tuple[Array, Array]:
-        """(states, observations), shapes (cycles, d) and (cycles, m)."""
+        """Draw states and observations, shapes (cycles, d) and (cycles, m)."""
         start_key, error_key = jax.random.split(rng_key)
 
         def step(x: Array, _: None) -> tuple[Array, Array]:
@@ -145,13 +145,13 @@ SETTINGS = {
 
 
 class AsDapper(ndda.smc.EnsembleUpdate):
-    """An update with what DAPPER does after it: the analysis' anomalies inflated, and rotated at random.
+    """Ensemble update followed by DAPPER's inflation and random rotation of the anomalies of the analysis.
 
     Args:
-        update: what it follows.
+        update: update to apply first.
         inflation: factor on the anomalies of the analysis.
-        rotate: by an orthogonal matrix drawn uniformly of those that keep the mean (Sakov & Oke 2008), so that mean and
-            covariance stay and the members become nearly Gaussian.
+        rotate: whether to rotate by a random orthogonal matrix, uniform among those that keep the mean (Sakov & Oke
+            2008). Rotation keeps mean and covariance, and makes the members nearly Gaussian.
     """
 
     update: ndda.smc.EnsembleUpdate
@@ -165,34 +165,35 @@ class AsDapper(ndda.smc.EnsembleUpdate):
         residual: Float[Array, "n m"],
         taper: PlacedTaper | None = None,
     ) -> Float[Array, "n d"]:
-        """What is added to each member of the forecast."""
+        """Increments of the members, shape (n, d)."""
         update_key, rotation_key = jax.random.split(rng_key)
         analysis = anomalies + self.update(update_key, anomalies, residual, taper)
         mean = analysis.mean(0, keepdims=True)
         moved = self.inflation * (analysis - mean)
         if self.rotate:
             n = len(anomalies)
-            # Of the constant vector and any others, Gram-Schmidt leaves n - 1 orthogonal to the constant one.
+            # Gram-Schmidt, started with the constant vector, gives n - 1 vectors orthogonal to it.
             across = np.linalg.qr(np.column_stack([np.ones(n), np.eye(n)[:, 1:]]))[0][:, 1:]
             q, r = jnp.linalg.qr(jax.random.normal(rotation_key, (n - 1, n - 1)))
-            turned = q * jnp.sign(jnp.diagonal(r))[None]  # without it the QR's signs make q not uniform
+            turned = q * jnp.sign(jnp.diagonal(r))[None]  # without these signs q is not uniform
             moved = across @ (turned @ (across.T @ moved))
         return mean + moved - anomalies
 
 
 class Row(NamedTuple):
-    """One published score, and the filter here that answers it.
+    """One published score and the corresponding filter of this library.
 
     Attributes:
         setting: key of `SETTINGS`.
-        dapper: DAPPER's filter as it writes it.
-        published: its score.
+        dapper: DAPPER's name of its filter.
+        published: published score.
         filter: "perturbed", "square root", "Bootstrap" or "FAAPF".
-        members: members or particles N.
-        inflation: of the ensemble.
-        rotate: DAPPER rotates.
-        radius: of DAPPER's localization, sites; None for none.
-        jitter: of DAPPER's particles, over a rule-of-thumb bandwidth ("reg"); None where it is none of copies alone.
+        members: number of members or particles.
+        inflation: inflation factor of the ensemble.
+        rotate: whether DAPPER rotates the ensemble.
+        radius: radius of DAPPER's localization in sites; None for none.
+        jitter: size of DAPPER's jitter relative to a rule-of-thumb bandwidth (its "reg"); None if DAPPER's filter does
+            not jitter copies only.
     """
 
     setting: str
@@ -233,8 +234,8 @@ ROWS = [
     Row("Lorenz96/bocquet2010", "PartFilt", 0.29, "Bootstrap", 800, jitter=0.8),
 ]
 
-# By setting, filter and N: the lowest score of `GRID` on truths of `TUNING_SEED`, four of them, or two for N = 800.
-# Left out: s = 0.4 of bocquet2010, and what lies below a noise at which the filter lost the truth.
+# Lowest score of `GRID` on four truths of `TUNING_SEED` (two for N = 800), by setting, filter and N. Not considered:
+# s = 0.4 of bocquet2010, and noises below one at which the filter lost the truth.
 TUNED = {
     ("Lorenz63/sakov2012", "Bootstrap", 100): 0.3,
     ("Lorenz63/sakov2012", "FAAPF", 100): 0.1,
@@ -256,7 +257,7 @@ GRID = {
 
 
 class Run(NamedTuple):
-    """A row in one of the ways it is run: inflated, rotated or jittered as DAPPER does; or with a model noise."""
+    """Run of a row, either with inflation, rotation and jitter as in DAPPER, or with model noise of size `noise`."""
 
     row: Row
     as_dapper: bool
@@ -264,7 +265,7 @@ class Run(NamedTuple):
 
 
 def runs_of(rows: list[Row], tune: bool) -> Iterator[Run]:
-    """Every row as the library does it and, where it can be, as DAPPER; or the grid."""
+    """Runs of each row in the way of this library and, where possible, of DAPPER; or all runs of the grid."""
     for row in rows:
         ensemble = row.filter in UPDATES
         if tune:
@@ -276,7 +277,7 @@ def runs_of(rows: list[Row], tune: bool) -> Iterator[Run]:
 
 
 def algorithm_of(row: Row, as_dapper: bool, noise: ArrayLike | None) -> ndda.filters.FilterAlgorithm:
-    """The filter of a row, over its program."""
+    """Filter of a row with its program."""
     setting = SETTINGS[row.setting]
     program = setting.program(noise)
     if row.filter in ALGORITHMS:
@@ -284,7 +285,7 @@ def algorithm_of(row: Row, as_dapper: bool, noise: ArrayLike | None) -> ndda.fil
     taper = None
     if row.radius is not None:
         sites = len(setting.start)
-        # DAPPER's radius is where the taper of Gaspari & Cohn is exp(-1/2), to second order in the distance.
+        # At DAPPER's radius the taper of Gaspari & Cohn is exp(-1/2), to second order in the distance.
         half_width = row.radius * math.sqrt(10.0 / 3.0)
         observed = {"y": np.arange(0, sites, setting.every)}
         taper = ndda.Taper(half_width, ndda.Ring(sites), observed, state=np.arange(sites))
@@ -295,10 +296,10 @@ def algorithm_of(row: Row, as_dapper: bool, noise: ArrayLike | None) -> ndda.fil
 
 
 def jittered(kernel: Kernel, flow: Callable[[Array], Array], jitter: float) -> Kernel:
-    """A bootstrap filter's kernel with what DAPPER does after a selection: copies are moved apart.
+    """Kernel of a bootstrap filter followed by DAPPER's jitter, which moves copies apart after resampling.
 
-    Copies get Gaussian noise of the covariance of the weighted particles before the selection, times the square of
-    ``jitter N^(-1/(d + 4))``, Scott's bandwidth.
+    Copies get Gaussian noise. Its covariance is that of the weighted particles before resampling, times the square of
+    ``jitter N^(-1/(d + 4))``, where N^(-1/(d + 4)) is Scott's bandwidth.
     """
 
     def with_jitter(rng_key: PRNGKeyArray, state: State, inputs: TimeInputs) -> tuple[State, Info]:
@@ -307,7 +308,7 @@ def jittered(kernel: Kernel, flow: Callable[[Array], Array], jitter: float) -> K
         forecast, (n, d) = jax.vmap(flow)(state.particles), state.particles.shape
         weights = jax.nn.softmax(info.log_weights)
         squares = jnp.sum(weights**2)
-        # One particle with all the weight has no covariance: then that of all.
+        # If one particle has all the weight there is no covariance: use that of all particles with equal weights.
         spread_out = squares < 0.999
         weights, squares = jnp.where(spread_out, weights, 1.0 / n), jnp.where(spread_out, squares, 1.0 / n)
         apart = forecast - weights @ forecast
@@ -327,10 +328,10 @@ def moments(
     y: Float[Array, "t m"],
     around: Callable[[Kernel], Kernel] | None = None,
 ) -> tuple[Float[Array, "t d"], Float[Array, "t d"]]:
-    """Mean and variance of the analysis at each cycle.
+    """Mean and variance of the analysis at each cycle, compiled as a whole.
 
-    `Filter` with the same key has these particles (the tests compare). It calls the compiled step from a loop,
-    several milliseconds a cycle; thousands of cycles on several truths are better compiled as a whole.
+    The particles are those of `Filter` with the same key, as the tests check. `Filter` calls a compiled step from a
+    loop, which takes several milliseconds per cycle; that would be slow for thousands of cycles on several truths.
     """
     program = ndda.program.StateSpaceModel(algorithm.model, (y,), {})
     program.check(algorithm.needs_gaussian, algorithm.needs_gaussian_errors)
@@ -349,7 +350,7 @@ def moments(
 
 @functools.cache
 def compiled(row: Row, as_dapper: bool) -> Callable[..., tuple[Array, Array]]:
-    """(keys, observations, noise) -> `moments` for each truth; one compilation for all noises."""
+    """Compiled function (keys, observations, noise) -> `moments` for each truth; all noises share one compilation."""
 
     def run(rng_key: PRNGKeyArray, y: Array, noise: Array | None) -> tuple[Array, Array]:
         around = None
@@ -362,20 +363,20 @@ def compiled(row: Row, as_dapper: bool) -> Callable[..., tuple[Array, Array]]:
 
 @functools.cache
 def truths_of(setting: str, cycles: int, seed: int, truths: int) -> tuple[Array, Array]:
-    """(states, observations) with a leading axis of truths, the same for every filter."""
+    """States and observations with a leading axis of truths, the same for all filters."""
     keys = particle_keys(jax.random.key(seed), truths)
     return jax.vmap(lambda key: SETTINGS[setting].truth(key, cycles))(keys)
 
 
 def score(run: Run, *, seed: int, truths: int, cycles: int | None, burn_in: int | None) -> dict[str, Any]:
-    """One row of the table; truths on which the ensemble became infinite are lost."""
+    """Row of the table: means over truths; truths on which the ensemble diverges are lost."""
     row, setting = run.row, SETTINGS[run.row.setting]
     cycles = setting.cycles if cycles is None else cycles
     burn_in = setting.burn_in if burn_in is None else burn_in
     states, y = truths_of(row.setting, cycles, seed, truths)
     keys = particle_keys(jax.random.key(seed + 1), truths)
     mean, variance = compiled(row, run.as_dapper)(keys, y, run.noise)
-    # DAPPER's: the root over components at each time, then the mean over time.
+    # DAPPER's score: root mean square over components at each time, then mean over time.
     error = np.sqrt(np.mean((mean - states)[:, burn_in:] ** 2, axis=-1)).mean(-1)
     spread = np.sqrt(np.mean(variance[:, burn_in:], axis=-1)).mean(-1)
     kept = np.isfinite(error)
@@ -388,51 +389,38 @@ def score(run: Run, *, seed: int, truths: int, cycles: int | None, burn_in: int 
         "lost": int(truths - kept.sum()),
     }
     for name, values in (("rmse.a", error[kept]), ("spread", spread[kept])):
-        found[name] = float(values.mean()) if len(values) else None
-        # One truth says nothing about its own error.
-        sd = float(values.std(ddof=1)) if len(values) > 1 else None
-        found[f"{name} SD"] = sd
-        found[f"{name} SE"] = None if sd is None else sd / math.sqrt(len(values))
+        found |= mean_and_error(name, values)
+        found[f"{name} SD"] = float(values.std(ddof=1)) if len(values) > 1 else None
     return found
 
 
-def show(console: Console, title: str, rows: list[dict[str, Any]]) -> None:
-    """The table on the terminal."""
-    table = Table(title=title, box=None, padding=(0, 1, 0, 0))
-    for name in ("setting", "DAPPER", "N", "published", "here", "", "rmse.a", "one run", "spread", "lost"):
-        table.add_column(name, no_wrap=True)
-    for before, row in itertools.pairwise([None, *rows]):
-        error, sd = row["rmse.a SE"], row["rmse.a SD"]
-        table.add_row(
-            "" if before is not None and before["setting"] == row["setting"] else row["setting"],
-            row["dapper"],
-            str(row["members"]),
-            f"{row['published']:.2f}",
-            row["filter"],
-            "as DAPPER" if row["as DAPPER"] else "" if row["noise"] is None else f"s = {row['noise']:g}",
-            "-" if row["rmse.a"] is None else f"{row['rmse.a']:.3f}" + ("" if error is None else f"±{error:.3f}"),
-            "" if sd is None else f"±{sd:.3f}",
-            "-" if row["spread"] is None else f"{row['spread']:.3f}",
-            str(row["lost"]),
-        )
-    console.print(table)
+COLUMNS = {
+    "setting": "", "dapper": "", "members": "", "published": ".2f", "filter": "", "how": "", "rmse.a": ".3f",
+    "SD of one run": ".3f", "spread": ".3f", "lost": "",
+}  # fmt: skip
+
+
+def shown(row: dict[str, Any]) -> dict[str, Any]:
+    """Row of the table with the way of the run in words."""
+    how = "as DAPPER" if row["as DAPPER"] else "" if row["noise"] is None else f"s = {row['noise']:g}"
+    return {**row, "how": how, "SD of one run": row["rmse.a SD"], "spread SE": None}
 
 
 def main(
-    out: Annotated[Path | None, typer.Option(help="Write the table to this JSON file.")] = None,
-    settings: Annotated[list[str] | None, typer.Option(help="Only this setting; may be repeated.")] = None,
-    filters: Annotated[list[str] | None, typer.Option(help="Only this filter; may be repeated.")] = None,
-    members: Annotated[list[int] | None, typer.Option(help="Only rows of this N; may be repeated.")] = None,
-    truths: Annotated[int, typer.Option(help="Different truths.", min=1)] = 6,
-    cycles: Annotated[int | None, typer.Option(help="Observation times; DAPPER's by default.", min=2)] = None,
-    burn_in: Annotated[int | None, typer.Option(help="First cycles, not scored; DAPPER's by default.", min=0)] = None,
+    out: Annotated[Path | None, typer.Option(help="JSON file to write the table to.")] = None,
+    settings: Annotated[list[str] | None, typer.Option(help="Setting to run; may be repeated; all by default.")] = None,
+    filters: Annotated[list[str] | None, typer.Option(help="Filter to run; may be repeated; all by default.")] = None,
+    members: Annotated[list[int] | None, typer.Option(help="Number of members to run; may be repeated.")] = None,
+    truths: Annotated[int, typer.Option(help="Number of truths.", min=1)] = 6,
+    cycles: Annotated[int | None, typer.Option(help="Cycles; DAPPER's number by default.", min=2)] = None,
+    burn_in: Annotated[int | None, typer.Option(help="Cycles not scored; DAPPER's by default.", min=0)] = None,
     seed: Annotated[int, typer.Option(help="Seed of truths and filters.")] = 1000,
-    tune: Annotated[bool, typer.Option(help="The grid that the noises were chosen from, on other truths.")] = False,
+    tune: Annotated[bool, typer.Option(help="Run the grid of noises on the tuning truths instead.")] = False,
 ) -> None:
-    """Scores of this library's filters beside DAPPER's."""
+    """Print scores of filters of this library next to the published scores of DAPPER."""
     for name, chosen, known in (("setting", settings, SETTINGS), ("filter", filters, {**UPDATES, **ALGORITHMS})):
         if unknown := sorted(set(chosen or []) - set(known)):
-            raise typer.BadParameter(f"no {name} called {', '.join(unknown)}; there are {', '.join(known)}.")
+            raise typer.BadParameter(f"no {name} called {', '.join(unknown)}; give one of {', '.join(known)}.")
     rows = [
         row
         for row in ROWS
@@ -441,22 +429,23 @@ def main(
         and row.members in (members or [row.members])
     ]
     if not rows:
-        raise typer.BadParameter("no score is published for what was asked for; leave an option out.")
+        raise typer.BadParameter("no score is published for this combination of options; leave an option out.")
     for name in {row.setting for row in rows}:
         length = SETTINGS[name].cycles if cycles is None else cycles
         if (SETTINGS[name].burn_in if burn_in is None else burn_in) >= length:
-            raise typer.BadParameter(f"the burn-in leaves none of {length} cycles of {name} to score.")
+            raise typer.BadParameter(
+                f"the burn-in leaves none of {length} cycles of {name} to score; give more cycles."
+            )
     seed = TUNING_SEED if tune else seed
     console = Console()
     found = [
         score(run, seed=seed, truths=truths, cycles=cycles, burn_in=burn_in)
         for run in track(list(runs_of(rows, tune)), "filtering", console=console, transient=True)
     ]
-    show(console, f"{truths} truths, mean ± standard error", found)
-    if out is not None:
-        options = {"truths": truths, "cycles": cycles, "burn_in": burn_in, "seed": seed, "tune": tune}
-        out.write_text(json.dumps({"version": ndda.__version__, "settings": options, "rows": found}, indent=2) + "\n")
-        console.print(f"wrote {out}")
+    title = f"{truths} truths, mean ± standard error over truths"
+    print_table(console, title, [shown(row) for row in found], COLUMNS, group="setting")
+    options = {"truths": truths, "cycles": cycles, "burn_in": burn_in, "seed": seed, "tune": tune}
+    write_json(out, options, rows=found)
 
 
 if __name__ == "__main__":

@@ -1,26 +1,26 @@
-"""How far a guided reverse diffusion is from the exact posterior, and what it costs: the ring of 64 points.
+"""How far is a guided reverse diffusion from the exact posterior, and what does it cost? A ring of 64 points.
 
-The prior is exact and Gaussian (64 points on a ring, covariance exp(-(distance / 4)^1.5) + 0.001 I; every fourth point
-observed with error 0.1), so all the error is the sampler's. Three tables:
+The prior is exact and Gaussian: 64 points on a ring with covariance exp(-(distance / 4)^1.5) + 0.001 I. Every fourth
+point is observed with error 0.1. All error is therefore that of the sampler. The script prints three tables:
 
-1. Samplers, with exact linear solves. Error: 2-Wasserstein distance between the sampler's Gaussian and the exact
-   posterior, over sqrt(trace of the posterior covariance). No Monte Carlo: with exact solves a sample is an affine
-   function of the noise that was drawn, and the law follows from that function.
-2. Solves, with DPM-Solver++(2M). With inexact solves a sample is no longer affine in the noise. Error: RMS distance,
-   path by path, to the exact flow from the same noise, over the same number: an upper bound on the first error.
+1. Samplers with exact linear solves. The error is the 2-Wasserstein distance between the Gaussian of the sampler and
+   the exact posterior, divided by sqrt(trace of the posterior covariance). It has no Monte Carlo error: with exact
+   solves, a draw is an affine function of its noise, and its distribution follows from that function.
+2. Linear solves, with DPM-Solver++(2M). With inexact solves, a draw is not affine in its noise. The error is the RMS
+   distance, path by path, to the exact flow from the same noise, divided by the same number. It is an upper bound on
+   the error in 1.
+3. Guidance: published alternatives, and MMPS with different numbers of products at different noise levels. The error is
+   that of 2. Settings of the cheaper rows were chosen on two other rings, whose errors are in the columns before the
+   last.
 
-3. Guidance: the published alternatives, and products where they are needed only. Error as in 2. The settings of the
-   cheaper rows were chosen on two other rings, the columns before the last, which is the ring of the other tables.
-
-"passes" counts every pass through the network of one draw, one vjp as one forward. With exact solves that is one vjp
-for each of the 16 observations at each level: what a table of samplers compares is evaluations.
+"passes" counts all network passes of one draw, where one vjp counts as one forward pass. With exact solves this
+includes one vjp for each of the 16 observations at each level, so compare samplers by their guided evaluations.
 
     python examples/benchmarks/ring64.py --out ring64.json
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
@@ -31,8 +31,8 @@ import numpy as np
 import scipy.linalg
 import typer
 from jax.flatten_util import ravel_pytree
+from report import print_table, write_json
 from rich.console import Console
-from rich.table import Table
 
 import numpyro_diffusion_da as ndda
 from numpyro_diffusion_da.diffusion import (
@@ -49,14 +49,14 @@ EXACT = ndda.MMPS(ndda.diffusion.DirectSolve())
 
 
 class DiagonalSolve(LinearSolver):
-    """v = r / diag(I + B): no solve at all. The one product is that of the answer, whose image guidance needs."""
+    """Solver that divides by the diagonal of I + B, with a single product for the image of the answer."""
 
     def init(self, size: int, dtype: Any) -> Any:
-        """No warm start."""
+        """Return an empty state, because there is no warm start."""
         return ()
 
     def __call__(self, product: Product, rhs: jax.Array, warm_start: Any) -> tuple[Solution, Any]:
-        """Divide by the diagonal, taken as known (an emulator's variance would be tabulated beforehand)."""
+        """Divide by the diagonal, which is assumed known, as if the variance of the emulator had been tabulated."""
         columns, _ = jax.vmap(product)(jnp.eye(len(rhs), dtype=rhs.dtype))
         answer = rhs / jnp.diagonal(columns)
         back, image = product(answer)
@@ -64,27 +64,27 @@ class DiagonalSolve(LinearSolver):
 
 
 class GivenNoise(ndda.diffusion.Noise):
-    """Noise whose one draw is known: makes a stochastic step a function of it, to be differentiated."""
+    """Noise with a given draw, which makes a stochastic step a function of its noise."""
 
     draw: jax.Array
 
     def sample(self, rng_key: Any, shape: Any, dtype: Any) -> jax.Array:
-        """The given draw."""
+        """Return the given draw."""
         return self.draw
 
     def covariance_product(self, v: jax.Array) -> jax.Array:
-        """`v` itself: the draws stand for white noise."""
+        """Return `v`, because the draw is white noise."""
         return v
 
 
 class Ring:
-    """The problem: prior, likelihood and exact posterior.
+    """Prior on a ring with observations and their exact posterior.
 
     Args:
-        points: on the ring.
+        points: number of points on the ring.
         length: correlation length of the prior, in points.
-        spacing: of the observed points.
-        error: standard deviation of the observations' errors.
+        spacing: spacing of the observed points.
+        error: standard deviation of the observation errors.
     """
 
     def __init__(self, points: int, length: float = 4.0, spacing: int = 4, error: float = 0.1) -> None:
@@ -111,14 +111,14 @@ class Ring:
         )
 
     def denoiser(self, guidance: ndda.diffusion.Guidance) -> Any:
-        """The posterior's denoiser."""
+        """Denoiser of the posterior by `guidance`."""
         conditioning = self.prior.condition(jnp.zeros(self.points))
         return guidance(PriorDenoiser(self.prior, conditioning), self.likelihood)
 
     def flow(
         self, sampler: ndda.Sampler, guidance: ndda.diffusion.Guidance
     ) -> Callable[[jax.Array], tuple[jax.Array, GuidanceState]]:
-        """The map from the starting noise to the sample, for a deterministic sampler."""
+        """Function from starting noise to draw, for a deterministic sampler."""
         denoiser, prior = self.denoiser(guidance), self.prior
 
         def draw(z: jax.Array) -> tuple[jax.Array, GuidanceState]:
@@ -128,7 +128,7 @@ class Ring:
         return jax.jit(draw)
 
     def wasserstein(self, mean: np.ndarray, covariance: np.ndarray) -> float:
-        """Distance of N(mean, covariance) to the posterior, relative to the posterior's spread."""
+        """2-Wasserstein distance of N(mean, covariance) to the posterior, relative to the spread of the posterior."""
         root = scipy.linalg.sqrtm(self.covariance).real
         cross = scipy.linalg.sqrtm(root @ covariance @ root).real
         squared = np.sum((mean - self.mean) ** 2) + np.trace(covariance + self.covariance - 2 * cross)
@@ -136,13 +136,13 @@ class Ring:
 
 
 def affine(fn: Callable[[jax.Array], jax.Array], size: int) -> tuple[jax.Array, jax.Array]:
-    """(b, M) of fn(v) = b + M v, from its values at 0 and at the unit vectors."""
+    """Offset b and matrix M of fn(v) = b + M v, from its values at 0 and at the unit vectors."""
     values = jax.vmap(fn)(jnp.concatenate([jnp.zeros((1, size)), jnp.eye(size)]))
     return values[0], (values[1:] - values[:1]).T
 
 
 def law_of_flow(ring: Ring, sampler: ndda.Sampler) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and covariance of a deterministic sampler's draws, from its own affine map."""
+    """Mean and covariance of the draws of a deterministic sampler, from its affine map."""
     flow = ring.flow(sampler, EXACT)
     b, m = affine(lambda z: flow(z)[0], ring.points)
     highest = sampler.schedule.levels(ring.prior.noise_range)[0]
@@ -152,7 +152,7 @@ def law_of_flow(ring: Ring, sampler: ndda.Sampler) -> tuple[np.ndarray, np.ndarr
 def law_of_langevin(ring: Ring, sampler: ndda.Sampler) -> tuple[np.ndarray, np.ndarray]:
     """Mean and covariance of the draws of a deterministic step with Langevin corrections, level by level.
 
-    Every move is an affine function of (z, the step's history) and of the noise drawn in it.
+    Each move is an affine function of z, of the history of the step, and of the noise of the move.
     """
     denoiser, prior, step, corrector = ring.denoiser(EXACT), ring.prior, sampler.step, sampler.corrector
     levels = sampler.schedule.levels(prior.noise_range)
@@ -196,12 +196,12 @@ def law_of_langevin(ring: Ring, sampler: ndda.Sampler) -> tuple[np.ndarray, np.n
 
 
 def describe(schedule: ndda.KarrasSchedule) -> str:
-    """The noise levels in words."""
+    """Describe a schedule in words: number of levels, rho, and range of noise levels."""
     return f"{schedule.num_levels}, rho {schedule.rho:g}, {schedule.lowest:g}..{schedule.highest:g}"
 
 
 def sampler_rows(ring: Ring) -> list[dict[str, Any]]:
-    """Table 1."""
+    """Rows of table 1: samplers with exact solves."""
 
     def edm(levels: int) -> ndda.KarrasSchedule:
         return ndda.KarrasSchedule(levels, 7.0, 2e-3, 80.0)
@@ -244,12 +244,12 @@ def sampler_rows(ring: Ring) -> list[dict[str, Any]]:
 
 
 def starting_noise(ring: Ring, paths: int) -> jax.Array:
-    """The unit noise of the paths."""
+    """Unit noise at the start of each path."""
     return jax.random.normal(jax.random.key(3), (paths, ring.points))
 
 
 def exact_flow(ring: Ring, paths: int, levels: int) -> jax.Array:
-    """Where the exact flow takes every path, shape (paths, points)."""
+    """End of each path of the exact flow, shape (paths, points)."""
     reference = ndda.Sampler(ndda.diffusion.DPMSolverPP2S(), ndda.KarrasSchedule(levels, 7.0, 2e-4, 80.0))
     return jax.vmap(lambda z: ring.flow(reference, EXACT)(z)[0])(80.0 * starting_noise(ring, paths))
 
@@ -257,13 +257,13 @@ def exact_flow(ring: Ring, paths: int, levels: int) -> jax.Array:
 def path_error(
     ring: Ring, sampler: ndda.Sampler, guidance: ndda.diffusion.Guidance, exact: jax.Array
 ) -> tuple[float, GuidanceState]:
-    """RMS distance to the exact flow, path by path, over the posterior's spread; and the memories of the paths."""
+    """RMS distance to the exact flow, path by path, relative to the posterior spread, and states of the guidance."""
     x, memory = jax.vmap(ring.flow(sampler, guidance))(80.0 * starting_noise(ring, len(exact)))
     return float(jnp.sqrt(jnp.mean(jnp.sum((x - exact) ** 2, -1)))) / ring.spread, memory
 
 
 def solve_rows(ring: Ring, paths: int, reference_levels: int) -> list[dict[str, Any]]:
-    """Table 2."""
+    """Rows of table 2: linear solves."""
     exact = exact_flow(ring, paths, reference_levels)
 
     def edm(levels: int) -> ndda.KarrasSchedule:
@@ -298,7 +298,7 @@ def solve_rows(ring: Ring, paths: int, reference_levels: int) -> list[dict[str, 
 
 
 def guidance_rows(points: int, paths: int, reference_levels: int) -> list[dict[str, Any]]:
-    """Table 3."""
+    """Rows of table 3: guidance, on two rings of their own and on the ring of the other tables."""
     rings = {
         "error, length 6, every 4th, 0.15": Ring(points, 6.0, 4, 0.15),
         "error, length 3, every 3rd, 0.2": Ring(points, 3.0, 3, 0.2),
@@ -345,23 +345,13 @@ def guidance_rows(points: int, paths: int, reference_levels: int) -> list[dict[s
     return rows
 
 
-def show(console: Console, title: str, rows: list[dict[str, Any]]) -> None:
-    """One table on the terminal."""
-    table = Table(title=title)
-    for name in rows[0]:
-        table.add_column(name, justify="left" if isinstance(rows[0][name], str) else "right")
-    for row in rows:
-        table.add_row(*(f"{v:.3f}" if isinstance(v, float) else str(v) for v in row.values()))
-    console.print(table)
-
-
 def main(
-    out: Annotated[Path | None, typer.Option(help="Write the tables to this JSON file.")] = None,
-    points: Annotated[int, typer.Option(help="Points on the ring, 24 or more; the published tables have 64.")] = 64,
-    paths: Annotated[int, typer.Option(help="Paths of the second table.")] = 256,
-    reference_levels: Annotated[int, typer.Option(help="Noise levels of the second table's exact flow.")] = 400,
+    out: Annotated[Path | None, typer.Option(help="JSON file to write the tables to.")] = None,
+    points: Annotated[int, typer.Option(help="Points on the ring, 24 or more; 64 in the documentation.")] = 64,
+    paths: Annotated[int, typer.Option(help="Paths of tables 2 and 3.")] = 256,
+    reference_levels: Annotated[int, typer.Option(help="Noise levels of the exact flow.")] = 400,
 ) -> None:
-    """Error and cost of the guided samplers on the ring of 64 points, in double precision."""
+    """Print error and cost of guided samplers on a ring of points, in double precision."""
     console = Console()
     with jax.enable_x64(True):
         ring = Ring(points)
@@ -370,13 +360,10 @@ def main(
             "solves": solve_rows(ring, paths, reference_levels),
             "guidance": guidance_rows(points, paths, reference_levels),
         }
-    show(console, f"Samplers on a ring of {points}, exact solves", tables["samplers"])
-    show(console, f"Solves on a ring of {points}, DPM-Solver++(2M)", tables["solves"])
-    show(console, f"Guidance on a ring of {points}, DPM-Solver++(2M)", tables["guidance"])
-    if out is not None:
-        settings = {"points": points, "paths": paths, "reference_levels": reference_levels}
-        out.write_text(json.dumps({"version": ndda.__version__, "settings": settings, **tables}, indent=2) + "\n")
-        console.print(f"wrote {out}")
+    print_table(console, f"Samplers on a ring of {points} points, exact solves", tables["samplers"])
+    print_table(console, f"Linear solves on a ring of {points} points, DPM-Solver++(2M)", tables["solves"])
+    print_table(console, f"Guidance on a ring of {points} points, DPM-Solver++(2M)", tables["guidance"])
+    write_json(out, {"points": points, "paths": paths, "reference_levels": reference_levels}, **tables)
 
 
 if __name__ == "__main__":

@@ -1,17 +1,17 @@
-"""What do outliers, wrong errors, correlated errors and a biased transition do to the scores, and what helps?
+"""How do outliers, wrong or correlated errors and a biased transition affect filters, and what helps against them?
 
-Stochastic Lorenz-96 (d = 40, F = 8, step 0.1, noise variance 0.5), every second site observed with error variance 0.1.
-What is wrong (the scenario), on the same truths and with the same random errors in all of them:
+The system is stochastic Lorenz-96 (d = 40, F = 8, step 0.1, noise variance 0.5). Every second site is observed with
+error variance 0.1. The scenarios have the same truths and the same random errors:
 
-- clean: nothing;
+- clean: nothing is wrong;
 - gross errors: one observation in twenty has ten times the error;
-- R too small, R too large: the filter is given a quarter of the error variance, or four times it;
-- correlated errors: correlation exp(-|i - j| / 3) between sites i and j;
-- biased transition: the filter's has a mean that is 0.3 too high at every site and step.
+- R too small, R too large: the filter assumes a quarter of the error variance, or four times the error variance;
+- correlated errors: the errors of sites i and j have correlation exp(-|i - j| / 3);
+- biased transition: the mean of the filter's transition is 0.3 too high at every site and step.
 
-Filters: localized FA-APF with Moment weights, the localized ensemble Kalman filter, the free ensemble. Thresholds and
-degrees of freedom are textbook values; amounts of inflation, factors on R and estimates of R are from other truths than
-those reported, by `--tune`.
+The filters are local FA-APF with Moment weights, a localized ensemble Kalman filter, and the free ensemble. Thresholds
+and degrees of freedom are textbook values. Amounts of inflation and factors on R come from other truths than those
+reported; `--tune` prints them.
 
     python examples/benchmarks/robustness.py --out robustness.json
     python examples/benchmarks/robustness.py --scenario "gross errors" --emulator --truths 3
@@ -20,7 +20,6 @@ those reported, by `--tune`.
 from __future__ import annotations
 
 import functools
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
@@ -33,9 +32,9 @@ import numpyro
 import numpyro.distributions as dist
 import typer
 from numpyro.contrib.control_flow import scan
+from report import mean_and_error, print_table, write_json
 from rich.console import Console
 from rich.progress import track
-from rich.table import Table
 
 import numpyro_diffusion_da as ndda
 from numpyro_diffusion_da.demos import lorenz96_system as lorenz96
@@ -49,7 +48,7 @@ BIAS = 0.3
 DISTANCE = np.minimum(np.abs(AT[:, None] - AT), SITES - np.abs(AT[:, None] - AT))
 CORRELATION = np.exp(-DISTANCE / 3.0).astype(np.float32)
 SAMPLER = ndda.Sampler(schedule=ndda.KarrasSchedule(13, rho=20.0, lowest=0.04))
-"""Of the emulator's draws: fewer passes than the default, for its error (docs/method.md, ring-64)."""
+"""Sampler of the emulator: fewer passes than the default, with the same error (docs/method.md, ring-64)."""
 
 LIKELIHOODS: dict[str, Callable[[jax.Array, jax.Array], dist.Distribution]] = {
     "Normal": lambda seen, error: dist.Normal(seen, error).to_event(1),
@@ -60,14 +59,15 @@ LIKELIHOODS: dict[str, Callable[[jax.Array, jax.Array], dist.Distribution]] = {
 
 
 class Treatment(NamedTuple):
-    """A filter, and what it is told.
+    """Filter with its assumptions on observation errors, gross-error check and inflation.
 
     Attributes:
-        filter: "FA-APF", "EnKF", either of them " global" (without a taper), or "free ensemble".
-        likelihood: one of `LIKELIHOODS`.
-        error_factor: the variance that the filter is given, over that of the scenario's.
-        threshold: of a gross-error check; None for none.
-        inflation: of the spread.
+        filter: "FA-APF", "EnKF", "FA-APF global" or "EnKF global" (without a taper), or "free ensemble".
+        likelihood: key of `LIKELIHOODS`.
+        error_factor: factor on the error variance that the scenario gives to the filter.
+        threshold: threshold of a gross-error check; None for no check.
+        inflation: name of an inflation, "" for none.
+        amount: amount of the inflation.
     """
 
     filter: str
@@ -78,7 +78,7 @@ class Treatment(NamedTuple):
     amount: float = 0.0
 
     def label(self) -> str:
-        """For the table."""
+        """Name of the treatment in the table."""
         parts = [self.filter]
         if self.likelihood != "Normal":
             parts.append(self.likelihood)
@@ -92,14 +92,14 @@ class Treatment(NamedTuple):
 
 
 class Scenario(NamedTuple):
-    """What is wrong.
+    """Difference between the filter's assumptions and the truth, and treatments to try.
 
     Attributes:
-        given: the variance that the filter is given, over the true one.
+        given: error variance that the filter assumes, divided by the true one.
         gross: whether some errors are gross.
-        correlated: whether errors are.
-        bias: of the filter's transition.
-        treatments: what is tried.
+        correlated: whether errors are correlated.
+        bias: bias of the filter's transition per step.
+        treatments: filters to run.
     """
 
     given: float = 1.0
@@ -111,8 +111,8 @@ class Scenario(NamedTuple):
 
 FA, EK, FREE = Treatment("FA-APF"), Treatment("EnKF"), Treatment("free ensemble")
 GLOBAL_FA, GLOBAL_EK = Treatment("FA-APF global"), Treatment("EnKF global")
-# Factors on R and amounts of inflation are those that `--tune` found; for correlated errors it found 1 best, and 2 is what
-# is usual.
+# `--tune` found the factors on R and the amounts of inflation. For correlated errors it found a factor of 1; the factor
+# of 2 is common practice.
 SCENARIOS: dict[str, Scenario] = {
     "clean": Scenario(
         treatments=(
@@ -148,15 +148,15 @@ SCENARIOS: dict[str, Scenario] = {
     "biased transition": Scenario(
         bias=BIAS,
         treatments=(
-            FA, FA._replace(inflation="Multiplicative", amount=1.075), FA._replace(inflation="Jitter", amount=0.312), EK,
-            EK._replace(inflation="Multiplicative", amount=1.05), FREE,
+            FA, FA._replace(inflation="Multiplicative", amount=1.075), FA._replace(inflation="Jitter", amount=0.312),
+            EK, EK._replace(inflation="Multiplicative", amount=1.05), FREE,
         ),
     ),
 }  # fmt: skip
 
 
 class Shifted(ndda.DiffusionPrior):
-    """Another prior with a mean that is off by a number."""
+    """Prior with the mean of another prior shifted by a constant."""
 
     prior: ndda.DiffusionPrior
     shift: float = eqx.field(static=True)
@@ -166,24 +166,24 @@ class Shifted(ndda.DiffusionPrior):
     conditioning_passes: int = eqx.field(static=True)
 
     def condition(self, state: Any, inputs: Any = None) -> Any:
-        """The other one's."""
+        """Conditioning of the other prior."""
         return self.prior.condition(state, inputs)
 
     def denoise(self, z_s: Any, noise_level: Any, conditioning: Any) -> Any:
-        """The other one's."""
+        """Denoiser of the other prior."""
         return self.prior.denoise(z_s, noise_level, conditioning)
 
     def location(self, conditioning: Any) -> Any:
-        """Shifted."""
+        """Location of the other prior plus the shift."""
         return self.prior.location(conditioning) + self.shift
 
     def scale(self, conditioning: Any) -> Any:
-        """The other one's."""
+        """Scale of the other prior."""
         return self.prior.scale(conditioning)
 
 
 def program(likelihood: str, bias: float, emulator: bool) -> Callable[..., None]:
-    """The state-space model; the standard deviation of the error is an argument, so that it compiles nothing."""
+    """State-space model; the error is an argument of the program, so that another error does not compile again."""
     prior = ndda.load_prior("lorenz96", num_sites=SITES)
     moving = prior
     if bias and emulator:
@@ -202,7 +202,7 @@ def program(likelihood: str, bias: float, emulator: bool) -> Callable[..., None]
 
 
 def simulate(key: jax.Array, scenario: Scenario, cycles: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(states, observations, where they are grossly wrong) after 50 steps of spin-up."""
+    """Draw states, observations, and a mask of gross errors, after 50 steps of spin-up."""
     start_key, run_key, error_key, gross_key = jax.random.split(key, 4)
     climate = ndda.load_prior("lorenz96", num_sites=SITES).climatology()
     states = lorenz96.trajectory(run_key, climate.sample(start_key), 50 + cycles)[50:]
@@ -215,7 +215,7 @@ def simulate(key: jax.Array, scenario: Scenario, cycles: int) -> tuple[np.ndarra
 
 
 def algorithm(treatment: Treatment, bias: float, emulator: bool, amount: Any = None) -> ndda.filters.FilterAlgorithm:
-    """The filter; `amount` may be traced."""
+    """Filter of a treatment; `amount` replaces its amount of inflation and may be traced."""
     model = program(treatment.likelihood, bias, emulator)
     amount = treatment.amount if amount is None else amount
     wide = treatment.filter.endswith("global")
@@ -225,12 +225,12 @@ def algorithm(treatment: Treatment, bias: float, emulator: bool, amount: Any = N
     def taper(radius: float) -> ndda.Taper | None:
         return None if wide else ndda.Taper(radius, ndda.Ring(SITES), {"y": AT}, state=np.arange(SITES))
 
-    # The settings of local_ancestors.py for this case.
+    # Use the settings of local_ancestors.py for linear observations.
     made: ndda.filters.FilterAlgorithm
     if treatment.filter == "free ensemble":
         made = ndda.Bootstrap(model)
     elif treatment.filter.startswith("EnKF"):
-        made = ndda.EnKF(model, taper=taper(9.0), tempering=1.02, inflation=inflation)
+        made = ndda.EnKF(model, taper=taper(9.0), inflation=(ndda.ForecastMultiplicative(1.02), *inflation))
     else:
         probes = None if wide else 1
         weight = ndda.Moment(noise_level=10.0, probes=probes) if emulator else ndda.Moment()
@@ -240,7 +240,7 @@ def algorithm(treatment: Treatment, bias: float, emulator: bool, amount: Any = N
 
 @functools.cache
 def runner(treatment: Treatment, bias: float, emulator: bool, particles: int) -> ndda.Filter:
-    """Kept: the error that a filter is given does not compile it again."""
+    """Filter with settings, cached because a filter need not compile again for another error variance."""
     made = algorithm(treatment, bias, emulator)
     return ndda.Filter(made, num_particles=particles, progress_bar=False, keep_observed=False)
 
@@ -252,7 +252,7 @@ def row_of(
     name: str, treatment: Treatment, emulator: bool, *, seed: int, truths: int, particles: int, cycles: int,
     spin_up: int,
 ) -> dict[str, Any]:  # fmt: skip
-    """Means over truths with their standard errors."""
+    """Row of the table: means over truths with standard errors; truths on which the filter diverges are lost."""
     scenario = SCENARIOS[name]
     run = runner(treatment._replace(error_factor=1.0), scenario.bias, emulator, particles)
     error = jnp.asarray((VARIANCE * scenario.given * treatment.error_factor) ** 0.5)
@@ -280,38 +280,18 @@ def row_of(
         )
     row: dict[str, Any] = {"scenario": name, "name": treatment.label(), **treatment._asdict(), "lost": lost}
     for key in SCORES:
-        values = np.array([score[key] for score in scores])
-        known = len(values) > 0 and not np.isnan(values).any()
-        row[key] = float(values.mean()) if known else None
-        row[f"{key} SE"] = float(values.std(ddof=1) / np.sqrt(len(values))) if known and len(values) > 1 else None
+        row |= mean_and_error(key, [score[key] for score in scores])
     return row
 
 
-def show(console: Console, title: str, rows: list[dict[str, Any]]) -> None:
-    """The table on the terminal."""
-    table = Table(title=title, box=None, padding=(0, 1, 0, 0))
-    for name in ("scenario", "filter", *SCORES, "lost"):
-        table.add_column(name, no_wrap=True)
-    before = None
-    for row in rows:
-
-        def cell(key: str, form: str, row: dict[str, Any] = row) -> str:
-            value, se = row[key], row[f"{key} SE"]
-            if value is None:
-                return "-"
-            return f"{value:{form}}" + (f" ± {se:{form}}" if se is not None else "")
-
-        shares = [cell("rejected, gross", ".0%"), cell("rejected, good", ".2%")]
-        table.add_row(
-            "" if row["scenario"] == before else row["scenario"], row["name"], cell("RMSE", ".3f"),
-            cell("spread/skill", ".2f"), cell("CRPS", ".4f"), *shares, f"{row['passes'] or 0:.0f}", str(row["lost"]),
-        )  # fmt: skip
-        before = row["scenario"]
-    console.print(table)
+COLUMNS = {
+    "scenario": "", "name": "", "RMSE": ".3f", "spread/skill": ".2f", "CRPS": ".4f", "rejected, gross": ".0%",
+    "rejected, good": ".2%", "passes": ".0f", "lost": "",
+}  # fmt: skip
 
 
 def estimated_error(name: str, treatment: Treatment, emulator: bool, particles: int, cycles: int) -> list[float]:
-    """Estimates of R over the true one, each from a filter that was given the one before (Desroziers et al. 2005)."""
+    """Estimates of R relative to the truth, each from a filter with the previous estimate (Desroziers et al. 2005)."""
     scenario = SCENARIOS[name]
     online = ndda.OnlineFilter(algorithm(treatment, scenario.bias, emulator), num_particles=particles)
     truth_key, filter_key = jax.random.split(jax.random.key(TUNING_SEED))
@@ -336,14 +316,14 @@ def estimated_error(name: str, treatment: Treatment, emulator: bool, particles: 
 
 
 def tune(console: Console, emulator: bool, particles: int, cycles: int, wanted: set[str]) -> None:
-    """Print what the treatments of `SCENARIOS` are made of, from other truths."""
+    """Print the amounts of the treatments of `SCENARIOS`, found on the tuning truths."""
     sizes = {"seed": TUNING_SEED, "truths": 2, "particles": particles, "cycles": cycles, "spin_up": cycles // 4}
     for name in ("R too small", "R too large"):
         if name in wanted:
             for treatment in (FA, EK):
                 found = estimated_error(name, treatment, emulator, particles, cycles)
                 factors = ", ".join(f"{r / SCENARIOS[name].given:.3f}" for r in found)
-                console.print(f"{name}, {treatment.filter}: estimates of R over the given one: {factors}")
+                console.print(f"{name}, {treatment.filter}: estimates of R relative to the given R: {factors}")
     for name, treatment, inflation, between in (
         ("R too small", FA, "Multiplicative", (1.0, 1.2)), ("R too small", EK, "Multiplicative", (1.0, 1.2)),
         ("biased transition", FA, "Multiplicative", (1.0, 1.2)), ("biased transition", FA, "Jitter", (0.0, 1.0)),
@@ -363,33 +343,38 @@ def tune(console: Console, emulator: bool, particles: int, cycles: int, wanted: 
             found_amount = ndda.inference.tune_spread(
                 make, filter_key, y, error, between=between, num_particles=particles, discard=cycles // 4, max_runs=6
             )
-            console.print(f"{name}, {treatment.filter}, {inflation}: {found_amount.amount:.3f}, {found_amount.ratio}")
+            amount = f"amount {found_amount.amount:.3f}, ratio {found_amount.ratio}"
+            console.print(f"{name}, {treatment.filter}, {inflation}: {amount}")
         except (ValueError, FloatingPointError) as problem:
             console.print(f"{name}, {treatment.filter}, {inflation}: {problem}")
     if "correlated errors" in wanted:
         trials = [of._replace(error_factor=f) for of in (FA, EK) for f in (1.5, 2.0, 3.0, 4.0)]
         rows = [row_of("correlated errors", of, emulator, **sizes) for of in (FA, EK, *trials)]
-        show(console, "correlated errors, tuning truths", rows)
+        print_table(console, "correlated errors, tuning truths", rows, COLUMNS)
 
 
 def main(
-    scenario: Annotated[list[str] | None, typer.Option(help="Only this scenario; may be repeated.")] = None,
-    only: Annotated[list[str] | None, typer.Option(help="Only this filter, as the table names it.")] = None,
-    emulator: Annotated[bool, typer.Option(help="The learned transition, not the true one.")] = False,
-    truths: Annotated[int, typer.Option(min=1, help="Truths.")] = 6,
+    scenario: Annotated[
+        list[str] | None, typer.Option(help="Scenario to run; may be repeated; all by default.")
+    ] = None,
+    only: Annotated[
+        list[str] | None, typer.Option(help="Filter to run, by its name in the table; may be repeated.")
+    ] = None,
+    emulator: Annotated[bool, typer.Option(help="Use the transition of the emulator instead of the true one.")] = False,
+    truths: Annotated[int, typer.Option(min=1, help="Number of truths.")] = 6,
     particles: Annotated[int, typer.Option(min=2, help="Particles of each filter.")] = 128,
-    cycles: Annotated[int, typer.Option(min=2, help="Cycles of each truth.")] = 80,
-    spin_up: Annotated[int, typer.Option(min=0, help="Cycles that are not scored.")] = 20,
-    tuning: Annotated[bool, typer.Option("--tune", help="Print amounts found on other truths instead.")] = False,
-    seed: Annotated[int, typer.Option(help="Of the truths reported.")] = 0,
-    out: Annotated[Path | None, typer.Option(help="Write the table to this JSON file.")] = None,
+    cycles: Annotated[int, typer.Option(min=2, help="Filter steps on each truth.")] = 80,
+    spin_up: Annotated[int, typer.Option(min=0, help="Filter steps at the start that are not scored.")] = 20,
+    tuning: Annotated[bool, typer.Option("--tune", help="Find amounts on the tuning truths instead.")] = False,
+    seed: Annotated[int, typer.Option(help="Seed of the truths reported.")] = 0,
+    out: Annotated[Path | None, typer.Option(help="JSON file to write the table to.")] = None,
 ) -> None:
-    """Outliers, wrong and correlated errors, and a biased transition."""
+    """Print scores with outliers, wrong or correlated errors, and a biased transition."""
     console = Console(width=150)
     if unknown := sorted(set(scenario or ()) - set(SCENARIOS)):
-        raise typer.BadParameter(f"no scenario called {', '.join(unknown)}; there are {', '.join(SCENARIOS)}.")
+        raise typer.BadParameter(f"no scenario called {', '.join(unknown)}; give one of {', '.join(SCENARIOS)}.")
     if not spin_up < cycles:
-        raise typer.BadParameter(f"spin-up of {spin_up} of {cycles} cycles leaves none to score.")
+        raise typer.BadParameter(f"a spin-up of {spin_up} of {cycles} cycles leaves none to score; give fewer.")
     if tuning:
         tune(console, emulator, particles, cycles, set(scenario or SCENARIOS))
         return
@@ -400,17 +385,16 @@ def main(
         if not only or treatment.label() in only
     ]
     if unknown := sorted(set(only or ()) - {treatment.label() for _, treatment in work}):
-        raise typer.BadParameter(f"no filter called {', '.join(map(repr, unknown))} there.")
+        raise typer.BadParameter(f"no filter called {', '.join(map(repr, unknown))} in these scenarios.")
     sizes = {"truths": truths, "particles": particles, "cycles": cycles, "spin_up": spin_up}
     rows = []
     for name, treatment in track(work, "filtering", console=console, transient=True):
         rows.append(row_of(name, treatment, emulator, seed=seed, **sizes))
-        if out is not None:
-            settings = {**sizes, "emulator": emulator, "seed": seed}
-            found = {"version": ndda.__version__, "settings": settings, "rows": rows}
-            out.write_text(json.dumps(found, indent=1) + "\n")
-    transition = "the emulator's transition" if emulator else "the true transition"
-    show(console, f"Lorenz-96, {transition}, N = {particles}, {truths} truths of {cycles} cycles", rows)
+        # Write after every row, so that an interrupted run keeps what it has.
+        write_json(out, {**sizes, "emulator": emulator, "seed": seed}, rows=rows)
+    transition = "transition of the emulator" if emulator else "true transition"
+    title = f"Lorenz-96, {transition}, N = {particles}, {truths} truths of {cycles} cycles; mean ± standard error"
+    print_table(console, title, rows, COLUMNS, group="scenario")
 
 
 if __name__ == "__main__":

@@ -1,21 +1,22 @@
-"""What the safeguard of the linear solve is for: guidance by conjugate gradients without it, and by the library.
+"""Why does the linear solve of the guidance need a safeguard? Plain conjugate gradients against the library's solver.
 
-A learned Jacobian is neither symmetric nor positive. Two priors on 40 sites, every second site observed:
+The Jacobian of a learned network is neither symmetric nor positive. The script compares two priors on 40 sites, with
+every second site observed:
 
-- the Lorenz-96 emulator that ships with the package;
-- a network with random weights in EDM's preconditioning: a bad emulator, whose Jacobian has no symmetry at all.
+- the Lorenz-96 emulator of the package;
+- a network with random weights in EDM's preconditioning, a bad emulator whose Jacobian has no symmetry.
 
-First what B = s^2 H S J C S H^T is along unguided draws, in units of the observations' errors: how far from symmetric,
-|B - B^T| / |B + B^T| in the Frobenius norm, and the smallest eigenvalue of its symmetric part; below -1, I + B is no
-covariance. Then guided draws with k products a level: RMS of the draws' distance to the observations in errors, and
-the largest distance of any site from the unguided mean, in units of the prior's spread S.
+The first table describes B = s^2 H S J C S H^T along unguided draws, in units of the observation errors: its asymmetry
+|B - B^T| / |B + B^T| in the Frobenius norm, and the smallest eigenvalue of its symmetric part. If this is below -1,
+I + B is not a covariance. The second table has guided draws with k products per noise level: the RMS distance of draws
+to the observations in units of their errors ("misfit"), and the largest distance of any site from the unguided mean in
+units of the spread S of the prior ("farthest").
 
     python examples/benchmarks/safeguard.py --out safeguard.json
 """
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -23,8 +24,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import typer
+from report import print_table, write_json
 from rich.console import Console
-from rich.table import Table
 
 import numpyro_diffusion_da as ndda
 from numpyro_diffusion_da.diffusion import LinearSolver, Product, Solution, relative_residual
@@ -33,20 +34,20 @@ SITES = 40
 
 
 class ConjugateGradients(LinearSolver):
-    """The textbook method from zero, with no safeguard.
+    """Textbook conjugate gradients from zero, without a safeguard.
 
     Args:
-        products: steps.
+        products: number of steps, with one product each.
     """
 
     products: int
 
     def init(self, size: int, dtype: Any) -> Any:
-        """No warm start."""
+        """Return an empty state, because there is no warm start."""
         return ()
 
     def __call__(self, product: Product, rhs: jax.Array, warm_start: Any) -> tuple[Solution, Any]:
-        """`products` steps, and the combination of the products' images."""
+        """Solve by `products` steps; the image of the answer is combined from the images of the products."""
         answer, left, direction = jnp.zeros_like(rhs), rhs, rhs
         column = jnp.zeros_like(rhs)
         image: Any = 0.0
@@ -63,11 +64,11 @@ class ConjugateGradients(LinearSolver):
 
 
 def random_network(gain: float, hidden: int = 64) -> ndda.DenoiserPrior:
-    """A prior whose network has random weights: D = z / (1 + s^2) + s / (1 + s^2)^(1/2) F(z / (1 + s^2)^(1/2)).
+    """Prior whose network F has random weights: D = z / (1 + s^2) + s / (1 + s^2)^(1/2) F(z / (1 + s^2)^(1/2)).
 
     Args:
-        gain: RMS of the eigenvalues of F's Jacobian, about.
-        hidden: units.
+        gain: approximate RMS of the eigenvalues of the Jacobian of F.
+        hidden: number of hidden units.
     """
     keys = jax.random.split(jax.random.key(0), 2)
     parameters = (
@@ -89,12 +90,12 @@ def random_network(gain: float, hidden: int = 64) -> ndda.DenoiserPrior:
 
 
 class Case:
-    """A prior at one state, with observations of a draw of it.
+    """Prior at one previous state, with observations of one of its draws.
 
     Args:
-        prior: of 40 sites.
-        state: the previous state.
-        error: standard deviation of the observations' errors, in units of the prior's S.
+        prior: prior of 40 sites.
+        state: previous state.
+        error: standard deviation of the observation errors, in units of the spread S of the prior.
     """
 
     def __init__(self, prior: ndda.DiffusionPrior, state: jax.Array, error: float) -> None:
@@ -107,19 +108,19 @@ class Case:
         self.value = self.unguided[0, ::2] + noise
 
     def likelihood(self) -> ndda.observation.GaussianLikelihood:
-        """Every second site."""
+        """Likelihood of the observations of every second site."""
         scale, seen = jnp.full(SITES // 2, self.error), jnp.ones(SITES // 2, bool)
         return ndda.observation.GaussianLikelihood(
             lambda x: [ndda.observation.GaussianObservation(x[::2], scale, self.value, seen)]
         )
 
     def system(self, level: jax.Array, z_s: jax.Array) -> jax.Array:
-        """B, shape (observations, observations)."""
+        """Matrix B at one noise level and noisy state, shape (observations, observations)."""
         jacobian = jax.jacfwd(lambda z: self.prior.denoise(z, level, self.conditioning))(z_s)
         return (level / self.error) ** 2 * self.spread**2 * jacobian[::2, ::2]
 
     def systems(self) -> dict[str, float]:
-        """Over draws and the default levels: the largest asymmetry, the smallest eigenvalue."""
+        """Largest asymmetry and smallest eigenvalue of B over draws and the default noise levels."""
         levels = ndda.KarrasSchedule().levels(self.prior.noise_range)
         z = (self.unguided[:16] - self.prior.location(self.conditioning)[None]) / self.spread
         e = jax.random.normal(jax.random.key(3), z.shape)
@@ -133,7 +134,7 @@ class Case:
         }
 
     def draws(self, solver: LinearSolver, n: int) -> dict[str, float]:
-        """Distances of guided draws to the observations and to the mean."""
+        """Distances of guided draws to the observations and to the unguided mean, and the largest solver residual."""
         guidance, likelihood = ndda.MMPS(solver), self.likelihood()
         keys = jax.random.split(jax.random.key(4), n)
         x, record = jax.jit(jax.vmap(lambda key: self.step.conditional_draw(key, likelihood, guidance)))(keys)
@@ -146,7 +147,7 @@ class Case:
 
 
 def cases() -> dict[str, Case]:
-    """By name."""
+    """All cases by name."""
     emulator = ndda.load_prior("lorenz96")
     state = emulator.climatology().sample(jax.random.key(0))
     return {
@@ -158,21 +159,11 @@ def cases() -> dict[str, Case]:
     }
 
 
-def show(console: Console, title: str, rows: list[dict[str, Any]]) -> None:
-    """One table on the terminal."""
-    table = Table(title=title)
-    for name in rows[0]:
-        table.add_column(name, justify="left" if isinstance(rows[0][name], str) else "right")
-    for row in rows:
-        table.add_row(*(f"{v:.3g}" if isinstance(v, float) else str(v) for v in row.values()))
-    console.print(table)
-
-
 def main(
-    out: Annotated[Path | None, typer.Option(help="Write the tables to this JSON file.")] = None,
-    draws: Annotated[int, typer.Option(help="Guided draws of each row.")] = 64,
+    out: Annotated[Path | None, typer.Option(help="JSON file to write the tables to.")] = None,
+    draws: Annotated[int, typer.Option(help="Guided draws for each row.")] = 64,
 ) -> None:
-    """Guidance with and without the safeguard of its solve."""
+    """Print accuracy of guided draws with and without the safeguard of the linear solve."""
     console = Console()
     systems, rows = [], []
     for name, case in cases().items():
@@ -181,14 +172,9 @@ def main(
             solvers = {"unguarded": ConjugateGradients(products), "library": ndda.diffusion.KrylovSolve(products)}
             for kind, solver in solvers.items():
                 rows.append({"prior": name, "products": products, "solve": kind, **case.draws(solver, draws)})
-    show(console, "Systems", systems)
-    show(console, "Guided draws", rows)
-    if out is not None:
-        tables = {"systems": systems, "draws": rows}
-        out.write_text(
-            json.dumps({"version": ndda.__version__, "settings": {"draws": draws}, **tables}, indent=2) + "\n"
-        )
-        console.print(f"wrote {out}")
+    print_table(console, "Systems B along unguided draws", systems, default=".3g")
+    print_table(console, f"{draws} guided draws", rows, default=".3g", group="prior")
+    write_json(out, {"draws": draws}, systems=systems, draws=rows)
 
 
 if __name__ == "__main__":

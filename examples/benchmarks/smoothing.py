@@ -1,24 +1,24 @@
-"""Smoothing from a particle filter's genealogy, and by backward simulation, against the Rauch-Tung-Striebel smoother.
+"""How accurate is smoothing by genealogy and by backward simulation? Compared with the Rauch-Tung-Striebel smoother.
 
-x' = A x + N(0, Q), A = 0.95 x a random rotation, Q_ij = 0.25 exp(-|i - j| / 3); every second component is observed with
-error 0.5; FA-APF with exact weights and no tempering. For the filter's particles (lag 0), a few fixed lags, the whole
-genealogy, and trajectories simulated backwards (--draws of them, by default as many as particles), means over seeds (a
-new rotation, truth and observations each) with their standard errors:
+The model is x' = A x + N(0, Q), where A is 0.95 times a random rotation and Q_ij = 0.25 exp(-|i - j| / 3). Every second
+component is observed with error 0.5. The filter is FA-APF with exact weights and without tempering. The rows are the
+particles of the filter (lag 0), several fixed lags, the whole genealogy, and backward simulation (`--draws`
+trajectories, by default as many as particles). The table has means over seeds with standard errors (each seed has its
+own rotation, truth and observations):
 
 - mean error: RMS over steps and components of (particle mean - RTS mean) / RTS standard deviation;
-- variance ratio: particle variance / RTS variance, averaged the same way;
-- distinct lines: different particles among the draws, the median over steps, and at the first step.
+- variance ratio: mean over steps and components of particle variance / RTS variance;
+- distinct lines: number of distinct particles among the draws, median over steps and at the first step.
 
-With --truths, also smoothing of the Lorenz-96 twin experiment (FA-APF on the emulator, default settings: Dirac weights,
-tempered), where there is no exact answer but a truth: RMSE and spread of the particles, and distinct lines, over the
-steps after 20 and before the last 10.
+With `--truths`, the script also smooths the Lorenz-96 twin experiment (FA-APF with the emulator and default settings,
+that is tempered Dirac weights). There is no exact answer, so the second table has RMSE and spread of the particles and
+distinct lines, over the steps after the first 20 and before the last 10.
 
     python examples/benchmarks/smoothing.py --truths 5 --out smoothing.json
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
@@ -31,12 +31,12 @@ import numpyro.distributions as dist
 import scipy.linalg
 import typer
 from numpyro.contrib.control_flow import scan
+from report import mean_and_error, print_table, write_json
 from rich.console import Console
 from rich.progress import track
-from rich.table import Table
 
 import numpyro_diffusion_da as ndda
-from numpyro_diffusion_da.demos.lorenz96_demo import TwinExperiment
+from numpyro_diffusion_da.demos import lorenz96_demo
 
 ERROR = 0.5
 LAGS = [0, 1, 2, 5, 10, 20]
@@ -48,7 +48,7 @@ TWIN_NAMES = ("RMSE", "spread/RMSE", "distinct lines")
 
 
 def covariance(d: int) -> np.ndarray:
-    """Q."""
+    """Covariance Q of the transition."""
     i = np.arange(d)
     return 0.25 * np.exp(-np.abs(i[:, None] - i[None]) / 3)
 
@@ -56,7 +56,7 @@ def covariance(d: int) -> np.ndarray:
 def rauch_tung_striebel(
     a: np.ndarray, q: np.ndarray, initial: np.ndarray, y: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Means (time, d) and covariances (time, d, d) of p(x_k | y_{1:T}), from x_0 ~ N(0, initial)."""
+    """Means (time, d) and covariances (time, d, d) of p(x_k | y_{1:T}), with x_0 ~ N(0, initial)."""
     d = len(a)
     h = np.eye(d)[::2]
     mean, spread = np.zeros(d), initial
@@ -77,7 +77,7 @@ def rauch_tung_striebel(
 
 
 def simulate(rng: np.random.Generator, d: int, steps: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(A, covariance of x_0, observations (time, ...)): a truth from the stationary distribution."""
+    """Simulate from the stationary distribution: A, covariance of x_0, and observations (time, ...)."""
     q = covariance(d)
     a = 0.95 * np.linalg.qr(rng.normal(size=(d, d)))[0]
     initial = scipy.linalg.solve_discrete_lyapunov(a, q)
@@ -89,7 +89,7 @@ def simulate(rng: np.random.Generator, d: int, steps: int) -> tuple[np.ndarray, 
 
 
 def program(d: int) -> Callable[..., None]:
-    """The state-space model; the matrix A is an argument, so that a new rotation compiles nothing."""
+    """State-space model; the matrix A is an argument, so that a new rotation does not compile again."""
     factor = jnp.asarray(np.linalg.cholesky(covariance(d)))
 
     def model(y: jax.Array, a: jax.Array, initial_factor: jax.Array) -> None:
@@ -106,12 +106,12 @@ def program(d: int) -> Callable[..., None]:
 
 
 def label(lag: int | None) -> str:
-    """What a row is called."""
+    """Label of the row of a lag; None for the whole genealogy."""
     return {None: "genealogy", 0: "0: the filter"}.get(lag, str(lag))
 
 
 def scores(result: ndda.FilterResult, means: np.ndarray, spreads: np.ndarray) -> list[float]:
-    """Mean error, variance ratio, distinct lines (median over steps, first step) of one smoothed run."""
+    """Mean error, variance ratio, and distinct lines (median over steps, first step) of a smoothed run."""
     x, variance = result.posterior["x"][0].astype(float), np.diagonal(spreads, axis1=1, axis2=2)
     lines = result.sample_stats["distinct_lines"][0]
     error = np.sqrt(np.mean((x.mean(0) - means) ** 2 / variance))
@@ -121,7 +121,7 @@ def scores(result: ndda.FilterResult, means: np.ndarray, spreads: np.ndarray) ->
 def linear_gaussian(
     d: int, lags: list[int | None], seeds: int, steps: int, particles: int, draws: int, console: Console
 ) -> np.ndarray:
-    """Scores of every experiment, shape (seed, lag, name); the last "lag" is backward simulation, if any draws."""
+    """Scores of all experiments, shape (seed, lag, name); if there are draws, the last row is backward simulation."""
     algorithm = ndda.FAAPF(program(d), weight=ndda.Moment(), target_ess=0.0)
     filter_ = ndda.Filter(algorithm, num_particles=particles, progress_bar=False)
     found = []
@@ -137,9 +137,9 @@ def linear_gaussian(
 
 
 def lorenz96(lags: list[int | None], truths: int, cycles: int, particles: int, console: Console) -> np.ndarray:
-    """Scores of every truth, shape (truth, lag, name)."""
+    """Scores on all truths, shape (truth, lag, name)."""
     prior = ndda.load_prior("lorenz96")
-    twin = TwinExperiment(cycles, SPIN_UP)
+    twin = lorenz96_demo.TwinExperiment(cycles, SPIN_UP)
 
     def model(y: jax.Array) -> None:
         x0 = numpyro.sample("x0", prior.climatology())
@@ -170,62 +170,54 @@ def lorenz96(lags: list[int | None], truths: int, cycles: int, particles: int, c
     return np.array(found)
 
 
-def report(
-    console: Console, title: str, names: tuple[str, ...], labels: list[str], values: np.ndarray
-) -> list[dict[str, Any]]:
-    """Print the table of means, and give it with standard errors, from values of shape (experiment, label, name)."""
-    # One experiment says nothing about its own error.
-    errors = values.std(0, ddof=1) / np.sqrt(len(values)) if len(values) > 1 else None
-    table = Table(title=title)
-    for name in ("lag", *names):
-        table.add_column(name, justify="right")
+def rows_of(names: tuple[str, ...], labels: list[str], values: np.ndarray) -> list[dict[str, Any]]:
+    """Rows of a table, means over experiments with standard errors, from values (experiment, label, name)."""
     rows = []
     for i, name_of_row in enumerate(labels):
         row: dict[str, Any] = {"lag": name_of_row}
-        cells = [name_of_row]
         for j, name in enumerate(names):
-            mean = float(values[:, i, j].mean())
-            row[name], row[f"{name} SE"] = mean, None if errors is None else float(errors[i, j])
-            error = "" if errors is None else f" ± {errors[i, j]:.2f}"
-            cells.append(f"{mean:.0f}" if "lines" in name else f"{mean:.2f}{error}")
-        table.add_row(*cells)
+            row |= mean_and_error(name, values[:, i, j])
         rows.append(row)
-    console.print(table)
     return rows
 
 
+def show(console: Console, title: str, names: tuple[str, ...], rows: list[dict[str, Any]]) -> None:
+    """Print a table; counts of lines without decimals."""
+    print_table(console, title, rows, {"lag": ""} | {name: ".0f" if "lines" in name else ".2f" for name in names})
+
+
 def main(
-    out: Annotated[Path | None, typer.Option(help="Write the tables to this JSON file.")] = None,
+    out: Annotated[Path | None, typer.Option(help="JSON file to write the tables to.")] = None,
     d: Annotated[int, typer.Option(help="Dimension of the state.", min=1)] = 4,
-    lag: Annotated[list[int] | None, typer.Option(help="A fixed lag; may be repeated.", min=0)] = None,
-    seeds: Annotated[int, typer.Option(help="Linear-Gaussian experiments.", min=1)] = 8,
-    steps: Annotated[int, typer.Option(help="Steps of each of them.", min=2)] = 100,
-    particles: Annotated[int, typer.Option(help="Particles N of each of them.", min=2)] = 512,
+    lag: Annotated[list[int] | None, typer.Option(help="Fixed lag; may be repeated.", min=0)] = None,
+    seeds: Annotated[int, typer.Option(help="Number of linear-Gaussian experiments.", min=1)] = 8,
+    steps: Annotated[int, typer.Option(help="Steps of each linear-Gaussian experiment.", min=2)] = 100,
+    particles: Annotated[int, typer.Option(help="Particles in the linear-Gaussian experiments.", min=2)] = 512,
     draws: Annotated[
-        int | None, typer.Option(help="Trajectories simulated backwards; 0 for none, by default N.", min=0)
+        int | None, typer.Option(help="Trajectories of backward simulation; 0 for none; by default N.", min=0)
     ] = None,
-    truths: Annotated[int, typer.Option(help="Truths of the Lorenz-96 twin experiment.", min=0)] = 0,
-    cycles: Annotated[int, typer.Option(help="Its steps.", min=SPIN_UP + BEFORE_END + 1)] = 60,
-    twin_particles: Annotated[int, typer.Option(help="Its particles.", min=2)] = 256,
+    truths: Annotated[int, typer.Option(help="Truths of the Lorenz-96 experiment; 0 to skip it.", min=0)] = 0,
+    cycles: Annotated[int, typer.Option(help="Steps of the Lorenz-96 experiment.", min=SPIN_UP + BEFORE_END + 1)] = 60,
+    twin_particles: Annotated[int, typer.Option(help="Particles in the Lorenz-96 experiment.", min=2)] = 256,
 ) -> None:
-    """Error, spread and distinct lines of smoothed particles."""
+    """Print error, spread and distinct lines of smoothed particles."""
     console = Console()
     draws = particles if draws is None else draws
     settings = {"d": d, "seeds": seeds, "steps": steps, "particles": particles, "draws": draws}
     lags: list[int | None] = [*(lag or LAGS), None]
     values = linear_gaussian(d, lags, seeds, steps, particles, draws, console)
     labels = [*map(label, lags), *([BACKWARD] if draws else [])]
-    title = f"d = {d}, N = {particles}, {steps} steps, {seeds} seeds"
-    tables: dict[str, Any] = {"rows": report(console, title, NAMES, labels, values)}
+    tables = {"rows": rows_of(NAMES, labels, values)}
+    title = f"d = {d}, N = {particles}, {steps} steps, {seeds} seeds; mean ± standard error over seeds"
+    show(console, title, NAMES, tables["rows"])
     if truths:
         settings |= {"truths": truths, "cycles": cycles, "twin_particles": twin_particles}
         lags = [*(lag or TWIN_LAGS), None]
         values = lorenz96(lags, truths, cycles, twin_particles, console)
-        title = f"Lorenz-96, N = {twin_particles}, {cycles} cycles, {truths} truths"
-        tables["lorenz96"] = report(console, title, TWIN_NAMES, [*map(label, lags)], values)
-    if out is not None:
-        out.write_text(json.dumps({"version": ndda.__version__, "settings": settings, **tables}, indent=2) + "\n")
-        console.print(f"wrote {out}")
+        tables["lorenz96"] = rows_of(TWIN_NAMES, [*map(label, lags)], values)
+        title = f"Lorenz-96, N = {twin_particles}, {cycles} cycles, {truths} truths; mean ± standard error over truths"
+        show(console, title, TWIN_NAMES, tables["lorenz96"])
+    write_json(out, settings, **tables)
 
 
 if __name__ == "__main__":

@@ -1,25 +1,26 @@
-"""What it costs to take the noise of the sphere for white noise, and what it costs not to.
+"""How large is the error if guidance takes noise on the sphere for white noise, and what does the right noise cost?
 
-The prior is exact and Gaussian on a latitude-longitude grid with both poles: isotropic on the sphere, unit variance,
-power (1 + (l / 5)^2)^-2 at total wavenumber l; 40 grid points observed with error 0.1. The diffusion's noise is
-`SphericalNoise`, as in GenCast, and guidance takes its covariance C, or takes C = I as the published method does. Four
-tables:
+The prior is exact and Gaussian on a latitude-longitude grid with both poles. It is isotropic on the sphere, with unit
+variance and power (1 + (l / 5)^2)^-2 at total wavenumber l. 40 grid points are observed with error 0.1. The noise of
+the diffusion is `SphericalNoise`, as in GenCast. Guidance uses either its covariance C, or C = I as the published
+method does. The script prints four tables:
 
-1. C on three grids: its rank, and its largest and smallest non-zero eigenvalue.
-2. The guidance vector D_y - D at several noise levels: relative error against the closed form, root mean square over
-   draws of truth, observations and z_s. C = I with a solve of the system as it is, which is what the published method
-   aims at, and with `DirectSolve`, which symmetrizes the system (it is symmetric for the right C only).
-3. The whole sampler: 2-Wasserstein distance between its Gaussian and the exact posterior, over sqrt(trace of the
-   posterior covariance). No Monte Carlo: with exact solves a sample is an affine function of its noise.
-4. Seconds of one product with C and of one draw on this machine's CPU, float32, and floating-point operations counted
-   on paper, against one forward pass of GenCast's 1 degree Mini model (1.6 TFLOP, traced).
+1. Rank of C on three grids, and its largest and smallest non-zero eigenvalue.
+2. Relative error of the guidance vector D_y - D at several noise levels, compared with the closed form; root mean
+   square over draws of truth, observations and z_s. For C = I there are two solves: one of the system as it is, at
+   which the published method aims, and one by `DirectSolve`, which symmetrizes the system. (Only with the right C is
+   the system symmetric.)
+3. Error of the whole sampler: 2-Wasserstein distance between its Gaussian and the exact posterior, divided by
+   sqrt(trace of the posterior covariance). It has no Monte Carlo error, because with exact solves a draw is an affine
+   function of its noise.
+4. Seconds of one product with C and of one draw of the noise on the CPU of this machine, in float32, and their
+   floating-point operations by formula, compared with a forward pass of GenCast's 1 degree Mini model (1.6 TFLOP).
 
     python examples/benchmarks/spherical_noise.py --out spherical_noise.json
 """
 
 from __future__ import annotations
 
-import json
 import statistics
 import time
 from collections.abc import Callable
@@ -30,24 +31,25 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import typer
+from report import print_table, write_json
 from rich.console import Console
-from rich.table import Table
 
 import numpyro_diffusion_da as ndda
 from numpyro_diffusion_da.diffusion import LinearSolver, PriorDenoiser, Product, Solution, relative_residual
 
 FORWARD_FLOP = 1.6e12
+"""Floating-point operations of a forward pass of GenCast's 1 degree Mini model."""
 
 
 class PlainSolve(LinearSolver):
-    """Solves the system as it is, dense, with no symmetry assumed and no safeguard: the limit of BiCGStab or GMRES."""
+    """Dense solver without assumed symmetry and without safeguard, the limit of BiCGStab or GMRES."""
 
     def init(self, size: int, dtype: Any) -> Any:
-        """No warm start."""
+        """Return an empty state, because there is no warm start."""
         return ()
 
     def __call__(self, product: Product, rhs: jax.Array, warm_start: Any) -> tuple[Solution, Any]:
-        """One product for each observation."""
+        """Solve with one product for each observation."""
         columns, images = jax.vmap(product)(jnp.eye(len(rhs), dtype=rhs.dtype))
         answer = jnp.linalg.solve(columns.T, rhs)
         residual = relative_residual(rhs, answer @ columns)
@@ -62,7 +64,7 @@ GUIDANCES: dict[str, ndda.MMPS] = {
 
 
 def harmonics(noise: ndda.diffusion.SphericalNoise) -> tuple[np.ndarray, np.ndarray]:
-    """A of C = A A^T as a matrix, shape (points, rank), and the total wavenumber of each of its columns."""
+    """Matrix A of C = A A^T, shape (points, rank), and the total wavenumber of each of its columns."""
     factor = np.asarray(noise.factor, np.float64)
     longitude = 2.0 * np.pi * np.arange(noise.num_longitudes) / noise.num_longitudes
     columns, degrees = [], []
@@ -75,14 +77,14 @@ def harmonics(noise: ndda.diffusion.SphericalNoise) -> tuple[np.ndarray, np.ndar
 
 
 class Sphere:
-    """The problem: prior, likelihood, and everything exact in coefficients w of z = A w."""
+    """Prior on the sphere with observations, and exact results in terms of coefficients w of z = A w."""
 
     def __init__(self, num_latitudes: int, num_longitudes: int, observations: int, error: float = 0.1) -> None:
         self.noise = ndda.diffusion.SphericalNoise(num_latitudes, num_longitudes)
         self.synthesis, degrees = harmonics(self.noise)
         points = num_latitudes * num_longitudes
         spectrum = (1.0 + (degrees / 5.0) ** 2) ** -2.0
-        # The prior's own latent has unit mean variance: with a state of unit variance it is the state.
+        # The latent of the prior has unit mean variance, so with a state of unit variance it equals the state.
         self.spectrum = spectrum * points / np.sum(spectrum * np.sum(self.synthesis**2, 0))
         grid = (num_latitudes, num_longitudes)
         rows = jax.vmap(lambda v: self.noise.covariance_product(v.reshape(grid)).reshape(-1))(jnp.eye(points))
@@ -95,12 +97,12 @@ class Sphere:
         self.points, self.error = points, error
 
     def observe(self, rng: np.random.Generator) -> np.ndarray:
-        """Observations of a truth drawn from the prior."""
+        """Draw a truth from the prior, and observations of it."""
         truth = self.synthesis @ (np.sqrt(self.spectrum) * rng.normal(size=len(self.spectrum)))
         return truth[self.observed] + self.error * rng.normal(size=len(self.observed))
 
     def denoiser(self, guidance: ndda.MMPS, y: jax.Array) -> Any:
-        """The posterior's denoiser, as guided."""
+        """Denoiser of the posterior by `guidance`."""
         scale, seen = jnp.full(len(self.observed), self.error), jnp.ones(len(self.observed), bool)
         likelihood = ndda.observation.GaussianLikelihood(
             lambda x: [ndda.observation.GaussianObservation(x[self.observed], scale, jnp.asarray(y), seen)]
@@ -108,7 +110,7 @@ class Sphere:
         return guidance(PriorDenoiser(self.prior, self.prior.condition(jnp.zeros(self.points))), likelihood)
 
     def update(self, mean: np.ndarray, variances: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(gain (y - H mean), gain H V) for a Gaussian of this mean and V = A diag(variances) A^T."""
+        """Kalman update of N(mean, V), V = A diag(variances) A^T: increment gain (y - H mean), and gain H V."""
         covariance = (self.synthesis * variances) @ self.synthesis.T
         seen = covariance[self.observed]
         system = seen[:, self.observed] + self.error**2 * np.eye(len(self.observed))
@@ -117,14 +119,14 @@ class Sphere:
 
 
 def spectrum_rows(grids: list[tuple[int, int]]) -> list[dict[str, Any]]:
-    """Table 1. C is block diagonal in zonal wavenumbers, so that no matrix is large."""
+    """Rows of table 1: spectrum of C, which is block diagonal in zonal wavenumbers, so that no matrix is large."""
     rows = []
     for num_latitudes, num_longitudes in grids:
         noise = ndda.diffusion.SphericalNoise(num_latitudes, num_longitudes)
         values: list[np.ndarray] = []
         for m, block in enumerate(np.asarray(noise.factor, np.float64)):
             squared = np.linalg.svd(block[:, m:], compute_uv=False) ** 2
-            # The sum of cos^2 over longitudes; sine and cosine have the same.
+            # Sum of cos^2 over longitudes; that of sin^2 is the same.
             values += [num_longitudes * squared] if m == 0 else 2 * [num_longitudes / 2 * squared]
         spectrum = np.concatenate(values)
         rows.append(
@@ -140,7 +142,7 @@ def spectrum_rows(grids: list[tuple[int, int]]) -> list[dict[str, Any]]:
 
 
 def guidance_rows(sphere: Sphere, levels: list[float], draws: int) -> list[dict[str, Any]]:
-    """Table 2."""
+    """Rows of table 2: relative error of the guidance vector."""
     rng = np.random.default_rng(1)
     rank = len(sphere.spectrum)
 
@@ -173,7 +175,7 @@ def guidance_rows(sphere: Sphere, levels: list[float], draws: int) -> list[dict[
 
 
 def wasserstein(mean1: np.ndarray, covariance1: np.ndarray, mean2: np.ndarray, covariance2: np.ndarray) -> float:
-    """Between two Gaussians, over the square root of the second's trace; either covariance may be singular."""
+    """2-Wasserstein distance of two Gaussians, relative to the spread of the second; covariances may be singular."""
     values, vectors = np.linalg.eigh(covariance2)
     root = vectors * np.sqrt(np.maximum(values, 0.0)) @ vectors.T
     cross = np.linalg.eigvalsh(root @ covariance1 @ root)
@@ -183,7 +185,7 @@ def wasserstein(mean1: np.ndarray, covariance1: np.ndarray, mean2: np.ndarray, c
 
 
 def sampler_rows(sphere: Sphere) -> list[dict[str, Any]]:
-    """Table 3."""
+    """Rows of table 3: error of the whole sampler."""
     y = sphere.observe(np.random.default_rng(2))
     mean, explained = sphere.update(np.zeros(sphere.points), sphere.spectrum, y)
     covariance = (sphere.synthesis * sphere.spectrum) @ sphere.synthesis.T - explained
@@ -223,11 +225,12 @@ def sampler_rows(sphere: Sphere) -> list[dict[str, Any]]:
 
 
 def cost_rows(num_latitudes: int, num_longitudes: int, channels: int, repeats: int) -> list[dict[str, Any]]:
-    """Table 4."""
+    """Rows of table 4: cost of products and draws."""
     noise = ndda.diffusion.SphericalNoise(num_latitudes, num_longitudes)
     shape, n = (num_latitudes, num_longitudes, channels), num_longitudes // 2
     v = jax.random.normal(jax.random.key(0), shape, jnp.float32)
-    # A or A^T: a (latitude x l) matrix for each m, on two parts, two operations each; and 2.5 N log2 N for a real FFT.
+    # A or A^T applies a (latitude x l) matrix for each m to real and imaginary part, with two operations per element. A
+    # real FFT of length N takes 2.5 N log2 N operations.
     legendre = 2 * 2 * n * num_latitudes * n * channels
     fourier = 2.5 * num_longitudes * np.log2(num_longitudes) * num_latitudes * channels
     entries: list[tuple[str, Callable[..., jax.Array], Any, int]] = [
@@ -256,26 +259,16 @@ def cost_rows(num_latitudes: int, num_longitudes: int, channels: int, repeats: i
     return rows
 
 
-def show(console: Console, title: str, rows: list[dict[str, Any]]) -> None:
-    """One table on the terminal."""
-    table = Table(title=title)
-    for name in rows[0]:
-        table.add_column(name, justify="left" if isinstance(rows[0][name], str) else "right")
-    for row in rows:
-        table.add_row(*(f"{v:.3g}" if isinstance(v, float) else str(v) for v in row.values()))
-    console.print(table)
-
-
 def main(
-    out: Annotated[Path | None, typer.Option(help="Write the tables to this JSON file.")] = None,
-    num_latitudes: Annotated[int, typer.Option(help="Latitudes of tables 2 and 3; longitudes are 2 (n - 1).")] = 13,
-    observations: Annotated[int, typer.Option(help="Observed grid points.")] = 40,
+    out: Annotated[Path | None, typer.Option(help="JSON file to write the tables to.")] = None,
+    num_latitudes: Annotated[int, typer.Option(help="Latitudes n of tables 2 and 3, with 2 (n - 1) longitudes.")] = 13,
+    observations: Annotated[int, typer.Option(help="Number of observed grid points.")] = 40,
     draws: Annotated[int, typer.Option(help="Draws of table 2.")] = 20,
-    cost_latitudes: Annotated[int, typer.Option(help="Latitudes of table 4, and of table 1's largest grid.")] = 181,
+    cost_latitudes: Annotated[int, typer.Option(help="Latitudes of table 4 and of the largest grid in table 1.")] = 181,
     channels: Annotated[int, typer.Option(help="Channels of table 4.")] = 84,
-    repeats: Annotated[int, typer.Option(help="Runs of table 4, of which the median is given.")] = 9,
+    repeats: Annotated[int, typer.Option(help="Runs of table 4; the median is reported.")] = 9,
 ) -> None:
-    """Error of guidance with C and with C = I on the sphere, in double precision; cost of C, in single."""
+    """Print errors of guidance with C and with C = I on the sphere in double precision, and the cost of C in single."""
     console = Console()
     grids = [(size, 2 * (size - 1)) for size in (13, 19, cost_latitudes)]
     with jax.enable_x64(True):
@@ -287,21 +280,19 @@ def main(
         }
     tables["cost"] = cost_rows(*grids[-1], channels, repeats)
     where = f"{num_latitudes} x {2 * (num_latitudes - 1)}, {observations} observations"
-    show(console, "Eigenvalues of C", tables["spectrum"])
-    show(console, f"Relative error of the guidance vector, {where}", tables["guidance"])
-    show(console, f"Whole sampler, 2-Wasserstein error, {where}", tables["samplers"])
-    show(console, "Cost on this CPU", tables["cost"])
-    if out is not None:
-        settings = {
-            "num_latitudes": num_latitudes,
-            "observations": observations,
-            "draws": draws,
-            "cost_latitudes": cost_latitudes,
-            "channels": channels,
-            "repeats": repeats,
-        }
-        out.write_text(json.dumps({"version": ndda.__version__, "settings": settings, **tables}, indent=2) + "\n")
-        console.print(f"wrote {out}")
+    print_table(console, "Eigenvalues of C", tables["spectrum"], default=".3g")
+    print_table(console, f"Relative error of the guidance vector, {where}", tables["guidance"], default=".3g")
+    print_table(console, f"2-Wasserstein error of the whole sampler, {where}", tables["samplers"], default=".3g")
+    print_table(console, "Cost on this CPU", tables["cost"], default=".3g")
+    settings = {
+        "num_latitudes": num_latitudes,
+        "observations": observations,
+        "draws": draws,
+        "cost_latitudes": cost_latitudes,
+        "channels": channels,
+        "repeats": repeats,
+    }
+    write_json(out, settings, **tables)
 
 
 if __name__ == "__main__":

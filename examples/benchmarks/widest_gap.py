@@ -1,23 +1,22 @@
-"""Where are particles furthest ahead of an ensemble Kalman filter? Both with the true transition, each at its best.
+"""Where is a particle filter furthest ahead of an ensemble Kalman filter? Both have the true transition.
 
-Cases, from what a Kalman update cannot represent:
+The cases have features that a Kalman update cannot represent:
 
-- lorenz63: all of Lorenz-63 with an error variance of 2, every 0.25 (a third of a turn; noise variance 0.04): the
-  forecast bends around the attractor;
-- lorenz63, x only: its first component alone;
-- rain: max(x - 2, 0) of every site of Lorenz-96, error variance 0.1: nothing is seen below the threshold;
-- sparse modulus: abs(x) of every second site, error variance 0.1.
+- lorenz63: all components of Lorenz-63 are observed with error variance 2, every 0.25 time units (a third of a turn;
+  noise variance 0.04); the forecast ensemble bends around the attractor;
+- lorenz63, x only: only the first component is observed;
+- rain: max(x - 2, 0) of every site of Lorenz-96, error variance 0.1; values below the threshold are not observed;
+- sparse modulus: abs(x) of every second site of Lorenz-96, error variance 0.1.
 
-Lorenz-96 is as in `local_ancestors.py` (40 sites, step 0.1, noise variance 0.5), where the filters are localized. The
-settings of both filters for Lorenz-63 are those with the lowest CRPS on other truths, which `--tune` prints; for
-Lorenz-96 they are those of other cases, not tuned.
+Lorenz-96 is that of `local_ancestors.py` (40 sites, step 0.1, noise variance 0.5), and the filters are localized. For
+Lorenz-63, the settings of both filters have the lowest CRPS on other truths, as `--tune` prints. For Lorenz-96, they
+are those of other cases and were not tuned.
 
     python examples/benchmarks/widest_gap.py --out widest_gap.json
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
@@ -29,9 +28,9 @@ import numpyro
 import numpyro.distributions as dist
 import typer
 from numpyro.contrib.control_flow import scan
+from report import mean_and_error, print_table, write_json
 from rich.console import Console
 from rich.progress import track
-from rich.table import Table
 
 import numpyro_diffusion_da as ndda
 from numpyro_diffusion_da.demos import lorenz96_system as lorenz96
@@ -41,7 +40,7 @@ SITES = 40
 
 
 def lorenz63(x: jax.Array, time: float = 0.25, step: float = 0.01) -> jax.Array:
-    """Lorenz-63 (sigma = 10, rho = 28, beta = 8/3) over that time, fourth-order Runge-Kutta."""
+    """State of Lorenz-63 (sigma = 10, rho = 28, beta = 8/3) after `time`, by fourth-order Runge-Kutta."""
 
     def slope(x: jax.Array) -> jax.Array:
         return jnp.stack([10.0 * (x[1] - x[0]), x[0] * (28.0 - x[2]) - x[1], x[0] * x[1] - 8.0 / 3.0 * x[2]])
@@ -56,15 +55,15 @@ def lorenz63(x: jax.Array, time: float = 0.25, step: float = 0.01) -> jax.Array:
 
 
 class Case(NamedTuple):
-    """A state-space model: x' = flow(x) + noise, y = h(x) + error.
+    """State-space model x' = flow(x) + noise, y = h(x) + error.
 
     Attributes:
-        flow: of the state.
-        noise_variance: of the transition.
+        flow: transition of the state without noise.
+        noise_variance: variance of the noise.
         climate: mean and standard deviation of the first state.
-        h: what is observed of the state.
-        error_variance: of the observations.
-        every: place of the state that each observation belongs to, every n-th of a ring; None for no ring.
+        h: observed function of the state.
+        error_variance: error variance of the observations.
+        every: spacing of the observations on a ring of sites; None if the state is not a ring.
     """
 
     flow: Callable[[jax.Array], jax.Array]
@@ -86,14 +85,19 @@ CASES = {
 
 
 class Setting(NamedTuple):
-    """Target ESS of the particle filter or factor on the Kalman filter's forecast, and the taper's half-width in sites."""
+    """Settings of a filter.
+
+    Attributes:
+        amount: target ESS of the particle filter, or factor on the forecast of the Kalman filter.
+        radius: half-width of the taper in sites; None for no taper.
+    """
 
     amount: float
     radius: float | None = None
 
 
-# Of Lorenz-63 the lowest CRPS of `grid` on six truths of `TUNING_SEED`, 300 cycles each; "rain" and "sparse modulus"
-# have what `local_ancestors.py` has for the modulus of every site.
+# Lorenz-63: lowest CRPS of `grid` on six truths of `TUNING_SEED` with 300 cycles each. "rain" and "sparse modulus": the
+# settings of `local_ancestors.py` for the modulus of every site.
 TUNED: dict[str, dict[str, Setting]] = {
     "FA-APF, Moment": {
         "lorenz63": Setting(0.05), "lorenz63, x only": Setting(0.0), "rain": Setting(0.1, 5.0),
@@ -108,7 +112,7 @@ CONTROLS = ("free ensemble", "bootstrap", "equal weights")
 
 
 def grid(name: str, case: Case) -> list[Setting]:
-    """The settings that a filter is tried with."""
+    """Settings to try for a filter."""
     if case.every is None:
         amounts = {"FA-APF, Moment": (0.0, 0.05, 0.1, 0.2), "EnKF": (1.0, 1.02, 1.05, 1.1)}[name]
         return [Setting(amount) for amount in amounts]
@@ -118,7 +122,7 @@ def grid(name: str, case: Case) -> list[Setting]:
 
 
 def program(case: Case) -> Callable[[jax.Array], None]:
-    """The case in NumPyro."""
+    """State-space model of a case as a NumPyro program."""
 
     def model(y: jax.Array) -> None:
         def step(x: jax.Array, y_t: jax.Array) -> tuple[jax.Array, None]:
@@ -132,7 +136,7 @@ def program(case: Case) -> Callable[[jax.Array], None]:
 
 
 def simulate(key: jax.Array, case: Case, cycles: int) -> tuple[np.ndarray, np.ndarray]:
-    """(states, observations) after 50 steps of spin-up."""
+    """Draw states and observations, after 50 steps of spin-up."""
     start_key, run_key, error_key = jax.random.split(key, 3)
     mean, deviation = map(jnp.asarray, case.climate)
 
@@ -147,7 +151,7 @@ def simulate(key: jax.Array, case: Case, cycles: int) -> tuple[np.ndarray, np.nd
 
 
 def make(name: str, setting: Setting | None, case: Case) -> ndda.filters.FilterAlgorithm:
-    """The filter of that name."""
+    """Filter of the given name."""
     model, taper = program(case), None
     if setting is not None and setting.radius is not None:
         assert case.every is not None
@@ -165,7 +169,7 @@ def make(name: str, setting: Setting | None, case: Case) -> ndda.filters.FilterA
 def row_of(
     name: str, setting: Setting | None, kind: str, *, seed: int, truths: int, particles: int, cycles: int, spin_up: int
 ) -> dict[str, Any]:
-    """Scores truth by truth."""
+    """Scores of a filter for each truth; truths on which it diverges are lost."""
     case = CASES[kind]
     algorithm = make(name, setting, case)
     run = ndda.Filter(algorithm, num_particles=particles, progress_bar=False, keep_observed=False)
@@ -186,49 +190,47 @@ def row_of(
     return row
 
 
-def show(console: Console, title: str, rows: list[dict[str, Any]]) -> None:
-    """The table on the terminal; the gap is that of the mean CRPS to the Kalman filter's of the same case."""
-    table = Table(title=title, box=None, padding=(0, 1, 0, 0))
-    columns = ("case", "filter", "ESS/infl.", "radius", "RMSE", "spread/skill", "CRPS", "median", "gap, %", "lost")
-    for column in columns:
-        table.add_column(column, no_wrap=True)
-    kalman = {row["case"]: np.asarray(row["CRPS"]) for row in rows if row["filter"] == "EnKF"}
+COLUMNS = {
+    "case": "", "filter": "", "ESS or factor": "g", "radius": "g", "RMSE": ".3f", "spread/skill": ".2f",
+    "CRPS": ".4f", "median CRPS": ".3f", "gap, %": "+.1f", "lost": "",
+}  # fmt: skip
+
+
+def summarized(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows of the table: means over truths, and gap of the mean CRPS to that of the Kalman filter in the same case."""
+    kalman = {row["case"]: np.mean(row["CRPS"]) for row in rows if row["filter"] == "EnKF" and row["CRPS"]}
+    found = []
     for row in rows:
-
-        def cell(key: str, digits: int, row: dict[str, Any] = row) -> str:
-            values = np.asarray(row[key])
-            error = f" ± {values.std(ddof=1) / len(values) ** 0.5:.{digits}f}" if len(values) > 1 else ""
-            return f"{values.mean():.{digits}f}{error}" if len(values) else "-"
-
-        settings = ["-" if row[key] is None else f"{row[key]:g}" for key in ("amount", "radius")]
-        gap = "-"
-        if row["CRPS"] and len(kalman.get(row["case"], ())):
-            gap = f"{100 * (np.mean(row['CRPS']) / np.mean(kalman[row['case']]) - 1):+.1f}"
-        median = f"{np.median(row['CRPS']):.3f}" if row["CRPS"] else "-"
-        scores = [cell("RMSE", 3), cell("spread/skill", 2), cell("CRPS", 4)]
-        table.add_row(row["case"], row["filter"], *settings, *scores, median, gap, str(row["lost"]))
-    console.print(table)
+        shown = {**row, "ESS or factor": row["amount"]}
+        for key in ("RMSE", "spread/skill", "CRPS"):
+            shown |= mean_and_error(key, row[key])
+        if row["CRPS"]:
+            shown["median CRPS"] = float(np.median(row["CRPS"]))
+            if row["case"] in kalman:
+                shown["gap, %"] = float(100 * (shown["CRPS"] / kalman[row["case"]] - 1))
+        found.append(shown)
+    return found
 
 
 def main(
-    case: Annotated[list[str] | None, typer.Option(help="Only this case; may be repeated.")] = None,
-    only: Annotated[list[str] | None, typer.Option(help="Only this filter; may be repeated.")] = None,
-    truths: Annotated[int, typer.Option(min=1, help="Truths.")] = 10,
+    case: Annotated[list[str] | None, typer.Option(help="Case to run; may be repeated; all by default.")] = None,
+    only: Annotated[list[str] | None, typer.Option(help="Filter to run; may be repeated; all by default.")] = None,
+    truths: Annotated[int, typer.Option(min=1, help="Number of truths.")] = 10,
     particles: Annotated[int, typer.Option(min=2, help="Particles of each filter.")] = 256,
-    cycles: Annotated[int, typer.Option(min=2, help="Cycles of each truth.")] = 120,
-    spin_up: Annotated[int, typer.Option(min=0, help="Cycles that are not scored.")] = 30,
-    tune: Annotated[bool, typer.Option(help="The grid of settings, on other truths, instead of the table.")] = False,
-    seed: Annotated[int, typer.Option(help="Of the truths reported.")] = 0,
-    out: Annotated[Path | None, typer.Option(help="Write the table to this JSON file.")] = None,
+    cycles: Annotated[int, typer.Option(min=2, help="Filter steps on each truth.")] = 120,
+    spin_up: Annotated[int, typer.Option(min=0, help="Filter steps at the start that are not scored.")] = 30,
+    tune: Annotated[bool, typer.Option(help="Run the grid of settings on the tuning truths instead.")] = False,
+    seed: Annotated[int, typer.Option(help="Seed of the truths reported.")] = 0,
+    out: Annotated[Path | None, typer.Option(help="JSON file to write the scores to.")] = None,
 ) -> None:
-    """Particles against a Kalman filter where the Kalman update must lose."""
+    """Print scores of particle filters and of an ensemble Kalman filter where its update is inadequate."""
     console = Console(width=140)
     names = [*TUNED, *CONTROLS]
     for given, known, what in ((case, list(CASES), "case"), (only, names, "filter")):
         if unknown := sorted(set(given or ()) - set(known)):
-            raise typer.BadParameter(f"no {what} called {', '.join(unknown)}; there are {', '.join(known)}.")
+            raise typer.BadParameter(f"no {what} called {', '.join(unknown)}; give one of {', '.join(known)}.")
     if not spin_up < cycles:
-        raise typer.BadParameter(f"spin-up of {spin_up} of {cycles} cycles leaves none to score.")
+        raise typer.BadParameter(f"a spin-up of {spin_up} of {cycles} cycles leaves none to score; give fewer.")
     work: list[tuple[str, str, Setting | None]] = []
     for kind in case or CASES:
         for name in names:
@@ -243,10 +245,10 @@ def main(
     rows = []
     for kind, name, setting in track(work, "filtering", console=console, transient=True):
         rows.append(row_of(name, setting, kind, **sizes))
-        if out is not None:
-            found = {"version": ndda.__version__, "settings": {**sizes, "tune": tune}, "rows": rows}
-            out.write_text(json.dumps(found, indent=1) + "\n")
-    show(console, f"N = {particles}, {truths} truths of {cycles} cycles, true transition", rows)
+        # Write after every row, so that an interrupted run keeps what it has.
+        write_json(out, {**sizes, "tune": tune}, rows=rows)
+    title = f"N = {particles}, {truths} truths of {cycles} cycles, true transition; mean ± standard error over truths"
+    print_table(console, title, summarized(rows), COLUMNS, group="case")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""The true system of the mini weather: a stochastic Held-Suarez atmosphere at T21, by the spectral model `dinosaur`.
+"""True system of the mini weather: a stochastic Held-Suarez atmosphere at T21, computed by the model `dinosaur`.
 
-The dry atmosphere of Held & Suarez 1994 (Bull. Amer. Meteor. Soc. 75, 1825) on the Gaussian grid of 64 x 32 points and
-6 equidistant sigma layers, with fourth-order diffusion of the smallest scales, and random increments of vorticity and
-temperature after every step, as forecasting models have them for what they do not resolve: a coarse deterministic model
-knows its next 12 hours almost exactly, and weather does not.
+This is the dry atmosphere of Held & Suarez 1994 (Bull. Amer. Meteor. Soc. 75, 1825) on a Gaussian grid of 64 x 32
+points and 6 equidistant sigma layers, with fourth-order diffusion of the smallest scales. After every step, vorticity
+and temperature get random increments. Forecast models use such increments for unresolved processes. Without them, the
+next 12 hours of a coarse deterministic model are almost exactly predictable, unlike weather.
 """
 
 from __future__ import annotations
@@ -20,19 +20,21 @@ import numpy as np
 LAYERS = 6
 STEP_MINUTES = 90
 HOURS = 12
-"""Of one transition."""
+"""Length of one transition in hours."""
 DIFFUSION_ORDER = 2
 DIFFUSION_HOURS = 6.0
-"""E-folding time of the smallest scale under diffusion by the Laplacian to the power of the order."""
+"""E-folding time of the smallest scale in hours, under diffusion by the Laplacian to the power `DIFFUSION_ORDER`."""
 WIND_INCREMENT = (0.42, 0.25)
-"""Standard deviation in m/s of a component of wind, of all random increments of 12 hours together: in the uppermost
-layer and in the lowest; linear between them."""
+"""Standard deviation in m/s of the sum of 12 hours of random increments of a wind component.
+
+The values hold for the uppermost and the lowest layer, with linear interpolation between them.
+"""
 TEMPERATURE_INCREMENT = (0.14, 0.25)
-"""K, likewise."""
+"""Standard deviation in K of the sum of 12 hours of random increments of temperature, as for `WIND_INCREMENT`."""
 INCREMENT_DEGREE = 12
-"""The kinetic energy (and the variance of temperature) of the increments falls off as exp(-(degree / this)^2)."""
+"""Degree d in the spectrum exp(-(degree / d)^2) of the increments' kinetic energy and temperature variance."""
 INCREMENT_LAYERS = 2.0
-"""Their correlation falls off by 1/e over so many layers."""
+"""Number of layers over which the correlation of the increments falls off to 1/e."""
 DESCRIPTION = {
     "dinosaur": dinosaur.__version__,
     "sigma_layers": LAYERS,
@@ -48,10 +50,11 @@ DESCRIPTION = {
 
 
 class Atmosphere:
-    """The model: `start` a state, `transition` by 12 hours, and its fields on the grid.
+    """Model of the true system, with random initial states, transitions by 12 hours, and fields on the grid.
 
-    A state is dinosaur's, spectral and without dimension. Its fields have the shape (latitude, longitude, channels):
-    surface pressure in hPa, then for every layer, from the top, temperature in K, then likewise u and v in m/s.
+    States are those of dinosaur, spectral and dimensionless. Fields have the shape (latitude, longitude, channels).
+    Their channels are surface pressure in hPa, then temperature in K of every layer from the top, then u and v in m/s
+    in the same order.
     """
 
     def __init__(self) -> None:
@@ -85,19 +88,26 @@ class Atmosphere:
         self._vorticity, self._temperature, self._layers = _increments(self.grid, specs)
 
         def factor(unit: Any) -> float:
+            """Size of the dimensionless unit in a physical unit."""
             return float(specs.dimensionalize(1.0, unit).magnitude)
 
         self._units = factor(units.pascal) / 100.0, factor(units.degK), factor(units.meter / units.second)
 
     def start(self, rng_key: jax.Array) -> Any:
-        """At rest in radiative equilibrium, with a random disturbance of pressure."""
+        """Draw an initial state: at rest in radiative equilibrium, with a random disturbance of pressure."""
         state = self._at_rest(rng_key)
         pressure = jnp.exp(self.grid.to_nodal(state.log_surface_pressure))
         temperature = self._forcing.equilibrium_temperature(pressure) - self._reference
         return dataclasses.replace(state, temperature_variation=self.grid.to_modal(temperature))
 
     def transition(self, rng_key: jax.Array, state: Any, time: jax.Array | int = 0) -> Any:
-        """The state `HOURS` later; `time` counts the transitions of one key."""
+        """Draw the state `HOURS` hours later.
+
+        Args:
+            rng_key: key of the random increments.
+            state: previous state.
+            time: number of the transition, which makes the increments of several transitions with one key different.
+        """
         steps = HOURS * 60 // STEP_MINUTES
 
         def one(i: jax.Array, state: Any) -> Any:
@@ -106,7 +116,7 @@ class Atmosphere:
         return jax.lax.fori_loop(0, steps, one, state)
 
     def fields(self, state: Any) -> jax.Array:
-        """On the grid."""
+        """Compute the fields of a state on the grid, shape (latitude, longitude, channels)."""
         hpa, kelvin, speed = self._units
         pressure = hpa * jnp.exp(self.grid.to_nodal(state.log_surface_pressure))
         temperature = kelvin * (self.grid.to_nodal(state.temperature_variation) + self._reference)
@@ -114,7 +124,12 @@ class Atmosphere:
         return jnp.transpose(jnp.concatenate([pressure, temperature, speed * u, speed * v]), (2, 1, 0))
 
     def state(self, fields: jax.Array, like: Any) -> Any:
-        """The inverse of `fields`; what a state has besides is taken from `like`."""
+        """Compute the state of given fields, which inverts `fields`.
+
+        Args:
+            fields: fields on the grid.
+            like: another state, which provides the parts of a state that fields do not determine.
+        """
         hpa, kelvin, speed = self._units
         values = jnp.transpose(fields, (2, 1, 0))
         pressure, temperature, u, v = jnp.split(values, [1, 1 + LAYERS, 1 + 2 * LAYERS])
@@ -128,9 +143,16 @@ class Atmosphere:
         )
 
     def on_levels(self, fields: jax.Array, levels: Sequence[int]) -> jax.Array:
-        """Fields on pressure levels in hPa, with levels in the place of layers.
+        """Interpolate fields from layers to pressure levels, linearly in the logarithm of pressure.
 
-        Linear in the logarithm of pressure between the layers; beyond the outermost ones continued along the same line.
+        Beyond the outermost layers the line is extrapolated.
+
+        Args:
+            fields: fields on layers.
+            levels: pressure levels in hPa.
+
+        Returns:
+            Fields with a channel for each level in the place of each layer.
         """
         values = jnp.transpose(fields, (2, 1, 0))
         pressure, *profiles = jnp.split(values, [1, 1 + LAYERS, 1 + 2 * LAYERS])
@@ -146,6 +168,7 @@ class Atmosphere:
         return jnp.transpose(jnp.concatenate(columns), (2, 1, 0))
 
     def _add_increments(self, rng_key: jax.Array, state: Any) -> Any:
+        """Add the random increments of one model step to a state."""
         noise = jax.random.normal(rng_key, (2, LAYERS, *self.grid.modal_shape))
         noise = jnp.einsum("kj,vj...->vk...", jnp.asarray(self._layers, noise.dtype), noise)
         return dataclasses.replace(
@@ -156,19 +179,23 @@ class Atmosphere:
 
 
 def _increments(grid: Any, specs: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Of one model step: standard deviations of vorticity and temperature, root of the correlation of layers.
+    """Parameters of the random increments of one model step.
 
-    White in time, isotropic, without divergence.
+    The increments are white in time, isotropic and nondivergent.
+
+    Returns:
+        (standard deviations of vorticity coefficients, of temperature coefficients, Cholesky factor of the correlation
+        of layers).
     """
     units = dinosaur.scales.units
     degree = np.asarray(grid.modal_axes[1], np.float64)
     spectrum = np.where(degree > 0, np.exp(-((degree / INCREMENT_DEGREE) ** 2)), 0.0)
-    # A real harmonic of unit coefficient has the mean square 1 / (4 pi); a degree has 2 l + 1 of them.
+    # A real harmonic with coefficient 1 has the mean square 1 / (4 pi), and degree l has 2 l + 1 harmonics.
     variance = 4.0 * np.pi * spectrum / spectrum.sum() / (2 * degree + 1)
     per_step = (STEP_MINUTES / (60.0 * HOURS)) ** 0.5
     wind = specs.nondimensionalize(np.linspace(*WIND_INCREMENT, LAYERS) * units.meter / units.second)[:, None, None]
     kelvin = specs.nondimensionalize(np.linspace(*TEMPERATURE_INCREMENT, LAYERS) * units.degK)[:, None, None]
-    # |k x grad psi|^2 has the mean l (l + 1) psi^2, of both components, and vorticity is l (l + 1) psi.
+    # |k x grad psi|^2 has the mean l (l + 1) psi^2 for both components together, and vorticity is l (l + 1) psi.
     vorticity = per_step * wind * np.sqrt(2.0 * variance * degree * (degree + 1)) * grid.mask / grid.radius
     distance = np.abs(np.subtract.outer(np.arange(LAYERS), np.arange(LAYERS)))
     layers = np.linalg.cholesky(np.exp(-distance / INCREMENT_LAYERS))

@@ -1,4 +1,4 @@
-"""The shards of generate.py, as coefficients for training and as fields for validation."""
+"""Data of generate.py, as coefficients for training and as fields for validation."""
 
 from __future__ import annotations
 
@@ -12,13 +12,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from numpyro_diffusion_da.demos.held_suarez_truth import unpacked
+from numpyro_diffusion_da.demos import held_suarez_truth
 from numpyro_diffusion_da.fields import Layout, Variable
 from numpyro_diffusion_da.priors import HarmonicNoise, SphericalHarmonics, spherical_layout
 
 TEMPERATURE_LEVELS = (500, 850)
-"""Of the emulator's state, hPa. That at 250 hPa is ruled by slow disturbances of the layer above, which it has not."""
+"""Pressure levels in hPa of temperature in the emulator's state.
+
+Temperature at 250 hPa is left out. Slow disturbances of the layer above dominate it, and the state does not contain
+that layer.
+"""
 WIND_LEVELS = (250, 500, 850)
+"""Pressure levels in hPa of the winds in the emulator's state."""
 VARIABLES = (
     Variable("surface_pressure", "hPa"),
     Variable("temperature", "K", TEMPERATURE_LEVELS),
@@ -26,12 +31,22 @@ VARIABLES = (
     Variable("v_component_of_wind", "m s-1", WIND_LEVELS),
 )
 DEGREES = 22
-"""Harmonics of the state: those of the model's scalars. Its winds have one degree more, with so little in it that a
-linear forecast makes four times as much of it, and an analysis puts more there than the truth has."""
+"""Number of degrees of the state's harmonics, which is that of the model's scalars.
+
+The model's winds have one degree more. It is left out because it contains little energy: a linear forecast has four
+times as much energy there as the truth, and an analysis also has more than the truth.
+"""
 
 
 class Statistics(NamedTuple):
-    """How states are made coefficients."""
+    """Quantities that convert states to coefficients.
+
+    Attributes:
+        noise: noise of the emulator, which contains the harmonics.
+        layout: layout of a state.
+        state_mean: mean along each latitude in the units of the layout, shape (latitude, channel).
+        state_scale: standard deviation of each channel around this mean, shape (channel,).
+    """
 
     noise: HarmonicNoise
     layout: Layout
@@ -40,13 +55,25 @@ class Statistics(NamedTuple):
 
 
 def harmonics(num_latitudes: int) -> SphericalHarmonics:
-    """Of the emulator's state."""
+    """Harmonics of the emulator's state on a grid with a given number of latitudes."""
     num_scalars, num_winds = 1 + len(TEMPERATURE_LEVELS), len(WIND_LEVELS)
     return SphericalHarmonics(DEGREES, num_latitudes, num_scalars=num_scalars, num_winds=num_winds)
 
 
 def shards(folder: Path, split: str, limit: int | None = None) -> Iterator[np.ndarray]:
-    """Fields of shape (runs, times, latitude, longitude, channel), in order of time."""
+    """Read the fields of a split, shard by shard in the order of time.
+
+    Args:
+        folder: folder that generate.py wrote.
+        split: name of the split.
+        limit: largest number of shards; None for all.
+
+    Yields:
+        Fields of one shard in the units of the layout, shape (runs, times, latitude, longitude, channel).
+
+    Raises:
+        FileNotFoundError: the folder has no shards of the split.
+    """
     description = json.loads((folder / "data.json").read_text())
     stored = description["channels"]
     # generate.py calls the components of the wind u and v.
@@ -54,14 +81,14 @@ def shards(folder: Path, split: str, limit: int | None = None) -> Iterator[np.nd
     index = [stored.index(name) for name in ("surface_pressure", *names)]
     paths = sorted(folder.glob(f"{split}_*.npz"))[:limit]
     if not paths:
-        raise FileNotFoundError(f"{folder} has no shards of '{split}'; run generate.py --out {folder} first.")
+        raise FileNotFoundError(f"{folder} has no shards of split '{split}'; run generate.py --out {folder} first.")
     for path in paths:
         with np.load(path) as shard:
-            yield unpacked({key: shard[key][..., index] for key in ("packed", "scale", "offset")})
+            yield held_suarez_truth.unpacked({key: shard[key][..., index] for key in ("packed", "scale", "offset")})
 
 
 def statistics(folder: Path, limit: int | None = None) -> Statistics:
-    """Of the training runs; mean of both hemispheres, one scale for the two components of a wind."""
+    """Compute the statistics of the training runs, with one mean for both hemispheres and one scale for each wind."""
     count, total, squares = 0, 0.0, 0.0
     for values in shards(folder, "train", limit):
         count += values.shape[0] * values.shape[1]
@@ -80,7 +107,7 @@ def statistics(folder: Path, limit: int | None = None) -> Statistics:
 
 
 def trajectories(folder: Path, split: str, known: Statistics, limit: int | None = None) -> np.ndarray:
-    """Coefficients of the normalized states, shape (runs, times, 2, m, l, channel)."""
+    """Read the states of a split as coefficients of normalized states, shape (runs, times, 2, m, l, channel)."""
 
     @eqx.filter_jit
     def coefficients(fields: jax.Array) -> jax.Array:

@@ -1,16 +1,16 @@
-"""Make the data of the mini weather: a stochastic Held-Suarez atmosphere, every 12 hours on pressure levels.
-
-The system is that of `atmosphere`.
-Runs are independent: each begins at rest in radiative equilibrium with its own random pressure disturbance and its own
-increments, and its spin-up is left out. The splits are made of different runs.
+"""Generate the data of the mini weather: a stochastic Held-Suarez atmosphere every 12 hours on pressure levels.
 
     pip install dinosaur-dycore
     python examples/mini_weather/generate.py --out weather_data
 
-About 0.1 s of one core for a simulated day. Every shard holds `DAYS_PER_SHARD` days of all runs of a split, packed to
-16 bits (`packing`), and the model's state at its end: call the script again and it goes on after the last shard, with
-the same result. Another kind of processor rounds otherwise, and a few weeks later has another weather of the same
-climate: its runs are other runs.
+The module `atmosphere` describes the system. Runs are independent. Each run starts at rest in radiative equilibrium,
+with its own random pressure disturbance and its own random increments. Its spin-up is not part of the data. The splits
+consist of different runs.
+
+A simulated day takes about 0.1 s on one core. Every shard contains `DAYS_PER_SHARD` days of all runs of a split, packed
+to 16 bits (`packing`), and the state of the model at its end. If the script is called again, it continues after the
+last shard with the same result. Rounding depends on the processor. On another kind of processor the runs differ after a
+few weeks, with the same climate.
 """
 
 from __future__ import annotations
@@ -28,22 +28,25 @@ from atmosphere import DESCRIPTION, HOURS, Atmosphere
 from packing import packed
 
 LEVELS = (250, 500, 700, 850, 925)
-"""Pressure levels in hPa."""
+"""Pressure levels of the data in hPa."""
 DAYS_PER_SHARD = 50
 SPIN_UP_SHARDS = 2
 SEEDS = {"train": 0, "validation": 1, "test": 2}
-"""Of the disturbances of each split's runs."""
+"""Seeds of the runs of each split."""
 
 CHANNELS = ("surface_pressure", *(f"{name}_{level}" for name in ("temperature", "u", "v") for level in LEVELS))
-"""hPa, K, m/s, m/s."""
+"""Channels of the data: surface pressure in hPa, temperature in K, u and v in m/s."""
 
 
 def main() -> None:
+    """Generate the shards that do not exist yet."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--out", type=Path, default=Path("weather_data"))
-    parser.add_argument("--days", type=int, default=1000, help="kept of each run")
+    parser.add_argument("--out", type=Path, default=Path("weather_data"), help="folder of the data")
+    parser.add_argument("--days", type=int, default=1000, help="days of each run after the spin-up")
     for split, runs in (("train", 8), ("validation", 1), ("test", 4)):
-        parser.add_argument(f"--{split}-runs", type=int, default=runs, help="independent runs")
+        parser.add_argument(
+            f"--{split}-runs", type=int, default=runs, help=f"number of independent runs of the {split} split"
+        )
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
 
@@ -83,7 +86,7 @@ def main() -> None:
             state, values = run(keys, state, jnp.asarray((index + SPIN_UP_SHARDS) * times))
             values = np.asarray(values)
             if not np.all(np.isfinite(values)):
-                raise RuntimeError(f"{path.name} is not finite; take a shorter step than that of atmosphere.py.")
+                raise RuntimeError(f"{path.name} has non-finite values; reduce STEP_MINUTES in atmosphere.py.")
             arrays = {f"state_{i}": np.asarray(leaf) for i, leaf in enumerate(jax.tree.leaves(state))}
             if index >= 0:
                 arrays |= packed(values)

@@ -1,7 +1,7 @@
-"""What has a closed form: the linear forecast and the covariances, one matrix for each zonal wavenumber.
+"""Linear forecast and covariances in closed form, with one matrix for each zonal wavenumber.
 
-The system is the same at every longitude, so coefficients of different wavenumbers are uncorrelated, and it is its own
-mirror image at the equator, so what is symmetric is uncorrelated with what is not.
+The system is the same at every longitude. Coefficients of different wavenumbers are therefore uncorrelated. The system
+is also symmetric under reflection at the equator. Symmetric and antisymmetric coefficients are therefore uncorrelated.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from numpyro_diffusion_da.priors import GaussianDenoiser, SphericalHarmonics, Zo
 
 
 def complex_waves(coefficients: np.ndarray, m: int) -> np.ndarray:
-    """a_m - i b_m, shape (samples, degrees * channels)."""
+    """Complex coefficients a_m - i b_m of wavenumber m, shape (samples, degrees * channels)."""
     return (coefficients[:, 0, m] - 1j * coefficients[:, 1, m]).reshape(len(coefficients), -1)
 
 
 def parities(harmonics: SphericalHarmonics, m: int) -> list[np.ndarray]:
-    """Indices of the functions of wavenumber m that keep their sign in the mirror, and of those that change it."""
+    """Indices of the coefficients of wavenumber m that are symmetric about the equator, and of those antisymmetric."""
     exists = harmonics.mask[0, m].reshape(-1) > 0
     sign = harmonics.reflection[m].reshape(-1)
     return [np.flatnonzero(exists & (sign == s)) for s in (1.0, -1.0)]
@@ -29,7 +29,17 @@ def parities(harmonics: SphericalHarmonics, m: int) -> list[np.ndarray]:
 def linear_forecasts(
     before: np.ndarray, after: np.ndarray, harmonics: SphericalHarmonics, ridges: Sequence[float]
 ) -> list[ZonalOperator]:
-    """P of the least squares after = P before, one for each ridge: times the mean variance, in the normal equations."""
+    """Fit linear forecasts, after = P before, by ridge regression.
+
+    Args:
+        before: coefficients of states, shape (samples, 2, m, l, channels).
+        after: coefficients of the states one step later, of the same shape.
+        harmonics: harmonics of the states.
+        ridges: ridge parameters, relative to the mean variance of the coefficients in the normal equations.
+
+    Returns:
+        One operator P for each ridge parameter.
+    """
     size = harmonics.degrees * harmonics.num_channels
     matrices = np.zeros((len(ridges), harmonics.degrees, size, size), np.complex64)
     for m in range(harmonics.degrees):
@@ -44,9 +54,13 @@ def linear_forecasts(
 
 
 def gaussian(samples: np.ndarray, harmonics: SphericalHarmonics, rank: int, shrinkage: float) -> GaussianDenoiser:
-    """Covariance of coefficients of unit noise, shape (samples, 2, m, l, channels), by its `rank` leading vectors.
+    """Estimate the covariance of coefficients by its leading eigenvectors, as the denoiser of a Gaussian.
 
-    `shrinkage` is the part of the diagonal in a mixture with the sample covariance.
+    Args:
+        samples: coefficients of unit noise, shape (samples, 2, m, l, channels).
+        harmonics: harmonics of the coefficients.
+        rank: number of eigenvectors for each wavenumber.
+        shrinkage: weight of the diagonal in its mixture with the sample covariance.
     """
     size = harmonics.degrees * harmonics.num_channels
     vectors = np.zeros((harmonics.degrees, rank, size), np.complex64)

@@ -1,9 +1,9 @@
-"""Put the trained emulator into the package: weights, data card, and a slice of a test run for demonstrations.
+"""Copy the trained emulator into the package: weights, data card, and part of a test run for demonstrations.
 
     python examples/mini_weather/package.py --data weather_data --emulator weather_emulator
 
-The card is the one of train.py with what validate.py measured. The slice is the first `--states` states of the first
-test run, packed to 16 bits.
+The data card is the card of train.py, with the measurements of validate.py added. The part of a test run is the first
+`--states` states of the first run, packed to 16 bits.
 """
 
 from __future__ import annotations
@@ -26,16 +26,18 @@ NAME = "held_suarez"
 
 
 def main(
-    data_folder: Annotated[Path, typer.Option("--data", help="folder of generate.py")] = Path("weather_data"),
-    emulator_folder: Annotated[Path, typer.Option("--emulator", help="folder of train.py")] = Path("weather_emulator"),
-    out: Annotated[Path, typer.Option(help="where the package looks for it")] = Path(
+    data_folder: Annotated[Path, typer.Option("--data", help="folder that generate.py wrote")] = Path("weather_data"),
+    emulator_folder: Annotated[Path, typer.Option("--emulator", help="folder that train.py wrote")] = Path(
+        "weather_emulator"
+    ),
+    out: Annotated[Path, typer.Option(help="folder in which the package looks for the emulator")] = Path(
         numpyro_diffusion_da.__file__
     ).parent
     / "data",
-    states: Annotated[int, typer.Option(help="of the slice, 12 hours apart")] = 61,
-    split: Annotated[str, typer.Option(help="that the slice is of")] = "test",
+    states: Annotated[int, typer.Option(help="number of states of the test run, 12 hours apart")] = 61,
+    split: Annotated[str, typer.Option(help="split of the data from which the states are taken")] = "test",
 ) -> None:
-    """Package."""
+    """Copy the trained emulator and part of a test run into the package."""
     arrays, text = read_stored(emulator_folder, NAME, "train.py")
     card = {k: v for k, v in json.loads(text).items() if k != "sha256"}
     card["validation"] = json.loads((emulator_folder / "validation.json").read_text())

@@ -1,14 +1,19 @@
-"""Train the emulator of the mini weather on the shards of generate.py.
+"""Train the emulator of the mini weather on the data of generate.py.
 
     pip install "numpyro-diffusion-da[train]"
     python examples/mini_weather/train.py --data weather_data --out weather_emulator
 
-In order: the linear forecast by least squares; a network on top of it, by area-weighted least squares; the factors with
-which free runs of the two keep the climate (damping.py); the covariance of what they leave, whose scale is that of the
-validation run; with --correction, a network that corrects the denoiser, by denoising score matching (better by 0.03 %
-of the loss, for three times the work of a pass: not what ships). Networks are exponential moving averages over the
-optimizer's steps. Every --save-every steps, and after every free run, what is found is written to --out: call the
-script again and it goes on from there.
+The stages are, in this order:
+
+1. Fit the linear forecast by least squares.
+2. Train a network that corrects the linear forecast, by area-weighted least squares.
+3. Calibrate the factors that make free runs of this forecast keep the climate (damping.py).
+4. Estimate the covariance of the residuals. Its scale is that of the validation run.
+5. With --correction, train a network that corrects the denoiser, by denoising score matching. It lowers the loss by
+   0.03 %, and a pass costs three times as much. The emulator that ships does not have it.
+
+Networks are exponential moving averages over the steps of the optimizer. Every --save-every steps and after every free
+run, the intermediate result is written to --out. If the script is called again, it resumes from there.
 """
 
 from __future__ import annotations
@@ -44,28 +49,45 @@ RIDGES = (1e-5, 1e-4, 1e-3, 1e-2)
 
 
 def by_variable(error: np.ndarray, change: np.ndarray, winds: int) -> np.ndarray:
-    """Ratio of squared errors with the two kinds of a wind added."""
+    """Relative errors of variables, from sums of squares by channel. The two channels of a wind are added first.
+
+    Args:
+        error: squared errors by channel.
+        change: squared changes by channel, which are the errors of persistence.
+        winds: number of winds.
+    """
     scalars = len(error) - 2 * winds
 
     def add(x: np.ndarray) -> np.ndarray:
+        """Sum of the two channels of each wind, after the scalars."""
         return np.concatenate([x[:scalars], x[scalars : scalars + winds] + x[scalars + winds :]])
 
     return np.sqrt(add(error) / add(change))
 
 
 def squares(difference: np.ndarray) -> np.ndarray:
-    """Mean over samples of the summed squares, for each channel."""
+    """Sum of squared coefficients of each channel, averaged over samples."""
     return np.mean(np.sum(np.asarray(difference, np.float64) ** 2, axis=(1, 2, 3)), axis=0)
 
 
 def rms_of_channels(total: np.ndarray, scalars: int) -> np.ndarray:
-    """Roots of `squares`; the components of a wind share one, so that rotating it and scaling it commute."""
+    """Root mean squares of channels from the result of `squares`.
+
+    Both channels of a wind get the same value, so that scaling commutes with rotation of the wind.
+    """
     wind = 0.5 * total[scalars:].reshape(2, -1).sum(0)
     return np.sqrt(np.concatenate([total[:scalars], wind, wind]))
 
 
 class Optimization:
-    """AdamW with warm-up and cosine decay, an average of the weights, and a file to go on from."""
+    """Training by AdamW with warm-up and cosine decay, averaged weights, and a file from which it can resume.
+
+    Args:
+        path: file of the state of the optimization.
+        steps: number of optimizer steps.
+        rate: largest learning rate.
+        seed: seed of batches and random numbers of the loss.
+    """
 
     def __init__(self, path: Path, steps: int, rate: float, seed: int) -> None:
         self.path, self.steps, self.seed, self.done = path, steps, seed, 0
@@ -81,7 +103,16 @@ class Optimization:
         check: Callable[[Any], str],
         minutes: float,
     ) -> Any:
-        """The averaged model. Stops after `minutes`, to be gone on with later."""
+        """Train a model and return its averaged weights.
+
+        Args:
+            model: initial model.
+            loss: function (model, rng_key, batch) -> loss.
+            batch: function that draws a batch with a random generator.
+            save_every: number of steps between saves and progress messages.
+            check: function that describes the skill of a model in a progress message.
+            minutes: time limit in minutes. A later call resumes.
+        """
         if not self.steps:
             return model
         state = self.optimizer.init(model)
@@ -116,35 +147,37 @@ class Optimization:
                 print(f"{self.done} steps, {elapsed / 60:.1f} min: loss {mean:.4f}; {check(average)}", flush=True)
                 values = []
             if late:
-                print(f"stopped after {minutes} minutes; call again to go on", flush=True)
+                print(f"stopped after {minutes} minutes; call the script again to resume", flush=True)
                 break
         return average
 
 
 def main(
-    data_folder: Annotated[Path, typer.Option("--data", help="folder of generate.py")] = Path("weather_data"),
-    out: Annotated[Path, typer.Option(help="folder for the emulator and what training goes on from")] = Path(
+    data_folder: Annotated[Path, typer.Option("--data", help="folder that generate.py wrote")] = Path("weather_data"),
+    out: Annotated[Path, typer.Option(help="folder for the emulator and for intermediate results")] = Path(
         "weather_emulator"
     ),
-    seed: Annotated[int, typer.Option(help="of initial weights and batches")] = 0,
-    stages: Annotated[int, typer.Option(help="corrections of the linear forecast, 0 for none")] = 2,
-    hidden: Annotated[int, typer.Option(help="products of each kind at a grid point")] = 32,
-    input_noise: Annotated[float, typer.Option(help="on what the mean network is given, in errors of a step")] = 0.5,
-    rounds: Annotated[int, typer.Option(help="of free runs that the mean network's damping is found with", min=1)] = 18,
-    members: Annotated[int, typer.Option(help="of these runs")] = 32,
-    days: Annotated[int, typer.Option(help="of these runs")] = 120,
+    seed: Annotated[int, typer.Option(help="seed of initial weights and batches")] = 0,
+    stages: Annotated[int, typer.Option(help="number of corrections of the linear forecast, 0 for none")] = 2,
+    hidden: Annotated[int, typer.Option(help="number of products of each kind at a grid point")] = 32,
+    input_noise: Annotated[
+        float, typer.Option(help="size of errors added to the inputs of the mean network, relative to errors of a step")
+    ] = 0.5,
+    rounds: Annotated[int, typer.Option(help="number of free runs for the calibration of the damping", min=1)] = 18,
+    members: Annotated[int, typer.Option(help="number of members of each free run")] = 32,
+    days: Annotated[int, typer.Option(help="length of each free run in days")] = 120,
     correction: Annotated[int, typer.Option(help="hidden units of the denoiser's correction, 0 for none")] = 0,
     steps: Annotated[int, typer.Option(help="optimizer steps of the mean network")] = 5000,
-    residual_steps: Annotated[int, typer.Option(help="of the denoiser's correction")] = 3000,
-    batch: Annotated[int, typer.Option(help="states of a step")] = 8,
+    residual_steps: Annotated[int, typer.Option(help="optimizer steps of the denoiser's correction")] = 3000,
+    batch: Annotated[int, typer.Option(help="number of states in each optimizer step")] = 8,
     rate: Annotated[float, typer.Option(help="largest learning rate")] = 2e-3,
-    rank: Annotated[int, typer.Option(help="vectors of a covariance for each wavenumber")] = 198,
-    shrinkage: Annotated[float, typer.Option(help="of covariances towards their diagonal")] = 0.002,
-    shards: Annotated[int | None, typer.Option(help="of the training runs, if not all")] = None,
-    save_every: Annotated[int, typer.Option(help="steps")] = 500,
-    minutes: Annotated[float, typer.Option(help="for each network in this call")] = 1e9,
+    rank: Annotated[int, typer.Option(help="number of eigenvectors of a covariance for each wavenumber")] = 198,
+    shrinkage: Annotated[float, typer.Option(help="weight of the diagonal in covariances")] = 0.002,
+    shards: Annotated[int | None, typer.Option(help="number of shards of the training runs; all by default")] = None,
+    save_every: Annotated[int, typer.Option(help="optimizer steps between saves")] = 500,
+    minutes: Annotated[float, typer.Option(help="time limit for each network in this call")] = 1e9,
 ) -> None:
-    """Train, and write the emulator."""
+    """Train the emulator and write its files."""
     out.mkdir(parents=True, exist_ok=True)
     known = data.statistics(data_folder, shards)
     h = known.noise.harmonics
@@ -158,7 +191,7 @@ def main(
     before, after = pairs(train)
     check_before, check_after = pairs(check)
     change = squares(check_after - check_before)
-    print(f"{len(before)} pairs to train on, {len(check_before)} to validate", flush=True)
+    print(f"{len(before)} pairs of states for training, {len(check_before)} for validation", flush=True)
 
     propagate = jax.jit(lambda operator, y: jax.lax.map(operator.on_coefficients, y))
 
@@ -171,16 +204,16 @@ def main(
     best = int(np.argmin([np.mean(e) for e in errors]))
     propagator = fits[best]
     linear_left = after - np.asarray(propagate(propagator, before))
-    print(f"linear forecast / persistence, ridge {RIDGES[best]:g}: {np.round(errors[best], 3)}", flush=True)
+    print(f"error of linear forecast / persistence, ridge {RIDGES[best]:g}: {np.round(errors[best], 3)}", flush=True)
 
     start = SphericalMeanNetwork.init(jax.random.key(seed), h, propagator, stages, hidden)
-    # Winds are weighed as one vector.
+    # The loss weights both channels of a wind alike.
     both = change.copy()
     both[h.num_scalars :] = np.tile(change[h.num_scalars :].reshape(2, -1).sum(0), 2)
     weight = jnp.asarray(1.0 / both, jnp.float32)
     reflection = jnp.asarray(h.reflection, jnp.float32)[None]
 
-    # The propagator is at its optimum, the damping is found afterwards; what is trained is the rest.
+    # The propagator is already optimal, and the damping is calibrated afterwards. Only the other weights are trained.
     def fixed_parts(network: SphericalMeanNetwork) -> tuple[Any, Any]:
         return network.propagator, network.damping
 
@@ -189,7 +222,7 @@ def main(
 
     def mean_batch(generator: np.random.Generator) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         index, other = generator.integers(len(before), size=(2, batch))
-        # Errors of another time: from a state a little off, as in a run of its own, the way back is learned too.
+        # Add errors of other times to the inputs, so that the network learns to return from the states of free runs.
         return before[index] + input_noise * linear_left[other], after[index], generator.random(batch) < 0.5
 
     def mean_loss(network: SphericalMeanNetwork, rng_key: jax.Array, given: Any) -> jax.Array:
@@ -225,7 +258,7 @@ def main(
             before[np.linspace(0, len(before) - 1, members).astype(int)],
             left * (found / own).astype(np.float32),
             damping.variance(before),
-            # Those of a network that is trained further are others.
+            # The file name contains the number of training steps, because the factors depend on the network.
             path=out / f"damping_{fitting.done}.npy",
             rounds=rounds,
             days=days,
@@ -235,7 +268,7 @@ def main(
         mean, check_mean = factors * mean, factors * check_mean
     check_left = check_after - check_mean
     error = by_variable(squares(check_left), change, h.num_winds)
-    print(f"mean network / persistence: {np.round(error, 3)}", flush=True)
+    print(f"error of mean network / persistence: {np.round(error, 3)}", flush=True)
 
     left = after - mean
     latent = rms_of_channels(squares(check_left), h.num_scalars).astype(np.float32)
@@ -261,7 +294,7 @@ def main(
     def residual_batch(generator: np.random.Generator) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
         index = generator.integers(len(before), size=batch)
         low, high = np.log(NOISE_RANGE[0]), np.log(NOISE_RANGE[1])
-        # Evenly over the range in every batch, with a common random shift.
+        # The levels of a batch are spread evenly over the range, with a common random shift.
         level = np.exp(low + (high - low) * ((np.arange(batch) + generator.random()) / batch))
         return before[index], zeta[index], level.astype(np.float32), generator.random(batch) < 0.5
 
@@ -289,7 +322,7 @@ def main(
     def residual_check(network: SphericalResidualNetwork) -> str:
         now = np.asarray(score(network, jax.random.key(9), fixed))
         start = np.asarray(score(emulator.residual_network, jax.random.key(9), fixed))
-        return f"validation {now.mean():.4f}, of the Gaussian denoiser alone {start.mean():.4f}"
+        return f"validation loss {now.mean():.4f}, with the Gaussian denoiser alone {start.mean():.4f}"
 
     fitting = Optimization(out / "residual.pickle", residual_steps if correction else 0, rate, seed + 1)
     found = fitting.run(emulator.residual_network, residual_loss, residual_batch, save_every, residual_check, minutes)

@@ -1,7 +1,7 @@
-"""The state-space model of the mini weather with its true dynamics, for a filter that need only sample them.
+"""State-space model of the mini weather with its true dynamics, for filters that only sample the dynamics.
 
-A state here is the model's own, on the grid and on all of its layers (`Atmosphere.fields`): what an ensemble Kalman
-filter is given to know and a diffusion emulator of three levels is not.
+A state contains the fields of the true model on all of its layers (`Atmosphere.fields`). An ensemble Kalman filter with
+this model therefore has more information than a filter with the emulator, whose state has three levels.
 """
 
 from __future__ import annotations
@@ -24,7 +24,11 @@ from numpyro_diffusion_da.observation import ObservingNetwork
 
 
 class Archive(dist.Distribution):
-    """One of these states, all equally likely."""
+    """Distribution that draws one of given states with equal probability.
+
+    Args:
+        states: the states, with a leading axis.
+    """
 
     support = dist.constraints.independent(dist.constraints.real, 3)
 
@@ -33,12 +37,18 @@ class Archive(dist.Distribution):
         super().__init__(batch_shape=(), event_shape=states.shape[1:])
 
     def sample(self, key: PRNGKeyArray, sample_shape: tuple[int, ...] = ()) -> Array:
-        """Draws."""
+        """Draw states, shape (*sample_shape, latitude, longitude, channel)."""
         return self.states[jax.random.randint(key, sample_shape, 0, len(self.states))]
 
 
 class TrueTransition(dist.Distribution):
-    """The state 12 hours after `fields`, with the random increments of the true system."""
+    """Distribution of the state 12 hours later, with the random increments of the true system.
+
+    Args:
+        atmosphere: the true system.
+        fields: previous state, as fields on the grid.
+        like: a state of the model, from `stored_states`.
+    """
 
     support = dist.constraints.independent(dist.constraints.real, 3)
 
@@ -47,15 +57,31 @@ class TrueTransition(dist.Distribution):
         super().__init__(batch_shape=(), event_shape=fields.shape)
 
     def sample(self, key: PRNGKeyArray, sample_shape: tuple[int, ...] = ()) -> Array:
-        """One draw."""
+        """Draw one state.
+
+        Raises:
+            NotImplementedError: `sample_shape` is not empty.
+        """
         if sample_shape:
-            raise NotImplementedError("TrueTransition draws one state at a time.")
+            raise NotImplementedError(
+                f"TrueTransition got sample_shape={sample_shape}, but draws one state at a time; use jax.vmap over "
+                "keys."
+            )
         before = self.atmosphere.state(self.fields, self.like)
         return self.atmosphere.fields(self.atmosphere.transition(key, before))
 
 
 def stored_states(folder: Path, split: str, atmosphere: Atmosphere) -> tuple[np.ndarray, Any]:
-    """(fields at the end of every shard, shape (run, shard, latitude, longitude, channel); one state as a pattern)."""
+    """Read the states of the true model that generate.py stored at the end of every shard.
+
+    Args:
+        folder: folder that generate.py wrote.
+        split: name of the split.
+        atmosphere: the true system.
+
+    Returns:
+        (fields, shape (run, shard, latitude, longitude, channel); one state of the model, for its structure).
+    """
     pattern = atmosphere.start(jax.random.key(0))
     structure = jax.tree.structure(pattern)
     fields = jax.jit(lambda state: jax.lax.map(atmosphere.fields, state))
@@ -70,7 +96,7 @@ def stored_states(folder: Path, split: str, atmosphere: Atmosphere) -> tuple[np.
 def on_layout(
     atmosphere: Atmosphere, fields: Float[Array, "latitude longitude channel"], layout: Layout
 ) -> Float[Array, "latitude longitude channel"]:
-    """A state on all layers, as the emulator has it: temperature and the winds each on their own pressure levels."""
+    """Convert a state on all layers to the emulator's state, with temperature and winds on their pressure levels."""
     levels = tuple(sorted({level for variable in layout.variables for level in variable.levels}))
     pressure, *profiles = jnp.split(atmosphere.on_levels(fields, levels), 1 + len(levels) * np.arange(3), axis=-1)
     with_levels = [variable.levels for variable in layout.variables if variable.levels]
@@ -86,15 +112,18 @@ def true_program(
     layout: Layout,
     start_error: float,
 ) -> Callable[[Array, dict[str, Array]], None]:
-    """A program as `WeatherExperiment.program`, of which `first_guess` is a state on all layers.
+    """Build a NumPyro program like that of `WeatherExperiment.program`, whose state is on all layers.
 
     Args:
         atmosphere: the true system.
-        like: the pattern of `stored_states`.
-        archive: states of other runs, from which the first ensemble takes its anomalies.
-        networks: by site; they observe the levels of `layout`.
-        layout: of the emulator.
-        start_error: part of an anomaly that a member begins with.
+        like: a state of the model, from `stored_states`.
+        archive: states of other runs, whose anomalies are the perturbations of the first ensemble.
+        networks: observing networks by the name of their site. They observe the levels of `layout`.
+        layout: layout of the emulator's state.
+        start_error: factor of an anomaly in the first ensemble.
+
+    Returns:
+        Program (first guess, observations by site), where the first guess is a state on all layers.
     """
     anomalies = jnp.asarray(archive - archive.mean(0))
 
@@ -115,7 +144,7 @@ def true_program(
 
 
 def positions(layout: Layout, channels: int) -> Float[np.ndarray, "value 2"]:
-    """(latitude, longitude) of every value of a state with so many channels."""
+    """(latitude, longitude) in degrees of every value of a state with a given number of channels."""
     coords = layout.coords()
     latitude, longitude = (np.asarray(coords[name]) for name in ("latitude", "longitude"))
     grid = np.stack(np.meshgrid(latitude, longitude, indexing="ij"), axis=-1)

@@ -1,13 +1,15 @@
-"""Measure the emulator of the mini weather on the test runs: a table, and validation.json beside the emulator.
+"""Measure the skill of the mini-weather emulator on the test runs.
 
     python examples/mini_weather/validate.py --data weather_data --emulator weather_emulator
 
-One step: spread over error (with the factor of a finite ensemble), fair CRPS over the mean absolute error of
-persistence, and the error of the conditional mean over that of persistence. Forecasts: spread over error after
-`--forecast-days` from the truth, below one where errors of consecutive steps are correlated, and that correlation.
-Long runs: `--runs` free runs of `--days` from test states, against the truth: mean, variance and power by zonal
-wavenumber. Everything is weighted by area. The same statistics of the two halves of the truth, against one another,
-say how much of a difference is chance.
+The script prints a table and writes validation.json next to the emulator. All scores are weighted by area.
+
+- One step: spread over error with the correction for finite ensembles, fair CRPS relative to the mean absolute error of
+  persistence, and the error of the conditional mean relative to that of persistence.
+- Forecasts: spread over error after `--forecast-days` days from the truth, and the correlation of errors between steps.
+  A correlation of consecutive errors makes the spread of forecasts too small.
+- Climate: mean, variance, and power by zonal wavenumber of `--runs` free runs of `--days` days from test states,
+  compared with the truth. The same comparison between the two halves of the truth shows the sampling error.
 """
 
 from __future__ import annotations
@@ -33,25 +35,36 @@ from numpyro_diffusion_da.transition import DiffusionDynamics
 
 NAME = "held_suarez"
 WAVENUMBERS = 21
-"""Of the true system."""
+"""Number of zonal wavenumbers of the true system above 0."""
 LAGS = (1, 2, 4)
+"""Lags in steps for the correlation of errors."""
 SCORES = ("spread_over_error", "forecast_spread_over_error", "crps_over_persistence", "mean_error_over_persistence")
 
 
 def area_mean(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """Over all axes but the last, of fields (..., latitude, longitude, channel)."""
+    """Area-weighted mean of each channel, from fields (..., latitude, longitude, channel)."""
     flat = values.reshape(-1, *values.shape[-3:]).astype(np.float64)
     return np.einsum("j,tjqc->c", weights, flat) / (len(flat) * flat.shape[2])
 
 
 @eqx.filter_jit
 def conditional_means(emulator: SphericalEmulator, states: jax.Array) -> jax.Array:
-    """Of the states after each of these."""
+    """Conditional means of the next state, for each of the given states."""
     return jax.lax.map(lambda x: emulator.condition(x).mean, states)
 
 
 def ensembles(member: Any, rng_key: jax.Array, states: np.ndarray, members: int) -> np.ndarray:
-    """Shape (state, member, latitude, longitude, channel): `member`(key, state) from each of the states."""
+    """Run ensembles from each of the given states.
+
+    Args:
+        member: function (rng_key, state) -> state of one member.
+        rng_key: key of the draws.
+        states: initial states, shape (state, latitude, longitude, channel).
+        members: number of members.
+
+    Returns:
+        Ensembles, shape (state, member, latitude, longitude, channel).
+    """
     run = jax.jit(
         lambda k, x: jax.lax.map(
             lambda kx: jax.vmap(member, (0, None))(jax.random.split(kx[0], members), kx[1]), (k, x)
@@ -61,14 +74,22 @@ def ensembles(member: Any, rng_key: jax.Array, states: np.ndarray, members: int)
 
 
 def spread_over_error(ensemble: np.ndarray, truth: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """Of each channel, with the factor of a finite ensemble."""
+    """Ratio of spread to error of the ensemble mean for each channel, with the correction for finite ensembles."""
     members = ensemble.shape[1]
     error = area_mean((ensemble.mean(axis=1) - truth) ** 2, weights)
     return np.sqrt((members + 1) / members * area_mean(ensemble.var(axis=1, ddof=1), weights) / error)
 
 
 def one_step(emulator: SphericalEmulator, draw: Any, before: np.ndarray, after: np.ndarray, members: int) -> dict:
-    """Scores of each channel, from ensembles of the states after `before`."""
+    """Scores of one step for each channel.
+
+    Args:
+        emulator: the emulator.
+        draw: function (rng_key, state) -> next state.
+        before: states of the truth.
+        after: states of the truth one step later.
+        members: number of ensemble members.
+    """
     weights = emulator.noise.harmonics.weights
     ensemble = ensembles(draw, jax.random.key(1), before, members)
     crps = scoringrules.crps_ensemble(after, np.moveaxis(ensemble, 1, -1), estimator="fair")
@@ -83,7 +104,7 @@ def one_step(emulator: SphericalEmulator, draw: Any, before: np.ndarray, after: 
 
 
 def error_correlation(emulator: SphericalEmulator, truth: np.ndarray, starts: int, lag: int) -> np.ndarray:
-    """Of each channel, between the errors of the conditional mean at two times, `lag` steps from one to the other."""
+    """Correlation of the conditional mean's errors at two times `lag` steps apart, for each channel."""
     weights = emulator.noise.harmonics.weights
     steps = truth.shape[1] - 1 - lag
     chosen = np.linspace(0, len(truth) * steps - 1, min(starts, len(truth) * steps)).astype(int)
@@ -99,7 +120,16 @@ def error_correlation(emulator: SphericalEmulator, truth: np.ndarray, starts: in
 def forecast_spread_over_error(
     emulator: SphericalEmulator, draw: Any, truth: np.ndarray, starts: int, members: int, steps: int
 ) -> np.ndarray:
-    """Of each channel, `steps` after states of the truth (runs, times, latitude, longitude, channel)."""
+    """Ratio of spread to error for each channel, of forecasts over `steps` steps from states of the truth.
+
+    Args:
+        emulator: the emulator.
+        draw: function (rng_key, state) -> next state.
+        truth: states of the truth, shape (runs, times, latitude, longitude, channel).
+        starts: number of forecasts.
+        members: number of ensemble members.
+        steps: number of steps.
+    """
     first = truth[:, :-steps].reshape(-1, *truth.shape[2:])
     last = truth[:, steps:].reshape(-1, *truth.shape[2:])
     chosen = np.linspace(0, len(first) - 1, min(starts, len(first))).astype(int)
@@ -112,7 +142,11 @@ def forecast_spread_over_error(
 
 
 def climate(emulator: SphericalEmulator, states: np.ndarray) -> dict[str, np.ndarray]:
-    """Of fields (runs, times, latitude, longitude, channel)."""
+    """Climate statistics of states of shape (runs, times, latitude, longitude, channel), for each channel.
+
+    Returns:
+        "mean" along each latitude, "variance", and "power" by zonal wavenumber.
+    """
     weights = emulator.noise.harmonics.weights
     profile = states.astype(np.float64).mean(axis=(0, 1, 3))
     anomaly = states - profile[None, None, :, None]
@@ -127,9 +161,12 @@ def climate(emulator: SphericalEmulator, states: np.ndarray) -> dict[str, np.nda
 def differences(
     found: dict[str, np.ndarray], truth: dict[str, np.ndarray], weights: np.ndarray
 ) -> dict[str, np.ndarray]:
-    """For each channel: the mean's in standard deviations, the others' relative ones.
+    """Differences between two climates for each channel.
 
-    The power is that of the largest three quarters of the wavenumbers, and of the smallest scales apart.
+    Returns:
+        Root-mean-square difference of "mean" in standard deviations, and relative differences of "variance" and of
+        power. "power" is the largest difference over the lower three quarters of the wavenumbers, and
+        "power_of_smallest_quarter" the largest difference over the others.
     """
     bias = np.sqrt(np.einsum("j,jc->c", weights, (found["mean"] - truth["mean"]) ** 2) / truth["variance"])
     power = found["power"] / truth["power"] - 1.0
@@ -143,18 +180,20 @@ def differences(
 
 
 def main(
-    data_folder: Annotated[Path, typer.Option("--data", help="folder of generate.py")] = Path("weather_data"),
-    emulator_folder: Annotated[Path, typer.Option("--emulator", help="folder of train.py")] = Path("weather_emulator"),
-    states: Annotated[int, typer.Option(help="of the one-step scores")] = 64,
-    members: Annotated[int, typer.Option(help="of the one-step scores")] = 16,
-    forecasts: Annotated[int, typer.Option(help="states that ensemble forecasts are made from")] = 32,
-    forecast_days: Annotated[int, typer.Option(help="of each forecast")] = 5,
-    runs: Annotated[int, typer.Option(help="free runs")] = 8,
-    days: Annotated[int, typer.Option(help="of each")] = 100,
-    levels: Annotated[int, typer.Option(help="noise levels of a draw")] = 40,
-    split: Annotated[str, typer.Option(help="of the data")] = "test",
+    data_folder: Annotated[Path, typer.Option("--data", help="folder that generate.py wrote")] = Path("weather_data"),
+    emulator_folder: Annotated[Path, typer.Option("--emulator", help="folder that train.py wrote")] = Path(
+        "weather_emulator"
+    ),
+    states: Annotated[int, typer.Option(help="number of states for the one-step scores")] = 64,
+    members: Annotated[int, typer.Option(help="number of ensemble members")] = 16,
+    forecasts: Annotated[int, typer.Option(help="number of ensemble forecasts")] = 32,
+    forecast_days: Annotated[int, typer.Option(help="length of each forecast in days")] = 5,
+    runs: Annotated[int, typer.Option(help="number of free runs")] = 8,
+    days: Annotated[int, typer.Option(help="length of each free run in days")] = 100,
+    levels: Annotated[int, typer.Option(help="number of noise levels of a draw")] = 40,
+    split: Annotated[str, typer.Option(help="split of the data")] = "test",
 ) -> None:
-    """Measure, print and write."""
+    """Measure the skill of the emulator, print it and write it to a file."""
     emulator = read_spherical_emulator(emulator_folder, NAME)
     h, sampler = emulator.noise.harmonics, Sampler(schedule=KarrasSchedule(levels))
     truth = np.concatenate(list(data.shards(data_folder, split)), axis=1)
@@ -200,8 +239,8 @@ def main(
         table.add_row(name, *one, *(f"{v[i]:+.2f}" for v in found["climate"].values()))
     Console(width=120).print(table)
     correlations = ", ".join(f"{scores[f'error_correlation_{lag}'].mean():.2f} ({lag})" for lag in LAGS)
-    print(f"correlation of errors, mean over channels (steps apart): {correlations}")
-    print(f"free runs finite: {finite}")
+    print(f"correlation of errors, mean over channels (lag in steps): {correlations}")
+    print(f"all values of the free runs are finite: {finite}")
     written: dict[str, Any] = jax.tree.map(lambda v: [float(x) for x in np.ravel(v)], found)
     written |= {
         "channels": names,

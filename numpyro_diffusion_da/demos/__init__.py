@@ -1,4 +1,4 @@
-"""The demos: twin experiments of Lorenz-96 and of the Held-Suarez atmosphere, and the command `ndda`.
+"""Demos: twin experiments with Lorenz-96 and with the Held-Suarez atmosphere, and the command `ndda`.
 
-They are written on public names only: copy them as a start of your own experiment.
+The demos use only public names of the package. Copy them to start an experiment of your own.
 """

@@ -1,4 +1,4 @@
-"""The command `ndda`."""
+"""Command line interface `ndda`: runs the demos and prints versions and data cards."""
 
 from __future__ import annotations
 
@@ -27,36 +27,36 @@ app = typer.Typer(
 
 
 class Which(enum.Enum):
-    """The systems that `ndda demo` has."""
+    """Systems that `ndda demo` can run."""
 
     LORENZ96 = "lorenz96"
     HELD_SUAREZ = "held_suarez"
 
 
 DEFAULTS = {Which.LORENZ96: (256, 5, 60), Which.HELD_SUAREZ: (64, 1, 30)}
-"""Particles, truths and cycles."""
+"""Default numbers of particles, truths and cycles for each system."""
 
 
 @app.command()
 def demo(
-    which: Annotated[Which, typer.Argument(help="The system.")] = Which.LORENZ96,
-    out: Annotated[Path, typer.Option(help="Folder for demo.nc, demo.json and figures.")] = Path("demo"),
+    which: Annotated[Which, typer.Argument(help="System to run.")] = Which.LORENZ96,
+    out: Annotated[Path, typer.Option(help="Folder to write demo.nc, demo.json and figures to.")] = Path("demo"),
     seed: Annotated[int, typer.Option(help="Seed of truths and filters.")] = 0,
     particles: Annotated[
-        int | None, typer.Option(min=2, help="Particles of every filter [256; held_suarez 64].")
+        int | None, typer.Option(min=2, help="Particles of each filter [256; held_suarez 64].")
     ] = None,
     truths: Annotated[
-        int | None, typer.Option(min=1, help="Different truths; the standard errors are over them [5; held_suarez 1].")
+        int | None, typer.Option(min=1, help="Different truths; standard errors are over truths [5; held_suarez 1].")
     ] = None,
     cycles: Annotated[
         int | None, typer.Option(min=2, help="Filter steps [60 of 0.1 time units; held_suarez 30 of 12 h].")
     ] = None,
-    spin_up: Annotated[int, typer.Option(min=0, help="First steps, which are not scored.")] = 20,
+    spin_up: Annotated[int, typer.Option(min=0, help="Filter steps at the start that are not scored.")] = 20,
 ) -> None:
-    """A known truth is observed, and filters on a diffusion emulator are scored against it.
+    """Run a twin experiment: simulate observations of a known truth, and score filters against the truth.
 
-    lorenz96: every second variable of Lorenz-96 is observed; FA-APF and five controls. held_suarez: global weather from
-    200 stations at the ground; FA-APF, an ensemble Kalman filter and three controls.
+    lorenz96: every second site of Lorenz-96 is observed; runs local FA-APF and five controls. held_suarez: global
+    weather observed by 200 stations near the ground; runs local FA-APF, an ensemble Kalman filter and three controls.
     """
     default_particles, default_truths, default_cycles = DEFAULTS[which]
     run = {Which.LORENZ96: _lorenz96, Which.HELD_SUAREZ: _held_suarez}[which]
@@ -72,7 +72,7 @@ def demo(
 
 @contextlib.contextmanager
 def _filter_bar(console: Console, total: int) -> Iterator[Callable[[str], None]]:
-    """A bar over the runs of filters; what it gives is called for each with the filter's name."""
+    """Progress bar over runs of filters; yields a function to call with the name of a filter for each run."""
     columns = (TextColumn("{task.description:>20}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console) as bar:
         task = bar.add_task("filters", total=total)
@@ -80,7 +80,7 @@ def _filter_bar(console: Console, total: int) -> Iterator[Callable[[str], None]]
 
 
 def _lorenz96(out: Path, seed: int, particles: int, truths: int, cycles: int, spin_up: int) -> None:
-    """Lorenz-96, every second variable observed: FA-APF on a diffusion emulator, and five controls."""
+    """Run the Lorenz-96 demo: print the table of scores, and write the scores, a netCDF file and a figure."""
     from xarray import DataTree
 
     import numpyro_diffusion_da as ndda
@@ -108,17 +108,17 @@ def _lorenz96(out: Path, seed: int, particles: int, truths: int, cycles: int, sp
         )
     console.print(score_table(result))
     console.print(
-        "passes: network passes (forward + vjp) per particle and step. ESS: median, of the weights before tempering; "
-        "infl.: median exponent on the weights, 1 = none. FA-APF selects whole particles, its local "
-        "form site by site, where ESS and infl. are medians over sites too. The EnKF runs on the true equations: it "
-        "has no network, and no emulator error."
+        "passes: network passes (forward + vjp) per particle and step. ESS: median effective sample size of the "
+        "weights before tempering. temp.: median tempering exponent of the weights, 1 = none. FA-APF resamples whole "
+        "particles; local FA-APF resamples each site, and its ESS and temp. are medians over sites too. The EnKF uses "
+        "the true equations, so it needs no network and has no emulator error."
     )
     out.mkdir(parents=True, exist_ok=True)
     settings = {"seed": seed, "particles": particles, "truths": truths, "cycles": cycles, "spin_up": spin_up}
     (out / "demo.json").write_text(json.dumps({"settings": settings, "scores": result.summary()}, indent=1) + "\n")
     tree = ndda.results.to_datatree(result.runs[MAIN], dims={"y": ["observed_site"]})
     constants = tree["constant_data"].to_dataset()
-    constants["x_true"] = (("time", "site"), result.states, {"long_name": "the truth that was observed"})
+    constants["x_true"] = (("time", "site"), result.states, {"long_name": "true state"})
     tree["constant_data"] = DataTree(constants)
     tree.to_netcdf(out / "demo.nc", engine="h5netcdf")
     twin_figure(experiment, result).savefig(out / "demo.png", dpi=130)
@@ -126,12 +126,12 @@ def _lorenz96(out: Path, seed: int, particles: int, truths: int, cycles: int, sp
     console.print(
         f"The error of local FA-APF is {better:.1f} times smaller than the free ensemble's. "
         f"Took {time.perf_counter() - started:.0f} s. "
-        f"Wrote {out}/demo.png (look at it), {out}/demo.nc (xarray.open_datatree; ArviZ reads it) and {out}/demo.json."
+        f"Wrote the figure {out}/demo.png, {out}/demo.nc (for xarray.open_datatree and ArviZ) and {out}/demo.json."
     )
 
 
 def _held_suarez(out: Path, seed: int, particles: int, truths: int, cycles: int, spin_up: int) -> None:
-    """Weather from stations at the ground."""
+    """Run the Held-Suarez demo: print the table of scores, and write the scores, a netCDF file and figures."""
     import jax
 
     import numpyro_diffusion_da as ndda
@@ -157,11 +157,11 @@ def _held_suarez(out: Path, seed: int, particles: int, truths: int, cycles: int,
         raise typer.BadParameter(str(error)) from error
     if len(states) < truths * cycles + 1:
         raise typer.BadParameter(
-            f"{truths} truths of {cycles} cycles are longer than the {len(states) - 1} steps of truth that ship; "
-            "give fewer."
+            f"{truths} truths of {cycles} cycles need more than the {len(states) - 1} true steps of the package; "
+            "give fewer truths or cycles."
         )
     console.print(
-        f"A dry atmosphere (Held-Suarez), 200 stations observing {', '.join(NEAR_GROUND)} every 12 h, "
+        f"Dry atmosphere (Held-Suarez), 200 stations that observe {', '.join(NEAR_GROUND)} every 12 h, "
         f"{cycles} cycles, {particles} particles."
     )
     started = time.perf_counter()
@@ -179,12 +179,12 @@ def _held_suarez(out: Path, seed: int, particles: int, truths: int, cycles: int,
         )
     console.print(score_table(result))
     console.print(
-        "In standard deviations of the climate, by area, from cycle "
-        f"{spin_up + 1} on; obs. and unobs.: variables that stations observe, and the levels above. passes: network "
-        "passes of a particle and a step."
+        f"Scores are area-weighted, in standard deviations of the climate, from cycle {spin_up + 1} on. obs.: "
+        "variables that the stations observe. unobs.: variables at the levels above. passes: network passes per "
+        "particle and step."
     )
     for sentence in shortfalls(prior, result):
-        console.print(f"[yellow]Not yet as it should be.[/yellow] {sentence}")
+        console.print(f"[yellow]Known shortfall:[/yellow] {sentence}")
     out.mkdir(parents=True, exist_ok=True)
     settings = {"seed": seed, "particles": particles, "truths": truths, "cycles": cycles, "spin_up": spin_up}
     scores = result.summary()
@@ -203,7 +203,7 @@ def _held_suarez(out: Path, seed: int, particles: int, truths: int, cycles: int,
 
 @app.command()
 def info() -> None:
-    """Versions, devices and the priors that ship, with their data cards."""
+    """Print versions, devices, and the priors in the package with their data cards."""
     import jax
 
     import numpyro_diffusion_da as ndda

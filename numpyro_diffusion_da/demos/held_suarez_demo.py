@@ -1,9 +1,9 @@
-"""A twin experiment with weather: a known truth on the sphere, a thin network observing it, and several filters.
+"""Twin experiment with weather: a known truth on the sphere, a sparse observing network, and several filters.
 
-The truth is a run of a dry general circulation model; every filter sees a diffusion emulator of it. The observations
-are of the surface and of the lowest level only, so that whatever is known of the levels above is known through the
-emulator. All filters begin with an ensemble whose mean is wrong by half of the climate's standard deviation, and whose
-spread says so. The free ensemble has no observations, and is what each filter has to beat.
+The truth is a run of a dry general circulation model, and all filters use a diffusion emulator of it. Only the surface
+and the lowest level are observed, so all information about the levels above comes through the emulator. All filters
+start from an ensemble whose mean has an error of half the standard deviation of the climate, with a matching spread.
+The free ensemble, which gets no observations, is the reference that each filter must beat.
 """
 
 from __future__ import annotations
@@ -39,7 +39,8 @@ FREE, GUIDED, GLOBAL, MAIN, ENKF = FILTERS = (
     "EnKF, emulator",
 )
 NEAR_GROUND = ("surface_pressure", "temperature_850", "u_component_of_wind_850", "v_component_of_wind_850")
-"""What the default network observes."""
+"""Channels that the default network observes."""
+
 COLUMNS = {
     "passes": "passes",
     "rmse": "RMSE",
@@ -48,29 +49,31 @@ COLUMNS = {
     "spread_skill": "spread/\nskill",
     "crps": "CRPS",
 }
+"""Headings of the scores in the table."""
+
 SAMPLER = ndda.Sampler(schedule=ndda.KarrasSchedule(8, rho=20.0, lowest=0.1))
-"""For observation errors of the size of the one-step spread; docs/mini_weather.md has its error."""
+"""Sampler for observation errors near the one-step spread; docs/mini_weather.md has its error."""
 
 GUIDED_ERRORS = 1.6
-"""What the guided filters multiply the emulator's errors by, which are correlated from step to step."""
+"""Factor on the errors of the emulator in guided filters, because the errors are correlated from step to step."""
 
 
 @dataclasses.dataclass(frozen=True)
 class WeatherExperiment:
-    """What is observed of the truth, for how long, and how sharply the local filter selects.
+    """Settings of the weather twin experiment: observing networks, length, first ensemble, and tempering.
 
     Args:
-        networks: by the name of their site in the program; None for 200 stations that observe `NEAR_GROUND` with errors
-            of a fifth of the climate's standard deviation.
-        cycles: filter steps.
-        spin_up: steps at the start that are not scored.
-        start_error: of the mean of the first ensemble, and its spread, in standard deviations of the climate.
-        step_hours: length of a step of the emulator.
-        target_ess: of the local FA-APF, as a fraction of the particles. 0.8 was chosen for 64 of them; 256 allow a
-            sharper selection, and 0.5 has less error with them, and less spread (docs/mini_weather.md).
+        networks: observing networks by the name of their site in the program; None for 200 stations that observe
+            `NEAR_GROUND` with errors of a fifth of the standard deviation of the climate.
+        cycles: number of filter steps.
+        spin_up: number of steps at the start that are not scored.
+        start_error: error of the mean of the first ensemble and its spread, in standard deviations of the climate.
+        step_hours: length of one step of the emulator, in hours.
+        target_ess: target ESS of local FA-APF, as a fraction of the particles. 0.8 was chosen for 64 particles. With
+            256 particles, 0.5 gives less error, and also less spread (docs/mini_weather.md).
 
     Raises:
-        ValueError: nothing left to score, or a start error that is not positive.
+        ValueError: no cycles are left to score, or `start_error` is not positive.
     """
 
     networks: dict[str, ndda.observation.ObservingNetwork] | None = None
@@ -86,7 +89,7 @@ class WeatherExperiment:
             raise ValueError(f"start_error={self.start_error}; give a positive number of standard deviations.")
 
     def observing(self, prior: ndda.priors.SphericalEmulator) -> dict[str, ndda.observation.ObservingNetwork]:
-        """The networks, those by default among them."""
+        """Observing networks by site name: `networks`, or the default stations."""
         if self.networks is not None:
             return self.networks
         return {
@@ -96,7 +99,7 @@ class WeatherExperiment:
         }
 
     def observed_channels(self, prior: ndda.priors.SphericalEmulator) -> np.ndarray:
-        """True for each channel that some network observes."""
+        """Mask of the channels that a network observes, shape (channel,)."""
         observed = {c for network in self.observing(prior).values() for c in network.channels(prior.layout)}
         return np.isin(np.arange(prior.layout.shape[-1]), sorted(observed))
 
@@ -106,7 +109,16 @@ class WeatherExperiment:
         prior: ndda.priors.SphericalEmulator,
         states: Float[np.ndarray, "time lat lon channel"],
     ) -> dict[str, Float[np.ndarray, "time place observed"]]:
-        """Of each network, with errors, at all times of `states`; NaN where it observes nothing."""
+        """Simulate the observations of each network at all times of `states`, with errors; NaN where it has none.
+
+        Args:
+            rng_key: random key of the errors.
+            prior: emulator, for its layout.
+            states: true states in the units of the layout.
+
+        Returns:
+            Observations of each network, by site name.
+        """
         found, networks = {}, self.observing(prior)
         for key, (name, network) in zip(jax.random.split(rng_key, len(networks)), networks.items(), strict=True):
             exact = jax.vmap(lambda x, network=network: network.observe(x, prior.layout))(jnp.asarray(states))
@@ -115,12 +127,12 @@ class WeatherExperiment:
         return found
 
     def first_guess(self, rng_key: PRNGKeyArray, prior: ndda.priors.SphericalEmulator, truth: Array) -> Array:
-        """The mean of the first ensemble: the truth, and a part of a state drawn from the climate less its mean."""
+        """Mean of the first ensemble: truth + `start_error` times the anomaly of a draw from the climate."""
         climate = prior.climatology()
         return truth + self.start_error * (climate.sample(rng_key) - climate.mean)
 
     def program(self, prior: ndda.priors.SphericalEmulator) -> Callable[[Array, dict[str, Array]], None]:
-        """The state-space model with the emulator."""
+        """State-space model with the emulator as transition."""
         networks, climate = self.observing(prior), prior.climatology()
 
         def weather(first_guess: Array, y: dict[str, Array]) -> None:
@@ -138,21 +150,21 @@ class WeatherExperiment:
         return weather
 
     def taper(self, prior: ndda.priors.SphericalEmulator, radius: float) -> ndda.Taper:
-        """Localization along the sphere; half-width in kilometers of the Earth."""
+        """Localization by great-circle distance; `radius` is the half-width in kilometers on the Earth."""
         places = {name: network.places(prior.layout) for name, network in self.observing(prior).items()}
         return ndda.Taper(radius, ndda.GreatCircle(), places)
 
     def filters(self, prior: ndda.priors.SphericalEmulator) -> dict[str, ndda.filters.FilterAlgorithm]:
-        """The filters by their names; settings chosen with 200 stations on two pieces of a run that no score is of.
+        """Filters by name; settings were chosen with 200 stations on two parts of a run that is not scored.
 
-        The guided ones see the emulator with larger errors (`SphericalEmulator.with_errors_times`); the free ensemble
-        is the emulator itself, and the Kalman filter, which relaxes its spread, is best with it.
+        Guided filters use the emulator with larger errors (`SphericalEmulator.with_errors_times`). The free ensemble
+        and the Kalman filter use the emulator itself; the Kalman filter has RTPS inflation and is best with it.
         """
         plain = self.program(prior)
         guided = self.program(prior.with_errors_times(GUIDED_ERRORS))
         taper = self.taper(prior, 2500.0)
         return {
-            FREE: ndda.Bootstrap(plain),  # with nothing observed every weight is equal: a forecast
+            FREE: ndda.Bootstrap(plain),  # gets no observations, so that all weights are equal and it forecasts
             GUIDED: ndda.FAAPF(guided, weight=ndda.Equal()),
             GLOBAL: ndda.FAAPF(guided),
             MAIN: ndda.FAAPF(guided, weight=ndda.Dirac(), target_ess=self.target_ess, taper=taper),
@@ -162,16 +174,18 @@ class WeatherExperiment:
 
 @dataclasses.dataclass(frozen=True)
 class WeatherRun:
-    """What is kept of one filter on one truth. Channels are those of the state; time is that of the cycles.
+    """Statistics of one filter on one truth; channels are those of the state, and times are the cycles.
 
     Attributes:
-        mean: of the particles, in the units of the layout.
-        spread: standard deviation of the particles.
-        rmse: error of the mean, by area, over the climate's standard deviation; `spread_by_time` and `crps` likewise.
-        ranks: counts of the truth's rank after the spin-up, on a thinned grid.
-        at_stations: the particles at the places of the first network.
-        last: the particles of the last cycle.
-        passes: network passes of a particle and a step.
+        mean: ensemble mean, in the units of the layout.
+        spread: standard deviation of the particles, in the units of the layout.
+        rmse: area-weighted RMSE of the mean, in standard deviations of the climate.
+        spread_by_time: area-weighted spread, in standard deviations of the climate.
+        crps: area-weighted CRPS, in standard deviations of the climate.
+        ranks: counts of the rank of the truth after the spin-up, on a thinned grid.
+        at_stations: particles at the places of the first network, in the units of the layout.
+        last: particles of the last cycle, in the units of the layout.
+        passes: number of network passes per particle and step.
     """
 
     mean: Float[np.ndarray, "time latitude longitude channel"]
@@ -187,14 +201,14 @@ class WeatherRun:
 
 @dataclasses.dataclass(frozen=True)
 class WeatherResult:
-    """Every filter on every truth.
+    """Runs of all filters on all truths, with the truths and their observations.
 
     Attributes:
-        runs: by filter, one run a truth.
-        states: the truths, shape (truth, time, latitude, longitude, channel).
-        observations: of the first truth, by site.
-        observed: True for the channels that are observed.
-        spin_up: cycles that are not scored.
+        runs: filter -> one run per truth.
+        states: truths, shape (truth, time, latitude, longitude, channel).
+        observations: observations of the first truth, by site name.
+        observed: mask of the observed channels, shape (channel,).
+        spin_up: number of cycles at the start that are not scored.
     """
 
     runs: dict[str, list[WeatherRun]]
@@ -204,12 +218,18 @@ class WeatherResult:
     spin_up: int
 
     def by_time(self, name: str, score: str, channels: np.ndarray | slice = slice(None)) -> np.ndarray:
-        """A score of some channels together, shape (truth, time): squares are averaged, CRPS plainly."""
+        """Score over time of several channels together, shape (truth, time).
+
+        Args:
+            name: name of the filter.
+            score: "rmse", "spread_by_time" or "crps". RMSE and spread average squares over channels, CRPS its values.
+            channels: mask or slice of the channels.
+        """
         values = np.stack([getattr(run, score) for run in self.runs[name]])[..., channels]
         return values.mean(-1) if score == "crps" else np.sqrt(np.mean(values**2, axis=-1))
 
     def scores(self, name: str) -> dict[str, np.ndarray]:
-        """By truth, over the cycles after the spin-up and all channels, in standard deviations of the climate."""
+        """Scores of a filter for each truth, over cycles after the spin-up, in standard deviations of the climate."""
         late = slice(self.spin_up, None)
 
         def root(score: str, channels: np.ndarray | slice = slice(None)) -> np.ndarray:
@@ -225,18 +245,21 @@ class WeatherResult:
         }
 
     def summary(self) -> dict[str, dict[str, dict[str, float]]]:
-        """Mean and standard error over truths (NaN for one) by filter and score, in plain numbers."""
+        """Mean and standard error over truths of each score of each filter, as Python floats."""
         return summarized({name: self.scores(name) for name in self.runs})
 
     def rank_frequencies(
         self, name: str, channels: np.ndarray, bars: int = 13
     ) -> tuple[Float[np.ndarray, " edge"], Float[np.ndarray, " bar"]]:
-        """Where the truth falls among the particles after the spin-up: edges of bars in 0..1, frequencies over flat.
+        """Rank histogram of the truth after the spin-up, with neighboring ranks combined into bars.
 
         Args:
-            name: of the filter.
-            channels: which channels are counted together.
-            bars: neighboring ranks are put together into so many.
+            name: name of the filter.
+            channels: mask or indices of the channels to count together.
+            bars: number of bars.
+
+        Returns:
+            Edges of the bars, from 0 to 1, and frequency of each bar divided by that of a flat histogram.
         """
         counts = sum(run.ranks[channels].sum(0) for run in self.runs[name])
         parts = np.array_split(counts, min(bars, len(counts)))
@@ -246,14 +269,14 @@ class WeatherResult:
 
 
 def area_weights(prior: ndda.priors.SphericalEmulator) -> Float[np.ndarray, "latitude 1"]:
-    """Of the grid points, for fields (..., latitude, longitude)."""
+    """Quadrature weights of the grid points, to broadcast against fields (..., latitude, longitude)."""
     return np.asarray(prior.noise.harmonics.weights)[:, None]
 
 
 def in_climate_units(
     fields: Float[np.ndarray, "*batch latitude longitude channel"], prior: ndda.priors.SphericalEmulator
 ) -> Float[np.ndarray, "*batch channel latitude longitude"]:
-    """In standard deviations of each channel's climate, the channels before the grid."""
+    """Scale fields to standard deviations of the climate of each channel, with the channel axis before the grid."""
     return np.moveaxis(fields, -1, -3) / np.asarray(prior.state_scale)[:, None, None]
 
 
@@ -264,14 +287,14 @@ def summarize_run(
     network: ndda.observation.ObservingNetwork,
     spin_up: int,
 ) -> WeatherRun:
-    """Scores of a run, and what figures need of it.
+    """Compute scores of a run and the statistics that the figures need.
 
     Args:
-        result: of a filter whose latent site is "x".
-        states: the truth, shape (time, latitude, longitude, channel).
-        prior: the emulator, for its grid and the climate's standard deviations.
-        network: at whose places all particles are kept.
-        spin_up: cycles whose ranks are not counted.
+        result: result of a filter with the latent site "x".
+        states: truth, shape (time, latitude, longitude, channel).
+        prior: emulator, for its grid and the standard deviations of its climate.
+        network: observing network at whose places all particles are kept.
+        spin_up: number of cycles at the start whose ranks are not counted.
     """
     particles = result.posterior["x"][0]
     weights = area_weights(prior)
@@ -300,12 +323,12 @@ def summarize_run(
 
 
 class FilterInputs(NamedTuple):
-    """What every filter is given of one truth.
+    """Inputs of all filters for one truth.
 
     Attributes:
         first_guess: mean of the first ensemble.
-        observations: of each network.
-        rng_key: from which the key of each filter is folded.
+        observations: observations of each network, by site name.
+        rng_key: random key from which the key of each filter is derived.
     """
 
     first_guess: Float[Array, "latitude longitude channel"]
@@ -316,6 +339,7 @@ class FilterInputs(NamedTuple):
 def _filter_inputs(
     rng_key: PRNGKeyArray, experiment: WeatherExperiment, prior: ndda.priors.SphericalEmulator, truth: np.ndarray
 ) -> FilterInputs:
+    """Draw first guess and observations for one truth."""
     guess_key, error_key, filter_key = jax.random.split(rng_key, 3)
     first_guess = experiment.first_guess(guess_key, prior, jnp.asarray(truth[0]))
     return FilterInputs(first_guess, experiment.observations(error_key, prior, truth[1:]), filter_key)
@@ -329,7 +353,7 @@ def _run_filter(
     inputs: Sequence[FilterInputs],
     num_particles: int,
 ) -> list[WeatherRun]:
-    """One filter on every truth, whichever others are run: it must do with its arguments, in any process."""
+    """Run one filter on all truths; depends on its arguments only, because it may run in a process of its own."""
     filter = ndda.Filter(
         experiment.filters(prior)[name], num_particles=num_particles, progress_bar=False, keep_observed=False
     )
@@ -355,29 +379,30 @@ def run_weather_twin(
     processes: int = 1,
     on_done: Callable[[str], None] = lambda name: None,
 ) -> WeatherResult:
-    """Run the filters on every truth.
+    """Run the filters on all truths.
 
     Args:
-        experiment: the experiment.
-        prior: the emulator.
-        states: of each truth, shape (truth, cycles + 1, latitude, longitude, channel): the first is not observed.
-        seed: of first guesses, observations and filters.
-        num_particles: particles, or members, of every filter.
-        only: names of the filters that are run.
-        processes: filters that are run at a time, each in a process of its own where it is more than one: a filter of
-            this size keeps one core busy. The result does not depend on it. Leave it at 1 on a GPU, which two processes
-            would have to share, and in a script without ``if __name__ == "__main__":``.
-        on_done: called with a filter's name when it has been run on every truth.
+        experiment: settings of the experiment.
+        prior: emulator.
+        states: true states, shape (truth, cycles + 1, latitude, longitude, channel). The first state of each truth is
+            not observed.
+        seed: seed of first guesses, observations and filters.
+        num_particles: number of particles, or members, of each filter.
+        only: names of the filters to run.
+        processes: number of filters to run at the same time. With more than one, each filter runs in a process of its
+            own, because a filter of this size uses a single core. The result does not depend on it. Keep 1 on a GPU,
+            which the processes would share, and in scripts without ``if __name__ == "__main__":``.
+        on_done: function that is called with the name of each filter after its last run.
 
     Raises:
-        ValueError: truths of another length or grid, an unknown filter, or less than one process.
+        ValueError: a truth has another length or grid, a filter is unknown, or `processes` is below 1.
     """
     expected = (experiment.cycles + 1, *prior.layout.shape)
     if len(states) < 1 or any(np.shape(truth) != expected for truth in states):
         shapes = sorted({np.shape(truth) for truth in states})
-        raise ValueError(f"states has truths of the shapes {shapes}, expected one or more of {expected}.")
+        raise ValueError(f"states has truths of shapes {shapes}; give one truth or more of shape {expected}.")
     if unknown := sorted(set(only) - set(FILTERS)):
-        raise ValueError(f"no filters named {unknown}; there are {', '.join(FILTERS)}.")
+        raise ValueError(f"only names unknown filters {unknown}; the filters are {', '.join(map(repr, FILTERS))}.")
     if processes < 1:
         raise ValueError(f"processes={processes}; give 1 or more.")
     names = [name for name in FILTERS if name in only]
@@ -390,7 +415,8 @@ def run_weather_twin(
             runs[name] = _run_filter(name, *arguments)
             on_done(name)
     else:
-        # Processes and not threads: NumPyro's handlers are on one stack. Not forked: JAX has threads of its own.
+        # Use processes, because threads would share NumPyro's stack of handlers. Spawn them, because forking is unsafe
+        # with the threads of JAX.
         with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn")) as pool:
             started = {pool.submit(_run_filter, name, *arguments): name for name in names}
             for future in as_completed(started):
@@ -406,18 +432,22 @@ def run_weather_twin(
 
 
 def shortfalls(prior: ndda.priors.SphericalEmulator, result: WeatherResult) -> list[str]:
-    """What is not as a forecaster would want it, a sentence each: of local FA-APF on these truths, and of the emulator.
+    """Known shortfalls of local FA-APF on these truths and of the emulator, one sentence each.
 
-    Spread within a fifth of the error for every truth, ranks that are not U-shaped, and of the emulator, by the
-    validation on its card, CRPS at most 0.3 of persistence's error and a climate within 10 % (power at the smallest
-    quarter of scales 20 %).
+    A filter falls short if its spread differs from its error by more than a fifth on any truth, or if its rank
+    histogram is U-shaped. The emulator falls short, by the validation on its data card, if its CRPS is above 0.3 of the
+    error of persistence, or if its climate is off by more than 10 % (20 % for power at the smallest quarter of scales).
+
+    Args:
+        prior: emulator with its data card.
+        result: runs of the experiment, with local FA-APF among them.
     """
     found = []
     ratios = result.scores(MAIN)["spread_skill"]
     if ratios.min() < 0.8 or ratios.max() > 1.2:
         least, most = (f"{ratio:.2f}" for ratio in (ratios.min(), ratios.max()))
         between = least if least == most else f"{least} to {most}"
-        found.append(f"The spread of local FA-APF is {between} of its error; wanted: 0.8 to 1.2.")
+        found.append(f"The spread of local FA-APF is {between} times its error; it should be 0.8 to 1.2 times.")
     for which, channels in (("observed", result.observed), ("unobserved", ~result.observed)):
         if not channels.any():
             continue
@@ -425,31 +455,36 @@ def shortfalls(prior: ndda.priors.SphericalEmulator, result: WeatherResult) -> l
         ends = 0.5 * (frequencies[0] + frequencies[-1])
         if ends > 1.25:
             found.append(
-                f"Rank histograms of {which} variables are U-shaped: {ends:.1f} times as many truths at either end of "
-                "local FA-APF's ensemble as there should be."
+                f"The rank histogram of local FA-APF for {which} variables is U-shaped: its end bars are "
+                f"{ends:.1f} times as high as in a flat histogram."
             )
     validation = prior.card.get("validation", {})
     limits = {
-        "CRPS over persistence's error": ("one_step", "crps_over_persistence", 0.3),
-        "variance, relative error": ("climate", "variance", 0.1),
-        "power at one zonal wavenumber, relative error": ("climate", "power", 0.1),
-        "the same among the smallest quarter of scales": ("climate", "power_of_smallest_quarter", 0.2),
+        "ratio of CRPS to the error of persistence": ("one_step", "crps_over_persistence", 0.3),
+        "relative error of the climate variance": ("climate", "variance", 0.1),
+        "relative error of the power at one zonal wavenumber": ("climate", "power", 0.1),
+        "relative error of the power at the smallest quarter of scales": ("climate", "power_of_smallest_quarter", 0.2),
     }
     missed = []
     for what, (group, name, limit) in limits.items():
         worst = max(validation.get(group, {}).get(name, [0.0]), key=abs)
         if abs(worst) > limit:
-            missed.append(f"{what} {worst:.2g} (wanted: {limit})")
+            missed.append(f"{what} {worst:.2g} (limit {limit})")
     if missed:
-        found.append(f"The emulator, at its worst variable: {'; '.join(missed)}.")
+        found.append(f"The emulator exceeds limits, at its worst variable: {'; '.join(missed)}.")
     return found
 
 
 def to_datatree(experiment: WeatherExperiment, prior: ndda.priors.SphericalEmulator, result: WeatherResult) -> DataTree:
-    """The first truth, what was observed of it, and mean and spread of every filter, by variable, as xarray names them.
+    """Convert the first truth, its observations, and mean and spread of each filter to a tree of labeled fields.
 
-    Groups: "truth", "observations", and one for each filter, in which the mean of a variable has its name and the
-    spread of the particles has "_spread" after it.
+    The groups are "truth", "observations/{site}" for each network, and one for each filter. In the group of a filter, a
+    variable is the ensemble mean, and the same name with "_spread" appended is the standard deviation of the particles.
+
+    Args:
+        experiment: settings of the experiment.
+        prior: emulator, for its layout.
+        result: runs of the experiment.
     """
     import xarray
 
@@ -485,6 +520,6 @@ def to_datatree(experiment: WeatherExperiment, prior: ndda.priors.SphericalEmula
 
 
 def score_table(result: WeatherResult) -> Table:
-    """The scores as a table of one row a filter, mean ± standard error over truths."""
+    """Table of scores with one row per filter, mean ± standard error over truths."""
     title = f"mean over {len(result.states)} truths"
     return table_of_scores(title, result.summary(), COLUMNS, MAIN, decimals=3, plain={"passes": 0})

@@ -1,4 +1,4 @@
-"""Figures of the weather twin. Matplotlib is imported only when one is made."""
+"""Figures of the Held-Suarez demo; matplotlib is imported when a figure is made."""
 
 from __future__ import annotations
 
@@ -27,30 +27,37 @@ SYMBOLS = {"temperature": "T", "u_component_of_wind": "u", "v_component_of_wind"
 
 
 def label(name: str) -> str:
-    """A channel's name in a figure: "T 850 hPa", "surface pressure"."""
+    """Label of a channel in figures, such as "T 850 hPa" or "surface pressure"."""
     variable, _, level = name.rpartition("_")
     return f"{SYMBOLS.get(variable, variable)} {level} hPa" if level.isdigit() else name.replace("_", " ")
 
 
 def units(layout: ndda.Layout) -> list[str]:
-    """Of each channel, as matplotlib writes them."""
+    """Unit of each channel in matplotlib's notation."""
     spelled = {"m s-1": "m s$^{-1}$"}
     return [spelled.get(v.units, v.units) for v in layout.variables for _ in range(v.num_channels)]
 
 
 def days(experiment: WeatherExperiment) -> np.ndarray:
-    """Time of each cycle, from the first ensemble on."""
+    """Time of each cycle in days since the first ensemble."""
     return (1 + np.arange(experiment.cycles)) * experiment.step_hours / 24.0
 
 
 def _by_observed(result: WeatherResult) -> dict[str, np.ndarray]:
+    """Masks of the observed and of the unobserved channels, by title."""
     return {"observed variables": result.observed, "unobserved variables": ~result.observed}
 
 
 def figures(
     experiment: WeatherExperiment, prior: ndda.priors.SphericalEmulator, result: WeatherResult
 ) -> dict[str, Figure]:
-    """All of them by name, for the default network; maps and a place of one observed and one unobserved variable."""
+    """All figures of the demo by name, for the default network.
+
+    Args:
+        experiment: settings of the experiment.
+        prior: emulator, for its grid and climate.
+        result: runs of the experiment, with the free ensemble and local FA-APF among them.
+    """
     observed, unobserved = "surface_pressure", "v_component_of_wind_250"
     at_place = (observed, "temperature_500", "v_component_of_wind_850", unobserved)
     return {
@@ -66,7 +73,10 @@ def figures(
 def skill_over_time(
     experiment: WeatherExperiment, prior: ndda.priors.SphericalEmulator, result: WeatherResult
 ) -> Figure:
-    """Error of the mean of every filter, a panel a channel, over the climate's standard deviation; by area."""
+    """Figure of the area-weighted error of each filter over time, in standard deviations of the climate.
+
+    Each channel has a panel; observed channels are on the left, unobserved channels on the right.
+    """
     from matplotlib.figure import Figure
 
     names, time = ndda.observation.channel_names(prior.layout), days(experiment)
@@ -90,15 +100,15 @@ def skill_over_time(
             _plain(axes)
         for axes in panels[-1]:
             axes.set_xlabel("days")
-        panels[0, 0].set_ylabel("RMSE / climate s.d.")
-        panels[1, 0].set_ylabel("RMSE / climate s.d.")
+        panels[0, 0].set_ylabel("RMSE (s.d. of the climate)")
+        panels[1, 0].set_ylabel("RMSE (s.d. of the climate)")
     handles, labels = parts[0].axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
     return figure
 
 
 def spread_and_error(experiment: WeatherExperiment, result: WeatherResult) -> Figure:
-    """Error of the mean and spread of every filter, observed channels above, unobserved below."""
+    """Figure of error and spread of each filter over time; observed channels above, unobserved channels below."""
     from matplotlib.figure import Figure
 
     time, groups = days(experiment), _by_observed(result)
@@ -112,7 +122,7 @@ def spread_and_error(experiment: WeatherExperiment, result: WeatherResult) -> Fi
             axes.plot(time, spread, color=COLORS[name], lw=1.6, ls=(0, (4, 2)), label="spread")
             axes.set(xlim=(0, time[-1]), ylim=0)
             _plain(axes)
-        row[0].set_ylabel(f"{title}\nover climate s.d.")
+        row[0].set_ylabel(f"{title}\n(s.d. of the climate)")
     for axes, name in zip(panels[0], result.runs, strict=True):
         axes.set_title(name, fontsize=11)
     for axes in panels[-1]:
@@ -128,17 +138,19 @@ def maps(
     name: str,
     at_days: Sequence[float] = (3, 7, 15),
 ) -> Figure:
-    """Anomalies of one channel from the climate's zonal mean, on the globe: truth, means and their errors.
+    """Figure of global maps of one channel: truth, ensemble means and their errors.
+
+    The maps show anomalies from the zonal mean of the climate.
 
     Args:
-        experiment: the experiment.
-        prior: the emulator, for its grid and climate.
-        result: with the free ensemble and the main filter; its first truth is shown.
-        name: of the channel, see `observation_network.channel`.
-        at_days: a row each; the nearest cycle is taken.
+        experiment: settings of the experiment.
+        prior: emulator, for its grid and climate.
+        result: runs with the free ensemble and local FA-APF among them; the first truth is shown.
+        name: name of the channel, such as "temperature_850", see `ndda.observation.channel`.
+        at_days: times in days, one row each; the nearest cycle is shown.
 
     Raises:
-        ValueError: no such channel.
+        ValueError: the state has no such channel.
     """
     from matplotlib.figure import Figure
 
@@ -154,11 +166,11 @@ def maps(
     }  # fmt: skip
     figure = Figure(figsize=(17.5, 1.95 * len(steps) + 1.4), layout="constrained")
     state = "observed at the dots" if result.observed[c] else "not observed"
-    note = "black lines on the means: the truth's strong anomalies"
+    note = "black contours on the means: strong anomalies of the truth"
     figure.suptitle(f"{label(name)}, {state}: anomaly from the zonal-mean climate ({note})", fontsize=13)
     panels = figure.subplots(len(steps), 5, subplot_kw={"projection": "mollweide"}, squeeze=False)
     places = next(iter(experiment.observing(prior).values())).places(prior.layout)
-    # Filled contours, an odd number of colors: what is near zero is white.
+    # An odd number of colors makes anomalies near zero white.
     levels = limit * np.linspace(-1.0, 1.0, 18)
     images = {}
     for i, (row, step) in enumerate(zip(panels, steps, strict=True)):
@@ -193,7 +205,7 @@ def maps(
 
 
 def _round_number(value: float) -> float:
-    """The nearest of 1, 2, 4, 6, 8 times a power of ten, in ratio: a limit whose quarters read well."""
+    """Number nearest in ratio to `value` among 1, 2, 4, 6 and 8 times powers of ten, whose quarters are short."""
     candidates = np.outer(10.0 ** np.arange(-6, 7), [1.0, 2.0, 4.0, 6.0, 8.0]).reshape(-1)
     return float(candidates[np.abs(np.log(candidates / value)).argmin()])
 
@@ -206,17 +218,17 @@ def at_station(
     *,
     latitude: float = 45.0,
 ) -> Figure:
-    """What two ensembles say of one place over time, against the truth and what was observed of it.
+    """Figure of the free ensemble and of local FA-APF at one station over time, with truth and observations.
 
     Args:
-        experiment: the experiment.
-        prior: the emulator.
-        result: with the free ensemble and the main filter; its first truth is shown.
-        names: channels, a panel each.
-        latitude: the place of the first network that is nearest to it is taken, degrees north.
+        experiment: settings of the experiment.
+        prior: emulator.
+        result: runs with the free ensemble and local FA-APF among them; the first truth is shown.
+        names: names of the channels, one panel each.
+        latitude: latitude in degrees north; the nearest station of the first network is shown.
 
     Raises:
-        ValueError: no such channel.
+        ValueError: the state has no such channel.
     """
     import jax
     from matplotlib.figure import Figure
@@ -230,7 +242,7 @@ def at_station(
     figure = Figure(figsize=(12.5, 2.9 * rows + 0.8), layout="constrained")
     north, east = places[k]
     side = "N" if north >= 0 else "S"
-    figure.suptitle(f"at {abs(north):.0f}°{side} {east:.0f}°E", fontsize=12, fontweight="bold")
+    figure.suptitle(f"station at {abs(north):.0f}°{side} {east:.0f}°E", fontsize=12, fontweight="bold")
     panels = figure.subplots(rows, 2, sharex=True, squeeze=False)
     for axes, name in zip(panels.flat, names, strict=False):
         c = ndda.observation.channel(prior.layout, name)
@@ -259,11 +271,11 @@ def at_station(
 
 
 def rank_histograms(result: WeatherResult, *, bars: int = 13) -> Figure:
-    """Where the truth falls among the particles after the spin-up; flat is calibrated.
+    """Figure of rank histograms of the truth after the spin-up; they are flat for a calibrated ensemble.
 
     Args:
-        result: of the twin.
-        bars: neighboring ranks are put together into so many.
+        result: runs of the experiment.
+        bars: number of bars into which neighboring ranks are combined.
     """
     from matplotlib.figure import Figure
 
@@ -276,16 +288,17 @@ def rank_histograms(result: WeatherResult, *, bars: int = 13) -> Figure:
             axes.axhline(1.0, color="k", lw=0.8, ls="--")
             axes.set(xlim=(0, 1), xticks=(0, 0.5, 1))
             _plain(axes)
-        row[0].set_ylabel(f"{title}\nfrequency / flat")
+        row[0].set_ylabel(f"{title}\nrelative frequency (flat = 1)")
         row[0].set_ylim(0, min(6.0, row[0].get_ylim()[1]))
     for axes, name in zip(panels[0], result.runs, strict=True):
         axes.set_title(name, fontsize=11)
     for axes in panels[-1]:
-        axes.set_xlabel("rank of the truth")
+        axes.set_xlabel("rank of the truth / largest rank")
     return figure
 
 
 def _line(name: str) -> dict[str, Any]:
+    """Line style of a filter."""
     return {
         "color": COLORS[name],
         "lw": 2.4 if name == MAIN else 1.5,
@@ -295,18 +308,20 @@ def _line(name: str) -> dict[str, Any]:
 
 
 def _plain(axes: Axes) -> None:
+    """Remove the upper and right frame and add a light grid."""
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.25, lw=0.5)
 
 
 def _globe(axes: Axes) -> None:
+    """Draw a grid of meridians and parallels without labels."""
     axes.set(xticks=np.radians(np.arange(-120, 121, 60)), yticks=np.radians([-60, -30, 0, 30, 60]))
     axes.set(xticklabels=[], yticklabels=[])
     axes.grid(color="k", alpha=0.2, lw=0.4)
 
 
 def _around_the_globe(layout: ndda.Layout, field: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(longitude, latitude, values) from -180 to 180 degrees and from pole to pole, in radians, without a gap."""
+    """Extend a field to both poles and around the globe: (longitude, latitude, values), angles in radians."""
     coordinates, around = layout.coords(), field.shape[1]
     half = around // 2
     values = np.concatenate([field[:, half:], field[:, : half + 1]], axis=1)

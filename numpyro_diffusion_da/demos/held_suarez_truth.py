@@ -1,7 +1,8 @@
-"""The true system of the weather emulator: a dry general circulation model with Held & Suarez's (1994) forcing.
+"""True states for the Held-Suarez demo: part of a run of a dry circulation model forced as in Held & Suarez (1994).
 
-A slice of a run that the emulator was not trained on ships with it, as 16-bit integers with an offset and a scale for
-each channel; the channels are those of the emulator's state, and a step is `STEP_HOURS`.
+The package contains a part of a run on which the emulator was not trained. It is stored as 16-bit integers with an
+offset and a scale for each channel. The channels are those of the state of the emulator, and the time step is
+`STEP_HOURS`.
 """
 
 from __future__ import annotations
@@ -15,20 +16,21 @@ import numpy as np
 from jaxtyping import Float
 
 STEP_HOURS = 12.0
-"""Length of one step of the emulator."""
+"""Length of one step of the emulator, in hours."""
 
 
 def unpacked(stored: Mapping[str, np.ndarray]) -> Float[np.ndarray, "*leading channel"]:
-    """The fields packed * scale + offset, in the channels' units.
+    """Unpack fields stored as integers: packed * scale + offset, in the unit of each channel.
 
     Args:
-        stored: "packed", integers whose last axis is the channel; "scale" and "offset" of each channel.
+        stored: arrays "packed", integers whose last axis is the channel, and "scale" and "offset", one number for each
+            channel.
 
     Raises:
-        ValueError: one of these is missing, or has not one number a channel.
+        ValueError: one of these arrays is missing, or "scale" or "offset" does not have one number for each channel.
     """
     if missing := {"packed", "scale", "offset"} - set(stored):
-        raise ValueError(f"the packed fields lack {sorted(missing)}; they have {sorted(stored)}.")
+        raise ValueError(f"the packed fields lack {sorted(missing)}; they have {sorted(stored)}: give all three.")
     packed, scale, offset = (np.asarray(stored[name]) for name in ("packed", "scale", "offset"))
     if packed.ndim < 1 or not scale.shape == offset.shape == packed.shape[-1:]:
         raise ValueError(
@@ -39,18 +41,18 @@ def unpacked(stored: Mapping[str, np.ndarray]) -> Float[np.ndarray, "*leading ch
 
 
 def truth(folder: Path | Traversable | None = None) -> Float[np.ndarray, "time latitude longitude channel"]:
-    """Consecutive states of the true system, one every `STEP_HOURS`.
+    """Consecutive states of the true system, one every `STEP_HOURS` hours.
 
     Args:
-        folder: that holds held_suarez_truth.npz; by default the one that ships.
+        folder: folder of the file held_suarez_truth.npz; by default that of the package.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: not packed fields of four axes.
+        FileNotFoundError: the folder has no such file.
+        ValueError: the file does not contain packed fields with four axes.
     """
     folder = importlib.resources.files("numpyro_diffusion_da").joinpath("data") if folder is None else folder
     with folder.joinpath("held_suarez_truth.npz").open("rb") as file, np.load(file, allow_pickle=False) as stored:
         states = unpacked(dict(stored))
     if states.ndim != 4:
-        raise ValueError(f"the truth has the shape {states.shape}, expected (time, latitude, longitude, channel).")
+        raise ValueError(f"the truth has shape {states.shape}; expected (time, latitude, longitude, channel).")
     return states

@@ -1,8 +1,8 @@
-"""A twin experiment: a known truth, observations made of it, several filters, and their scores.
+"""Twin experiment with Lorenz-96: a known truth, simulated observations of it, several filters, and their scores.
 
-The truth is stochastic Lorenz-96; every filter but one sees only a diffusion emulator of it. The controls say what the
-result is worth: the free ensemble (no observations), guided particles without weights, a bootstrap filter on the same
-emulator, and an ensemble Kalman filter that is given the *true* dynamics.
+The truth is stochastic Lorenz-96. All filters but one use a diffusion emulator of it. The other filters are controls
+for local FA-APF: the free ensemble without observations, a bootstrap filter, guided particles with equal weights, and
+FA-APF without localization, all on the same emulator, and an ensemble Kalman filter with the *true* dynamics.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ COLUMNS = {
     "spread_skill": "spread/\nskill",
     "crps": "CRPS",
     "ess": "ESS",
-    "tempering": "infl.",
+    "tempering": "temp.",
 }
 FREE, BOOTSTRAP, GUIDED, GLOBAL, MAIN, ENKF = FILTERS = (
     "free ensemble",
@@ -48,16 +48,16 @@ FREE, BOOTSTRAP, GUIDED, GLOBAL, MAIN, ENKF = FILTERS = (
 
 @dataclasses.dataclass(frozen=True)
 class TwinExperiment:
-    """What is observed of the truth, and for how long.
+    """Settings of the Lorenz-96 twin experiment: which sites are observed, how accurately, and for how long.
 
     Args:
-        cycles: filter steps.
-        spin_up: steps at the start that are not scored.
-        every: every n-th site is observed.
-        error_variance: of the observations.
+        cycles: number of filter steps.
+        spin_up: number of steps at the start that are not scored.
+        every: spacing of observed sites; every n-th site is observed.
+        error_variance: error variance of the observations.
 
     Raises:
-        ValueError: nothing left to score, or an error variance that is not positive.
+        ValueError: no cycles are left to score, or `error_variance` is not positive.
     """
 
     cycles: int = 60
@@ -71,7 +71,15 @@ class TwinExperiment:
             raise ValueError(f"error_variance={self.error_variance}; give a positive variance.")
 
     def truth(self, rng_key: PRNGKeyArray, start: dist.Distribution) -> tuple[np.ndarray, np.ndarray]:
-        """(states, observations), shapes (cycles, sites) and (cycles, observed sites), after 50 steps of spin-up."""
+        """Draw a truth and its observations, after 50 steps of spin-up of the system.
+
+        Args:
+            rng_key: random key.
+            start: distribution of the state before the spin-up.
+
+        Returns:
+            States, shape (cycles, sites), and observations, shape (cycles, observed sites).
+        """
         start_key, run_key, error_key = jax.random.split(rng_key, 3)
         states = lorenz96.trajectory(run_key, start.sample(start_key), 50 + self.cycles)[50:]
         observed = states[:, :: self.every]
@@ -79,7 +87,7 @@ class TwinExperiment:
         return np.asarray(states), np.asarray(y)
 
     def emulator_program(self, prior: ndda.DiffusionPrior) -> Callable[[Array], None]:
-        """The state-space model with a diffusion emulator."""
+        """State-space model with a diffusion emulator as transition."""
 
         def lorenz96_emulator(y: Array) -> None:
             x0 = numpyro.sample("x0", prior.climatology())
@@ -95,13 +103,13 @@ class TwinExperiment:
         return lorenz96_emulator
 
     def local_filter(self, model: Callable[[Array], None], sites: int) -> ndda.FAAPF:
-        """FA-APF with localized ancestors; settings as in `examples/benchmarks/local_ancestors.py`, tuned there."""
+        """FA-APF with localized resampling; settings were tuned by examples/benchmarks/local_ancestors.py."""
         taper = ndda.Taper(5.0, ndda.Ring(sites), {"y": np.arange(0, sites, self.every)}, state=np.arange(sites))
-        # The emulator's errors are nearly independent from site to site: one product with random signs is enough.
+        # Errors of the emulator are nearly independent between sites, so one product with random signs is enough.
         return ndda.FAAPF(model, weight=ndda.Moment(noise_level=10.0, probes=1), target_ess=0.1, taper=taper)
 
     def true_program(self, start: dist.Distribution) -> Callable[[Array], None]:
-        """The state-space model with the true dynamics."""
+        """State-space model with the true dynamics as transition."""
 
         def lorenz96_truth(y: Array) -> None:
             x0 = numpyro.sample("x0", start)
@@ -117,7 +125,15 @@ class TwinExperiment:
         return lorenz96_truth
 
     def score(self, result: ndda.FilterResult, states: np.ndarray) -> dict[str, float]:
-        """Scores over time and sites after the spin-up; squares are averaged first, the root taken last."""
+        """Scores of a run over times and sites after the spin-up.
+
+        Args:
+            result: result of a filter with the latent site "x".
+            states: truth, shape (cycles, sites).
+
+        Returns:
+            Errors, spread, CRPS, network passes per particle and step, and medians of ESS and tempering exponent.
+        """
         particles = result.posterior["x"][0, :, self.spin_up :]
         truth = states[self.spin_up :]
         observed = np.arange(truth.shape[1]) % self.every == 0
@@ -136,13 +152,13 @@ class TwinExperiment:
 
 @dataclasses.dataclass(frozen=True)
 class TwinResult:
-    """Scores of every filter on every truth, and one run to look at.
+    """Scores of all filters on all truths, and their runs on the first truth.
 
     Attributes:
-        scores: by filter and score, shape (truths,).
-        rmse_by_time: by filter, shape (truths, cycles).
-        states: the first truth, shape (cycles, sites).
-        runs: by filter, the run on the first truth.
+        scores: filter -> score -> values, shape (truths,).
+        rmse_by_time: filter -> RMSE of the mean over all sites, shape (truths, cycles).
+        states: first truth, shape (cycles, sites).
+        runs: filter -> run on the first truth.
     """
 
     scores: dict[str, dict[str, np.ndarray]]
@@ -151,16 +167,16 @@ class TwinResult:
     runs: dict[str, ndda.FilterResult]
 
     def mean(self, name: str, score: str) -> tuple[float, float]:
-        """Mean over truths and its standard error (NaN for a single truth)."""
+        """Mean of a score over truths and its standard error, which is NaN for a single truth."""
         return mean_and_standard_error(self.scores[name][score])
 
     def summary(self) -> dict[str, dict[str, dict[str, float]]]:
-        """Mean and standard error by filter and score, in plain numbers."""
+        """Mean and standard error over truths of each score of each filter, as Python floats."""
         return summarized({name: {key: scores[key] for key in COLUMNS} for name, scores in self.scores.items()})
 
 
 def score_table(result: TwinResult) -> Table:
-    """The scores as a table of one row a filter, mean ± standard error over truths."""
+    """Table of scores with one row per filter, mean ± standard error over truths."""
     title = f"mean over {len(result.scores[MAIN]['rmse'])} truths ± standard error"
     plain = {"passes": 0, "ess": 0, "tempering": 3}
     return table_of_scores(title, result.summary(), COLUMNS, MAIN, decimals=2, plain=plain)
@@ -175,18 +191,18 @@ def run_twin(
     num_particles: int = 256,
     on_step: Callable[[str], None] = lambda name: None,
 ) -> TwinResult:
-    """Run every filter on every truth.
+    """Run all filters on all truths.
 
     Args:
-        experiment: the experiment.
-        prior: the diffusion emulator.
-        seed: of truths and filters.
+        experiment: settings of the experiment.
+        prior: diffusion emulator.
+        seed: seed of truths and filters.
         truths: number of different truths.
-        num_particles: particles, or members, of every filter.
-        on_step: called with a filter's name before each of its runs.
+        num_particles: number of particles, or members, of each filter.
+        on_step: function that is called with the name of a filter before each of its runs.
 
     Raises:
-        ValueError: fewer than one truth.
+        ValueError: `truths` is below 1.
     """
     if truths < 1:
         raise ValueError(f"truths={truths}; give 1 or more.")
@@ -197,7 +213,7 @@ def run_twin(
 
     blind = make(ndda.Bootstrap(program))
     filters = {
-        FREE: blind,  # with nothing observed every weight is equal: a forecast
+        FREE: blind,  # gets no observations, so that all weights are equal and it forecasts
         BOOTSTRAP: blind,
         GUIDED: make(ndda.FAAPF(program, weight=ndda.Equal())),
         GLOBAL: make(ndda.FAAPF(program)),
@@ -215,7 +231,7 @@ def run_twin(
         for i, (name, filter) in enumerate(filters.items()):
             on_step(name)
             with warnings.catch_warnings():
-                # What is warned of is a column of the table.
+                # The table has a column for the tempering that this warns of.
                 warnings.filterwarnings("ignore", message="weights are tempered")
                 filter.run(jax.random.fold_in(filter_key, i), np.full_like(y, np.nan) if name == FREE else y)
             scores[name].append(experiment.score(filter.result, states))

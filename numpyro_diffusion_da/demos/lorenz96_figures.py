@@ -1,4 +1,4 @@
-"""Figure of the Lorenz-96 demo. Matplotlib is imported only when it is made."""
+"""Figure of the Lorenz-96 demo; matplotlib is imported when the figure is made."""
 
 from __future__ import annotations
 
@@ -33,7 +33,15 @@ COLORS = {
 
 
 def twin_figure(experiment: TwinExperiment, result: TwinResult) -> Figure:
-    """Truth, observations and analysis in space and time; error over time; an unobserved site; ESS and tempering."""
+    """Figure of the first truth and its analysis, of errors over time, and of the weights of local FA-APF.
+
+    The upper panels show truth, observations, analysis and free ensemble by site and cycle. The lower panels show the
+    error of each filter over time, one unobserved site, the effective number of particles, and the tempering exponent.
+
+    Args:
+        experiment: the experiment that was run.
+        result: scores of all filters, and their runs on the first truth.
+    """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(12, 8.5), layout="constrained")
@@ -74,13 +82,13 @@ def twin_figure(experiment: TwinExperiment, result: TwinResult) -> Figure:
             )
     axes.axvline(experiment.spin_up, color="k", lw=0.7, ls=":")
     axes.set_ylim(0)
-    axes.set_xlabel("cycle (scored to the right of the dotted line)")
+    axes.set_xlabel("cycle (scores start at the dotted line)")
     axes.set_ylabel("RMSE")
-    axes.set_title(f"error of the ensemble mean, all sites, mean of {len(errors)} truths", fontsize=10)
+    axes.set_title(f"error of the ensemble mean, all sites, mean over {len(errors)} truths", fontsize=10)
     axes.legend(fontsize=8, ncols=2, frameon=False)
 
     axes = lower.add_subplot(grid[0, 1])
-    site = 1  # not observed: every `experiment.every`-th is, from 0
+    site = 1  # not observed, because the observed sites are the multiples of `experiment.every`
     for name in (FREE, MAIN):
         low, high = np.quantile(result.runs[name].posterior["x"][0, :, :, site], [0.05, 0.95], axis=0)
         axes.fill_between(np.arange(len(low)), low, high, color=COLORS[name], alpha=0.35, lw=0, label=f"{name}, 90 %")
@@ -88,7 +96,7 @@ def twin_figure(experiment: TwinExperiment, result: TwinResult) -> Figure:
     axes.plot(result.states[:, site], color="k", lw=1.2, label="truth")
     axes.set_xlabel("cycle")
     axes.set_ylabel("x")
-    axes.set_title(f"site {site}, which is not observed", fontsize=10)
+    axes.set_title(f"site {site} (not observed)", fontsize=10)
     axes.legend(fontsize=8, ncols=3, frameon=False, loc="upper left")
 
     stats = result.runs[MAIN].sample_stats
@@ -96,23 +104,23 @@ def twin_figure(experiment: TwinExperiment, result: TwinResult) -> Figure:
     axes.plot(
         ndda.diagnostics.median_over_blocks(stats["distinct_ancestors"][0]),
         color=COLORS[MAIN],
-        label="distinct ancestors, after tempering",
+        label="distinct ancestors (with tempering)",
     )
     axes.plot(
         ndda.diagnostics.median_over_blocks(stats["ess"][0]),
         color=COLORS[MAIN],
         ls=":",
-        label="ESS of the weights, before it",
+        label="ESS of the weights (before tempering)",
     )
     axes.set_yscale("log")
     axes.set_ylim(0.9, 1.1 * len(stats["log_weights"][0]))
     axes.set_xlabel("cycle")
-    axes.set_title(f"{MAIN}: how many particles count", fontsize=10)
+    axes.set_title(f"{MAIN}: effective particles, median over sites", fontsize=10)
     axes.legend(fontsize=8, frameon=False)
     axes = lower.add_subplot(grid[1, 1])
     axes.plot(ndda.diagnostics.median_over_blocks(stats["tempering"][0]), color=COLORS[MAIN])
     axes.set_yscale("log")
     axes.set_xlabel("cycle")
     axes.set_ylabel("alpha")
-    axes.set_title(f"{MAIN}: tempering (1 = none)", fontsize=10)
+    axes.set_title(f"{MAIN}: tempering exponent (1 = none), median over sites", fontsize=10)
     return figure

@@ -1,4 +1,4 @@
-"""What every twin experiment makes of its scores: means and standard errors over truths, and a table of them."""
+"""Means and standard errors of scores over truths, and the table that the demos print."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ if TYPE_CHECKING:
 
 
 def check_spin_up(spin_up: int, cycles: int) -> None:
-    """That something is left to score.
+    """Check that cycles are left to score after the spin-up.
 
     Raises:
-        ValueError: nothing is.
+        ValueError: `spin_up` is negative, or not below `cycles`.
     """
     if not 0 <= spin_up < cycles:
-        raise ValueError(f"cycles={cycles}, spin_up={spin_up}: give more cycles than are left out.")
+        raise ValueError(f"cycles={cycles}, spin_up={spin_up}: give more cycles than spin_up, so that some are scored.")
 
 
 def mean_and_standard_error(values: Float[np.ndarray, " truth"]) -> tuple[float, float]:
-    """Mean over truths and its standard error (NaN for a single truth)."""
+    """Mean over truths and its standard error, which is NaN for a single truth."""
     error = values.std(ddof=1) / np.sqrt(len(values)) if len(values) > 1 else np.nan
     return float(values.mean()), float(error)
 
@@ -31,7 +31,14 @@ def mean_and_standard_error(values: Float[np.ndarray, " truth"]) -> tuple[float,
 def summarized(
     scores: Mapping[str, Mapping[str, Float[np.ndarray, " truth"]]],
 ) -> dict[str, dict[str, dict[str, float]]]:
-    """Mean and standard error by filter and score, in plain numbers."""
+    """Mean and standard error over truths of each score of each filter, as Python floats.
+
+    Args:
+        scores: filter -> score -> values, shape (truth,).
+
+    Returns:
+        Filter -> score -> "mean" and "standard_error".
+    """
     names = ("mean", "standard_error")
     return {
         name: {key: dict(zip(names, mean_and_standard_error(v), strict=True)) for key, v in of_filter.items()}
@@ -48,15 +55,15 @@ def table_of_scores(
     decimals: int,
     plain: Mapping[str, int],
 ) -> Table:
-    """One row a filter, mean ± standard error.
+    """Table of scores with one row per filter, mean ± standard error.
 
     Args:
-        title: of the table.
-        summary: as of `summarized`.
-        columns: the headings of the scores shown, by score.
-        main: the filter in bold.
-        decimals: of the scores.
-        plain: scores without a standard error, and their decimals.
+        title: title of the table.
+        summary: filter -> score -> "mean" and "standard_error", as `summarized` returns.
+        columns: score -> heading, for the scores to show.
+        main: filter whose row is bold.
+        decimals: number of decimals of scores with a standard error.
+        plain: score -> number of decimals, for scores to show without a standard error.
     """
     from rich.table import Table
 

@@ -1,26 +1,28 @@
-"""Diagnostics in observation space: observations O against what a filter forecast, B, and what it made of them, A.
+r"""Diagnostics in observation space: observation O against background B and analysis A. No truth is needed.
 
-O is compared with an ensemble of h(x): the background, whose members are drawn before the observation of that time is
-seen, and the analysis, drawn after. With P = Var[h(x) | y_1, ..., y_k-1] and R the variance of the observation's error,
-a filter that is right has, in the linear-Gaussian case,
+B and A are ensembles of h(x), the state as it is observed. The members of the background are drawn before the filter
+sees the observation of their time, the members of the analysis after it. O - B is the innovation, O - A the residual.
+Let P = Var[h(x) | y_1, ..., y_k-1] be the background variance and R the error variance of the observation. If the
+filter is right, its means satisfy, in the linear-Gaussian case,
 
-    E (O - B)^2 = P + R,        E (O - A)(O - B) = R,        E (A - B)(O - B) = P,
+$$
+E\,(O - B)^2 = P + R, \qquad E\,(O - A)(O - B) = R, \qquad E\,(A - B)(O - B) = P,
+$$
 
-and its innovations O - B at different times are independent (Desroziers, Berre, Chapnik & Poli 2005, Q. J. R. Meteorol.
-Soc. 131, 3385). Where these do not hold in the mean over time, P or R is not what the filter takes it to be. No truth
-is needed.
+and its innovations at different times are independent (Desroziers, Berre, Chapnik & Poli 2005, Q. J. R. Meteorol. Soc.
+131, 3385). If the means over time differ from these, then P or R is not what the filter takes it to be.
 
-All take numpy arrays, with axes by position, or `xarray.DataArray`, with axes by name, and answer in kind. A NaN
-observation is left out; a NaN member where there is an observation makes the answer NaN.
+All functions take either numpy arrays, with axes by position, or `xarray.DataArray`s, with axes by name. They return
+the same kind. A NaN observation is left out. A NaN member at a time with an observation makes the answer NaN.
 
-**The background is not in a filter's result.** Its particles have all seen the observation: those of the group
-`posterior_predictive`, and the forecasts of `keep_forecasts` too, which are of the ancestors that the observation
-selected. A background comes from an `OnlineFilter` that is given NaN in place of the observation; docs/verification.md
-has the loop. `tune_spread` makes its own, by one unguided draw more of each particle.
+**The background is not in the result of a filter.** All particles of a result have seen the observation of their time:
+those of `posterior_predictive`, and also the forecasts of `keep_forecasts`, because the observation selected the
+ancestors that they start from. To get a background, run an `OnlineFilter` and give it NaN in place of the observation;
+docs/verification.md has the loop. `tune_spread` makes its own background, by one more unguided draw of each particle.
 
-**Members with and without the error.** h(x) itself is best (a `numpyro.deterministic` site of the program, say). Draws
-of `posterior_predictive`, which have the error in them, do as well: in `consistency` with error=0.0, and elsewhere at
-the price of R / M in the mean of M members.
+**Members with or without observation error.** Members of h(x) itself are best, for example from a
+`numpyro.deterministic` site of the program. Draws of `posterior_predictive`, which contain the error, also work: in
+`consistency` with `error=0.0`; elsewhere they add R / M to the variance of the mean of M members.
 """
 
 from __future__ import annotations
@@ -36,12 +38,12 @@ if TYPE_CHECKING:
 
 
 class Estimate(NamedTuple):
-    """A mean over time, by site.
+    """Mean over time with its standard error, for each site.
 
     Attributes:
-        value: the mean.
-        standard_error: its standard error, from blocks of consecutive times taken to be independent; NaN where there
-            are fewer than two.
+        value: mean over time.
+        standard_error: standard error of the mean, from blocks of consecutive times that are assumed independent; NaN
+            with fewer than two blocks.
     """
 
     value: Any
@@ -49,11 +51,11 @@ class Estimate(NamedTuple):
 
 
 class Departures(NamedTuple):
-    """O - B or O - A over time, see `departures`.
+    """Statistics of O - B or O - A over time, returned by `departures`.
 
     Attributes:
-        mean: in the unit of the observation; 0 without a bias.
-        rms: root mean square, in that unit.
+        mean: mean departure, in the unit of the observation; 0 without a bias.
+        rms: root mean square departure, in the unit of the observation.
         count: number of observations.
     """
 
@@ -63,13 +65,13 @@ class Departures(NamedTuple):
 
 
 class Consistency(NamedTuple):
-    """Innovations against the variance expected of them, see `consistency`.
+    """Comparison of innovations with their expected variance, returned by `consistency`.
 
     Attributes:
-        ratio: mean (O - B)^2 over the mean of its expectation: 1 if that is right, above 1 if B or O is given as more
-            accurate than it is.
-        chi_square: sum of (O - B)^2 over its expectation.
-        p_value: probability of a larger one, from chi-square with `count` degrees of freedom.
+        ratio: mean of (O - B)^2 divided by the mean of its expectation. It is 1 if the expectation is right, and above
+            1 if the filter takes B or O to be more accurate than it is.
+        chi_square: sum over observations of (O - B)^2 divided by its expectation.
+        p_value: probability of a larger `chi_square`, from the chi-square distribution with `count` degrees of freedom.
         count: number of observations.
     """
 
@@ -80,11 +82,11 @@ class Consistency(NamedTuple):
 
 
 class ErrorVariances(NamedTuple):
-    """What innovations say of the variances, see `error_variances`.
+    """Estimates of observation and background variance, returned by `error_variances`.
 
     Attributes:
-        observation: mean (O - A)(O - B), an estimate of R, in the squared unit of the observation.
-        background: mean (A - B)(O - B), an estimate of P, in that unit.
+        observation: mean of (O - A)(O - B), an estimate of R, in the squared unit of the observation.
+        background: mean of (A - B)(O - B), an estimate of P, in the squared unit of the observation.
         count: number of observations.
     """
 
@@ -96,20 +98,25 @@ class ErrorVariances(NamedTuple):
 def departures(
     observations: Any, members: Any, *, member: int | str = 0, time: int | str = 0, axis: Axis = (), block: int = 1
 ) -> Departures:
-    """Mean and RMS of observation minus ensemble mean, by site over time.
+    """Mean and RMS over time of observation minus ensemble mean, for each site.
 
     Args:
         observations: observed values, NaN where missing.
-        members: of the background (O - B) or of the analysis (O - A), in the place of the observations; one axis more.
-        member: the members' axis: position in `members` for numpy, name for xarray.
-        time: the axis of time: position in the observations for numpy, name for xarray.
-        axis: further axes of the observations that are averaged over. Values of one time are taken to be dependent.
-        block: consecutive times whose values are taken to be dependent in the standard errors: 1 for the innovations of
-            a filter that is right, which are white; several where they are not, or for O - A.
+        members: ensemble of the background (for O - B) or of the analysis (for O - A); the axes of the observations and
+            one axis of members.
+        member: axis of the members: its position in `members` for numpy, its name for xarray.
+        time: axis of time: its position in the observations for numpy, its name for xarray.
+        axis: further axes of the observations to average over. Standard errors allow for dependence between the values
+            of one time.
+        block: number of consecutive times that the standard errors treat as dependent. Use 1 for the innovations of a
+            filter that is right, because they are white; use more for other innovations, and for O - A.
+
+    Returns:
+        Mean, RMS and count, without the axes averaged over.
 
     Raises:
-        ValueError: shapes, axes or a block that do not fit.
-        TypeError: numpy arrays mixed with xarray's.
+        ValueError: shapes or axes do not fit, or `block` is not between 1 and the number of times.
+        TypeError: numpy arrays and xarray arrays are mixed.
     """
     over = _OverTime(observations, members, member, time, axis, block)
     departure = over.departure()
@@ -128,29 +135,34 @@ def consistency(
     axis: Axis = (),
     block: int = 1,
 ) -> Consistency:
-    """Whether innovations are as large as background spread and observation error say: (O - B)^2 against P + R.
+    """Compare squared innovations (O - B)^2 with background variance plus observation error variance, P + R.
 
     The expectation of (O - B)^2 is (M + 1) / M times the unbiased variance of M members, plus R. A ratio of 1 says that
-    the sum is right, not each part: see `error_variances`. The ratio has a standard error near sqrt(2 / count).
+    the sum P + R is right, not that each part is (see `error_variances`). The standard error of the ratio is near
+    sqrt(2 / count).
 
-    The p-value is that of independent Gaussian values: right for one site over time (innovations are white) and some
-    hundred members; with fewer, the estimated variance makes chi-square larger, by (M - 1) / (M - 3) in the mean if
-    error=0. Sites of one time are correlated: where `axis` puts them together the p-value is too small or too
-    large, and the ratio with its standard error is what to look at.
+    The p-value assumes independent Gaussian values. That holds for one site over time, because innovations are white,
+    with some hundred members. With fewer members, the estimated variance increases chi-square, in the mean by
+    (M - 1) / (M - 3) if `error` is 0. Sites at one time are correlated: if `axis` combines them, the p-value is too
+    small or too large. Then look at the ratio and its standard error.
 
     Args:
-        observations: see `departures`.
-        background: members drawn before the observation of their time is seen; at least two.
-        error: standard deviation of the observation's error, as a number or for each observation. 0.0 where the members
-            have the error in them, as those of `posterior_predictive`.
-        member: see `departures`.
-        time: see `departures`.
-        axis: see `departures`.
-        block: see `departures`.
+        observations: observed values, NaN where missing.
+        background: members drawn before the filter saw the observation of their time; at least two; the axes of the
+            observations and one axis of members.
+        error: standard deviation of the observation error, one number or one for each observation, in the unit of the
+            observation. Use 0.0 if the members contain the error, as those of `posterior_predictive` do.
+        member: axis of the members, as in `departures`.
+        time: axis of time, as in `departures`.
+        axis: further axes of the observations to average over, as in `departures`.
+        block: number of consecutive times that the standard error treats as dependent, as in `departures`.
+
+    Returns:
+        Ratio, chi-square, p-value and count, without the axes averaged over.
 
     Raises:
-        ValueError: see `departures`; fewer than two members.
-        TypeError: see `departures`.
+        ValueError: there are fewer than two members, shapes or axes do not fit, or `block` is out of range.
+        TypeError: numpy arrays and xarray arrays are mixed.
     """
     import scipy.stats
 
@@ -159,7 +171,7 @@ def consistency(
     squares = over.departure() ** 2
     size = over.mean(expected)
     ratio = over.mean(squares) / size
-    # The ratio of two means, to first order in their errors.
+    # The error of a ratio of two means, to first order in the errors of the means.
     error_of_ratio = over.standard_error((squares - ratio * expected) / size)
     chi_square = over.mean(squares / expected) * over.count
     p_value = chi_square.copy(data=scipy.stats.chi2.sf(chi_square.values, over.count.values))
@@ -181,33 +193,36 @@ def error_variances(
     axis: Axis = (),
     block: int = 1,
 ) -> ErrorVariances:
-    """Estimates of the error variance R and the background variance P = H B H^T from the filter's own output.
+    """Estimate the error variance R and the background variance P = H B H^T from the output of a filter.
 
-    R from (O - A)(O - B), P from (A - B)(O - B), A and B being the means of the members (Desroziers et al. 2005). Their
-    sum is the mean of (O - B)^2, whatever the filter.
+    The mean of (O - A)(O - B) estimates R and the mean of (A - B)(O - B) estimates P, where A and B are ensemble means
+    (Desroziers et al. 2005). The two always sum to the mean of (O - B)^2.
 
-    Only that sum is measured; how it is shared out is the filter's own doing. A filter that observes one value,
-    believes in R' and P', and has innovations of variance V, gives R' V / (R' + P') and P' V / (R' + P'), whatever the
-    truth in the ratio R' / P': R and P if that is R / P. If P' is right and R' is not, the first lies between R' and R,
-    on the right side but not all the way (Waller, Dance & Nichols 2016, Q. J. R. Meteorol. Soc. 142, 418). The mean
-    departure is not taken off: a bias adds its square.
+    The observations determine only this sum. The filter's own assumptions split it: a filter that observes one value,
+    assumes variances R' and P', and has innovations of variance V yields R' V / (R' + P') and P' V / (R' + P'). These
+    are R and P only if R' / P' = R / P. If P' is right and R' is wrong, the estimate of R lies between R' and R: it
+    moves in the right direction, but not all the way (Waller, Dance & Nichols 2016, Q. J. R. Meteorol. Soc. 142, 418).
+    The mean departure is not subtracted, so a bias adds its square.
 
-    They are exact for Gaussian variables, linear h and exact means. Of M members, with draws of B and A that are
-    independent of each other, the estimate of P is too large by P / M, and by R / M more if the error is in them; with
-    an A computed from that B (an ensemble Kalman filter's), both are off by order 1 / M.
+    The estimates are exact for Gaussian variables, linear h and exact means. With M members, and draws of B and A that
+    are independent of each other, the estimate of P is too large by P / M, and by R / M more if the members contain
+    the error. If A is computed from B, as in an ensemble Kalman filter, both estimates are off by order 1 / M.
 
     Args:
-        observations: see `departures`.
-        background: members drawn before the observation of their time is seen.
-        analysis: members drawn after; their number may be another.
-        member: see `departures`.
-        time: see `departures`.
-        axis: see `departures`.
-        block: see `departures`.
+        observations: observed values, NaN where missing.
+        background: members drawn before the filter saw the observation of their time.
+        analysis: members drawn after it; their number may differ from that of the background.
+        member: axis of the members in both ensembles, as in `departures`.
+        time: axis of time, as in `departures`.
+        axis: further axes of the observations to average over, as in `departures`.
+        block: number of consecutive times that the standard errors treat as dependent, as in `departures`.
+
+    Returns:
+        Both variances with standard errors, and the count, without the axes averaged over.
 
     Raises:
-        ValueError: see `departures`.
-        TypeError: see `departures`.
+        ValueError: shapes or axes do not fit, or `block` is out of range.
+        TypeError: numpy arrays and xarray arrays are mixed.
     """
     over = _OverTime(observations, background, member, time, axis, block)
     innovation = over.departure()
@@ -220,7 +235,7 @@ def error_variances(
 
 
 class _OverTime:
-    """Observations with members in their place, and means over time with standard errors."""
+    """Observations with an ensemble, and means over time with standard errors."""
 
     def __init__(
         self, observations: Any, members: Any, member: int | str, time: int | str, axis: Axis, block: int
@@ -230,16 +245,16 @@ class _OverTime:
         self.others = [name for name in self.case.axes(axis) if name != self.time]
         steps = self.case.truth.sizes[self.time]
         if not 1 <= block <= steps:
-            raise ValueError(f"block={block}; give a number of steps from 1 to the {steps} that there are.")
+            raise ValueError(f"block={block}; give a number of consecutive times, from 1 to {steps}.")
         self.starts = np.arange(0, steps, block)
         self.count = self.case.valid.sum([self.time, *self.others])
 
     def departure(self) -> xarray.DataArray:
-        """O minus the mean of the members."""
+        """Observation minus ensemble mean."""
         return self.case.truth - self.case.members.mean("member", skipna=False)
 
     def beside(self, values: Any, name: str) -> xarray.DataArray:
-        """`values` at each observation, given as a number or in the kind of the observations."""
+        """Broadcast `values`, one number or an array of the same kind, to the axes of the observations."""
         import xarray
 
         truth = self.case.truth
@@ -253,12 +268,12 @@ class _OverTime:
         return truth.copy(data=np.broadcast_to(np.asarray(values, float), truth.shape))
 
     def mean(self, values: xarray.DataArray) -> xarray.DataArray:
-        """Over time and the further axes, of what is observed."""
+        """Mean of `values` over time and the further axes, at observed points; NaN where nothing is observed."""
         total = values.where(self.case.valid, 0.0).sum([self.time, *self.others], skipna=False)
         return total / self.count.where(self.count > 0)
 
     def standard_error(self, residual: xarray.DataArray) -> xarray.DataArray:
-        """That of the mean of something with this residual, all values of a block of times being dependent."""
+        """Standard error of a mean whose terms deviate from it by `residual`; terms of one block may be dependent."""
         valid = self.case.valid
         sums = self._by_block(residual.where(valid, 0.0).sum(self.others, skipna=False))
         blocks = np.sum(self._by_block(valid.sum(self.others)) > 0, axis=0)
@@ -267,13 +282,14 @@ class _OverTime:
         return count.copy(data=np.sqrt(factor * np.sum(sums**2, axis=0))) / count
 
     def _by_block(self, values: xarray.DataArray) -> np.ndarray:
+        """Sums of `values` over each block of times, shape (block, ...)."""
         return np.add.reduceat(values.transpose(self.time, *self.count.dims).values, self.starts, axis=0)
 
     def estimate(self, values: xarray.DataArray) -> Estimate:
-        """Mean of the values with its standard error."""
+        """Mean of `values` over time and the further axes, with its standard error."""
         mean = self.mean(values)
         return Estimate(self.answer(mean), self.answer(self.standard_error(values - mean)))
 
     def answer(self, values: xarray.DataArray) -> Any:
-        """In the kind of the members."""
+        """Convert `values` to the kind of array that the members were given as."""
         return self.case.answer(values)

@@ -1,4 +1,7 @@
-"""Arrays by position or by name as one: numpy's and xarray's, worked on alike and answered in kind."""
+"""Common treatment of numpy and xarray arguments: axes by position or by name, results of the same kind.
+
+Diagnostics convert their arguments to `xarray.DataArray`s, compute by name, and convert the result back.
+"""
 
 from __future__ import annotations
 
@@ -11,25 +14,29 @@ if TYPE_CHECKING:
     import xarray
 
 Axis = int | str | Sequence[int | str] | None
-"""Axes of the truth (without that of the members): positions for numpy, names for xarray; None for all of them."""
+"""Axes of the truth, which has no axis of members: positions for numpy, names for xarray, None for all axes."""
 
 
 def position(axis: int | str) -> int:
-    """The axis of a numpy array, which has no names."""
+    """Check that `axis` is a position, as an axis of a numpy array must be, and return it.
+
+    Raises:
+        ValueError: `axis` is a name.
+    """
     if isinstance(axis, str):
-        raise ValueError(f"'{axis}' is the name of an axis; numpy arrays have positions: give an integer.")
+        raise ValueError(f"'{axis}' is the name of an axis, but axes of numpy arrays have no names; give an integer.")
     return axis
 
 
 def is_labeled(value: Any) -> bool:
-    """Whether it is an `xarray.DataArray`."""
+    """Whether `value` is an `xarray.DataArray`."""
     import xarray
 
     return isinstance(value, xarray.DataArray)
 
 
 def named(values: Any) -> xarray.DataArray:
-    """As a `DataArray` in double precision; the axes of a numpy array are named by their position."""
+    """Convert to a `DataArray` in double precision; the axes of a numpy array get the names axis_0, axis_1, ..."""
     import xarray
 
     if is_labeled(values):
@@ -39,10 +46,16 @@ def named(values: Any) -> xarray.DataArray:
 
 
 def axis_names(axis: Axis, dims: Sequence[str], labeled: bool, whose: str = "the truth") -> list[str]:
-    """Names of axes among `dims`, each given by its name, or by its position where nothing is labeled.
+    """Names of the axes `axis` among `dims`.
+
+    Args:
+        axis: axes by name if the array is labeled, otherwise by position; None for all axes.
+        dims: names of all axes.
+        labeled: whether the caller's array is an `xarray.DataArray`.
+        whose: name of the array in the error message.
 
     Raises:
-        ValueError: one that is not there.
+        ValueError: an axis is not among `dims`.
     """
     if axis is None:
         return list(dims)
@@ -56,16 +69,27 @@ def axis_names(axis: Axis, dims: Sequence[str], labeled: bool, whose: str = "the
 
 
 def answer(score: xarray.DataArray, labeled: bool) -> Any:
-    """Labeled or not, as what it was made of; a number where numpy arrays leave no axis."""
+    """Convert a score to the kind of the caller's arrays: `DataArray`, numpy array, or a number if no axis is left."""
     if labeled:
         return score
     return score.item() if score.ndim == 0 else score.values
 
 
 class EnsembleCase:
-    """Members, truth and weights as `DataArray`s in double precision, whatever they were given as.
+    """Ensemble, truth and weights of a score as aligned `DataArray`s in double precision.
 
-    Axes of numpy arrays are named by their position in the truth; the members' axis is always named "member".
+    The axes of numpy arrays are named by their position in the truth: axis_0, axis_1, ... The axis of the members is
+    always named "member".
+
+    Args:
+        ensemble: members; the axes of the truth and one axis of members.
+        truth: values that the members are scored against, NaN where missing. None to use the ensemble alone.
+        member: axis of the members: its position in `ensemble` for numpy, its name for xarray.
+        weights: weights of means over the axes of the truth; None for equal weights.
+
+    Raises:
+        ValueError: axes or shapes do not fit.
+        TypeError: numpy arrays and xarray arrays are mixed.
     """
 
     def __init__(self, ensemble: Any, truth: Any, member: int | str, weights: Any) -> None:
@@ -78,7 +102,7 @@ class EnsembleCase:
         if self.labeled:
             if member not in ensemble.dims:
                 raise ValueError(f"member={member!r} is not a dimension of the ensemble, which has {ensemble.dims}.")
-            # The number of a member is of no use here, and would clash with the new name of its axis.
+            # Coordinates along the axis of members are not needed, and could clash with its new name.
             numbers = [name for name, coordinate in ensemble.coords.items() if member in coordinate.dims]
             self.members = ensemble.drop_vars(numbers).rename({member: "member"}).astype(float)
         else:
@@ -87,7 +111,7 @@ class EnsembleCase:
             self.members = xarray.DataArray(values, dims=["member", *names])
         dims = [str(name) for name in self.members.dims if name != "member"]
         if truth is None:
-            # A point that no member has, as land in a sea surface temperature, is no point of the field.
+            # Where all members are NaN the field is undefined, such as sea surface temperature on land.
             self.truth = self.members.isel(member=0)
             self.valid = self.members.notnull().any("member")
         else:
@@ -102,13 +126,14 @@ class EnsembleCase:
             self.weights = weights.astype(float)
         else:
             self.weights = self._given(np.broadcast_to(np.asarray(weights, float), self.truth.shape), dims)
-        # By default xarray would silently keep the points in common.
+        # Without join="exact" xarray would silently keep only the points in common.
         aligned = xarray.align(self.members, self.truth, self.valid, self.weights, join="exact")
         self.members, self.truth, self.valid, self.weights = aligned
         self.members, self.truth = self.members.transpose("member", *dims), self.truth.transpose(*dims)
         self.valid = self.valid.transpose(*dims)
 
     def _given(self, values: Any, dims: list[str]) -> xarray.DataArray:
+        """Give a numpy array the names of the truth's axes."""
         import xarray
 
         values = np.asarray(values, float)
@@ -117,22 +142,30 @@ class EnsembleCase:
         return xarray.DataArray(values, dims=dims)
 
     def require_two_members(self) -> None:
-        """Refuse what has no spread."""
+        """Raise if the ensemble has fewer than two members and so no spread.
+
+        Raises:
+            ValueError: there are fewer than two members.
+        """
         if self.members.sizes["member"] < 2:
-            raise ValueError("this score needs at least two members.")
+            raise ValueError(f"this score needs at least two members; got {self.members.sizes['member']}.")
 
     def squared_error(self) -> xarray.DataArray:
-        """Of the ensemble mean."""
+        """Squared error of the ensemble mean at each point."""
         return (self.members.mean("member", skipna=False) - self.truth) ** 2
 
     def variance(self) -> xarray.DataArray:
-        """Unbiased variance of the members times (M + 1) / M."""
+        """Unbiased variance of the members at each point, times (M + 1) / M.
+
+        Raises:
+            ValueError: there are fewer than two members.
+        """
         self.require_two_members()
         m = self.members.sizes["member"]
         return (m + 1) / m * self.members.var("member", ddof=1, skipna=False)
 
     def mean(self, values: xarray.DataArray, axis: Axis) -> xarray.DataArray:
-        """Weighted mean over the axes of the points that count."""
+        """Weighted mean of `values` over `axis` at points that are not missing; NaN where all are missing."""
         dims = self.axes(axis)
         weights = self.weights.where(self.valid, 0.0)
         total = (values.where(self.valid, 0.0) * weights).sum(dims, skipna=False)
@@ -140,9 +173,9 @@ class EnsembleCase:
         return total / weight.where(weight > 0)
 
     def axes(self, axis: Axis) -> list[str]:
-        """Names of axes of the truth; all of them for None."""
+        """Names of the axes `axis` of the truth; None for all axes."""
         return axis_names(axis, [str(name) for name in self.truth.dims], self.labeled)
 
     def answer(self, score: xarray.DataArray) -> Any:
-        """In the kind of the ensemble."""
+        """Convert a score to the kind of array that the ensemble was given as."""
         return answer(score, self.labeled)

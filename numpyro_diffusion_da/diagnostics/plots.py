@@ -1,4 +1,4 @@
-"""Figures. Matplotlib is imported only when one is made."""
+"""Figures of filter results; matplotlib is imported when a figure is made."""
 
 from __future__ import annotations
 
@@ -15,12 +15,15 @@ if TYPE_CHECKING:
 
     from numpyro_diffusion_da.results.result import FilterResult
 
-# Okabe & Ito's palette, readable without color vision.
 PALETTE = ("#D55E00", "#777777", "#0072B2", "#009E73", "#E69F00", "#000000")
+"""Colors of Okabe & Ito, distinguishable without full color vision."""
 
 
 def median_over_blocks(values: np.ndarray) -> np.ndarray:
-    """A statistic of one chain over time: the median over blocks of localized ancestors, shape (time,)."""
+    """Median over blocks of a statistic of one chain: (time,) or (time, block) -> (time,).
+
+    Statistics of weights have a trailing axis of blocks with localized resampling; others are returned as they are.
+    """
     return values if values.ndim == 1 else np.median(values, axis=1)
 
 
@@ -31,14 +34,19 @@ def skill_figure(
     stats: Mapping[str, np.ndarray],
     title: str = "",
 ) -> Figure:
-    """Error and spread of fields over time, of several runs; and how many particles of the first count.
+    """Figure of error and spread over time for several runs, and of the effective particles of the first run.
+
+    Each field has a panel. A last panel shows distinct ancestors and effective sample size (ESS) of the first run.
 
     Args:
-        days: time of each step, shape (time,).
-        scores: run -> field -> "rmse" and "spread", one value a step. Each run has a color, the first the strongest.
-        units: field -> its unit. One panel each.
-        stats: `FilterResult.sample_stats` of the first run, of which the first chain is shown.
-        title: of the figure.
+        days: time of each step in days, shape (time,).
+        scores: run -> field -> "rmse" and "spread", each with one value per step. Each run has its own color.
+        units: field -> unit of the field, one entry per panel.
+        stats: `FilterResult.sample_stats` of the first run; its first chain is shown.
+        title: title of the figure.
+
+    Returns:
+        The figure.
     """
     from matplotlib.figure import Figure
 
@@ -58,7 +66,7 @@ def skill_figure(
     )
     count.set_yscale("log", base=2)
     count.yaxis.set_major_formatter("{x:.0f}")
-    count.set(title=f"{next(iter(scores))}: particles that count", ylim=(0.9, 1.1 * len(stats["log_weights"][0])))
+    count.set(title=f"{next(iter(scores))}: effective particles", ylim=(0.9, 1.1 * len(stats["log_weights"][0])))
     for axes in panels[: len(units) + 1]:
         axes.set(xlabel="days", xlim=(0, days[-1]))
     for axes in rest:
@@ -79,17 +87,20 @@ def map_figure(
     places: Mapping[str, tuple[np.ndarray, np.ndarray]] | None = None,
     title: str = "",
 ) -> Figure:
-    """Maps of a true field, of the particles' mean, of its error, and of where it was observed.
+    """Figure of four maps: a true field, the ensemble mean, the error of the mean, and the observed places.
 
     Args:
-        truth: shape (latitude, longitude).
-        mean: shape (latitude, longitude).
-        latitude: degrees north.
-        longitude: degrees east.
-        units: of the field.
-        land: land-sea mask, 1 on land, shape (latitude, longitude), for coastlines.
-        places: kind of instrument -> latitudes and longitudes, each (point,).
-        title: of the figure.
+        truth: true field, shape (latitude, longitude).
+        mean: ensemble mean, shape (latitude, longitude).
+        latitude: latitudes in degrees north, shape (latitude,).
+        longitude: longitudes in degrees east, shape (longitude,).
+        units: unit of the field.
+        land: land-sea mask, 1 on land, shape (latitude, longitude); adds coastlines.
+        places: kind of instrument -> latitudes and longitudes in degrees, each of shape (point,).
+        title: title of the figure.
+
+    Returns:
+        The figure.
     """
     from matplotlib.figure import Figure
 
@@ -134,21 +145,24 @@ def predictive_at_point(
     units: str = "",
     title: str = "",
 ) -> Figure:
-    """What is predicted of one observed value, before and after it is seen; over time, and at one time in full.
+    """Figure of the predictive distributions of one observed value: over time, and as histograms at one time.
 
-    Both are draws of the observation, its error included, all chains together: p(y_k | y_{1:k-1}) of the forecast at
-    `step`, its first, and p(y_rep | y_{1:k}) of the analysis, which has seen the value itself. The forecast is judged
-    by where the value falls in it; the analysis has to contain it.
+    Both distributions consist of draws of the observation, error included, from all chains. At `step` the forecast is
+    p(y_k | y_{1:k-1}), and the analysis, which has seen the value, is p(y_rep | y_{1:k}). The rank of the value in the
+    forecast tests the forecast. The analysis should contain the value.
 
     Args:
-        analysis: of the filter.
-        forecast: of the same filter with the observations from `step` on left out (NaN), and the same key.
-        site: an observed site.
-        index: of the value in it; () for a scalar site.
-        step: the first step that the forecast does not see.
-        time: one value a step; steps by default.
-        units: of the value.
-        title: of the figure.
+        analysis: result of the filter.
+        forecast: result of the same filter with the same key, and with NaN for all observations from `step` on.
+        site: name of an observed site.
+        index: index of the value in the site; () for a scalar site.
+        step: index of the first step whose observation the forecast has not seen.
+        time: time of each step; 0, 1, ... by default.
+        units: unit of the value.
+        title: title of the figure.
+
+    Returns:
+        The figure.
     """
     from matplotlib.figure import Figure
 
@@ -183,23 +197,26 @@ def predictive_at_point(
     over_time.legend(fontsize=8, frameon=False, ncols=2, loc="upper left")
     over_time.plot(time[step], observed[step], "ko", ms=10, mfc="none")
     low, high = over_time.get_ylim()
-    over_time.set_ylim(low, high + 0.2 * (high - low))  # room for the legends
+    over_time.set_ylim(low, high + 0.2 * (high - low))  # space for the legends
     return figure
 
 
 def pit_over_time(pit: np.ndarray, time: np.ndarray, *, bins: int = 10, windows: int = 6, title: str = "") -> Figure:
-    """Probability integral transforms of observations: their histogram, and where they fall in the course of time.
+    """Figure of probability integral transforms (PIT) of observations: a histogram, and their values over time.
 
-    Uniform where predictions are calibrated; at both ends where they are too narrow, in the middle where too wide, at
-    one end where they are off. On the right, the middle and the quartiles of each window are marked, which belong on
-    the gray lines.
+    The PIT is uniform if predictions are calibrated. Values accumulate at both ends if predictions are too narrow, in
+    the middle if they are too wide, and at one end if they are biased. The right panel marks median and quartiles of
+    each window of time; they should lie on the gray lines.
 
     Args:
-        pit: of each observation, between 0 and 1, shape (observation,).
-        time: of each observation, as numbers or dates, shape (observation,).
-        bins: of the histogram.
-        windows: how many parts of the time are told apart.
-        title: of the figure.
+        pit: PIT of each observation, between 0 and 1, shape (observation,).
+        time: time of each observation, as numbers or dates, shape (observation,).
+        bins: number of bins of the histogram.
+        windows: number of windows of time.
+        title: title of the figure.
+
+    Returns:
+        The figure.
     """
     from matplotlib.figure import Figure
 
@@ -212,9 +229,14 @@ def pit_over_time(pit: np.ndarray, time: np.ndarray, *, bins: int = 10, windows:
     whole, by_time = figure.subplots(1, 2, width_ratios=[1, 1.8])
     whole.bar(edges[:-1], counts, 1 / bins, align="edge", color=PALETTE[2], alpha=0.8, edgecolor="w")
     whole.axhline(expected, color="k", lw=1)
-    band = {"color": "#dddddd", "lw": 0, "zorder": 0, "label": "95 % of bars if uniform"}
+    band = {"color": "#dddddd", "lw": 0, "zorder": 0, "label": "95 % interval of a bar if uniform"}
     whole.axhspan(expected - margin, expected + margin, **band)
-    whole.set(xlabel="PIT", ylabel="observations", xlim=(0, 1), ylim=(0, 1.25 * max(counts.max(), expected + margin)))
+    whole.set(
+        xlabel="PIT",
+        ylabel="number of observations",
+        xlim=(0, 1),
+        ylim=(0, 1.25 * max(counts.max(), expected + margin)),
+    )
     whole.legend(fontsize=8, frameon=False, loc="upper center")
     for quarter in (0.25, 0.5, 0.75):
         by_time.axhline(quarter, color="#aaaaaa", lw=1)
@@ -237,23 +259,27 @@ def genealogy(
     time: Sequence[Any] | np.ndarray | None = None,
     title: str = "",
 ) -> Figure:
-    """The lines of the last particles through those of earlier times, and how many different ones there are.
+    """Figure of the genealogy of the last particles, and of the number of distinct particles on it over time.
 
     Args:
-        result: of a filter that selects.
-        index: of the value of the state that is shown; () for a scalar.
-        paths: trajectories of `Filter.backward_simulation`, shown beside the genealogy.
-        chain: which filter.
-        lags: fixed lags whose distinct lines are shown too.
-        time: one value a step; steps by default.
-        title: of the figure.
+        result: result of a particle filter.
+        index: index of the value of the state to show; () for a scalar state.
+        paths: trajectories of `Filter.backward_simulation`, shown in a second panel.
+        chain: index of the chain to show.
+        lags: fixed lags for which to show the number of distinct particles.
+        time: time of each step; 0, 1, ... by default.
+        title: title of the figure.
+
+    Returns:
+        The figure.
 
     Raises:
-        ValueError: a result without a genealogy, see `smoothing`.
+        ValueError: the result has no genealogy: it comes from an ensemble Kalman filter or from localized resampling,
+            or is already smoothed.
     """
     from matplotlib.figure import Figure
 
-    lines = {"lines of the last particles": smoothing.trajectories(result)}
+    lines = {"genealogy of the last particles": smoothing.trajectories(result)}
     if paths is not None:
         lines["backward simulation"] = paths
     point: tuple[Any, ...] = (..., *index)
@@ -266,7 +292,7 @@ def genealogy(
     stats = result.sample_stats
     count.plot(time, stats["distinct_ancestors"][chain], color="#999999", label="distinct ancestors of one step")
     for lag, color in zip(lags, PALETTE[3:], strict=False):
-        count.plot(time, smoothing.distinct_ancestors_at(result, lag)[chain], color=color, label=f"lines of lag {lag}")
+        count.plot(time, smoothing.distinct_ancestors_at(result, lag)[chain], color=color, label=f"fixed lag {lag}")
     panels = upper.subplots(1, len(lines), sharey=True, squeeze=False)[0]
     for axes, (name, of_lines), color in zip(panels, lines.items(), (PALETTE[0], PALETTE[2]), strict=False):
         _links(axes, time, particles, of_lines.sample_stats["filter_draw"][chain], color)
@@ -274,14 +300,14 @@ def genealogy(
         axes.title.set_fontsize(10)
         count.plot(time, of_lines.sample_stats["distinct_lines"][chain], color=color, label=name)
     panels[0].set_ylabel(f"{result.latent_name}[{', '.join(map(str, index))}]" if index else result.latent_name)
-    count.set(xlabel="time", ylabel="different particles", yscale="log", xlim=(time[0], time[-1]))
+    count.set(xlabel="time", ylabel="distinct particles", yscale="log", xlim=(time[0], time[-1]))
     count.set_ylim(0.9, 1.2 * len(particles))
     count.legend(fontsize=8, frameon=False, ncols=2)
     return figure
 
 
 def _links(axes: Axes, time: np.ndarray, particles: np.ndarray, lines: np.ndarray, color: str) -> None:
-    """Particles (draw, time) as dots, and the links of lines (line, time) between them, each drawn once."""
+    """Draw particles (draw, time) as dots and the links between them on lines (line, time), each link once."""
     from matplotlib.collections import LineCollection
 
     axes.plot(time, particles.T, ".", color="#aaaaaa", ms=2.5, mew=0, rasterized=True, zorder=1)

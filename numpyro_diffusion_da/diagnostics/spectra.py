@@ -1,9 +1,10 @@
-"""Fields along a ring (a circle of latitude, a periodic model): how their variance is spread over wavenumbers.
+"""Power spectrum and roughness of fields along a ring, such as a circle of latitude or a periodic model.
 
-Both take numpy arrays, with axes by position, or `xarray.DataArray`, with axes by name, and answer in kind. The points
-of the ring are equally spaced and the last is followed by the first. A NaN on a ring makes its answer NaN.
+Both functions take either numpy arrays, with axes by position, or `xarray.DataArray`s, with axes by name. They return
+the same kind. The points of a ring are equally spaced, and the first point follows the last. A NaN on a ring makes the
+answer for that ring NaN.
 
-The mean of an ensemble is smoother than its members, so that a spectrum is taken of each member and averaged then.
+The mean of an ensemble is smoother than its members. Compute the spectrum of each member and average the spectra.
 """
 
 from __future__ import annotations
@@ -19,27 +20,29 @@ if TYPE_CHECKING:
 
 
 def power_spectrum(field: Any, *, axis: int | str = -1, average: Axis = (), weights: Any = None) -> Any:
-    """Variance along a ring by wavenumber, in the squared unit of the field.
+    r"""Variance along a ring by wavenumber, in the squared unit of the field.
 
-    With x_j = sum_k c_k exp(2 pi i j k / n), wavenumber k has the power |c_k|^2 + |c_-k|^2 = 2 |c_k|^2, and |c_k|^2
-    alone for k = n / 2. The sum over k is the variance along the ring about its own mean (Parseval's theorem).
+    For a ring of n points, $x_j = \sum_k c_k \exp(2 \pi i j k / n)$, wavenumber k has the power
+    $|c_k|^2 + |c_{-k}|^2 = 2 |c_k|^2$, or $|c_k|^2$ if $k = n / 2$. The sum over all k is the variance along the ring
+    about the mean of the ring (Parseval's theorem).
 
-    On a circle of latitude k counts waves around it, whose length shrinks towards the pole as cos(latitude).
+    On a circle of latitude, k is the number of waves around the circle. Their length decreases towards the pole as
+    cos(latitude).
 
     Args:
         field: shape (..., n, ...), n at least 2.
-        axis: the ring.
-        average: other axes of the field, over which the power is averaged: members, times, latitudes.
-        weights: of that mean, not negative, for instance `verification.area_weights`. For numpy they broadcast against
-            the field without the ring's axis.
+        axis: axis of the ring.
+        average: other axes of the field to average the power over, such as members, times and latitudes.
+        weights: non-negative weights of that mean, for example `area_weights`. A numpy array is broadcast against the
+            field without the axis of the ring.
 
     Returns:
-        Power at the wavenumbers 1, 2, ..., n // 2, in the place of the ring's axis; for xarray its dimension is
-        `wavenumber`.
+        Power at the wavenumbers 1, 2, ..., n // 2, in the place of the axis of the ring; for xarray this dimension is
+        named `wavenumber`.
 
     Raises:
-        ValueError: axes or weights that do not fit, or a ring of fewer than 2 points.
-        TypeError: numpy arrays mixed with xarray's.
+        ValueError: axes or weights do not fit the field, or the ring has fewer than 2 points.
+        TypeError: numpy arrays and xarray arrays are mixed.
     """
     ring = _Ring(field, axis, average, weights)
     n = ring.field.sizes[ring.axis]
@@ -51,25 +54,32 @@ def power_spectrum(field: Any, *, axis: int | str = -1, average: Axis = (), weig
 
 
 def roughness(field: Any, *, axis: int | str = -1, average: Axis = (), weights: Any = None) -> Any:
-    """Mean square of first differences along a ring over twice its variance: near 0 smooth, near 1 white noise.
+    r"""Mean squared first difference along a ring, divided by twice the variance: near 0 if smooth, 1 if white noise.
 
-    (1/n) sum_j (x_{j+1} - x_j)^2 / (2 Var x), Var x the variance along the ring about its own mean. It is one minus the
-    autocorrelation of neighbors, and the mean of 1 - cos(2 pi k / n) over the power spectrum: a wave of k periods has
-    exactly that, independent values n / (n - 1) in the mean of numerator and denominator, an alternation of signs 2.
-    Seams, as where one part of a field comes from another member than the next, raise it.
+    The roughness of a ring x of n points is
+
+    $$
+    \frac{1}{n} \sum_j \frac{(x_{j+1} - x_j)^2}{2 \operatorname{Var} x},
+    $$
+
+    where Var x is the variance along the ring about the mean of the ring. This is one minus the autocorrelation of
+    neighboring points, and also the mean of $1 - \cos(2 \pi k / n)$ over the power spectrum. A wave of k periods has
+    exactly this value. Independent values have n / (n - 1), with the means of numerator and denominator taken
+    separately. Alternating signs have 2. Seams increase the roughness, such as those between parts of a field that
+    come from different members.
 
     Args:
-        field: as in `power_spectrum`.
-        axis: the ring.
-        average: other axes of the field; numerator and denominator are averaged over them, each for itself.
-        weights: as in `power_spectrum`.
+        field: shape (..., n, ...), n at least 2.
+        axis: axis of the ring.
+        average: other axes of the field to average over; numerator and denominator are averaged separately.
+        weights: non-negative weights of that mean, as in `power_spectrum`.
 
     Returns:
-        Roughness, without the ring's axis; NaN where nothing varies.
+        Roughness, without the axis of the ring; NaN where the field does not vary.
 
     Raises:
-        ValueError: see `power_spectrum`.
-        TypeError: see `power_spectrum`.
+        ValueError: axes or weights do not fit the field, or the ring has fewer than 2 points.
+        TypeError: numpy arrays and xarray arrays are mixed.
     """
     ring = _Ring(field, axis, average, weights)
     x = ring.field
@@ -79,7 +89,7 @@ def roughness(field: Any, *, axis: int | str = -1, average: Axis = (), weights: 
 
 
 class _Ring:
-    """A field with the ring's axis last, and the mean over others."""
+    """Field with the axis of its ring last, and weighted means over its other axes."""
 
     def __init__(self, field: Any, axis: int | str, average: Axis, weights: Any) -> None:
         import xarray
@@ -93,9 +103,9 @@ class _Ring:
         others = [name for name in self.dims if name != self.axis]
         self.averaged = others if average is None else axis_names(average, self.dims, self.labeled, "the field")
         if self.axis in self.averaged:
-            raise ValueError(f"average has the axis of the ring, {axis!r}; name other axes, or none.")
+            raise ValueError(f"average contains {axis!r}, the axis of the ring; give other axes of the field, or none.")
         if field.sizes[self.axis] < 2:
-            raise ValueError(f"a ring has 2 points or more; along {axis!r} there is {field.sizes[self.axis]}.")
+            raise ValueError(f"a ring has 2 points or more; axis {axis!r} has {field.sizes[self.axis]}.")
         self.field = field.transpose(..., self.axis)
         at_a_point = self.field.isel({self.axis: 0}, drop=True)
         if weights is None:
@@ -103,17 +113,18 @@ class _Ring:
         elif not self.labeled:
             self.weights = at_a_point.copy(data=np.broadcast_to(np.asarray(weights, float), at_a_point.shape))
         elif extra := set(weights.dims) - set(others):
-            raise ValueError(f"weights have {sorted(extra)}, which are not among the field's other axes {others}.")
+            raise ValueError(f"weights have axes {sorted(extra)}, which are not among the field's other axes {others}.")
         else:
             self.weights = weights.astype(float)
-            xarray.align(self.field, self.weights, join="exact")  # by default xarray would keep the points in common
+            # Without join="exact" xarray would silently keep only the points in common.
+            xarray.align(self.field, self.weights, join="exact")
 
     def mean(self, values: xarray.DataArray) -> xarray.DataArray:
-        """Weighted mean over the axes to average over, a NaN included."""
+        """Weighted mean of `values` over the axes to average over; NaN if any of them is NaN."""
         weights = self.weights.broadcast_like(values)
         return (values * weights).sum(self.averaged, skipna=False) / weights.sum(self.averaged)
 
     def answer(self, values: xarray.DataArray, instead: str | None = None) -> Any:
-        """In the kind of the field, with the axis `instead` where the ring's was."""
+        """Convert `values` to the kind of the field; the axis `instead`, if any, takes the place of the ring's axis."""
         dims = [instead if name == self.axis else name for name in self.dims]
         return answer(values.transpose(*[name for name in dims if name in values.dims]), self.labeled)

@@ -1,14 +1,15 @@
-"""Scores of an ensemble against the truth or observations.
+"""Scores of an ensemble against the truth or against observations.
 
-All take numpy arrays, with axes by position, or `xarray.DataArray`, with axes by name, and answer in kind. M is the
-number of members. Averages are weighted means over `axis`, of squares first with the root last.
+All functions take either numpy arrays, with axes by position, or `xarray.DataArray`s, with axes by name. They return
+the same kind. M is the number of members. Averages are weighted means over `axis`; scores that are a root average the
+squares first and take the root last.
 
-A point whose truth is NaN is left out (a missing observation, land in a sea surface temperature); a NaN member where
-there is a truth makes the score NaN, so that a failed forecast is seen.
+Points whose truth is NaN are left out, such as a missing observation or the sea surface temperature on land. A NaN
+member at a point with a truth makes the score NaN, so that a failed forecast does not go unnoticed.
 
-Against observations, give members with the observation error added: `posterior_predictive` of a filter, whose members
-have seen those observations. What it forecast before it saw them is the matter of `innovations`; what a field looks
-like along a ring, of `spectra`. docs/verification.md says what each number means.
+To score against observations, use members that contain the observation error, such as `posterior_predictive` of a
+filter. These members have seen the observations that they are scored against; `innovations` compares observations with
+forecasts made before. `spectra` describes fields along a ring. docs/verification.md explains each number.
 """
 
 from __future__ import annotations
@@ -24,62 +25,97 @@ def rmse(ensemble: Any, truth: Any, *, member: int | str = 0, axis: Axis = None,
     """Root mean squared error of the ensemble mean, in the unit of the state.
 
     Args:
-        ensemble: members; one axis more than the truth.
-        truth: what they are scored against.
-        member: the members' axis: position in `ensemble` for numpy, name for xarray.
-        axis: axes of the truth that are averaged over; all by default.
-        weights: of the mean, not negative, for instance `area_weights`. For numpy it broadcasts against the truth.
+        ensemble: members; the axes of the truth and one axis of members.
+        truth: values that the members are scored against, NaN where missing.
+        member: axis of the members: its position in `ensemble` for numpy, its name for xarray.
+        axis: axes of the truth to average over; all of them by default.
+        weights: non-negative weights of the mean, for example `area_weights`. A numpy array is broadcast against the
+            truth.
+
+    Returns:
+        RMSE, with the axes of the truth that are not averaged over.
 
     Raises:
-        ValueError: shapes or axes that do not fit.
-        TypeError: numpy arrays mixed with xarray's.
+        ValueError: shapes or axes do not fit.
+        TypeError: numpy arrays and xarray arrays are mixed.
     """
     case = EnsembleCase(ensemble, truth, member, weights)
     return case.answer(case.mean(case.squared_error(), axis) ** 0.5)
 
 
 def spread(ensemble: Any, *, member: int | str = 0, axis: Axis = None, weights: Any = None) -> Any:
-    """Spread of the ensemble, comparable with the RMSE of its mean: sqrt((M + 1) / M mean variance).
+    """Spread of the ensemble, comparable with the RMSE of its mean: sqrt((M + 1) / M x mean variance).
 
-    The variance is the unbiased one. The factor makes up for the error of the mean of M members, so that spread / RMSE
-    is 1 for a calibrated ensemble of any size (Fortin et al. 2014, J. Hydrometeorol. 15, 1708).
+    The variance is the unbiased estimate. The factor (M + 1) / M accounts for the error of the mean of M members:
+    spread / RMSE is 1 for a calibrated ensemble of any size (Fortin et al. 2014, J. Hydrometeorol. 15, 1708).
 
     Args:
-        ensemble: members, at least 2. Points where all are NaN are left out.
-        member: see `rmse`.
-        axis: see `rmse`.
-        weights: see `rmse`.
+        ensemble: members, at least two. Points where all members are NaN are left out.
+        member: axis of the members: its position in `ensemble` for numpy, its name for xarray.
+        axis: axes to average over, counted without the axis of the members; all of them by default.
+        weights: non-negative weights of the mean, as in `rmse`.
+
+    Returns:
+        Spread in the unit of the state, with the axes that are not averaged over.
 
     Raises:
-        ValueError: see `rmse`, and fewer than two members.
-        TypeError: see `rmse`.
+        ValueError: there are fewer than two members, or shapes or axes do not fit.
+        TypeError: numpy arrays and xarray arrays are mixed.
     """
     case = EnsembleCase(ensemble, None, member, weights)
     return case.answer(case.mean(case.variance(), axis) ** 0.5)
 
 
 def spread_skill(ensemble: Any, truth: Any, *, member: int | str = 0, axis: Axis = None, weights: Any = None) -> Any:
-    """Spread / RMSE over the same points: 1 calibrated, below 1 overconfident.
+    """Ratio of spread to RMSE over the same points: 1 if calibrated, below 1 if overconfident.
 
-    Arguments and errors as `rmse`; at least two members.
+    Args:
+        ensemble: members, at least two; the axes of the truth and one axis of members.
+        truth: values that the members are scored against, NaN where missing.
+        member: axis of the members: its position in `ensemble` for numpy, its name for xarray.
+        axis: axes of the truth to average over; all of them by default.
+        weights: non-negative weights of both means, as in `rmse`.
+
+    Returns:
+        Ratio, with the axes of the truth that are not averaged over.
+
+    Raises:
+        ValueError: there are fewer than two members, or shapes or axes do not fit.
+        TypeError: numpy arrays and xarray arrays are mixed.
     """
     case = EnsembleCase(ensemble, truth, member, weights)
     return case.answer((case.mean(case.variance(), axis) / case.mean(case.squared_error(), axis)) ** 0.5)
 
 
 def crps(ensemble: Any, truth: Any, *, member: int | str = 0, axis: Axis = None, weights: Any = None) -> Any:
-    """Mean continuous ranked probability score, in the unit of the state; lower is better.
+    r"""Mean continuous ranked probability score (CRPS), in the unit of the state; lower is better.
 
-    The fair estimate mean |x_i - y| - sum_ij |x_i - x_j| / (2 M (M - 1)), which does not favor larger ensembles.
+    At each point this is the fair estimate, which does not favor larger ensembles:
 
-    Arguments and errors as `rmse`; at least two members. ``axis=()`` gives the score of every point.
+    $$
+    \frac{1}{M} \sum_i |x_i - y| - \frac{1}{2 M (M - 1)} \sum_{i,j} |x_i - x_j|.
+    $$
+
+    Args:
+        ensemble: members x_i, at least two; the axes of the truth and one axis of members.
+        truth: values y that the members are scored against, NaN where missing.
+        member: axis of the members: its position in `ensemble` for numpy, its name for xarray.
+        axis: axes of the truth to average over; all of them by default, none with ``()``.
+        weights: non-negative weights of the mean, as in `rmse`.
+
+    Returns:
+        CRPS, with the axes of the truth that are not averaged over.
+
+    Raises:
+        ValueError: there are fewer than two members, or shapes or axes do not fit.
+        TypeError: numpy arrays and xarray arrays are mixed.
     """
     import scoringrules
 
     case = EnsembleCase(ensemble, truth, member, weights)
     case.require_two_members()
     members = case.members.transpose(..., "member")
-    # "pwm" is the fair estimate (Zamo & Naveau 2018) by sorting: M log M operations, where "fair" makes all M^2 pairs.
+    # "pwm" computes the fair estimate by sorting (Zamo & Naveau 2018): M log M operations instead of M^2 pairs.
     score = scoringrules.crps_ensemble(case.truth.values, members.values, estimator="pwm", backend="numpy")
     return case.answer(case.mean(case.truth.copy(data=score), axis))
 
@@ -87,36 +123,45 @@ def crps(ensemble: Any, truth: Any, *, member: int | str = 0, axis: Axis = None,
 def energy_score(
     ensemble: Any, truth: Any, *, vector: Axis, member: int | str = 0, axis: Axis = None, weights: Any = None
 ) -> Any:
-    """Mean energy score of whole vectors, in the unit of the state (times the root of the weights); lower is better.
+    r"""Mean energy score of vectors, in the unit of the state times the root of the weights; lower is better.
 
-    The fair estimate mean ||x_i - y|| - sum_ij ||x_i - x_j|| / (2 M (M - 1)) (Gneiting & Raftery 2007, J. Am. Stat.
-    Assoc. 102, 359, section 4.3, with the second mean over different members). In one dimension it is the CRPS. It is
-    proper for the joint distribution, but weak at telling dependence between elements: a wrong correlation costs little
-    where mean and spread are right (Pinson & Tastu 2013).
+    For each vector this is the fair estimate
+
+    $$
+    \frac{1}{M} \sum_i \|x_i - y\| - \frac{1}{2 M (M - 1)} \sum_{i,j} \|x_i - x_j\|
+    $$
+
+    (Gneiting & Raftery 2007, J. Am. Stat. Assoc. 102, 359, section 4.3, with the second mean over pairs of different
+    members). In one dimension it is the CRPS. The score is proper for the joint distribution, but insensitive to
+    dependence between elements: a wrong correlation costs little if mean and spread are right (Pinson & Tastu 2013).
 
     Args:
-        ensemble: see `rmse`; at least two members.
-        truth: see `rmse`. An element that is missing is left out of its vector.
-        vector: axes of the truth that together are one vector: time and cycles usually not among them.
-        member: see `rmse`.
-        axis: which of the other axes are averaged over, plainly; all of them by default. Vectors of which nothing is
-            there are left out.
-        weights: of the norm, ||x||^2 = sum_j w_j x_j^2, not negative; for instance `area_weights`, or 1 over the
-            variance of each variable where several are put together.
+        ensemble: members x_i, at least two; the axes of the truth and one axis of members.
+        truth: values y that the members are scored against. Elements that are NaN are left out of their vector.
+        vector: axes of the truth that together form one vector; usually not the axis of time.
+        member: axis of the members: its position in `ensemble` for numpy, its name for xarray.
+        axis: which of the other axes to average over, with equal weights; all of them by default. Vectors without a
+            single element are left out.
+        weights: non-negative weights of the norm, ||x||^2 = sum_j w_j x_j^2; for example `area_weights`, or one over
+            the variance of each variable if vectors combine several.
+
+    Returns:
+        Energy score, with the axes that are neither in `vector` nor averaged over.
 
     Raises:
-        ValueError: see `rmse`; fewer than two members, no axis for the vector, one that is also averaged over.
-        TypeError: see `rmse`.
+        ValueError: there are fewer than two members, `vector` is empty or shares an axis with `axis`, or shapes or axes
+            do not fit.
+        TypeError: numpy arrays and xarray arrays are mixed.
     """
     case = EnsembleCase(ensemble, truth, member, weights)
     case.require_two_members()
     within = case.axes(vector)
     if not within:
-        raise ValueError("energy_score needs one axis or more in vector; for the score of single elements take crps.")
+        raise ValueError("energy_score needs one axis or more in vector; for scores of single elements, take crps.")
     others = [str(name) for name in case.truth.dims if name not in within]
     averaged = others if axis is None else case.axes(axis)
     if both := sorted(set(within) & set(averaged)):
-        raise ValueError(f"energy_score cannot average over {both}, which it is told make up the vector.")
+        raise ValueError(f"energy_score cannot average over {both}, which make up the vector; leave them out of axis.")
     scale = np.sqrt(case.weights)
     error = ((case.members - case.truth) * scale).where(case.valid, 0.0).transpose(*others, "member", *within)
     there = case.valid.any(within).transpose(*others)
@@ -128,37 +173,37 @@ def energy_score(
 
 
 def _fair_energy(error: np.ndarray) -> np.ndarray:
-    """Fair energy scores of members minus truth, (case, member, element) -> (case,)."""
+    """Fair energy score of each case from members minus truth: (case, member, element) -> (case,)."""
     import scoringrules
 
     m = error.shape[1]
     scores = []
     for one in error:
-        # M vectors span M dimensions at most: their coordinates there have the same distances, and the pairs fit in
-        # memory however long the vectors are. (LAPACK carries a NaN to all of them, as it should be.)
+        # M vectors span at most M dimensions. Coordinates in that space keep all distances, and the pairs fit in memory
+        # however long the vectors are. A NaN spreads to all coordinates, as it should.
         one = np.transpose(np.linalg.qr(one.T, mode="r")) if one.shape[1] > m else one
         scores.append(scoringrules.es_ensemble(np.zeros(one.shape[1]), one, estimator="fair", backend="numpy"))
     return np.array(scores)
 
 
 def rank_histogram(ensemble: Any, truth: Any, *, member: int | str = 0) -> np.ndarray:
-    """How often the truth has each rank among the members, over all points: flat for a calibrated ensemble.
+    """Count how often the truth has each rank among the members, over all points; flat for a calibrated ensemble.
 
-    U-shaped: too little spread; a hump: too much; a slope: bias. Ties (a variable bounded at zero) are counted in equal
-    parts on the ranks that they could have.
+    A U shape means too little spread, a hump too much spread, and a slope a bias. Ties, as in a variable bounded at
+    zero, are divided equally among the ranks that they could have.
 
     Args:
-        ensemble: see `rmse`.
-        truth: see `rmse`.
-        member: see `rmse`.
+        ensemble: members; the axes of the truth and one axis of members.
+        truth: values that the members are scored against, NaN where missing.
+        member: axis of the members: its position in `ensemble` for numpy, its name for xarray.
 
     Returns:
-        counts, shape (M + 1,): the number of points with 0, 1, ..., M members below the truth. They sum to the number
-        of points that are not missing.
+        Number of points with 0, 1, ..., M members below the truth, shape (M + 1,). The counts sum to the number of
+        points that are not missing.
 
     Raises:
-        ValueError: see `rmse`, and a NaN member where there is a truth.
-        TypeError: see `rmse`.
+        ValueError: a member is NaN where the truth is not, or shapes or axes do not fit.
+        TypeError: numpy arrays and xarray arrays are mixed.
     """
     case = EnsembleCase(ensemble, truth, member, None)
     m = case.members.sizes["member"]
@@ -166,29 +211,31 @@ def rank_histogram(ensemble: Any, truth: Any, *, member: int | str = 0) -> np.nd
     members = case.members.transpose("member", ...).values.reshape(m, -1)[:, valid]
     values = case.truth.values.reshape(-1)[valid]
     if np.isnan(members).any():
-        raise ValueError("rank_histogram has NaN members where the truth is given; a NaN has no rank.")
+        raise ValueError(
+            "rank_histogram got NaN members where the truth is given, but NaN has no rank; set the truth to NaN there."
+        )
     below = np.sum(members < values, axis=0)
     ties = np.sum(members == values, axis=0)
     share = 1.0 / (ties + 1)
-    # Each point adds its share to the ranks below, ..., below + ties: as steps up and down, summed afterwards.
+    # Each point adds its share to the ranks below, ..., below + ties. Count steps up and down, then sum them.
     steps = np.bincount(below, share, m + 2) - np.bincount(below + ties + 1, share, m + 2)
     return np.cumsum(steps)[: m + 1]
 
 
 class Flatness(NamedTuple):
-    """How far a rank histogram is from flat, see `flatness`.
+    """Test of a rank histogram for flatness, returned by `flatness`.
 
     Attributes:
-        chi_square: Pearson's statistic against equal counts.
-        p_value: probability of a larger one, from chi-square with M degrees of freedom.
-        bias: linear component, standard normal if the histogram is flat. Positive: counts rise with the rank, so the
-            members lie too low; negative: too high.
-        bias_p_value: probability of one that is larger in size.
-        dispersion: U-shaped component, standard normal if flat. Positive: a U, too little spread; negative: a hump, too
-            much.
-        dispersion_p_value: probability of one that is larger in size.
-        rest: chi_square - bias^2 - dispersion^2, what neither explains.
-        rest_p_value: probability of a larger one, from chi-square with M - 2 degrees of freedom; NaN for M = 2.
+        chi_square: Pearson's chi-square statistic against equal counts.
+        p_value: probability of a larger `chi_square` if flat, with M degrees of freedom.
+        bias: linear component, standard normal if flat. If positive, counts increase with rank and the members are too
+            low; if negative, they are too high.
+        bias_p_value: probability of a `bias` of larger absolute value if flat.
+        dispersion: U-shaped component, standard normal if flat. If positive, the histogram is a U and the spread too
+            small; if negative, it is a hump and the spread too large.
+        dispersion_p_value: probability of a `dispersion` of larger absolute value if flat.
+        rest: chi_square - bias^2 - dispersion^2, the deviation that neither component explains.
+        rest_p_value: probability of a larger `rest` if flat, with M - 2 degrees of freedom; NaN for M = 2.
     """
 
     chi_square: float
@@ -202,43 +249,52 @@ class Flatness(NamedTuple):
 
 
 def flatness(counts: Any, *, effective: float | None = None) -> Flatness:
-    """Test whether a rank histogram is flat, and for what reason it is not.
+    r"""Test whether a rank histogram is flat, and attribute deviations to bias or to wrong spread.
 
-    With K = M + 1 ranks, n points, n_i of them at rank i and e = n / K, chi-square = sum_i x_i^2 with
-    x_i = (n_i - e) / sqrt(e). Its components along orthonormal contrasts, (sum_i u_i x_i)^2, each have one degree of
-    freedom (Jolliffe & Primo 2008, Mon. Weather Rev. 136, 2133): here u linear in the rank, which a bias brings forth,
-    and u quadratic in it and orthogonal to that and to a constant, which a wrong spread brings forth. Each also shows a
-    little of the other, where the deviation is large.
+    With K = M + 1 ranks, n points, n_i of them at rank i, and e = n / K,
 
-    The p-values are those of independent points. Ranks at neighboring points and times are correlated, so those of a
-    field are far too small: take the histogram of points that are far apart in space and time, as in
-    ``rank_histogram(x[..., ::20, ::10], y[..., ::20, ::10])``, or say how many independent points there are. With ties
-    shared out, counts vary less, and the test rejects too seldom.
+    $$
+    \chi^2 = \sum_i x_i^2, \qquad x_i = (n_i - e) / \sqrt{e}.
+    $$
+
+    The components $(\sum_i u_i x_i)^2$ along orthonormal contrasts u have one degree of freedom each (Jolliffe & Primo
+    2008, Mon. Weather Rev. 136, 2133). Two contrasts are used. The first is linear in the rank and responds to a bias.
+    The second is quadratic in the rank, orthogonal to the first and to a constant, and responds to a wrong spread. If a
+    deviation is large, each also shows a little of the other.
+
+    The p-values assume independent points. Ranks at neighboring points and times are correlated, so the p-values of a
+    whole field are far too small. Use points that are far apart in space and time, for example
+    ``rank_histogram(x[..., ::20, ::10], y[..., ::20, ::10])``, or set `effective`. If ties were divided among ranks,
+    counts vary less and the test rejects too rarely.
 
     Args:
-        counts: from `rank_histogram`, shape (M + 1,), at least 3.
-        effective: number of independent points that the counts stand for; the counts are scaled to sum to it. None: all
-            of them.
+        counts: counts from `rank_histogram`, shape (M + 1,), M at least 2.
+        effective: number of independent points that the counts represent; the counts are scaled to this sum. None if
+            all points are independent.
+
+    Returns:
+        Chi-square and its components, each with a p-value.
 
     Raises:
-        ValueError: fewer than three ranks, negative or no counts, or `effective` not positive or above their number.
+        ValueError: there are fewer than three ranks, counts are negative or all 0, or `effective` is not above 0 and at
+            most the number of points.
     """
     import scipy.stats
 
     n = np.asarray(counts, float)
     if n.ndim != 1 or n.size < 3 or not np.all(n >= 0) or not n.sum() > 0:
         raise ValueError(
-            f"flatness takes the counts of three ranks or more, not negative and not all 0; got the shape {n.shape}."
+            f"flatness takes counts of three ranks or more, not negative and not all 0; got counts of shape {n.shape}."
         )
     if effective is not None:
-        # A share of a point is left for the rounding of counts that were shared out.
+        # The tolerance allows for rounding of counts whose ties were divided.
         if not 0 < effective <= n.sum() * (1 + 1e-9):
-            raise ValueError(f"effective={effective}; give a number above 0, up to the {n.sum():g} points counted.")
+            raise ValueError(f"effective={effective}; give a number above 0 and up to the {n.sum():g} points counted.")
         n = n * (effective / n.sum())
     expected = n.mean()
     x = (n - expected) / np.sqrt(expected)
     ranks = np.arange(n.size) - (n.size - 1) / 2
-    # The ranks are centered, so that odd and even contrasts are orthogonal.
+    # Because the ranks are centered, odd and even contrasts are orthogonal.
     linear, quadratic = ranks, ranks**2 - np.mean(ranks**2)
     bias, dispersion = (float(u @ x / np.linalg.norm(u)) for u in (linear, quadratic))
     chi_square = float(x @ x)
@@ -256,30 +312,34 @@ def flatness(counts: Any, *, effective: float | None = None) -> Flatness:
 
 
 def area_weights(latitude: Any) -> Any:
-    """Area of grid cells, from the sines of their edges, with mean 1.
+    """Area of latitude-longitude grid cells by latitude, scaled to mean 1.
 
-    sin(top) - sin(bottom), the edges being halfway between cell centers. The first and last cell reach as far beyond
-    their center as the half cell inside; to the pole, where the next center would lie beyond it.
+    The area of a cell is sin(top edge) - sin(bottom edge), with edges halfway between cell centers. The first and last
+    cell are symmetric about their center, or end at the pole if the next center would lie beyond it.
+
+    Use these weights for scores on any latitude-longitude grid. On a regular grid they are proportional to the common
+    cos(latitude) except at the poles, where a row has the area of a cap and the cosine is 0. The Gaussian grid of
+    `priors.SphericalEmulator` has exact quadrature weights of its own.
 
     Args:
-        latitude: cell centers, in degrees north, ascending or descending, shape (n,).
+        latitude: latitudes of the cell centers, in degrees north, ascending or descending, shape (n,).
 
     Returns:
-        Weights, shape (n,), of the same kind as `latitude`.
+        Weights of shape (n,), of the same kind as `latitude`.
 
     Raises:
-        ValueError: not one axis of at least one value, not monotonic, or outside -90 to 90.
+        ValueError: latitudes are not one axis with at least one value, not monotonic, or not within -90 to 90 degrees.
     """
     values = np.asarray(latitude, float)
     if values.ndim != 1 or values.size == 0:
-        raise ValueError(f"area_weights takes the latitudes along one axis; got the shape {values.shape}.")
+        raise ValueError(f"area_weights takes latitudes along one axis, one or more; got shape {values.shape}.")
     if not np.all(np.abs(values) <= 90.0):
-        raise ValueError("area_weights takes latitudes in degrees from -90 to 90; some lie outside or are NaN.")
+        raise ValueError("area_weights takes latitudes in degrees from -90 to 90; some are outside or NaN.")
     weights = np.ones(1)
     if values.size > 1:
         steps = np.diff(values)
         if not (np.all(steps > 0) or np.all(steps < 0)):
-            raise ValueError("area_weights takes latitudes that only rise or only fall; these do not.")
+            raise ValueError("area_weights takes latitudes that only increase or only decrease; these do neither.")
         ends = [_outer_edge(values[0], -steps[0]), _outer_edge(values[-1], steps[-1])]
         edges = np.concatenate([ends[:1], values[:-1] + steps / 2, ends[1:]])
         weights = np.abs(np.diff(np.sin(np.deg2rad(edges))))
@@ -288,6 +348,7 @@ def area_weights(latitude: Any) -> Any:
 
 
 def _outer_edge(center: float, step: float) -> float:
+    """Latitude where the first or last cell ends; `step` is the spacing inside, with the sign of outwards."""
     if abs(center + step) > 90.0:
         return float(np.copysign(90.0, step))
     return center + step / 2

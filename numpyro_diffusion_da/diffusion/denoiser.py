@@ -1,13 +1,15 @@
-"""The denoiser that a sampler runs, and the count of what it costs.
+"""Denoisers that a sampler runs, and the count of network passes they make.
 
-A `Denoiser` maps (z_s, noise level, guidance_state) to (E[z | z_s], guidance_state). Guidance wraps one denoiser into another, so every
-sampler works on a guided denoiser unchanged. The guidance_state is what a denoiser carries from one noise level to the next:
-the count of network passes, the last solution of a linear system (a warm start for the next), the worst residual.
+A `Denoiser` maps (z_s, noise level, guidance state) to (E[z | z_s], guidance state). Guidance wraps one denoiser into
+another, so every sampler runs a guided denoiser unchanged. A denoiser passes the guidance state on from one noise level
+to the next. It holds the count of network passes, the last solution of a linear system (a warm start for the next
+solve) and the largest residual so far.
 """
 
 from __future__ import annotations
 
 import abc
+from collections.abc import Callable
 from typing import NamedTuple
 
 import equinox as eqx
@@ -19,7 +21,15 @@ from numpyro_diffusion_da.diffusion.prior import Conditioning, DiffusionPrior
 
 
 class NetworkPasses(NamedTuple):
-    """Passes through the network: the cost that holds on any machine. One vjp or jvp costs about one forward."""
+    """Count of passes through the network, a measure of cost that does not depend on the machine.
+
+    One vjp or jvp costs about as much as one forward pass.
+
+    Attributes:
+        forward: evaluations of the network.
+        jvp: Jacobian-vector products, in forward mode.
+        vjp: vector-Jacobian products, in reverse mode.
+    """
 
     forward: Int[Array, ""]
     jvp: Int[Array, ""]
@@ -27,64 +37,93 @@ class NetworkPasses(NamedTuple):
 
     @staticmethod
     def of(forward: int = 0, jvp: int = 0, vjp: int = 0) -> NetworkPasses:
-        """A count from Python integers."""
+        """Return the count with these numbers of passes, given as Python integers."""
         return NetworkPasses(jnp.asarray(forward), jnp.asarray(jvp), jnp.asarray(vjp))
 
     def plus(self, other: NetworkPasses) -> NetworkPasses:
-        """The sum of two counts; `+` on a NamedTuple would concatenate."""
+        """Return the sum of this count and another; `+` on a NamedTuple would concatenate them."""
         return jax.tree.map(jnp.add, self, other)
 
     def total(self) -> Int[Array, ""]:
-        """All passes together."""
+        """Return the number of passes of all kinds together."""
         return self.forward + self.jvp + self.vjp
 
 
 class GuidanceState(NamedTuple):
-    """What a denoiser carries from one noise level to the next.
+    """State that a denoiser passes on from one noise level to the next.
 
     Attributes:
-        passes: network passes so far.
-        warm_start: the guidance's own carry (for MMPS the last whitened solution), () where there is none.
-        solver_residual: largest relative residual of the guidance's linear solves so far; 0 where none was made.
+        passes: network passes made so far.
+        warm_start: what the guidance itself carries, for MMPS the last whitened solution; () if it carries nothing.
+        solver_residual: largest relative residual of the guidance's linear solves so far; 0 if there were none.
     """
 
     passes: NetworkPasses
     warm_start: PyTree
     solver_residual: Float[Array, ""]
 
+    def plus(self, passes: NetworkPasses) -> GuidanceState:
+        """Return this guidance state with more network passes counted."""
+        return self._replace(passes=self.passes.plus(passes))
+
 
 class Denoiser(eqx.Module):
-    """E[z | z_s] under some distribution of z, prior or posterior."""
+    """Abstract denoiser, which computes E[z | z_s] for a prior or a posterior of the latent z."""
 
     @abc.abstractmethod
     def init(self) -> GuidanceState:
-        """The guidance_state before the first noise level."""
+        """Return the guidance state before the first noise level."""
 
     @abc.abstractmethod
     def __call__(
         self, z_s: Float[Array, ...], noise_level: Float[Array, ""], guidance_state: GuidanceState
     ) -> tuple[Float[Array, ...], GuidanceState]:
-        """Denoise `z_s` at `noise_level` (a positive scalar)."""
+        """Denoise a latent at one noise level.
+
+        Args:
+            z_s: noised latent.
+            noise_level: s, a positive scalar.
+            guidance_state: guidance state after the noise level before.
+
+        Returns:
+            (E[z | z_s], of the shape of `z_s`; guidance state for the next noise level).
+        """
 
 
 class PriorDenoiser(Denoiser):
-    """The prior's own denoiser at a given conditioning: one forward pass a call.
+    """Denoiser of a prior with a given conditioning; one call costs one forward pass.
 
     Args:
-        prior: the diffusion prior.
-        conditioning: what `prior.condition` gave.
+        prior: diffusion prior.
+        conditioning: return value of `prior.condition`.
     """
 
     prior: DiffusionPrior
     conditioning: Conditioning
 
     def init(self) -> GuidanceState:
-        """No passes yet."""
+        """Return a guidance state with no passes and no warm start."""
         return GuidanceState(NetworkPasses.of(), (), jnp.zeros(()))
 
     def __call__(
         self, z_s: Float[Array, ...], noise_level: Float[Array, ""], guidance_state: GuidanceState
     ) -> tuple[Float[Array, ...], GuidanceState]:
-        """D(z_s, s; c)."""
+        """Return D(z_s, s; c), of the shape of `z_s`, and the guidance state with one more forward pass."""
         denoised = self.prior.denoise(z_s, noise_level, self.conditioning)
-        return denoised, guidance_state._replace(passes=guidance_state.passes.plus(NetworkPasses.of(forward=1)))
+        return denoised, guidance_state.plus(NetworkPasses.of(forward=1))
+
+    def with_pullback(
+        self, z_s: Float[Array, ...], noise_level: Float[Array, ""]
+    ) -> tuple[Float[Array, ...], Callable[[Float[Array, ...]], Float[Array, ...]]]:
+        """Denoise, and also return the product with the transposed Jacobian J = dD/dz_s.
+
+        Args:
+            z_s: noised latent.
+            noise_level: s, a positive scalar.
+
+        Returns:
+            (D(z_s, s; c), the function w -> J^T w). The first costs one forward pass, each product one vjp. The caller
+            counts them. All three arrays have the shape of `z_s`.
+        """
+        denoised, pull = jax.vjp(lambda z: self.prior.denoise(z, noise_level, self.conditioning), z_s)
+        return denoised, lambda w: pull(w)[0]

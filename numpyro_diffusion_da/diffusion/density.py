@@ -1,21 +1,31 @@
-"""The density of a diffusion prior, by its probability-flow ODE.
+r"""Density of a diffusion prior, from its probability-flow ODE.
 
-z_s = z + s e with e ~ N(0, C) has the same marginals as the ODE dz/ds = (z - D(z, s)) / s, along which d log p / ds =
--(d - tr J) / s, J = dD/dz, whatever C is (Song et al. 2021, arXiv 2011.13456, eq. 13 and 39, in the form of Karras et
-al. 2022, eq. 1). Here, with t = log s, q^2 = 1 + s^2 and w = z / q, it is integrated upwards as
+The noised latent `z_s = z + s e` with `e ~ N(0, C)` has the same marginal distributions as the ODE `dz/ds = (z - D(z,
+s)) / s`. Along the ODE, `d log p / ds = -(d - tr J) / s` with `J = dD/dz` and d the number of components, for any C
+(Song et al. 2021, arXiv 2011.13456, eq. 13 and 39, in the form of Karras et al. 2022, eq. 1). With t = log s, q^2 = 1 +
+s^2 and w = z / q, it is integrated upwards from the lowest to the highest noise level T:
 
-    dw/dt = (z / q^2 - D) / q,        log p(z_0) = log p(z_T) + d log(q_T / q_0) + int (d / q^2 - tr J) dt,
+$$
+\frac{dw}{dt} = \frac{z / q^2 - D}{q}, \qquad
+\log p(z_0) = \log p(z_T) + d \log \frac{q_T}{q_0} + \int \left( \frac{d}{q^2} - \operatorname{tr} J \right) dt .
+$$
 
-whose right-hand sides vanish at both ends, and everywhere for z ~ N(0, I). At the ends,
+The right-hand sides vanish at both ends, and everywhere for z ~ N(0, I). The ends are treated as follows.
 
-- s = 0: the flow is regular in s^2, dz/d(s^2) = (z - D) / (2 s^2); one Euler step, z_0 = z + (z - D(z, s_0)) / 2 with
-  log-determinant (d - tr J) / 2, goes from z to the lowest level s_0. What is left is of order (s_0^2 / v)^2 where v is
-  the least variance of z, instead of the s_0^2 / v of taking the density of z_{s_0} for that of z.
-- s = T: z_T is all but Gaussian, and for a Gaussian z ~ N(m, V) Tweedie's formula gives its exponent without V,
+- At s = 0 the flow is regular in s^2: `dz/d(s^2) = (z - D) / (2 s^2)`. One Euler step, from z to `z + (z - D(z, s_0)) /
+  2` with log-determinant `(d - tr J) / 2`, goes to the lowest level s_0. Its error is of order `(s_0^2 / v)^2`, where v
+  is the least variance of z. Taking the density at the lowest level for that of z would have an error of order `s_0^2 /
+  v`.
+- At s = T the distribution of z_T is nearly Gaussian. For a Gaussian z ~ N(m, V), Tweedie's formula gives the exponent
+  without V:
 
-      log p(z_T) = -1/2 (z_T - m)^T C^-1 (z_T - D(z_T, T)) / T^2 - 1/2 log det(2 pi T^2 C) - 1/2 tr J,
+$$
+\log p(z_T) = -\frac{(z_T - m)^T C^{-1} (z_T - D(z_T, T))}{2 T^2}
+- \tfrac12 \log \det(2 \pi T^2 C) - \tfrac12 \operatorname{tr} J .
+$$
 
-  exact but for m = D(0, T) (error V / T^2 of m) and the second order of log det(I - J) = -tr J - ...
+This is exact except for two errors: m is taken to be D(0, T), with a relative error V / T^2, and the terms of second
+and higher order in `log det(I - J) = -tr J - ...` are left out.
 """
 
 from __future__ import annotations
@@ -35,49 +45,52 @@ from numpyro_diffusion_da.diffusion.schedule import range_of_levels
 
 
 class Trace(eqx.Module):
-    """tr J of a linear map, known by its products."""
+    """Abstract computation of the trace of a linear map J that is known by its products."""
 
     @abc.abstractmethod
     def products(self, size: int) -> int:
-        """Products with J that one trace takes, for a J of `size` rows."""
+        """Return how many products with J one trace takes, for a J of `size` rows."""
 
     @abc.abstractmethod
     def __call__(self, product: Callable[[Array], Array], like: Float[Array, ...], index: Int[Array, ""]) -> Array:
-        """The trace.
+        """Compute tr J, exactly or as an estimate.
 
         Args:
-            product: v -> J v, of the shape of `like` in and out.
-            like: an array of the shape and dtype that J acts on; its values are not used.
-            index: which trace of the run this is.
+            product: function v -> J v, of the shape of `like` in and out.
+            like: array of the shape and dtype that J acts on; its values are not used.
+            index: number of this trace within the run; an estimate may draw other probes for another number.
+
+        Returns:
+            A scalar.
         """
 
 
 class ExactTrace(Trace):
-    """One product a component: exact, for small states. All products are made at once."""
+    """Exact trace from one product for each component, for small states; all products are made at once."""
 
     def products(self, size: int) -> int:
-        """`size`."""
+        """Return `size`: one product for each component."""
         return size
 
     def __call__(self, product: Callable[[Array], Array], like: Float[Array, ...], index: Int[Array, ""]) -> Array:
-        """sum_i e_i^T J e_i."""
+        """Return the exact trace, the sum of e_i^T J e_i over the unit vectors e_i."""
         units = jnp.eye(like.size, dtype=like.dtype).reshape(like.size, *like.shape)
         return jnp.trace(jax.vmap(product)(units).reshape(like.size, like.size))
 
 
 class Hutchinson(Trace):
-    """The mean of v^T J v over random signs v (Hutchinson 1990): unbiased, for states of any size.
+    """Unbiased estimate of a trace for states of any size, the mean of v^T J v over random signs v (Hutchinson 1990).
 
-    A log-density is linear in its traces, so it is unbiased too, for that with `ExactTrace`; its exponential is not.
-    The probes differ from level to level, and are the same at every value and state: the log-density is a fixed,
-    smooth function of both, and errors partly cancel in differences.
+    A log-density is linear in its traces, so it is an unbiased estimate of the one with `ExactTrace`. Its exponential
+    is not unbiased. The probes v differ between noise levels, and are the same for every value and state. So the
+    log-density is a fixed, smooth function of value and state, and errors partly cancel in differences.
 
     Args:
-        rng_key: of the probes; a concrete key, not one made inside jit.
-        probes: products with J a level.
+        rng_key: random key of the probes; a concrete key, not one made inside jit.
+        probes: number of products with J at each noise level.
 
     Raises:
-        ValueError: fewer than one probe.
+        ValueError: `probes` is less than 1.
     """
 
     rng_key: PRNGKeyArray
@@ -88,33 +101,40 @@ class Hutchinson(Trace):
             raise ValueError(f"Hutchinson got probes={self.probes}; give at least 1.")
 
     def products(self, size: int) -> int:
-        """`probes`."""
+        """Return `probes`, the number of products for a J of any size."""
         return self.probes
 
     def __call__(self, product: Callable[[Array], Array], like: Float[Array, ...], index: Int[Array, ""]) -> Array:
-        """The mean of v^T J v."""
+        """Return the mean of v^T J v over the probes v of this index."""
         key = jax.random.fold_in(self.rng_key, index)
         signs = jax.random.rademacher(key, (self.probes, *like.shape), like.dtype)
         return jnp.sum(signs * jax.vmap(product)(signs)) / self.probes
 
 
 class ProbabilityFlow(eqx.Module):
-    """log p(x' | c) by the probability-flow ODE, a fourth-order Runge-Kutta step from each noise level to the next.
+    r"""Log-density log p(x' | c) from the probability-flow ODE, with one fourth-order Runge-Kutta step per noise level.
 
-    Levels are equally spaced in log s. The integral of the trace takes one trace a level (the trapezoid rule, which
-    converges fast where the integrand vanishes at both ends). Error and cost against the number of levels are tabulated
-    in docs/method.md, "The density". The error grows where a direction of z has a standard deviation near or below the
-    lowest level: the diffusion cannot resolve it there. What is computed is the density of the flow, which samplers
-    follow up to their own error.
+    The noise levels s are equally spaced in log s. With the latent z, its denoiser D and J = dD/dz, the density follows
+
+    $$
+    \frac{dz}{ds} = \frac{z - D(z, s)}{s}, \qquad \frac{d \log p}{ds} = -\frac{\dim z - \operatorname{tr} J}{s}
+    $$
+
+    (Song et al. 2021, arXiv 2011.13456, eq. 13 and 39). The integral of the trace takes one trace at each level, by the
+    trapezoid rule, which converges fast because the integrand vanishes at both ends. Error and cost against the number
+    of levels are tabulated in docs/method.md, "The density".
+
+    The error grows if a direction of z has a standard deviation near or below the lowest level, which the diffusion
+    cannot resolve. The result is the density of the flow, which samplers follow up to their own error.
 
     Args:
-        num_levels: noise levels, at least 2.
-        trace: `ExactTrace()`, or `Hutchinson(rng_key, probes)` where the state is large.
+        num_levels: number of noise levels, at least 2.
+        trace: `ExactTrace()`, or `Hutchinson(rng_key, probes)` for a large state.
         lowest: smallest noise level; None takes the prior's.
         highest: largest noise level; None takes the prior's.
 
     Raises:
-        ValueError: fewer than two levels; or, when used, a range that is not 0 < lowest < highest.
+        ValueError: there are fewer than two levels; or, when used, the range is not 0 < lowest < highest.
     """
 
     num_levels: int = eqx.field(static=True, default=24)
@@ -127,14 +147,22 @@ class ProbabilityFlow(eqx.Module):
             raise ValueError(f"ProbabilityFlow got num_levels={self.num_levels}; give at least 2.")
 
     def levels(self, noise_range: tuple[float, float]) -> np.ndarray:
-        """Noise levels, lowest first, shape (num_levels,)."""
+        """Return the noise levels, lowest first, shape (num_levels,), for a prior with this (lowest, highest) range."""
         lowest, highest = range_of_levels(self.lowest, self.highest, noise_range)
         return np.geomspace(lowest, highest, self.num_levels)
 
     def latent(
         self, prior: DiffusionPrior, conditioning: Conditioning, z: Float[Array, ...]
     ) -> tuple[Float[Array, ""], NetworkPasses]:
-        """log p(z | c) of the latent, and the network passes made (conditioning not counted).
+        """Return log p(z | c) of a latent, and the network passes made.
+
+        Args:
+            prior: diffusion prior.
+            conditioning: return value of `prior.condition`.
+            z: one latent, without batch axes.
+
+        Returns:
+            (log-density, a scalar; network passes, without those of the conditioning).
 
         Raises:
             NotImplementedError: the prior's noise has no inverse covariance.
@@ -142,7 +170,7 @@ class ProbabilityFlow(eqx.Module):
         levels = self.levels(prior.noise_range)
         lowest, highest = (jnp.asarray(s, z.dtype) for s in (levels[0], levels[-1]))
         size, width = z.size, float(np.log(levels[1] / levels[0]))
-        # In double precision: q of the level, of the middle of the step, and of its end; the end corrections' weights.
+        # In double precision: the levels at the start, middle and end of each step, and the weights of the traces.
         nodes = np.stack([levels[:-1], np.sqrt(levels[:-1] * levels[1:]), levels[1:]], axis=1)
         weights = np.full(self.num_levels, width)
         weights[[0, -1]] *= 0.5
@@ -160,21 +188,25 @@ class ProbabilityFlow(eqx.Module):
         def step(carry: tuple[Array, Array], at: tuple[Array, ...]) -> tuple[tuple[Array, Array], None]:
             w, integral = carry
             level, q, weight, index = at
+            # Runge-Kutta step of w. The first slope shares its evaluation with the trace.
             denoised, trace = traced(w * q[0], level[0], index)
             k1 = (w / q[0] - denoised) / q[0]
             k2 = slope(w + 0.5 * width * k1, level[1], q[1])
             k3 = slope(w + 0.5 * width * k2, level[1], q[1])
             k4 = slope(w + width * k3, level[2], q[2])
             w = w + width / 6.0 * (k1 + 2.0 * k2 + 2.0 * k3 + k4)
-            # At the lowest level the same trace also serves the step from s = 0.
+            # Trapezoid rule for the trace. The trace at the lowest level also serves the Euler step from s = 0.
             integral = integral + weight * (size / q[0] ** 2 - trace) + jnp.where(index == 0, 0.5 * (size - trace), 0.0)
             return (w, integral), None
 
+        # Euler step from s = 0 to the lowest level.
         start = z + 0.5 * (z - denoise(z, lowest))
+        # Runge-Kutta steps up to the highest level.
         scales = np.sqrt(1.0 + levels**2)
         scanned = (nodes, np.sqrt(1.0 + nodes**2), weights[:-1])
         at = (*(jnp.asarray(v, z.dtype) for v in scanned), jnp.arange(self.num_levels - 1))
         (w, integral), _ = jax.lax.scan(step, (start / scales[0].item(), jnp.zeros((), z.dtype)), at)
+        # Gaussian density at the highest level, up to its constant, with the last trace.
         end = w * scales[-1].item()
         denoised, trace = traced(end, highest, jnp.asarray(self.num_levels - 1))
         integral = integral + weights[-1].item() * (size / scales[-1].item() ** 2 - trace)
@@ -190,12 +222,17 @@ class ProbabilityFlow(eqx.Module):
     def __call__(
         self, prior: DiffusionPrior, conditioning: Conditioning, x: Float[Array, ...]
     ) -> tuple[Float[Array, ""], NetworkPasses]:
-        """log p(x | c) = log p(z | c) - sum log |S|, z = S^-1 (x - a), and the network passes made.
+        """Return log p(x | c) of a state, and the network passes made.
+
+        It is `log p(z | c) - sum log |S|` at `z = S^-1 (x - a)`, in the units of x.
 
         Args:
-            prior: the diffusion prior.
-            conditioning: what `prior.condition` gave.
+            prior: diffusion prior.
+            conditioning: return value of `prior.condition`.
             x: one state, without batch axes.
+
+        Returns:
+            (log-density, a scalar; network passes, with those of the conditioning).
 
         Raises:
             NotImplementedError: the prior's noise has no inverse covariance.
@@ -206,7 +243,7 @@ class ProbabilityFlow(eqx.Module):
         scale = eqx.error_if(
             scale,
             scale == 0.0,
-            "a component of the prior's scale S is zero: it is known without error, and the state has no density; "
+            "a component of the prior's scale S is zero, so it is known without error and the state has no density; "
             "leave such components out of the prior's state.",
         )
         log_prob, passes = self.latent(prior, conditioning, (x - location) / scale)

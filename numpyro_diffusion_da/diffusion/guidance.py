@@ -1,16 +1,20 @@
-"""Guidance: from the prior's denoiser to the posterior's, E[z | z_s, c] -> E[z | z_s, c, y].
+r"""Guidance of a denoiser by observations, from E[z | z_s, c] to E[z | z_s, c, y], by moment matching.
 
-Moment-matching posterior sampling (Rozet et al. 2024, arXiv 2405.13712, Section 4), with the noise covariance C. With
-x = a + S D(z_s), r the whitened residual, H = -dr/dx (so R = I) and J = dD/dz_s,
+This is moment-matching posterior sampling (Rozet et al. 2024, arXiv 2405.13712, Section 4), with the noise covariance
+C. The state is `x = a + S D(z_s)`, r is its whitened residual, `H = -dr/dx` (so R = I), and `J = dD/dz_s`. The guided
+denoiser D_y is
 
-    (I + s^2 H S J C S H^T) v = r(x)
-    D_y = D + s^2 C J^T S H^T v.
+$$
+(I + s^2 H S J C S H^T) v = r(x), \qquad D_y = D + s^2 C J^T S H^T v .
+$$
 
-Exact for a Gaussian p(z | c) and a linear h. The published method takes C = I also where it is not: see `MMPS.noise`.
+It is exact for a Gaussian p(z | c) and a linear h. The published method takes C = I even if the noise is not white; see
+`MMPS` for its `noise` argument.
 
-An observation of another distribution is replaced, at each noise level, by the Gaussian one that has the same effect on
-its coordinate of N(x, S s^2 J C S) (`likelihood`, `moment_matching`): exact for a Gaussian p(z | c) where observations
-look at independent coordinates, h linear.
+An observation that is not Gaussian is replaced, at each noise level, by a Gaussian observation. The replacement has the
+same effect on the observation's coordinate of N(x, S s^2 J C S). The modules `observation.likelihood` and
+`observation.moment_matching` define both. The result is exact for a Gaussian p(z | c) and a linear h if the
+observations depend on independent coordinates.
 """
 
 from __future__ import annotations
@@ -22,8 +26,9 @@ from typing import NamedTuple
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
+from numpyro_diffusion_da.arguments import require
 from numpyro_diffusion_da.diffusion.denoiser import Denoiser, GuidanceState, NetworkPasses, PriorDenoiser
 from numpyro_diffusion_da.diffusion.linear_solve import KrylovSolve, LinearSolver, Product, Solution
 from numpyro_diffusion_da.diffusion.noise import Noise
@@ -31,21 +36,32 @@ from numpyro_diffusion_da.observation.likelihood import Coordinates, Likelihood,
 
 
 class Guidance(eqx.Module):
-    """Turns a prior denoiser into a posterior one."""
+    """Abstract guidance, which turns the denoiser of a prior into the denoiser of a posterior."""
 
     @abc.abstractmethod
     def __call__(self, denoiser: PriorDenoiser, likelihood: Likelihood) -> Denoiser:
-        """The denoiser of p(z | c, y)."""
+        """Build the denoiser of p(z | c, y).
+
+        Args:
+            denoiser: denoiser of the prior p(z | c).
+            likelihood: likelihood of the step's observations y.
+
+        Returns:
+            Denoiser that computes E[z | z_s, c, y], or an approximation of it.
+        """
 
 
 class GuidanceDirections(NamedTuple):
-    """What y adds at one noise level, along k directions u_i of whitened observation space (see `path`).
+    """Effect of the observations at one noise level, along k directions of whitened observation space.
+
+    Path weights need it. The directions are u_i, r is the whitened residual at the denoised state, `H = -dr/dx`,
+    `J = dD/dz_s`, S the prior's scale and C its noise covariance.
 
     Attributes:
-        basis: u_i, orthonormal or zero, shape (k, m).
-        residual: <u_i, r>, shape (k,).
-        covariance: <u_i, (I + s^2 H S J C S H^T) u_j>, shape (k, k).
-        pulled: J^T S H^T u_i, leading axis k.
+        basis: directions u_i, orthonormal or zero, shape (k, m).
+        residual: inner products `<u_i, r>`, shape (k,).
+        covariance: inner products `<u_i, (I + s^2 H S J C S H^T) u_j>`, shape (k, k).
+        pulled: products `J^T S H^T u_i`, each of the shape of the latent, leading axis k.
     """
 
     basis: Float[Array, "k m"]
@@ -55,10 +71,10 @@ class GuidanceDirections(NamedTuple):
 
 
 class ObservingDenoiser(Denoiser):
-    """A posterior denoiser that can also say what it has seen.
+    """Abstract posterior denoiser that also returns the directions along which it has seen the observations.
 
     Attributes:
-        base: the prior's denoiser.
+        base: denoiser of the prior.
     """
 
     base: eqx.AbstractVar[PriorDenoiser]
@@ -67,30 +83,62 @@ class ObservingDenoiser(Denoiser):
     def directions(
         self, z_s: Float[Array, ...], noise_level: Float[Array, ""], guidance_state: GuidanceState
     ) -> tuple[Float[Array, ...], GuidanceDirections, GuidanceState]:
-        """(the *unguided* D(z_s, s), what y adds to it, guidance_state)."""
+        """Return the prior's denoised value, and separately the effect of the observations on it.
+
+        Args:
+            z_s: noised latent.
+            noise_level: s, a positive scalar.
+            guidance_state: guidance state after the noise level before.
+
+        Returns:
+            (the unguided D(z_s, s), of the shape of `z_s`; the directions; guidance state for the next noise level).
+        """
 
 
 class MMPS(Guidance):
-    """Moment-matching posterior sampling.
+    r"""Moment-matching posterior sampling (Rozet et al. 2024, arXiv 2405.13712, Section 4).
+
+    At each noise level s the guided denoiser is
+
+    $$
+    D_y = D + s^2 C J^T S H^T v, \qquad (I + s^2 H S J C S H^T) v = r,
+    $$
+
+    where r is the whitened residual at the state a + S D, H = -dr/dx, J = dD/dz_s, S is the prior's scale and C its
+    noise covariance. It is exact for a Gaussian p(z | c) and a linear h.
 
     Args:
-        solver: how the linear system in observation space is solved at each noise level.
-        noise: the noise whose covariance C the guidance takes; None takes the prior's own, which is right.
-            `MMPS(noise=WhiteNoise())` is the published method, C = I, for comparison with it: wrong wherever the
-            prior's noise is not white (docs/method.md, the noise on the sphere). Samplers always draw the prior's.
+        solver: solver of the linear system in observation space.
+        noise: noise whose covariance C the guidance takes; None takes the prior's own, which is right.
+            `MMPS(noise=WhiteNoise())` is the published method, C = I, for comparison. It is wrong if the prior's noise
+            is not white (docs/method.md, the noise on the sphere). Samplers always draw the prior's noise.
     """
 
     solver: LinearSolver = KrylovSolve()
     noise: Noise | None = None
 
+    def __check_init__(self) -> None:
+        require(self.solver, LinearSolver, self, "solver", "ndda.diffusion.KrylovSolve(products=2)")
+        if self.noise is not None:
+            require(self.noise, Noise, self, "noise", "ndda.diffusion.WhiteNoise()")
+
     def __call__(self, denoiser: PriorDenoiser, likelihood: Likelihood) -> Denoiser:
-        """The moment-matched posterior denoiser."""
+        """Build the moment-matched denoiser of p(z | c, y)."""
         noise = denoiser.prior.noise if self.noise is None else self.noise
         return MMPSDenoiser(denoiser, likelihood, self.solver, noise)
 
 
 class MMPSDenoiser(ObservingDenoiser):
-    """See `MMPS`; costs one forward and the solver's products (one vjp each) a call."""
+    """Posterior denoiser by moment matching, built by `MMPS`.
+
+    One call costs one forward pass, and one vjp for each product that the solver makes.
+
+    Attributes:
+        base: denoiser of the prior.
+        likelihood: likelihood of the step's observations.
+        solver: solver of the linear system.
+        noise: noise whose covariance C the guidance takes.
+    """
 
     base: PriorDenoiser
     likelihood: Likelihood
@@ -98,25 +146,30 @@ class MMPSDenoiser(ObservingDenoiser):
     noise: Noise
 
     def init(self) -> GuidanceState:
-        """No passes yet, and the solver's cold start."""
+        """Return a guidance state with no passes and the solver's first warm start."""
         return initial_guidance_state(self.base, self.likelihood, self.solver)
 
     def __call__(
         self, z_s: Float[Array, ...], noise_level: Float[Array, ""], guidance_state: GuidanceState
     ) -> tuple[Float[Array, ...], GuidanceState]:
-        """D_y(z_s, s)."""
+        """Return the guided D_y(z_s, s), of the shape of `z_s`, and the next guidance state."""
         denoised, solution, _, guidance_state = self._solve(z_s, noise_level, guidance_state)
         return denoised + noise_level**2 * self.noise.covariance_product(solution.image), guidance_state
 
     def directions(
         self, z_s: Float[Array, ...], noise_level: Float[Array, ""], guidance_state: GuidanceState
     ) -> tuple[Float[Array, ...], GuidanceDirections, GuidanceState]:
-        """See `ObservingDenoiser`: along the directions that the solver has seen."""
+        """Return the unguided D(z_s, s), the directions that the solver has seen, and the next guidance state.
+
+        Raises:
+            TypeError: the solver does not return its directions.
+        """
         denoised, solution, residual, guidance_state = self._solve(z_s, noise_level, guidance_state)
         if solution.directions is None:
             raise TypeError(
-                f"{type(self.solver).__name__} does not say which directions it has seen, and path weights need them; "
-                "return Solution(..., directions=...), or use ndda.diffusion.DirectSolve() or ndda.diffusion.KrylovSolve()."
+                f"{type(self.solver).__name__} does not return the directions it has seen, which path weights need; "
+                "return Solution(..., directions=...) from it, or give ndda.MMPS another solver: "
+                "ndda.diffusion.KrylovSolve() or ndda.diffusion.DirectSolve()."
             )
         basis, columns, images = solution.directions
         return denoised, GuidanceDirections(basis, basis @ residual, basis @ columns.T, images), guidance_state
@@ -124,39 +177,40 @@ class MMPSDenoiser(ObservingDenoiser):
     def _solve(
         self, z_s: Float[Array, ...], noise_level: Float[Array, ""], guidance_state: GuidanceState
     ) -> tuple[Array, Solution, Array, GuidanceState]:
-        """(D, the solution of the module's system, r, guidance_state)."""
-        prior, conditioning = self.base.prior, self.base.conditioning
-        denoised, pull_denoiser = jax.vjp(lambda z: prior.denoise(z, noise_level, conditioning), z_s)
+        """Return (D, the solution v of the linear system, the residual r, the next guidance state)."""
+        denoised, pull = self.base.with_pullback(z_s, noise_level)
 
-        # J C is symmetric for a true denoiser, so S J C S = S C J^T S: one vjp a product, no jvp.
+        # For a true denoiser J C is symmetric, so S J C S = S C J^T S: a product needs one vjp and no jvp.
         def covariance(w: Array) -> tuple[Array, Array]:
-            (pulled,) = pull_denoiser(w)
+            pulled = pull(w)
             return noise_level**2 * self.noise.covariance_product(pulled), pulled
 
-        residual, system, extra = linear_system(self.base, self.likelihood, self.solver, denoised, covariance)
-        solution, warm_start = self.solver(system, residual, guidance_state.warm_start)
-        passes = NetworkPasses.of(forward=1)._replace(vjp=solution.products + extra)
-        guidance_state = GuidanceState(
-            guidance_state.passes.plus(passes),
-            warm_start,
-            jnp.maximum(guidance_state.solver_residual, solution.residual),
+        solution, residual, products, guidance_state = solve_system(
+            self.base, self.likelihood, self.solver, denoised, covariance, guidance_state
         )
-        return denoised, solution, residual, guidance_state
+        passes = NetworkPasses.of(forward=1)._replace(vjp=products)
+        return denoised, solution, residual, guidance_state.plus(passes)
 
 
 def state_of(base: PriorDenoiser, denoised: Float[Array, ...]) -> Float[Array, ...]:
-    """a + S D."""
+    """Return the state a + S D of a denoised latent D, shape of the state."""
     return base.prior.location(base.conditioning) + base.prior.scale(base.conditioning) * denoised
 
 
 def coordinates_near(base: PriorDenoiser, likelihood: Likelihood, x: Float[Array, ...]) -> Coordinates | None:
-    """What the observations that are not Gaussian look at near x, its components moving by S; no network pass."""
+    """Return the coordinates of the observations that are not Gaussian, near the state x; None if all are Gaussian.
+
+    Each component of the state is given the spread S. No network pass is made.
+    """
     spread = jnp.broadcast_to(base.prior.scale(base.conditioning), x.shape)
     return likelihood.coordinates(x, spread[None] * probe_signs(x.shape, x.dtype))
 
 
 def initial_guidance_state(base: PriorDenoiser, likelihood: Likelihood, solver: LinearSolver) -> GuidanceState:
-    """No passes yet, and the solver's cold start for as many unknowns as there are residuals."""
+    """Return a guidance state with no passes and the solver's first warm start.
+
+    The warm start has as many unknowns as the likelihood has residuals.
+    """
     location = base.prior.location(base.conditioning)
 
     def residual(x: Array) -> Array:
@@ -177,32 +231,34 @@ def linear_system(
     denoised: Float[Array, ...],
     covariance: Callable[[Array], tuple[Array, Array]],
 ) -> tuple[Float[Array, " m"], Product, int]:
-    """The system of a guidance that takes the latent to be N(D, V) at a noise level.
+    """Build the linear system of a guidance that approximates the latent as N(D, V) at one noise level.
 
     Args:
-        base: the prior's denoiser.
-        likelihood: of the step.
-        solver: for the variances of coordinates, where the likelihood is not Gaussian.
-        denoised: D.
-        covariance: w -> (V w, what a product with the system brings for w = S H^T v).
+        base: denoiser of the prior.
+        likelihood: likelihood of the step's observations.
+        solver: solver whose `diagonal` estimates the variances of coordinates, if the likelihood is not Gaussian.
+        denoised: D, shape of the latent.
+        covariance: function w -> (V w, image of w), where the image is what the guidance needs for `w = S H^T v`.
 
     Returns:
-        (r, v -> ((I + H S V S H^T) v, what it brings), calls of `covariance` made so far).
+        (the residual r, shape (m,); the product v -> ((I + H S V S H^T) v, image of S H^T v); the number of calls of
+        `covariance` made so far).
     """
     scale = base.prior.scale(base.conditioning)
     x = state_of(base, denoised)
 
     def seen_by(observe: Callable[[Array], Array]) -> tuple[Array, Product]:
-        """Observe(x), and v -> (H S V S H^T v, what it brings), H its derivative."""
+        """Return observe(x), and v -> (H S V S H^T v, image of S H^T v) with H the derivative of `observe`."""
         value, push = jax.linearize(observe, x)
         transposed = jax.linear_transpose(push, x)
 
         def product(v: Array) -> tuple[Array, Array]:
-            image, brought = covariance(scale * transposed(v)[0])
-            return push(scale * image), brought
+            moved, image = covariance(scale * transposed(v)[0])
+            return push(scale * moved), image
 
         return value, product
 
+    # Observations that are not Gaussian: estimate the variances of their coordinates, to replace them by Gaussian ones.
     coordinates = coordinates_near(base, likelihood, x)
     variances, extra = None, 0
     if coordinates is not None:
@@ -211,11 +267,42 @@ def linear_system(
         variances = solver.diagonal(lambda v: of_coordinates(v)[0], size, x.dtype)
         extra = solver.diagonal_products(size)
     local = likelihood.around(coordinates, variances)
-    # In these residuals H = -dr/dx: what is seen of -r.
-    towards, product = seen_by(lambda x: -local.residual(x))
+    # H = -dr/dx, so it is the derivative of -r.
+    negative_residual, product = seen_by(lambda x: -local.residual(x))
 
     def system(v: Array) -> tuple[Array, Array]:
-        image, brought = product(v)
-        return v + image, brought
+        seen, image = product(v)
+        return v + seen, image
 
-    return -towards, system, extra
+    return -negative_residual, system, extra
+
+
+def solve_system(
+    base: PriorDenoiser,
+    likelihood: Likelihood,
+    solver: LinearSolver,
+    denoised: Float[Array, ...],
+    covariance: Callable[[Array], tuple[Array, Array]],
+    guidance_state: GuidanceState,
+) -> tuple[Solution, Float[Array, " m"], Int[Array, ""], GuidanceState]:
+    """Build the system of `linear_system` and solve it, from the warm start in the guidance state.
+
+    Args:
+        base: denoiser of the prior.
+        likelihood: likelihood of the step's observations.
+        solver: solver of the system.
+        denoised: D, shape of the latent.
+        covariance: function w -> (V w, image of w), as `linear_system` takes it.
+        guidance_state: guidance state before this noise level.
+
+    Returns:
+        (the solution; the residual r, shape (m,); the number of calls of `covariance`; the guidance state with the next
+        warm start and the largest solver residual). The caller counts the network passes.
+    """
+    residual, system, extra = linear_system(base, likelihood, solver, denoised, covariance)
+    solution, warm_start = solver(system, residual, guidance_state.warm_start)
+    guidance_state = guidance_state._replace(
+        warm_start=warm_start,
+        solver_residual=jnp.maximum(guidance_state.solver_residual, solution.residual),
+    )
+    return solution, residual, solution.products + extra, guidance_state

@@ -1,8 +1,9 @@
-"""Guidance that changes with the noise level: none where it is not needed, few products where few are enough.
+"""Guidance that depends on the noise level, to save network passes at levels that need little or no guidance.
 
-The noise level is the loop's, the same for all particles: `jax.lax.switch` on it stays a branch under `jax.vmap`
-over particles, states and observations: only the guidance of that level is executed, and only its passes are counted.
-Under a `jax.vmap` over noise levels all branches would run; no sampler of this library does that.
+The noise level comes from the sampler's loop and is the same for all particles. So `jax.lax.switch` on it stays a
+branch under `jax.vmap` over particles, states and observations: only the guidance of the current level is executed, and
+only its passes are counted. Under a `jax.vmap` over noise levels all branches would run; no sampler of this library
+does that.
 """
 
 from __future__ import annotations
@@ -20,25 +21,28 @@ from numpyro_diffusion_da.observation.likelihood import Likelihood
 
 
 class Unguided(Guidance):
-    """No guidance: the prior's denoiser, one forward pass. For levels of `Piecewise`; alone it ignores y."""
+    """No guidance: the denoiser of the prior, at one forward pass per call.
+
+    Use it for some levels of `Piecewise`. By itself it ignores the observations.
+    """
 
     def __call__(self, denoiser: PriorDenoiser, likelihood: Likelihood) -> Denoiser:
-        """The denoiser itself."""
+        """Return the denoiser of the prior unchanged."""
         return denoiser
 
 
 class Piecewise(Guidance):
-    """One guidance for each range of noise levels.
+    """Guidance that uses another guidance in each range of noise levels.
 
-    `Piecewise((Unguided(), MMPS(), Unguided()), (40.0, 0.05))` guides from 40 down to 0.05 only.
+    `Piecewise((Unguided(), MMPS(), Unguided()), (40.0, 0.05))` guides at noise levels from 40 down to 0.05 only.
 
     Args:
-        guidance: from the highest levels to the lowest.
-        levels: where one gives way to the next, decreasing, one fewer: noise levels above `levels[0]` have
-            `guidance[0]`, those from it down to above `levels[1]` have `guidance[1]`, and so on.
+        guidance: one guidance for each range, from the highest noise levels to the lowest.
+        levels: noise levels between the ranges, decreasing, one fewer than guidances. `guidance[0]` is used above
+            `levels[0]`, `guidance[1]` from `levels[0]` down to just above `levels[1]`, and so on.
 
     Raises:
-        ValueError: numbers that do not match, or levels that are not positive and decreasing.
+        ValueError: the numbers of guidances and levels do not match, or the levels are not positive and decreasing.
     """
 
     guidance: tuple[Guidance, ...] = eqx.field(converter=tuple)
@@ -56,7 +60,10 @@ class Piecewise(Guidance):
             raise ValueError(f"Piecewise got levels={self.levels}; give positive levels, the highest first.")
 
     def __call__(self, denoiser: PriorDenoiser, likelihood: Likelihood) -> Denoiser:
-        """The denoiser that chooses by the noise level."""
+        """Build the denoiser that chooses its guidance by the noise level.
+
+        It is an `ObservingDenoiser`, usable for path weights, if every part is one or is unguided.
+        """
         parts = tuple(guidance(denoiser, likelihood) for guidance in self.guidance)
         if all(isinstance(part, ObservingDenoiser | PriorDenoiser) for part in parts):
             return ObservingPiecewiseDenoiser(denoiser, parts, self.levels)
@@ -64,13 +71,18 @@ class Piecewise(Guidance):
 
 
 def _structure(tree: PyTree) -> PyTree:
+    """Return what identifies a warm start: its tree structure, and the shapes and dtypes of its arrays."""
     return jax.tree.structure(tree), [(jnp.shape(x), jnp.result_type(x)) for x in jax.tree.leaves(tree)]
 
 
 def _slots(parts: Sequence[Denoiser]) -> tuple[list[int], list[PyTree], GuidanceState]:
-    """(which warm start each part has, the distinct warm starts, a guidance_state).
+    """Assign a slot for its warm start to each part.
 
-    Equal ones are shared, so that a part goes on where the one before it stopped.
+    Parts with warm starts of the same structure share a slot, so that a part continues where the part before it
+    stopped.
+
+    Returns:
+        (slot of each part, first warm start of each slot, guidance state with all first warm starts).
     """
     slots: list[int] = []
     starts: list[PyTree] = []
@@ -94,7 +106,19 @@ def _choose(
     noise_level: Float[Array, ""],
     guidance_state: GuidanceState,
 ) -> PyTree:
-    """`call(part, z_s, noise_level, guidance_state)`, whose last result is the guidance_state, for the part of this level."""
+    """Run the part that belongs to this noise level.
+
+    Args:
+        parts: one denoiser for each range of noise levels.
+        levels: noise levels between the ranges.
+        call: function (part, z_s, noise_level, guidance_state) -> (results, ..., guidance state after the call).
+        z_s: noised latent.
+        noise_level: s, a positive scalar.
+        guidance_state: guidance state with the warm starts of all slots.
+
+    Returns:
+        The return value of `call`, its guidance state again with the warm starts of all slots.
+    """
     slots, _, _ = _slots(parts)
 
     def branch(part: Denoiser, slot: int) -> PyTree:
@@ -117,53 +141,73 @@ def _choose(
 def _denoise(
     part: Denoiser, z_s: Array, noise_level: Array, guidance_state: GuidanceState
 ) -> tuple[Array, GuidanceState]:
+    """Call a part; this is the `call` of `_choose` for a plain denoised value."""
     return part(z_s, noise_level, guidance_state)
 
 
 class PiecewiseDenoiser(Denoiser):
-    """See `Piecewise`; costs what the guidance of the level costs."""
+    """Posterior denoiser that chooses a part by the noise level, built by `Piecewise`.
+
+    One call costs what the part of the level costs.
+
+    Attributes:
+        parts: one denoiser for each range of noise levels, from the highest to the lowest.
+        levels: noise levels between the ranges, decreasing.
+    """
 
     parts: tuple[Denoiser, ...]
     levels: tuple[float, ...] = eqx.field(static=True)
 
     def init(self) -> GuidanceState:
-        """No passes yet, and every part's cold start."""
+        """Return a guidance state with no passes and the first warm start of every part."""
         return _slots(self.parts)[2]
 
     def __call__(
         self, z_s: Float[Array, ...], noise_level: Float[Array, ""], guidance_state: GuidanceState
     ) -> tuple[Float[Array, ...], GuidanceState]:
-        """The denoised value of this level's guidance."""
+        """Return the denoised value of this level's part, of the shape of `z_s`, and the next guidance state."""
         return _choose(self.parts, self.levels, _denoise, z_s, noise_level, guidance_state)
 
 
 class ObservingPiecewiseDenoiser(ObservingDenoiser):
-    """The same for path weights: at an unguided level nothing is seen of y, and the step is the prior's."""
+    """Posterior denoiser that chooses a part by the noise level, and can be used for path weights.
+
+    At an unguided level the observations have no effect, and the sampler's step is that of the prior.
+
+    Attributes:
+        base: denoiser of the prior.
+        parts: one denoiser for each range of noise levels, from the highest to the lowest.
+        levels: noise levels between the ranges, decreasing.
+    """
 
     base: PriorDenoiser
     parts: tuple[Denoiser, ...]
     levels: tuple[float, ...] = eqx.field(static=True)
 
     def init(self) -> GuidanceState:
-        """No passes yet, and every part's cold start."""
+        """Return a guidance state with no passes and the first warm start of every part."""
         return _slots(self.parts)[2]
 
     def __call__(
         self, z_s: Float[Array, ...], noise_level: Float[Array, ""], guidance_state: GuidanceState
     ) -> tuple[Float[Array, ...], GuidanceState]:
-        """The denoised value of this level's guidance."""
+        """Return the denoised value of this level's part, of the shape of `z_s`, and the next guidance state."""
         return _choose(self.parts, self.levels, _denoise, z_s, noise_level, guidance_state)
 
     def directions(
         self, z_s: Float[Array, ...], noise_level: Float[Array, ""], guidance_state: GuidanceState
     ) -> tuple[Float[Array, ...], GuidanceDirections, GuidanceState]:
-        """See `ObservingDenoiser`: with directions that are zero where a guidance has fewer than another."""
+        """Return the unguided D(z_s, s), the directions of this level's part, and the next guidance state.
+
+        The number of directions is that of the part with the most. A part with fewer fills up with zeros.
+        """
         slots, starts, _ = _slots(self.parts)
         seen: list[GuidanceDirections] = []
         for part, slot in zip(self.parts, slots, strict=True):
             if isinstance(part, ObservingDenoiser):
                 given = guidance_state._replace(warm_start=starts[slot])
                 seen.append(jax.eval_shape(part.directions, z_s, noise_level, given)[1])
+        # Every branch of the switch must return arrays of the same shapes.
         widest = max((len(directions.basis) for directions in seen), default=0)
         unknowns = seen[0].basis.shape[1] if seen else 0
 
@@ -184,7 +228,7 @@ class ObservingPiecewiseDenoiser(ObservingDenoiser):
 
 
 def _widen(directions: GuidanceDirections, k: int) -> GuidanceDirections:
-    """With directions that are zero, up to k of them."""
+    """Append zero directions, up to k of them."""
     more = k - len(directions.basis)
 
     def rows(x: Array, axes: int = 1) -> Array:

@@ -1,16 +1,20 @@
-"""Matrix-free solves of (I + B) v = r, B = W^T-like and meant to be positive semi-definite, with their convergence.
+"""Matrix-free solvers of (I + B) v = r, which also report their convergence.
 
-This is the system of moment-matched guidance in whitened observation space: B = s^2 H S J C S H^T. Three things set it
-apart from a textbook solve, which is why it is not left to a general library:
+The matrix B is known by its products only, and should be symmetric and positive semi-definite. Moment-matched guidance
+has such a system in whitened observation space, with $B = s^2 H S J C S H^T$. The solvers are written here, and not
+taken from a general library, for three reasons:
 
-- a product costs a pass through the network, and brings J^T S H^T v, of which the answer needs a combination:
-  a solver that returns that combination saves a pass (`Solution.image`);
-- the system at the next noise level is close to this one: the last answer is a good first direction;
-- J comes from a learned network, so B is neither symmetric nor positive. Plain conjugate gradients then diverge. All
-  solvers here project on the directions they have seen, symmetrize the small matrix and lift its eigenvalues to at
-  least 1, the smallest that I + B can have. For a true covariance nothing changes (the answer is that of conjugate
-  gradients); otherwise the answer stays bounded by that of R alone. `Solution.residual` is taken with the *true*,
-  unlifted products, so that a inflation is visible.
+- A product costs a pass through the network, and also returns `J^T S H^T v`. The answer of the guidance is a
+  combination of these images. A solver that returns the combination saves a pass (`Solution.image`).
+- The system at the next noise level is close to this one, so the last answer is a good first direction.
+- J comes from a learned network, so B may be neither symmetric nor positive, and plain conjugate gradients then
+    diverge.
+
+To be safe in the last case, the Galerkin solvers project the system on the directions they have seen, symmetrize the
+small projected matrix, and lift its eigenvalues to at least 1, the smallest eigenvalue that I + B can have. For a true
+covariance this changes nothing: the answer is that of conjugate gradients. Otherwise the answer stays bounded by the
+one for the observation error R alone. `Solution.residual` is computed from the products without lifted eigenvalues, so
+it shows whether they were lifted.
 """
 
 from __future__ import annotations
@@ -25,16 +29,16 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PyTree
 
 Product = Callable[[Float[Array, " m"]], tuple[Float[Array, " m"], Float[Array, "..."]]]
-"""v -> ((I + B) v, g(v)), with g linear: for guidance g(v) = J^T S H^T v."""
+"""Function v -> ((I + B) v, image g(v)) with a linear g; for guidance, g(v) = J^T S H^T v."""
 
 
 class Directions(NamedTuple):
-    """The directions that a solver has seen, orthonormal or zero, and what products made of them.
+    """Directions that a solver has seen, orthonormal or zero, and the products with them.
 
     Attributes:
-        basis: u_i, shape (k, m).
-        columns: (I + B) u_i, shape (k, m).
-        images: g(u_i), leading axis k.
+        basis: directions u_i, shape (k, m).
+        columns: products (I + B) u_i, shape (k, m).
+        images: images g(u_i), leading axis k.
     """
 
     basis: Float[Array, "k m"]
@@ -43,14 +47,14 @@ class Directions(NamedTuple):
 
 
 class Solution(NamedTuple):
-    """The answer and how far it can be trusted.
+    """Answer of a linear solver, with a measure of its error.
 
     Attributes:
         answer: v, shape (m,).
-        image: g(v), at no further product.
-        residual: |r - (I + B) v| / |r| with the unlifted products; 0 where r = 0.
-        products: how many products were made.
-        directions: what the solver has seen; None where it does not say, and then there are no path weights (`path`).
+        image: g(v), obtained without a further product.
+        residual: |r - (I + B) v| / |r|, from products without lifted eigenvalues; 0 if r = 0.
+        products: number of products made.
+        directions: directions that the solver has seen; None if it does not return them. Path weights need them.
     """
 
     answer: Float[Array, " m"]
@@ -61,51 +65,81 @@ class Solution(NamedTuple):
 
 
 class LinearSolver(eqx.Module):
-    """Solves (I + B) v = r from products with I + B."""
+    """Abstract solver of (I + B) v = r that uses products with I + B only."""
 
     @abc.abstractmethod
     def init(self, size: int, dtype: jnp.dtype) -> PyTree:
-        """The warm start before the first system of `size` unknowns."""
+        """Return the warm start before the first system.
+
+        Args:
+            size: number of unknowns m.
+            dtype: dtype of the unknowns.
+        """
 
     @abc.abstractmethod
     def __call__(self, product: Product, rhs: Float[Array, " m"], warm_start: PyTree) -> tuple[Solution, PyTree]:
-        """Solve; returns (solution, warm start for the next system)."""
+        """Solve one system.
+
+        Args:
+            product: function v -> ((I + B) v, g(v)).
+            rhs: r, shape (m,).
+            warm_start: warm start from the system before, or from `init`.
+
+        Returns:
+            (the solution, warm start for the next system).
+        """
 
     def diagonal_products(self, size: int) -> int:
-        """Products that `diagonal` makes, for `size` rows: one."""
+        """Return how many products `diagonal` makes for `size` rows; 1 by default."""
         return min(size, 1)
 
     def diagonal(self, product: Callable[[Array], Array], size: int, dtype: jnp.dtype) -> Float[Array, " m"]:
-        """The diagonal of a positive semi-definite B, known by its products.
+        """Estimate the diagonal of a positive semi-definite B, shape (m,).
 
-        By default the mean of all of it, for every row, from one product with random signs (Hutchinson 1990): for rows
-        in units that make them alike.
+        By default every entry is the mean of the diagonal, estimated from one product with random signs (Hutchinson
+        1990). This suits rows in units that make their diagonal entries similar.
+
+        Args:
+            product: function v -> B v.
+            size: number of rows m.
+            dtype: dtype of the rows.
         """
         signs = jax.random.rademacher(jax.random.key(0), (size,), dtype)
         return jnp.full((size,), jnp.mean(signs * product(signs)))
 
 
 def projected_solve(projected: Float[Array, "k k"], rhs: Float[Array, " k"]) -> Float[Array, " k"]:
-    """Solve the projected system after symmetrizing it and lifting its eigenvalues to at least 1."""
+    """Solve a projected system after symmetrizing it and lifting its eigenvalues to at least 1.
+
+    Args:
+        projected: projection of I + B on k directions, shape (k, k).
+        rhs: projection of r, shape (k,).
+
+    Returns:
+        Coefficients of the answer along the directions, shape (k,).
+    """
     values, vectors = jnp.linalg.eigh(0.5 * (projected + projected.T))
     return vectors @ ((vectors.T @ rhs) / jnp.maximum(values, 1.0))
 
 
 def relative_residual(rhs: Float[Array, " m"], image: Float[Array, " m"]) -> Float[Array, ""]:
-    """|rhs - image| / |rhs|, 0 for a zero right-hand side (nothing observed)."""
+    """Return |rhs - image| / |rhs|, and 0 for a zero right-hand side (nothing observed)."""
     size = jnp.linalg.norm(rhs)
     return jnp.where(size > 0, jnp.linalg.norm(rhs - image) / jnp.where(size > 0, size, 1.0), 0.0)
 
 
 class DirectSolve(LinearSolver):
-    """Builds I + B by one product for each observation and solves it densely: exact, for small m and for tests."""
+    """Dense solver that makes one product for each observation: exact, for few observations and for tests.
+
+    It symmetrizes I + B and lifts its eigenvalues to at least 1, which changes nothing for a true covariance.
+    """
 
     def init(self, size: int, dtype: jnp.dtype) -> PyTree:
-        """No warm start."""
+        """Return an empty warm start, because a direct solve needs none."""
         return ()
 
     def __call__(self, product: Product, rhs: Float[Array, " m"], warm_start: PyTree) -> tuple[Solution, PyTree]:
-        """Solve with m products."""
+        """Solve one system with m products, and return the solution with the unchanged warm start."""
         basis = jnp.eye(len(rhs), dtype=rhs.dtype)
         columns, images = jax.vmap(product)(basis)
         answer = projected_solve(columns.T, rhs)
@@ -119,27 +153,28 @@ class DirectSolve(LinearSolver):
         return solution, warm_start
 
     def diagonal_products(self, size: int) -> int:
-        """One for each row."""
+        """Return `size`: one product for each row."""
         return size
 
     def diagonal(self, product: Callable[[Array], Array], size: int, dtype: jnp.dtype) -> Float[Array, " m"]:
-        """Every entry."""
+        """Return the exact diagonal of B, shape (m,), from one product for each row."""
         return jnp.diagonal(jax.vmap(product)(jnp.eye(size, dtype=dtype)))
 
 
 class KrylovSolve(LinearSolver):
-    """Galerkin projection on a growing basis: the last answer, then the residuals; a fixed number of products.
+    """Galerkin solver with a fixed number of products, on a basis of the last answer and then the residuals.
 
-    From a zero start this is conjugate gradients (in exact arithmetic, for a symmetric positive system).
+    From a zero start, and for a symmetric positive definite I + B, this is the method of conjugate gradients (in exact
+    arithmetic).
 
     Args:
-        products: products, hence network passes, of one solve. Two, with a warm start, already lose little
+        products: number of products per solve, hence of network passes. With a warm start, two lose little
             (docs/method.md, the ring-64 table).
-        warm_start: begin with the answer of the noise level before. It is a direction only: with a single product
-            there would be no other, so the residual is taken then.
+        warm_start: whether the first direction is the answer at the noise level before. It is a direction only. A solve
+            with one product starts from the residual instead, because it has no other direction.
 
     Raises:
-        ValueError: products < 1.
+        ValueError: `products` is less than 1.
     """
 
     products: int = eqx.field(static=True, default=2)
@@ -150,12 +185,13 @@ class KrylovSolve(LinearSolver):
             raise ValueError(f"KrylovSolve got products={self.products}; give 1 or more.")
 
     def init(self, size: int, dtype: jnp.dtype) -> PyTree:
-        """The answer of the level before: zero."""
+        """Return the first warm start: zeros in place of an answer at the noise level before."""
         return jnp.zeros((size,), dtype)
 
     def __call__(self, product: Product, rhs: Float[Array, " m"], warm_start: PyTree) -> tuple[Solution, PyTree]:
-        """Solve with `products` products."""
+        """Solve one system with `products` products, and return the solution with its answer as the next warm start."""
         m, k = len(rhs), min(self.products, len(rhs))
+        # Arrays for the k directions and their products, filled row by row.
         image_shape = jax.eval_shape(product, rhs)[1]
         basis = jnp.zeros((k, m), rhs.dtype)
         columns = jnp.zeros((k, m), rhs.dtype)
@@ -164,23 +200,27 @@ class KrylovSolve(LinearSolver):
 
         def extend(i: Array, carry: tuple[Array, ...]) -> tuple[Array, ...]:
             basis, columns, images, coefficients = carry
+            # Next direction: the warm start, then the residual of the answer so far.
             direction = jnp.where(i == 0, first, rhs - coefficients @ columns)
+            # Orthogonalize against the basis. Once is not enough for a non-symmetric B; twice is (Kahan).
             before = jnp.linalg.norm(direction)
-            for _ in range(2):  # twice is enough (Kahan): a non-symmetric B leaves a part along the basis
+            for _ in range(2):
                 direction = direction - (basis @ direction) @ basis
             size = jnp.linalg.norm(direction)
-            # What is left after convergence is rounding: a zero direction then changes nothing.
+            # After convergence only rounding errors are left. A zero direction then leaves the answer unchanged.
             useful = size > 1e-6 * before
             direction = jnp.where(useful, direction / jnp.where(useful, size, 1.0), 0.0)
+            # The one product of this iteration, which costs a network pass.
             column, image = product(direction)
             basis, columns, images = basis.at[i].set(direction), columns.at[i].set(column), images.at[i].set(image)
-            # Unused rows of the basis are zero: their eigenvalues are lifted to 1 and meet a zero right-hand side.
+            # Solve on the basis. Rows not yet used are zero: lifting gives them eigenvalue 1 and so coefficient 0.
             coefficients = projected_solve(basis @ columns.T, basis @ rhs)
             return basis, columns, images, coefficients
 
         basis, columns, images, coefficients = jax.lax.fori_loop(
             0, k, extend, (basis, columns, images, jnp.zeros((k,), rhs.dtype))
         )
+        # The image and the residual of the answer are combinations of products already made.
         solution = Solution(
             coefficients @ basis,
             jnp.tensordot(coefficients, images, 1),
@@ -192,23 +232,24 @@ class KrylovSolve(LinearSolver):
 
 
 class RowSumSolve(LinearSolver):
-    """v = r / max(1, (I + B) 1): takes B for the diagonal matrix of its row sums (Boys et al. 2023, arXiv 2310.06721).
+    """Solver that replaces B by the diagonal matrix of its row sums (Boys et al. 2023, arXiv 2310.06721).
 
-    Two products: that of the ones, and that of the answer, whose image guidance needs. Exact for a diagonal B, that is
-    where observations look at independent components. The residual says how far from that B is.
+    The answer is `v = r / max(1, (I + B) 1)`, elementwise, with 1 the vector of ones. It takes two products: one with
+    the ones, and one with the answer, whose image the guidance needs. The answer is exact for a diagonal B, which is
+    the case if the observations depend on independent components. The residual shows how far B is from diagonal.
     """
 
     def init(self, size: int, dtype: jnp.dtype) -> PyTree:
-        """No warm start."""
+        """Return an empty warm start, because dividing by row sums needs none."""
         return ()
 
     def __call__(self, product: Product, rhs: Float[Array, " m"], warm_start: PyTree) -> tuple[Solution, PyTree]:
-        """Divide, with two products."""
+        """Divide by the row sums, with two products, and return the solution with the unchanged warm start."""
         sums, _ = product(jnp.ones_like(rhs))
         answer = rhs / jnp.maximum(sums, 1.0)
         column, image = product(answer)
         return Solution(answer, image, relative_residual(rhs, column), jnp.asarray(2)), warm_start
 
     def diagonal(self, product: Callable[[Array], Array], size: int, dtype: jnp.dtype) -> Float[Array, " m"]:
-        """The row sums, where positive."""
+        """Return the row sums of B, shape (m,), with 0 in place of negative ones; one product."""
         return jnp.maximum(product(jnp.ones((size,), dtype)), 0.0)

@@ -1,4 +1,4 @@
-"""What a backward pass holds in memory, and what the device has: how many particles can move at a time."""
+"""Memory that a backward pass keeps and that the device has, to choose how many particles run at a time."""
 
 from __future__ import annotations
 
@@ -10,9 +10,13 @@ from jaxtyping import Array
 
 
 def backward_bytes(fn: Callable[[Array], Array], at: jax.ShapeDtypeStruct) -> int:
-    """Bytes that the backward pass of `fn` keeps of the forward pass; nothing is computed.
+    """Return how many bytes of the forward pass the backward pass of a function keeps; nothing is computed.
 
-    What `fn` closes over (parameters, conditioning) is there anyway, and is not counted.
+    Arrays that the function closes over, such as parameters and conditioning, are in memory anyway and are not counted.
+
+    Args:
+        fn: function of one array.
+        at: shape and dtype of its argument.
     """
     jaxpr = jax.make_jaxpr(lambda x: jax.tree.leaves(jax.vjp(fn, x)[1]))(at).jaxpr
     there = {*jaxpr.constvars, *jaxpr.invars}
@@ -21,7 +25,7 @@ def backward_bytes(fn: Callable[[Array], Array], at: jax.ShapeDtypeStruct) -> in
 
 
 def device_memory() -> int:
-    """Bytes that JAX may use of its device; the machine's memory where the device does not say."""
+    """Return how many bytes JAX may use of its device, or the machine's memory if the device does not say."""
     stats = jax.local_devices()[0].memory_stats()
     if stats and "bytes_limit" in stats:
         return int(stats["bytes_limit"])

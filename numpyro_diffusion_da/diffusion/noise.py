@@ -1,11 +1,14 @@
-"""The noise of a diffusion: e ~ N(0, C), with C a linear operator.
+r"""Noise of a diffusion, e ~ N(0, C), with a linear operator C as its covariance.
 
-A latent z is noised as z_s = z + s e. Most emulators use white noise, C = I; some do not (noise drawn isotropically on
-the sphere is correlated on a latitude-longitude grid, and singular). Tweedie's formulas then carry C:
+A latent z is noised as `z_s = z + s e`. Most emulators use white noise, C = I. Some do not: noise that is isotropic on
+the sphere is correlated on a latitude-longitude grid, and its C is singular. Tweedie's formulas then contain C:
 
-    grad log p(z_s) = C^+ (D(z_s, s) - z_s) / s^2,        Cov[z | z_s] = s^2 J C,    J = dD/dz_s.
+$$
+\nabla \log p(z_s) = C^+ \frac{D(z_s, s) - z_s}{s^2}, \qquad
+\operatorname{Cov}[z \mid z_s] = s^2 J C, \qquad J = \frac{dD}{dz_s} .
+$$
 
-Everything that guides, weighs or samples asks the prior's `Noise` for C, and never assumes the identity.
+Everything that guides, weighs or samples takes C from the prior's `Noise`, and never assumes the identity.
 """
 
 from __future__ import annotations
@@ -21,54 +24,65 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 
 class Noise(eqx.Module):
-    """Zero-mean Gaussian noise in the latent space, known by a draw and by products with its covariance C."""
+    """Abstract zero-mean Gaussian noise in the latent space, known by draws and by products with its covariance C.
+
+    Subclasses whose C has an inverse also define `precision_product`, which densities need.
+    """
 
     @abc.abstractmethod
     def sample(self, rng_key: PRNGKeyArray, shape: tuple[int, ...], dtype: jnp.dtype) -> Float[Array, ...]:
-        """One draw e ~ N(0, C) of the latent's shape."""
+        """Draw e ~ N(0, C).
+
+        Args:
+            rng_key: random key.
+            shape: shape of the latent.
+            dtype: dtype of the draw.
+        """
 
     @abc.abstractmethod
     def covariance_product(self, v: Float[Array, ...]) -> Float[Array, ...]:
-        """C v, for a `v` of the latent's shape."""
+        """Return C v, for a `v` of the latent's shape."""
 
     def precision_product(self, v: Float[Array, ...]) -> tuple[Float[Array, ...], Float[Array, ""]]:
-        """(C^-1 v, log det C), for a `v` of the latent's shape.
+        """Return (C^-1 v, log det C), for a `v` of the latent's shape.
 
         Raises:
-            NotImplementedError: this noise gives no inverse of C; where C is singular there is none.
+            NotImplementedError: this noise does not define an inverse of C; a singular C has none.
         """
         raise NotImplementedError(
-            f"{type(self).__name__} gives no inverse of its covariance C, and a density needs one "
-            "(a singular C has none): filter with samples instead, which need only C."
+            f"{type(self).__name__} gives no inverse of its covariance C, and a density needs one (a singular C has "
+            "none); filter without a density, for example with ndda.FAAPF, or define precision_product."
         )
 
 
 class WhiteNoise(Noise):
-    """C = I: independent unit noise in every component."""
+    """White noise, C = I: independent unit noise in every component."""
 
     def sample(self, rng_key: PRNGKeyArray, shape: tuple[int, ...], dtype: jnp.dtype) -> Float[Array, ...]:
-        """One draw e ~ N(0, I)."""
+        """Draw e ~ N(0, I) of the given shape and dtype."""
         return standard_normal(rng_key, shape, dtype)
 
     def covariance_product(self, v: Float[Array, ...]) -> Float[Array, ...]:
-        """`v` itself."""
+        """Return `v` unchanged, because C = I."""
         return v
 
     def precision_product(self, v: Float[Array, ...]) -> tuple[Float[Array, ...], Float[Array, ""]]:
-        """`v` itself, and 0."""
+        """Return `v` unchanged and log det C = 0, because C = I."""
         return v, jnp.zeros((), v.dtype)
 
 
 def standard_normal(rng_key: PRNGKeyArray, shape: tuple[int, ...], dtype: jnp.dtype) -> Float[Array, ...]:
-    """Independent standard normal numbers, those of `jax.random.normal`.
+    """Draw independent standard normal numbers, the same as `jax.random.normal` draws.
 
-    Drawn in one row: with four axes XLA can take twenty seconds to compile the draw for a CPU.
+    They are drawn as one row, because XLA can take twenty seconds to compile a draw with four axes for a CPU.
     """
     return jax.random.normal(rng_key, (math.prod(shape),), dtype).reshape(shape)
 
 
 class FactorNoise(Noise):
-    """C = L L^T for a dense factor L, over the flattened latent. L may have fewer columns than rows (a singular C).
+    """Noise with C = L L^T for a dense factor L, over the flattened latent.
+
+    L may have fewer columns than rows; C is then singular.
 
     Args:
         factor: L, shape (size of the latent, rank).
@@ -77,17 +91,17 @@ class FactorNoise(Noise):
     factor: Float[Array, "size rank"]
 
     def sample(self, rng_key: PRNGKeyArray, shape: tuple[int, ...], dtype: jnp.dtype) -> Float[Array, ...]:
-        """One draw e = L xi, xi white."""
+        """Draw e = L xi with white xi, of the given shape and dtype."""
         white = jax.random.normal(rng_key, (self.factor.shape[1],), dtype)
         return (self.factor.astype(dtype) @ white).reshape(shape)
 
     def covariance_product(self, v: Float[Array, ...]) -> Float[Array, ...]:
-        """L (L^T v)."""
+        """Return C v = L (L^T v), for a `v` of the latent's shape."""
         factor = self.factor.astype(v.dtype)
         return (factor @ (factor.T @ v.reshape(-1))).reshape(v.shape)
 
     def precision_product(self, v: Float[Array, ...]) -> tuple[Float[Array, ...], Float[Array, ""]]:
-        """L^-T (L^-1 v) and 2 log |det L|, for a square L.
+        """Return (C^-1 v, log det C) = (L^-T (L^-1 v), 2 log |det L|), for a square L.
 
         Raises:
             NotImplementedError: L is not square; with fewer columns than rows C is singular.
@@ -101,25 +115,32 @@ class FactorNoise(Noise):
 
 
 def positive_semidefinite(matrix: np.ndarray, name: str, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Check a covariance and give its non-negligible eigenpairs.
+    """Check a covariance matrix, and return its eigenpairs without those of negligible eigenvalue.
+
+    Args:
+        matrix: covariance, shape (size, size).
+        name: name of the argument in messages.
+        size: expected number of rows.
 
     Returns:
-        (eigenvalues of shape (rank,), eigenvectors of shape (size, rank)), in float64, eigenvalues positive.
+        (eigenvalues of shape (rank,), eigenvectors of shape (size, rank)), in float64, with positive eigenvalues.
 
     Raises:
-        ValueError: not square of the given size, not symmetric, or with a clearly negative eigenvalue.
+        ValueError: the matrix has another shape, is not finite or not symmetric, or has a clearly negative eigenvalue.
     """
     matrix = np.asarray(matrix, dtype=np.float64)
     if matrix.shape != (size, size):
-        raise ValueError(f"{name} has shape {matrix.shape}, expected {(size, size)}: give a full matrix.")
+        raise ValueError(f"{name} has shape {matrix.shape}, expected {(size, size)}; give a full matrix.")
     if not np.all(np.isfinite(matrix)):
-        raise ValueError(f"{name} holds non-finite values; a covariance must be finite.")
+        raise ValueError(f"{name} contains non-finite values; give a finite covariance.")
     scale = float(np.abs(matrix).max(initial=0.0))
     if not np.allclose(matrix, matrix.T, atol=1e-6 * scale, rtol=0.0):
         raise ValueError(f"{name} is not symmetric; give a covariance (symmetric positive semi-definite).")
     values, vectors = np.linalg.eigh(0.5 * (matrix + matrix.T))
     if values.min(initial=0.0) < -1e-6 * scale:
-        raise ValueError(f"{name} has the negative eigenvalue {values.min():.3g}; a covariance has none.")
-    # float32 covariances carry eigenvalues of rounding size where they should be zero.
+        raise ValueError(
+            f"{name} has the negative eigenvalue {values.min():.3g}; give a positive semi-definite covariance."
+        )
+    # A covariance in float32 has eigenvalues of the size of rounding errors in place of zeros.
     keep = values > 1e-7 * scale
     return values[keep], vectors[:, keep]

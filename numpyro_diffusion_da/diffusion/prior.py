@@ -1,12 +1,15 @@
-"""What a diffusion prior is.
+r"""Interface of a diffusion prior.
 
-A pretrained autoregressive diffusion emulator gives p(x' | c): the next state given what it is conditioned on (one or
-several past states, forcings). It diffuses a latent z, and the state is an affine map of it,
+A pretrained autoregressive diffusion emulator gives p(x' | c), the distribution of the next state given a conditioning
+c (one or several past states, and forcings). It diffuses a latent z, and the state is an affine map of z:
 
-    x' = a(c) + S z,    S diagonal,    z_s = z + s e,    e ~ N(0, C),
+$$
+x' = a(c) + S z, \quad S \text{ diagonal}, \qquad z_s = z + s e, \quad e \sim N(0, C) .
+$$
 
-and it is known through its denoiser D(z_s, s; c) = E[z | z_s, c]. A prior says these five things and nothing else:
-how to condition, how to denoise, a and S, the noise with its covariance C, and the noise levels it can be trusted in.
+The emulator is known through its denoiser D(z_s, s; c) = E[z | z_s, c]. A prior defines five things and nothing else:
+the conditioning, the denoiser, the map (a and S), the noise with its covariance C, and the noise levels at which the
+denoiser can be trusted.
 """
 
 from __future__ import annotations
@@ -27,19 +30,22 @@ if TYPE_CHECKING:
     import numpyro.distributions as dist
 
 Conditioning = Any
-"""Whatever `DiffusionPrior.condition` makes of the previous states and the inputs: a pytree of arrays."""
+"""Return value of `DiffusionPrior.condition`: a pytree of arrays that depends on the previous states and inputs."""
 
 
 class DiffusionPrior(eqx.Module):
-    """A pretrained diffusion model of the next state given the previous ones.
+    r"""Abstract pretrained diffusion model of the next state given the previous ones.
+
+    The state is $x' = a(c) + S z$ with a diagonal S, and the denoiser returns $D(z_s, s; c) = E[z \mid z_s, c]$ for the
+    noised latent $z_s = z + s e$, $e \sim N(0, C)$.
 
     All methods act on one state, without a batch dimension; callers use `jax.vmap`.
 
     Attributes:
-        noise: the noise e ~ N(0, C) of the forward process.
+        noise: noise e ~ N(0, C) of the forward process.
         noise_range: (lowest, highest) noise level at which the denoiser can be trusted.
         layout: shape, dimension names, coordinates and units of the state.
-        conditioning_passes: network passes that `condition` makes by itself (0 for most priors).
+        conditioning_passes: network passes that `condition` makes itself (0 for most priors).
     """
 
     noise: eqx.AbstractVar[Noise]
@@ -49,32 +55,44 @@ class DiffusionPrior(eqx.Module):
 
     @abc.abstractmethod
     def condition(self, state: PyTree, inputs: PyTree = None) -> Conditioning:
-        """Prepare what does not change with the noise level.
+        """Compute everything that does not change with the noise level.
 
         Args:
-            state: the previous state, or a pytree of several past states, each of the shape of the state.
+            state: previous state, or a pytree of several past states, each of the shape of the state.
             inputs: forcings and other time-varying inputs, or None.
+
+        Returns:
+            A pytree of arrays, which the other methods take as `conditioning`.
         """
 
     @abc.abstractmethod
     def denoise(
         self, z_s: Float[Array, ...], noise_level: Float[Array, ""], conditioning: Conditioning
     ) -> Float[Array, ...]:
-        """D(z_s, s; c) = E[z | z_s, c]: one forward pass of the network. Shape of the state in and out."""
+        """Return D(z_s, s; c) = E[z | z_s, c], by one forward pass of the network.
+
+        Args:
+            z_s: noised latent, shape of the state.
+            noise_level: s, a positive scalar.
+            conditioning: return value of `condition`.
+
+        Returns:
+            The denoised latent, shape of the state.
+        """
 
     @abc.abstractmethod
     def location(self, conditioning: Conditioning) -> Float[Array, ...]:
-        """a(c), the state that z = 0 stands for; shape of the state."""
+        """Return a(c), the state at z = 0, shape of the state, in the units of the state."""
 
     @abc.abstractmethod
     def scale(self, conditioning: Conditioning) -> Float[Array, ...]:
-        """The diagonal of S; any shape that broadcasts to the state's."""
+        """Return the diagonal of S, of any shape that broadcasts to the state's, in the units of the state."""
 
     def climatology(self) -> dist.Distribution:
-        """A NumPyro distribution of initial states.
+        """Return a NumPyro distribution of initial states.
 
         Raises:
-            NotImplementedError: this prior ships none; sample the initial state from your own distribution.
+            NotImplementedError: this prior has none; sample the initial state from your own distribution.
         """
         raise NotImplementedError(
             f"{type(self).__name__} has no climatology; give x0 a distribution of your own, "
@@ -82,14 +100,17 @@ class DiffusionPrior(eqx.Module):
         )
 
     def provenance(self) -> dict[str, str]:
-        """What a result says of the prior it came from: its class, and a SHA-256 over all its arrays."""
+        """Return what a result records of its prior: the class name, and a SHA-256 checksum of all its arrays."""
         return {"prior": type(self).__name__, "prior_checksum": checksum(self)}
 
     def check_state(self, state: PyTree) -> tuple[int, ...]:
-        """The batch shape of `state`, all of whose leaves must end in the shape of the state.
+        """Return the batch shape of a state, after checking that every leaf ends in the shape of the state.
+
+        Args:
+            state: array, or pytree of arrays, of shape (batch..., state...).
 
         Raises:
-            ValueError: a leaf with another trailing shape, or leaves with different batch shapes.
+            ValueError: a leaf has another trailing shape, or the leaves have different batch shapes.
         """
         shape = self.layout.shape
         batch_shapes = set()
@@ -103,17 +124,26 @@ class DiffusionPrior(eqx.Module):
                 )
             batch_shapes.add(got[:split])
         if len(batch_shapes) != 1:
-            raise ValueError(f"the states given have different batch shapes {sorted(batch_shapes)}; give them one.")
+            raise ValueError(
+                f"the states given have different batch shapes {sorted(batch_shapes)}; give all states the same one."
+            )
         return batch_shapes.pop()
 
     def only_state(self, state: PyTree, inputs: PyTree) -> Float[Array, ...]:
-        """The state, for a trained prior that is conditioned on one state and nothing else.
+        """Return the state as an array, for a prior that is conditioned on one state and on no inputs.
+
+        Args:
+            state: previous state, of exactly the shape of the state.
+            inputs: must be None.
 
         Raises:
-            ValueError: inputs were given, or a state of another shape.
+            ValueError: inputs were given, or the state has another shape.
         """
         if inputs is not None:
-            raise ValueError(f"{type(self).__name__} takes no inputs: the forcing it was trained with is part of it.")
+            raise ValueError(
+                f"{type(self).__name__} takes no inputs, because it contains the forcing it was trained with; "
+                "leave inputs out."
+            )
         x = jnp.asarray(state)
         if x.shape != self.layout.shape:
             raise ValueError(f"state has shape {x.shape}, expected {self.layout.shape}; use jax.vmap for a batch.")

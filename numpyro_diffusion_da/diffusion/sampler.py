@@ -1,12 +1,17 @@
-"""Reverse diffusion: one loop over noise levels, several steps.
+r"""Samplers for reverse diffusion, with one loop over noise levels and a choice of steps.
 
-The probability-flow ODE of a variance-exploding diffusion is dz/ds = (z - D(z, s)) / s. A `Step` takes z from one noise
-level to the next; a `Churn` adds noise before a step, a `LangevinCorrector` moves z at a level after it; `Sampler` owns
-the loop. None of them needs to know the noise covariance C beyond a draw e ~ N(0, C): with s^2 C grad log p = D - z all
-three are already preconditioned by it.
+The probability-flow ODE of a variance-exploding diffusion is
 
-After the last level the sample is D(z, s_min): an Euler step to zero noise, which no higher-order step may replace
-because the derivative is not defined there.
+$$
+\frac{dz}{ds} = \frac{z - D(z, s)}{s} .
+$$
+
+A `Step` takes z from one noise level to the next. A `Churn` adds noise before a step, and a `LangevinCorrector` moves z
+at the level after it. `Sampler` owns the loop. All of them use the noise covariance C only through draws e ~ N(0, C).
+Because `s^2 C grad log p = D - z`, all three are already preconditioned by it.
+
+After the last level the sample is D(z, s_min), an Euler step to zero noise. A higher-order step cannot replace it,
+because the derivative is not defined at zero noise.
 """
 
 from __future__ import annotations
@@ -19,6 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
+from numpyro_diffusion_da.arguments import require
 from numpyro_diffusion_da.diffusion.denoiser import Denoiser, GuidanceState
 from numpyro_diffusion_da.diffusion.noise import Noise
 from numpyro_diffusion_da.diffusion.schedule import KarrasSchedule, Schedule
@@ -32,46 +38,55 @@ from numpyro_diffusion_da.diffusion.steps import (
 
 
 class Churn(eqx.Module):
-    """Added noise before a step (EDM, Algorithm 2): raises the level to (1 + gamma) s.
+    r"""Noise added before each step (EDM, Karras et al. 2022, Algorithm 2), to raise the level s to (1 + gamma) s.
 
     Args:
-        rate: gamma = min(rate / number of levels, sqrt(2) - 1); GenCast uses 2.5.
-        lowest: no churn below this noise level; GenCast uses 0.75.
-        highest: no churn above this noise level.
-        inflation: factor on the added noise; GenCast uses 1.05.
+        rate: sets $\gamma = \min(\mathrm{rate} / n, \sqrt 2 - 1)$ with n the number of levels (EDM's S_churn); GenCast
+            uses 2.5.
+        lowest: lowest noise level with churn (EDM's S_tmin); GenCast uses 0.75.
+        highest: highest noise level with churn (EDM's S_tmax).
+        noise_scale: factor on the added noise (EDM's S_noise); GenCast uses 1.05.
 
     Raises:
-        ValueError: a negative rate or inflation.
+        ValueError: `rate` or `noise_scale` is negative.
     """
 
     rate: float = eqx.field(static=True, default=2.5)
     lowest: float = eqx.field(static=True, default=0.75)
     highest: float = eqx.field(static=True, default=float("inf"))
-    inflation: float = eqx.field(static=True, default=1.05)
+    noise_scale: float = eqx.field(static=True, default=1.05)
 
     def __check_init__(self) -> None:
-        if self.rate < 0 or self.inflation < 0:
-            raise ValueError(f"Churn got rate={self.rate}, inflation={self.inflation}; neither can be negative.")
+        if self.rate < 0 or self.noise_scale < 0:
+            raise ValueError(
+                f"Churn got rate={self.rate}, noise_scale={self.noise_scale}; give numbers that are not negative."
+            )
 
     def raised(self, levels: np.ndarray) -> np.ndarray:
-        """The noise level each step starts from after churning, shape of `levels`."""
+        """Return the noise level from which each step starts after churning, shape of `levels`."""
         gamma = min(self.rate / len(levels), np.sqrt(2.0) - 1.0)
         inside = (levels >= self.lowest) & (levels <= self.highest)
         return np.where(inside, (1.0 + gamma) * levels, levels)
 
 
 class LangevinCorrector(eqx.Module):
-    """Langevin moves at a noise level, after the step that reached it (Song et al. 2021, arXiv 2011.13456).
+    r"""Langevin moves at a noise level, after the step that reached it (Song et al. 2021, arXiv 2011.13456).
 
-    z <- z + tau (D(z, s) - z) + sqrt(2 tau) s e: since D - z = s^2 C grad log p and e ~ N(0, C), the move is
-    preconditioned by s^2 C. The published GenCast filter makes two per level.
+    One move is
+
+    $$
+    z \leftarrow z + \tau (D(z, s) - z) + \sqrt{2 \tau} \, s \, e, \qquad e \sim N(0, C) .
+    $$
+
+    Because $D - z = s^2 C \nabla \log p$, it is preconditioned by s^2 C. The published GenCast filter makes two moves
+    per level.
 
     Args:
-        steps: moves per level, each one denoiser evaluation.
+        steps: number of moves per level; each costs one denoiser evaluation.
         tau: step size, in (0, 1).
 
     Raises:
-        ValueError: no steps, or tau outside (0, 1).
+        ValueError: `steps` is less than 1, or tau is outside (0, 1).
     """
 
     steps: int = eqx.field(static=True, default=2)
@@ -92,7 +107,19 @@ class LangevinCorrector(eqx.Module):
         level: Array,
         guidance_state: GuidanceState,
     ) -> tuple[Array, GuidanceState]:
-        """All moves at one level; returns (z, guidance_state)."""
+        """Make all moves at one level.
+
+        Args:
+            rng_key: random key of the moves at this level.
+            evaluate: denoiser.
+            noise: noise of the prior.
+            z: latent at this noise level.
+            level: noise level.
+            guidance_state: guidance state before the moves.
+
+        Returns:
+            (the moved latent, of the shape of `z`; guidance state after the moves).
+        """
 
         def move(i: Array, carry: tuple[Array, GuidanceState]) -> tuple[Array, GuidanceState]:
             z, guidance_state = carry
@@ -104,13 +131,16 @@ class LangevinCorrector(eqx.Module):
 
 
 class Sampler(eqx.Module):
-    """Draws a latent by running a denoiser from the highest noise level to the lowest.
+    """Sampler that draws a latent by running a denoiser from the highest noise level to the lowest.
 
     Args:
-        step: how to get from one level to the next.
-        schedule: the noise levels; by default 16 of EDM's form over the prior's own range.
-        churn: noise added before a step, or None.
-        corrector: Langevin moves after a step, or None.
+        step: step from one noise level to the next.
+        schedule: noise levels; by default 16 levels in EDM's form over the prior's own range.
+        churn: noise added before each step, or None.
+        corrector: Langevin moves after each step, or None.
+
+    Raises:
+        TypeError: an argument of the wrong kind.
     """
 
     step: Step = DPMSolverPP2M()
@@ -118,29 +148,38 @@ class Sampler(eqx.Module):
     churn: Churn | None = None
     corrector: LangevinCorrector | None = None
 
+    def __check_init__(self) -> None:
+        require(self.step, Step, self, "step", "ndda.diffusion.Heun()")
+        require(self.schedule, Schedule, self, "schedule", "ndda.KarrasSchedule(32)")
+        if self.churn is not None:
+            require(self.churn, Churn, self, "churn", "ndda.diffusion.Churn()")
+        if self.corrector is not None:
+            require(self.corrector, LangevinCorrector, self, "corrector", "ndda.diffusion.LangevinCorrector()")
+
     def evaluations(self, noise_range: tuple[float, float]) -> int:
-        """Denoiser evaluations of one draw."""
+        """Return how many denoiser evaluations one draw takes, for a prior with this (lowest, highest) noise range."""
         steps = len(self.schedule.levels(noise_range)) - 1
         moves = self.corrector.steps if self.corrector is not None else 0
         return steps * (self.step.evaluations + moves) + 1
 
     @property
     def is_stochastic(self) -> bool:
-        """Whether its only moves are steps with noise, which is what path weights need."""
+        """Whether the sampler's only moves are steps with noise, which path weights need."""
         only_steps = self.churn is None and self.corrector is None
         return only_steps and isinstance(self.step, StochasticStep) and self.step.noisy
 
     def stochastic_step(self) -> StochasticStep:
-        """The step of a sampler whose every move is that step, with noise.
+        """Return the step of a sampler whose only moves are steps with noise, which path weights need.
 
         Raises:
-            ValueError: it is deterministic, or has a churn or a corrector; says what to give instead.
+            ValueError: the sampler is deterministic, or has a churn or a corrector.
         """
         if not self.is_stochastic:
             moves = [self.step, *(m for m in (self.churn, self.corrector) if m is not None)]
             raise ValueError(
                 "path weights need a sampler whose only moves are steps with noise, and got "
-                f"{' with '.join(map(repr, moves))}; give ndda.Sampler(ndda.SDEDPMSolverPP2M()), or DDIM(eta=1.0)."
+                f"{' with '.join(map(repr, moves))}; give ndda.Sampler(ndda.SDEDPMSolverPP2M()), or "
+                "ndda.Sampler(ndda.diffusion.DDIM(eta=1.0))."
             )
         assert isinstance(self.step, StochasticStep)
         return self.step
@@ -153,12 +192,28 @@ class Sampler(eqx.Module):
         shape: tuple[int, ...],
         dtype: Any = float,
     ) -> Float[Array, ...]:
-        """The draw s_max e that the loop starts from."""
+        """Draw the starting point of the loop, s_max e with e ~ N(0, C).
+
+        Args:
+            rng_key: random key of the draw.
+            noise: noise of the prior.
+            noise_range: (lowest, highest) noise level of the prior.
+            shape: shape of the latent.
+            dtype: dtype of the latent.
+        """
         highest = float(self.schedule.levels(noise_range)[0])
         return highest * noise.sample(rng_key, shape, jnp.zeros((), dtype).dtype)
 
     def constants(self, noise_range: tuple[float, float], dtype: Any) -> dict[str, Array]:
-        """What each step is given: its index, start, stop and coefficients; leading axis = steps."""
+        """Return the static inputs of each step: its index, level, start, stop and coefficients.
+
+        Args:
+            noise_range: (lowest, highest) noise level of the prior.
+            dtype: dtype of all values except the index.
+
+        Returns:
+            A dictionary of arrays whose leading axis is the step.
+        """
         levels = self.schedule.levels(noise_range)
         start = self.churn.raised(levels)[:-1] if self.churn is not None else levels[:-1]
         stop = levels[1:]
@@ -179,31 +234,50 @@ class Sampler(eqx.Module):
         noise_range: tuple[float, float],
         z: Float[Array, ...],
     ) -> tuple[Float[Array, ...], GuidanceState]:
-        """Run the loop.
+        """Run the denoiser from the highest noise level to the lowest.
 
         Args:
-            rng_key: for churn, corrector and stochastic steps; a deterministic sampler never uses it.
+            rng_key: random key for churn, corrector and stochastic steps; a deterministic sampler does not use it.
             denoiser: prior or guided denoiser.
-            noise: the prior's noise.
-            noise_range: the prior's (lowest, highest) noise level.
-            z: the starting point at the highest level, see `initial`.
+            noise: noise of the prior.
+            noise_range: (lowest, highest) noise level of the prior.
+            z: starting point at the highest level, from `initial`.
 
         Returns:
-            (the denoised latent, the denoiser's guidance_state after the last level).
+            (the denoised latent, of the shape of `z`; guidance state after the last level).
         """
 
         def body(carry: tuple[Array, PyTree, GuidanceState], c: dict[str, Array]) -> tuple[Any, None]:
             z, history, guidance_state = carry
+            # The keys depend on the index of the step only, so a change of one part leaves the others' noise as it is.
             churn_key, step_key, corrector_key = jax.random.split(jax.random.fold_in(rng_key, c["index"]), 3)
+            # Churn: raise the level by adding noise.
             if self.churn is not None:
                 added = jnp.sqrt(jnp.maximum(c["start"] ** 2 - c["level"] ** 2, 0.0))
-                z = z + self.churn.inflation * added * noise.sample(churn_key, z.shape, z.dtype)
+                z = z + self.churn.noise_scale * added * noise.sample(churn_key, z.shape, z.dtype)
+            # Step to the next level.
             given = StepInputs(step_key, denoiser, noise, z, c["start"], c["stop"], c)
             z, history, guidance_state = self.step(given, history, guidance_state)
+            # Correct at the new level.
             if self.corrector is not None:
                 z, guidance_state = self.corrector(corrector_key, denoiser, noise, z, c["stop"], guidance_state)
             return (z, history, guidance_state), None
 
         start = (z, self.step.init(z), denoiser.init())
         (z, _, guidance_state), _ = jax.lax.scan(body, start, self.constants(noise_range, z.dtype))
+        # Euler step from the lowest level to zero noise.
         return denoiser(z, jnp.asarray(self.schedule.levels(noise_range)[-1], z.dtype), guidance_state)
+
+
+def as_sampler(value: Sampler | Step, owner: Any) -> Sampler:
+    """Return a sampler; a bare step becomes the sampler with that step and everything else at its default.
+
+    Args:
+        value: a sampler or a step.
+        owner: the object that got it, for the message.
+
+    Raises:
+        TypeError: `value` is neither a sampler nor a step.
+    """
+    require(value, (Sampler, Step), owner, "sampler", "ndda.Sampler(ndda.diffusion.Heun(), ndda.KarrasSchedule(32))")
+    return Sampler(value) if isinstance(value, Step) else value

@@ -1,6 +1,6 @@
-"""Noise levels, from the largest down, as static numbers.
+"""Schedules of noise levels, from the largest down, as static numbers.
 
-Schedules are made of Python floats and evaluated with numpy while tracing, so that multistep samplers can compute their
+A schedule consists of Python floats and is evaluated with numpy while tracing. So multistep samplers can compute their
 coefficients once, in double precision.
 """
 
@@ -15,38 +15,45 @@ import numpy as np
 def range_of_levels(
     lowest: float | None, highest: float | None, noise_range: tuple[float, float]
 ) -> tuple[float, float]:
-    """The lowest and the highest level, the prior's where None is given.
+    """Return (lowest, highest) noise level, with the prior's value in place of None.
 
     Raises:
-        ValueError: not 0 < lowest < highest.
+        ValueError: the range is not 0 < lowest < highest.
     """
     lowest = noise_range[0] if lowest is None else lowest
     highest = noise_range[1] if highest is None else highest
     if not 0 < lowest < highest:
-        raise ValueError(f"noise levels from {highest} down to {lowest}: expected 0 < lowest < highest.")
+        raise ValueError(
+            f"noise levels go from {highest} down to {lowest}: expected 0 < lowest < highest; "
+            "change lowest= or highest=, or the prior's noise_range."
+        )
     return lowest, highest
 
 
 class Schedule(eqx.Module):
-    """A decreasing sequence of noise levels within the range a prior can be trusted in."""
+    """Abstract decreasing sequence of noise levels, within the range in which a prior can be trusted."""
 
     @abc.abstractmethod
     def levels(self, noise_range: tuple[float, float]) -> np.ndarray:
-        """Noise levels s_0 > s_1 > ... > s_{n-1} > 0, shape (n,), for a prior trusted in (lowest, highest)."""
+        """Return the noise levels s_0 > s_1 > ... > s_{n-1} > 0, shape (n,).
+
+        Args:
+            noise_range: (lowest, highest) noise level at which the prior can be trusted.
+        """
 
 
 class KarrasSchedule(Schedule):
-    """The schedule of EDM (Karras et al. 2022, eq. 5): s_i^(1/rho) equally spaced.
+    r"""Schedule of EDM (Karras et al. 2022, eq. 5), in which $s_i^{1/\rho}$ is equally spaced.
 
     Args:
         num_levels: number of noise levels, at least 2.
-        rho: larger values put more levels at low noise; EDM's choice is 7, and 9 does better with few levels
+        rho: exponent; a larger one puts more levels at low noise. EDM takes 7, and 9 does better with few levels
             (docs/method.md, the ring-64 table).
         lowest: smallest noise level; None takes the prior's.
         highest: largest noise level; None takes the prior's.
 
     Raises:
-        ValueError: fewer than two levels, or a range that is not 0 < lowest < highest.
+        ValueError: there are fewer than two levels, rho is not positive, or the range is not 0 < lowest < highest.
     """
 
     num_levels: int = eqx.field(static=True, default=16)
@@ -61,6 +68,10 @@ class KarrasSchedule(Schedule):
             raise ValueError(f"KarrasSchedule got rho={self.rho}; give a positive number (EDM uses 7).")
 
     def levels(self, noise_range: tuple[float, float]) -> np.ndarray:
-        """Noise levels, highest first, shape (num_levels,)."""
+        """Return the noise levels, highest first, shape (num_levels,), for a prior with this (lowest, highest) range.
+
+        Raises:
+            ValueError: the range is not 0 < lowest < highest.
+        """
         lowest, highest = range_of_levels(self.lowest, self.highest, noise_range)
         return np.linspace(highest ** (1 / self.rho), lowest ** (1 / self.rho), self.num_levels) ** self.rho

@@ -1,4 +1,4 @@
-"""Steps of reverse diffusion, from one noise level to the next."""
+"""Steps of reverse diffusion, each from one noise level to the next."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from numpyro_diffusion_da.diffusion.denoiser import GuidanceState
 from numpyro_diffusion_da.diffusion.noise import Noise
 
 Evaluate = Callable[[Array, Array, GuidanceState], tuple[Array, GuidanceState]]
-"""A denoiser's call: (z_s, noise level, guidance_state) -> (denoised, guidance_state)."""
+"""Type of a denoiser: (z_s, noise level, guidance state) -> (denoised value, guidance state)."""
 
 
 class StepInputs(NamedTuple):
-    """What a step is given.
+    """Inputs of one step.
 
     Attributes:
-        rng_key: for a stochastic step.
-        evaluate: the denoiser.
-        noise: the prior's noise.
-        z: the latent at noise level `start`.
-        start: noise level to start from.
-        stop: noise level to reach.
-        constants: this step's slice of `Step.coefficients`.
+        rng_key: random key, for a stochastic step.
+        evaluate: denoiser.
+        noise: noise of the prior.
+        z: latent at noise level `start`.
+        start: noise level at the start of the step.
+        stop: noise level at the end of the step.
+        constants: values of `Step.coefficients` for this step.
     """
 
     rng_key: PRNGKeyArray
@@ -41,31 +41,56 @@ class StepInputs(NamedTuple):
 
 
 class Step(eqx.Module):
-    """How to get from one noise level to the next.
+    """Abstract step from one noise level to the next.
 
-    `order` is the order of convergence in the number of levels; `evaluations` the denoiser calls of one step.
+    Attributes:
+        order: order of convergence in the number of levels.
+        evaluations: denoiser evaluations per step.
     """
 
     order: eqx.AbstractVar[int]
     evaluations: eqx.AbstractVar[int]
 
     def coefficients(self, start: np.ndarray, stop: np.ndarray) -> dict[str, np.ndarray]:
-        """Per-step constants for steps from `start[i]` to `stop[i]`, both of shape (steps,); leading axis = steps."""
+        """Compute constants of every step in double precision; by default there are none.
+
+        Args:
+            start: noise levels at which the steps start, shape (steps,).
+            stop: noise levels at which the steps end, shape (steps,).
+
+        Returns:
+            A dictionary of arrays whose leading axis is the step.
+        """
         return {}
 
     def init(self, z: Float[Array, ...]) -> PyTree:
-        """What the step remembers of the levels before, at the first level."""
+        """Return the history before the first step; by default it is empty.
+
+        The history is what a multistep method keeps of the levels before.
+        """
         return ()
 
     @abc.abstractmethod
     def __call__(
         self, at: StepInputs, history: PyTree, guidance_state: GuidanceState
     ) -> tuple[Float[Array, ...], PyTree, GuidanceState]:
-        """Move `at.z` from noise level `at.start` to `at.stop`; returns (z, history, guidance_state)."""
+        """Move `at.z` from noise level `at.start` to `at.stop`.
+
+        Args:
+            at: inputs of this step.
+            history: history from the step before, or from `init`.
+            guidance_state: guidance state before this step.
+
+        Returns:
+            (latent at `at.stop`, of the shape of `at.z`; next history; guidance state after this step).
+        """
 
 
 class StochasticStep(Step):
-    """A step that adds noise: given the past, the next latent is N(mean, spread^2 C). One evaluation, at the start."""
+    """Abstract step that adds noise, with one denoiser evaluation at its start.
+
+    Given the past, the next latent has the distribution N(mean, spread^2 C).
+    """
 
     @property
     def noisy(self) -> bool:
@@ -76,12 +101,21 @@ class StochasticStep(Step):
     def law(
         self, at: StepInputs, denoised: Float[Array, ...], history: PyTree
     ) -> tuple[Float[Array, ...], Float[Array, ""], PyTree]:
-        """(mean, spread, history) of the next latent, `denoised` being the denoiser's value at `at.z`, `at.start`."""
+        """Return the distribution N(mean, spread^2 C) of the next latent.
+
+        Args:
+            at: inputs of this step.
+            denoised: denoised value at `at.z` and `at.start`.
+            history: history from the step before, or from `init`.
+
+        Returns:
+            (mean, of the shape of `at.z`; spread, a scalar; next history).
+        """
 
     def __call__(
         self, at: StepInputs, history: PyTree, guidance_state: GuidanceState
     ) -> tuple[Float[Array, ...], PyTree, GuidanceState]:
-        """One step; see `Step`."""
+        """Draw the latent at `at.stop`, and return it with the next history and guidance state."""
         denoised, guidance_state = at.evaluate(at.z, at.start, guidance_state)
         z, spread, history = self.law(at, denoised, history)
         if self.noisy:
@@ -90,13 +124,13 @@ class StochasticStep(Step):
 
 
 class DDIM(StochasticStep):
-    """DDIM (Song et al. 2021, arXiv 2010.02502, eq. 12) in the variance-exploding form; first order.
+    """DDIM step (Song et al. 2021, arXiv 2010.02502, eq. 12) in the variance-exploding form, of first order.
 
     Args:
-        eta: 0 is the deterministic sampler (the Euler step of the ODE), 1 the ancestral one.
+        eta: amount of noise; 0 is the deterministic sampler (the Euler step of the ODE), 1 the ancestral sampler.
 
     Raises:
-        ValueError: eta outside [0, 1].
+        ValueError: eta is outside [0, 1].
     """
 
     eta: float = eqx.field(static=True, default=0.0)
@@ -109,13 +143,13 @@ class DDIM(StochasticStep):
 
     @property
     def noisy(self) -> bool:
-        """With eta > 0."""
+        """Whether eta > 0, so that every step adds noise."""
         return self.eta > 0.0
 
     def law(
         self, at: StepInputs, denoised: Float[Array, ...], history: PyTree
     ) -> tuple[Float[Array, ...], Float[Array, ""], PyTree]:
-        """See `StochasticStep`."""
+        """Return (mean, spread, history) of the next latent; the history stays empty."""
         start, stop = at.start, at.stop
         fresh = self.eta * stop * jnp.sqrt(jnp.maximum(1.0 - (stop / start) ** 2, 0.0))
         kept = jnp.sqrt(jnp.maximum(stop**2 - fresh**2, 0.0))
@@ -123,15 +157,15 @@ class DDIM(StochasticStep):
 
 
 class AdamsBashforth(Step):
-    """Explicit multistep of order 1 to 4 for dz/ds = (z - D) / s on the given, unequally spaced, levels.
+    """Explicit multistep method of order 1 to 4 for dz/ds = (z - D) / s, on the given, unequally spaced, noise levels.
 
-    One evaluation a step. The first steps use the orders that their history allows.
+    One step costs one denoiser evaluation. The first steps use the order that their history allows.
 
     Args:
-        order: 1 to 4; 1 is deterministic DDIM, 3 is what the published GenCast filter uses.
+        order: 1, 2, 3 or 4. Order 1 is deterministic DDIM; the published GenCast filter uses 3.
 
     Raises:
-        ValueError: another order.
+        ValueError: order is another number.
     """
 
     order: int = eqx.field(static=True, default=3)
@@ -142,24 +176,24 @@ class AdamsBashforth(Step):
             raise ValueError(f"AdamsBashforth got order={self.order}; give 1, 2, 3 or 4.")
 
     def coefficients(self, start: np.ndarray, stop: np.ndarray) -> dict[str, np.ndarray]:
-        """Weights of the last `order` derivatives, newest first, shape (steps, order)."""
+        """Return the weights of the last `order` derivatives, newest first, shape (steps, order)."""
         weights = np.zeros((len(start), self.order))
         for i in range(len(start)):
             used = min(self.order, i + 1)
-            # Nodes relative to the start and in units of the step: keeps the little linear system well conditioned.
+            # Nodes relative to the start and in units of the step, to keep the small linear system well conditioned.
             nodes = (start[i - np.arange(used)] - start[i]) / (stop[i] - start[i])
             powers = np.vander(nodes, used, increasing=True).T
             weights[i, :used] = (stop[i] - start[i]) * np.linalg.solve(powers, 1.0 / np.arange(1, used + 1))
         return {"weights": weights}
 
     def init(self, z: Float[Array, ...]) -> PyTree:
-        """The last derivatives, newest first, shape (order, ...)."""
+        """Return zeros in place of the last derivatives, newest first, shape (order, ...)."""
         return jnp.zeros((self.order, *z.shape), z.dtype)
 
     def __call__(
         self, at: StepInputs, history: PyTree, guidance_state: GuidanceState
     ) -> tuple[Float[Array, ...], PyTree, GuidanceState]:
-        """One step; see `Step`."""
+        """Move `at.z` to `at.stop`, and return it with the last derivatives and the next guidance state."""
         z, start = at.z, at.start
         denoised, guidance_state = at.evaluate(z, start, guidance_state)
         history = jnp.concatenate([((z - denoised) / start)[None], history[:-1]])
@@ -167,25 +201,28 @@ class AdamsBashforth(Step):
 
 
 class DPMSolverPP2M(Step):
-    """DPM-Solver++(2M) (Lu et al. 2022, arXiv 2211.01095, Algorithm 2): second order, one evaluation a step."""
+    """DPM-Solver++(2M) step (Lu et al. 2022, arXiv 2211.01095, Algorithm 2), a multistep method of second order.
+
+    One step costs one denoiser evaluation.
+    """
 
     order: int = eqx.field(static=True, default=2, init=False)
     evaluations: int = eqx.field(static=True, default=1, init=False)
 
     def coefficients(self, start: np.ndarray, stop: np.ndarray) -> dict[str, np.ndarray]:
-        """Weight of the difference to the previous denoised value, 0 at the first step."""
+        """Return the weight of the difference from the previous denoised value, shape (steps,); 0 at the first step."""
         step = np.log(start) - np.log(stop)
         previous = np.concatenate([[np.inf], np.log(start[:-1]) - np.log(start[1:])])
         return {"extrapolation": 0.5 * step / previous}
 
     def init(self, z: Float[Array, ...]) -> PyTree:
-        """The previous denoised value."""
+        """Return zeros in place of the previous denoised value, of the shape of `z`."""
         return jnp.zeros_like(z)
 
     def __call__(
         self, at: StepInputs, history: PyTree, guidance_state: GuidanceState
     ) -> tuple[Float[Array, ...], PyTree, GuidanceState]:
-        """One step; see `Step`."""
+        """Move `at.z` to `at.stop`, and return it with the denoised value and the next guidance state."""
         z, start, stop = at.z, at.start, at.stop
         denoised, guidance_state = at.evaluate(z, start, guidance_state)
         ahead = denoised + at.constants["extrapolation"] * (denoised - history)
@@ -193,33 +230,37 @@ class DPMSolverPP2M(Step):
 
 
 class SDEDPMSolverPP2M(StochasticStep):
-    """SDE-DPM-Solver++(2M) (Lu et al. 2022, arXiv 2211.01095, Section 5): the reverse SDE to (weak) second order.
+    """SDE-DPM-Solver++(2M) step (Lu et al. 2022, arXiv 2211.01095, Section 5) for the reverse SDE.
 
-    The stochastic DPM-Solver++(2M): DDIM(eta=1), with the denoised value extrapolated to the middle of the step.
+    It is of second weak order, and the stochastic form of `DPMSolverPP2M`: a step of `DDIM(eta=1)` with the denoised
+    value extrapolated to the middle of the step. One step costs one denoiser evaluation.
     """
 
     order: int = eqx.field(static=True, default=2, init=False)
     evaluations: int = eqx.field(static=True, default=1, init=False)
 
     def coefficients(self, start: np.ndarray, stop: np.ndarray) -> dict[str, np.ndarray]:
-        """As `DPMSolverPP2M`."""
+        """Return the weight of the difference from the previous denoised value, shape (steps,); 0 at the first step."""
         return DPMSolverPP2M().coefficients(start, stop)
 
     def init(self, z: Float[Array, ...]) -> PyTree:
-        """The previous denoised value."""
+        """Return zeros in place of the previous denoised value, of the shape of `z`."""
         return jnp.zeros_like(z)
 
     def law(
         self, at: StepInputs, denoised: Float[Array, ...], history: PyTree
     ) -> tuple[Float[Array, ...], Float[Array, ""], PyTree]:
-        """See `StochasticStep`."""
+        """Return (mean, spread, history) of the next latent; the history is the denoised value."""
         falls = (at.stop / at.start) ** 2
         ahead = denoised + at.constants["extrapolation"] * (denoised - history)
         return ahead + falls * (at.z - ahead), at.stop * jnp.sqrt(1.0 - falls), denoised
 
 
 class DPMSolverPP2S(Step):
-    """DPM-Solver++(2S) (Lu et al. 2022, Algorithm 1) with the geometric midpoint: GenCast's own; two evaluations."""
+    """DPM-Solver++(2S) step (Lu et al. 2022, arXiv 2211.01095, Algorithm 1) with the geometric midpoint.
+
+    GenCast uses it. It is of second order. One step costs two denoiser evaluations.
+    """
 
     order: int = eqx.field(static=True, default=2, init=False)
     evaluations: int = eqx.field(static=True, default=2, init=False)
@@ -227,7 +268,7 @@ class DPMSolverPP2S(Step):
     def __call__(
         self, at: StepInputs, history: PyTree, guidance_state: GuidanceState
     ) -> tuple[Float[Array, ...], PyTree, GuidanceState]:
-        """One step; see `Step`."""
+        """Move `at.z` to `at.stop`, and return it with the empty history and the next guidance state."""
         z, start, stop = at.z, at.start, at.stop
         middle = jnp.sqrt(start * stop)
         denoised, guidance_state = at.evaluate(z, start, guidance_state)
@@ -237,7 +278,10 @@ class DPMSolverPP2S(Step):
 
 
 class Heun(Step):
-    """Heun's second-order step of EDM (Karras et al. 2022, Algorithm 1); two evaluations."""
+    """Heun step of EDM (Karras et al. 2022, Algorithm 1), of second order.
+
+    One step costs two denoiser evaluations.
+    """
 
     order: int = eqx.field(static=True, default=2, init=False)
     evaluations: int = eqx.field(static=True, default=2, init=False)
@@ -245,7 +289,7 @@ class Heun(Step):
     def __call__(
         self, at: StepInputs, history: PyTree, guidance_state: GuidanceState
     ) -> tuple[Float[Array, ...], PyTree, GuidanceState]:
-        """One step; see `Step`."""
+        """Move `at.z` to `at.stop`, and return it with the empty history and the next guidance state."""
         z, start, stop = at.z, at.start, at.stop
         denoised, guidance_state = at.evaluate(z, start, guidance_state)
         slope = (z - denoised) / start

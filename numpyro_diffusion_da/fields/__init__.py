@@ -1,4 +1,4 @@
-"""States as labeled fields: layout, ERA5-like datasets, units."""
+"""States as labeled fields: layouts, ERA5-like datasets, units."""
 
 from numpyro_diffusion_da.fields.datasets import (
     SHORT_NAMES,

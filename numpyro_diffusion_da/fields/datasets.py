@@ -1,13 +1,14 @@
-"""Gridded reanalysis (ERA5 and what looks like it) as an `xarray.Dataset` <-> states as one array.
+"""Conversion between gridded reanalysis datasets (ERA5 and similar) and states as one array.
 
-A state is (latitude, longitude, channel), its `Layout` names the variables of the channels. `read_states` fills states
-from a dataset: files of GenCast's package (batch, time, lat, lon, level), WeatherBench 2 (time, level, latitude,
-longitude in any order), or ECMWF's short names. `to_dataset` is the way back, with the names that WeatherBench expects.
+A state has the axes (latitude, longitude, channel), and its `Layout` names the variables of the channels. `read_states`
+reads states from an `xarray.Dataset`: files of the GenCast package (batch, time, lat, lon, level), of WeatherBench 2
+(time, level, latitude, longitude in any order), or with ECMWF's short names. `to_dataset` converts states back, with
+the names that WeatherBench expects.
 
-Nothing is converted silently: another unit, grid or level than the layout's is refused. Only what is needed is loaded,
-so a dataset may be a lazily opened archive of decades.
+No unit, grid or level is converted silently: a dataset that differs from the layout is refused. Only the values that
+are needed are loaded, so the dataset may be a lazily opened archive of decades.
 
-xarray is imported where it is used: it takes longer to load than the rest of the package.
+Functions import xarray when they need it, because xarray takes longer to load than the rest of the package.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ SHORT_NAMES = {
     "10m_v_component_of_wind": ("v10", "10v"),
     "2m_temperature": ("t2m", "2t"),
     "geopotential": ("z",),
-    "geopotential_at_surface": ("z",),  # told apart by its dimensions
+    "geopotential_at_surface": ("z",),  # the same short name as geopotential, but without levels
     "land_sea_mask": ("lsm",),
     "mean_sea_level_pressure": ("msl",),
     "sea_surface_temperature": ("sst",),
@@ -49,11 +50,11 @@ SHORT_NAMES = {
     "vertical_velocity": ("w",),
 }
 PRECIPITATION = "total_precipitation_12hr"
-# Sums over shorter intervals that end at the named time; ERA5's own total_precipitation is that of one hour.
+# Sums over shorter intervals, in hours, that end at the given time. ERA5's total_precipitation covers one hour.
 PARTS_OF_PRECIPITATION = (("total_precipitation_6hr", 6), ("total_precipitation", 1))
 
 STANDARD_NAMES = {
-    # CF conventions
+    # of the CF conventions
     "10m_u_component_of_wind": "eastward_wind",
     "10m_v_component_of_wind": "northward_wind",
     "2m_temperature": "air_temperature",
@@ -86,27 +87,30 @@ def read_states(
     interpolate: bool = False,
     without_precipitation: bool = False,
 ) -> Float[np.ndarray, "time latitude longitude channel"]:
-    """States at given times.
+    """Read the states at given times from a gridded dataset.
 
-    Names: the long names of ERA5, or ECMWF's short ones (t2m or 2t, z, msl, ...); latitude in either order, longitude
-    from 0 or from -180. The grid of the layout must be the dataset's, or a subset of its points (1 degree out of 0.25).
-    12 h precipitation is summed from two 6 h values or twelve hourly ones where it is not there itself.
+    Variables may have the long names of ERA5 or the short names of ECMWF (t2m or 2t, z, msl, ...). Latitudes may be in
+    either order, and longitudes may start at 0 or at -180. Without `interpolate`, the grid of the layout must be the
+    dataset's grid or a subset of its points (1 degree out of 0.25). If the dataset lacks 12-hour precipitation, it is
+    summed from two 6-hour values or twelve hourly values.
 
     Args:
-        dataset: fields in the units of the layout; a variable without the attribute `units` is taken to be.
-        layout: of the state, dimensions (latitude, longitude, channel), with variables.
-        times: UTC, anything numpy takes as datetime64; shape (time,).
-        fill: value for each variable with `undefined` points, in its unit: what a state holds where there is none.
-        interpolate: bilinear where a point is not among the dataset's. A value next to a NaN is NaN.
-        without_precipitation: total_precipitation_12hr is 0 where the dataset has none. For initial frames: it is no
-            input of GenCast.
+        dataset: fields in the units of the layout. A variable without the attribute `units` is assumed to be in the
+            layout's unit.
+        layout: layout of the state, with the dimensions (latitude, longitude, channel) and with variables.
+        times: times in UTC, anything that numpy converts to datetime64, shape (time,).
+        fill: value that states hold at undefined points, by the name of the variable and in its unit. Every variable
+            with `undefined` points needs one.
+        interpolate: interpolate bilinearly to points that the dataset lacks. A value next to a NaN becomes NaN.
+        without_precipitation: set total_precipitation_12hr to 0 where the dataset has none. This is meant for initial
+            frames: GenCast does not take precipitation as an input.
 
     Returns:
-        float32, shape (time, *layout.shape), without NaN.
+        States, float32, shape (time, *layout.shape), without NaN.
 
     Raises:
-        ValueError: a variable, level or time is missing, or in another unit; another grid; an axis too many; NaN where
-            the layout expects a value; no `fill` for a variable that needs one.
+        ValueError: a variable, level or time is missing; a unit or the grid differs; a variable has an extra axis; a
+            value is NaN where the layout expects one; `fill` lacks a variable; or `times` are not dates.
     """
     latitude, longitude = _grid_of(layout)
     fill = dict(fill or {})
@@ -123,19 +127,22 @@ def read_states(
 
 
 def to_dataset(states: Any, layout: Layout, axes: Mapping[str, Any]) -> xarray.Dataset:
-    """States as a dataset, one variable for every field, as WeatherBench 2 and WeatherBench-X name and order them.
+    """Convert states to a dataset with one variable per field, as named and ordered by WeatherBench 2 and -X.
 
-    Variables have dimensions (the leading axes, level where they have levels, latitude, longitude), CF attributes, and
-    NaN where they are undefined; they are float32, here and in files. A level that a variable lacks is NaN.
+    Each variable has the dimensions (leading axes, level if it has levels, latitude, longitude), CF attributes, and NaN
+    at its undefined points and at levels that only other variables have. Values are float32, in memory and in files.
 
     Args:
-        states: shape (leading axes, *layout.shape).
-        layout: of the state, with variables.
-        axes: name -> values of each leading axis, in their order: ``{"time": times}`` for an analysis,
-            ``{"number": range(50), "time": times}`` for an ensemble of particles.
+        states: states, shape (leading axes, *layout.shape).
+        layout: layout of the state, with the dimensions (latitude, longitude, channel) and with variables.
+        axes: values of each leading axis by its name, in the order of the axes: ``{"time": times}`` for an analysis,
+            ``{"number": range(50), "time": times}`` for an ensemble of particles. Times are in UTC.
+
+    Returns:
+        The dataset, with the coordinates of the leading axes, level (hPa), latitude and longitude (degrees).
 
     Raises:
-        ValueError: shape, axes and layout do not fit.
+        ValueError: the shape of `states`, `axes` and `layout` do not fit together.
     """
     import xarray
 
@@ -144,14 +151,14 @@ def to_dataset(states: Any, layout: Layout, axes: Mapping[str, Any]) -> xarray.D
     lead = states.shape[: states.ndim - len(layout.shape)]
     if states.shape[len(lead) :] != layout.shape or len(lead) != len(axes):
         raise ValueError(
-            f"got states of shape {states.shape} with the leading axes {list(axes)}; "
-            f"expected one name for each axis before {layout.shape}."
+            f"to_dataset got states of shape {states.shape} with the leading axes {list(axes)}; "
+            f"expected one name for each axis before {layout.shape}: write axes={{name: values, ...}}."
         )
     for (name, values), size in zip(axes.items(), lead, strict=True):
         if name in ("level", "latitude", "longitude"):
             raise ValueError(f"'{name}' is an axis of the state itself; give the leading axis another name.")
         if len(values) != size:
-            raise ValueError(f"'{name}' has {len(values)} values, but the axis has {size}; give one each.")
+            raise ValueError(f"'{name}' has {len(values)} values, but the axis has {size}; give one value for each.")
     levels = sorted({level for variable in layout.variables for level in variable.levels})
     coordinates: dict[str, Any] = {name: np.asarray(values) for name, values in axes.items()}
     if "time" in axes:
@@ -176,7 +183,7 @@ def to_dataset(states: Any, layout: Layout, axes: Mapping[str, Any]) -> xarray.D
 
 
 def attributes(variable: Variable) -> dict[str, str]:
-    """CF attributes of a variable."""
+    """CF attributes of a variable: its long name, unit and, where there is one, standard name."""
     names = {"long_name": variable.name.replace("_", " "), "units": variable.units}
     if standard := STANDARD_NAMES.get(variable.name):
         names["standard_name"] = standard
@@ -184,10 +191,16 @@ def attributes(variable: Variable) -> dict[str, str]:
 
 
 def grid(dataset: xarray.Dataset) -> tuple[Float[np.ndarray, " latitude"], Float[np.ndarray, " longitude"]]:
-    """Latitudes from south to north and longitudes from 0 to 360, in degrees, of a dataset in any order.
+    """Latitudes and longitudes of a dataset in ascending order, in degrees.
+
+    Args:
+        dataset: a dataset with latitude and longitude in any order.
+
+    Returns:
+        (latitudes from south to north, longitudes from 0 to 360), of shapes (latitude,) and (longitude,).
 
     Raises:
-        ValueError: it has no latitude and longitude.
+        ValueError: the dataset has no latitude or no longitude.
     """
     dataset = _renamed(dataset)
     latitude, longitude = (_axis_values(dataset, name) for name in ("latitude", "longitude"))
@@ -195,25 +208,33 @@ def grid(dataset: xarray.Dataset) -> tuple[Float[np.ndarray, " latitude"], Float
 
 
 def dataset_times(dataset: xarray.Dataset) -> np.ndarray:
-    """UTC of a dataset's time axis: of the coordinate `datetime` where `time` is relative, as in GenCast's files.
+    """Times of a dataset, in UTC.
+
+    They are read from the coordinate `datetime` if there is one, because `time` is then relative, as in GenCast's
+    files, and from `time` otherwise.
+
+    Args:
+        dataset: a dataset with one time axis.
 
     Returns:
-        datetime64, shape (time,).
+        Times, datetime64, shape (time,).
 
     Raises:
-        ValueError: no times, times that are not dates, or those of several batches.
+        ValueError: the dataset has no times, its times are not dates, or it has the times of several batches.
     """
     coords = dataset.coords
     name = "datetime" if "datetime" in coords else "time"
     if name not in coords:
-        raise ValueError("the dataset has no coordinate time; add one, of type datetime64 and in UTC.")
+        raise ValueError("the dataset has no coordinate time; add one of type datetime64, in UTC.")
     values = np.asarray(coords[name].values)
     if values.dtype.kind != "M":
-        raise ValueError(f"the dataset's {name} is of type {values.dtype}, expected datetime64; decode it first.")
+        raise ValueError(
+            f"the dataset's {name} is of type {values.dtype}, expected datetime64; decode the times first."
+        )
     if values.size != dataset.sizes.get("time", 1):
         raise ValueError(
             f"the dataset's {name} has shape {values.shape}, expected one value for each of the "
-            f"{dataset.sizes.get('time', 1)} times; select one of the batch, as in dataset.isel(batch=0)."
+            f"{dataset.sizes.get('time', 1)} times; select one batch, as in dataset.isel(batch=0)."
         )
     return values.reshape(-1).astype("datetime64[ns]")
 
@@ -221,17 +242,22 @@ def dataset_times(dataset: xarray.Dataset) -> np.ndarray:
 def undefined_mask(
     dataset: xarray.Dataset, name: str, latitude: Any, longitude: Any, *, interpolate: bool = False
 ) -> Bool[np.ndarray, "latitude longitude"]:
-    """Where a variable has no value, such as sea surface temperature over land: for `layout.Undefined`.
+    """Mask of the points where a variable has no value, such as sea surface temperature over land.
+
+    The mask is the argument of `Undefined`.
 
     Args:
-        dataset: see `read_states`. Of a variable with times the first is taken: the mask does not change.
-        name: a variable on a single surface.
-        latitude: degrees north, shape (latitude,).
-        longitude: degrees east, shape (longitude,).
-        interpolate: see `read_states`; must be the same there.
+        dataset: a gridded dataset, as for `read_states`. For a variable with times the mask is that of the first time.
+        name: name of a variable on a single surface.
+        latitude: latitudes of the grid, degrees north, shape (latitude,).
+        longitude: longitudes of the grid, degrees east, shape (longitude,).
+        interpolate: interpolate bilinearly to points that the dataset lacks. Give `read_states` the same value.
+
+    Returns:
+        True where the variable has no value, shape (latitude, longitude).
 
     Raises:
-        ValueError: no such variable, an axis too many, or another grid.
+        ValueError: the variable is missing or has an extra axis, or the grid differs.
     """
     return np.isnan(_Source(dataset, latitude, longitude, interpolate).read_static(name))
 
@@ -239,15 +265,20 @@ def undefined_mask(
 def static_field(
     dataset: xarray.Dataset, name: str, latitude: Any, longitude: Any, *, interpolate: bool = False
 ) -> Float[np.ndarray, "latitude longitude"]:
-    """A field that does not change in time, such as geopotential_at_surface (m2 s-2) or land_sea_mask.
+    """Read a field that does not change in time, such as geopotential_at_surface (m2 s-2) or land_sea_mask (1).
 
-    Arguments as `undefined_mask`.
+    Args:
+        dataset: a gridded dataset, as for `read_states`. For a variable with times the first time is read.
+        name: name of a variable on a single surface.
+        latitude: latitudes of the grid, degrees north, shape (latitude,).
+        longitude: longitudes of the grid, degrees east, shape (longitude,).
+        interpolate: interpolate bilinearly to points that the dataset lacks.
 
     Returns:
-        float32, shape (latitude, longitude), without NaN.
+        The field, float32, shape (latitude, longitude), without NaN.
 
     Raises:
-        ValueError: no such variable, another unit, an axis too many, another grid, or NaN.
+        ValueError: the variable is missing or has an extra axis, its unit or the grid differs, or a value is NaN.
     """
     values = _Source(dataset, latitude, longitude, interpolate).read_static(name)
     if bad := int(np.sum(~np.isfinite(values))):
@@ -259,7 +290,7 @@ def static_field(
 
 
 class _Source:
-    """A dataset under the names used here, and where the points of a grid are in it."""
+    """A dataset with standard names of its dimensions, and the positions of a grid's points in it."""
 
     def __init__(self, dataset: xarray.Dataset, latitude: Any, longitude: Any, interpolate: bool) -> None:
         self.dataset = _renamed(dataset)
@@ -270,14 +301,14 @@ class _Source:
         }
 
     def find(self, name: str) -> str | None:
-        """The dataset's own name of a variable."""
+        """Name that the dataset gives to a variable; None if it lacks the variable."""
         candidates = (name, *SHORT_NAMES.get(name, ()))
         return next((c for c in candidates if c in self.dataset.data_vars), None)
 
     def read(
         self, name: str, units: str, times: np.ndarray, levels: tuple[int, ...] = ()
     ) -> Float[np.ndarray, "time levels latitude longitude"]:
-        """Values at times and levels (an axis of length 1 for a surface variable)."""
+        """Values of a variable at times and levels; a surface variable has a level axis of length 1."""
         array = self._array(name, units, ("time", "level") if levels else ("time",))
         array = array.isel(time=as_slice(self._times_at(name, times)))
         if levels:
@@ -286,7 +317,7 @@ class _Source:
         return values if levels else values[:, None]
 
     def read_static(self, name: str) -> Float[np.ndarray, "latitude longitude"]:
-        """Values of a surface variable, at the first time where it has times."""
+        """Values of a surface variable, at the first time if it has times."""
         own = self.find(name)
         with_time = own is not None and "time" in self.dataset[own].dims
         units = {"geopotential_at_surface": "m2 s-2", "land_sea_mask": "1"}.get(name)
@@ -294,16 +325,16 @@ class _Source:
         return self._on_grid(array.isel(time=0) if with_time else array)
 
     def has_times(self, times: np.ndarray) -> bool:
-        """Whether all of the times are there."""
+        """Whether the dataset has all of the given times."""
         return bool(np.isin(times, dataset_times(self.dataset)).all())
 
     def where(self, bad: np.ndarray) -> str:
-        """The first point of a mask (..., latitude, longitude), in words."""
+        """Text that says where the first True of a mask (..., latitude, longitude) is."""
         at = np.argwhere(bad)[0]
         return f"the first at latitude {self.latitude[at[-2]]:g}, longitude {self.longitude[at[-1]]:g}"
 
     def _array(self, name: str, units: str | None, leading: tuple[str, ...]) -> xarray.DataArray:
-        """A variable, with axes (leading, latitude, longitude), in the given unit."""
+        """Array of a variable with the axes (*leading, latitude, longitude); refused if its unit is another."""
         own = self.find(name)
         if own is None:
             tried = " or ".join(f"'{c}'" for c in (name, *SHORT_NAMES.get(name, ())))
@@ -324,8 +355,8 @@ class _Source:
         got = array.attrs.get("units")
         if units is not None and got is not None and not same_unit(str(got), units):
             raise ValueError(
-                f"'{own}' is in '{got}', but the state holds {name} in '{units}'; convert the values and the attribute "
-                "`units` first."
+                f"'{own}' is in '{got}', but the state holds {name} in '{units}'; convert the values and change the "
+                "attribute `units`."
             )
         return array
 
@@ -339,7 +370,7 @@ class _Source:
         return positions(has, np.asarray(levels, float), f"'{name}' is needed at", "level", "give all levels, in hPa")
 
     def _on_grid(self, array: xarray.DataArray) -> np.ndarray:
-        """Load what is needed, float32."""
+        """Load the values of an array that the grid needs and bring them to the grid, float32."""
         array = array.isel({axis: as_slice(points.needed) for axis, points in self.points.items()})
         values = np.asarray(array.values, np.float32)
         for axis, position in (("latitude", -2), ("longitude", -1)):
@@ -350,7 +381,7 @@ class _Source:
 def _precipitation(
     source: _Source, variable: Variable, times: np.ndarray, without: bool
 ) -> Float[np.ndarray, "time 1 latitude longitude"]:
-    """12 h precipitation: as it is, summed, or 0 where it may be."""
+    """12-hour precipitation: read, summed over shorter intervals, or 0 if the dataset may be without it."""
     shape = (len(times), 1, len(source.latitude), len(source.longitude))
     tried = [f"'{variable.name}' at {words(times)}"]
     if source.find(variable.name) is not None and (not without or source.has_times(times)):
@@ -367,13 +398,13 @@ def _precipitation(
     if without:
         return np.zeros(shape, np.float32)
     raise ValueError(
-        f"the dataset has neither {', nor '.join(tried)}; add one of them, or, for initial frames, "
-        "read with without_precipitation=True."
+        f"the dataset has neither {', nor '.join(tried)}; add one of them, or read initial frames with "
+        "without_precipitation=True."
     )
 
 
 def _complete(values: np.ndarray, variable: Variable, fill: dict[str, float], source: _Source) -> np.ndarray:
-    """Values (time, levels, latitude, longitude) with undefined points filled, and none missing."""
+    """Fill the undefined points of values (time, levels, latitude, longitude); refuse other missing values."""
     bad = ~np.isfinite(values)
     expected = ""
     if variable.undefined is not None:
@@ -389,8 +420,8 @@ def _complete(values: np.ndarray, variable: Variable, fill: dict[str, float], so
     if bad.any():
         raise ValueError(
             f"'{variable.name}' is NaN or infinite at {int(bad.sum())} of {bad.size} values{expected} "
-            f"({source.where(bad)}); a state has a value everywhere: complete the field, or take the layout's "
-            "`undefined` from this dataset by undefined_mask."
+            f"({source.where(bad)}), but a state needs a value everywhere; complete the field, or take the layout's "
+            "`undefined` from this dataset with undefined_mask."
         )
     return values
 
@@ -399,7 +430,7 @@ def _complete(values: np.ndarray, variable: Variable, fill: dict[str, float], so
 
 
 def _renamed(dataset: xarray.Dataset) -> xarray.Dataset:
-    """The dataset with one name for each dimension."""
+    """Dataset whose dimensions are called time, level, latitude and longitude."""
     known = {*dataset.dims, *dataset.coords}
     names = {}
     for name, others in SPELLINGS_OF_DIMENSIONS.items():
@@ -412,7 +443,10 @@ def _renamed(dataset: xarray.Dataset) -> xarray.Dataset:
 def _axis_values(data: xarray.Dataset | xarray.DataArray, name: str) -> np.ndarray:
     if name not in data.coords or name not in data.dims:
         spellings = ", ".join((name, *SPELLINGS_OF_DIMENSIONS[name]))
-        raise ValueError(f"the dataset has the dimensions {tuple(data.dims)}, expected one of {spellings}; rename it.")
+        raise ValueError(
+            f"the dataset has the dimensions {tuple(data.dims)}, expected one of {spellings} with values; "
+            "rename or add it."
+        )
     return np.asarray(data.coords[name].values, float)
 
 
@@ -421,10 +455,12 @@ def _grid_of(layout: Layout) -> tuple[np.ndarray, np.ndarray]:
     if layout.dims[:-1] != ("latitude", "longitude") or not {"latitude", "longitude"} <= set(coords):
         raise ValueError(
             f"the layout has the dimensions {layout.dims} with coordinates for {sorted(coords)}; "
-            "expected (latitude, longitude, channel) with latitudes and longitudes in degrees."
+            "expected (latitude, longitude, channel), with coordinates of latitude and longitude in degrees."
         )
     if not layout.variables:
-        raise ValueError("the layout has no variables; name what its channels are by layout.Variable.")
+        raise ValueError(
+            "the layout has no variables; name those of its channels: Layout(..., variables=(Variable(...), ...))."
+        )
     return coords["latitude"].astype(float), coords["longitude"].astype(float)
 
 
@@ -432,6 +468,6 @@ def _datetimes(times: Any) -> np.ndarray:
     values = np.asarray(list(times) if isinstance(times, Iterator) else times)
     if values.ndim != 1 or values.dtype.kind not in "MOU":
         raise ValueError(
-            f"times have shape {values.shape} and type {values.dtype}; give a list of dates, as ['2019-03-29T12']."
+            f"times have shape {values.shape} and type {values.dtype}; give a list of dates, such as ['2019-03-29T12']."
         )
     return values.astype("datetime64[ns]")

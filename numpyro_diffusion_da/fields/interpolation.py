@@ -1,6 +1,6 @@
-"""Where wanted values lie along an axis that has others: grid points, and times and levels.
+"""Positions of wanted values along the axes of a dataset: grid points, times and levels.
 
-Of numbers alone: what the axes belong to is for `gridded_data`.
+The functions take plain arrays. `datasets` applies them to the axes of an `xarray.Dataset`.
 """
 
 from __future__ import annotations
@@ -10,37 +10,60 @@ from typing import Any, NamedTuple
 import numpy as np
 
 SAME_POINT = 1e-3
-"""Degrees within which two grid points are one: float32 coordinates of fractions of a degree differ by 1e-5."""
+"""Largest distance, in degrees, at which two grid points count as the same.
+
+Coordinates at fractions of a degree differ by about 1e-5 if one of them is float32.
+"""
 
 
 class AxisWeights(NamedTuple):
-    """Where target points lie along an axis of a dataset: between two of its points, or (weight 0) on one."""
+    """Weights of linear interpolation from the points of an axis to target points.
+
+    Attributes:
+        lower: position on the axis of the point below each target.
+        upper: position on the axis of the point above each target.
+        weight: weight of the upper point; 0 where the target is the lower point.
+    """
 
     lower: np.ndarray
     upper: np.ndarray
-    weight: np.ndarray  # of upper
+    weight: np.ndarray
 
     @property
     def needed(self) -> np.ndarray:
-        """Positions in the dataset that are used, ascending."""
+        """Positions on the axis that the interpolation uses, ascending."""
         return np.unique(np.concatenate([self.lower, self.upper]))
 
     def apply(self, values: np.ndarray, axis: int) -> np.ndarray:
-        """From values at `needed` to values at the target points."""
+        """Interpolate to the target points.
+
+        Args:
+            values: values at the positions `needed` of one axis.
+            axis: that axis, counted from the end (-1 for the last).
+        """
         lower = np.take(values, np.searchsorted(self.needed, self.lower), axis)
         if not self.weight.any():
             return lower
         upper = np.take(values, np.searchsorted(self.needed, self.upper), axis)
         weight = self.weight.astype(values.dtype).reshape(-1, *(1,) * (-axis - 1))
-        # A point of the dataset keeps its value whatever its neighbor is, NaN included.
+        # On a point of the dataset the value is that point's, even where the neighboring value is NaN.
         return np.where(weight == 0, lower, (1 - weight) * lower + weight * upper)
 
 
 def locate(source: np.ndarray, name: str, target: np.ndarray, interpolate: bool) -> AxisWeights:
-    """Where target points are along an axis of a dataset, degrees; "longitude" goes round the globe.
+    """Find the interpolation weights of target points on an axis of a dataset.
+
+    Args:
+        source: points of the dataset's axis, degrees.
+        name: name of the axis. "longitude" is periodic.
+        target: wanted points, degrees.
+        interpolate: whether a target may lie between two points of the dataset.
+
+    Returns:
+        Weights of each target.
 
     Raises:
-        ValueError: one is not among the dataset's points, and may not be (or cannot be) interpolated.
+        ValueError: a target is not a point of the dataset, and `interpolate` is False or the target lies outside.
     """
     periodic = name == "longitude"
     apart = np.abs(source[:, None] - target)
@@ -52,10 +75,10 @@ def locate(source: np.ndarray, name: str, target: np.ndarray, interpolate: bool)
         return AxisWeights(nearest, nearest, np.zeros(target.size))
     between = (
         f"the dataset's {name} is {_span(source)}, but the state's is {_span(target)}, "
-        f"and {int(off.sum())} of these are not among them"
+        f"and {int(off.sum())} of these points are not in the dataset"
     )
     if not interpolate:
-        raise ValueError(f"{between}; give a dataset that has them, or interpolate bilinearly by interpolate=True.")
+        raise ValueError(f"{between}; give a dataset that has them, or interpolate bilinearly with interpolate=True.")
     order = np.argsort(np.mod(source, 360.0) if periodic else source)
     ascending = source[order]
     if periodic:
@@ -65,19 +88,29 @@ def locate(source: np.ndarray, name: str, target: np.ndarray, interpolate: bool)
     gap, beyond = ascending[upper] - ascending[lower], target - ascending[lower]
     if periodic:
         gap, beyond = gap % 360.0, beyond % 360.0
-    # The gap from the last point back to the first is one of the grid's only where it goes round the globe.
+    # On a regional grid, the gap from the last longitude back to the first is too wide to interpolate across.
     usual = np.median(np.diff(ascending)) if source.size > 1 else 0.0
     if (off & ((gap <= 0) | (gap > 1.5 * usual if periodic else False))).any():
-        raise ValueError(f"{between} and some lie outside; nothing is extrapolated: give a dataset that covers them.")
+        raise ValueError(f"{between}, and some lie outside; nothing is extrapolated: give a dataset that covers them.")
     weight = np.where(off, beyond / np.where(off, gap, 1.0), 0.0)
     return AxisWeights(np.where(off, order[lower], nearest), np.where(off, order[upper], nearest), weight)
 
 
 def positions(has: np.ndarray, wanted: np.ndarray, needed: str, what: str, do: str) -> np.ndarray:
-    """Positions of wanted values.
+    """Find the positions of wanted values in an array.
+
+    Args:
+        has: the available values.
+        wanted: the wanted values.
+        needed: how the message begins, for instance "'temperature' is needed at".
+        what: name of one value in the message, for instance "level".
+        do: what the message advises.
+
+    Returns:
+        Index into `has` of each wanted value.
 
     Raises:
-        ValueError: one is missing, or there more than once.
+        ValueError: a wanted value is missing or occurs more than once.
     """
     missing = wanted[~np.isin(wanted, has)]
     if missing.size:
@@ -92,7 +125,7 @@ def positions(has: np.ndarray, wanted: np.ndarray, needed: str, what: str, do: s
 
 
 def as_slice(at: np.ndarray) -> slice | np.ndarray:
-    """Positions as a slice where they are regular: archives load slices in one piece."""
+    """Convert positions to a slice if they are equally spaced, because archives load a slice in one piece."""
     steps = np.unique(np.diff(at))
     if at.size == 0 or steps.size > 1 or (steps.size == 1 and steps[0] <= 0):
         return at
@@ -104,7 +137,7 @@ def _word(value: Any) -> str:
 
 
 def words(values: np.ndarray) -> str:
-    """A few values, or the ends of many."""
+    """Text that lists up to eight values, or the first, the last and the number of more."""
     values = np.asarray(values)
     if values.size <= 8:
         return ", ".join(_word(v) for v in values) or "none"

@@ -1,4 +1,4 @@
-"""Names for the axes of a state: dimension names, coordinates, units, and the variables of a gridded state."""
+"""Labels of a state array: names of its dimensions, coordinates, units, and the variables of a gridded state."""
 
 from __future__ import annotations
 
@@ -11,10 +11,14 @@ from jaxtyping import Array, Bool, Float
 
 
 class Undefined(eqx.Module):
-    """Where a variable has no value (sea surface temperature over land), hashable as a layout must be.
+    """Hashable mask of the points where a variable has no value, such as sea surface temperature over land.
 
     Args:
-        mask: True where there is no value, shape of the axes before the channels.
+        mask: True where the variable has no value, of the shape of one state without its last axis.
+
+    Attributes:
+        shape: shape of the mask.
+        packed: values of the mask as packed bits.
     """
 
     shape: tuple[int, ...] = eqx.field(static=True)
@@ -25,19 +29,19 @@ class Undefined(eqx.Module):
         self.shape, self.packed = mask.shape, np.packbits(mask).tobytes()
 
     def mask(self) -> Bool[np.ndarray, ...]:
-        """True where there is no value."""
+        """Boolean mask, True where the variable has no value."""
         count = math.prod(self.shape)
         return np.unpackbits(np.frombuffer(self.packed, np.uint8), count=count).reshape(self.shape).astype(bool)
 
 
 class Variable(eqx.Module):
-    """One variable of a gridded state: its name, unit, levels, and where it has no value.
+    """Variable of a gridded state: its name, unit, pressure levels and undefined points.
 
     Args:
-        name: for example "temperature".
-        units: unit of the values, "1" where dimensionless.
-        levels: pressure levels in hPa, one channel each; empty for a variable on a single surface, one channel.
-        undefined: where it has no value, or None.
+        name: name of the variable, for example "temperature".
+        units: unit of the values, "1" if they are dimensionless.
+        levels: pressure levels in hPa, one channel each. Empty for a variable on a single surface, with one channel.
+        undefined: points where the variable has no value; None if it has a value everywhere.
     """
 
     name: str = eqx.field(static=True)
@@ -47,30 +51,30 @@ class Variable(eqx.Module):
 
     @property
     def num_channels(self) -> int:
-        """Channels that the variable takes."""
+        """Number of channels of the variable: one per level, or one for a surface variable."""
         return max(1, len(self.levels))
 
 
 def _plain(value: float | str | np.generic) -> float | str:
-    """A Python value: what is static must be hashable and no array."""
+    """Convert a numpy scalar to a Python value, because static fields of a module must not be arrays."""
     return value.item() if isinstance(value, np.generic) else value
 
 
 class Layout(eqx.Module):
-    """What the axes of a state array mean.
+    """Meaning of the axes of a state array: their names, coordinates, units and variables.
 
-    The last axis may hold variables, each of one channel or one a level: see `select` and `split`.
+    The last axis may hold several variables, with one channel or with one channel per level: see `select` and `split`.
 
     Args:
         shape: shape of one state.
-        dims: a name for each axis.
-        coordinates: (dimension name, values) pairs; a dimension without one is numbered.
-        units: unit of the state's values, "1" where dimensionless; variables have their own.
-        variables: what the channels of the last axis are, in order; empty where the state is a single quantity.
+        dims: name of each axis.
+        coordinates: pairs (name of a dimension, its values). A dimension without coordinates is numbered.
+        units: unit of the state's values, "1" if they are dimensionless. Variables have units of their own.
+        variables: variables of the channels of the last axis, in order. Empty if the state is a single quantity.
 
     Raises:
-        ValueError: not one name an axis, a coordinate whose name or length does not fit, or variables whose channels
-            are not those of the last axis.
+        ValueError: the number of names is not the number of axes, a coordinate has an unknown name or a wrong length,
+            or the channels of the variables do not add up to the last axis.
     """
 
     shape: tuple[int, ...] = eqx.field(static=True)
@@ -84,17 +88,26 @@ class Layout(eqx.Module):
     def __check_init__(self) -> None:
         if len(self.dims) != len(self.shape):
             raise ValueError(
-                f"layout has {len(self.dims)} names {self.dims} for the shape {self.shape}; give one each."
+                f"Layout got {len(self.dims)} names {self.dims} for the shape {self.shape}; give one name for each "
+                "axis."
             )
         for name, values in self.coordinates:
             if name not in self.dims:
-                raise ValueError(f"layout has a coordinate '{name}', but its dimensions are {self.dims}.")
+                raise ValueError(
+                    f"Layout got a coordinate '{name}', but its dimensions are {self.dims}; name one of these."
+                )
             length = self.shape[self.dims.index(name)]
             if len(values) != length:
-                raise ValueError(f"coordinate '{name}' has {len(values)} values, but the axis has {length}.")
+                raise ValueError(
+                    f"coordinate '{name}' has {len(values)} values, but the axis has {length} points; give one value "
+                    "for each."
+                )
         channels = sum(v.num_channels for v in self.variables)
         if self.variables and channels != self.shape[-1]:
-            raise ValueError(f"the variables take {channels} channels, but the last axis of {self.shape} is another.")
+            raise ValueError(
+                f"the variables take {channels} channels, but the last axis of the shape {self.shape} has "
+                f"{self.shape[-1]}; give the variables of all channels."
+            )
 
     @property
     def size(self) -> int:
@@ -102,23 +115,27 @@ class Layout(eqx.Module):
         return math.prod(self.shape)
 
     def coords(self) -> dict[str, np.ndarray]:
-        """Coordinates as xarray takes them."""
+        """Coordinates by the name of their dimension, as arrays."""
         return {name: np.asarray(values) for name, values in self.coordinates}
 
     def level_dims(self) -> dict[str, str]:
-        """The name of each variable's axis of levels: "level", one of its own where its levels are not the first's."""
+        """Name of the level axis of each variable that has levels.
+
+        The name is "level" for all variables with the same levels as the first of them, and "<variable>_level" for the
+        others.
+        """
         with_levels = [variable for variable in self.variables if variable.levels]
         return {v.name: "level" if v.levels == with_levels[0].levels else f"{v.name}_level" for v in with_levels}
 
     def level_coords(self) -> dict[str, np.ndarray]:
-        """Levels in hPa by the names of `level_dims`."""
+        """Pressure levels in hPa by the name of the level axis, as `level_dims` names it."""
         return {dim: np.asarray(self.variable(name).levels) for name, dim in self.level_dims().items()}
 
     def variable(self, name: str) -> Variable:
-        """The variable of that name.
+        """Variable with a given name.
 
         Raises:
-            ValueError: there is none.
+            ValueError: the state has no such variable.
         """
         for candidate in self.variables:
             if candidate.name == name:
@@ -127,37 +144,44 @@ class Layout(eqx.Module):
         raise ValueError(f"the state has no variable '{name}'; it has {known}.")
 
     def channels(self, name: str) -> slice:
-        """The channels of a variable, one a level.
+        """Slice of the last axis with the channels of a variable, one per level.
 
         Raises:
-            ValueError: there is no such variable.
+            ValueError: the state has no such variable.
         """
         variable = self.variable(name)
         start = sum(v.num_channels for v in self.variables[: self.variables.index(variable)])
         return slice(start, start + variable.num_channels)
 
     def select(self, x: Float[Array, ...], name: str, level: int | None = None) -> Float[Array, ...]:
-        """A variable of a state, at one level or at all; NaN where it has no value, so that it cannot be observed.
+        """Select a variable of states, at one pressure level or at all of them.
+
+        Values are NaN at undefined points, so that an observation there is refused.
 
         Args:
             x: states, shape (..., *shape).
-            name: a variable.
-            level: a pressure level in hPa; None takes all of them (or the only one of a surface variable).
+            name: name of the variable.
+            level: pressure level in hPa; None for all levels, or for a surface variable.
 
         Returns:
-            Shape (..., *shape[:-1]), with a trailing axis of levels where a variable has levels and none is chosen.
+            Values in the variable's unit, shape (..., *shape[:-1]). A trailing axis of levels is added if the variable
+            has levels and `level` is None.
 
         Raises:
-            ValueError: no such variable or level, or a level for a surface variable.
+            ValueError: `x` has another shape, the variable or level does not exist, or a surface variable got a level.
         """
         variable, channels = self.variable(name), self.channels(name)
         if jnp.shape(x)[-len(self.shape) :] != self.shape:
-            raise ValueError(f"got an array of shape {jnp.shape(x)}, expected states of shape (..., {self.shape}).")
+            raise ValueError(
+                f"Layout.select got an array of shape {jnp.shape(x)}, expected states of shape "
+                f"(..., {', '.join(map(str, self.shape))})."
+            )
         if level is None:
             values = x[..., channels] if variable.levels else x[..., channels.start]
         elif level not in variable.levels:
             has = f"the levels {variable.levels} hPa" if variable.levels else "no levels"
-            raise ValueError(f"'{name}' has {has}, not {level!r}; leave level out or give one of them.")
+            do = "give one of them or leave level out" if variable.levels else "leave level out"
+            raise ValueError(f"'{name}' has {has}, but got level={level!r}; {do}.")
         else:
             values = x[..., channels.start + variable.levels.index(level)]
         if variable.undefined is None:
@@ -168,14 +192,14 @@ class Layout(eqx.Module):
         return jnp.where(jnp.broadcast_to(mask, values.shape), jnp.nan, values)
 
     def split(self, x: np.ndarray) -> dict[str, tuple[tuple[str, ...], np.ndarray, str]]:
-        """A state, cut into its variables for xarray.
+        """Split states into their variables, in the form that xarray takes.
 
         Args:
             x: states as numpy, shape (..., *shape).
 
         Returns:
-            name -> (names of the trailing axes, values, units); levels come before the other axes, and values are NaN
-            where there are none. A state without variables gives nothing.
+            For each variable, by its name: (names of the trailing axes, values, units). The level axis comes before the
+            other trailing axes, and values are NaN at undefined points. Empty if the state has no variables.
         """
         parts = {}
         inner = len(self.shape) - 1
@@ -190,7 +214,14 @@ class Layout(eqx.Module):
         return parts
 
     def split_by_levels(self, x: np.ndarray) -> dict[str, tuple[tuple[str, ...], np.ndarray, str]]:
-        """As `split`, the axes of levels named as `level_dims` has it, so that all fit into one dataset."""
+        """Split states into their variables, with level axes named by `level_dims` so that all fit into one dataset.
+
+        Args:
+            x: states as numpy, shape (..., *shape).
+
+        Returns:
+            For each variable, by its name: (names of the trailing axes, values, units), otherwise as from `split`.
+        """
         own = self.level_dims()
         return {
             name: (tuple(own[name] if dim == "level" else dim for dim in dims), values, units)

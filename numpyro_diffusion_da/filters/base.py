@@ -1,21 +1,22 @@
-"""From a NumPyro program to a filter kernel: what `Filter` runs.
+"""The interface of a filter: a NumPyro program with settings, from which `Filter` gets a kernel.
 
-Each class here takes a program and its own settings, and builds the kernel of the `smc` module of its name, giving it
-the program's transition and likelihood. The kernels' "observation" is `TimeInputs`: the scan's slice at one time.
+Each filter builds the kernel of the `smc` module of its name and gives it the program's transition and likelihood. The
+kernel's "observation" is a `TimeInputs`: the slice of the scan's inputs at one time.
 """
 
 from __future__ import annotations
 
 import abc
+import functools
 from collections.abc import Callable
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, Concatenate, NamedTuple, ParamSpec
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PRNGKeyArray, PyTree
 
+from numpyro_diffusion_da.arguments import shown
 from numpyro_diffusion_da.diffusion.denoiser import NetworkPasses
-from numpyro_diffusion_da.diffusion.sampler import Sampler
 from numpyro_diffusion_da.program.scan import TimeInputs
 from numpyro_diffusion_da.program.state_space import StateSpaceModel
 from numpyro_diffusion_da.smc.base import (
@@ -27,9 +28,11 @@ from numpyro_diffusion_da.smc.base import (
 )
 from numpyro_diffusion_da.transition.base import DrawRecord
 
+Settings = ParamSpec("Settings")
+
 
 class Proposal(NamedTuple):
-    """What a filter keeps of each new particle.
+    """Record of one new particle.
 
     Attributes:
         draw: network passes and solver residual of the draw.
@@ -41,7 +44,11 @@ class Proposal(NamedTuple):
 
 
 class FilterAlgorithm(abc.ABC):
-    """A program with the settings of one filter."""
+    """Interface of a filter: a NumPyro program with the settings of the filter.
+
+    Attributes:
+        model: the program.
+    """
 
     model: Callable[..., Any]
     needs_gaussian: ClassVar[bool] = True
@@ -50,38 +57,46 @@ class FilterAlgorithm(abc.ABC):
     """Whether all observed sites must be Gaussian."""
     target_ess: float = 0.0
     """Effective sample size that tempering aims at, as a fraction of the particles; 0 for no tempering."""
-    sampler: Sampler | None = None
-    """Reverse diffusion of the filter's draws; None for the transition's own."""
+    sampler: Any = None
+    """Reverse diffusion of the filter's draws, a `Sampler`; None for the transition's own."""
 
     @abc.abstractmethod
     def kernel(self, program: StateSpaceModel, batch_size: int | None = None) -> Kernel:
-        """The program's kernel: (rng_key, state, TimeInputs) -> (State, Info), `info.proposal` being a `Proposal`."""
+        """Build the kernel of the program.
+
+        Args:
+            program: the program at given arguments.
+            batch_size: particles moved at a time; None moves all at once.
+
+        Returns:
+            (rng_key, state, TimeInputs) -> (State, Info), pure; `info.proposal` is a `Proposal` with a leading axis N.
+        """
 
     @abc.abstractmethod
     def settings(self, program: StateSpaceModel) -> dict[str, str | float]:
-        """The settings in plain values, defaults resolved for the program, for the attributes of a result."""
+        """Settings of the filter in plain values, for the attributes of a result; defaults are resolved."""
 
     def has_evidence(self) -> bool:
-        """Whether the filter estimates log p(y) at all."""
+        """Whether the filter estimates the evidence log p(y)."""
         return True
 
     def weight_bias_reasons(self, program: StateSpaceModel) -> list[str]:
-        """Why the weights are not exact, so that exp(log-evidence) is no unbiased estimate; tempering apart."""
+        """Reasons why the weights are not exact, tempering left out; empty where they are exact."""
         return []
 
     def evidence_bias_reasons(self, program: StateSpaceModel) -> list[str]:
-        """Why exp(log-evidence) is no unbiased estimate of p(y); empty where it is one."""
+        """Reasons why exp(log-evidence) is a biased estimate of p(y); empty where it is unbiased."""
         tempered = f"weights are tempered (target_ess={self.target_ess:g})"
         return self.weight_bias_reasons(program) + ([tempered] if self.target_ess > 0 else [])
 
     def parents(self, program: StateSpaceModel, ancestors: Array, values: Array) -> Array:
-        """What particles come from, of values that each has, leading axis N."""
+        """Select each particle's ancestor value; `values` has leading axis N."""
         return values[ancestors]
 
     def forecasts(
         self, program: StateSpaceModel, batch_size: int | None = None
     ) -> Callable[[PRNGKeyArray, PyTree, TimeInputs], tuple[Array, DrawRecord]]:
-        """The next state as the filter takes it to be, one draw from each particle that has not seen the observation.
+        """Build the function that draws each particle's next state before it has seen the observation.
 
         Args:
             program: the program.
@@ -101,7 +116,7 @@ class FilterAlgorithm(abc.ABC):
     def background(
         self, program: StateSpaceModel, batch_size: int | None = None
     ) -> Callable[[PRNGKeyArray, PyTree, TimeInputs], dict[str, dict[str, Array]]]:
-        """What is seen in `forecasts`, observations with their errors among it.
+        """Build the function that records the sites of `forecasts`, predictive draws of the observations included.
 
         Args:
             program: the program.
@@ -124,9 +139,49 @@ class FilterAlgorithm(abc.ABC):
         return forecast
 
     def passes(self, info: Info) -> NetworkPasses:
-        """Network passes per particle of one step, averaged over particles."""
+        """Network passes of one step per particle, averaged over the particles."""
         total = info.proposal.draw.passes
         for record in (info.weighing, info.forecast):
             if record != ():
                 total = jax.tree.map(jnp.add, total, record.passes)
         return jax.tree.map(lambda n: jnp.mean(n.astype(float)), total)
+
+
+def check_algorithm(value: Any, owner: str, settings: str) -> None:
+    """Refuse what is not a filter of a program.
+
+    Args:
+        value: the argument.
+        owner: name of the class that got it.
+        settings: its other arguments in a correct call, for the message.
+
+    Raises:
+        TypeError: `value` is not a `FilterAlgorithm`.
+    """
+    if not isinstance(value, FilterAlgorithm):
+        raise TypeError(
+            f"{owner} got {shown(value)}; expected a filter of your program: write "
+            f"{owner}(ndda.FAAPF(model), {settings})."
+        )
+
+
+def takes_algorithm(
+    settings: str,
+) -> Callable[[Callable[Concatenate[Any, Any, Settings], None]], Callable[Concatenate[Any, Any, Settings], None]]:
+    """Decorate a constructor whose first argument is a filter, so that a wrong one is refused before all else.
+
+    A program in place of the filter is then named even where other arguments are missing.
+
+    Args:
+        settings: the other arguments in a correct call, for the message.
+    """
+
+    def decorate(init: Callable[Concatenate[Any, Any, Settings], None]) -> Any:
+        @functools.wraps(init)
+        def checked(self: Any, algorithm: Any, *args: Settings.args, **kwargs: Settings.kwargs) -> None:
+            check_algorithm(algorithm, type(self).__name__, settings)
+            init(self, algorithm, *args, **kwargs)
+
+        return checked
+
+    return decorate

@@ -10,8 +10,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PRNGKeyArray, PyTree
 
+from numpyro_diffusion_da.arguments import require_program
 from numpyro_diffusion_da.diffusion.sampler import Sampler
+from numpyro_diffusion_da.diffusion.steps import Step
 from numpyro_diffusion_da.filters.base import FilterAlgorithm, Proposal
+from numpyro_diffusion_da.filters.checks import check_resampling, set_sampler
 from numpyro_diffusion_da.filters.settings import resampling_setting, sampler_setting
 from numpyro_diffusion_da.program.scan import TimeInputs
 from numpyro_diffusion_da.program.state_space import StateSpaceModel
@@ -25,30 +28,34 @@ from numpyro_diffusion_da.smc.base import (
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Bootstrap(FilterAlgorithm):
-    """The bootstrap particle filter (`smc.bootstrap`) on the same program: unguided draws, weighed afterwards.
+    """The bootstrap particle filter of a program (`smc.bootstrap`): unguided draws, weighed afterwards.
 
     Args:
-        model: as `FAAPF`, but with any transition that can be sampled and any likelihood with a log_prob.
-        target_ess: tempering, as in `FAAPF`; none by default.
-        sampler: reverse diffusion of the draw; by default the transition's own.
-        resampling: from `blackjax.smc.resampling`; systematic by default.
+        model: a NumPyro program with one `scan`, any transition that can be sampled and any likelihood with a log_prob.
+        target_ess: effective sample size that tempering aims at, as a fraction of the particles; 0 for no tempering.
+        sampler: reverse diffusion of the draw, or a bare step; None for the transition's own.
+        resampling: a function of `blackjax.smc.resampling`; None for systematic.
 
     Raises:
-        ValueError: target_ess outside [0, 1).
+        TypeError: an argument of the wrong kind; the sentence names it.
+        ValueError: `target_ess` outside [0, 1).
     """
 
     needs_gaussian: ClassVar[bool] = False
 
     model: Callable[..., Any]
     target_ess: float = 0.0
-    sampler: Sampler | None = None
+    sampler: Sampler | Step | None = None
     resampling: Resampling | None = None
 
     def __post_init__(self) -> None:
-        check_target_ess(self.target_ess)
+        require_program(self.model, "Bootstrap")
+        check_target_ess(self.target_ess, "Bootstrap")
+        set_sampler(self)
+        check_resampling(self.resampling, "Bootstrap")
 
     def kernel(self, program: StateSpaceModel, batch_size: int | None = None) -> Kernel:
-        """The bootstrap kernel of the program."""
+        """Build the bootstrap kernel of the program."""
 
         def propose(rng_key: PRNGKeyArray, carry: PyTree, inputs: TimeInputs) -> tuple[PyTree, Proposal]:
             draw_key, record_key = jax.random.split(rng_key)
@@ -62,7 +69,7 @@ class Bootstrap(FilterAlgorithm):
         return bootstrap.build_kernel(propose, log_likelihood, self.resampling, self.target_ess, batch_size)
 
     def settings(self, program: StateSpaceModel) -> dict[str, str | float]:
-        """Plain values."""
+        """Settings of the filter in plain values, for the attributes of a result."""
         return {
             "algorithm": "Bootstrap",
             "target_ess": self.target_ess,

@@ -9,8 +9,11 @@ from typing import Any, ClassVar
 import jax
 from jaxtyping import Array, PRNGKeyArray, PyTree
 
+from numpyro_diffusion_da.arguments import require, require_program
 from numpyro_diffusion_da.diffusion.sampler import Sampler
+from numpyro_diffusion_da.diffusion.steps import Step
 from numpyro_diffusion_da.filters.base import FilterAlgorithm, Proposal
+from numpyro_diffusion_da.filters.checks import check_taper, set_sampler
 from numpyro_diffusion_da.filters.placement import place_taper
 from numpyro_diffusion_da.filters.settings import in_full, inflation_setting, sampler_setting, taper_setting
 from numpyro_diffusion_da.program.scan import TimeInputs
@@ -27,14 +30,14 @@ from numpyro_diffusion_da.transition.base import DrawRecord
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class EnKF(FilterAlgorithm):
-    """The ensemble Kalman filter (`smc.enkf`) on the same program.
+    """The ensemble Kalman filter of a program (`smc.enkf`): a linear update with the ensemble's own covariances.
 
     Args:
         model: a NumPyro program as for `FAAPF`, but with any transition that can be sampled (a `Delta` too), and
             Gaussian observations.
         inflation: a sequence of `Inflation`. `ForecastMultiplicative(1.05)` widens the forecast before the update.
             `RTPS`, `RTPP`, `Multiplicative` and `Jitter` widen the analysis, in their order.
-        sampler: reverse diffusion of the forecast; None for the transition's own.
+        sampler: reverse diffusion of the forecast, or a bare step; None for the transition's own.
         update: `PerturbedObservations()` or `SquareRoot()`.
         taper: localization, `Taper(radius, distance, observations)`; None for none.
 
@@ -47,22 +50,26 @@ class EnKF(FilterAlgorithm):
 
     model: Callable[..., Any]
     inflation: Sequence[Inflation] = ()
-    sampler: Sampler | None = None
+    sampler: Sampler | Step | None = None
     update: EnsembleUpdate = dataclasses.field(default_factory=PerturbedObservations)
     taper: Taper | None = None
 
     def __post_init__(self) -> None:
+        require_program(self.model, "EnKF")
         check_inflation(self.inflation, "EnKF", paired=True)
+        set_sampler(self)
+        require(self.update, EnsembleUpdate, "EnKF", "update", "ndda.smc.SquareRoot()")
+        check_taper(self.taper, "EnKF")
 
     def has_evidence(self) -> bool:
-        """None: there are no weights."""
+        """Whether the filter estimates the evidence: it does not, it has no weights."""
         return False
 
     def kernel(self, program: StateSpaceModel, batch_size: int | None = None) -> Kernel:
-        """The EnKF kernel of the program.
+        """Build the EnKF kernel of the program.
 
         Raises:
-            ValueError: a taper whose positions do not fit the program.
+            ValueError: positions of the taper that do not fit the program.
         """
 
         def forecast(rng_key: PRNGKeyArray, carry: PyTree, inputs: TimeInputs) -> tuple[Array, DrawRecord]:
@@ -80,11 +87,11 @@ class EnKF(FilterAlgorithm):
         return enkf.build_kernel(forecast, residual, advance, self.update, taper, self.inflation, batch_size)
 
     def inflate_forecast(self, forecast: Array) -> Array:
-        """As inflated as the update takes it to be."""
+        """Apply the inflation of the forecast that the update uses."""
         return Multiplicative(forecast_factor(self.inflation))(jax.random.key(0), forecast, None)
 
     def settings(self, program: StateSpaceModel) -> dict[str, str | float]:
-        """Plain values."""
+        """Settings of the filter in plain values, for the attributes of a result."""
         return {
             "algorithm": "EnKF",
             "update": in_full(self.update),

@@ -9,9 +9,12 @@ from typing import Any
 import jax
 from jaxtyping import Array, PRNGKeyArray, PyTree
 
+from numpyro_diffusion_da.arguments import require, require_program
 from numpyro_diffusion_da.diffusion.guidance import MMPS, Guidance
 from numpyro_diffusion_da.diffusion.sampler import Sampler
+from numpyro_diffusion_da.diffusion.steps import Step
 from numpyro_diffusion_da.filters.base import FilterAlgorithm, Proposal
+from numpyro_diffusion_da.filters.checks import check_resampling, check_taper, set_sampler
 from numpyro_diffusion_da.filters.placement import place_taper
 from numpyro_diffusion_da.filters.settings import (
     in_full,
@@ -39,39 +42,43 @@ from numpyro_diffusion_da.transition.weights import Dirac, Equal, Moment, Predic
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class FAAPF(FilterAlgorithm):
-    """The fully adapted auxiliary particle filter (`smc.fa_apf`).
+    r"""The fully adapted auxiliary particle filter of a program (`smc.fa_apf`).
+
+    Each step weighs every particle by its predictive likelihood $p(y \mid c)$, resamples, and draws each new particle
+    from $p(x' \mid c, y)$ by guidance (Savary, Rozet & Louppe 2026, arXiv 2605.20028, Section 3). With a `taper` it
+    selects block by block of the state, by the observations near each block.
 
     Args:
         model: a NumPyro program with one `scan`, whose transition is a `DiffusionTransition`, `Normal` or
             `MultivariateNormal`. Observed sites may have any distribution of independent elements, or a
-            `MultivariateNormal`; NaN is missing.
+            `MultivariateNormal`. NaN marks a missing value.
         weight: estimate of log p(y | c). By default `Dirac()` for a diffusion, and the exact `Moment()` for a
             transition in closed form.
-        target_ess: effective sample size that tempering aims at, as a fraction of the particles; 0 for none.
-        guidance: how the score is guided by the observations.
-        sampler: reverse diffusion of the guided draw; by default the transition's own.
-        resampling: from `blackjax.smc.resampling`; systematic by default.
-        taper: localized ancestors (`smc.local_ancestors`): each block of the state selects by the observations near it,
-            `Taper(radius, distance, observations)`. None for a selection of whole particles. There is no evidence then.
-        block_radius: how far the places of one block may be from its center, in the unit of the taper's distance; 0 for
-            each place by itself.
-        inflation: what is done to the new particles' states, in this order: `RTPS(0.3)`, `Multiplicative(1.05)`,
-            `Jitter(0.1)`. Nothing by default. RTPS relaxes to the spread of forecasts, for which each particle makes
-            one more draw, unguided.
-        tempering: of the weights, where their effective sample size is below its target: `WeightTempering()` or
-            `LikelihoodTempering()` (`smc.tempering`), which are one with Dirac weights.
+        target_ess: effective sample size that tempering aims at, as a fraction of the particles; 0 for no tempering.
+        guidance: how the observations guide the draw.
+        sampler: reverse diffusion of the guided draw, or a bare step such as `ndda.diffusion.DDIM()`; None for the
+            transition's own.
+        resampling: a function of `blackjax.smc.resampling`; None for systematic.
+        taper: localization, `Taper(radius, distance, observations)`; None selects whole particles. With a taper there
+            is no evidence.
+        block_radius: largest distance of a place from the center of its block, in the unit of the taper's distance; 0
+            makes each place a block.
+        inflation: a sequence of `Inflation` for the new states, applied in its order: `(RTPS(0.3), Jitter(0.1))`.
+            `RTPS` needs the spread of the forecast, for which each particle makes one more, unguided draw.
+        tempering: tempering of the weights where their effective sample size is below its target:
+            `smc.WeightTempering()` or `smc.LikelihoodTempering()`. Both are the same with Dirac weights.
 
     Raises:
-        TypeError: what is no sequence of inflations, or no tempering of weights.
-        ValueError: target_ess outside [0, 1), or a negative block_radius, or one without a taper; `RTPP`, which pairs
-            members.
+        TypeError: an argument of the wrong kind; the sentence names it.
+        ValueError: `target_ess` outside [0, 1); a negative `block_radius`, or one without a taper; an inflation that
+            needs a forecast member for each analysis member (`RTPP`, `ForecastMultiplicative`).
     """
 
     model: Callable[..., Any]
     weight: PredictiveWeight | None = None
     target_ess: float = 0.2
     guidance: Guidance = dataclasses.field(default_factory=MMPS)
-    sampler: Sampler | None = None
+    sampler: Sampler | Step | None = None
     resampling: Resampling | None = None
     taper: Taper | None = None
     block_radius: float = 0.0
@@ -79,26 +86,29 @@ class FAAPF(FilterAlgorithm):
     tempering: Tempering = dataclasses.field(default_factory=WeightTempering)
 
     def __post_init__(self) -> None:
-        check_target_ess(self.target_ess)
+        require_program(self.model, "FAAPF")
+        if self.weight is not None:
+            require(self.weight, PredictiveWeight, "FAAPF", "weight", "ndda.Moment()")
+        check_target_ess(self.target_ess, "FAAPF")
+        require(self.guidance, Guidance, "FAAPF", "guidance", "ndda.MMPS()")
+        set_sampler(self)
+        check_resampling(self.resampling, "FAAPF")
+        check_taper(self.taper, "FAAPF")
         check_inflation(self.inflation, "FAAPF", paired=False)
-        if not isinstance(self.tempering, Tempering):
-            raise TypeError(
-                f"FAAPF got tempering={self.tempering!r}; give ndda.smc.WeightTempering() or ndda.smc.LikelihoodTempering(), which "
-                "act on its weights (a factor on particles is inflation=(ndda.Multiplicative(1.05),))."
-            )
+        require(self.tempering, Tempering, "FAAPF", "tempering", "ndda.smc.WeightTempering()")
         if not self.block_radius >= 0.0:
             raise ValueError(f"FAAPF got block_radius={self.block_radius}; give 0 or more.")
         if self.block_radius and self.taper is None:
             raise ValueError(f"FAAPF got block_radius={self.block_radius} and no taper; give both, or neither.")
 
     def has_evidence(self) -> bool:
-        """With weights of whole particles that differ."""
+        """Whether the filter estimates the evidence: not with equal weights, and not with a taper."""
         return not isinstance(self.weight, Equal) and self.taper is None
 
     def weight_bias_reasons(self, program: StateSpaceModel) -> list[str]:
-        """What the weight says, and that inflated particles are not those of the program."""
-        closed_form = program.diffusion() is None
-        bias_reasons = self._weight(closed_form).bias_reasons(closed_form, program.observes_linearly())
+        """Reasons why the weights are not exact: those of the weight, and inflation."""
+        closed_form = program.structure.diffusion is None
+        bias_reasons = self._weight(closed_form).bias_reasons(closed_form, program.structure.observes_linearly)
         inflations = inflation_setting(self.inflation)
         return bias_reasons + ([f"the particles' spread is inflated: {inflations}"] if self.inflation else [])
 
@@ -108,11 +118,11 @@ class FAAPF(FilterAlgorithm):
         return Moment() if closed_form else Dirac()
 
     def kernel(self, program: StateSpaceModel, batch_size: int | None = None) -> Kernel:
-        """The FA-APF kernel of the program.
+        """Build the FA-APF kernel of the program.
 
         Raises:
-            ValueError: a taper whose positions do not fit the program; a site whose errors are to be tempered and
-                cannot be (naming it).
+            ValueError: positions of the taper that do not fit the program, or a site that `LikelihoodTempering` cannot
+                temper; the sentence names it.
         """
         local = self._local(program)
         if self.tempering.needs_likelihood_tempering and not isinstance(self.weight, Equal):
@@ -162,28 +172,29 @@ class FAAPF(FilterAlgorithm):
         )
 
     def _check_errors(self, program: StateSpaceModel) -> None:
-        for name in program.observed_names:
-            if name in program.general_names:
+        for name in program.structure.observed_names:
+            if name in program.structure.general_names:
                 raise ValueError(
-                    f"the errors of site '{name}' cannot be tempered: it is not Gaussian, or its error or the slope of "
-                    f"its mean changes with the state; use tempering=ndda.smc.WeightTempering() in place of {self.tempering}."
+                    f"the likelihood of site '{name}' cannot be tempered inside its weight: it is not Gaussian, or its "
+                    "error or the slope of its mean changes with the state; use tempering=ndda.smc.WeightTempering() in "
+                    f"place of {self.tempering}."
                 )
 
     def _local(self, program: StateSpaceModel) -> LocalAncestors | None:
         if self.taper is None:
             return None
-        return LocalAncestors.at(place_taper(self.taper, program), program.state_shape, self.block_radius)
+        return LocalAncestors.at(place_taper(self.taper, program), program.structure.state_shape, self.block_radius)
 
     def parents(self, program: StateSpaceModel, ancestors: Array, values: Array) -> Array:
-        """Glued together where ancestors are local."""
+        """Select each particle's ancestor value, block by block where the filter has a taper."""
         local = self._local(program)
         return super().parents(program, ancestors, values) if local is None else local.glue(values, ancestors)
 
     def settings(self, program: StateSpaceModel) -> dict[str, str | float]:
-        """Plain values."""
+        """Settings of the filter in plain values, for the attributes of a result."""
         return {
             "algorithm": "FAAPF",
-            "weight": in_full(self._weight(closed_form=program.diffusion() is None)),
+            "weight": in_full(self._weight(closed_form=program.structure.diffusion is None)),
             "target_ess": self.target_ess,
             "tempering": in_full(self.tempering),
             "guidance": in_full(self.guidance),

@@ -22,8 +22,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, PRNGKeyArray, PyTree
 
+from numpyro_diffusion_da.arguments import require_count
 from numpyro_diffusion_da.diffusion.denoiser import NetworkPasses
-from numpyro_diffusion_da.filters.base import FilterAlgorithm
+from numpyro_diffusion_da.filters.base import FilterAlgorithm, check_algorithm
 from numpyro_diffusion_da.program.scan import ObservedSite, TimeInputs
 from numpyro_diffusion_da.program.sites import mean_and_variance, site_mask
 from numpyro_diffusion_da.program.state_space import StateSpaceModel
@@ -72,18 +73,15 @@ class GrossErrorCheck(FilterAlgorithm):
     members: int = 64
 
     def __post_init__(self) -> None:
-        if not isinstance(self.algorithm, FilterAlgorithm) or isinstance(self.algorithm, GrossErrorCheck):
-            raise TypeError(
-                f"GrossErrorCheck got {type(self.algorithm).__name__}; give a filter of your program without a check, "
-                "as in GrossErrorCheck(ndda.FAAPF(model), threshold=5.0)."
-            )
+        check_algorithm(self.algorithm, "GrossErrorCheck", "threshold=5.0")
+        if isinstance(self.algorithm, GrossErrorCheck):
+            raise TypeError("GrossErrorCheck got a GrossErrorCheck; give a filter without a check of its own.")
         thresholds = self.threshold.values() if isinstance(self.threshold, Mapping) else [self.threshold]
         if not all(k > 0.0 for k in thresholds):
             raise ValueError(
                 f"GrossErrorCheck got threshold={self.threshold}; give a positive number of standard deviations."
             )
-        if self.members < 2:
-            raise ValueError(f"GrossErrorCheck got members={self.members}; a spread needs 2 or more.")
+        require_count(self.members, "GrossErrorCheck", "members", least=2)
         for name in ("model", "needs_gaussian", "needs_gaussian_errors", "target_ess", "sampler"):
             object.__setattr__(self, name, getattr(self.algorithm, name))
 
@@ -119,11 +117,11 @@ class GrossErrorCheck(FilterAlgorithm):
     def _thresholds(self, program: StateSpaceModel) -> dict[str, float]:
         """By the sites that are checked."""
         if not isinstance(self.threshold, Mapping):
-            return dict.fromkeys(program.observed_names, self.threshold)
-        if unknown := sorted(set(self.threshold) - set(program.observed_names)):
+            return dict.fromkeys(program.structure.observed_names, self.threshold)
+        if unknown := sorted(set(self.threshold) - set(program.structure.observed_names)):
             raise ValueError(
                 f"GrossErrorCheck has thresholds of {unknown}, but the observed sites are "
-                f"{sorted(program.observed_names)}."
+                f"{sorted(program.structure.observed_names)}."
             )
         return dict(self.threshold)
 

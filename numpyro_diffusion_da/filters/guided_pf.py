@@ -9,12 +9,14 @@ from typing import Any
 import jax
 from jaxtyping import Array, PRNGKeyArray, PyTree
 
+from numpyro_diffusion_da.arguments import require, require_program
 from numpyro_diffusion_da.diffusion.guidance import MMPS, Guidance
 from numpyro_diffusion_da.diffusion.linear_solve import DirectSolve
 from numpyro_diffusion_da.diffusion.sampler import Sampler
 from numpyro_diffusion_da.diffusion.schedule import KarrasSchedule
-from numpyro_diffusion_da.diffusion.steps import SDEDPMSolverPP2M
+from numpyro_diffusion_da.diffusion.steps import SDEDPMSolverPP2M, Step
 from numpyro_diffusion_da.filters.base import FilterAlgorithm, Proposal
+from numpyro_diffusion_da.filters.checks import check_resampling, set_sampler
 from numpyro_diffusion_da.filters.settings import in_full, resampling_setting, sampler_setting
 from numpyro_diffusion_da.program.scan import TimeInputs
 from numpyro_diffusion_da.program.state_space import StateSpaceModel
@@ -26,48 +28,55 @@ from numpyro_diffusion_da.smc.base import (
 )
 
 PATH_SAMPLER = Sampler(SDEDPMSolverPP2M(), KarrasSchedule(24, rho=20.0))
-"""What `GuidedPF` draws with where the transition's own sampler has not noise at every step."""
+"""Sampler of `GuidedPF` where the transition's own does not add noise at every step."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class GuidedPF(FilterAlgorithm):
-    """The guided particle filter (`smc.guided_pf`): guided draws, weighed after the move; unbiased evidence.
+    """The guided particle filter of a program (`smc.guided_pf`): guided draws, weighed afterwards; unbiased evidence.
 
-    Each draw comes with a weight whose mean is p(y | c): for a diffusion by path weights (`path`), p being the law of
-    the sampler at its number of levels; for a transition in closed form exactly.
+    Each draw comes with a weight whose mean is p(y | c). A diffusion takes path weights (`diffusion.path_weights`),
+    where p is the law of the sampler at its number of levels. A transition in closed form has exact weights.
 
     Args:
-        model: as `FAAPF`.
-        guidance: how the draw is guided. By default with exact solves, one network pass an observation at each noise
-            level; fewer, as in `MMPS(KrylovSolve(products=4))`, leave the evidence unbiased, and its spread larger.
-        sampler: reverse diffusion of the draw, with noise at every step. By default the transition's own where that has
-            it, else 24 levels of `SDEDPMSolverPP2M`.
-        target_ess: tempering, as in `FAAPF`; none by default, for it would bias the evidence.
-        resampling: from `blackjax.smc.resampling`; systematic by default.
+        model: a NumPyro program as for `FAAPF`.
+        guidance: how the observations guide the draw. By default with exact solves, which take one network pass per
+            observation at each noise level. Fewer products, `MMPS(KrylovSolve(products=4))`, leave the evidence
+            unbiased and make it noisier.
+        sampler: reverse diffusion of the draw, or a bare step, with noise at every step. None for the transition's own
+            where that has noise at every step, else 24 levels of `SDEDPMSolverPP2M`.
+        target_ess: effective sample size that tempering aims at, as a fraction of the particles. 0, the default, does
+            not temper: tempering biases the evidence.
+        resampling: a function of `blackjax.smc.resampling`; None for systematic.
 
     Raises:
-        ValueError: target_ess outside [0, 1), or a sampler that is not stochastic at every step.
+        TypeError: an argument of the wrong kind; the sentence names it.
+        ValueError: `target_ess` outside [0, 1), or a sampler without noise at every step.
     """
 
     model: Callable[..., Any]
     guidance: Guidance = dataclasses.field(default_factory=lambda: MMPS(DirectSolve()))
-    sampler: Sampler | None = None
+    sampler: Sampler | Step | None = None
     target_ess: float = 0.0
     resampling: Resampling | None = None
 
     def __post_init__(self) -> None:
-        check_target_ess(self.target_ess)
-        if self.sampler is not None:
+        require_program(self.model, "GuidedPF")
+        require(self.guidance, Guidance, "GuidedPF", "guidance", "ndda.MMPS()")
+        set_sampler(self)
+        check_target_ess(self.target_ess, "GuidedPF")
+        check_resampling(self.resampling, "GuidedPF")
+        if isinstance(self.sampler, Sampler):
             self.sampler.stochastic_step()
 
     def _sampler(self, program: StateSpaceModel) -> Sampler:
-        transition = program.diffusion()
+        transition = program.structure.diffusion
         if self.sampler is None and transition is not None and transition.sampler.is_stochastic:
             return transition.sampler
-        return PATH_SAMPLER if self.sampler is None else self.sampler
+        return self.sampler if isinstance(self.sampler, Sampler) else PATH_SAMPLER
 
     def kernel(self, program: StateSpaceModel, batch_size: int | None = None) -> Kernel:
-        """The guided kernel of the program."""
+        """Build the guided kernel of the program."""
         sampler = self._sampler(program)
 
         def propose(rng_key: PRNGKeyArray, carry: PyTree, inputs: TimeInputs) -> tuple[PyTree, Array, Proposal]:
@@ -80,7 +89,7 @@ class GuidedPF(FilterAlgorithm):
         return guided_pf.build_kernel(propose, self.resampling, self.target_ess, batch_size)
 
     def settings(self, program: StateSpaceModel) -> dict[str, str | float]:
-        """Plain values."""
+        """Settings of the filter in plain values, for the attributes of a result."""
         return {
             "algorithm": "GuidedPF",
             "target_ess": self.target_ess,

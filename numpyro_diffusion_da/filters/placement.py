@@ -16,9 +16,9 @@ def place_taper(taper: Taper, program: StateSpaceModel) -> PlacedTaper:
         ValueError: positions that do not fit the program, see `Taper.place`, or positions of the state that neither
             the taper nor the layout has.
     """
-    diffusion = program.diffusion()
+    diffusion = program.structure.diffusion
     axes = None if taper.state is not None else grid_axes(None if diffusion is None else diffusion.prior.layout)
-    return taper.place(*program.shapes(), axes)
+    return taper.place(program.structure.state_shape, program.structure.observed, axes)
 
 
 def grid_axes(layout: Layout | None) -> dict[str, np.ndarray]:

@@ -27,7 +27,7 @@ def in_full(value: Any) -> str:
 
 def sampler_setting(sampler: Sampler | None, program: StateSpaceModel) -> str:
     """The sampler in full, the transition's own where none is given; "closed form" for a Gaussian transition."""
-    transition = program.diffusion()
+    transition = program.structure.diffusion
     if transition is None:
         return "closed form"
     return in_full(transition.sampler if sampler is None else sampler)

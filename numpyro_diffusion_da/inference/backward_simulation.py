@@ -78,13 +78,14 @@ def select(
     choice_key, record_key = jax.random.split(rng_key)
     before = program.initial(jax.random.key(0))  # any carry: the next one does not depend on it
     carries = jax.vmap(lambda value: program.advance(value, before, inputs))(x)
-    observations_remember = program.remembers(lambda sites: sites.observed)
 
     def log_weight(pair: Int[Array, ""]) -> tuple[Array, NetworkPasses]:
         value, carry = later[pair // len(x)], jax.tree.map(lambda c: c[pair % len(x)], carries)
         sites = program.sites(carry, later_inputs, value)
-        log_prob, passes = log_density(program.latent_name, sites.latent[program.latent_name], value)
-        if observations_remember:
+        log_prob, passes = log_density(
+            program.structure.latent_name, sites.latent[program.structure.latent_name], value
+        )
+        if program.structure.observations_remember:
             log_prob += sum(jnp.sum(pointwise_log_likelihood(*site)) for site in sites.observed.values())
         return log_prob, passes
 
@@ -109,16 +110,16 @@ def check(program: StateSpaceModel, result: FilterResult, num_draws: int) -> Non
     """
     if num_draws < 1:
         raise ValueError(f"num_draws={num_draws}; give 1 or more.")
-    name = program.latent_name
+    name = program.structure.latent_name
     if name not in result.posterior:
         raise ValueError(
             f"backward simulation needs the particles of '{name}', which this run did not keep; "
             "name it in keep=[...], or leave keep out."
         )
     program.look(lambda sites: check_density(name, sites.latent[name]))
-    if program.remembers(lambda sites: sites.carry):
+    if program.structure.carry_remembers:
         raise ValueError(
-            f"the carry of '{program.name}' depends on the carry before it and not on '{name}' alone (two frames, or a "
+            f"the carry of '{program.structure.name}' depends on the carry before it and not on '{name}' alone (two frames, or a "
             "function of both), so particles of different lines cannot be linked; smooth this program along its "
             "genealogy, Filter.smoothed(lag)."
         )
@@ -126,7 +127,7 @@ def check(program: StateSpaceModel, result: FilterResult, num_draws: int) -> Non
 
 def bytes_of_density(program: StateSpaceModel, size: int) -> int:
     """Working memory of one transition density, in bytes; `size` is the number of values of the state."""
-    transition = program.diffusion()
+    transition = program.structure.diffusion
     tangents = 1 if transition is None or transition.density is None else transition.density.trace.products(size)
     return max(program.working_bytes() * tangents, 256 * size)
 

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from numpyro_diffusion_da.arguments import require_count
 from numpyro_diffusion_da.filters.base import FilterAlgorithm
 from numpyro_diffusion_da.inference.batching import check_batch_size, particles_at_a_time, split_batch
 from numpyro_diffusion_da.inference.compilation import Compiled
@@ -38,17 +39,9 @@ class ParameterInference(abc.ABC):
         progress_bar: bool,
         **numbers: int,
     ) -> None:
-        name = type(self).__name__
-        if not isinstance(algorithm, FilterAlgorithm):
-            raise TypeError(
-                f"{name} got {type(algorithm).__name__}; give a filter of your program, "
-                f"as in {name}(ndda.Bootstrap(model), num_particles=256, ...)."
-            )
         check_batch_size(batch_size)
-        least = {"num_warmup": 0}
-        for what, value in {"num_particles": num_particles, **numbers}.items():
-            if value < least.get(what, 1):
-                raise ValueError(f"{what}={value}; give {least.get(what, 1)} or more.")
+        for name, value in {"num_particles": num_particles, **numbers}.items():
+            require_count(value, self, name, least=0 if name == "num_warmup" else 1)
         self.algorithm = algorithm
         self.num_particles = num_particles
         self.batch_size = batch_size
@@ -71,7 +64,7 @@ class ParameterInference(abc.ABC):
             self._compiled = {part: Compiled(fn) for part, fn in self._parts(parameters).items()}
         return parameters, {
             "inference": name,
-            "model": parameters.program.name,
+            "model": parameters.program.structure.name,
             "num_particles": self.num_particles,
             **self.algorithm.settings(known),
             "evidence_bias_reasons": "; ".join(bias_reasons),

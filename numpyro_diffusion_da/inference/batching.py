@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import numbers
 from typing import Any
 
+from numpyro_diffusion_da.arguments import shown
 from numpyro_diffusion_da.diffusion.memory import device_memory
 from numpyro_diffusion_da.program.state_space import StateSpaceModel
+
+BATCH_ADVICE = "give a whole number of 1 or more, or None for as many particles as memory allows."
 
 
 def check_batch_size(batch_size: Any) -> None:
     """Refuse a batch size that is neither None nor a positive number.
 
     Raises:
+        TypeError: not a whole number.
         ValueError: a number below 1.
     """
-    if batch_size is not None and not batch_size >= 1:
-        raise ValueError(f"batch_size={batch_size}; give 1 or more, or None for as many as memory allows.")
+    if batch_size is not None and (isinstance(batch_size, bool) or not isinstance(batch_size, numbers.Integral)):
+        raise TypeError(f"got batch_size={shown(batch_size)}; {BATCH_ADVICE}")
+    if batch_size is not None and batch_size < 1:
+        raise ValueError(f"got batch_size={batch_size}; {BATCH_ADVICE}")
 
 
 def batch_in_memory(batch_size: int | None, number: int, bytes_each: int) -> int | None:

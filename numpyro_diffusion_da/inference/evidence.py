@@ -73,7 +73,7 @@ class EvidenceEstimator(NamedTuple):
         def step(t: Int[Array, ""], evidence: FilterEvidence) -> FilterEvidence:
             return self.step(jax.random.fold_in(run_key, t), program, evidence, t)[0]
 
-        steps = program.length if steps is None else steps
+        steps = program.structure.length if steps is None else steps
         return jax.lax.fori_loop(0, steps, step, self.start(init_key, program))
 
 
@@ -100,7 +100,7 @@ def check_evidence(algorithm: FilterAlgorithm, program: StateSpaceModel, name: s
     bias_reasons = algorithm.evidence_bias_reasons(program)
     if bias_reasons:
         instead = "ndda.GuidedPF(model), ndda.Bootstrap(model)"
-        if program.diffusion() is None and algorithm.needs_gaussian and program.observes_linearly():
+        if program.structure.diffusion is None and algorithm.needs_gaussian and program.structure.observes_linearly:
             instead += ", ndda.FAAPF(model, weight=ndda.Moment(), target_ess=0.0)"
         warnings.warn(
             f"the evidence of {kind} is biased: {'; '.join(bias_reasons)}. {name} then does not draw from the posterior "

@@ -10,21 +10,22 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, PRNGKeyArray, PyTree
+from jaxtyping import PRNGKeyArray, PyTree
 
-from numpyro_diffusion_da.filters.base import FilterAlgorithm
+from numpyro_diffusion_da.arguments import require_count
+from numpyro_diffusion_da.filters.base import FilterAlgorithm, takes_algorithm
 from numpyro_diffusion_da.inference import backward_simulation as backward
 from numpyro_diffusion_da.inference.batching import batch_in_memory, check_batch_size, particles_at_a_time
 from numpyro_diffusion_da.inference.compilation import Compiled
 from numpyro_diffusion_da.inference.progress import step_progress
+from numpyro_diffusion_da.inference.records import Keep, check_record, collect, record_step
 from numpyro_diffusion_da.inference.storage import RunStore
 from numpyro_diffusion_da.program.scan import TimeInputs
 from numpyro_diffusion_da.program.state_space import StateSpaceModel
 from numpyro_diffusion_da.results import smoothing
-from numpyro_diffusion_da.results.advice import rejection_advice
-from numpyro_diffusion_da.results.result import PER_PARTICLE, FilterResult
-from numpyro_diffusion_da.results.summary import tempering_advice
-from numpyro_diffusion_da.smc.base import Info, State, init
+from numpyro_diffusion_da.results.advice import rejection_advice, tempering_advice
+from numpyro_diffusion_da.results.result import FilterResult
+from numpyro_diffusion_da.smc.base import State, init
 
 if TYPE_CHECKING:
     import xarray
@@ -53,6 +54,7 @@ class Filter:
         TypeError: `algorithm` is not a filter.
     """
 
+    @takes_algorithm("num_particles=256")
     def __init__(
         self,
         algorithm: FilterAlgorithm,
@@ -66,17 +68,8 @@ class Filter:
         keep: Sequence[str] | None = None,
         directory: str | os.PathLike[str] | None = None,
     ) -> None:
-        if not isinstance(algorithm, FilterAlgorithm):
-            raise TypeError(
-                f"Filter got {type(algorithm).__name__}; give a filter of your program, "
-                "as in Filter(ndda.FAAPF(model), num_particles=256)."
-            )
-        for name, value, least in (
-            ("num_particles", num_particles, 1),
-            ("num_chains", num_chains, 1),
-        ):
-            if value is not None and value < least:
-                raise ValueError(f"{name}={value}; give {least} or more.")
+        require_count(num_particles, "Filter", "num_particles")
+        require_count(num_chains, "Filter", "num_chains")
         check_batch_size(batch_size)
         if keep is not None and (isinstance(keep, str) or not keep):
             raise ValueError(
@@ -94,7 +87,9 @@ class Filter:
         self._result: FilterResult | None = None
         self._given: Any = None
         self._inputs: PyTree = None
-        self._compiled: dict[Any, Any] = {}
+        self._program: StateSpaceModel | None = None
+        self._batch: int | None = None
+        self._compiled: dict[str, Compiled] = {}
 
     def run(self, rng_key: PRNGKeyArray, *args: Any, **kwargs: Any) -> None:
         """Filter the observations in the program's arguments.
@@ -113,181 +108,99 @@ class Filter:
                 and the step), or a `directory` that holds another run.
             FloatingPointError: every particle of a step is non-finite (naming the step).
         """
-        program = StateSpaceModel(self.algorithm.model, args, kwargs)
-        program.check(self.algorithm.needs_gaussian, self.algorithm.needs_gaussian_errors)
-        start, step, _ = self._functions(program)
+        program = self._prepared(args, kwargs)
         given = (args, kwargs)
         attributes = self._attributes(program, rng_key)
         store = self._store(attributes)
-        with step_progress(self.progress_bar, self.num_chains * program.length) as advance:
+        with step_progress(self.progress_bar, self.num_chains * program.structure.length) as advance:
             chains = []
             for chain in range(self.num_chains):
-                chain_key = jax.random.fold_in(rng_key, chain)
-                init_key, run_key = jax.random.split(chain_key)
-                state, xs = start(init_key, given)
+                init_key, run_key = jax.random.split(jax.random.fold_in(rng_key, chain))
+                state, xs = self._compiled["start"](init_key, given)
                 xs = jax.device_get(xs)  # a slice of a numpy array compiles nothing
+                done = 0
                 if store is not None:
                     store.check_program(jax.device_get(program.probe(_at_time(xs, 0))))
-                steps = []
-                done = 0 if store is None else min(store.steps_done(chain), program.length)
-                for t in range(program.length):
+                    done = min(store.steps_done(chain), program.structure.length)
+                records = []
+                for t in range(program.structure.length):
                     inputs = _at_time(xs, t)
                     if store is not None and t < done:
-                        output = store.outputs(chain, t, inputs)
+                        record = store.outputs(chain, t, inputs)
                     else:
                         if store is not None and t == done > 0:
                             state = store.state(chain, state)
-                        state, output = step(jax.random.fold_in(run_key, t), state, inputs, given)
-                        output = jax.device_get(output)
-                        self._check(output, t)
+                        step_key = jax.random.fold_in(run_key, t)
+                        state, record = self._compiled["step"](step_key, state, inputs, given)
+                        record = jax.device_get(record)
+                        check_record(record, t, self.num_particles)
                         if store is not None:
-                            store.save(chain, t, inputs, output, state)
-                    steps.append(output)
-                    advance(output["stats"])
-                chains.append(jax.tree.map(lambda *v: np.stack(v), *steps))
-        self._result = self._collect(program, attributes, chains)
+                            store.save(chain, t, inputs, record, state)
+                    records.append(record)
+                    advance(record["stats"])
+                chains.append(records)
+        sizes = {"num_chains": self.num_chains, "batch_size": self._batch or self.num_particles}
+        self._result = collect(program.structure, {**attributes, **sizes}, chains)
         self._given, self._inputs = given, xs
         for advice in (rejection_advice(self._result), tempering_advice(self._result)):
             if advice is not None:
                 warnings.warn(advice, stacklevel=2)
 
-    def _functions(self, program: StateSpaceModel) -> tuple[Any, Any, Any]:
-        """The jitted start, step and step back. Kept: a second run with the same shapes compiles nothing."""
-        if not self._compiled:
+    def _prepared(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> StateSpaceModel:
+        """The program at these arguments, checked, with its functions compiled for it.
 
-            def start(rng_key: PRNGKeyArray, given: Any) -> tuple[State, PyTree]:
-                at = program.at(*given)
-                keys = jax.vmap(jax.random.fold_in, (None, 0))(rng_key, jnp.arange(self.num_particles))
-                return init(jax.vmap(at.initial)(keys)), at.inputs()
+        A second run of a program with the same structure traces it once, checks nothing again and compiles nothing.
+        """
+        before = None if self._program is None else self._program.structure
+        program = StateSpaceModel(self.algorithm.model, args, kwargs, like=before)
+        if not program.structure.same_as(before):
+            program.check(self.algorithm.needs_gaussian, self.algorithm.needs_gaussian_errors)
+            self._batch = particles_at_a_time(self.batch_size, self.num_particles, program)
+            self._compiled = self._functions(program)
+        self._program = program
+        return program
 
-            batch_size = particles_at_a_time(self.batch_size, self.num_particles, program)
+    def _functions(self, program: StateSpaceModel) -> dict[str, Compiled]:
+        """The jitted first draw, step, and step back of backward simulation."""
+        batch_size = self._batch
 
-            def step(rng_key: PRNGKeyArray, state: State, inputs: TimeInputs, given: Any) -> Any:
-                at = program.at(*given)
-                new, info = self.algorithm.kernel(at, batch_size)(rng_key, state, inputs)
-                first = jax.tree.map(lambda x: x[0], state.particles)
-                stats = {
-                    "log_weights": info.log_weights,
-                    "ancestors": info.ancestors,
-                    "ess": info.ess,
-                    "tempering": info.tempering,
-                    "log_evidence_increment": info.log_evidence_increment,
-                    "distinct_ancestors": info.distinct_ancestors,
-                    "log_weight_std": info.log_weight_std,
-                    "solver_residual": info.proposal.draw.solver_residual,
-                }
-                return new, {
-                    **({"forecast": self._forecast(at, info)} if self.keep_forecasts else {}),
-                    "sites": self._kept(info.proposal.sites),
-                    "stats": stats,
-                    "passes": self.algorithm.passes(info)._asdict(),
-                    "observations": at.observations(first, inputs),
-                    **({} if info.check == () else {"rejected": info.check.rejected}),
-                    "nonfinite_weights": info.nonfinite_weights,
-                    "nonfinite_particles": info.nonfinite_particles,
-                }
+        def start(rng_key: PRNGKeyArray, given: Any) -> tuple[State, PyTree]:
+            at = program.at(*given)
+            keys = jax.vmap(jax.random.fold_in, (None, 0))(rng_key, jnp.arange(self.num_particles))
+            return init(jax.vmap(at.initial)(keys)), at.inputs()
 
-            def back(given: Any, *of_step: Any) -> backward.Selection:
-                return backward.select(program.at(*given), *of_step)
+        def step(rng_key: PRNGKeyArray, state: State, inputs: TimeInputs, given: Any) -> Any:
+            at = program.at(*given)
+            new, info = self.algorithm.kernel(at, batch_size)(rng_key, state, inputs)
+            return new, record_step(self.algorithm, at, self._keep, info, state.particles, inputs)
 
-            self._compiled = {"start": Compiled(start), "step": Compiled(step), "back": Compiled(back)}
-        return self._compiled["start"], self._compiled["step"], self._compiled["back"]
+        def back(given: Any, *of_step: Any) -> backward.Selection:
+            return backward.select(program.at(*given), *of_step)
+
+        return {"start": Compiled(start), "step": Compiled(step), "back": Compiled(back)}
+
+    @property
+    def _keep(self) -> Keep:
+        return Keep(self.keep, self.keep_observed, self.keep_forecasts)
 
     def _store(self, attributes: dict[str, Any]) -> RunStore | None:
-        """Where steps are written."""
+        """The directory of the run's steps; None where nothing is written."""
         if self.directory is None:
             return None
         kept = {name: getattr(self, name) for name in ("keep", "keep_observed", "keep_forecasts")}
         return RunStore(self.directory, {**attributes, **kept})
 
-    def _kept(self, sites: dict[str, dict[str, Array]]) -> dict[str, dict[str, Array]]:
-        if not self.keep_observed:
-            sites = {**sites, "posterior_predictive": {}, "log_likelihood": {}}
-        if self.keep is None:
-            return sites
-        if unknown := set(self.keep) - set(sites["posterior"]):
-            known = sorted(sites["posterior"])
-            raise ValueError(f"keep names {sorted(unknown)}, but the latent and deterministic sites are {known}.")
-        return {**sites, "posterior": {name: sites["posterior"][name] for name in self.keep}}
-
     def _attributes(self, program: StateSpaceModel, rng_key: PRNGKeyArray) -> dict[str, Any]:
-        """What is needed to run it again."""
-        transition = program.diffusion()
+        """The attributes that are enough to run it again."""
+        diffusion = program.structure.diffusion
         return {
-            "model": program.name,
+            "model": program.structure.name,
             "seed": str(np.asarray(jax.random.key_data(rng_key)).tolist()),
             "num_particles": self.num_particles,
-            **({} if transition is None else transition.prior.provenance()),
+            **({} if diffusion is None else diffusion.prior.provenance()),
             **self.algorithm.settings(program),
             "evidence_bias_reasons": "; ".join(self.algorithm.weight_bias_reasons(program)),
         }
-
-    def _forecast(self, program: StateSpaceModel, info: Info) -> Array:
-        forecast = getattr(info.weighing, "forecast", None)
-        if forecast is None:
-            raise ValueError(
-                f"{self.algorithm} computes no one-step forecasts; leave keep_forecasts out, "
-                "or use FAAPF with Dirac or Moment weights."
-            )
-        return self.algorithm.parents(program, info.ancestors, forecast)
-
-    def _check(self, output: dict[str, Any], t: int) -> None:
-        for name, site in output["observations"].items():
-            if site["bad_error"]:
-                raise ValueError(
-                    f"the observation error of site '{name}' at step {t} is not positive and finite; "
-                    "give a standard deviation above zero (mark a missing value by NaN in the observation)."
-                )
-            if np.any(np.isinf(site["value"])):
-                raise ValueError(
-                    f"site '{name}' has an infinite observation at step {t}; mark missing values with NaN."
-                )
-        n = self.num_particles
-        for what, count in (("weights", output["nonfinite_weights"]), ("particles", output["nonfinite_particles"])):
-            if count < n:
-                continue
-            for name, site in output["observations"].items():
-                if site["undefined"]:
-                    raise ValueError(
-                        f"site '{name}' at step {t} compares {site['undefined']} observed values with NaN: what is "
-                        "observed has no value in the state (sea surface temperature over land, say); mark those "
-                        "observations missing with NaN, or leave them out."
-                    )
-            raise FloatingPointError(
-                f"all {n} {what} are non-finite at step {t}; check the observations and their errors at that step, "
-                "and the guidance (fewer solver products, a larger observation error)."
-            )
-
-    def _collect(self, program: StateSpaceModel, attributes: dict[str, Any], chains: list[Any]) -> FilterResult:
-        outputs = jax.tree.map(lambda *v: np.stack(v), *chains)  # (chain, time, ...)
-
-        def by_draw(x: np.ndarray) -> np.ndarray:
-            return np.moveaxis(x, 1, 2)
-
-        stats = {name: by_draw(x) if name in PER_PARTICLE else x for name, x in outputs["stats"].items()}
-        groups = jax.tree.map(by_draw, outputs["sites"])
-        observations = jax.tree.map(lambda x: x[0], outputs["observations"])
-        transition = program.diffusion()
-        has_state = program.latent_name in groups["posterior"]
-        return FilterResult(
-            posterior=groups["posterior"],
-            posterior_predictive=groups.get("posterior_predictive", {}),
-            log_likelihood=groups.get("log_likelihood", {}),
-            observed_data={n: np.where(s["observed"], s["value"], np.nan) for n, s in observations.items()},
-            observed_mask={n: s["observed"] for n, s in observations.items()},
-            observed_error={n: s["error"] for n, s in observations.items()},
-            forecast=by_draw(outputs["forecast"]) if self.keep_forecasts else None,
-            sample_stats=stats,
-            network_passes=outputs["passes"],
-            latent_name=program.latent_name if has_state else next(iter(groups["posterior"])),
-            layout=transition.prior.layout if transition is not None and has_state else None,
-            attributes={
-                **attributes,
-                "num_chains": self.num_chains,
-                "batch_size": particles_at_a_time(self.batch_size, self.num_particles, program) or self.num_particles,
-            },
-            rejected=outputs.get("rejected", {}),
-        )
 
     @property
     def result(self) -> FilterResult:
@@ -341,19 +254,18 @@ class Filter:
         """
         result = self.result
         args, kwargs = self._given
-        program = StateSpaceModel(self.algorithm.model, args, kwargs)
+        program = self._prepared(args, kwargs)
         backward.check(program, result, num_draws)
         check_batch_size(batch_size)
-        size = result.posterior[program.latent_name][0, 0, 0].size
+        size = result.posterior[program.structure.latent_name][0, 0, 0].size
         batch_size = batch_in_memory(
             batch_size, self.num_particles * num_draws, backward.bytes_of_density(program, size)
         )
-        _, _, back = self._functions(program)
 
         def step(*of_step: Any) -> backward.Selection:
-            return back(self._given, *of_step, batch_size)
+            return self._compiled["back"](self._given, *of_step, batch_size)
 
-        return backward.simulate(rng_key, result, lambda t: _at_time(self._inputs, t), step, num_draws, self._kept)
+        return backward.simulate(rng_key, result, lambda t: _at_time(self._inputs, t), step, num_draws, self._keep.of)
 
     def to_datatree(
         self,

@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import PRNGKeyArray
 
-from numpyro_diffusion_da.filters.base import FilterAlgorithm
+from numpyro_diffusion_da.arguments import require_count
+from numpyro_diffusion_da.filters.base import FilterAlgorithm, takes_algorithm
 from numpyro_diffusion_da.inference.batching import check_batch_size, particles_at_a_time
 from numpyro_diffusion_da.inference.compilation import Compiled
 from numpyro_diffusion_da.program.scan import TimeInputs
@@ -31,9 +32,9 @@ class OnlineFilter:
         ValueError: fewer than one particle, or a negative batch size.
     """
 
+    @takes_algorithm("num_particles=256")
     def __init__(self, algorithm: FilterAlgorithm, *, num_particles: int, batch_size: int | None = None) -> None:
-        if num_particles < 1:
-            raise ValueError(f"num_particles={num_particles}; give 1 or more.")
+        require_count(num_particles, "OnlineFilter", "num_particles")
         check_batch_size(batch_size)
         self.algorithm = algorithm
         self.num_particles = num_particles

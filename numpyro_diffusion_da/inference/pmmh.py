@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from numpyro_diffusion_da.filters.base import FilterAlgorithm
+from numpyro_diffusion_da.filters.base import FilterAlgorithm, takes_algorithm
 from numpyro_diffusion_da.inference.base import BATCH, ParameterInference
 from numpyro_diffusion_da.inference.progress import progress
 from numpyro_diffusion_da.program.parameters import GlobalParameters
@@ -47,6 +47,7 @@ class PMMH(ParameterInference):
         TypeError: `algorithm` is not a filter.
     """
 
+    @takes_algorithm("num_particles=256, num_warmup=500, num_samples=1000")
     def __init__(
         self,
         algorithm: FilterAlgorithm,

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from jaxtyping import Array, PRNGKeyArray
 
-from numpyro_diffusion_da.filters.base import FilterAlgorithm
+from numpyro_diffusion_da.filters.base import FilterAlgorithm, takes_algorithm
 from numpyro_diffusion_da.inference.base import BATCH, ParameterInference
 from numpyro_diffusion_da.inference.evidence import FilterEvidence
 from numpyro_diffusion_da.inference.progress import progress
@@ -42,6 +42,7 @@ class SMC2(ParameterInference):
         TypeError: `algorithm` is not a filter.
     """
 
+    @takes_algorithm("num_particles=256, num_parameter_particles=128")
     def __init__(
         self,
         algorithm: FilterAlgorithm,
@@ -82,7 +83,7 @@ class SMC2(ParameterInference):
             FloatingPointError: no parameter has any evidence at a step (naming the step).
         """
         parameters, attributes = self._begin(args, kwargs)
-        given, length = (args, kwargs), parameters.program.length
+        given, length = (args, kwargs), parameters.program.structure.length
         chains = []
         with progress(self.progress_bar, "SMC^2", self.num_chains * length) as advance:
             for chain in range(self.num_chains):

@@ -99,8 +99,10 @@ def tune_spread(
     first = make_filter(least)
     program = StateSpaceModel(first.model, args)
     program.check(first.needs_gaussian, first.needs_gaussian_errors)
-    if not 0 <= discard < program.length:
-        raise ValueError(f"discard={discard}; the spin-up has {program.length} steps: give fewer, and 0 or more.")
+    if not 0 <= discard < program.structure.length:
+        raise ValueError(
+            f"discard={discard}; the spin-up has {program.structure.length} steps: give fewer, and 0 or more."
+        )
     runner = Filter(
         _OfAmount(make_filter, first), num_particles=num_particles, batch_size=batch_size, progress_bar=False
     )

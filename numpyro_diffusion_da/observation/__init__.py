@@ -1,4 +1,4 @@
-"""The likelihood of one step's observations, and networks that observe a state."""
+"""Likelihoods of one step's observations, and observing networks: stations, satellite swaths, block means."""
 
 from numpyro_diffusion_da.observation.likelihood import (
     Coordinates,

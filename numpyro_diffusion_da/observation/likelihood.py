@@ -1,9 +1,13 @@
-"""The likelihood of one step's observations, whitened.
+r"""Whitened likelihood of the observations of one step.
 
-Observations y = h(x) + N(0, R), of one or several sites, some of them missing, become one vector of unit-variance
-residuals r(x) = R^{-1/2} (y - h(x)), zero where missing. In these coordinates R is the identity, every covariance
-R + H V H^T becomes I + (R^{-1/2} H) V (R^{-1/2} H)^T, and a missing observation is a row of zeros: nothing else in the
-library has to know about units, correlated errors or gaps.
+The observations of a step belong to one or several sites, and some may be missing. With Gaussian errors,
+$y = h(x) + \varepsilon$ and $\varepsilon \sim \mathcal N(0, R)$, they become one vector of residuals of unit variance,
+
+$$r(x) = R^{-1/2} (y - h(x)),$$
+
+which is zero where an observation is missing. In these coordinates $R$ is the identity, every covariance
+$R + H V H^T$ becomes $I + (R^{-1/2} H) V (R^{-1/2} H)^T$, and a missing observation is a row of zeros. The rest of the
+library therefore does not deal with units, correlated errors or missing values.
 """
 
 from __future__ import annotations
@@ -28,18 +32,22 @@ from numpyro_diffusion_da.observation.moment_matching import (
 
 LOG_TWO_PI = 1.8378770664093453
 PROBES = 16
-"""Directions that tell how far each observation's coordinate moves with the state; no network passes."""
+"""Number of random directions that measure how far each observation's coordinate moves with the state.
+
+They need no network passes.
+"""
 
 
 class GaussianObservation(NamedTuple):
-    """One observed site at a given state: mean, error and value, flattened.
+    """One observed site with Gaussian errors at a given state: mean, error and value, flattened.
 
     Attributes:
         mean: h(x), shape (m,), in the observation's unit.
         scale: standard deviations of the error, shape (m,), or a lower Cholesky factor of R, shape (m, m).
         value: y, shape (m,), in the observation's unit.
         observed: False where the value is missing, shape (m,).
-        power: of the likelihood, p(y | x)^power (NumPyro's `handlers.scale`): shape (m,), or () with a factor.
+        power: exponent of the likelihood, p(y | x)^power, as set by NumPyro's `handlers.scale`. Its shape is (m,), or
+            () if `scale` is a Cholesky factor.
     """
 
     mean: Float[Array, " m"]
@@ -50,9 +58,14 @@ class GaussianObservation(NamedTuple):
 
 
 def whiten(observation: GaussianObservation) -> tuple[Float[Array, " m"], Float[Array, " m"]]:
-    """(R^{-1/2} (y - h) with zeros where missing, the terms of -1/2 log det(2 pi R) over what is observed)."""
+    """Whiten one site.
+
+    Returns:
+        (whitened residual R^{-1/2} (y - h(x)), zero where missing; terms of -1/2 log det(2 pi R) over the observed
+        values), each of shape (m,). The likelihood's power is included in both.
+    """
     observed = observation.observed
-    # A missing value may be NaN: it must be replaced before any arithmetic, or its gradient is NaN too.
+    # A missing value may be NaN. It is replaced before any arithmetic, because otherwise its gradient would be NaN.
     residual = jnp.where(observed, jnp.where(observed, observation.value, 0.0) - observation.mean, 0.0)
     power = observation.power
     if observation.scale.ndim == 1:
@@ -60,7 +73,7 @@ def whiten(observation: GaussianObservation) -> tuple[Float[Array, " m"], Float[
         normalizers = jnp.where(observed, -jnp.log(scale) - 0.5 * LOG_TWO_PI, 0.0)
         return residual * jnp.sqrt(power) / scale, power * normalizers
     covariance = observation.scale @ observation.scale.T
-    # Unit rows and columns in place of the missing ones: the Cholesky factor then is that of the observed block.
+    # With unit rows and columns in place of missing values, the Cholesky factor is that of the observed block.
     both = observed[:, None] & observed[None, :]
     factor = jnp.linalg.cholesky(jnp.where(both, covariance, jnp.eye(len(residual), dtype=residual.dtype)))
     whitened = jsl.solve_triangular(factor, residual, lower=True)
@@ -69,15 +82,16 @@ def whiten(observation: GaussianObservation) -> tuple[Float[Array, " m"], Float[
 
 
 class GeneralObservation(NamedTuple):
-    """One observed site of any distribution at a given state, whose elements are independent given the state.
+    """One observed site of any distribution at a given state. Its elements are independent given the state.
 
     Attributes:
-        parameters: the distribution's parameters for each element, unconstrained (the logarithm of a rate, ...),
-            shape (m, p).
-        log_prob: parameters, shape (m, p) -> log p(y_i) of each element, shape (m,); anything where missing.
+        parameters: unconstrained parameters of the distribution for each element (the logarithm of a rate, for
+            example), shape (m, p).
+        log_prob: function from parameters, shape (m, p), to log p(y_i) of each element, shape (m,). Its value is
+            arbitrary where the observation is missing.
         observed: False where the value is missing, shape (m,).
-        components: the one component of the flattened state that each element looks at, shape (m,); None where it is
-            another linear functional, or not known.
+        components: index of the single component of the flattened state that each element depends on, shape (m,). None
+            if the elements depend on other linear functionals, or if this is not known.
     """
 
     parameters: Float[Array, "m p"]
@@ -87,122 +101,130 @@ class GeneralObservation(NamedTuple):
 
 
 class Likelihood(eqx.Module):
-    """log p(y | x) of the observations of one step, and what stands for it where a Gaussian is needed.
+    """Log-likelihood log p(y | x) of the observations of one step, and its Gaussian approximation.
 
     Attributes:
-        observe: x -> the observed sites at x.
+        observe: function from x to the observed sites at x.
     """
 
     observe: Callable[[Float[Array, ...]], Sequence[GaussianObservation | GeneralObservation]]
 
     @abc.abstractmethod
     def log_prob(self, x: Float[Array, ...]) -> Float[Array, ""]:
-        """log p(y | x) of all that is observed."""
+        """Log-likelihood log p(y | x) of all observed values."""
 
     @abc.abstractmethod
     def pointwise(self, x: Float[Array, ...]) -> Float[Array, " m"]:
-        """log p(y_j | x) of each observation, site by site in the program's order; 0 where missing.
+        """Log-likelihood log p(y_j | x) of each observation, site by site in the program's order; 0 where missing.
 
-        Their sum is `log_prob`. Where errors are correlated they are the terms of whitened residuals, each of which
-        mixes the values of an event.
+        The terms sum to `log_prob`. If errors are correlated, a term belongs to one whitened residual, which mixes the
+        values of an event.
         """
 
     @abc.abstractmethod
     def coordinates(self, x: Float[Array, ...], tangents: Float[Array, "k ..."]) -> Coordinates | None:
-        """What the observations that are not Gaussian look at, near x; None where all are Gaussian.
+        """Coordinates that the non-Gaussian observations depend on near x; None if all observations are Gaussian.
 
         Args:
-            x: a state.
-            tangents: independent directions from x, with the spread that each component has, leading axis k.
+            x: state at which all coordinates are zero.
+            tangents: independent random directions at x, scaled by the spread of each component, leading axis k.
         """
 
     @abc.abstractmethod
     def around(self, coordinates: Coordinates | None, variances: Float[Array, " n"] | None) -> GaussianLikelihood:
-        """The Gaussian likelihood with the same effect, where the n coordinates have mean 0 and these variances.
+        """Gaussian likelihood with the same effect on the n coordinates, which have mean 0 and the given variances.
 
         Args:
-            coordinates: from `coordinates`.
-            variances: shape (n,); None where there are no coordinates.
+            coordinates: result of the method `coordinates`.
+            variances: variances of the coordinates, shape (n,); None if there are no coordinates.
         """
 
 
 class GaussianLikelihood(Likelihood):
-    """log p(y | x) for Gaussian errors and any differentiable h.
+    """Log-likelihood log p(y | x) for Gaussian errors and any differentiable observation operator h.
 
     Attributes:
-        observe: x -> the observed sites at x. The error may depend on x; its derivative is ignored.
+        observe: function from x to the observed sites at x. The error may depend on x; its derivative is ignored.
     """
 
     observe: Callable[[Float[Array, ...]], Sequence[GaussianObservation]]
 
     def residual(self, x: Float[Array, ...]) -> Float[Array, " m"]:
-        """r(x) = R^{-1/2} (y - h(x)) of all sites, one after the other."""
+        """Whitened residuals r(x) = R^{-1/2} (y - h(x)) of all sites, concatenated; zero where missing."""
         sites = [site._replace(scale=jax.lax.stop_gradient(site.scale)) for site in self.observe(x)]
         return jnp.concatenate([whiten(site)[0] for site in sites])
 
     def log_normalizers(self, x: Float[Array, ...]) -> Float[Array, " m"]:
-        """The terms of -1/2 log det(2 pi R) over the observed values, R at x."""
+        """Terms of the log-normalizer -1/2 log det(2 pi R) over the observed values, with R at x; shape (m,)."""
         return jnp.concatenate([whiten(site)[1] for site in self.observe(x)])
 
     def log_normalizer(self, x: Float[Array, ...]) -> Float[Array, ""]:
-        """Their sum."""
+        """Sum of the log-normalizers over the observed values: -1/2 log det(2 pi R), with R at x."""
         return jnp.sum(self.log_normalizers(x))
 
     def log_prob(self, x: Float[Array, ...]) -> Float[Array, ""]:
-        """log N(y; h(x), R)."""
+        """Log-likelihood log N(y; h(x), R) of all observed values."""
         residual = self.residual(x)
         return self.log_normalizer(x) - 0.5 * jnp.vdot(residual, residual)
 
     def pointwise(self, x: Float[Array, ...]) -> Float[Array, " m"]:
-        """The terms of log N(y; h(x), R)."""
+        """Terms of log N(y; h(x), R), one per observation, shape (m,); 0 where missing."""
         residuals, normalizers = zip(*map(whiten, self.observe(x)), strict=True)
         return jnp.concatenate(normalizers) - 0.5 * jnp.concatenate(residuals) ** 2
 
     def coordinates(self, x: Float[Array, ...], tangents: Float[Array, "k ..."]) -> None:
-        """None: all is Gaussian."""
+        """Return None, because all observations are Gaussian."""
         return
 
     def around(self, coordinates: Coordinates | None, variances: Float[Array, " n"] | None) -> GaussianLikelihood:
-        """Itself."""
+        """Return this likelihood, which is Gaussian already."""
         return self
 
 
 class GeneralLikelihood(Likelihood):
-    """log p(y | x) for sites of which some are not Gaussian.
+    """Log-likelihood log p(y | x) for observed sites of which some are not Gaussian.
 
     Attributes:
-        observe: x -> the observed sites at x.
+        observe: function from x to the observed sites at x.
     """
 
     observe: Callable[[Float[Array, ...]], Sequence[GaussianObservation | GeneralObservation]]
 
     def gaussian(self, x: Float[Array, ...]) -> list[GaussianObservation]:
-        """The Gaussian sites at x."""
+        """List of the Gaussian sites at x, in the program's order."""
         return [site for site in self.observe(x) if isinstance(site, GaussianObservation)]
 
     def general(self, x: Float[Array, ...]) -> list[GeneralObservation]:
-        """The others."""
+        """List of the non-Gaussian sites at x, in the program's order."""
         return [site for site in self.observe(x) if isinstance(site, GeneralObservation)]
 
     def log_prob(self, x: Float[Array, ...]) -> Float[Array, ""]:
-        """The sum over all sites."""
+        """Log-likelihood log p(y | x), summed over all sites."""
         return jnp.sum(self.pointwise(x))
 
     def pointwise(self, x: Float[Array, ...]) -> Float[Array, " m"]:
-        """Of all sites."""
+        """Log-likelihood log p(y_j | x) of each observation, in the program's order of sites; 0 where missing."""
         general = [jnp.where(s.observed, s.log_prob(s.parameters), 0.0) for s in self.general(x)]
         gaussian = [normalizer - 0.5 * r**2 for r, normalizer in map(whiten, self.gaussian(x))]
         return self.in_order(x, [*gaussian, *general])
 
     def are_separate(self, x: Float[Array, ...]) -> bool:
-        """Whether every observation looks at one component of the state that no other looks at."""
+        """Whether each observation is known to depend on one component of the state that no other depends on.
+
+        False if a site is Gaussian, because the components of a Gaussian site are not known.
+        """
         sites = self.observe(x)
         known = [s.components for s in sites if isinstance(s, GeneralObservation) and s.components is not None]
         components = np.concatenate(known) if known else np.zeros(0, int)
         return len(known) == len(sites) and len(np.unique(components)) == len(components)
 
     def in_order(self, x: Float[Array, ...], parts: Sequence[Float[Array, " m"]]) -> Float[Array, " m"]:
-        """What is known of each site, those that are Gaussian first, in the order of all sites."""
+        """Concatenate values of the sites in the program's order.
+
+        Args:
+            x: a state, which tells the order of Gaussian and other sites.
+            parts: one array per site, first those of the Gaussian sites, then those of the others.
+        """
         sites = self.observe(x)
         gaussian = iter(parts[: len(self.gaussian(x))])
         general = iter(parts[len(self.gaussian(x)) :])
@@ -210,19 +232,24 @@ class GeneralLikelihood(Likelihood):
         return jnp.concatenate([next(gaussian) if kind else next(general) for kind in kinds])
 
     def gaussian_log_normalizer(self, x: Float[Array, ...]) -> Float[Array, ""]:
-        """-1/2 log det(2 pi R) of the Gaussian sites."""
+        """Log-normalizer -1/2 log det(2 pi R) of the Gaussian sites, with R at x."""
         return sum((jnp.sum(whiten(site)[1]) for site in self.gaussian(x)), jnp.zeros(()))
 
     def coordinates(self, x: Float[Array, ...], tangents: Float[Array, "k ..."]) -> Coordinates:
-        """One coordinate an element: along the direction in which its parameters vary most under the tangents."""
+        """One coordinate per element of the non-Gaussian sites, along which the element's parameters vary most.
+
+        Args:
+            x: state at which all coordinates are zero.
+            tangents: independent random directions at x, scaled by the spread of each component, leading axis k.
+        """
         sites = self.general(x)
         _, push = jax.linearize(lambda x: [site.parameters for site in self.general(x)], x)
-        moved = jax.vmap(push)(tangents)  # for each site (k, m, p)
+        moved = jax.vmap(push)(tangents)  # one array (k, m, p) per site
         axes = [_main_axis(jnp.where(s.observed[:, None], u, 0.0)) for s, u in zip(sites, moved, strict=True)]
         return Coordinates(self.general, sites, axes)
 
     def around(self, coordinates: Coordinates | None, variances: Float[Array, " n"] | None) -> GaussianLikelihood:
-        """Pseudo observations by moment matching for each site that is not Gaussian."""
+        """Gaussian likelihood in which pseudo observations from moment matching replace the non-Gaussian sites."""
         assert coordinates is not None
         assert variances is not None
         center = jnp.zeros_like(variances)
@@ -231,7 +258,7 @@ class GeneralLikelihood(Likelihood):
         return self.with_pseudo(coordinates, pseudo_observations(tilted, center, variances))
 
     def with_pseudo(self, coordinates: Coordinates, pseudo: PseudoObservations) -> GaussianLikelihood:
-        """The Gaussian sites, and the given pseudo observations of the coordinates."""
+        """Gaussian likelihood of the Gaussian sites and of given pseudo observations of the coordinates."""
 
         def observe(x: Array) -> list[GaussianObservation]:
             seen = GaussianObservation(coordinates(x), pseudo.scale, pseudo.value, coordinates.observed)
@@ -241,20 +268,25 @@ class GeneralLikelihood(Likelihood):
 
 
 def probe_signs(shape: tuple[int, ...], dtype: jnp.dtype) -> Float[Array, "k ..."]:
-    """The signs that `Likelihood.coordinates` probes a state with, before each component is given its spread.
+    """Random signs, shape (k, *shape), from which the tangents of `Likelihood.coordinates` are made.
 
-    Signs, not normals: an observation that looks at one component then has its spread without sampling error.
+    Multiplied by the spread of each component they are the tangents. Signs are used instead of normal draws because an
+    observation of a single component then gets the spread of that component without sampling error.
     """
     return jax.random.rademacher(jax.random.key(0), (PROBES, *shape), dtype)
 
 
 class Coordinates:
-    """One coordinate t_i(x) for each of n independent observations that are not Gaussian, zero at the center.
+    """One coordinate t_i(x) for each of n independent non-Gaussian observations, zero at the center.
 
     Args:
-        general: x -> the sites.
-        sites: those at the center.
-        axes: for each site the direction of t in parameter space, shape (m, p): t = 1 moves the parameters by it.
+        general: function from x to the non-Gaussian sites at x.
+        sites: sites at the center.
+        axes: for each site the direction of t in parameter space, shape (m, p). t = 1 moves the parameters by it.
+
+    Attributes:
+        sizes: number of elements of each site.
+        observed: False where the value is missing or does not depend on the state, shape (n,).
     """
 
     def __init__(
@@ -273,7 +305,7 @@ class Coordinates:
         self.observed = jnp.concatenate([s.observed & (n > 0) for s, n in zip(sites, looks, strict=True)])
 
     def __call__(self, x: Float[Array, ...]) -> Float[Array, " n"]:
-        """t(x)."""
+        """Coordinates t(x) of the observations at a state, shape (n,)."""
         return jnp.concatenate(
             [
                 jnp.sum((now.parameters - site.parameters) * unit, axis=1)
@@ -282,7 +314,7 @@ class Coordinates:
         )
 
     def log_prob(self, t: Float[Array, " n"]) -> Float[Array, " n"]:
-        """log p(y_i | t_i); 0 where missing."""
+        """Log-likelihood log p(y_i | t_i) of each coordinate, shape (n,); 0 where missing."""
         parts = jnp.split(t, np.cumsum(self.sizes)[:-1])
         return jnp.concatenate(
             [
@@ -293,7 +325,7 @@ class Coordinates:
 
 
 def _main_axis(moved: Float[Array, "k m p"]) -> Float[Array, "m p"]:
-    """The direction of largest second moment of each element's k displacements, as long as its root."""
+    """Direction in which each element's k displacements are largest, with their root mean square as its length."""
     if moved.shape[2] == 1:
         return jnp.sqrt(jnp.mean(moved**2, axis=0))
     values, vectors = jnp.linalg.eigh(jnp.einsum("kmp,kmq->mpq", moved, moved) / len(moved))

@@ -1,16 +1,16 @@
-"""A function taken apart into an elementwise one of a linear predictor, read off its jaxpr.
+r"""Splitting of a function into a linear predictor and an elementwise link, from its jaxpr.
 
-Most observations look at the state through a linear functional each, and then through something that is not linear: the
-modulus of a component, a count whose log rate is a mean over a block, a retrieval that saturates. Of
+Most observations depend on the state through one linear functional each, followed by a nonlinear function: the modulus
+of a component, a count whose log rate is a mean over a block, a retrieval that saturates. Such a function has the form
 
-    f_i(x) = link_i(b_i(x)),    b affine in x, one b_i for each f_i,
+$$f_i(x) = \mathrm{link}_i(b_i(x)),$$
 
-b is what statistics calls the linear predictor. It is Gaussian where x is, however far from linear the link is, and
-each f_i can be integrated along it by itself.
+where $b$ is affine in $x$ and every $f_i$ has its own $b_i$. Statistics calls $b$ the linear predictor. It is Gaussian
+if $x$ is Gaussian, however nonlinear the link is, and each $f_i$ can be integrated along its $b_i$ alone.
 
-The function is traced once, and its operations are followed: one that is linear in x keeps its result affine, one that
-acts element by element keeps the link to the last affine array. What is neither (a sum over squares, a loop) ends the
-search, and `linear_predictor` says None.
+`find_linear_predictor` traces the function once and follows its operations. An operation that is linear in $x$ keeps
+its result affine. An elementwise operation keeps the link to the last affine array. Any other operation (a sum of
+squares, a loop) ends the search, and the result is None.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from numpyro_diffusion_da.observation.dependence import CALLS
-
-# Linear in one argument where the others do not depend on x; they move values or sum them.
+# Primitives that only call an inner jaxpr with their own inputs, and the parameter that holds it.
+CALLS = {"jit": "jaxpr", "pjit": "jaxpr", "closed_call": "call_jaxpr", "custom_jvp_call": "call_jaxpr"}
+# Operations that move or sum values: linear in one argument if the others do not depend on x.
 LINEAR = frozenset({"reduce_sum", "dot_general", "concatenate", "pad", "cumsum", "rev", "transpose", "gather"})
-# Linear too, and no more than a choice of elements: where an elementwise result goes, its predictor goes along.
+# Operations that only choose or rearrange elements: each element of an elementwise result keeps its predictor.
 MOVES = frozenset(
     {"slice", "dynamic_slice", "reshape", "squeeze", "expand_dims", "broadcast_in_dim", "rev", "transpose", "gather"}
 )
@@ -46,12 +46,13 @@ ELEMENTWISE = frozenset(
 
 
 class LinearPredictor(NamedTuple):
-    """f = link(predictor(x)), elementwise.
+    """Function of the form f(x) = link(predictor(x)) with an affine predictor and an elementwise link.
 
     Attributes:
-        predictor: x -> b, affine, shape (m,).
-        link: b, shape (m,) -> f, shape (m,); element i depends on b_i alone.
-        components: the element of x, flattened, that is b_i but for a shift and a factor; None where there is none.
+        predictor: affine function from x to b, shape (m,).
+        link: function from b, shape (m,), to f, shape (m,). Element i of f depends on b_i alone.
+        components: index of the element of the flattened x that b_i is, shape (m,). None if b is another affine
+            function of x.
     """
 
     predictor: Callable[[Float[Array, ...]], Float[Array, " m"]]
@@ -60,11 +61,14 @@ class LinearPredictor(NamedTuple):
 
 
 def find_linear_predictor(fn: Callable[[Array], Array], shape: tuple[int, ...]) -> LinearPredictor | None:
-    """The predictor and link of a function, or None where it has none of this form.
+    """Find the linear predictor and the link of a function.
 
     Args:
-        fn: x -> values, shape (m,).
-        shape: of x.
+        fn: function from x to values, shape (m,).
+        shape: shape of x.
+
+    Returns:
+        The predictor and link, or None if the function was not found to have this form.
     """
     x = jax.ShapeDtypeStruct(shape, jnp.zeros(()).dtype)
     flat = _flatten(jax.make_jaxpr(fn)(x))
@@ -77,7 +81,7 @@ def find_linear_predictor(fn: Callable[[Array], Array], shape: tuple[int, ...]) 
         return _evaluate(flat, {flat.argument: x}, base).reshape(-1)[index]
 
     def link(b: Array) -> Array:
-        # The rest of the base is never looked at: no element of the result depends on it.
+        # The other elements of the base may have any value, because no element of the result depends on them.
         size = flat.shapes[base]
         whole = jnp.zeros(int(np.prod(size)), b.dtype).at[index].set(b).reshape(size)
         return _evaluate(flat, {flat.argument: jnp.zeros(shape, b.dtype), base: whole}, flat.result)
@@ -93,7 +97,7 @@ class _Equation(NamedTuple):
 
 
 class _Flat(NamedTuple):
-    """A jaxpr without calls. Values have numbers; inputs are numbers, or `_Constant`s."""
+    """Jaxpr with its calls inlined. Each value has a number; an input is such a number or a `_Constant`."""
 
     equations: list[_Equation]
     argument: int
@@ -137,12 +141,12 @@ def _flatten(closed: Any) -> _Flat:
 
 
 class _Kind(NamedTuple):
-    """What is known of a value that depends on x.
+    """How a value depends on x.
 
     Attributes:
-        affine: whether it is affine in x.
-        base: the affine value that it is an elementwise function of.
-        places: for each of its elements that of the base, flattened, shape of the value.
+        affine: whether the value is affine in x.
+        base: number of the affine value of which this value is an elementwise function.
+        places: for each element of the value, the index of the element of the flattened base that it depends on.
     """
 
     affine: bool
@@ -154,7 +158,7 @@ OTHER = "depends on x in another way"
 
 
 def _follow(flat: _Flat) -> tuple[int, Int[np.ndarray, " m"]] | None:
-    """The base of the result and the place in it of each element; None where there is none of its own for each."""
+    """Base of the result and each element's index in it; None unless each element has a base element of its own."""
 
     def own(value: int) -> _Kind:
         return _Kind(True, value, np.arange(int(np.prod(flat.shapes[value]))).reshape(flat.shapes[value]))
@@ -179,7 +183,7 @@ def _follow(flat: _Flat) -> tuple[int, Int[np.ndarray, " m"]] | None:
 
 
 def _of_equation(equation: _Equation, kinds: dict[int, Any], flat: _Flat) -> Any:
-    """The kind of an equation's one result: a `_Kind`, "affine" for a new base, or None for another dependence."""
+    """Kind of an equation's only result: a `_Kind`, "affine" for a new base, or None for any other dependence."""
     name = equation.primitive.name
     varying = [i for i in equation.inputs if not isinstance(i, _Constant) and i in kinds]
     given = [kinds[i] for i in varying]
@@ -196,7 +200,7 @@ def _of_equation(equation: _Equation, kinds: dict[int, Any], flat: _Flat) -> Any
         return "affine" if all_affine and data_first and single else None
     if name not in ELEMENTWISE:
         return None
-    # The same element of the same base in every operand, at the shape of the result.
+    # Whether all operands depend on the same elements of the same base, in the shape of the result.
     alike = all(
         kind.base == first.base and kind.places.shape == shape and np.array_equal(kind.places, first.places)
         for kind in given
@@ -211,19 +215,19 @@ def _of_equation(equation: _Equation, kinds: dict[int, Any], flat: _Flat) -> Any
 
 
 def _moved(equation: _Equation, kind: _Kind) -> _Kind | None:
-    """Where a choice of elements takes an index; None where it depends on values that are not known yet."""
+    """Kind of the result of a choice of elements; None if the choice depends on values that are not known yet."""
     others = [i.value if isinstance(i, _Constant) else None for i in equation.inputs[1:]]
     if any(other is None or isinstance(other, jax.core.Tracer) for other in others):
         return None
     if equation.primitive.name == "gather" and "FILL" in str(equation.params.get("mode")).upper():
-        return None  # an index out of bounds would count as an element
+        return None  # the fill value for an index out of bounds would count as an element
     with jax.ensure_compile_time_eval():
         index = equation.primitive.bind(jnp.asarray(kind.places, jnp.int32), *others, **equation.params)
     return _Kind(kind.affine, kind.base, np.asarray(index))
 
 
 def _evaluate(flat: _Flat, known: dict[int, Array], wanted: Any) -> Array:
-    """The value of that number, from those that are known; equations that it does not need are not looked at."""
+    """Value of the number `wanted`, computed from known values; only the equations that it needs are evaluated."""
     if isinstance(wanted, _Constant):
         return wanted.value
     needed = {wanted}

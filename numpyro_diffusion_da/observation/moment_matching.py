@@ -1,11 +1,13 @@
-"""Gaussians with the effect of any likelihood: moment matching along one coordinate an observation.
+r"""Gaussian approximation of any likelihood, by moment matching along one coordinate per observation.
 
-An observation whose distribution is not Gaussian looks at the state through one coordinate t (`likelihood` says which),
-Gaussian before it is seen. `tilted_moments` integrates its likelihood against that Gaussian on a grid; the pseudo
-observation N(value; t, scale^2) with the same effect on mean and variance stands for it in everything that is linear.
-For one observation, or several that look at independent coordinates, the score of the evidence is then exact. Where
-coordinates are correlated and their covariance is known, expectation propagation makes the pseudo observations agree
-(Minka 2001; Rasmussen & Williams 2006, Algorithm 3.5).
+A non-Gaussian observation depends on the state through one coordinate $t$ (`likelihood.Coordinates`), which has a
+Gaussian distribution before the observation. `tilted_moments` integrates the likelihood against this Gaussian on a
+grid. The pseudo observation $\mathcal N(v; t, s^2)$ of value $v$ and scale $s$ that has the same effect on the mean and
+variance of $t$ then replaces the likelihood in all linear computations.
+
+The score of the evidence is exact for one observation, and for several that depend on independent coordinates. If the
+coordinates are correlated and their covariance is known, expectation propagation makes the pseudo observations
+consistent with each other (Minka 2001; Rasmussen & Williams 2006, Algorithm 3.5).
 """
 
 from __future__ import annotations
@@ -18,22 +20,22 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 ElementwiseLogProb = Callable[[Float[Array, " m"]], Float[Array, " m"]]
-"""t -> log p(y_i | t_i) of each observation."""
+"""Function from t, shape (m,), to log p(y_i | t_i) of each observation, shape (m,)."""
 
 NODES = 65
 ROUNDS = 5
 REACH = 6.0  # half-width of the first grid, in standard deviations
-LEAST_VARIANCE = 1e-10  # of a coordinate
-LEAST_PRECISION = 1e-3  # of a pseudo observation, relative to that of its coordinate
+LEAST_VARIANCE = 1e-10  # variance of a coordinate
+LEAST_PRECISION = 1e-3  # precision of a pseudo observation, relative to the precision of its coordinate
 
 
 class TiltedMoments(NamedTuple):
-    """Moments of p(y_i | t) N(t; centre_i, variance_i), each of shape (m,).
+    """Moments of the tilted densities p(y_i | t) N(t; center_i, variance_i), each of shape (m,).
 
     Attributes:
-        log_normalizer: log of its integral over t.
-        mean: of the normalized density.
-        variance: of the normalized density.
+        log_normalizer: logarithm of the density's integral over t.
+        mean: mean of the normalized density.
+        variance: variance of the normalized density.
     """
 
     log_normalizer: Float[Array, " m"]
@@ -44,12 +46,14 @@ class TiltedMoments(NamedTuple):
 def tilted_moments(
     log_prob: ElementwiseLogProb, center: Float[Array, " m"], variance: Float[Array, " m"]
 ) -> TiltedMoments:
-    """Quadrature on a grid that is refined around what it found, until it resolves the narrower of the two factors.
+    """Moments of the tilted densities p(y_i | t) N(t; center_i, variance_i), by quadrature.
+
+    The grid is refined around the density that it finds until it resolves the narrower of the two factors.
 
     Args:
-        log_prob: elementwise log-likelihoods; NaN counts as impossible.
-        center: mean of the Gaussian.
-        variance: of the Gaussian, positive.
+        log_prob: elementwise log-likelihoods; NaN counts as a likelihood of zero.
+        center: means of the Gaussians.
+        variance: variances of the Gaussians, positive.
     """
     return _tilted(log_prob, center, variance)[0]
 
@@ -57,9 +61,16 @@ def tilted_moments(
 def tilted_quantiles(
     log_prob: ElementwiseLogProb, center: Float[Array, " m"], variance: Float[Array, " m"], levels: Float[Array, " m"]
 ) -> Float[Array, " m"]:
-    """Where the distribution functions of the tilted densities reach the levels, from 0 to 1; see `tilted_moments`."""
+    """Quantiles of the tilted densities p(y_i | t) N(t; center_i, variance_i), by quadrature.
+
+    Args:
+        log_prob: elementwise log-likelihoods; NaN counts as a likelihood of zero.
+        center: means of the Gaussians.
+        variance: variances of the Gaussians, positive.
+        levels: values of the distribution functions, from 0 to 1.
+    """
     _, nodes, weights = _tilted(log_prob, center, variance)
-    # Each node stands for the interval around it, on which its density is constant.
+    # The density is taken to be constant on the interval around each node.
     below = jnp.cumsum(weights, axis=0)
     at = jnp.clip(jnp.sum(below < levels[None], axis=0), 0, NODES - 1)[None]
     share, until = jnp.take_along_axis(weights, at, axis=0)[0], jnp.take_along_axis(below, at, axis=0)[0]
@@ -70,7 +81,7 @@ def tilted_quantiles(
 def _tilted(
     log_prob: ElementwiseLogProb, center: Float[Array, " m"], variance: Float[Array, " m"]
 ) -> tuple[TiltedMoments, Float[Array, "k m"], Float[Array, "k m"]]:
-    """The moments, and the last grid with the weights of its nodes."""
+    """Moments of the tilted densities, and the nodes and weights of the last grid, each of shape (k, m)."""
     spread = jnp.sqrt(variance)
     steps = jnp.linspace(-1.0, 1.0, NODES, dtype=center.dtype)
 
@@ -92,7 +103,7 @@ def _tilted(
     def refine(_: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
         moments, spacing = on_grid(*carry)[:2]
         _, half = carry
-        # A mean near the edge: the mass may lie beyond it, so move, and look further.
+        # If the mean is near the edge, the mass may lie beyond it: recenter the grid and widen it.
         inside = jnp.abs(moments.mean - carry[0]) < 0.8 * half
         narrower = jnp.clip(REACH * jnp.sqrt(moments.variance), 2.0 * spacing, half)
         return moments.mean, jnp.where(inside, narrower, 2.0 * half)
@@ -103,7 +114,12 @@ def _tilted(
 
 
 class PseudoObservations(NamedTuple):
-    """Gaussian observations of coordinates: N(value; t, scale^2), shape (m,) each."""
+    """Gaussian observations N(value; t, scale^2) of coordinates t.
+
+    Attributes:
+        value: observed values, shape (m,).
+        scale: standard deviations of the errors, shape (m,).
+    """
 
     value: Float[Array, " m"]
     scale: Float[Array, " m"]
@@ -112,10 +128,10 @@ class PseudoObservations(NamedTuple):
 def pseudo_observations(
     tilted: TiltedMoments, center: Float[Array, " m"], variance: Float[Array, " m"]
 ) -> PseudoObservations:
-    """What takes N(center, variance) to the tilted mean and, where it is the smaller, variance.
+    """Pseudo observations that take the Gaussians N(center, variance) to the tilted means and variances.
 
-    A likelihood may widen its coordinate (an outlier under heavy tails, two modes); no Gaussian observation does, so
-    its precision is held above `LEAST_PRECISION`, with the mean still matched.
+    A likelihood can increase the variance of its coordinate (an outlier under heavy tails, two modes), and a Gaussian
+    observation cannot. The precision is then held at `LEAST_PRECISION`, and only the mean is matched.
     """
     precision = jnp.maximum(1.0 / tilted.variance - 1.0 / variance, LEAST_PRECISION / variance)
     score = (tilted.mean - center) / variance
@@ -123,12 +139,13 @@ def pseudo_observations(
 
 
 class PropagationResult(NamedTuple):
-    """What expectation propagation gives.
+    """Result of expectation propagation.
 
     Attributes:
-        log_evidence: log of the integral of all likelihoods against the Gaussian.
-        pseudo: the pseudo observations at the end, missing ones with an infinite scale replaced by value 0, scale 1.
-        cavity: mean and variance of each coordinate given all observations but its own.
+        log_evidence: logarithm of the integral of all likelihoods against the Gaussian.
+        pseudo: final pseudo observations. Those of missing observations, whose scale would be infinite, have the value
+            0 and the scale 1.
+        cavity: mean and variance of each coordinate given all pseudo observations but its own.
         marginal: mean and variance of each coordinate given all pseudo observations.
     """
 
@@ -145,17 +162,22 @@ def expectation_propagation(
     rounds: int = 10,
     damping: float = 0.7,
 ) -> PropagationResult:
-    """Approximates int prod_i p(y_i | t_i) N(t; 0, covariance) dt; exact for Gaussian likelihoods.
+    r"""Approximate the evidence of all likelihoods by expectation propagation, exact for Gaussian likelihoods.
+
+    The evidence is $\int \prod_i p(y_i | t_i) \, \mathcal N(t; 0, B) \, dt$, with $B$ the coordinates' covariance.
 
     Args:
         log_prob: elementwise log-likelihoods; 0 where missing.
-        covariance: of the coordinates, before they are observed; their mean is 0.
+        covariance: covariance of the coordinates before the observations. Their mean is 0.
         observed: False where a likelihood is missing.
-        rounds: parallel updates of all pseudo observations.
-        damping: weight of an update against what was there.
+        rounds: number of updates, each of all pseudo observations in parallel.
+        damping: weight of the new pseudo observations in an update; the old ones have the rest.
+
+    Returns:
+        The log-evidence, the pseudo observations, and the moments of each coordinate.
     """
     m = len(observed)
-    # A coordinate that does not vary has a likelihood, and nothing to learn.
+    # A coordinate without variance contributes a constant likelihood and needs no pseudo observation.
     observed = observed & (jnp.diagonal(covariance) > LEAST_VARIANCE)
     own = jnp.maximum(jnp.diagonal(covariance), LEAST_VARIANCE)
     fixed = jnp.sum(jnp.where(observed, 0.0, log_prob(jnp.zeros(m, own.dtype))))
@@ -187,7 +209,7 @@ def expectation_propagation(
     center, variance = cavity(precision, shift)
     tilted = tilted_moments(log_prob, center, variance)
     mean, within, log_determinant = joint(precision, shift)
-    # Rasmussen & Williams (3.65), with 1/s = the pseudo precision, which may be zero.
+    # Rasmussen & Williams (2006), eq. 3.65, written with pseudo precisions 1/s, which may be zero.
     sites = tilted.log_normalizer + 0.5 * jnp.log1p(precision * variance)
     sites = sites + 0.5 * (precision * center**2 - 2.0 * center * shift - variance * shift**2) / (
         1.0 + precision * variance

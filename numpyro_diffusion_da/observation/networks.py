@@ -1,7 +1,7 @@
-"""Where weather is observed: stations, the swath of a satellite, means over blocks, on a latitude-longitude grid.
+"""Observing networks on a latitude-longitude grid: stations, the swath of a satellite, block means.
 
-A network is a linear map of a state (latitude, longitude, channel) to an array (place, channel): it belongs into a
-NumPyro program, as the mean of a `Normal`. What it does not observe at a time is missing there, NaN.
+A network is a linear map from a state (latitude, longitude, channel) to an array (place, channel). In a NumPyro program
+this array is the mean of a `Normal`. A place that does not report at a time has the value NaN (missing) there.
 """
 
 from __future__ import annotations
@@ -12,16 +12,22 @@ from collections.abc import Sequence
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float
 
+from numpyro_diffusion_da.fields.interpolation import locate
 from numpyro_diffusion_da.fields.layout import Layout
 
 
 def channel(layout: Layout, name: str) -> int:
-    """The channel of a variable, "temperature_850" at 850 hPa, "surface_pressure" where it has no levels.
+    """Index of a channel on the last axis of a state, by its name.
+
+    Args:
+        layout: layout of the state.
+        name: name of the channel: "temperature_850" for the temperature at 850 hPa, "surface_pressure" for a variable
+            without levels.
 
     Raises:
-        ValueError: there is none; the sentence lists those that there are.
+        ValueError: the state has no such channel. The message lists its channels.
     """
     names = channel_names(layout)
     if name not in names:
@@ -30,7 +36,7 @@ def channel(layout: Layout, name: str) -> int:
 
 
 def channel_names(layout: Layout) -> list[str]:
-    """A name for each channel of the last axis, see `channel`."""
+    """Name of each channel of the last axis, for instance "temperature_850" (hPa) or "surface_pressure"."""
     return [
         f"{variable.name}_{level}" if variable.levels else variable.name
         for variable in layout.variables
@@ -39,40 +45,48 @@ def channel_names(layout: Layout) -> list[str]:
 
 
 class ObservingNetwork(abc.ABC):
-    """Places that observe some channels, with independent Gaussian errors.
+    """Observing network: places that observe some channels of a state, with independent Gaussian errors.
 
     Attributes:
-        errors: standard deviation of the error of each observed channel, by its name, in the channel's unit.
+        errors: standard deviation of the error of each observed channel, by the channel's name and in its unit.
     """
 
     errors: dict[str, float]
 
     @abc.abstractmethod
     def places(self, layout: Layout) -> Float[np.ndarray, "place 2"]:
-        """Latitude and longitude in degrees."""
+        """Latitude and longitude of each place, in degrees."""
 
     @abc.abstractmethod
     def at_places(self, x: Float[Array, "latitude longitude channel"], layout: Layout) -> Float[Array, "place channel"]:
-        """All channels of a state, as the network sees them."""
+        """Values of all channels of a state at each place, without error."""
 
     def reports(self, cycles: int, layout: Layout) -> Bool[np.ndarray, "time place"]:
-        """Which places observe at which time; all of them always, if the network does not say otherwise."""
+        """Which places report at which time; all of them always, unless a subclass overrides this method.
+
+        Args:
+            cycles: number of times.
+            layout: layout of the state.
+
+        Returns:
+            True where a place reports, shape (time, place).
+        """
         return np.ones((cycles, len(self.places(layout))), bool)
 
     def channels(self, layout: Layout) -> list[int]:
-        """The observed channels, in the order of `errors`.
+        """Indices of the observed channels, in the order of `errors`.
 
         Raises:
-            ValueError: see `channel`.
+            ValueError: the state has no channel of a name in `errors`.
         """
         return [channel(layout, name) for name in self.errors]
 
     def observe(self, x: Float[Array, "latitude longitude channel"], layout: Layout) -> Float[Array, "place observed"]:
-        """What would be observed of a state without error."""
+        """Observations of a state without error: the observed channels at each place."""
         return self.at_places(x[..., np.array(self.channels(layout))], layout)
 
     def error(self) -> Float[np.ndarray, " observed"]:
-        """Standard deviations of the errors."""
+        """Standard deviations of the errors of the observed channels, in the order and units of `errors`."""
         return np.array(list(self.errors.values()), np.float32)
 
 
@@ -86,18 +100,18 @@ def _check_errors(network: ObservingNetwork) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Stations(ObservingNetwork):
-    """Fixed points, as many to every part of the sphere of the same area on average.
+    """Stations at fixed random places, uniformly distributed over the area of the sphere.
 
-    Values between grid points are interpolated linearly in latitude and longitude; beyond the last row of the grid they
-    are those of that row.
+    Values between grid points are interpolated linearly in latitude and longitude. A station beyond the first or last
+    row of the grid has the values of that row.
 
     Args:
-        errors: see `ObservingNetwork`.
+        errors: standard deviation of the error of each observed channel, by the channel's name and in its unit.
         count: number of stations.
-        seed: of their places.
+        seed: seed of the random places.
 
     Raises:
-        ValueError: no station, or an error that is not positive.
+        ValueError: `count` is below 1, `errors` is empty, or an error is not positive.
     """
 
     errors: dict[str, float]
@@ -110,52 +124,38 @@ class Stations(ObservingNetwork):
             raise ValueError(f"Stations got count={self.count}; give 1 or more.")
 
     def places(self, layout: Layout) -> Float[np.ndarray, "place 2"]:
-        """Uniform in the sine of the latitude and in the longitude."""
+        """Latitude and longitude of each station in degrees, drawn uniformly over the area of the sphere."""
         rng = np.random.default_rng(self.seed)
         latitude = np.rad2deg(np.arcsin(rng.uniform(-1.0, 1.0, self.count)))
         return np.stack([latitude, rng.uniform(0.0, 360.0, self.count)], axis=-1)
 
     def at_places(self, x: Float[Array, "latitude longitude channel"], layout: Layout) -> Float[Array, "place channel"]:
-        """Interpolated between the four grid points around each place."""
+        """Values of all channels at each station, interpolated between the four grid points around it."""
         latitude, longitude = self.places(layout).T
-        coordinates = layout.coords()
-        south, north = _between(coordinates["latitude"], latitude)
-        # The first longitude once more at the end: around the world.
-        west, east = _between(np.append(coordinates["longitude"], 360.0), longitude % 360.0)
-        around = layout.shape[1]
+        rows, columns = (layout.coords()[name] for name in ("latitude", "longitude"))
+        # Stations beyond the first or last row are moved to that row, because `locate` does not extrapolate.
+        north = locate(rows, "latitude", np.clip(latitude, rows.min(), rows.max()), interpolate=True)
+        east = locate(columns, "longitude", longitude, interpolate=True)
         parts = [
-            jnp.asarray(a * b, np.float32)[:, None] * x[i, j % around]
-            for i, a in ((south.index, south.weight), (north.index, north.weight))
-            for j, b in ((west.index, west.weight), (east.index, east.weight))
+            jnp.asarray(a * b, np.float32)[:, None] * x[i, j]
+            for i, a in ((north.lower, 1.0 - north.weight), (north.upper, north.weight))
+            for j, b in ((east.lower, 1.0 - east.weight), (east.upper, east.weight))
         ]
         return sum(parts[1:], parts[0])
 
 
 @dataclasses.dataclass(frozen=True)
-class _Neighbor:
-    index: Int[np.ndarray, " place"]
-    weight: Float[np.ndarray, " place"]
-
-
-def _between(grid: np.ndarray, values: np.ndarray) -> tuple[_Neighbor, _Neighbor]:
-    """The grid points below and above each value, on an ascending grid, and their weights."""
-    upper = np.clip(np.searchsorted(grid, values), 1, len(grid) - 1)
-    part = np.clip((values - grid[upper - 1]) / (grid[upper] - grid[upper - 1]), 0.0, 1.0)
-    return _Neighbor(upper - 1, 1.0 - part), _Neighbor(upper, part)
-
-
-@dataclasses.dataclass(frozen=True)
 class Swath(ObservingNetwork):
-    """A satellite that sees a band of longitudes, another one at each time: every n-th grid point of it.
+    """Satellite that observes grid points in a band of longitudes, which moves from one time to the next.
 
     Args:
-        errors: see `ObservingNetwork`.
-        width: of the band, degrees of longitude.
-        advance: how far the band moves from one time to the next, degrees of longitude.
-        thinning: every n-th latitude and longitude.
+        errors: standard deviation of the error of each observed channel, by the channel's name and in its unit.
+        width: width of the band, degrees of longitude.
+        advance: distance that the band moves from one time to the next, degrees of longitude.
+        thinning: n, to observe every n-th latitude and longitude only.
 
     Raises:
-        ValueError: a width outside (0, 360], thinning below 1, or an error that is not positive.
+        ValueError: `width` is outside (0, 360], `thinning` is below 1, `errors` is empty, or an error is not positive.
     """
 
     errors: dict[str, float]
@@ -167,22 +167,30 @@ class Swath(ObservingNetwork):
         _check_errors(self)
         if not 0 < self.width <= 360 or self.thinning < 1:
             raise ValueError(
-                f"Swath got width={self.width}, thinning={self.thinning}; give a width above 0 up to 360 degrees and "
-                "take every first, second, ... grid point."
+                f"Swath got width={self.width}, thinning={self.thinning}; give a width above 0 and up to 360 degrees, "
+                "and a thinning of 1 or more."
             )
 
     def places(self, layout: Layout) -> Float[np.ndarray, "place 2"]:
-        """All thinned grid points, whether or not they are seen at a time."""
+        """Latitude and longitude in degrees of all thinned grid points, inside and outside the band."""
         coordinates = layout.coords()
         axes = (coordinates[name][:: self.thinning] for name in ("latitude", "longitude"))
         return np.stack([x.reshape(-1) for x in np.meshgrid(*axes, indexing="ij")], axis=-1)
 
     def at_places(self, x: Float[Array, "latitude longitude channel"], layout: Layout) -> Float[Array, "place channel"]:
-        """The thinned grid points."""
+        """Values of all channels at the thinned grid points, inside and outside the band."""
         return x[:: self.thinning, :: self.thinning].reshape(-1, x.shape[-1])
 
     def reports(self, cycles: int, layout: Layout) -> Bool[np.ndarray, "time place"]:
-        """Those less than half a width from the middle of the band."""
+        """Which grid points are in the band at which time: no further than half its width from its middle.
+
+        Args:
+            cycles: number of times.
+            layout: layout of the state.
+
+        Returns:
+            True where a place reports, shape (time, place).
+        """
         middle = self.advance * np.arange(cycles)[:, None]
         apart = np.abs((self.places(layout)[None, :, 1] - middle + 180.0) % 360.0 - 180.0)
         return apart <= 0.5 * self.width
@@ -190,14 +198,15 @@ class Swath(ObservingNetwork):
 
 @dataclasses.dataclass(frozen=True)
 class BlockMeans(ObservingNetwork):
-    """Means over blocks of grid points, by area: what an instrument of a wide footprint sees.
+    """Area-weighted means over blocks of grid points, as an instrument with a wide footprint observes them.
 
     Args:
-        errors: see `ObservingNetwork`.
-        size: grid points of a block along each axis.
+        errors: standard deviation of the error of each observed channel, by the channel's name and in its unit.
+        size: number of grid points of a block along each axis.
 
     Raises:
-        ValueError: a size below 1, or an error that is not positive; when used, a grid that blocks do not fill.
+        ValueError: `size` is below 1, `errors` is empty, or an error is not positive. The methods raise it for a grid
+            that blocks of this size do not fill.
     """
 
     errors: dict[str, float]
@@ -209,21 +218,26 @@ class BlockMeans(ObservingNetwork):
             raise ValueError(f"BlockMeans got size={self.size}; give 1 or more.")
 
     def _weights(self, layout: Layout) -> Float[np.ndarray, "blocks within"]:
-        """Of the latitudes of each row of blocks; sums are 1."""
+        """Area weights of the latitudes within each row of blocks; the weights of a row sum to 1."""
         if layout.shape[0] % self.size or layout.shape[1] % self.size:
-            raise ValueError(f"blocks of {self.size} x {self.size} points do not fill a grid of {layout.shape[:2]}.")
+            raise ValueError(
+                f"BlockMeans got size={self.size}, but blocks of {self.size} x {self.size} points do not fill a grid "
+                f"of {layout.shape[:2]}; give a size that divides both numbers."
+            )
+        # The mean of an instrument is a matter of definition, and published numbers use the cosine. Scores use
+        # `diagnostics.area_weights`, which equals it on regular grids without points at the poles.
         weights = np.cos(np.deg2rad(layout.coords()["latitude"])).reshape(-1, self.size)
         return weights / weights.sum(axis=1, keepdims=True)
 
     def places(self, layout: Layout) -> Float[np.ndarray, "place 2"]:
-        """The middles of the blocks."""
+        """Latitude and longitude of the middle of each block, in degrees."""
         coordinates = layout.coords()
         latitude = np.sum(self._weights(layout) * coordinates["latitude"].reshape(-1, self.size), axis=1)
         longitude = coordinates["longitude"].reshape(-1, self.size).mean(axis=1)
         return np.stack([x.reshape(-1) for x in np.meshgrid(latitude, longitude, indexing="ij")], axis=-1)
 
     def at_places(self, x: Float[Array, "latitude longitude channel"], layout: Layout) -> Float[Array, "place channel"]:
-        """The means."""
+        """Area-weighted mean of each channel over each block."""
         n, weights = self.size, jnp.asarray(self._weights(layout), x.dtype)
         blocks = x.reshape(len(weights), n, -1, n, x.shape[-1])
         return jnp.einsum("iajbc,ia->ijc", blocks, weights / n).reshape(-1, x.shape[-1])
@@ -232,15 +246,18 @@ class BlockMeans(ObservingNetwork):
 def fraction_of(
     scales: Sequence[float] | np.ndarray, names: Sequence[str], layout: Layout, part: float
 ) -> dict[str, float]:
-    """Errors that are a part of each channel's scale, by name: for `ObservingNetwork.errors`.
+    """Standard deviations of errors as a fraction of each channel's scale, for the argument `errors` of a network.
 
     Args:
-        scales: of all channels of the state, for instance standard deviations of the climate, in their units.
-        names: the channels that are observed.
-        layout: of the state.
-        part: 0.2 for a fifth.
+        scales: scale of every channel of the state in its unit, for instance the standard deviation of the climate.
+        names: names of the observed channels.
+        layout: layout of the state.
+        part: the fraction, 0.2 for a fifth.
+
+    Returns:
+        Standard deviation of each observed channel, by the channel's name and in its unit.
 
     Raises:
-        ValueError: see `channel`.
+        ValueError: the state has no channel of a given name.
     """
     return {name: part * float(scales[channel(layout, name)]) for name in names}

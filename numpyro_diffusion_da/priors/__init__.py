@@ -1,4 +1,4 @@
-"""Diffusion priors: exact, trained and shipped, any network you have, GenCast."""
+"""Diffusion priors: an exact Gaussian one, the trained ones that ship, any network of yours, and GenCast."""
 
 from numpyro_diffusion_da.priors import parametrization
 from numpyro_diffusion_da.priors.gaussian import GaussianPrior
@@ -7,6 +7,7 @@ from numpyro_diffusion_da.priors.gencast.prior import Forcings, GenCastPrior
 from numpyro_diffusion_da.priors.gencast.statistics import read_gencast_statistics
 from numpyro_diffusion_da.priors.gencast.synthetic import SyntheticFiles, write_synthetic_gencast
 from numpyro_diffusion_da.priors.network import DenoiserPrior, NetworkConditioning
+from numpyro_diffusion_da.priors.residual_emulator import ResidualEmulator
 from numpyro_diffusion_da.priors.ring import (
     RingEmulator,
     RingMeanNetwork,
@@ -39,6 +40,7 @@ __all__ = [
     "GenCastPrior",
     "HarmonicNoise",
     "NetworkConditioning",
+    "ResidualEmulator",
     "RingEmulator",
     "RingMeanNetwork",
     "RingResidualNetwork",

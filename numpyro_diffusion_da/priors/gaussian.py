@@ -1,11 +1,14 @@
-"""The exact case: a linear-Gaussian transition as a diffusion prior.
+r"""Linear-Gaussian transition as a diffusion prior with an exact denoiser.
 
-p(x' | x) = N(A x + b, Q). The latent is the innovation, x' = A x + b + S z with the scalar S = sqrt(mean variance), so
-z | x ~ N(0, Q / S^2) and, for noise N(0, C),
+The transition is $p(x' | x) = N(A x + b, Q)$. The latent $z$ is the scaled residual of the mean:
 
-    D(z_s, s) = Q_z (Q_z + s^2 C)^+ z_s.
+$$x' = A x + b + S z, \qquad S^2 = \mathrm{tr}(Q) / d, \qquad z | x \sim N(0, Q_z), \quad Q_z = Q / S^2.$$
 
-Everything the library approximates is exact here: it is the oracle of the tests, the tutorial, and the benchmark.
+For noise $e \sim N(0, C)$ the denoiser of $z_s = z + s e$ is
+
+$$D(z_s, s) = Q_z (Q_z + s^2 C)^+ z_s.$$
+
+Posteriors and evidence are known in closed form for this prior. Tests, tutorial and benchmarks compare with them.
 """
 
 from __future__ import annotations
@@ -13,11 +16,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 import numpy as np
 import scipy.linalg
 from jaxtyping import Array, ArrayLike, Float, PyTree
 
+from numpyro_diffusion_da.arguments import require
 from numpyro_diffusion_da.diffusion.noise import FactorNoise, Noise, WhiteNoise, positive_semidefinite
 from numpyro_diffusion_da.diffusion.prior import DiffusionPrior
 from numpyro_diffusion_da.fields.layout import Layout
@@ -27,19 +32,30 @@ if TYPE_CHECKING:
 
 
 class GaussianPrior(DiffusionPrior):
-    """N(A x + b, Q) with its exact denoiser.
+    """Linear-Gaussian transition N(A x + b, Q) with its exact denoiser.
 
     Args:
-        transition: A, shape (d, d).
-        covariance: Q, shape (d, d), symmetric positive semi-definite.
-        offset: b, shape (d,); zero by default.
-        noise_covariance: C of the diffusion's noise in the latent, shape (d, d), symmetric positive semi-definite and
-            possibly singular; the identity by default. Its range must hold that of Q: variance in a direction that
-            the noise never reaches could not be generated.
+        transition: matrix A, shape (d, d).
+        covariance: covariance Q in the squared unit of the state, shape (d, d), symmetric positive semi-definite.
+        offset: offset b in the unit of the state, shape (d,); zero by default.
+        noise_covariance: covariance C of the diffusion noise in the latent, shape (d, d), symmetric positive
+            semi-definite and possibly singular; the identity by default. The range of C must contain the range of Q,
+            because the diffusion generates no variance outside the range of C.
         noise_range: (lowest, highest) noise level, relative to a latent of unit mean variance.
 
+    Attributes:
+        noise: diffusion noise N(0, C).
+        layout: layout with one axis of d components.
+        conditioning_passes: 0, because `condition` runs no network.
+        latent_scale: scale S of the latent, the root of the mean variance, in the unit of the state.
+        variances: variances of z along the modes that diagonalize Q_z and C together, shape (rank of C,).
+        to_modes: matrix from z to the coefficients of the modes, shape (rank of C, d).
+        from_modes: matrix from the coefficients of the modes to z, shape (d, rank of C).
+
     Raises:
-        ValueError: shapes that do not match, a matrix that is no covariance, or a Q outside the range of C.
+        TypeError: an argument is of the wrong kind.
+        ValueError: the shapes do not match, a covariance is not symmetric positive semi-definite, or Q has variance
+            outside the range of C.
     """
 
     transition: Float[Array, "d d"]
@@ -62,27 +78,32 @@ class GaussianPrior(DiffusionPrior):
         noise_covariance: ArrayLike | None = None,
         noise_range: tuple[float, float] = (2e-2, 80.0),
     ) -> None:
-        a = np.asarray(transition, dtype=np.float64)
+        require(noise_range, tuple, self, "noise_range", "(0.02, 80.0)")
+        a = _array(transition, "transition", "0.9 * np.eye(3)")
         if a.ndim != 2 or a.shape[0] != a.shape[1]:
-            raise ValueError(f"transition has shape {a.shape}, expected a square matrix (d, d).")
+            raise ValueError(f"transition has shape {a.shape}; give a square matrix of shape (d, d).")
         d = len(a)
-        b = np.zeros(d) if offset is None else np.asarray(offset, dtype=np.float64)
+        b = np.zeros(d) if offset is None else _array(offset, "offset", "np.zeros(3)")
         if b.shape != (d,):
-            raise ValueError(f"offset has shape {b.shape}, but transition is {a.shape}; give a vector of length {d}.")
-        q = np.asarray(covariance, dtype=np.float64)
+            raise ValueError(
+                f"offset has shape {b.shape}, but transition has shape {a.shape}; give a vector of length {d}."
+            )
+        q = _array(covariance, "covariance", "0.1 * np.eye(3)")
         positive_semidefinite(q, "covariance", d)
         latent_scale = float(np.sqrt(np.trace(q) / d)) or 1.0
         if noise_covariance is None:
             values, vectors = np.ones(d), np.eye(d)
         else:
-            values, vectors = positive_semidefinite(np.asarray(noise_covariance), "noise_covariance", d)
+            c = _array(noise_covariance, "noise_covariance", "np.eye(3)")
+            values, vectors = positive_semidefinite(c, "noise_covariance", d)
             outside = q - vectors @ (vectors.T @ q)
             if np.abs(outside).max() > 1e-5 * max(np.abs(q).max(), 1e-30):
                 raise ValueError(
                     f"covariance has variance outside the range of noise_covariance (rank {len(values)} of {d}), "
-                    "which the diffusion could not generate; give a noise_covariance whose range holds it."
+                    "which the diffusion cannot generate; give a noise_covariance whose range contains the range of "
+                    "covariance."
                 )
-        # Q_z and C diagonalised together: C = L L^T and Q_z = L diag(variances) L^T on the range of C.
+        # Diagonalize Q_z and C together: C = L L^T and Q_z = L diag(variances) L^T on the range of C.
         root, inverse_root = vectors * np.sqrt(values), vectors / np.sqrt(values)
         variances, rotation = np.linalg.eigh(inverse_root.T @ q @ inverse_root / latent_scale**2)
         self.transition, self.covariance, self.offset = jnp.asarray(a), jnp.asarray(q), jnp.asarray(b)
@@ -95,35 +116,54 @@ class GaussianPrior(DiffusionPrior):
         self.conditioning_passes = 0
 
     def condition(self, state: PyTree, inputs: PyTree = None) -> Float[Array, " d"]:
-        """The conditional mean A x + b.
+        """Conditional mean A x + b.
+
+        Args:
+            state: previous state x, shape (d,).
+            inputs: None; this prior takes no inputs.
+
+        Returns:
+            Conditional mean in the unit of the state, shape (d,).
 
         Raises:
-            ValueError: inputs were given; this prior has none.
+            ValueError: `inputs` is not None.
         """
         if inputs is not None:
-            raise ValueError("GaussianPrior takes no inputs; put a known forcing into its offset.")
+            raise ValueError("GaussianPrior takes no inputs; add a known forcing to offset=.")
         return self.transition @ jnp.asarray(state) + self.offset
 
     def denoise(
         self, z_s: Float[Array, " d"], noise_level: Float[Array, ""], conditioning: Float[Array, " d"]
     ) -> Float[Array, " d"]:
-        """Q_z (Q_z + s^2 C)^+ z_s."""
+        """Exact denoiser D(z_s, s) = Q_z (Q_z + s^2 C)^+ z_s.
+
+        Args:
+            z_s: noised latent, shape (d,).
+            noise_level: noise level s > 0.
+            conditioning: conditional mean from `condition`, which the denoiser does not depend on.
+
+        Returns:
+            Denoised latent E[z | z_s], shape (d,).
+        """
         shrink = self.variances / (self.variances + noise_level**2)
         return self.from_modes @ (shrink * (self.to_modes @ z_s))
 
     def location(self, conditioning: Float[Array, " d"]) -> Float[Array, " d"]:
-        """A x + b."""
+        """Conditional mean A x + b in the unit of the state, shape (d,)."""
         return conditioning
 
     def scale(self, conditioning: Float[Array, " d"]) -> Float[Array, ""]:
-        """sqrt(mean variance of Q), the same for every component."""
+        """Root of the mean variance of Q, in the unit of the state, the same for every component."""
         return self.latent_scale
 
     def climatology(self) -> dist.Distribution:
-        """The stationary distribution of x' = A x + b + N(0, Q).
+        """Stationary distribution of the process x' = A x + b + N(0, Q).
+
+        Returns:
+            NumPyro distribution of states, event shape (d,).
 
         Raises:
-            ValueError: the process has none, because A has an eigenvalue of modulus 1 or more.
+            ValueError: the process has no stationary distribution, because A has an eigenvalue of modulus 1 or more.
         """
         import numpyro.distributions as dist
 
@@ -131,8 +171,8 @@ class GaussianPrior(DiffusionPrior):
         radius = float(np.abs(np.linalg.eigvals(a)).max())
         if radius >= 1.0:
             raise ValueError(
-                f"transition has spectral radius {radius:.3g}, so there is no stationary distribution; "
-                "give x0 a distribution of your own."
+                f"transition has spectral radius {radius:.3g}, so the process has no stationary distribution; "
+                "give x0 another distribution, for example dist.MultivariateNormal."
             )
         mean = np.linalg.solve(np.eye(len(a)) - a, np.asarray(self.offset, dtype=np.float64))
         covariance = scipy.linalg.solve_discrete_lyapunov(a, np.asarray(self.covariance, dtype=np.float64))
@@ -140,3 +180,16 @@ class GaussianPrior(DiffusionPrior):
         upper = np.linalg.qr((vectors * np.sqrt(np.maximum(values, 0.0))).T)[1]
         factor = upper.T * np.where(np.diag(upper) < 0, -1.0, 1.0)
         return dist.MultivariateNormal(jnp.asarray(mean), scale_tril=jnp.asarray(factor))
+
+
+def _array(value: ArrayLike, name: str, example: str) -> np.ndarray:
+    """Convert an argument to an array in double precision.
+
+    Raises:
+        TypeError: the argument is not an array of numbers.
+    """
+    try:
+        return np.asarray(value, dtype=np.float64)
+    except (TypeError, ValueError):
+        require(value, (np.ndarray, jax.Array), "GaussianPrior", name, example)
+        raise

@@ -1,4 +1,4 @@
-"""A network that you have, as a prior: any JAX callable, in any of the usual parametrizations.
+"""Prior from any JAX network of yours, in any of the usual parametrizations.
 
     prior = ndda.DenoiserPrior(
         model.apply,                                    # (parameters, z_t, index, conditioning) -> output
@@ -6,21 +6,23 @@
         parameters=parameters, layout=(40,), residual=True, scale=increment_scale,
     )
 
-The network predicts the latent z of x' = a + S z; what its output means is a value of `priors.parametrization`, which
-turns it into D(z_s, s) with the formulas stated there.
+The network predicts the latent z of x' = a + S z. A parametrization says what its output means and turns the output
+into the denoiser D(z_s, s) = E[z | z_s]. The module `priors.parametrization` states the formulas.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, ArrayLike, Float, PyTree
 
+from numpyro_diffusion_da.arguments import require
 from numpyro_diffusion_da.diffusion.noise import Noise, WhiteNoise
 from numpyro_diffusion_da.diffusion.prior import DiffusionPrior
 from numpyro_diffusion_da.fields.layout import Layout
@@ -30,21 +32,24 @@ if TYPE_CHECKING:
     import numpyro.distributions as dist
 
 USUAL_RANGE = (2e-2, 80.0)
-"""Noise levels for a latent of unit variance, cut to what a parametrization knows."""
+"""Default (lowest, highest) noise level for a latent of unit variance, before limits of the parametrization."""
+
+CALLABLE = cast(type, Callable)
+"""Class of all callables for `arguments.require`; a type checker does not accept `Callable` as a class."""
 
 
 class _ByIdentity:
-    """A value that is no array, such as a function; compares and hashes by identity, so that jit can key on it."""
+    """Holder of a value that is not an array, such as a function; it compares and hashes by identity, as jit needs."""
 
     def __init__(self, value: Any) -> None:
         self.value = value
 
 
 class _Function(eqx.Module):
-    """A callable as its arrays, which are leaves, and all the rest of it.
+    """Callable split into its arrays, which are leaves of the pytree, and a static rest.
 
-    The leaves of a prior must be arrays: they are checksummed, and passed through jit and vmap. Those of an equinox
-    module are not (activation functions).
+    The leaves of a prior must be arrays, because they are checksummed and passed through jit and vmap. An equinox
+    module has leaves that are not arrays, such as activation functions.
     """
 
     arrays: PyTree
@@ -59,12 +64,12 @@ class _Function(eqx.Module):
 
 
 class NetworkConditioning(NamedTuple):
-    """What one step is conditioned on.
+    """Quantities of one step that do not depend on the noise level.
 
     Attributes:
-        given: what the network takes.
-        location: a, shape of the state.
-        scale: the diagonal of S, a number or of the shape of the state.
+        given: conditioning that the network takes.
+        location: location a in the unit of the state, shape of the state.
+        scale: diagonal of S in the unit of the state, a scalar or an array that broadcasts to the state.
     """
 
     given: PyTree
@@ -73,35 +78,44 @@ class NetworkConditioning(NamedTuple):
 
 
 class DenoiserPrior(DiffusionPrior):
-    """p(x' | c) from a network of yours: flax, haiku, equinox, or a plain function.
+    """Diffusion prior p(x' | c) from a network of yours: flax, haiku, equinox, or a plain function.
 
-    Everything acts on one state, without a batch dimension; a network that wants one gets it in a function around it.
+    All methods act on one state, without a batch dimension. For a network that needs a batch dimension, pass a function
+    that adds and removes it.
 
     Args:
-        network: (z_t, index, conditioning) -> output, or (parameters, z_t, index, conditioning) -> output where
-            `parameters` are given. z_t and the output have the shape of the state; z_t = alpha z_s and the index are
-            those of the parametrization, for the default z_s = z + s e and the noise level s. Arrays of an equinox
-            module become the prior's; arrays that a plain function closes over work, but are in no checksum.
-        parametrization: what the output means; `Denoised()`, E[z | z_s], by default.
-        parameters: a pytree of arrays, the network's first argument; None for a network that takes none.
-        layout: of the state: a `Layout`, or only its shape.
-        condition: (state, inputs) -> conditioning, run once a step; by default the state as the program gives it, and
-            no inputs.
-        location: a, what z = 0 stands for: a number or an array that broadcasts to the state, or a function of the
-            conditioning; 0 by default.
-        residual: True puts the last state in the place of `location`: the state, or the last of a tuple of states.
-        scale: the diagonal of S, in units of the state: a number or an array that broadcasts to the state, or a
-            function of the conditioning; 1 by default.
-        noise: of the forward process; white by default.
-        noise_range: (lowest, highest) level that the network was trained for, in units of z. By default 0.02 to 80,
-            cut to what the parametrization knows; it must be given where that knows nothing (`VarianceExploding`).
-        climatology: a NumPyro distribution of initial states, or None.
-        conditioning_passes: network passes that `condition` makes.
+        network: function (z_t, index, conditioning) -> output, or (parameters, z_t, index, conditioning) -> output if
+            `parameters` are given. z_t and the output have the shape of the state. z_t = alpha z_s and the index
+            follow from the parametrization; by default they are z_s = z + s e and the noise level s. Arrays of an
+            equinox module become arrays of the prior. A plain function may close over arrays, but no checksum includes
+            them.
+        parametrization: meaning of the output; by default `Denoised()`, E[z | z_s].
+        layout: a `Layout` of the state, or only the shape of the state.
+        parameters: pytree of arrays, the first argument of the network; None for a network without this argument.
+        condition: function (state, inputs) -> conditioning, which runs once per step. By default the conditioning is
+            the state as the program passes it, and inputs are refused.
+        location: location a, the state at z = 0, in the unit of the state: a number or array that broadcasts to the
+            state, or a function of the conditioning; 0 by default.
+        residual: True uses the previous state as the location: the state, or the last one of a tuple of states.
+        scale: diagonal of S in the unit of the state: a number or array that broadcasts to the state, or a function of
+            the conditioning; 1 by default.
+        noise: noise of the forward process; white noise by default.
+        noise_range: (lowest, highest) noise level that the network was trained for, in the unit of z. By default 0.02
+            to 80 within the limits of the parametrization. A parametrization without limits, such as one on
+            `VarianceExploding`, needs this argument.
+        climatology: NumPyro distribution of initial states, or None.
+        conditioning_passes: number of network passes that `condition` makes.
+
+    Attributes:
+        conditioner: the function `condition`, or None.
+        to_location: the location as a function or an array; None if `residual` is True.
+        to_scale: the scale as a function or an array.
+        initial: the climatology.
 
     Raises:
-        TypeError: an argument of another kind.
-        ValueError: shapes that do not match, no noise range or one beyond the parametrization's, or both a location
-            and `residual`.
+        TypeError: an argument is of the wrong kind.
+        ValueError: the shapes do not match, the noise range is missing or beyond the limits of the parametrization, or
+            both `location` and `residual` are given.
     """
 
     network: _Function
@@ -132,21 +146,18 @@ class DenoiserPrior(DiffusionPrior):
         climatology: dist.Distribution | None = None,
         conditioning_passes: int = 0,
     ) -> None:
-        if not callable(network):
-            raise TypeError(f"DenoiserPrior got a network of type {type(network).__name__}; give something to call.")
-        if condition is not None and not callable(condition):
-            raise TypeError(f"condition is a {type(condition).__name__}; give a function (state, inputs) -> pytree.")
+        require(network, CALLABLE, self, "network", "lambda z_s, noise_level, conditioning: z_s")
         parametrization = Denoised() if parametrization is None else parametrization
-        if not isinstance(parametrization, Parametrization):
-            raise TypeError(
-                f"DenoiserPrior got the parametrization {parametrization!r}; give a value of ndda.priors.parametrization, "
-                "for example ndda.priors.parametrization.Velocity()."
-            )
+        require(parametrization, Parametrization, self, "parametrization", "ndda.priors.parametrization.Velocity()")
         noise = WhiteNoise() if noise is None else noise
-        if not isinstance(noise, Noise):
-            raise TypeError(f"DenoiserPrior got noise of type {type(noise).__name__}; give an ndda.diffusion.Noise.")
+        require(noise, Noise, self, "noise", "ndda.diffusion.WhiteNoise()")
+        if condition is not None:
+            require(condition, CALLABLE, self, "condition", "lambda state, inputs: (state, inputs)")
         if residual and location is not None:
-            raise ValueError("DenoiserPrior got a location and residual=True, which is another; give one of them.")
+            raise ValueError(
+                "DenoiserPrior got location= and residual=True, which uses the previous state as the location; give "
+                "one of them."
+            )
         self.network = _Function(network)
         self.parametrization = parametrization
         self.parameters = jax.tree.map(jnp.asarray, parameters)
@@ -161,39 +172,56 @@ class DenoiserPrior(DiffusionPrior):
         self.noise_range = _noise_range(parametrization, noise_range)
         self.conditioning_passes = conditioning_passes
         if climatology is not None:
-            shape = getattr(climatology, "event_shape", None)
-            if shape != self.layout.shape or climatology.batch_shape != ():
-                raise ValueError(
-                    f"climatology is {climatology!r} with the event shape {shape}, but states have the shape "
-                    f"{self.layout.shape}; give a distribution of one state (.to_event() makes axes part of it)."
-                )
+            self._check_climatology(climatology)
         self.initial = _ByIdentity(climatology)
 
+    def _check_climatology(self, climatology: dist.Distribution) -> None:
+        """Check that a climatology is a distribution of one state.
+
+        Raises:
+            TypeError: it is not a NumPyro distribution.
+            ValueError: it has another event shape than the state, or a batch shape.
+        """
+        import numpyro.distributions as dist
+
+        example = f"dist.Normal(jnp.zeros({self.layout.shape}), 1.0).to_event({len(self.layout.shape)})"
+        require(climatology, dist.Distribution, self, "climatology", example)
+        if climatology.event_shape != self.layout.shape or climatology.batch_shape != ():
+            raise ValueError(
+                f"DenoiserPrior got a climatology with event shape {climatology.event_shape} and batch shape "
+                f"{climatology.batch_shape}, but states have the shape {self.layout.shape}; give a distribution of one "
+                f"state, for example {example}."
+            )
+
     def _broadcast(self, value: Any, name: str) -> Any:
-        """A number, an array of the shape of the state, or a function."""
+        """Convert a location or a scale to a function, a scalar, or an array with all axes of the state."""
         if callable(value):
             return _Function(value)
         return _fit(jnp.asarray(value), self.layout.shape, name)
 
     def condition(self, state: PyTree, inputs: PyTree = None) -> NetworkConditioning:
-        """What the network takes, and where its latent lies: one call of each function given.
+        """Compute the conditioning of the network, the location and the scale.
 
         Args:
-            state: the previous state, in its own units, or a pytree of several.
-            inputs: for the `condition` that was given, or None.
+            state: previous state in its unit, shape of the state, or a pytree of several previous states.
+            inputs: inputs for the function `condition` of the constructor, or None.
 
         Raises:
-            ValueError: inputs without a `condition` to take them, states of another shape, or for a residual no
-                last state.
+            ValueError: `inputs` are given without a function `condition`, a state has another shape, or
+                `residual=True` finds no previous state.
         """
-        if self.check_state(state) != ():
-            raise ValueError(f"condition takes one state of shape {self.layout.shape}; use jax.vmap for a batch.")
+        batch_shape = self.check_state(state)
+        if batch_shape != ():
+            raise ValueError(
+                f"condition got a batch of states of shape {batch_shape}, but takes one state of shape "
+                f"{self.layout.shape}; use jax.vmap for a batch."
+            )
         if self.conditioner is not None:
             given = self.conditioner(state, inputs)
         elif inputs is not None:
             raise ValueError(
                 "DenoiserPrior got inputs, but no function that takes them; give "
-                "condition=lambda state, inputs: (state, inputs), or what the network takes."
+                "condition=lambda state, inputs: (state, inputs), or another conditioning that the network takes."
             )
         else:
             given = state
@@ -203,102 +231,143 @@ class DenoiserPrior(DiffusionPrior):
         return NetworkConditioning(given, location, self._at(self.to_scale, given, "scale").astype(dtype))
 
     def _last(self, state: PyTree) -> Array:
+        """The previous state: the state itself, or the last one of a tuple of states."""
         last = state[-1] if isinstance(state, (tuple, list)) else state
         if not eqx.is_array_like(last):
             raise ValueError(
-                f"residual=True takes the state, or the last of a tuple of states, got a {type(last).__name__}; "
-                "give location=, a function of the conditioning."
+                f"residual=True got a {type(last).__name__}, but needs a state or a tuple of states, whose last is the "
+                "location; leave residual out and give location=, a function of the conditioning."
             )
         return jnp.asarray(last)
 
     def _at(self, value: Any, given: PyTree, name: str) -> Array:
+        """Value of a location or a scale at a conditioning."""
         return _fit(jnp.asarray(value(given)), self.layout.shape, name) if isinstance(value, _Function) else value
 
     def denoise(
         self, z_s: Float[Array, ...], noise_level: Float[Array, ""], conditioning: NetworkConditioning
     ) -> Float[Array, ...]:
-        """D(z_s, s; c), by one call of the network and its parametrization; shape of the state.
+        """Denoiser D(z_s, s; c) = E[z | z_s, c], by one call of the network.
+
+        Args:
+            z_s: noised latent, shape of the state.
+            noise_level: noise level s > 0.
+            conditioning: result of `condition` for the previous state.
+
+        Returns:
+            Denoised latent, shape of the state.
 
         Raises:
-            TypeError: the network gives something else than one array.
-            ValueError: the network's output has another shape than the state.
+            TypeError: the output of the network is not one array.
+            ValueError: the output of the network has another shape than the state.
         """
 
         def network(z_t: Array, index: Array) -> Array:
             arguments = () if self.parameters is None else (self.parameters,)
             output = self.network(*arguments, z_t, index, conditioning.given)
             if not eqx.is_array_like(output):
-                raise TypeError(f"the network gave a {type(output).__name__}, expected one array; wrap it.")
+                raise TypeError(
+                    f"the network gave a {type(output).__name__}, expected one array; pass a function that selects it."
+                )
             if jnp.shape(output) != z_s.shape:
                 raise ValueError(
-                    f"the network gave an output of shape {jnp.shape(output)} for a latent of shape {z_s.shape}; they "
-                    "must be the same. A network with a batch axis needs a function that adds and removes it."
+                    f"the network gave an output of shape {jnp.shape(output)} for a latent of shape {z_s.shape}, "
+                    "expected the same shape; for a network with a batch axis, pass a function that adds and removes "
+                    "it."
                 )
-            # A network of half precision still makes a sampler of the state's own.
+            # The sampler keeps the precision of the state, even if the network has half precision.
             return jnp.asarray(output).astype(z_s.dtype)
 
         return self.parametrization(network, z_s, jnp.asarray(noise_level, z_s.dtype), self.noise)
 
     def location(self, conditioning: NetworkConditioning) -> Float[Array, ...]:
-        """The location given, or the last state."""
+        """Location a in the unit of the state: the argument `location`, or the previous state if `residual` is True."""
         return conditioning.location
 
     def scale(self, conditioning: NetworkConditioning) -> Float[Array, ...]:
-        """The scale given."""
+        """Diagonal of S in the unit of the state: the argument `scale`, or its value at the conditioning."""
         return conditioning.scale
 
     def climatology(self) -> dist.Distribution:
-        """The distribution given.
+        """Distribution of initial states: the argument `climatology`.
 
         Raises:
-            NotImplementedError: none was given.
+            NotImplementedError: no climatology was given.
         """
         return super().climatology() if self.initial.value is None else self.initial.value
 
     def provenance(self) -> dict[str, str]:
-        """The parametrization beside the class and the checksum of all arrays."""
+        """Class of the prior, checksum of its arrays and class of the parametrization, for the record of a result."""
         return {**super().provenance(), "parametrization": type(self.parametrization).__name__}
 
 
 def _fit(value: Array, shape: tuple[int, ...], name: str) -> Array:
-    """A number as it is; an array at the full shape, because nothing here may lean on rank promotion."""
+    """Check that an array broadcasts to a shape, and add leading axes, because the library does not promote ranks.
+
+    A scalar stays a scalar.
+
+    Raises:
+        ValueError: the array does not broadcast to the shape.
+    """
     try:
         fits = jnp.broadcast_shapes(value.shape, shape) == shape
     except ValueError:
         fits = False
     if not fits:
-        raise ValueError(f"{name} has shape {value.shape}, which does not broadcast to the state's {shape}.")
+        raise ValueError(
+            f"{name} has shape {value.shape}, which does not broadcast to the state's shape {shape}; give a number or "
+            "an array of the shape of the state."
+        )
     if value.ndim in (0, len(shape)):
         return value
     return value.reshape((1,) * (len(shape) - value.ndim) + value.shape)
 
 
 def _layout(layout: Any) -> Layout:
+    """Layout of a state, from a layout or from the shape of the state.
+
+    Raises:
+        TypeError: the argument is neither a layout nor a shape of positive integers.
+    """
+    require(layout, (Layout, int, Sequence), "DenoiserPrior", "layout", "(40,)")
     if isinstance(layout, Layout):
         return layout
     shape = (layout,) if isinstance(layout, int) else tuple(layout)
     if not all(isinstance(n, int) and n > 0 for n in shape):
-        raise TypeError(f"layout is {layout!r}; give an ndda.Layout, or the shape of a state as positive integers.")
+        raise TypeError(
+            f"DenoiserPrior got layout={layout!r}; give an ndda.Layout, or the shape of a state as positive integers."
+        )
     return Layout(shape, ("component",) if len(shape) == 1 else tuple(f"axis_{i}" for i in range(len(shape))))
 
 
 def _noise_range(parametrization: Parametrization, given: tuple[float, float] | None) -> tuple[float, float]:
+    """Noise range of a prior: the given one if it is within the limits of the parametrization, or the default.
+
+    Raises:
+        TypeError: the given range is not a pair.
+        ValueError: the range is missing, beyond the limits, or not two increasing positive levels.
+    """
     limits, name = parametrization.limits, type(parametrization).__name__
     if given is None:
         if limits is None:
             raise ValueError(
-                f"{name} on this path does not say which noise levels the network was trained for; give noise_range, "
-                "lowest and highest, for example (0.02, 80.0) for a latent of unit variance."
+                f"the parametrization {name} has no limits here, so the noise levels that the network was trained for "
+                "are unknown; give noise_range=(lowest, highest), for example (0.02, 80.0) for a latent of unit "
+                "variance."
             )
         lowest, highest = max(USUAL_RANGE[0], limits[0]), min(USUAL_RANGE[1], limits[1])
     else:
+        require(given, (tuple, list, np.ndarray), "DenoiserPrior", "noise_range", "(0.02, 80.0)")
+        if len(given) != 2:
+            raise ValueError(f"noise_range has {len(given)} values; give two levels, (lowest, highest).")
         lowest, highest = map(float, given)
-        # Rounding of limits that were copied from elsewhere is no reason to refuse them.
+        # Allow for rounding in limits that were copied from elsewhere.
         low, high = (0.0, math.inf) if limits is None else (limits[0] * (1 - 1e-5), limits[1] * (1 + 1e-5))
         if lowest < low or highest > high:
             raise ValueError(
-                f"noise_range is {given}, but {name} knows the levels {low:.4g} to {high:.4g} only; stay within them."
+                f"noise_range is {given}, but the parametrization {name} is limited to the levels {low:.4g} to "
+                f"{high:.4g}; give levels within these limits."
             )
     if not 0.0 < lowest < highest < math.inf:
-        raise ValueError(f"the noise range is {(lowest, highest)}; give two levels, 0 < lowest < highest.")
+        raise ValueError(f"noise_range is {(lowest, highest)}; give two levels with 0 < lowest < highest.")
     return lowest, highest

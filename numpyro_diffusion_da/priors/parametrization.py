@@ -1,24 +1,29 @@
-"""What a network was trained to predict, turned into the denoiser D(z_s, s) = E[z | z_s].
+r"""Conversion of a network's output to the denoiser D(z_s, s) = E[z | z_s], for the usual parametrizations.
 
-The library noises as z_s = z + s e, e ~ N(0, C). Every Gaussian path z_t = alpha z + sigma e is the same process in
-other coordinates: at the level s = sigma / alpha,
+The library noises a latent as $z_s = z + s e$ with $e \sim N(0, C)$. Every Gaussian path $z_t = \alpha z + \sigma e$ is
+the same process in other coordinates. At the noise level $s = \sigma / \alpha$,
 
-    z_t = alpha z_s,    sigma = alpha s.
+$$z_t = \alpha z_s, \qquad \sigma = \alpha s.$$
 
-So a parametrization is three things: alpha(s), the coordinates that the network expects (a `Path`); the number by which
-it knows the level (a `NoiseIndex`, or the path's own time); and what its output says of z, given E[. | z_t] throughout:
+A parametrization therefore consists of three parts: the factor $\alpha(s)$ of the coordinates that the network expects
+(a `Path`), the number that tells the network the noise level (a `NoiseIndex`, or the time of the path), and the meaning
+of the output. With $E[\cdot]$ the mean given $z_t$ (given $z_s$ for `Preconditioned`):
 
-    output                                 D
-    z (x0; `Denoised`)                     output
-    F of EDM (`Preconditioned`)            c_skip z_s + c_out F        Karras et al. 2022, arXiv 2206.00364, eq. 7
-    e (`Epsilon`)                          (z_t - sigma e) / alpha     Ho et al. 2020, arXiv 2006.11239, eq. 15
-    v = alpha e - sigma z (`VPrediction`)  alpha z_t - sigma v         Salimans & Ho 2022, arXiv 2202.00512, app. D
-    grad log p(z_t) (`Score`)              (z_t + sigma^2 C score) / alpha    Song et al. 2021, arXiv 2011.13456
-    u = dz_t/dt (`Velocity`)               z_t - t u                   Lipman et al. 2023, arXiv 2210.02747;
-                                                                       Liu et al. 2023, arXiv 2209.03003
+| output | class | denoiser D |
+|---|---|---|
+| $E[z]$, called $x_0$ | `Denoised` | output |
+| $F$ of EDM | `Preconditioned` | $c_{skip} z_s + c_{out} F$ (Karras et al. 2022, arXiv 2206.00364, eq. 7) |
+| $E[e]$ | `Epsilon` | $(z_t - \sigma e) / \alpha$ (Ho et al. 2020, arXiv 2006.11239, eq. 15) |
+| $E[v]$, $v = \alpha e - \sigma z$ | `VPrediction` | $(\alpha z_t - \sigma v) / (\alpha^2 + \sigma^2)$ [1] |
+| $\nabla \log p(z_t)$ | `Score` | $(z_t + \sigma^2 C \nabla \log p) / \alpha$ (Song et al. 2021, arXiv 2011.13456) |
+| $E[u]$, $u = dz_t / dt$ | `Velocity` | $z_t - t u$ with data at $t = 0$ [2] |
 
-Dividing by alpha multiplies an error of e by s, and one of the score as much relative to its size: at the highest
-levels, where means and covariances of a step are read off, the other four are the accurate ones.
+- [1]: Salimans & Ho 2022, arXiv 2202.00512, appendix D, where $\alpha^2 + \sigma^2 = 1$.
+- [2]: Lipman et al. 2023, arXiv 2210.02747; Liu et al. 2023, arXiv 2209.03003.
+
+The division by $\alpha$ multiplies an error of a predicted $e$ by $s$, and a relative error of a score in the same way.
+The other four outputs are more accurate at the highest noise levels, where the library computes the mean and the
+covariance of a step.
 """
 
 from __future__ import annotations
@@ -36,66 +41,74 @@ from numpyro_diffusion_da.arguments import require
 from numpyro_diffusion_da.diffusion.noise import Noise
 
 NetworkFunction = Callable[[Float[Array, "..."], Float[Array, ""]], Float[Array, "..."]]
-"""(z_t, index) -> output, the conditioning already in it."""
+"""Function (z_t, index) -> output, with its conditioning already bound."""
 
 
-# --- the number by which a network knows the level ------------------------------------------------------------------
+# --- the number that tells a network the noise level ----------------------------------------------------------------
 
 
 class NoiseIndex(eqx.Module):
-    """Noise level s -> what the network is told of it. Subclass it for a convention that is not here."""
+    """Base class of conventions for the number that tells a network the noise level s; subclass it for another one."""
 
     @property
     @abc.abstractmethod
     def limits(self) -> tuple[float, float] | None:
-        """Lowest and highest s that the convention knows; None where only the one who trained it can say."""
+        """(lowest, highest) noise level of the convention; None if it has no limits of its own."""
 
     @abc.abstractmethod
     def __call__(self, noise_level: Float[Array, ""]) -> Float[Array, ""]:
-        """The index of the level s > 0."""
+        """Index of the noise level s > 0, as the network takes it."""
 
 
 class Level(NoiseIndex):
-    """s itself."""
+    """Noise level s itself as the index."""
 
     @property
     def limits(self) -> None:
-        """Not known."""
+        """None: the convention has no limits of its own."""
 
     def __call__(self, noise_level: Float[Array, ""]) -> Float[Array, ""]:
-        """The level."""
+        """Noise level s, unchanged."""
         return noise_level
 
 
 class LogLevel(NoiseIndex):
-    """factor log s: 1/4 is EDM's c_noise, -2 the log signal-to-noise ratio.
+    """Logarithm of the noise level, `factor * log(s)`, as the index.
+
+    A factor of 1/4 gives EDM's c_noise, a factor of -2 the logarithm of the signal-to-noise ratio.
 
     Args:
-        factor: what log s is multiplied by.
+        factor: factor of log(s).
     """
 
     factor: float = eqx.field(static=True, default=1.0)
 
     @property
     def limits(self) -> None:
-        """Not known."""
+        """None: the convention has no limits of its own."""
 
     def __call__(self, noise_level: Float[Array, ""]) -> Float[Array, ""]:
-        """Factor log s."""
+        """Index `factor * log(s)`."""
         return self.factor * jnp.log(noise_level)
 
 
 class DiscreteTable(NoiseIndex):
-    """The step 0, 1, ... of a DDPM with a finite table, interpolated linearly in log-SNR between its entries.
+    """Step number 0, 1, ... of a DDPM with a finite table of noise levels as the index.
 
-    An index between two steps suits a network that embeds it as a number. One that looks it up has to round it itself.
+    Between two steps the number is interpolated linearly in the logarithm of the signal-to-noise ratio. This suits a
+    network that embeds the number. A network that looks the number up in a table has to round it.
 
     Args:
-        alphas_cumprod: alpha^2 of each step, shape (steps,), the first the least noisy.
+        alphas_cumprod: alpha^2 of each step, shape (steps,), beginning with the least noisy step.
+
+    Attributes:
+        log_levels: log(s) of each step, shape (steps,).
+        lowest: noise level of the first step.
+        highest: noise level of the last step.
 
     Raises:
-        ValueError: not a strictly decreasing series within (0, 1). A last entry of exactly 0 (zero terminal SNR) is an
-            infinite noise level: leave it out.
+        ValueError: the values are not strictly decreasing within (0, 1). A last value of exactly 0 (zero terminal SNR)
+            is an infinite noise level and must be left out.
     """
 
     log_levels: Float[Array, " steps"]
@@ -105,11 +118,11 @@ class DiscreteTable(NoiseIndex):
     def __init__(self, alphas_cumprod: ArrayLike) -> None:
         table = np.asarray(alphas_cumprod, dtype=np.float64)
         if table.ndim != 1 or len(table) < 2:
-            raise ValueError(f"alphas_cumprod has shape {table.shape}, expected two steps or more, (steps,).")
+            raise ValueError(f"alphas_cumprod has shape {table.shape}; give a vector of two or more steps.")
         if not (np.all((table > 0) & (table < 1)) and np.all(np.diff(table) < 0)):
             raise ValueError(
-                "alphas_cumprod must fall strictly within (0, 1), from the least noisy step on (the cumulative product "
-                f"of 1 - beta); it goes from {table[0]:.4g} to {table[-1]:.4g}. Leave a last entry of 0 out."
+                f"alphas_cumprod goes from {table[0]:.4g} to {table[-1]:.4g}, but must decrease strictly within (0, 1) "
+                "from the least noisy step on; give the cumulative product of 1 - beta without a last value of 0."
             )
         levels = np.sqrt((1.0 - table) / table)
         self.log_levels = jnp.asarray(np.log(levels))
@@ -117,27 +130,28 @@ class DiscreteTable(NoiseIndex):
 
     @property
     def limits(self) -> tuple[float, float]:
-        """Of the first and of the last step."""
+        """(noise level of the first step, noise level of the last step)."""
         return self.lowest, self.highest
 
     def __call__(self, noise_level: Float[Array, ""]) -> Float[Array, ""]:
-        """A real number in [0, steps - 1]."""
+        """Step number, a real number in [0, steps - 1]."""
         steps = jnp.arange(len(self.log_levels), dtype=self.log_levels.dtype)
         return jnp.interp(jnp.log(noise_level), self.log_levels, steps)
 
 
 class LinearBeta(NoiseIndex):
-    """The time t in (0, 1] of the variance preserving SDE with beta(t) = beta_min + t (beta_max - beta_min).
+    r"""Time t in (0, 1] of the variance preserving SDE with a linear beta(t) as the index.
 
-    alpha^2 = exp(-t^2 (beta_max - beta_min) / 2 - t beta_min) and s^2 = 1 / alpha^2 - 1, solved for t (Song et al.
-    2021, eq. 32 and 33).
+    The time solves (Song et al. 2021, eq. 32 and 33)
+
+    $$\alpha^2 = \exp(-t^2 (\beta_{max} - \beta_{min}) / 2 - t \beta_{min}), \qquad s^2 = 1 / \alpha^2 - 1.$$
 
     Args:
-        beta_min: beta(0).
-        beta_max: beta(1).
+        beta_min: value of beta at t = 0.
+        beta_max: value of beta at t = 1.
 
     Raises:
-        ValueError: not 0 < beta_min < beta_max.
+        ValueError: 0 < beta_min < beta_max does not hold.
     """
 
     beta_min: float = eqx.field(static=True, default=0.1)
@@ -145,11 +159,13 @@ class LinearBeta(NoiseIndex):
 
     def __check_init__(self) -> None:
         if not 0.0 < self.beta_min < self.beta_max:
-            raise ValueError(f"LinearBeta got beta from {self.beta_min} to {self.beta_max}; give 0 < first < second.")
+            raise ValueError(
+                f"LinearBeta got beta_min={self.beta_min} and beta_max={self.beta_max}; give 0 < beta_min < beta_max."
+            )
 
     @property
     def limits(self) -> tuple[float, float]:
-        """From t = 1e-5, where Song et al. begin to train, to t = 1."""
+        """(noise level at t = 1e-5, the start of training of Song et al. 2021, and noise level at t = 1)."""
 
         def level(t: float) -> float:
             return math.sqrt(math.expm1(0.5 * t**2 * (self.beta_max - self.beta_min) + t * self.beta_min))
@@ -157,26 +173,27 @@ class LinearBeta(NoiseIndex):
         return level(1e-5), level(1.0)
 
     def __call__(self, noise_level: Float[Array, ""]) -> Float[Array, ""]:
-        """The time t."""
-        # The root of the quadratic that does not cancel as t goes to 0.
+        """Time t of the SDE."""
+        # This form of the quadratic's root has no cancellation as t goes to 0.
         integral = jnp.log1p(noise_level**2)
         root = jnp.sqrt(self.beta_min**2 + 2.0 * (self.beta_max - self.beta_min) * integral)
         return 2.0 * integral / (self.beta_min + root)
 
 
 class Cosine(NoiseIndex):
-    """The time t in (0, 1) with alpha = cos(pi t / 2), sigma = sin(pi t / 2), so s = tan(pi t / 2).
+    """Time t in (0, 1) of the cosine schedule as the index: alpha = cos(pi t / 2), sigma = sin(pi t / 2).
 
-    Nichol & Dhariwal 2021 (arXiv 2102.09672) without their offset, as Salimans & Ho 2022 use it.
+    The noise level is s = tan(pi t / 2). This is the schedule of Nichol & Dhariwal 2021 (arXiv 2102.09672) without
+    their offset, as Salimans & Ho 2022 (arXiv 2202.00512) use it.
     """
 
     @property
     def limits(self) -> tuple[float, float]:
-        """All levels."""
+        """(0, infinity): the convention covers all noise levels."""
         return 0.0, math.inf
 
     def __call__(self, noise_level: Float[Array, ""]) -> Float[Array, ""]:
-        """The time t."""
+        """Time t of the cosine schedule."""
         return 2.0 / math.pi * jnp.arctan(noise_level)
 
 
@@ -184,30 +201,30 @@ class Cosine(NoiseIndex):
 
 
 class Path(eqx.Module):
-    """z_t = alpha z + sigma e at the level s = sigma / alpha."""
+    """Base class of Gaussian paths z_t = alpha z + sigma e, with the noise level s = sigma / alpha."""
 
     @property
     @abc.abstractmethod
     def limits(self) -> tuple[float, float] | None:
-        """Lowest and highest s of the path; None where only the one who trained the network can say."""
+        """(lowest, highest) noise level of the path; None if it has no limits of its own."""
 
     @abc.abstractmethod
     def alpha(self, noise_level: Float[Array, ""]) -> Float[Array, ""]:
-        """The factor that takes z_s to z_t = alpha z_s."""
+        """Factor alpha of z_t = alpha z_s at the noise level s."""
 
     @abc.abstractmethod
     def index(self, noise_level: Float[Array, ""]) -> Float[Array, ""]:
-        """What the network is told of the level."""
+        """Number that tells the network the noise level s."""
 
 
 class VarianceExploding(Path):
-    """alpha = 1: z_t = z_s.
+    """Path with alpha = 1, so that z_t = z_s.
 
     Args:
-        noise_index: what the network is told; s itself by default.
+        noise_index: number that tells the network the noise level; s itself by default.
 
     Raises:
-        TypeError: not a `NoiseIndex`.
+        TypeError: `noise_index` is not a `NoiseIndex`.
     """
 
     noise_index: NoiseIndex = Level()
@@ -217,26 +234,26 @@ class VarianceExploding(Path):
 
     @property
     def limits(self) -> tuple[float, float] | None:
-        """Those of the index."""
+        """(lowest, highest) noise level of the noise index; None if it has no limits."""
         return self.noise_index.limits
 
     def alpha(self, noise_level: Float[Array, ""]) -> Float[Array, ""]:
-        """1."""
+        """Factor 1."""
         return jnp.ones_like(noise_level)
 
     def index(self, noise_level: Float[Array, ""]) -> Float[Array, ""]:
-        """By the index given."""
+        """Number that tells the network the noise level s, from `noise_index`."""
         return self.noise_index(noise_level)
 
 
 class VariancePreserving(Path):
-    """alpha = 1 / sqrt(1 + s^2), so alpha^2 + sigma^2 = 1.
+    """Path with alpha = 1 / sqrt(1 + s^2), so that alpha^2 + sigma^2 = 1.
 
     Args:
-        noise_index: what the network is told: `DiscreteTable`, `LinearBeta`, `Cosine`, ...
+        noise_index: number that tells the network the noise level: `DiscreteTable`, `LinearBeta`, `Cosine`, ...
 
     Raises:
-        TypeError: not a `NoiseIndex`.
+        TypeError: `noise_index` is not a `NoiseIndex`.
     """
 
     noise_index: NoiseIndex
@@ -246,24 +263,25 @@ class VariancePreserving(Path):
 
     @property
     def limits(self) -> tuple[float, float] | None:
-        """Those of the index."""
+        """(lowest, highest) noise level of the noise index; None if it has no limits."""
         return self.noise_index.limits
 
     def alpha(self, noise_level: Float[Array, ""]) -> Float[Array, ""]:
-        """1 / sqrt(1 + s^2)."""
+        """Factor alpha = 1 / sqrt(1 + s^2)."""
         return 1.0 / jnp.sqrt(1.0 + noise_level**2)
 
     def index(self, noise_level: Float[Array, ""]) -> Float[Array, ""]:
-        """By the index given."""
+        """Number that tells the network the noise level s, from `noise_index`."""
         return self.noise_index(noise_level)
 
 
 class FlowMatching(Path):
-    """The straight path z_t = (1 - t) z + t e, with s = t / (1 - t), so t = s / (1 + s).
+    """Straight path z_t = (1 - t) z + t e, with the noise level s = t / (1 - t) and the time t = s / (1 + s).
 
     Args:
-        data_at: the network's time at which there is only data: 0, or 1 as Lipman et al. and Liu et al. count (their
-            time is then 1 - t, and the path t data + (1 - t) noise; a sigma_min of Lipman et al. is taken as 0).
+        data_at: time of pure data in the network's convention, 0 or 1. Use 1 for the convention of Lipman et al. 2023
+            and Liu et al. 2023. The network's time is then 1 - t, and its path is time * data + (1 - time) * noise.
+            The sigma_min of Lipman et al. is taken as 0.
 
     Raises:
         ValueError: `data_at` is neither 0 nor 1.
@@ -273,64 +291,81 @@ class FlowMatching(Path):
 
     def __check_init__(self) -> None:
         if self.data_at not in (0, 1):
-            raise ValueError(f"FlowMatching got data_at={self.data_at!r}; give 0 or 1, the time of pure data.")
+            raise ValueError(f"FlowMatching got data_at={self.data_at!r}; give the time of pure data, 0 or 1.")
 
     @property
     def limits(self) -> tuple[float, float]:
-        """All levels."""
+        """(0, infinity): the convention covers all noise levels."""
         return 0.0, math.inf
 
     def alpha(self, noise_level: Float[Array, ""]) -> Float[Array, ""]:
-        """1 - t = 1 / (1 + s)."""
+        """Factor alpha = 1 - t = 1 / (1 + s)."""
         return 1.0 / (1.0 + noise_level)
 
     def index(self, noise_level: Float[Array, ""]) -> Float[Array, ""]:
-        """t, or 1 - t where data is at 1."""
+        """Time in the network's convention: t if data is at 0, and 1 - t if data is at 1."""
         return (1.0 if self.data_at else noise_level) / (1.0 + noise_level)
 
 
-# --- what a network's output says -----------------------------------------------------------------------------------
+# --- the meaning of a network's output ------------------------------------------------------------------------------
 
 
 class Parametrization(eqx.Module):
-    """A network's output -> D(z_s, s)."""
+    """Base class of parametrizations, which turn the output of a network into the denoiser D(z_s, s)."""
 
     @property
     @abc.abstractmethod
     def limits(self) -> tuple[float, float] | None:
-        """Lowest and highest s that can be asked for; None where only the one who trained the network can say."""
+        """(lowest, highest) noise level of the parametrization; None if it has no limits of its own."""
 
     @abc.abstractmethod
     def __call__(
         self, network: NetworkFunction, z_s: Float[Array, ...], noise_level: Float[Array, ""], noise: Noise
     ) -> Float[Array, ...]:
-        """D(z_s, s) by one call of `network(z_t, index)`; shape of the latent.
+        """Denoiser D(z_s, s) = E[z | z_s], by one call of the network.
 
         Args:
-            network: with its conditioning in it.
-            z_s: z + s e.
-            noise_level: s > 0.
-            noise: of the forward process, for its covariance C.
+            network: function (z_t, index) -> output, with its conditioning already bound.
+            z_s: noised latent z + s e.
+            noise_level: noise level s > 0.
+            noise: noise of the forward process, which gives the covariance C.
+
+        Returns:
+            Denoised latent, shape of the latent.
         """
 
 
 class PathParametrization(Parametrization):
-    """One of an output on a path; see the module for the formulas."""
+    """Base class of parametrizations by a path and the meaning of the output; the module states the formulas.
+
+    Raises:
+        TypeError: the path is not a `Path`.
+    """
 
     path: eqx.AbstractVar[Path]
 
     def __check_init__(self) -> None:
-        require(self.path, Path, self, "the path", "VariancePreserving(Cosine())")
+        require(self.path, Path, self, "path", "VariancePreserving(Cosine())")
 
     @property
     def limits(self) -> tuple[float, float] | None:
-        """Those of the path."""
+        """(lowest, highest) noise level of the path; None if it has no limits."""
         return self.path.limits
 
     def __call__(
         self, network: NetworkFunction, z_s: Float[Array, ...], noise_level: Float[Array, ""], noise: Noise
     ) -> Float[Array, ...]:
-        """D(z_s, s)."""
+        """Denoiser D(z_s, s) = E[z | z_s], by one call of the network at z_t = alpha z_s.
+
+        Args:
+            network: function (z_t, index) -> output, with its conditioning already bound.
+            z_s: noised latent z + s e.
+            noise_level: noise level s > 0.
+            noise: noise of the forward process, which gives the covariance C.
+
+        Returns:
+            Denoised latent, shape of the latent.
+        """
         alpha = self.path.alpha(noise_level)
         z_t = alpha * z_s
         output = network(z_t, self.path.index(noise_level))
@@ -345,96 +380,124 @@ class PathParametrization(Parametrization):
         sigma: Float[Array, ""],
         noise: Noise,
     ) -> Float[Array, ...]:
-        """E[z | z_t] from the network's output at z_t = alpha z + sigma e."""
+        """Denoised latent E[z | z_t] from the output of the network.
+
+        Args:
+            output: output of the network at z_t.
+            z_t: noised latent alpha z + sigma e in the coordinates of the path.
+            alpha: factor alpha of the path.
+            sigma: factor sigma = alpha s of the path.
+            noise: noise of the forward process, which gives the covariance C.
+
+        Returns:
+            Denoised latent, shape of the latent.
+        """
 
 
 class Denoised(PathParametrization):
-    """The network gives E[z | z_t]: a denoiser, x0-prediction, or an EDM network with its preconditioning in it.
+    """Parametrization of a network that predicts E[z | z_t], such as an x0-prediction or a preconditioned EDM network.
 
     Args:
-        path: the network's coordinates; z_s itself and s by default.
+        path: coordinates of the network; by default the network takes z_s and s themselves.
+
+    Raises:
+        TypeError: the path is not a `Path`.
     """
 
     path: Path = VarianceExploding()
 
     def denoised(self, output: Array, z_t: Array, alpha: Array, sigma: Array, noise: Noise) -> Array:
-        """The output."""
+        """Denoised latent E[z | z_t], which is the output itself."""
         return output
 
 
 class Epsilon(PathParametrization):
-    """The network gives E[e | z_t], the noise that was added (Ho et al. 2020).
+    """Parametrization of a network that predicts the added noise E[e | z_t] (Ho et al. 2020).
 
     Args:
-        path: the network's coordinates.
+        path: coordinates of the network.
+
+    Raises:
+        TypeError: the path is not a `Path`.
     """
 
     path: Path
 
     def denoised(self, output: Array, z_t: Array, alpha: Array, sigma: Array, noise: Noise) -> Array:
-        """(z_t - sigma e) / alpha."""
+        """Denoised latent (z_t - sigma e) / alpha from the predicted noise e."""
         return (z_t - sigma * output) / alpha
 
 
 class VPrediction(PathParametrization):
-    """The network gives E[v | z_t] with v = alpha e - sigma z (Salimans & Ho 2022).
+    """Parametrization of a network that predicts E[v | z_t] with v = alpha e - sigma z (Salimans & Ho 2022).
 
     Args:
-        path: the network's coordinates; variance preserving where v is used, but not necessarily.
+        path: coordinates of the network. Networks of this kind usually take a variance preserving path; any path works.
+
+    Raises:
+        TypeError: the path is not a `Path`.
     """
 
     path: Path
 
     def denoised(self, output: Array, z_t: Array, alpha: Array, sigma: Array, noise: Noise) -> Array:
-        """(alpha z_t - sigma v) / (alpha^2 + sigma^2)."""
+        """Denoised latent (alpha z_t - sigma v) / (alpha^2 + sigma^2) from the predicted v."""
         return (alpha * z_t - sigma * output) / (alpha**2 + sigma**2)
 
 
 class Score(PathParametrization):
-    """The network gives the score, grad log p(z_t) with respect to z_t (Song et al. 2021).
+    """Parametrization of a network that predicts the score, the gradient of log p(z_t) in z_t (Song et al. 2021).
 
     Args:
-        path: the network's coordinates. A score with respect to z_s is one on `VarianceExploding`.
+        path: coordinates of the network. Use `VarianceExploding` for a score with respect to z_s.
+
+    Raises:
+        TypeError: the path is not a `Path`.
     """
 
     path: Path
 
     def denoised(self, output: Array, z_t: Array, alpha: Array, sigma: Array, noise: Noise) -> Array:
-        """(z_t + sigma^2 C score) / alpha."""
+        """Denoised latent (z_t + sigma^2 C score) / alpha from the predicted score."""
         return (z_t + sigma**2 * noise.covariance_product(output)) / alpha
 
 
 class Velocity(PathParametrization):
-    """The network gives E[u | z_t], the velocity of the straight path in its own time (Lipman et al., Liu et al. 2023).
+    """Parametrization of a network that predicts the velocity E[u | z_t] of the straight path in the network's time.
 
-    u = e - z where data is at time 0, z - e where it is at time 1.
+    The velocity is u = e - z if data is at time 0, and u = z - e if data is at time 1 (Lipman et al. 2023, Liu et al.
+    2023).
 
     Args:
-        path: which end of the network's time is data.
+        path: straight path, with data at time 0 by default.
 
     Raises:
-        TypeError: another path than `FlowMatching`, along which the velocity is another.
+        TypeError: the path is not a `FlowMatching` path; the velocity of other paths has another form.
     """
 
     path: FlowMatching = FlowMatching()
 
     def __check_init__(self) -> None:
-        require(self.path, FlowMatching, self, "the path", "FlowMatching(data_at=1)")
+        require(self.path, FlowMatching, self, "path", "FlowMatching(data_at=1)")
 
     def denoised(self, output: Array, z_t: Array, alpha: Array, sigma: Array, noise: Noise) -> Array:
-        """z_t - t (e - z)."""
+        """Denoised latent z_t - t (e - z) from the predicted velocity."""
         return z_t + (sigma if self.path.data_at else -sigma) * output
 
 
 class Preconditioned(Parametrization):
-    """The network is EDM's F, without its preconditioning (Karras et al. 2022, table 1).
+    r"""Parametrization of the network F of EDM, without the preconditioning of EDM (Karras et al. 2022, table 1).
 
-        D = c_skip z_s + c_out F(c_in z_s, c_noise),    c_in = 1 / sqrt(s^2 + d^2),
-        c_skip = d^2 c_in^2,    c_out = s d c_in,    c_noise = log(s) / 4.
+    With $\sigma_d$ for `sigma_data`, the denoiser is
+
+    $$D = c_{skip} z_s + c_{out} F(c_{in} z_s, c_{noise}), \qquad c_{noise} = \log(s) / 4,$$
+
+    $$c_{in} = (s^2 + \sigma_d^2)^{-1/2}, \quad c_{skip} = \sigma_d^2 c_{in}^2, \quad c_{out} = s \sigma_d c_{in}.$$
 
     Args:
-        sigma_data: d, the standard deviation of z that the network was trained with (EDM's images 0.5, GenCast 1).
-        noise_index: what the network is told; c_noise by default.
+        sigma_data: standard deviation of z that the network was trained with, for example 0.5 for EDM's images and 1
+            for GenCast.
+        noise_index: number that tells the network the noise level; c_noise by default.
 
     Raises:
         ValueError: `sigma_data` is not positive.
@@ -451,13 +514,23 @@ class Preconditioned(Parametrization):
 
     @property
     def limits(self) -> tuple[float, float] | None:
-        """Those of the index."""
+        """(lowest, highest) noise level of the noise index; None if it has no limits."""
         return self.noise_index.limits
 
     def __call__(
         self, network: NetworkFunction, z_s: Float[Array, ...], noise_level: Float[Array, ""], noise: Noise
     ) -> Float[Array, ...]:
-        """c_skip z_s + c_out F."""
+        """Denoiser D(z_s, s) = c_skip z_s + c_out F, by one call of the network.
+
+        Args:
+            network: function (c_in z_s, index) -> F, with its conditioning already bound.
+            z_s: noised latent z + s e.
+            noise_level: noise level s > 0.
+            noise: noise of the forward process, which this parametrization does not use.
+
+        Returns:
+            Denoised latent, shape of the latent.
+        """
         c_in = 1.0 / jnp.sqrt(noise_level**2 + self.sigma_data**2)
         output = network(c_in * z_s, self.noise_index(noise_level))
         return (self.sigma_data * c_in) ** 2 * z_s + noise_level * self.sigma_data * c_in * output

@@ -1,69 +1,95 @@
-"""A learned prior that ships: a small conditional denoiser on a ring, made for filtering on a CPU.
+r"""Emulator of a system on a ring of sites: a conditional diffusion model small enough for filtering on a CPU.
 
-The next state is x' = m(x) + S z. A network run once a step, in `condition`, gives the conditional mean m(x) and
-features of each site; the latent z is what is left, scaled to unit mean square. The network that every noise level runs
-is a small correction to the denoiser of N(0, I):
+The next state is $x' = m(x) + S z$. A mean network runs once per step, in `condition`, and gives the conditional mean
+$m(x)$ and features of each site. The latent $z$ is the residual, scaled to unit mean square. A small residual network
+$F$ runs at every noise level $s$ and corrects the denoiser of $N(0, I)$:
 
-    D(z_s, s; x) = c_skip z_s + c_out sqrt(c_skip) F(c_in z_s, s; x),
-    c_skip = 1 / (1 + s^2),  c_out = s / sqrt(1 + s^2),  c_in = 1 / sqrt(1 + s^2)        (EDM, arXiv 2206.00364)
-    F = W^T [a(s; x) tanh(W c_in z_s + b(s; x))],    W a convolution on the ring.
+$$
+\begin{aligned}
+D(z_s, s; x) &= c_{skip} z_s + c_{out} \sqrt{c_{skip}} \, F(c_{in} z_s, s; x), \\
+c_{skip} &= \frac{1}{1 + s^2}, \quad c_{out} = \frac{s}{\sqrt{1 + s^2}}, \quad c_{in} = \frac{1}{\sqrt{1 + s^2}}, \\
+F(z, s; x) &= W^T [a(s; x) \tanh(W z + b(s; x))],
+\end{aligned}
+$$
 
-Three choices serve guidance and weights, which use the Jacobian J = dD/dz_s and not only D:
+where $W$ is a convolution on the ring. The coefficients are those of EDM (Karras et al. 2022, arXiv 2206.00364,
+table 1) with $\sigma_{data} = 1$. Guidance and weights use the Jacobian $J = dD/dz_s$ as well as $D$. Three choices
+serve them:
 
-- F is the gradient of a scalar function of z_s (its two convolutions share W), so J is symmetric by construction, as it
-  must be for s^2 J to be a covariance;
-- the factor sqrt(c_skip), not in EDM, lets F fade as 1/s: s^2 J stays bounded at the highest level, where it is read as
-  the covariance of z and a network's error would be multiplied by s^2;
-- convolutions are shifts and matrix products, because XLA on CPU is slow at the derivative of its own convolution
-  inside a loop.
+- $F$ is the gradient of a scalar function of $z$, because both of its convolutions share $W$. $J$ is therefore
+  symmetric, as it must be for $s^2 J$ to be a covariance.
+- The factor $\sqrt{c_{skip}}$, which EDM does not have, makes the correction of $D$ fall off as $1 / s$, so that
+  $s^2 J$ stays bounded. At the highest level $s^2 J$ is used as the covariance of $z$, and an error of the network
+  would otherwise be multiplied by $s^2$.
+- Convolutions are written as shifts and matrix products, because XLA on CPU is slow at the derivative of its own
+  convolution inside a loop.
 
-Both networks are translation equivariant: they run on a ring of any number of sites.
+Both networks are equivariant under translation and local. They run on a ring of any number of sites.
 """
 
 from __future__ import annotations
 
-import json
 from importlib.resources.abc import Traversable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, PRNGKeyArray, PyTree
+from jaxtyping import Array, Float, PRNGKeyArray
 
+from numpyro_diffusion_da.arguments import require
 from numpyro_diffusion_da.checksums import named_arrays
 from numpyro_diffusion_da.diffusion.noise import Noise, WhiteNoise
-from numpyro_diffusion_da.diffusion.prior import DiffusionPrior
 from numpyro_diffusion_da.fields.layout import Layout
-from numpyro_diffusion_da.priors.stored import part, read_stored, write_stored
+from numpyro_diffusion_da.priors.residual_emulator import (
+    EmulatorConditioning,
+    NoiseLevelTerms,
+    ResidualEmulator,
+    gradient_layer,
+    init_level_layer,
+    level_layer,
+    read_emulator,
+    save_emulator,
+)
+from numpyro_diffusion_da.priors.stored import part
 
 if TYPE_CHECKING:
     import numpyro.distributions as dist
 
 WIDTH = 5
-"""Sites under every convolution: two on either side."""
+"""Number of sites under every convolution: the site itself and two on either side."""
 
 
 def neighborhoods(values: Float[Array, "sites channels"]) -> Float[Array, "sites width_channels"]:
-    """Every site's values and its neighbors', from two sites before to two after."""
+    """Values of each site and of its neighbors, from two sites before to two sites after, side by side.
+
+    Args:
+        values: values of each site, shape (sites, channels).
+
+    Returns:
+        Shape (sites, `WIDTH` * channels).
+    """
     sites, reach = len(values), WIDTH // 2
     around = jnp.concatenate([values[sites - reach :], values, values[:reach]])
     return jnp.concatenate([around[i : i + sites] for i in range(WIDTH)], axis=1)
 
 
 class RingMeanNetwork(eqx.Module):
-    """Normalized state -> normalized increment of the conditional mean, and features of each site.
+    """Network for the normalized increment of the conditional mean and for features of each site.
 
-    Residual blocks h <- h + M (u * v), with u and v linear in the neighborhood of h: advection is a product of
-    neighbors, and a network of products learns it with fewer parameters than one of pointwise non-linearities.
+    Its residual blocks are h <- h + M (u * v), where u and v are linear in the neighborhood of h. Advection is a
+    product of neighbors. A network of products learns it with fewer parameters than a network of pointwise
+    nonlinearities.
 
     Attributes:
-        encode: first convolution; `encode_bias` its bias.
-        factors: the convolutions of u and v, one pair a block; `factors_bias` their biases.
-        mix: M of each block.
-        readout: features -> increment.
+        encode: weights of the first convolution.
+        encode_bias: bias of the first convolution.
+        factors: weights of the convolutions to u and v in each block.
+        factors_bias: biases of these convolutions.
+        mix: matrix M of each block.
+        readout: weights from the features to the increment.
     """
 
     encode: Float[Array, "width channels"]
@@ -75,7 +101,13 @@ class RingMeanNetwork(eqx.Module):
 
     @staticmethod
     def init(rng_key: PRNGKeyArray, channels: int, blocks: int) -> RingMeanNetwork:
-        """Random weights; zero in `mix` and `readout`, so that training starts from persistence."""
+        """Initialize a network with random weights, whose blocks do nothing at first because `mix` is zero.
+
+        Args:
+            rng_key: key of the random weights.
+            channels: features of each site.
+            blocks: number of residual blocks.
+        """
         encode_key, factors_key, readout_key = jax.random.split(rng_key, 3)
         shape = (blocks, WIDTH * channels, 2 * channels)
         return RingMeanNetwork(
@@ -88,7 +120,14 @@ class RingMeanNetwork(eqx.Module):
         )
 
     def __call__(self, x: Float[Array, " sites"]) -> tuple[Float[Array, " sites"], Float[Array, "sites channels"]]:
-        """(increment, features)."""
+        """Run the network.
+
+        Args:
+            x: normalized state.
+
+        Returns:
+            (normalized increment from the state to the conditional mean, features of each site).
+        """
         h = neighborhoods(x[:, None]) @ self.encode + self.encode_bias[None]
 
         def block(h: Array, weights: tuple[Array, Array, Array]) -> tuple[Array, None]:
@@ -100,21 +139,16 @@ class RingMeanNetwork(eqx.Module):
         return h @ self.readout, h
 
 
-class RingNoiseLevelTerms(NamedTuple):
-    """What F takes from the features, once a step: shapes (sites, hidden)."""
-
-    shift: Float[Array, "sites hidden"]
-    amplitude: Float[Array, "sites hidden"]
-
-
 class RingResidualNetwork(eqx.Module):
-    """F, run at every noise level.
+    """Residual network F, which runs at every noise level.
 
     Attributes:
-        taps: W, the convolution from the latent to the hidden units and, transposed, back.
-        shift: features -> b; `amplitude`: features -> a.
-        level_scale: hidden units of the noise level are tanh(level_scale log s + level_bias).
-        level_terms: what they add to b and a.
+        taps: weights W of the convolution from the latent to the hidden units. Its transpose maps back to the latent.
+        shift: weights from the features to the shift b.
+        amplitude: weights from the features to the amplitude a.
+        level_scale: weights of the hidden units of the noise level, tanh(level_scale log s + level_bias).
+        level_bias: biases of these hidden units.
+        level_terms: weights from these hidden units to their terms of b and a.
     """
 
     taps: Float[Array, "width hidden"]
@@ -126,59 +160,74 @@ class RingResidualNetwork(eqx.Module):
 
     @staticmethod
     def init(rng_key: PRNGKeyArray, channels: int, hidden: int, level_hidden: int = 8) -> RingResidualNetwork:
-        """Random W and b; a = 0, so that training starts from the denoiser of N(0, I)."""
+        """Initialize a network with random W and b, and a = 0: training starts from the denoiser of N(0, I).
+
+        Args:
+            rng_key: key of the random weights.
+            channels: features of each site.
+            hidden: number of hidden units of each site.
+            level_hidden: number of hidden units of the noise level.
+        """
         taps_key, shift_key, level_key = jax.random.split(rng_key, 3)
         return RingResidualNetwork(
             taps=jax.random.normal(taps_key, (WIDTH, hidden)) / WIDTH**0.5,
             shift=jax.random.normal(shift_key, (channels, hidden)) / channels**0.5,
             amplitude=jnp.zeros((channels, hidden)),
-            level_scale=0.5 * jax.random.normal(level_key, (level_hidden,)),
-            level_bias=jnp.linspace(-2.0, 2.0, level_hidden),
-            level_terms=jnp.zeros((level_hidden, 2 * hidden)),
+            **init_level_layer(level_key, level_hidden, 2 * hidden),
         )
 
-    def terms(self, features: Float[Array, "sites channels"]) -> RingNoiseLevelTerms:
-        """The features' part of b and a."""
-        return RingNoiseLevelTerms(features @ self.shift, features @ self.amplitude)
+    def terms(self, features: Float[Array, "sites channels"]) -> NoiseLevelTerms:
+        """Terms of b and a from the features, computed once per step; arrays of shape (sites, hidden)."""
+        return NoiseLevelTerms(features @ self.shift, features @ self.amplitude)
 
     def __call__(
-        self, z: Float[Array, " sites"], noise_level: Float[Array, ""], terms: RingNoiseLevelTerms
+        self, z: Float[Array, " sites"], noise_level: Float[Array, ""], terms: NoiseLevelTerms
     ) -> Float[Array, " sites"]:
-        """F(z, s), z already scaled by c_in."""
-        level = jnp.tanh(self.level_scale * jnp.log(noise_level) + self.level_bias) @ self.level_terms
-        shift, amplitude = jnp.split(level, 2)
-        hidden = jnp.tanh(neighborhoods(z[:, None]) @ self.taps + terms.shift + shift[None])
-        back = ((terms.amplitude + amplitude[None]) * hidden) @ self.taps.T
-        # The transpose of `neighborhoods`: every tap's column is rolled back to the site that it came from.
+        """Run the network.
+
+        Args:
+            z: noised latent, already multiplied by c_in.
+            noise_level: noise level s > 0.
+            terms: terms from the features, as `terms` returns them.
+
+        Returns:
+            Value of F, of the shape of the latent.
+        """
+        # The noise level adds the same terms at all sites.
+        added = level_layer(noise_level, self.level_scale, self.level_bias, self.level_terms)
+        shift, amplitude = jnp.split(added, 2)
+        level = NoiseLevelTerms(shift[None], amplitude[None])
+        # One layer on the neighborhood of each site, which returns one column per tap.
+        back = gradient_layer(neighborhoods(z[:, None]), self.taps, terms, level)
+        # The transpose of `neighborhoods` rolls the column of each tap back to the site that it came from.
         return jnp.sum(jnp.stack([jnp.roll(back[:, i], i - WIDTH // 2) for i in range(WIDTH)]), axis=0)
 
 
-class RingConditioning(NamedTuple):
-    """What one step of the emulator needs of the previous state.
+class RingEmulator(ResidualEmulator):
+    """Trained emulator of a system on a ring of sites. `load_prior("lorenz96")` loads the one that ships.
+
+    All values are in the unit of the system. Lorenz-96 has no unit.
 
     Attributes:
-        mean: m(x), shape (sites,).
-        terms: the features' part of F.
-    """
-
-    mean: Float[Array, " sites"]
-    terms: RingNoiseLevelTerms
-
-
-class RingEmulator(DiffusionPrior):
-    """A trained emulator of a system on a ring of sites; see the module for its form, `load_prior` to get one.
-
-    Attributes:
-        mean_network: previous state -> conditional mean and features, once a step.
-        residual_network: F, at every noise level.
-        state_mean: mean of a site in training, the system's unit; `state_scale` its standard deviation.
-        increment_scale: rms of the conditional mean minus the previous state in training, the system's unit.
-        latent_scale: S, rms of the next state minus the conditional mean in training, the system's unit.
+        mean_network: network for the conditional mean and the features, run once per step.
+        residual_network: network F that corrects the denoiser, run at every noise level.
+        state_mean: mean of a site in the training data.
+        state_scale: standard deviation of a site in the training data.
+        increment_scale: root mean square of the conditional mean minus the previous state in training.
+        latent_scale: scale S, the root mean square of the next state minus the conditional mean in training.
         climatology_mean: mean of a site over a long run of the true system.
-        climatology_covariance: covariance of two sites by their distance, shape (largest distance + 1,), the system's
-            unit squared.
-        checksum: sha256 of all arrays, see `priors.stored`.
-        card_text: the data card, as JSON; `card` is the same as a dictionary.
+        climatology_covariance: covariance of two sites by their distance, shape (largest distance + 1,), in the squared
+            unit of the system.
+        layout: layout with one axis of 5 sites or more.
+        noise_range: (lowest, highest) noise level of the training, relative to a latent of unit mean square.
+        checksum: SHA-256 of all stored arrays in hexadecimal; empty for an emulator that was not read from files.
+        card_text: data card, as JSON text.
+        noise: white noise.
+        conditioning_passes: 1, for the mean network.
+
+    Raises:
+        TypeError: an argument is of the wrong kind.
+        ValueError: the layout has more than one axis or fewer than 5 sites.
     """
 
     mean_network: RingMeanNetwork
@@ -197,51 +246,56 @@ class RingEmulator(DiffusionPrior):
     conditioning_passes: int = eqx.field(static=True, default=1, init=False)
 
     def __check_init__(self) -> None:
+        networks = "RingMeanNetwork.init(rng_key, channels=16, blocks=4)"
+        require(self.mean_network, RingMeanNetwork, self, "mean_network", networks)
+        networks = "RingResidualNetwork.init(rng_key, channels=16, hidden=16)"
+        require(self.residual_network, RingResidualNetwork, self, "residual_network", networks)
+        require(self.layout, Layout, self, "layout", 'ndda.Layout((40,), ("site",))')
         if len(self.layout.shape) != 1 or self.layout.shape[0] < WIDTH:
             raise ValueError(
-                f"a ring of shape {self.layout.shape}: the networks need one axis of {WIDTH} sites or more."
+                f"RingEmulator got a layout of shape {self.layout.shape}, but its networks need one axis of {WIDTH} "
+                "sites or more; give a larger ring."
             )
 
-    @property
-    def card(self) -> dict[str, Any]:
-        """How this emulator was trained and what it was measured to do; see docs and the training script."""
-        return json.loads(self.card_text)
-
-    def condition(self, state: PyTree, inputs: PyTree = None) -> RingConditioning:
-        """The conditional mean and the features: one pass of the mean network.
+    def mean_and_features(self, x: Float[Array, " sites"]) -> tuple[Float[Array, " sites"], Float[Array, ...]]:
+        """Conditional mean of shape (sites,) and features of shape (sites, channels), by one pass of the mean network.
 
         Args:
-            state: the previous state, shape (sites,), in the system's unit.
-            inputs: None.
-
-        Raises:
-            ValueError: inputs were given, which this prior has none of, or a state of another shape.
+            x: previous state in the unit of the system, shape (sites,).
         """
-        x = self.only_state(state, inputs)
         increment, features = self.mean_network((x - self.state_mean) / self.state_scale)
-        return RingConditioning(x + self.increment_scale * increment, self.residual_network.terms(features))
+        return x + self.increment_scale * increment, features
 
     def denoise(
-        self, z_s: Float[Array, " sites"], noise_level: Float[Array, ""], conditioning: RingConditioning
+        self, z_s: Float[Array, " sites"], noise_level: Float[Array, ""], conditioning: EmulatorConditioning
     ) -> Float[Array, " sites"]:
-        """D(z_s, s; x): one pass of the small network F."""
+        """Denoiser D(z_s, s; x) = E[z | z_s, x], by one pass of the residual network.
+
+        Args:
+            z_s: noised latent, shape (sites,).
+            noise_level: noise level s > 0.
+            conditioning: result of `condition` for the previous state.
+
+        Returns:
+            Denoised latent, shape (sites,).
+        """
         c_skip = 1.0 / (1.0 + noise_level**2)
         c_in = jnp.sqrt(c_skip)
         c_out = noise_level * c_in
         return c_skip * z_s + c_out * c_in * self.residual_network(c_in * z_s, noise_level, conditioning.terms)
 
-    def location(self, conditioning: RingConditioning) -> Float[Array, " sites"]:
-        """m(x), the conditional mean."""
-        return conditioning.mean
-
-    def scale(self, conditioning: RingConditioning) -> Float[Array, ""]:
-        """The rms of what the mean leaves, the same for every site."""
+    def scale(self, conditioning: EmulatorConditioning) -> Float[Array, ""]:
+        """Scale S of the latent in the unit of the system, the same for every site."""
         return self.latent_scale
 
     def climatology(self) -> dist.Distribution:
-        """The Gaussian with the mean and the covariance of a long run of the true system.
+        """Gaussian distribution with the mean and the covariance of a long run of the true system.
 
-        On a ring of another size than that of the run, sites further apart than half the run's ring are uncorrelated.
+        The ring may be larger than the ring of that run. Sites that are further apart than half of the run's ring are
+        then uncorrelated.
+
+        Returns:
+            NumPyro distribution of states in the unit of the system, event shape (sites,).
         """
         import numpyro.distributions as dist
 
@@ -250,8 +304,8 @@ class RingEmulator(DiffusionPrior):
         by_distance[: len(self.climatology_covariance)] = np.asarray(self.climatology_covariance)
         separation = np.arange(sites)
         separation = np.minimum(separation, sites - separation)
-        # A circulant covariance has the Fourier transform of its row as eigenvalues; cutting the row off at a distance,
-        # or estimating it, can make some negative.
+        # The eigenvalues of a circulant covariance are the Fourier transform of its first row. Some can be negative,
+        # because the row is an estimate and is cut off at the largest distance.
         spectrum = np.fft.rfft(by_distance[separation]).real
         row = np.fft.irfft(np.maximum(spectrum, 1e-4 * spectrum.max()), sites)
         factor = np.linalg.cholesky(row[(np.arange(sites)[:, None] - np.arange(sites)[None]) % sites])
@@ -259,27 +313,44 @@ class RingEmulator(DiffusionPrior):
 
 
 def save_ring_emulator(emulator: RingEmulator, card: dict[str, Any], folder: Path, name: str) -> None:
-    """Write NAME.npz (plain arrays) and NAME.json (the card, with noise range and checksum added) into `folder`."""
-    write_stored(named_arrays(emulator), {**card, "noise_range": list(emulator.noise_range)}, folder, name)
+    """Write the arrays of a ring emulator to NAME.npz and its data card to NAME.json.
+
+    Args:
+        emulator: the emulator.
+        card: data card, a dictionary that JSON can hold. The noise range and the checksum are added to it.
+        folder: folder of the two files; it is made if it does not exist.
+        name: name of the emulator, NAME above.
+
+    Raises:
+        TypeError: an argument is of the wrong kind.
+    """
+    require(emulator, RingEmulator, "save_ring_emulator", "emulator", 'ndda.load_prior("lorenz96")')
+    save_emulator(emulator, named_arrays(emulator), card, folder, name)
 
 
 def read_ring_emulator(folder: Path | Traversable, name: str, num_sites: int) -> RingEmulator:
-    """Read what `save_ring_emulator` wrote, for a ring of `num_sites`.
+    """Read a ring emulator that `save_ring_emulator` wrote.
+
+    Args:
+        folder: folder of the two files.
+        name: name of the emulator.
+        num_sites: number of sites of the ring, 5 or more. It may differ from the ring of the training.
 
     Raises:
+        TypeError: an argument is of the wrong kind.
         FileNotFoundError: the folder has no such files.
-        ValueError: the arrays are not those that the card describes, or `num_sites` is too small.
+        ValueError: the checksum of the arrays is not the one in the card, or `num_sites` is too small.
     """
-    stored, card_text = read_stored(folder, name, "examples/train_lorenz96.py")
-    card = json.loads(card_text)
-    arrays = {key: jnp.asarray(value) for key, value in stored.items()}
+    require(num_sites, (int, np.integer), "read_ring_emulator", "num_sites", "40")
+    stored = read_emulator(folder, name, "examples/train_lorenz96.py")
+    arrays = {key: jnp.asarray(value) for key, value in stored.arrays.items()}
     scalars = {key: value for key, value in arrays.items() if "." not in key}
     return RingEmulator(
         mean_network=RingMeanNetwork(**part(arrays, "mean_network.")),
         residual_network=RingResidualNetwork(**part(arrays, "residual_network.")),
         layout=Layout((num_sites,), ("site",), (("site", tuple(range(num_sites))),)),
-        noise_range=(float(card["noise_range"][0]), float(card["noise_range"][1])),
-        checksum=card["sha256"],
-        card_text=card_text,
+        noise_range=stored.noise_range,
+        checksum=stored.checksum,
+        card_text=stored.card_text,
         **scalars,
     )

@@ -1,15 +1,18 @@
-"""The trained priors that come with the package."""
+"""Trained priors that ship with the package."""
 
 from __future__ import annotations
 
 import importlib.resources
 from typing import Literal, overload
 
+import numpy as np
+
+from numpyro_diffusion_da.arguments import require
 from numpyro_diffusion_da.priors.ring import RingEmulator, read_ring_emulator
 from numpyro_diffusion_da.priors.spherical.emulator import SphericalEmulator, read_spherical_emulator
 
 SHIPPED = ("lorenz96", "held_suarez")
-"""What `load_prior` knows."""
+"""Names of the priors that `load_prior` loads."""
 
 
 @overload
@@ -25,23 +28,33 @@ def load_prior(name: str, num_sites: int | None = None) -> RingEmulator | Spheri
 
 
 def load_prior(name: str, num_sites: int | None = None) -> RingEmulator | SphericalEmulator:
-    """A trained prior that comes with this package.
+    """Load a trained prior that ships with the package.
 
     Args:
-        name: "lorenz96": stochastic Lorenz-96, F = 8, steps of 0.1, noise variance 0.5 (`priors.lorenz96`);
-            "held_suarez": weather of a dry atmosphere every 12 hours, on 32 x 64 points (docs/mini_weather.md).
-        num_sites: sites of the Lorenz-96 ring, 40 by default. Trained on 40; the networks are local, so other rings
-            work.
+        name: name of the prior. "lorenz96" is stochastic Lorenz-96 with forcing F = 8, steps of 0.1 time units and
+            noise variance 0.5, without physical units. "held_suarez" is the weather of a dry atmosphere every 12 hours
+            on 32 x 64 points, in the units of its layout (docs/mini_weather.md).
+        num_sites: number of sites of the Lorenz-96 ring, 5 or more; 40 by default. The networks were trained on 40
+            sites. They are local, so that they work on rings of other sizes.
+
+    Returns:
+        A `RingEmulator` for "lorenz96", a `SphericalEmulator` for "held_suarez".
 
     Raises:
-        ValueError: an unknown name, too few sites, sites of a prior that has none, or a file that is not the one its
-            card describes.
+        TypeError: an argument is of the wrong kind.
+        ValueError: the name is unknown, `num_sites` is too small or given for another prior than "lorenz96", or a
+            file does not have the checksum that its card states.
     """
+    require(name, str, "load_prior", "name", '"lorenz96"')
+    if num_sites is not None:
+        require(num_sites, (int, np.integer), "load_prior", "num_sites", "40")
     if name not in SHIPPED:
-        raise ValueError(f"no prior named '{name}' ships with this package; there is {', '.join(map(repr, SHIPPED))}.")
+        raise ValueError(
+            f"no prior named '{name}' ships with this package; load_prior takes {' or '.join(map(repr, SHIPPED))}."
+        )
     folder = importlib.resources.files("numpyro_diffusion_da").joinpath("data")
     if name == "lorenz96":
         return read_ring_emulator(folder, name, 40 if num_sites is None else num_sites)
     if num_sites is not None:
-        raise ValueError(f"load_prior got num_sites={num_sites}, which only 'lorenz96' has; leave it out.")
+        raise ValueError(f"load_prior got num_sites={num_sites}, which only 'lorenz96' has; leave it out for '{name}'.")
     return read_spherical_emulator(folder, name)

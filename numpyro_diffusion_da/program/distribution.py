@@ -17,10 +17,12 @@ from numpyro.distributions import constraints
 from numpyro.distributions.batch_util import promote_batch_shape
 from numpyro.util import is_prng_key
 
+from numpyro_diffusion_da.arguments import require
 from numpyro_diffusion_da.diffusion.density import ProbabilityFlow
 from numpyro_diffusion_da.diffusion.guidance import MMPS, Guidance
 from numpyro_diffusion_da.diffusion.prior import DiffusionPrior
-from numpyro_diffusion_da.diffusion.sampler import Sampler
+from numpyro_diffusion_da.diffusion.sampler import Sampler, as_sampler
+from numpyro_diffusion_da.diffusion.steps import Step
 from numpyro_diffusion_da.observation.likelihood import Likelihood
 from numpyro_diffusion_da.transition.base import DrawRecord
 from numpyro_diffusion_da.transition.diffusion import DiffusionDynamics
@@ -72,19 +74,17 @@ class DiffusionTransition(dist.Distribution):
         prior: DiffusionPrior,
         state: PyTree,
         inputs: PyTree = None,
-        sampler: Sampler | None = None,
+        sampler: Sampler | Step | None = None,
         *,
         density: ProbabilityFlow | None = None,
         validate_args: bool | None = None,
     ) -> None:
-        if not isinstance(prior, DiffusionPrior):
-            raise TypeError(
-                f"DiffusionTransition got a prior of type {type(prior).__name__}; give a DiffusionPrior, "
-                'for example ndda.load_prior("lorenz96").'
-            )
+        require(prior, DiffusionPrior, "DiffusionTransition", "prior", 'ndda.load_prior("lorenz96")')
         self.state = jax.tree.map(jnp.asarray, state)
         self.inputs = jax.tree.map(jnp.asarray, inputs)
-        sampler = DEFAULT_SAMPLER if sampler is None else sampler
+        sampler = DEFAULT_SAMPLER if sampler is None else as_sampler(sampler, "DiffusionTransition")
+        if density is not None:
+            require(density, ProbabilityFlow, "DiffusionTransition", "density", "ndda.diffusion.ProbabilityFlow()")
         self._handle = StaticByIdentity(prior=prior, sampler=sampler, density=density)
         batch_shape = prior.check_state(self.state)
         super().__init__(batch_shape, prior.layout.shape, validate_args=validate_args)

@@ -63,7 +63,7 @@ def bootstrap(program: StateSpaceModel, sampler: Sampler | None = None) -> Feynm
     Raises:
         ValueError: a program that cannot be filtered.
     """
-    program.check(one_step=False)
+    program.check(needs_dynamics=False)
 
     def propagate_sample(rng_key: PRNGKeyArray, particle: Particle, inputs: TimeInputs) -> Particle:
         x, _ = program.draw(rng_key, particle.carry, inputs, sampler)
@@ -93,9 +93,9 @@ def guided(
     Raises:
         ValueError: a program that cannot be filtered so.
     """
-    program.check(one_step=True)
+    program.check(needs_dynamics=True)
     if weight is None:
-        weight = Moment() if program.diffusion() is None else Dirac()
+        weight = Moment() if program.structure.diffusion is None else Dirac()
     guide = MMPS() if guidance is None else guidance
 
     def propagate_sample(rng_key: PRNGKeyArray, particle: Particle, inputs: TimeInputs) -> Particle:
@@ -113,7 +113,7 @@ def guided(
 def _init_sample(program: StateSpaceModel) -> Callable[[PRNGKeyArray], Particle]:
     def latent_shape() -> Array:
         call = program.call(jax.random.key(0))
-        return jnp.zeros(program.sites(call.init, call.first_inputs()).latent[program.latent_name].shape())
+        return jnp.zeros(program.sites(call.init, call.first_inputs()).latent[program.structure.latent_name].shape())
 
     x = jax.eval_shape(latent_shape)
 

@@ -53,11 +53,11 @@ class LinearGaussian:
     model_inputs: TimeInputs
 
     def __init__(self, program: StateSpaceModel) -> None:
-        program.check(one_step=True, gaussian_errors=True)
+        program.check(needs_dynamics=True, gaussian_errors=True)
         carry = program.call(jax.random.key(0)).init
         if not isinstance(carry, jax.Array):
             raise ValueError(
-                f"the scan of '{program.name}' carries {jax.tree.structure(carry)}; "
+                f"the scan of '{program.structure.name}' carries {jax.tree.structure(carry)}; "
                 "a Kalman filter needs the latent site's value alone."
             )
         self.program = program
@@ -69,7 +69,7 @@ class LinearGaussian:
             if not np.allclose(got, expected, rtol=0, atol=TOLERANCE * max(np.abs(expected).max(), 1e-30)):
                 raise ValueError(
                     f"{name} is not that of a linear-Gaussian program, and no Kalman filter is exact for "
-                    f"'{program.name}'; filter it with ndda.Filter."
+                    f"'{program.structure.name}'; filter it with ndda.Filter."
                 )
 
     def dynamics(self, inputs: TimeInputs) -> DynamicsMatrices:
@@ -117,7 +117,7 @@ class LinearGaussian:
         operator, shift, error, _ = self.observation(inputs)
         elsewhere = self._observed(x, carry, inputs)
         advanced = self.program.advance(x.reshape(self._shape), carry.reshape(self._shape), inputs)
-        latent = self.program.latent_name
+        latent = self.program.structure.latent_name
         return {
             f"what the scan carries on, which must be the value of site '{latent}',": (x, advanced.reshape(-1)),
             f"the mean of site '{latent}'": (matrix @ x + offset, mean),
@@ -131,7 +131,7 @@ class LinearGaussian:
         key, size = jax.random.key(0), self._zero.size
         with handlers.trace() as trace:
             self.program.call(key)
-        sites = {name: trace[name]["fn"] for name in self.program.initial_names}
+        sites = {name: trace[name]["fn"] for name in self.program.structure.initial_names}
         parts = []
         for name, fn in sites.items():
             found = gaussian_parts(fn)
@@ -165,7 +165,7 @@ class LinearGaussian:
         mean, factor, expected, got = jax.jit(moments)()
         if not np.allclose(got, expected, atol=TOLERANCE):
             raise ValueError(
-                f"the first carry of '{self.program.name}' is no linear function of the sites before its scan, and no "
+                f"the first carry of '{self.program.structure.name}' is no linear function of the sites before its scan, and no "
                 "Kalman filter is exact for it; filter it with ndda.Filter."
             )
         return mean, factor

@@ -33,13 +33,13 @@ class GlobalParameters:
     """
 
     def __init__(self, program: StateSpaceModel) -> None:
-        if not program.needed_names:
+        if not program.structure.needed_names:
             raise ValueError(
-                f"the scan of '{program.name}' uses no unobserved site outside it, so there is no parameter to infer; "
+                f"the scan of '{program.structure.name}' uses no unobserved site outside it, so there is no parameter to infer; "
                 "filter it with ndda.Filter."
             )
         self.program = program
-        self.names = program.global_names
+        self.names = program.structure.global_names
         shapes = jax.eval_shape(self._draw, jax.random.key(0))
         zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
         flat, self._unravel = ravel_pytree(zeros)
@@ -56,7 +56,7 @@ class GlobalParameters:
     def prior_program(self) -> Callable[..., None]:
         """The program of the parameters alone, and of what observes them: what `numpyro.infer` can run."""
         program = self.program
-        hidden = set(program.initial_names)
+        hidden = set(program.structure.initial_names)
 
         def anything(site: dict[str, Any]) -> Array | None:
             # Nothing that is left depends on these sites: any value will do.
@@ -77,7 +77,7 @@ class GlobalParameters:
             support = sites[name]["fn"].support
             if support.is_discrete:
                 raise ValueError(
-                    f"site '{name}' of '{program.name}' is discrete; a random walk cannot move it: "
+                    f"site '{name}' of '{program.structure.name}' is discrete; a random walk cannot move it: "
                     "condition on it, and compare the log-evidences of its values."
                 )
             unconstrained[name] = dist.biject_to(support).inv(sites[name]["value"])
@@ -103,7 +103,7 @@ class GlobalParameters:
         """log p of what is observed outside the scan, given the parameters; 0 where nothing is."""
         program = self.program
         log_probs, _ = compute_log_probs(self.prior_program, program.args, program.kwargs, self.values(position))
-        return jnp.asarray(sum((log_probs[name] for name in program.outside_names), start=0.0))
+        return jnp.asarray(sum((log_probs[name] for name in program.structure.outside_names), start=0.0))
 
     def filterable(self, position: Float[Array, " d"]) -> StateSpaceModel:
         """The program with its parameters known."""

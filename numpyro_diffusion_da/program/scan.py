@@ -123,10 +123,15 @@ def run_to_scan(program: Callable[[], Any], rng_key: PRNGKeyArray) -> ScanCall |
 
 
 class SkipScan(Messenger):
-    """Replaces the scan by a result of the right shape, and records which sites come before and after it."""
+    """Replaces the scan by a result of the right shape, and records which sites come before and after it.
 
-    def __init__(self) -> None:
+    Args:
+        mark: (site, drawn value) -> value, for latent sites before the scan that no other handler gives a value.
+    """
+
+    def __init__(self, mark: Callable[[str, Array], Array] = lambda name, value: value) -> None:
         super().__init__()
+        self.mark = mark
         self.scans: list[ScanCall] = []
         self.before: dict[str, dict[str, Any]] = {}
         self.after: list[str] = []
@@ -153,6 +158,8 @@ class SkipScan(Messenger):
             if self.scans:
                 self.after.append(msg["name"])
             else:
+                if not msg["is_observed"] and msg["name"] not in self.given:
+                    msg["value"] = self.mark(msg["name"], msg["value"])
                 self.before[msg["name"]] = msg.copy()
 
 

@@ -21,7 +21,7 @@ from numpyro_diffusion_da.transition.diffusion import DiffusionDynamics
 from numpyro_diffusion_da.transition.gaussian import GaussianDynamics
 
 
-def one_step(name: str, fn: dist.Distribution, sampler: Sampler | None = None) -> Dynamics:
+def dynamics_of(name: str, fn: dist.Distribution, sampler: Sampler | None = None) -> Dynamics:
     """The transition that a latent site's distribution stands for.
 
     Raises:
@@ -82,7 +82,7 @@ def log_density(name: str, fn: dist.Distribution, x: Array) -> tuple[Float[Array
     """log p(x' | c) of a transition with a density, and the network passes made.
 
     Raises:
-        ValueError: see `check_density`, and `one_step` for batches.
+        ValueError: see `check_density`, and `dynamics_of` for batches.
     """
     check_density(name, fn)
     if isinstance(fn, DiffusionTransition) and fn.density is not None:

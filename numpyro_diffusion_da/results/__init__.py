@@ -1,4 +1,4 @@
-"""The result of a run, its labeled forms for xarray and ArviZ, smoothing by genealogy, and printed summaries."""
+"""Results of a run: arrays, labeled forms for xarray and ArviZ, smoothing by genealogy, and printed summaries."""
 
 from numpyro_diffusion_da.results.convert import parameters_to_arviz, parameters_to_datatree, to_arviz, to_datatree
 from numpyro_diffusion_da.results.result import FilterResult, ParameterResult

@@ -1,26 +1,53 @@
-"""Advice that a run gives in its warnings."""
+"""Advice that a filter run gives in its warnings and in its summary."""
 
 from __future__ import annotations
+
+import numpy as np
 
 from numpyro_diffusion_da.results.result import FilterResult
 
 TOO_MANY = 1.0 / 3.0
-"""Share of the checked observations above which it is rather the filter that is wrong."""
+"""Rejected share of the checked observations above which the filter is more likely wrong than the observations."""
+
+TEMPERED = 0.1
+"""Tempering exponent alpha below which resampling makes little use of the observations."""
 
 
 def rejected_share(result: FilterResult) -> float:
-    """Of the observations that were there to be checked; 0 where nothing was."""
+    """Rejected share of the checked observations, over all sites and chains; 0 if none was checked."""
     observed = sum(int(result.observed_mask[name].sum()) * len(values) for name, values in result.rejected.items())
     return sum(int(values.sum()) for values in result.rejected.values()) / max(observed, 1)
 
 
 def rejection_advice(result: FilterResult) -> str | None:
-    """What to do where a check rejected more than `TOO_MANY`; None where it did not."""
+    """Advice if a gross-error check rejected more than the share `TOO_MANY`; None otherwise."""
     share = rejected_share(result)
     if share <= TOO_MANY:
         return None
     return (
-        f"the gross-error check rejected {share:.0%} of the observations: the ensemble has lost the truth, or the "
-        "observation errors are given too small, and a filter that rejects what could correct it does not "
-        "recover; raise the threshold, or the spread (inflation), or look at the errors (innovations)."
+        f"the gross-error check rejected {share:.0%} of the observations. Either the ensemble has lost the truth, or "
+        "the given observation errors are too small. A filter that rejects the observations that could correct it does "
+        "not recover; raise the threshold, increase the spread by inflation, or check the observation errors with "
+        "ndda.diagnostics.error_variances."
+    )
+
+
+def tempering_advice(result: FilterResult) -> str | None:
+    """Advice if the median tempering exponent alpha of the weights is below `TEMPERED`; None otherwise."""
+    alpha = float(np.median(result.sample_stats["tempering"]))
+    if alpha >= TEMPERED:
+        return None
+    algorithm, weight = (str(result.attributes.get(name, "")) for name in ("algorithm", "weight"))
+    if result.is_local:
+        instead = ["give each block fewer observations by a smaller radius of the taper"]
+    elif algorithm == "FAAPF":
+        instead = ["select ancestors by nearby observations, with FAAPF(model, taper=ndda.Taper(...))"]
+    else:
+        instead = ["use ndda.FAAPF(model), which weights particles before it moves them"]
+    if weight == "Dirac()":
+        instead += ["include the spread of the transition in the weights, weight=ndda.Moment()"]
+    return (
+        f"weights are tempered to alpha = {alpha:.2g} (median), below {TEMPERED}: untempered weights would keep only a "
+        "few particles, and tempered weights use less of the observations; "
+        f"{'; '.join(instead)}; or take more particles."
     )

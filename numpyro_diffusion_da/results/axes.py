@@ -1,4 +1,4 @@
-"""Names, lengths and coordinates of the axes of a result, and the checks that they fit each other."""
+"""Names, lengths and coordinates of the axes of a result, and checks that they are consistent."""
 
 from __future__ import annotations
 
@@ -13,15 +13,33 @@ if TYPE_CHECKING:
     from numpyro_diffusion_da.results.result import FilterResult
 
 Dims = Mapping[str, Sequence[str]]
+"""Names of the axes of each site after time."""
+
 Coords = Mapping[str, Any]
+"""Coordinate values of each dimension."""
 
 PARTICLE = ("chain", "draw", "time")
+"""Leading axes of arrays with one value per particle."""
+
 CHAIN = ("chain", "time")
+"""Leading axes of arrays with one value per chain and step."""
+
 SHARED = {"chain", "draw", "time"}
+"""Names of axes that no site may use for axes of its own."""
 
 
 class Axes:
-    """The names, lengths and coordinates of axes, and the checks that they fit each other."""
+    """Names, lengths and coordinates of the axes of one result, collected while its variables are made.
+
+    Args:
+        result: result of a filter run.
+        time: coordinate of the time axis, one value per step; None for 0, 1, ...
+        dims: names of the axes of sites after time.
+        coords: coordinate values of dimensions.
+
+    Raises:
+        ValueError: `coords` sets chain, draw or time, or the length of `time` is not the number of steps.
+    """
 
     def __init__(self, result: FilterResult, time: Any, dims: Dims, coords: Coords) -> None:
         chains, draws, steps = result.posterior[result.latent_name].shape[:3]
@@ -31,10 +49,10 @@ class Axes:
         self.site_names = {*result.posterior, *result.observed_data}
         self.given = dict(coords)
         for name in SHARED & set(coords):
-            instead = "give it as time=..." if name == "time" else "it numbers the filters or their particles"
+            instead = "give it as time=..." if name == "time" else "it counts chains or particles; leave it out"
             raise ValueError(f"coords cannot set '{name}': {instead}.")
         if time is not None and len(time) != steps:
-            raise ValueError(f"time has {len(time)} values, but the filter made {steps} steps; give one value a step.")
+            raise ValueError(f"time has {len(time)} values, but the filter made {steps} steps; give one per step.")
         self.values: dict[str, Any] = {
             "chain": np.arange(chains),
             "draw": np.arange(draws),
@@ -49,19 +67,21 @@ class Axes:
             self.layout_values |= layout.level_coords()
 
     def _names(self, site: str, shape: tuple[int, ...]) -> tuple[str, ...]:
-        """Names of a site's own axes."""
+        """Names of the axes of a site after chain, draw and time."""
         layout = self.result.layout
         if site in self.dims:
             names = self.dims[site]
             full = max((len(s) for s in self._site_shapes(site)), default=0)
             if len(names) != full:
                 raise ValueError(f"dims names {len(names)} axes {names} of '{site}', which has {full} after time.")
-            return names[: len(shape)]  # the log-likelihood of a multivariate site lacks the last ones
+            # The log-likelihood of a multivariate site lacks the last axes.
+            return names[: len(shape)]
         if site == self.result.latent_name and layout is not None and layout.shape == shape:
             return layout.dims
         return tuple(f"{site}_dim_{i}" for i in range(len(shape)))
 
     def _site_shapes(self, site: str) -> list[tuple[int, ...]]:
+        """Shapes of a site after its leading axes, in each group that has the site."""
         result = self.result
         arrays = [(result.posterior, 3), (result.posterior_predictive, 3), (result.observed_data, 1)]
         return [group[site].shape[lead:] for group, lead in arrays if site in group]
@@ -74,19 +94,30 @@ class Axes:
         attributes: dict[str, str] | None = None,
         names: tuple[str, ...] | None = None,
     ) -> tuple[tuple[str, ...], np.ndarray, dict[str, str]]:
-        """(dims, values, attributes) as xarray takes a variable."""
+        """Make a variable as xarray takes it: (dims, values, attributes).
+
+        Args:
+            site: name of the variable.
+            values: array of the variable.
+            leading: names of the leading axes.
+            attributes: attributes of the variable.
+            names: names of the other axes; None to take them from `dims`, the layout, or numbers.
+
+        Raises:
+            ValueError: a name of an axis is already taken, or an axis has another length elsewhere or in `coords`.
+        """
         shape = values.shape[len(leading) :]
         do = "Rename the site." if names else f"Name the axes yourself: dims={{'{site}': [...]}}."
         names = names or self._names(site, shape)
         for name, size in zip(names, shape, strict=True):
             if name in SHARED or names.count(name) > 1 or name in self.site_names:
                 raise ValueError(
-                    f"'{name}' cannot name an axis of '{site}': it is the name of a site or of another axis. {do}"
+                    f"'{name}' cannot name an axis of '{site}': it already names a site or another axis. {do}"
                 )
             if self.sizes.setdefault(name, size) != size:
                 raise ValueError(
                     f"dimension '{name}' has {size} values in '{site}', but {self.sizes[name]} in another site; "
-                    "give the two different names in dims."
+                    "give these axes different names in dims."
                 )
             coordinate = self.given.get(name)
             if coordinate is not None and len(coordinate) != size:
@@ -94,20 +125,24 @@ class Axes:
         return (*leading, *names), values, attributes or {}
 
     def sites(self, arrays: Mapping[str, np.ndarray], leading: tuple[str, ...]) -> dict[str, Any]:
-        """All sites of a group."""
+        """Variables of all sites of a group."""
         latent, layout = self.result.latent_name, self.result.layout
         units = {} if layout is None else {latent: {"units": layout.units}}
         return {site: self.variable(site, values, leading, units.get(site)) for site, values in arrays.items()}
 
     def with_state(self, arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:
-        """All sites of a group that has the state, which is cut into its fields where the layout names them."""
+        """Variables of all sites of a group; the state is split into fields if its layout has variables.
+
+        Raises:
+            ValueError: `dims` names axes of the split state, or the name of a field is already taken.
+        """
         latent, layout = self.result.latent_name, self.fields
         if layout is None or latent not in arrays:
             return self.sites(arrays, PARTICLE)
         if latent in self.dims:
             raise ValueError(
-                f"dims names the axes of '{latent}', but its layout cuts it into the fields "
-                f"{', '.join(v.name for v in layout.variables)}, whose axes have names; leave '{latent}' out."
+                f"dims names the axes of '{latent}', but its layout splits it into the fields "
+                f"{', '.join(v.name for v in layout.variables)}, whose axes have names; leave '{latent}' out of dims."
             )
         others = {name: values for name, values in arrays.items() if name != latent}
         fields = {}
@@ -115,14 +150,14 @@ class Axes:
             if name in others or name in SHARED or name in (*layout.dims, *layout.level_coords()):
                 raise ValueError(
                     f"the state '{latent}' has a field '{name}', which is the name of another site or of an axis; "
-                    "rename that site, or the variable of the layout."
+                    "rename the site or the variable of the layout."
                 )
             attributes = {**gridded_data.attributes(layout.variable(name)), "site": latent}
             fields[name] = self.variable(name, values, PARTICLE, attributes, dims)
         return {**fields, **self.sites(others, PARTICLE)}
 
     def coordinates(self, variables: Mapping[str, Any]) -> dict[str, Any]:
-        """A coordinate for every dimension of a group: ArviZ's plots need one even where it only counts."""
+        """Coordinates of all dimensions of a group; those without values count 0, 1, ..., as ArviZ's plots require."""
         used = dict.fromkeys(name for dims, _, _ in variables.values() for name in dims)
         values = {**self.layout_values, **self.given, **self.values}
         known = {} if self.fields is None else gridded_data.AXIS_ATTRIBUTES
@@ -132,7 +167,11 @@ class Axes:
         }
 
     def check_all_used(self) -> None:
-        """A name that fits nothing is a misspelt one."""
+        """Check that every name in `dims` and `coords` is in use, because others are misspelled.
+
+        Raises:
+            ValueError: a name is not in use.
+        """
         if unknown := set(self.dims) - self.site_names:
             raise ValueError(f"dims has {sorted(unknown)}, but the sites are {sorted(self.site_names)}.")
         if unknown := set(self.given) - set(self.sizes):
@@ -140,7 +179,7 @@ class Axes:
 
 
 def _coordinate(name: str, values: Any, known: Mapping[str, str]) -> tuple[str, Any, dict[Any, Any]]:
-    """(dim, values, attributes), whatever the coordinates were given as; `known` where they have no attributes."""
+    """Make a coordinate as xarray takes it: (dim, values, attributes); `known` if `values` has no attributes."""
     import xarray
 
     if isinstance(values, (xarray.DataArray, xarray.Variable)):

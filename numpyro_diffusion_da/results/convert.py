@@ -1,6 +1,7 @@
-"""Result -> `xarray.DataTree` -> ArviZ. The only module that knows ArviZ.
+"""Conversion of results to `xarray.DataTree` and to ArviZ.
 
-xarray and ArviZ are imported where they are used: they take longer to load than the rest of the package.
+xarray and ArviZ are imported inside functions, because they take longer to load than the rest of the package. No other
+module imports ArviZ.
 """
 
 from __future__ import annotations
@@ -21,13 +22,14 @@ if TYPE_CHECKING:
 
 GROUPS = {
     "posterior": "Analysis particles, equally weighted: draws of the state at each time given observations up to it.",
-    "prior": "The one-step forecast E[x' | c] that each analysis particle came from: a mean, not a draw.",
-    "posterior_predictive": "A draw of each observed site, observation error included, for each analysis particle.",
+    "prior": "One-step forecast E[x' | c] from which each analysis particle was drawn: a mean, not a draw.",
+    "posterior_predictive": "One draw of each observed site per analysis particle, observation error included.",
     "log_likelihood": "log p(y | x) of each observation at each analysis particle.",
-    "observed_data": "The observations.",
-    "constant_data": "Standard deviation of each observation's error (NaN where it has none), and what is missing.",
+    "observed_data": "Observations, NaN where missing.",
+    "constant_data": "Standard deviation of the error of each observation (NaN if it has none), and missing values.",
     "sample_stats": "Diagnostics of the filter at each step.",
 }
+"""Description of each group of a filter result."""
 
 SMOOTHED = {
     "genealogy": "Trajectories, equally weighted: each draw is a path of states given all observations.",
@@ -35,103 +37,117 @@ SMOOTHED = {
     "fixed lag": "Particles, equally weighted: draws of the state at each time given observations up to smoothing_lag "
     "steps later.",
 }
-"""What the posterior is, by the attribute `smoothing`."""
+"""Description of the posterior of a smoothed result, for each value of the attribute `smoothing`."""
 
 PARAMETER_GROUPS = {
     "posterior": "Global parameters, equally weighted: draws given all observations.",
     "posterior_over_time": "Global parameters, equally weighted: draws given observations up to each time.",
     "sample_stats": "Diagnostics of the inference.",
 }
+"""Description of each group of a parameter result."""
 
 MISSING = {
-    "log_likelihood": "0, where rejected too",
+    "log_likelihood": "0, also where rejected",
     "observed_data": "NaN",
-    "posterior_predictive": "a draw, as elsewhere",
+    "posterior_predictive": "a draw, as for other observations",
 }
+"""Values that groups have in place of missing observations."""
 
 STATS = {
     "log_weights": (
         "log-weight before tempering",
-        "draw is the index of the particle before resampling, not that of posterior; -inf: could not be selected",
+        "draw counts particles before resampling, unlike in posterior; -inf for particles that cannot be selected",
     ),
     "ancestors": (
         "ancestor of each particle",
-        "for each draw of posterior, the draw at the previous time that it comes from",
+        "for each draw of posterior, the index of its parent among the draws of the previous time",
     ),
     "ess": ("effective sample size of the weights before tempering", "between 1 and the number of particles"),
     "tempering": (
-        "alpha of the tempering of the weights",
-        "in (0, 1]: their exponent, or that of the likelihood in them (the attribute tempering says which); below 1 "
-        "the weights would have kept too few particles",
+        "tempering exponent alpha",
+        "in (0, 1]: exponent of the weights, or of the likelihood in the weights (see the attribute tempering); below "
+        "1 if untempered weights would have kept too few particles",
     ),
     "log_evidence_increment": (
         "estimate of log p(y_k | y_1, ..., y_k-1)",
-        "log mean of the weights before tempering; sum over time for the log-evidence",
+        "log of the mean weight before tempering; the sum over time is the log-evidence",
     ),
-    "distinct_ancestors": ("number of different ancestors", "between 1 and the number of particles"),
-    "filter_draw": ("particle of the filter", "for each draw of the smoothed posterior, its draw in the filter's"),
+    "distinct_ancestors": ("number of distinct ancestors", "between 1 and the number of particles"),
+    "filter_draw": (
+        "index of the particle of the filter",
+        "for each draw of the smoothed posterior, its index among the particles of the filter",
+    ),
     "distinct_lines": (
-        "number of different particles of the filter among the smoothed draws",
-        "between 1 and the number of particles; where it is small, the smoothed draws are copies of few",
+        "number of distinct particles of the filter among the smoothed draws",
+        "between 1 and the number of particles; if small, the smoothed draws are copies of a few particles",
     ),
     "backward_ess": (
-        "effective sample size of the weights that links back were drawn by",
-        "between 1 and the number of particles; near 1, particles could hardly have come from another",
+        "effective sample size of the weights from which backward simulation drew the links",
+        "between 1 and the number of particles; near 1, draws could hardly have come from another particle",
     ),
     "backward_passes_forward": (
-        "forward passes of the densities",
-        "of one draw, to link it to the particles of a time",
+        "forward passes of the transition densities",
+        "to link one draw to the particles of the previous time",
     ),
-    "backward_passes_jvp": ("Jacobian-vector products of the densities", "of one draw, to link it to those of a time"),
-    "backward_passes_vjp": ("vector-Jacobian products of the densities", "of one draw, to link it to those of a time"),
+    "backward_passes_jvp": (
+        "Jacobian-vector products of the transition densities",
+        "to link one draw to the particles of the previous time",
+    ),
+    "backward_passes_vjp": (
+        "vector-Jacobian products of the transition densities",
+        "to link one draw to the particles of the previous time",
+    ),
     "log_weight_std": (
         "standard deviation of the finite log-weights",
         "weights collapse near sqrt(2 log N) for N particles",
     ),
-    "solver_residual": ("largest relative residual of the linear solves of a draw", "0 where no solve was made"),
-    "acceptance_rate": ("probability with which a proposal was accepted", "NaN where none was made"),
+    "solver_residual": ("largest relative residual of the linear solves of a draw", "0 without linear solves"),
+    "acceptance_rate": ("acceptance probability of proposals", "NaN if none was made"),
     "is_accepted": ("whether the proposal was accepted", ""),
-    "log_evidence": ("estimate of log p(y | parameters)", "that of the current point, made once and kept"),
-    "filter_steps": ("steps of state filters made", "over all parameters, those of moves included"),
-    "lp": ("log prior in unconstrained space + log-evidence", "the chain's log-density, up to a constant"),
+    "log_evidence": ("estimate of log p(y | parameters)", "estimate at the current point, made once and kept"),
+    "filter_steps": ("number of steps of state filters", "over all parameters, including those of moves"),
+    "lp": ("log prior in unconstrained space + log-evidence", "log-density of the chain, up to a constant"),
     "network_passes_forward": ("forward passes of the network", "per particle and step, averaged over particles"),
     "network_passes_jvp": ("Jacobian-vector products of the network", "per particle and step, averaged over particles"),
     "network_passes_vjp": ("vector-Jacobian products of the network", "per particle and step, averaged over particles"),
 }
+"""Long name and description of each statistic."""
 
 
 def to_datatree(
     result: FilterResult, *, time: Any = None, dims: Dims | None = None, coords: Coords | None = None
 ) -> xarray.DataTree:
-    """The result of a run with names for everything, ready for xarray, netCDF and Zarr.
+    """Convert a filter result to a tree of named and labeled arrays for xarray, netCDF and Zarr.
 
-    Groups: `posterior`, `prior` where forecasts were kept, `posterior_predictive`, `log_likelihood`, `observed_data`,
-    `constant_data` (for each observed site ``{site}_error`` and ``{site}_missing``) and `sample_stats` (with
-    ``{site}_rejected`` of a gross-error check); each says in its attribute `description` what it is. Dimensions are
-    `chain` (independent filter), `draw` (particle), `time`, then those of the site: the layout's for the state,
-    ``{site}_dim_0``, ... for others.
+    The groups are `posterior`, `prior` if forecasts were kept, `posterior_predictive`, `log_likelihood`,
+    `observed_data`, `constant_data` (``{site}_error`` and ``{site}_missing`` for each observed site) and `sample_stats`
+    (with ``{site}_rejected`` for a gross-error check). The attribute `description` of a group explains its contents.
+    Dimensions are `chain` (independent filters), `draw` (particles), `time`, and then those of the site: the dimensions
+    of the layout for the state, ``{site}_dim_0``, ... for others.
 
-    A state whose layout names variables (a gridded one) is not one array there but a variable for every field, such as
-    ``posterior["temperature"]`` with (chain, draw, time, level, latitude, longitude), in its unit, and NaN where it is
-    undefined. Only these with NaN are copied.
+    If the layout of the state has variables, as for gridded states, each field becomes a variable of its own, for
+    example ``posterior["temperature"]`` with dimensions (chain, draw, time, level, latitude, longitude), with its unit,
+    and NaN where it is undefined. Only fields with undefined points are copied.
 
-    The tree goes through files as it is: ``tree.to_netcdf(path, engine="h5netcdf")``,
+    Files hold the tree without changes: ``tree.to_netcdf(path, engine="h5netcdf")``,
     ``tree.to_zarr(path, consolidated=False)``.
 
     Args:
-        result: `Filter.result`, or one of `smoothing`.
-        time: coordinate of the time axis, one value a step (dates, hours, ...); by default 0, 1, ...
-        dims: names for a site's axes after `time`, as ArviZ's converters take them: ``{"y": ["station"]}``.
-        coords: coordinate values of dimensions: ``{"station": ["Oslo", "Bergen"]}``. They take precedence over the
-            layout's.
+        result: `Filter.result`, or a smoothed result.
+        time: coordinate of the time axis, one value per step (dates, hours, ...); by default 0, 1, ...
+        dims: names of the axes of sites after `time`, in the form of ArviZ's converters: ``{"y": ["station"]}``.
+        coords: coordinate values of dimensions, ``{"station": ["Oslo", "Bergen"]}``; they override those of the layout.
+
+    Returns:
+        Tree with one dataset per group.
 
     Raises:
-        ValueError: `time`, a coordinate or a site's names do not fit the arrays, or name something that is not there.
+        ValueError: `time`, `dims` or `coords` do not fit the arrays, or name sites or dimensions that do not exist.
     """
     import xarray
 
     axes = Axes(result, time, dims or {}, coords or {})
-    latent = {result.latent_name: result.posterior[result.latent_name]}  # first, whatever the others are called
+    latent = {result.latent_name: result.posterior[result.latent_name]}  # the state comes first
     stats = {
         **result.sample_stats,
         **{f"network_passes_{name}": passes for name, passes in result.network_passes.items()},
@@ -153,7 +169,7 @@ def to_datatree(
         },
         "sample_stats": {name: _statistic(axes, name, values) for name, values in stats.items()}
         | {
-            f"{site}_rejected": axes.variable(site, values, CHAIN, {"long_name": f"values left out of {site}"})
+            f"{site}_rejected": axes.variable(site, values, CHAIN, {"long_name": f"rejected values of {site}"})
             for site, values in result.rejected.items()
         },
     }
@@ -171,40 +187,45 @@ def to_datatree(
 
 
 def to_arviz(result: FilterResult, *, time: Any = None, dims: Dims | None = None, coords: Coords | None = None) -> Any:
-    """The result as the installed ArviZ takes it: `InferenceData` before ArviZ 1, a `DataTree` from then on.
+    """Convert a filter result for the installed ArviZ: `InferenceData` before ArviZ 1, a `DataTree` since.
 
-    It is `to_datatree`, with every observed site as a list of what was observed: in `log_likelihood`,
+    The result is that of `to_datatree`, with each observed site as a list of its observed values. In `log_likelihood`,
     `posterior_predictive` and `observed_data` the site `y` has one dimension ``y_observed``, whose coordinates
-    ``y_time``, ... say where each value belongs. ArviZ has no notion of missing values: it would count them as data
-    points in `loo` (ArviZ 1 fails), and draws of them in predictive plots; and some plots of ArviZ 1 take observations
-    along one dimension only. A site of which nothing was observed is left out, and so is what a gross-error check
-    rejected in any chain.
+    ``y_time``, ... give the place of each value. ArviZ does not handle missing values: `loo` would count them as data
+    (or fail, in ArviZ 1), and predictive plots would show draws of them. Some plots of ArviZ 1 also require a single
+    dimension. Sites without any observation are left out, and so are values that a gross-error check rejected in any
+    chain.
 
-    What ArviZ's numbers mean here:
+    How to read ArviZ's diagnostics of a filter:
 
-    - A chain is an independent filter, and its draws at one time are exchangeable particles, not a Markov chain:
-      nothing follows from their order, except that systematic resampling puts those of one ancestor side by side.
+    - A chain is an independent filter. Its draws at one time are exchangeable particles, not a Markov chain. Their
+      order has no meaning, except that systematic resampling places particles of one ancestor next to each other.
     - `az.rhat` compares the filters. For N particles whose mean has the error of n independent draws, R-hat is near
-      sqrt(1 + 1/n - 1/N): 1.01 is about n = 50. It sees what one filter cannot: error carried from step to step. It
-      does not see a bias that all filters share (tempering, an approximate weight). The default R-hat splits each
-      chain into halves, which differ when few ancestors remain; ``method="identity"`` compares whole filters only.
-    - `az.ess` and `az.mcse` are made for Markov chains: they take siblings for autocorrelation, and ESS falls with the
-      number of ancestors. The effective sample size of the weights is ``sample_stats["ess"]``.
-    - `az.loo` at time k leaves one observation out of y_1, ..., y_k, as a draw at k has not seen later ones: a sum of
-      log p(y_kj | the others up to k), not the leave-one-out of the whole series. Its Pareto k tends to P / (P + R) for
-      an observation whose forecast from the others has variance P, and error variance R: above 0.7, where the error is
-      small, elpd is too high. There compare models by their log-evidence, the sum of
-      ``sample_stats["log_evidence_increment"]``. Of smoothed draws "up to k" is up to k + lag; of whole trajectories,
-      the leave-one-out of the series, worth little where few lines are left (``sample_stats["distinct_lines"]``).
+      sqrt(1 + 1/n - 1/N); 1.01 corresponds to about n = 50. It detects error that a filter carries from step to step,
+      which one filter alone cannot show. It does not detect a bias that all filters share, such as that of tempering
+      or of approximate weights. The default R-hat splits each chain into halves, which differ when few ancestors
+      remain; ``method="identity"`` compares whole filters.
+    - `az.ess` and `az.mcse` are made for Markov chains. They interpret siblings as autocorrelation, so ESS falls with
+      the number of ancestors. The effective sample size of the weights is ``sample_stats["ess"]``.
+    - `az.loo` at time k leaves one observation out of y_1, ..., y_k, because a draw at k has not seen later ones. It
+      sums log p(y_kj | the others up to k) and is not the leave-one-out of the whole series. Let R be the error
+      variance of an observation, and P the variance of its forecast from the others. Its Pareto k tends to P / (P + R).
+      Above 0.7, that is for small errors, elpd is too high. Then compare models by their log-evidence, the sum of
+      ``sample_stats["log_evidence_increment"]``. With a fixed lag, "up to k" means up to k + lag. With whole
+      trajectories it is the leave-one-out of the series, but unreliable if few distinct lines remain
+      (``sample_stats["distinct_lines"]``).
 
     Args:
-        result: `Filter.result`, or one of `smoothing`.
-        time: see `to_datatree`.
-        dims: see `to_datatree`.
-        coords: see `to_datatree`.
+        result: `Filter.result`, or a smoothed result.
+        time: coordinate of the time axis, one value per step, as in `to_datatree`.
+        dims: names of the axes of sites after `time`, as in `to_datatree`.
+        coords: coordinate values of dimensions, as in `to_datatree`.
+
+    Returns:
+        `arviz.InferenceData` before ArviZ 1, an `xarray.DataTree` since.
 
     Raises:
-        ValueError: see `to_datatree`.
+        ValueError: `time`, `dims` or `coords` do not fit the arrays, or name sites or dimensions that do not exist.
     """
     import xarray
 
@@ -222,18 +243,22 @@ def to_arviz(result: FilterResult, *, time: Any = None, dims: Dims | None = None
 def parameters_to_datatree(
     result: ParameterResult, *, dims: Dims | None = None, coords: Coords | None = None
 ) -> xarray.DataTree:
-    """Draws of global parameters with names for everything.
+    """Convert draws of global parameters to a tree of named and labeled arrays.
 
-    Groups: `posterior` with (chain, draw, then the parameter's own dims), `sample_stats` with (chain, draw) for `PMMH`
-    and (chain, time) for `SMC2`, and for the latter `posterior_over_time` with (chain, draw, time, own dims).
+    The groups are `posterior` with dimensions (chain, draw, ...) and `sample_stats` with (chain, draw) for `PMMH` and
+    (chain, time) for `SMC2`. `SMC2` also has `posterior_over_time` with (chain, draw, time, ...). The dots are the axes
+    of the parameter.
 
     Args:
         result: `PMMH.result` or `SMC2.result`.
-        dims: names for a parameter's own axes: ``{"bias": ["station"]}``; by default ``bias_dim_0``, ...
-        coords: coordinate values of dimensions: ``{"station": ["Oslo", "Bergen"]}``.
+        dims: names of the axes of parameters, ``{"bias": ["station"]}``; by default ``bias_dim_0``, ...
+        coords: coordinate values of dimensions, ``{"station": ["Oslo", "Bergen"]}``.
+
+    Returns:
+        Tree with one dataset per group.
 
     Raises:
-        ValueError: names or coordinates that do not fit the arrays, or name something that is not there.
+        ValueError: `dims` or `coords` do not fit the arrays, or name parameters or dimensions that do not exist.
     """
     import xarray
 
@@ -250,8 +275,8 @@ def parameters_to_datatree(
         for name, size in zip(axes[site], shape, strict=True):
             if name in SHARED or sizes.setdefault(name, size) != size or len(given.get(name, range(size))) != size:
                 raise ValueError(
-                    f"'{name}' cannot name an axis of '{site}' of {size} values: it is another one's name, or has "
-                    "coordinates of another length."
+                    f"'{name}' cannot name an axis of {size} values of '{site}': another axis has this name, or coords "
+                    "gives it another number of values; give another name in dims."
                 )
     if unknown := set(given) - set(sizes):
         raise ValueError(f"coords has {sorted(unknown)}, but the dimensions are {sorted(sizes)}.")
@@ -276,18 +301,22 @@ def parameters_to_datatree(
 
 
 def parameters_to_arviz(result: ParameterResult, *, dims: Dims | None = None, coords: Coords | None = None) -> Any:
-    """`posterior` and `sample_stats` of `parameters_to_datatree` as the installed ArviZ takes them.
+    """Convert draws of global parameters for the installed ArviZ, with the groups `posterior` and `sample_stats`.
 
-    The chains of `PMMH` are Markov chains: `az.rhat`, `az.ess` and `az.summary` mean what they say. Those of `SMC2` are
-    independent runs of exchangeable draws: R-hat compares the runs, and `az.ess` says little.
+    The chains of `PMMH` are Markov chains, so `az.rhat`, `az.ess` and `az.summary` have their usual meaning. The chains
+    of `SMC2` are independent runs with exchangeable draws: `az.rhat` compares the runs, and `az.ess` is not
+    informative.
 
     Args:
-        result: see `parameters_to_datatree`.
-        dims: see `parameters_to_datatree`.
-        coords: see `parameters_to_datatree`.
+        result: `PMMH.result` or `SMC2.result`.
+        dims: names of the axes of parameters, as in `parameters_to_datatree`.
+        coords: coordinate values of dimensions, as in `parameters_to_datatree`.
+
+    Returns:
+        `arviz.InferenceData` before ArviZ 1, an `xarray.DataTree` since.
 
     Raises:
-        ValueError: see `parameters_to_datatree`.
+        ValueError: `dims` or `coords` do not fit the arrays, or name parameters or dimensions that do not exist.
     """
     import xarray
 
@@ -299,15 +328,17 @@ def parameters_to_arviz(result: ParameterResult, *, dims: Dims | None = None, co
 
 
 def _as_installed(tree: xarray.DataTree) -> Any:
+    """Convert a tree to `InferenceData` if the installed ArviZ is older than 1."""
     import arviz
 
-    # By version: 1.x has the name InferenceData too, as another name of DataTree.
+    # Decide by version, because ArviZ 1 also has the name InferenceData, as an alias of DataTree.
     if int(arviz.__version__.split(".")[0]) >= 1:
         return tree
     return arviz.InferenceData.from_datatree(tree)
 
 
 def _statistic(axes: Axes, name: str, values: np.ndarray) -> Any:
+    """Make a variable of `sample_stats` as xarray takes it: (dims, values, attributes)."""
     long_name, description = STATS.get(name, (name.replace("_", " "), ""))
     block = ("block",) if axes.result.is_local and name in OF_WEIGHTS else ()
     leading = PARTICLE if values.ndim - len(block) >= len(PARTICLE) else CHAIN
@@ -317,13 +348,14 @@ def _statistic(axes: Axes, name: str, values: np.ndarray) -> Any:
 
 
 def _description(group: str, result: FilterResult) -> dict[str, str]:
+    """Attributes that describe the contents of a group and its values for missing observations."""
     missing = {"missing_observations": MISSING[group]} if group in MISSING else {}
     smoothed = SMOOTHED.get(str(result.attributes.get("smoothing"))) if group == "posterior" else None
     return {"description": smoothed or GROUPS[group], **missing}
 
 
 def _attributes(result: FilterResult | ParameterResult) -> dict[str, Any]:
-    """Where the result comes from, in values that netCDF and Zarr can hold."""
+    """Attributes on the origin of a result, as values that netCDF and Zarr can hold."""
     __version__ = version("numpyro-diffusion-da")
     created = {
         "creation_library": "numpyro_diffusion_da",
@@ -335,6 +367,7 @@ def _attributes(result: FilterResult | ParameterResult) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> str | int | float:
+    """Convert `value` to a number or a string."""
     if isinstance(value, np.generic):
         value = value.item()
     if isinstance(value, bool) or not isinstance(value, (str, int, float)):
@@ -343,7 +376,7 @@ def _plain(value: Any) -> str | int | float:
 
 
 def _as_lists(group: xarray.Dataset, masks: Mapping[str, np.ndarray]) -> xarray.Dataset:
-    """The group with each site cut down to what was observed, along one dimension."""
+    """Reduce each site of a group to its observed values, along one dimension."""
     import xarray
 
     variables: dict[Any, Any] = {}
@@ -351,7 +384,7 @@ def _as_lists(group: xarray.Dataset, masks: Mapping[str, np.ndarray]) -> xarray.
     for site, variable in group.data_vars.items():
         lead = [name for name in variable.dims if name in ("chain", "draw")]
         own = variable.dims[len(lead) :]
-        # A multivariate site has one log-likelihood for several values: it is there when any of them is.
+        # A multivariate site has one log-likelihood for several values; keep it if any of them is observed.
         kept = masks[str(site)].any(tuple(range(len(own), masks[str(site)].ndim)))
         if not kept.any():
             continue

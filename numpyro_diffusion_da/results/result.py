@@ -1,4 +1,4 @@
-"""The arrays of a filter run, before they are given names."""
+"""Results of runs as plain numpy arrays; `convert` adds names, coordinates and units."""
 
 from __future__ import annotations
 
@@ -10,33 +10,33 @@ import numpy as np
 from numpyro_diffusion_da.fields.layout import Layout
 
 PER_PARTICLE = frozenset({"log_weights", "ancestors", "solver_residual", "filter_draw"})
-"""Statistics of a step that have a value for each particle."""
+"""Statistics of a step with one value for each particle."""
 
 OF_WEIGHTS = frozenset({"log_weights", "ancestors", "ess", "tempering", "distinct_ancestors", "log_weight_std"})
-"""Statistics of a step that have a value for each block, where ancestors are local."""
+"""Statistics of a step with one value for each block if resampling is localized."""
 
 
 @dataclasses.dataclass(frozen=True)
 class FilterResult:
-    """The arrays of a run, as numpy; `convert.to_datatree` gives them names.
+    """Result of a filter run as numpy arrays; `to_datatree` gives them names.
 
     Attributes:
-        posterior: latent and deterministic sites, each (chain, draw, time, ...); draws are equally weighted.
-        posterior_predictive: a draw of each observed site, (chain, draw, time, ...).
-        log_likelihood: of each observed site, (chain, draw, time, ...); 0 where missing or rejected.
-        observed_data: observed values, (time, ...), NaN where missing.
-        observed_mask: False where missing, (time, ...).
-        observed_error: standard deviation of each observation's error, (time, ...); NaN where it has none.
-        forecast: the one-step forecast E[x' | c] that each particle came from, (chain, draw, time, ...), or None where
-            it was not kept.
-        sample_stats: (chain, time) or, for per-particle quantities, (chain, draw, time); with localized ancestors, what
-            is said of weights has a last axis of blocks.
-        network_passes: forward, jvp and vjp passes per particle and step, each (chain, time).
-        latent_name: which posterior variable is the state; the first of them where the state was not kept.
-        layout: the state's layout, or None where the transition has none.
-        attributes: what is needed to run it again.
-        rejected: True where a gross-error check left an observation out, by observed site that was checked,
-            (chain, time, ...).
+        posterior: particles of latent and deterministic sites, each (chain, draw, time, ...); equally weighted.
+        posterior_predictive: one draw of each observed site per particle, error included, (chain, draw, time, ...).
+        log_likelihood: log p(y | x) of each observed site, (chain, draw, time, ...); 0 where missing or rejected.
+        observed_data: observed values of each observed site, (time, ...), NaN where missing.
+        observed_mask: mask of each observed site, False where missing, (time, ...).
+        observed_error: standard deviation of the observation error of each observed site, (time, ...); NaN if the
+            distribution of the observation has none.
+        forecast: one-step forecast E[x' | c] from which each particle was drawn, (chain, draw, time, ...), or None if
+            forecasts were not kept.
+        sample_stats: diagnostics of each step, (chain, time), or (chain, draw, time) if they have one value per
+            particle. With localized resampling, weight diagnostics have a trailing block axis.
+        network_passes: number of forward, jvp and vjp passes per particle and step, each (chain, time).
+        latent_name: name of the state in `posterior`; the first site of `posterior` if the state was not kept.
+        layout: layout of the state, or None if the transition has none.
+        attributes: settings that are needed to repeat the run.
+        rejected: True where a gross-error check rejected an observation, for each checked site, (chain, time, ...).
     """
 
     posterior: dict[str, np.ndarray]
@@ -55,19 +55,19 @@ class FilterResult:
 
     @property
     def is_local(self) -> bool:
-        """Whether ancestors are local: what is said of weights then has a last axis of blocks."""
+        """Whether resampling is localized; weight diagnostics then have a trailing block axis."""
         return "log_weights" in self.sample_stats and self.sample_stats["log_weights"].ndim > 3
 
 
 @dataclasses.dataclass(frozen=True)
 class ParameterResult:
-    """Draws of a program's global parameters, as numpy; `convert.parameters_to_datatree` gives them names.
+    """Draws of the global parameters of a program as numpy arrays; `parameters_to_datatree` gives them names.
 
     Attributes:
-        posterior: the parameters, each (chain, draw, ...); draws are equally weighted.
-        sample_stats: (chain, draw) of a chain, or (chain, time) of a filter over parameters.
-        over_time: the parameters given y_1, ..., y_k, each (chain, draw, time, ...); empty for a chain.
-        attributes: what is needed to run it again, and what was found about the evidence.
+        posterior: draws of each parameter given all observations, (chain, draw, ...); equally weighted.
+        sample_stats: diagnostics, (chain, draw) for `PMMH` and (chain, time) for `SMC2`.
+        over_time: draws of each parameter given y_1, ..., y_k, (chain, draw, time, ...); empty for `PMMH`.
+        attributes: settings that are needed to repeat the run, and diagnostics of the evidence.
     """
 
     posterior: dict[str, np.ndarray]

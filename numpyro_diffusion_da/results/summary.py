@@ -1,4 +1,4 @@
-"""What to look at first after a run: the tables that `Filter.print_summary` prints."""
+"""Summary tables of a run, as `Filter.print_summary`, `PMMH.print_summary` and `SMC2.print_summary` print them."""
 
 from __future__ import annotations
 
@@ -7,30 +7,36 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from numpyro_diffusion_da.results import smoothing
-from numpyro_diffusion_da.results.advice import rejected_share
+from numpyro_diffusion_da.results.advice import TEMPERED, rejected_share, tempering_advice
 
 if TYPE_CHECKING:
     from rich.console import Group
 
     from numpyro_diffusion_da.results.result import FilterResult, ParameterResult
 
+LAG = 5
+"""Number of steps after which distinct lines are counted, in addition to those of the last step."""
 
-LAG = 5  # steps after which lines are counted, beside the whole way
-UNSOLVED = 0.5  # relative residual of a guidance's linear solve that is worth a word
-TEMPERED = 0.1  # alpha, below which selection hardly looks at the observations
-NOISY = 3.0  # standard deviation of log p^(y) above which a chain on it hardly moves
+UNSOLVED = 0.5
+"""Relative residual of the linear solve of a guidance above which the summary warns."""
+
+NOISY = 3.0
+"""Standard deviation of the estimated log p(y) above which a chain on it hardly moves."""
 
 
 def summary_table(result: FilterResult, max_rows: int = 8) -> Group:
-    """What to look at first after a run, for `rich` to print.
+    """Summary of a filter run as two `rich` tables.
 
-    A table on the filter (are the weights healthy, can the log-evidence be used, what did it cost), and one on the
-    state at the last time, with the R-hat of whole chains (see `convert.to_arviz`). Of a state of more than `max_rows`
-    values those with the largest R-hat are shown.
+    The first table describes the filter: the health of the weights, the log-evidence and whether it is unbiased, and
+    the cost. The second table describes the state at the last time, with the R-hat of whole chains (see
+    `convert.to_arviz`). If the state has more than `max_rows` values, those with the largest R-hat are shown.
 
     Args:
-        result: `Filter.result`.
-        max_rows: rows of the second table.
+        result: result of a run, `Filter.result`.
+        max_rows: largest number of rows of the second table.
+
+    Returns:
+        Both tables with their titles, for `rich.console.Console.print`.
     """
     from rich.console import Group
 
@@ -43,6 +49,7 @@ def summary_table(result: FilterResult, max_rows: int = 8) -> Group:
 
 
 def _filter_table(result: FilterResult) -> Any:
+    """Table of the filter: size, observations, weights, evidence, solver and cost."""
     from rich.box import SIMPLE
     from rich.markup import escape
     from rich.table import Table
@@ -55,26 +62,27 @@ def _filter_table(result: FilterResult) -> Any:
     table.add_row("observations", f"{observed} of {sum(mask.size for mask in result.observed_mask.values())}")
     if result.rejected:
         share = rejected_share(result)
-        table.add_row("rejected as gross errors", f"{share:.2%} of the checked" if share else "none")
+        table.add_row("rejected as gross errors", f"{share:.2%} of the checked observations" if share else "none")
     if result.is_local:
-        table.add_row("ancestors", f"local, of {stats['log_weights'].shape[-1]} blocks")
+        table.add_row("resampling", f"localized, in {stats['log_weights'].shape[-1]} blocks")
     if _selects(result):
         where = "steps and blocks" if result.is_local else "steps"
         low = np.mean(stats["tempering"] < TEMPERED)
         step = int(np.unravel_index(np.argmin(stats["ess"]), stats["ess"].shape)[1])
         table.add_row("ESS before tempering", f"{_middle_and_least(stats['ess'], '.1f')} (step {step})")
         table.add_row(
-            "tempering alpha", f"{_middle_and_least(stats['tempering'], '.2f')}, < {TEMPERED} in {low:.0%} of {where}"
+            "tempering alpha",
+            f"{_middle_and_least(stats['tempering'], '.2f')}, below {TEMPERED} in {low:.0%} of {where}",
         )
         if (advice := tempering_advice(result)) is not None:
             table.add_row("", f"[yellow]{escape(advice)}[/yellow]")
         table.add_row("distinct ancestors", _middle_and_least(stats["distinct_ancestors"], ".0f"))
         if _has_genealogy(result):
             lagged, whole = (np.median(smoothing.distinct_ancestors_at(result, lag)[:, 0]) for lag in (LAG, None))
-            lines = f"{lagged:.0f} of the first step after {LAG} steps, " if steps > LAG + 1 else ""
-            table.add_row("distinct lines", f"{lines}{whole:.0f} after {steps - 1}")
+            lines = f"{lagged:.0f} after {LAG} steps, " if steps > LAG + 1 else ""
+            table.add_row("distinct lines at the first step", f"{lines}{whole:.0f} after {steps - 1} steps")
         if result.is_local:
-            table.add_row("log-evidence", "none of localized ancestors")
+            table.add_row("log-evidence", "not available with localized resampling")
         else:
             total = stats["log_evidence_increment"].sum(1, dtype=float)
             spread = f" (sd {total.std(ddof=1):.2f} over chains)" if chains > 1 else ""
@@ -84,10 +92,10 @@ def _filter_table(result: FilterResult) -> Any:
     else:
         table.add_row("weights", "equal: no selection, no log-evidence")
     worst = np.max(stats["solver_residual"])
-    table.add_row("worst solver residual", "no linear solves" if worst == 0 else f"{worst:.1e}")
+    table.add_row("largest solver residual", "no linear solves" if worst == 0 else f"{worst:.1e}")
     if worst > UNSOLVED:
-        table.add_row("", "guidance is not solved for: draws may miss accurate observations by several errors;")
-        table.add_row("", "compare with more products, as guidance=MMPS(KrylovSolve(products=4))")
+        table.add_row("", "The solve of the guidance is far from converged: draws may miss accurate observations")
+        table.add_row("", "by several errors. Compare with guidance=ndda.MMPS(ndda.diffusion.KrylovSolve(products=4)).")
     passes = {name: values.mean(dtype=float) for name, values in result.network_passes.items() if np.any(values)}
     each = ", ".join(f"{mean:.4g} {name}" for name, mean in passes.items())
     table.add_row("network passes", f"{each} per particle and step" if passes else "none")
@@ -95,44 +103,32 @@ def _filter_table(result: FilterResult) -> Any:
 
 
 def _has_genealogy(result: FilterResult) -> bool:
-    """Whether its lines can be followed: not an ensemble Kalman filter's, local ancestors', or a smoothed result's."""
+    """Whether particles have single ancestors: not with an EnKF or localized resampling, or in a smoothed result."""
     known = "ancestors" in result.sample_stats and not result.is_local
     return known and result.attributes.get("algorithm") not in smoothing.WITHOUT_ANCESTORS
 
 
 def _selects(result: FilterResult) -> bool:
-    """Whether any step had unequal weights."""
+    """Whether the weights of any step are unequal."""
     log_weights = result.sample_stats["log_weights"]
     return bool(np.any(log_weights != log_weights[:, :1]))
 
 
 def _middle_and_least(values: np.ndarray, fmt: str) -> str:
-    return f"median {np.median(values):{fmt}}, least {np.min(values):{fmt}}"
-
-
-def tempering_advice(result: FilterResult) -> str | None:
-    """What to do where half of the weights are tempered to alpha below 0.1, or more; None where they are not."""
-    alpha = float(np.median(result.sample_stats["tempering"]))
-    if alpha >= TEMPERED:
-        return None
-    algorithm, weight = (str(result.attributes.get(name, "")) for name in ("algorithm", "weight"))
-    if result.is_local:
-        instead = ["leave fewer observations to a block, by a smaller radius of the taper"]
-    elif algorithm == "FAAPF":
-        instead = ["choose ancestors by the observations near each place, FAAPF(model, taper=ndda.Taper(...))"]
-    else:
-        instead = ["use ndda.FAAPF(model), which weighs before it moves"]
-    instead += ["give the weights the transition's spread, weight=ndda.Moment()"] if weight == "Dirac()" else []
-    return (
-        f"weights are tempered to alpha = {alpha:.2g} (median), below {TEMPERED}: a few particles would hold them all, "
-        f"and selection uses less of what is observed; {'; '.join(instead)}; or take more particles."
-    )
+    """Median and minimum of `values` in words."""
+    return f"median {np.median(values):{fmt}}, minimum {np.min(values):{fmt}}"
 
 
 def evidence_bias_reasons(result: FilterResult) -> list[str]:
-    """Why the log-evidence of a run does not come from an unbiased estimate of p(y); empty where no reason is known.
+    """Reasons why the log-evidence of a run is not from an unbiased estimate of p(y); empty if none is known.
 
-    A particle filter estimates p(y) without bias when its weights are exact and not tempered.
+    A particle filter estimates p(y) without bias if its weights are exact and not tempered.
+
+    Args:
+        result: result of a run, `Filter.result`.
+
+    Returns:
+        One phrase per reason.
     """
     tempered = np.mean(result.sample_stats["tempering"] < 1.0)
     reasons = [f"weights tempered in {tempered:.0%} of steps"] if tempered > 0 else []
@@ -141,9 +137,10 @@ def evidence_bias_reasons(result: FilterResult) -> list[str]:
 
 
 def chain_r_hat(values: np.ndarray) -> np.ndarray:
-    """R-hat of whole chains: shape (chain, draw, ...) -> (...), NaN for one chain.
+    """R-hat of whole chains, (chain, draw, ...) -> (...); NaN for a single chain.
 
-    Gelman & Rubin's ratio without splitting or ranks, `arviz.rhat(method="identity")`, for arrays of any size.
+    This is Gelman & Rubin's ratio without splitting chains and without ranks. It equals
+    `arviz.rhat(method="identity")`, but works on arrays of any size.
     """
     chains, draws = values.shape[:2]
     if chains < 2 or draws < 2:
@@ -155,6 +152,7 @@ def chain_r_hat(values: np.ndarray) -> np.ndarray:
 
 
 def _state_table(result: FilterResult, max_rows: int) -> Any:
+    """Table of the state at the last time, one value per row; the values of largest R-hat if there are too many."""
     from rich.box import SIMPLE
     from rich.table import Table
     from rich.text import Text
@@ -181,7 +179,7 @@ def _state_table(result: FilterResult, max_rows: int) -> Any:
 
 
 def _defined(result: FilterResult, shape: tuple[int, ...]) -> np.ndarray:
-    """Where the state has values, shape of the state: fillings of undefined points are no values."""
+    """Mask of the state where its fields are defined, in the shape of the state."""
     defined = np.ones(shape, bool)
     layout = result.layout
     if layout is not None and layout.shape == shape:
@@ -192,7 +190,7 @@ def _defined(result: FilterResult, shape: tuple[int, ...]) -> np.ndarray:
 
 
 def _place(result: FilterResult, index: tuple[int, ...]) -> tuple[str, str]:
-    """What one value of the state is, and its unit."""
+    """Label and unit of one value of the state, such as "temperature[level=850, latitude=45.0]" and "K"."""
     name, layout = result.latent_name, result.layout
     units = "1" if layout is None else layout.units
     if not index:
@@ -212,12 +210,16 @@ def _place(result: FilterResult, index: tuple[int, ...]) -> tuple[str, str]:
 
 
 def parameter_summary_table(result: ParameterResult) -> Group:
-    """What to look at first after a run of `PMMH` or `SMC2`, for `rich` to print.
+    """Summary of a run of `PMMH` or `SMC2` as two `rich` tables.
 
-    A table on the inference (does it move, is the evidence good enough, what did it cost) and one on the parameters.
+    The first table describes the inference: acceptance, quality of the evidence, and cost. The second table describes
+    the parameters.
 
     Args:
         result: `PMMH.result` or `SMC2.result`.
+
+    Returns:
+        Both tables with their titles, for `rich.console.Console.print`.
     """
     from rich.console import Group
 
@@ -227,6 +229,7 @@ def parameter_summary_table(result: ParameterResult) -> Group:
 
 
 def _inference_table(result: ParameterResult) -> Any:
+    """Table of the inference: size, acceptance, evidence and cost."""
     from rich.box import SIMPLE
     from rich.table import Table
 
@@ -234,8 +237,8 @@ def _inference_table(result: ParameterResult) -> Any:
     table = Table(box=SIMPLE, show_header=False)
     chains, draws = next(iter(result.posterior.values())).shape[:2]
     table.add_row("draws x chains", f"{draws} x {chains}")
-    table.add_row("particles of each filter", str(found["num_particles"]))
-    table.add_row("acceptance", f"{np.nanmean(stats['acceptance_rate']):.2f}")
+    table.add_row("particles per filter", str(found["num_particles"]))
+    table.add_row("acceptance rate", f"{np.nanmean(stats['acceptance_rate']):.2f}")
     if "ess" in stats:
         table.add_row("ESS of the parameters", _middle_and_least(stats["ess"], ".0f"))
         total = stats["log_evidence_increment"].sum(1, dtype=float)
@@ -244,9 +247,9 @@ def _inference_table(result: ParameterResult) -> Any:
     noise = float(found["log_evidence_std"])
     table.add_row("sd of the filter's log-evidence", f"{noise:.2f} at the posterior mean (1 to 1.7 is best)")
     if noise > NOISY:
-        table.add_row("", "[yellow]the chain stands still on lucky estimates; take more particles[/yellow]")
+        table.add_row("", "[yellow]the chain gets stuck at overestimates of the evidence; take more particles[/yellow]")
     if found["evidence_bias_reasons"]:
-        table.add_row("", f"[yellow]biased: {found['evidence_bias_reasons']}[/yellow]")
+        table.add_row("", f"[yellow]evidence is biased: {found['evidence_bias_reasons']}[/yellow]")
     passes = {name: found[f"network_passes_{name}"] for name in ("forward", "jvp", "vjp")}
     each = ", ".join(f"{count:.4g} {name}" for name, count in passes.items() if count)
     table.add_row("network passes", f"{each} per run of the filter" if each else "none")
@@ -254,6 +257,7 @@ def _inference_table(result: ParameterResult) -> Any:
 
 
 def _parameter_table(result: ParameterResult) -> Any:
+    """Table of the parameters: moments, quantiles, ESS and R-hat, one value per row."""
     from numpyro.diagnostics import summary as diagnose
     from rich.box import SIMPLE
     from rich.table import Table
@@ -263,7 +267,7 @@ def _parameter_table(result: ParameterResult) -> Any:
     columns = {"mean": "mean", "sd": "std", "median": "median", "5%": "5.0%", "95%": "95.0%", "ess": "n_eff"}
     for column in ("", *columns, "r_hat"):
         table.add_column(column, justify="left" if column == "" else "right")
-    with np.errstate(divide="ignore", invalid="ignore"):  # a chain that never moved has no ESS
+    with np.errstate(divide="ignore", invalid="ignore"):  # a chain that never moved has zero variance
         diagnosed = diagnose(result.posterior, prob=0.9)
     for name, numbers in diagnosed.items():
         shape = np.shape(numbers["mean"])

@@ -1,7 +1,7 @@
-"""Filter kernels in BlackJAX style, and their parts: pure functions that know neither diffusion nor NumPyro.
+"""Filter kernels in the style of BlackJAX, and their parts: pure functions that know neither diffusion nor NumPyro.
 
-A kernel is a module with `init`, `build_kernel` and, where it has one, `as_top_level_api`: `fa_apf`, `guided_pf`,
-`bootstrap`, `enkf`, `pmmh`, `smc2`.
+Each kernel is a module with `init` and `build_kernel`: `fa_apf`, `guided_pf`, `bootstrap`, `enkf`, `pmmh`, `smc2`. All
+but `smc2` also have `as_top_level_api`, which returns a `blackjax.base.SamplingAlgorithm`.
 """
 
 from numpyro_diffusion_da.smc import bootstrap, enkf, fa_apf, guided_pf, pmmh, smc2
@@ -15,21 +15,26 @@ from numpyro_diffusion_da.smc.base import (
     map_particles,
     num_particles,
     particle_keys,
+    top_level_api,
 )
+from numpyro_diffusion_da.smc.correlations import Boxcar, Correlation, GaspariCohn, gaspari_cohn
 from numpyro_diffusion_da.smc.distances import Distance, Euclidean, GreatCircle, Ring, WithHeight
 from numpyro_diffusion_da.smc.ensemble_update import EnsembleUpdate, PerturbedObservations, SquareRoot
 from numpyro_diffusion_da.smc.inflation import RTPP, RTPS, ForecastMultiplicative, Inflation, Jitter, Multiplicative
 from numpyro_diffusion_da.smc.local_ancestors import LocalAncestors
-from numpyro_diffusion_da.smc.localization import PlacedTaper, Taper, gaspari_cohn
+from numpyro_diffusion_da.smc.localization import PlacedTaper, Taper
 from numpyro_diffusion_da.smc.tempering import LikelihoodTempering, TemperableLogWeight, Tempering, WeightTempering
 
 __all__ = [
     "RTPP",
     "RTPS",
+    "Boxcar",
+    "Correlation",
     "Distance",
     "EnsembleUpdate",
     "Euclidean",
     "ForecastMultiplicative",
+    "GaspariCohn",
     "GreatCircle",
     "Inflation",
     "Info",
@@ -61,4 +66,5 @@ __all__ = [
     "particle_keys",
     "pmmh",
     "smc2",
+    "top_level_api",
 ]

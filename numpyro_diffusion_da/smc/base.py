@@ -1,27 +1,36 @@
-"""What the filters share: state, info, tempering, guarded resampling, and mapping over particles."""
+"""Parts that all filters share: state, info, tempering, resampling, mapping over particles, and the BlackJAX API."""
 
 from __future__ import annotations
 
+import functools
+import inspect
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, ParamSpec
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key, PRNGKeyArray, PyTree
 
+from numpyro_diffusion_da.arguments import require_fraction
+
+if TYPE_CHECKING:
+    from blackjax.base import SamplingAlgorithm
+
+Arguments = ParamSpec("Arguments")
+
 Resampling = Callable[[PRNGKeyArray, Float[Array, " n"], int], Int[Array, " n"]]
-"""(rng_key, normalized weights, number) -> ancestor indices, as in `blackjax.smc.resampling`."""
+"""Resampling function (rng_key, normalized weights, number) -> ancestors, as in `blackjax.smc.resampling`."""
 
 Kernel = Callable[[PRNGKeyArray, Any, Any], tuple[Any, Any]]
-"""(rng_key, state, observation) -> (state, info)."""
+"""One step of a filter: (rng_key, state, observation) -> (state, info)."""
 
 
 class State(NamedTuple):
-    """What the next step needs.
+    """State of a filter: all that the next step needs.
 
     Attributes:
         particles: equally weighted particles, a pytree with a leading axis of N.
-        log_evidence: estimate of log p(y_{1:k}) so far.
+        log_evidence: estimate of log p(y_{1:k}) for the k observations so far.
     """
 
     particles: PyTree
@@ -29,24 +38,24 @@ class State(NamedTuple):
 
 
 class Info(NamedTuple):
-    """All else about a step. With localized ancestors, what is said of weights has a last axis of blocks.
+    """Diagnostics of one step. With localized resampling, weight diagnostics have a trailing block axis.
 
     Attributes:
-        log_weights: log-weights before tempering, shape (N,), index = the particle before resampling. A non-finite
-            weight is given as -inf.
-        ancestors: for each particle the index of the one it came from, shape (N,).
+        log_weights: log-weights before tempering, by the particle before resampling, shape (N,). A non-finite weight is
+            given as -inf.
+        ancestors: index of each new particle's ancestor, shape (N,).
         ess: effective sample size of the weights before tempering.
-        tempering: alpha in (0, 1]; what it does to the weights `tempering` says.
-        log_evidence_increment: log mean exp(log w). An unbiased estimate of p(y_k | y_{1:k-1}) only for exact weights
-            and alpha = 1.
+        tempering: exponent alpha in (0, 1]. The module `smc.tempering` defines what it acts on.
+        log_evidence_increment: log mean exp(log w), or 0 with localized resampling. Its exponential is an unbiased
+            estimate of p(y_k | y_{1:k-1}) only for exact weights and alpha = 1.
         distinct_ancestors: number of different ancestors.
-        log_weight_std: standard deviation of the finite log-weights; weights collapse near sqrt(2 log N).
+        log_weight_std: standard deviation of the finite log-weights. Weights collapse near sqrt(2 log N).
         nonfinite_weights: number of particles whose log-weight was not finite.
         nonfinite_particles: number of new particles that hold a non-finite value.
-        weighing: records of the weight function, leading axis N, index = the particle before resampling.
-        proposal: records of the draw, leading axis N, index = the new particle.
-        forecast: records of forecasts that inflation had drawn, index = the particle before resampling; () if none.
-        check: record of a check of the observations before the step, of all particles together; () if none.
+        weighing: records of the weight function, by the particle before resampling, leading axis N.
+        proposal: records of the draw, by the new particle, leading axis N.
+        forecast: records of the forecasts drawn for inflation, by the particle before resampling; () if there are none.
+        check: record of a check of the observations before the step, one for all particles; () if there was none.
     """
 
     log_weights: Float[Array, " n"]
@@ -65,15 +74,15 @@ class Info(NamedTuple):
 
 
 def init(particles: PyTree) -> State:
-    """The state before the first observation, from N initial particles (leading axis N)."""
+    """State before the first observation, from N equally weighted initial particles (leading axis N)."""
     return State(particles, jnp.zeros(()))
 
 
 def num_particles(particles: PyTree) -> int:
-    """Length of the leading axis.
+    """Number of particles, the length of the leading axis of all arrays.
 
     Raises:
-        ValueError: no arrays, or arrays whose leading axes differ.
+        ValueError: there are no arrays, or their leading axes differ.
     """
     lengths = {jnp.shape(leaf)[:1] for leaf in jax.tree.leaves(particles)}
     if len(lengths) != 1 or () in lengths:
@@ -82,7 +91,10 @@ def num_particles(particles: PyTree) -> int:
 
 
 def particle_keys(rng_key: PRNGKeyArray, n: int) -> Key[Array, " n"]:
-    """fold_in(rng_key, i) for each particle: a particle's draw does not depend on batching or on its neighbors."""
+    """Random key fold_in(rng_key, i) of each particle i, shape (n,).
+
+    The draw of a particle then depends neither on batching nor on the other particles.
+    """
     return jax.vmap(jax.random.fold_in, (None, 0))(rng_key, jnp.arange(n))
 
 
@@ -91,7 +103,10 @@ def map_particles(fn: Callable[..., Any], batch_size: int | None = None) -> Call
 
     Args:
         fn: a function of one particle.
-        batch_size: particles mapped at a time, which bounds the memory; None maps all at once.
+        batch_size: number of particles mapped at a time, which bounds the memory; None maps all at once.
+
+    Returns:
+        Function of the same arguments, each with a leading axis of particles.
     """
     from blackjax.smc.base import map_kernel
 
@@ -99,10 +114,10 @@ def map_particles(fn: Callable[..., Any], batch_size: int | None = None) -> Call
 
 
 def relative_to_highest(log_weights: Float[Array, " n"]) -> Float[Array, " n"]:
-    """The log-weights less the highest of them, -inf where not finite.
+    """Log-weights minus the highest of them; -inf where not finite.
 
-    Many observations make log-weights of 1e5 and more, and what is computed of them (2 log w, alpha log w) loses in
-    float32 the differences between them, which are all that selection looks at.
+    Many observations give log-weights of 1e5 and more. In float32, quantities computed from them (2 log w, alpha log w)
+    lose the differences between particles, and selection depends on these differences alone.
     """
     finite = jnp.isfinite(log_weights)
     highest = jnp.max(jnp.where(finite, log_weights, -jnp.inf))
@@ -110,14 +125,14 @@ def relative_to_highest(log_weights: Float[Array, " n"]) -> Float[Array, " n"]:
 
 
 def tempering_exponent(log_weights: Float[Array, " n"], target_ess: float) -> Float[Array, ""]:
-    """The largest alpha in (0, 1] with ESS(alpha log w) >= target_ess N, by bisection on log alpha.
+    """Largest alpha in (0, 1] with ESS(alpha log w) >= target_ess N, by bisection on log alpha.
 
-    Log-weights of Dirac type are linear in 1/R, so this is the tempering R -> R / alpha of the published filter
-    (Savary et al. 2026, Sec. 3) at no further cost.
+    Log-weights of the type `Dirac` are linear in 1/R. For these, the exponent alpha is the tempering R -> R / alpha of
+    the published filter (Savary et al. 2026, Sec. 3) at no extra cost.
 
     Args:
-        log_weights: shape (N,); -inf for particles that cannot be selected.
-        target_ess: fraction of N; 0 means no tempering.
+        log_weights: log-weights, shape (N,); -inf for particles that cannot be selected.
+        target_ess: effective sample size to reach, as a fraction of N; 0 for no tempering.
     """
     finite = jnp.isfinite(log_weights)
     shifted = relative_to_highest(log_weights)
@@ -131,37 +146,41 @@ def largest_alpha(
     spread: Float[Array, ""],
     target_ess: float,
 ) -> Float[Array, ""]:
-    """An alpha in (0, 1] at which the ESS is target_ess N, by bisection on log alpha: 1 where it is more there.
+    """Tempering exponent alpha in (0, 1] at which the ESS is target_ess N, by bisection on log alpha.
 
-    Where the ESS is not monotone there may be several: one of them is found.
+    It is 1 if the ESS at 1 exceeds the target. If the ESS is not monotone in alpha, there may be several solutions, and
+    one of them is returned.
 
     Args:
-        log_weights_at: alpha -> log-weights, shape (N,), whose highest is not far from 0.
-        finite: which of the particles can be selected.
-        spread: a bound, log-weights at alpha differ by no more than alpha times that.
-        target_ess: fraction of N; 0 means no tempering.
+        log_weights_at: function from alpha to log-weights, shape (N,), the highest of which is not far from 0.
+        finite: which particles can be selected.
+        spread: upper bound: log-weights at alpha differ by at most alpha times this value.
+        target_ess: effective sample size to reach, as a fraction of N; 0 for no tempering.
     """
     from blackjax.smc.ess import log_ess
     from blackjax.smc.solver import dichotomy
 
     if target_ess == 0.0:
         return jnp.ones((), spread.dtype)
-    # As alpha -> 0 the ESS tends to the number of finite weights: it cannot be asked for more.
+    # As alpha -> 0 the ESS tends to the number of finite weights, so the target must lie below that number.
     target = jnp.minimum(target_ess * len(finite), 0.999 * jnp.maximum(jnp.sum(finite), 1))
 
     def excess(log_alpha: Array) -> Array:
         return log_ess(jnp.where(finite, log_weights_at(jnp.exp(log_alpha)), -jnp.inf)) - jnp.log(target)
 
-    # The end that the bisection returns always had an ESS of the target or more, as alpha at this one has.
+    # The bisection returns the lower end of its bracket. The ESS there is at least the target, as it is at this start.
     lowest = jnp.log(1e-3 / (1e-3 + spread))
     alpha = jnp.exp(dichotomy(excess, lowest, jnp.zeros_like(lowest)))
     return jnp.where(jnp.isfinite(alpha), alpha, 1.0)
 
 
 def guarded(resampling_fn: Resampling | None) -> Resampling:
-    """The same resampling (None: systematic), never selecting a particle of zero weight.
+    """Resampling function that never selects a particle of zero weight.
 
-    In float32 a cumulative sum may end below 1, and a search in it past the last particle that has any weight.
+    In float32 a cumulative sum of weights can end below 1. A search in it can then end at a particle of zero weight.
+
+    Args:
+        resampling_fn: resampling function to guard; None for systematic resampling.
     """
     from blackjax.smc.resampling import systematic
 
@@ -180,7 +199,11 @@ def guarded(resampling_fn: Resampling | None) -> Resampling:
 def select(
     rng_key: PRNGKeyArray, log_weights: Float[Array, " n"], resampling_fn: Resampling | None, target_ess: float
 ) -> tuple[Int[Array, " n"], Float[Array, ""]]:
-    """Temper, then resample; returns (ancestors, alpha). Equal weights keep every particle in its place."""
+    """Temper the weights, then resample.
+
+    Returns:
+        (ancestors, tempering exponent alpha). If all weights are equal, every particle is its own ancestor.
+    """
     alpha = tempering_exponent(log_weights, target_ess)
     return resampled(rng_key, log_weights, alpha * relative_to_highest(log_weights), resampling_fn), alpha
 
@@ -191,7 +214,10 @@ def resampled(
     tempered: Float[Array, " n"],
     resampling_fn: Resampling | None,
 ) -> Int[Array, " n"]:
-    """Ancestors by the tempered log-weights; each in its place where those before are equal, or none finite."""
+    """Ancestors drawn by tempered log-weights.
+
+    Every particle is its own ancestor if the log-weights before tempering are all equal or none is finite.
+    """
     n = len(log_weights)
     usable = jnp.any(jnp.isfinite(log_weights))
     weights = jax.nn.softmax(jnp.where(usable, tempered, 0.0))
@@ -201,7 +227,7 @@ def resampled(
 
 
 def finite_leaves(particle: PyTree) -> Bool[Array, ""]:
-    """Whether every floating value of one particle is finite."""
+    """Whether every floating-point value of one particle is finite."""
     leaves = [x for x in jax.tree.leaves(particle) if jnp.issubdtype(jnp.result_type(x), jnp.inexact)]
     return jnp.all(jnp.stack([jnp.all(jnp.isfinite(x)) for x in leaves])) if leaves else jnp.asarray(True)
 
@@ -215,9 +241,19 @@ def make_info(
     proposal: PyTree,
     forecast: PyTree = (),
 ) -> Info:
-    """Diagnostics of a step from its log-weights (non-finite ones as -inf), ancestors and new particles.
+    """Diagnostics of a step.
 
-    Weights of blocks, with a last axis, make no estimate of the evidence: its increment is 0.
+    Args:
+        log_weights: log-weights before tempering, shape (N,), or (N, b) for b blocks; -inf where not finite.
+        ancestors: index of each new particle's ancestor, of the same shape.
+        tempering: exponent alpha, or one for each block.
+        particles: new particles, leading axis N.
+        weighing: records of the weight function.
+        proposal: records of the draw.
+        forecast: records of the forecasts drawn for inflation; () if there are none.
+
+    Returns:
+        The diagnostics. The weights of blocks do not estimate the evidence, so its increment is then 0.
     """
     local = log_weights.ndim > 1
     per_block = jax.vmap(_weight_diagnostics, in_axes=1, out_axes=0) if local else _weight_diagnostics
@@ -241,7 +277,12 @@ def make_info(
 def _weight_diagnostics(
     log_weights: Float[Array, " n"], ancestors: Int[Array, " n"]
 ) -> tuple[Float[Array, ""], Float[Array, ""], Int[Array, ""], Float[Array, ""], Int[Array, ""]]:
-    """(ESS, log mean weight, distinct ancestors, spread of the finite log-weights, number of non-finite ones)."""
+    """Diagnostics of one set of weights.
+
+    Returns:
+        (ESS, log mean weight, number of distinct ancestors, standard deviation of the finite log-weights, number of
+        log-weights that are not finite).
+    """
     from blackjax.smc.ess import ess
 
     n = len(log_weights)
@@ -259,14 +300,48 @@ def _weight_diagnostics(
     )
 
 
-def check_target_ess(target_ess: float) -> None:
-    """Refuse a target that is not a fraction.
+def check_target_ess(target_ess: Any, owner: str) -> None:
+    """Check that a target of the effective sample size is a fraction of the particles.
+
+    Args:
+        target_ess: the argument.
+        owner: name of the filter or kernel that got it.
 
     Raises:
-        ValueError: outside [0, 1).
+        TypeError: `target_ess` is not a number.
+        ValueError: `target_ess` is outside [0, 1).
     """
-    if not 0.0 <= target_ess < 1.0:
-        raise ValueError(
-            f"target_ess={target_ess}: give a fraction of the particles from 0 (no tempering) to below 1; "
-            "the published filter's 50 of 256 is 0.2."
-        )
+    advice = (
+        "give a fraction of the particles from 0 (no tempering) to below 1: 0.2 is an ESS of 51 among 256 particles."
+    )
+    require_fraction(target_ess, owner, "target_ess", advice)
+
+
+def top_level_api(build_kernel: Callable[Arguments, Kernel]) -> Callable[Arguments, SamplingAlgorithm]:
+    """Make the function `as_top_level_api` of a kernel module from its `build_kernel`.
+
+    Args:
+        build_kernel: function that builds the kernel of a filter, with a docstring in sections.
+
+    Returns:
+        Function with the arguments of `build_kernel` that returns the filter as a `blackjax.base.SamplingAlgorithm`:
+        ``init(particles)`` and ``step(rng_key, state, observation)``. Its signature and docstring name the arguments.
+    """
+
+    @functools.wraps(build_kernel)
+    def as_top_level_api(*args: Arguments.args, **kwargs: Arguments.kwargs) -> SamplingAlgorithm:
+        from blackjax.base import SamplingAlgorithm
+
+        return SamplingAlgorithm(init, build_kernel(*args, **kwargs))
+
+    sections = {text.split("\n")[0]: text for text in (inspect.getdoc(build_kernel) or "").split("\n\n")}
+    returns = "Returns:\n    ``SamplingAlgorithm(init, step)`` with ``init(particles)`` and the kernel as ``step``."
+    summary = "Build the filter as a `blackjax.base.SamplingAlgorithm`."
+    as_top_level_api.__doc__ = "\n\n".join(
+        part for part in (summary, sections.get("Args:"), returns, sections.get("Raises:")) if part
+    )
+    as_top_level_api.__name__ = as_top_level_api.__qualname__ = "as_top_level_api"
+    as_top_level_api.__annotations__ = {**build_kernel.__annotations__, "return": Any}
+    signature = inspect.signature(build_kernel).replace(return_annotation="blackjax.base.SamplingAlgorithm")
+    as_top_level_api.__dict__["__signature__"] = signature
+    return as_top_level_api

@@ -1,4 +1,4 @@
-"""Distances between positions, for localization."""
+"""Distances between positions, for localization: on a ring, in a straight line, on a sphere, with height."""
 
 from __future__ import annotations
 
@@ -12,100 +12,109 @@ from jaxtyping import Float
 
 
 class Distance(eqx.Module):
-    """How far apart two positions are. A position is one number or a row of coordinates."""
+    """Distance between two positions. A position is one number or a row of coordinates."""
 
     @abc.abstractmethod
     def __call__(self, a: Float[np.ndarray, "n k"], b: Float[np.ndarray, "m k"]) -> Float[np.ndarray, "n m"]:
-        """Distances of all positions `a` from all positions `b`."""
+        """Distances between all positions `a` and all positions `b`."""
 
     @abc.abstractmethod
     def check(self, coordinates: int) -> str | None:
-        """What a position must be, where this number of coordinates is not it; None where it is."""
-
-    def on_grid(self, grid: Mapping[str, np.ndarray]) -> Float[np.ndarray, "n k"]:
-        """Positions of a grid's points: by default all of its dimensions, in their order.
+        """Description of a valid position, for an error message; None if the number of coordinates is valid.
 
         Args:
-            grid: the coordinate of every point by the name of its dimension, each of shape (n,).
+            coordinates: number of coordinates of a position.
+        """
+
+    def on_grid(self, grid: Mapping[str, np.ndarray]) -> Float[np.ndarray, "n k"]:
+        """Positions of the points of a grid. By default their coordinates are all dimensions, in the grid's order.
+
+        Args:
+            grid: coordinate of every point for each dimension, by the dimension's name, each of shape (n,).
         """
         return np.stack(list(grid.values()), axis=-1)
 
 
 class Ring(Distance):
-    """Along a circle: positions are single numbers, and `length` of them lead back to the beginning.
+    """Distance along a circle. A position is one number, and positions that differ by `length` are the same.
 
     Args:
         length: circumference, in the unit of the positions: 40 for 40 sites at 0, 1, ..., 39.
 
     Raises:
-        ValueError: a length that is not positive.
+        ValueError: `length` is not positive and finite.
     """
 
     length: float = eqx.field(static=True, converter=float)
 
     def __check_init__(self) -> None:
         if not 0 < self.length < math.inf:
-            raise ValueError(f"Ring got length={self.length}; give its circumference, in the unit of the positions.")
+            raise ValueError(f"Ring got length={self.length}; give its circumference in the unit of the positions.")
 
     def __call__(self, a: Float[np.ndarray, "n k"], b: Float[np.ndarray, "m k"]) -> Float[np.ndarray, "n m"]:
-        """The shorter way round."""
+        """Distances along the shorter arc, in the unit of the positions."""
         apart = np.abs(a[:, None, 0] - b[None, :, 0]) % self.length
         return np.minimum(apart, self.length - apart)
 
     def check(self, coordinates: int) -> str | None:
-        """One number."""
+        """Return "one number", or None if a position has one coordinate."""
         return None if coordinates == 1 else "one number"
 
 
 class Euclidean(Distance):
-    """In a straight line: positions have any number of coordinates, all in one unit."""
+    """Distance in a straight line. A position has any number of coordinates, all in one unit."""
 
     def __call__(self, a: Float[np.ndarray, "n k"], b: Float[np.ndarray, "m k"]) -> Float[np.ndarray, "n m"]:
-        """The root of the sum of squares."""
+        """Distances in a straight line, in the unit of the positions."""
         return np.sqrt(np.sum((a[:, None, :] - b[None, :, :]) ** 2, axis=-1))
 
     def check(self, coordinates: int) -> str | None:
-        """Anything."""
+        """Return None, because any number of coordinates is valid."""
         return None
 
 
 class GreatCircle(Distance):
-    """Along the sphere: positions are (latitude, longitude) in degrees.
+    """Distance along the surface of a sphere. A position is (latitude, longitude) in degrees.
 
     Args:
-        sphere_radius: in the unit of the distances; kilometers of the Earth by default.
+        sphere_radius: radius of the sphere, in the unit of the distances; by default the Earth's in kilometers.
 
     Raises:
-        ValueError: a radius that is not positive.
+        ValueError: `sphere_radius` is not positive and finite.
     """
 
     sphere_radius: float = eqx.field(static=True, default=6371.0, converter=float)
 
     def __check_init__(self) -> None:
         if not 0 < self.sphere_radius < math.inf:
-            raise ValueError(f"GreatCircle got sphere_radius={self.sphere_radius}; give it in the unit of distances.")
+            raise ValueError(
+                f"GreatCircle got sphere_radius={self.sphere_radius}; give a positive radius in the unit of distances."
+            )
 
     def __call__(self, a: Float[np.ndarray, "n k"], b: Float[np.ndarray, "m k"]) -> Float[np.ndarray, "n m"]:
-        """By the chord, which is exact for near points, where the arc cosine is not."""
+        """Great-circle distances, in the unit of the sphere's radius.
+
+        They are computed from the chord, which is accurate for near points, where the arc cosine is not.
+        """
         half_chord = 0.5 * Euclidean()(_on_unit_sphere(a), _on_unit_sphere(b))
         return 2.0 * self.sphere_radius * np.arcsin(np.minimum(half_chord, 1.0))
 
     def check(self, coordinates: int) -> str | None:
-        """Two numbers."""
+        """Return "(latitude, longitude) in degrees", or None if a position has two coordinates."""
         return None if coordinates == 2 else "(latitude, longitude) in degrees"
 
     def on_grid(self, grid: Mapping[str, np.ndarray]) -> Float[np.ndarray, "n k"]:
-        """The dimensions called latitude and longitude, or lat and lon.
+        """Positions of the points of a grid, from its dimensions latitude and longitude, or lat and lon.
 
         Raises:
-            ValueError: there are none.
+            ValueError: the grid has no such dimensions.
         """
         for names in (("latitude", "longitude"), ("lat", "lon")):
             if set(names) <= set(grid):
                 return np.stack([grid[name] for name in names], axis=-1)
         raise ValueError(
             f"the layout's coordinates are {sorted(grid)}, without latitude and longitude; "
-            "give the positions yourself: Taper(state=...)."
+            "give the positions of the state: Taper(state=...)."
         )
 
 
@@ -115,18 +124,18 @@ def _on_unit_sphere(positions: Float[np.ndarray, "n k"]) -> Float[np.ndarray, "n
 
 
 class WithHeight(Distance):
-    """On top of each other too: positions have one more coordinate, the last.
+    r"""Distance that combines a horizontal distance with a difference in height, the last coordinate of a position.
 
-    The distance is the root of the sum of squares of the horizontal distance and of `scale` times the difference in
-    height. With the logarithm of pressure as height and `GreatCircle()`, scale=1000.0 makes levels whose pressures
-    have a ratio of e as far apart as 1000 km.
+    The distance is $\sqrt{d^2 + (s \, \Delta z)^2}$, with $d$ the horizontal distance, $\Delta z$ the difference in
+    height and $s$ the scale. With the logarithm of pressure as height and `GreatCircle()`, scale=1000.0 puts levels
+    whose pressures have a ratio of e as far apart as 1000 km.
 
     Args:
-        horizontal: the distance of all other coordinates.
+        horizontal: distance of all other coordinates.
         scale: horizontal distance that counts as much as one unit of height.
 
     Raises:
-        ValueError: a scale that is not positive.
+        ValueError: `scale` is not positive and finite.
     """
 
     horizontal: Distance
@@ -135,15 +144,15 @@ class WithHeight(Distance):
     def __check_init__(self) -> None:
         if not 0 < self.scale < math.inf:
             raise ValueError(
-                f"WithHeight got scale={self.scale}; give the distance that one unit of height stands for."
+                f"WithHeight got scale={self.scale}; give the horizontal distance that equals one unit of height."
             )
 
     def __call__(self, a: Float[np.ndarray, "n k"], b: Float[np.ndarray, "m k"]) -> Float[np.ndarray, "n m"]:
-        """The root of the sum of squares."""
+        """Distances of horizontal distance and height together, in the unit of the horizontal distance."""
         height = self.scale * (a[:, None, -1] - b[None, :, -1])
         return np.sqrt(self.horizontal(a[:, :-1], b[:, :-1]) ** 2 + height**2)
 
     def check(self, coordinates: int) -> str | None:
-        """One number more."""
+        """Description of a horizontal position with a height; None if the number of coordinates is valid."""
         needed = self.horizontal.check(coordinates - 1) if coordinates > 1 else "at least one number"
         return None if needed is None else f"{needed}, then a height"

@@ -1,13 +1,14 @@
-"""The ensemble Kalman filter: no weights, a linear update with the ensemble's own covariances.
+"""Ensemble Kalman filter: a linear update with the ensemble's own covariances, without weights.
 
-The baseline of the trade. The kernel asks of a model
+It is the standard filter of the field, for comparison. The kernel needs three functions of a model:
 
 - ``forecast_fn(rng_key, particle, observation) -> (x, record)``: a draw of the next state,
 - ``residual_fn(x, particle, observation) -> R^{-1/2} (y - h(x))``, zero where missing,
-- ``advance_fn(rng_key, x, particle, observation, record) -> (particle, record)``: the particle once x is analysed,
+- ``advance_fn(rng_key, x, particle, observation, record) -> (particle, record)``: the particle of an analyzed state x.
 
-and of an `EnsembleUpdate` what is added to each member: with perturbed observations or by a square root, with a taper
-or without. Inflation widens the forecast before it (`ForecastMultiplicative`) or the analysis after it (all others).
+An `EnsembleUpdate` gives the increment of each member: with perturbed observations or by a square root, with a taper
+or without. Inflation widens the forecast before the update (`ForecastMultiplicative`) or the analysis after it (all
+others).
 """
 
 from __future__ import annotations
@@ -28,12 +29,13 @@ from numpyro_diffusion_da.smc.base import (
     map_particles,
     num_particles,
     particle_keys,
+    top_level_api,
 )
 from numpyro_diffusion_da.smc.ensemble_update import EnsembleUpdate, PerturbedObservations
 from numpyro_diffusion_da.smc.inflation import Inflation, check_inflation, forecast_factor, inflated
 from numpyro_diffusion_da.smc.localization import PlacedTaper
 
-__all__ = ["Info", "State", "build_kernel", "init"]
+__all__ = ["Info", "State", "as_top_level_api", "build_kernel", "init"]
 
 
 def build_kernel(
@@ -51,18 +53,18 @@ def build_kernel(
         forecast_fn: (rng_key, particle, observation) -> (x, record), a draw of the next state.
         residual_fn: (x, particle, observation) -> R^{-1/2} (y - h(x)), zero where missing.
         advance_fn: (rng_key, x, particle, observation, record) -> (particle, record), the particle of an analyzed x.
-        update: `PerturbedObservations()` or `SquareRoot()`.
-        taper: localization at the places of the model's values; None for none.
-        inflation: `ForecastMultiplicative` acts on the forecast before the update, all others on the analysis, in
-            their order.
-        batch_size: particles mapped at a time; None maps all at once.
+        update: update of the ensemble, `PerturbedObservations()` or `SquareRoot()`.
+        taper: localization at the positions of the model's values; None for no localization.
+        inflation: sequence of inflations. `ForecastMultiplicative` acts on the forecast before the update, all others
+            act on the analysis, in their order.
+        batch_size: number of particles mapped at a time, which bounds the memory; None maps all at once.
 
     Returns:
-        kernel(rng_key, state, observation) -> (State, Info), pure and jit-able. It raises a ValueError for fewer than
-        two particles.
+        kernel(rng_key, state, observation) -> (State, Info), pure and jit-able.
 
     Raises:
         TypeError: `inflation` is not a sequence of `Inflation`.
+        ValueError: the kernel gets fewer than two particles, or `update` and `taper` do not fit together.
     """
     check_inflation(inflation, "EnKF", paired=True)
     factor = forecast_factor(inflation)
@@ -71,19 +73,22 @@ def build_kernel(
     def kernel(rng_key: PRNGKeyArray, state: State, observation: PyTree) -> tuple[State, Info]:
         n = num_particles(state.particles)
         if n < 2:
-            raise ValueError("EnKF got one particle, and one particle has no covariance; give 2 or more.")
+            raise ValueError("EnKF got one particle, but one particle has no covariance; give 2 or more.")
         forecast_key, error_key, advance_key = jax.random.split(rng_key, 3)
 
+        # Forecast each member, and widen the forecast.
         forecast = map_particles(lambda key, particle: forecast_fn(key, particle, observation), batch_size)
         x, record = forecast(particle_keys(forecast_key, n), state.particles)
         mean = x.mean(0, keepdims=True)
         x = mean + factor * (x - mean)
+        # Update all members together.
         residual = jax.vmap(lambda x, particle: residual_fn(x, particle, observation))(x, state.particles)
         prior = x
         x = x + update(error_key, (x - mean).reshape(n, -1), residual, taper).reshape(x.shape)
-        # A fourth key beside the three, which are the same with and without inflation.
+        # The key of the inflation is a fourth one, so that the other three are the same with and without inflation.
         x = inflated(after, jax.random.split(rng_key, 4)[3], x, prior)
 
+        # Turn the analyzed states into particles.
         advance = map_particles(
             lambda key, x, particle, record: advance_fn(key, x, particle, observation, record), batch_size
         )
@@ -93,3 +98,7 @@ def build_kernel(
         return State(particles, state.log_evidence), info
 
     return kernel
+
+
+as_top_level_api = top_level_api(build_kernel)
+"""Build the filter as a `blackjax.base.SamplingAlgorithm`, with the arguments of `build_kernel`."""

@@ -1,8 +1,12 @@
-"""Analysis updates of an ensemble: what `enkf` does with a forecast and its residuals.
+r"""Analysis updates of the ensemble Kalman filter: increments of the members from a forecast and its residuals.
 
-In whitened residuals R = I. With anomalies X (N, d) of the members and Y (N, m) of what they predict, the ensemble's
-covariances are X^T Y / (N - 1) and Y^T Y / (N - 1), and the Kalman gain is K = X^T Y (Y^T Y + (N - 1) I)^{-1}. An
-update returns what is added to each member; a taper rho enters each update in its own way.
+Residuals are whitened, so that $R = I$. Let $X$, of shape (N, d), be the anomalies of the members, and $Y$, of shape
+(N, m), the anomalies of the observations that they predict. The covariances of the ensemble are $X^T Y / (N - 1)$ and
+$Y^T Y / (N - 1)$, and the Kalman gain is
+
+$$K = X^T Y \, (Y^T Y + (N - 1) I)^{-1}.$$
+
+An update returns the increment of each member. A taper $\rho$ enters each update in its own way.
 """
 
 from __future__ import annotations
@@ -19,14 +23,17 @@ from numpyro_diffusion_da.smc.base import particle_keys
 from numpyro_diffusion_da.smc.localization import PlacedTaper
 
 PointUpdate = Callable[[Float[Array, "n c"], Float[Array, "n k"], Float[Array, " k"], Int[Array, " k"]], Array]
-"""(anomalies at a point, what is predicted near it, the taper, which observations) -> what is added, shape (n, c)."""
+"""Update of one point of the state from the observations near it.
+
+(anomalies at the point, predicted anomalies of these observations, their taper, their indices) -> increments, (n, c).
+"""
 
 LARGEST_BLOCK = 2**24
-"""Numbers held at a time while points of the state are updated one beside the other: 64 MB."""
+"""Largest number of values held at a time while several points of the state are updated in parallel: 64 MB."""
 
 
 class EnsembleUpdate(eqx.Module):
-    """How the members of a forecast become those of the analysis."""
+    """Update that turns the members of a forecast into those of the analysis."""
 
     @abc.abstractmethod
     def __call__(
@@ -36,22 +43,25 @@ class EnsembleUpdate(eqx.Module):
         residual: Float[Array, "n m"],
         taper: PlacedTaper | None = None,
     ) -> Float[Array, "n d"]:
-        """What is added to each member.
+        """Increment of each member.
 
         Args:
-            rng_key: of the step.
-            anomalies: members less their mean, flattened.
-            residual: R^{-1/2} (y - h(x)) of each member, zero where missing.
-            taper: localization at the places of these values; None for none.
+            rng_key: random key of the step.
+            anomalies: members minus their mean, flattened.
+            residual: whitened residual R^{-1/2} (y - h(x)) of each member, zero where missing.
+            taper: localization at the positions of these values; None for no localization.
         """
 
 
 class PerturbedObservations(EnsembleUpdate):
-    """The stochastic update (Burgers, van Leeuwen & Evensen 1998): each member sees its own perturbed observations.
+    r"""Stochastic update (Burgers, van Leeuwen & Evensen 1998): each member gets its own perturbed observations.
 
-    The perturbations are centered, so that the mean's update is that of the Kalman gain. Its taper multiplies the
-    covariances (Houtekamer & Mitchell 2001), K = (rho o X^T Y) (rho o Y^T Y + (N - 1) I)^{-1}. That solves a system of
-    all observations, m^2 numbers; without a taper the smaller of m and N.
+    The perturbations are centered, so that the update of the mean is exactly that of the Kalman gain. A taper
+    multiplies the covariances (Houtekamer & Mitchell 2001):
+
+    $$K = (\rho \circ X^T Y) \, (\rho \circ Y^T Y + (N - 1) I)^{-1}.$$
+
+    With a taper the update solves a system of m equations, for m observations; without one, of the smaller of m and N.
     """
 
     def __call__(
@@ -61,7 +71,17 @@ class PerturbedObservations(EnsembleUpdate):
         residual: Float[Array, "n m"],
         taper: PlacedTaper | None = None,
     ) -> Float[Array, "n d"]:
-        """K (r_i + e_i)."""
+        """Increments K (r_i + e_i) of the members, with residuals r_i and centered perturbations e_i.
+
+        Raises:
+            ValueError: the correlation of the taper is not positive definite.
+        """
+        if taper is not None and not taper.correlation.is_positive_definite:
+            raise ValueError(
+                f"PerturbedObservations got a taper with correlation={taper.correlation}, which is not positive "
+                "definite, so that tapered covariances would not be covariances; give "
+                "correlation=ndda.smc.GaspariCohn(), or update=ndda.smc.SquareRoot()."
+            )
         n, m = residual.shape
         observed = jnp.any(residual != 0.0, axis=0)  # a missing value has a zero residual in every member
         errors = jax.vmap(lambda key: jax.random.normal(key, (m,), residual.dtype))(particle_keys(rng_key, n))
@@ -85,15 +105,18 @@ class PerturbedObservations(EnsembleUpdate):
 
 
 class SquareRoot(EnsembleUpdate):
-    """The deterministic update by the symmetric square root: ETKF, and with a taper LETKF.
+    r"""Deterministic update by the symmetric square root: the ETKF, or with a taper the LETKF.
 
     Mean and covariance become exactly those of a Kalman update with the ensemble's covariances (Bishop, Etherton &
-    Majumdar 2001). The symmetric root T = (I + Y Y^T / (N - 1))^{-1/2} on the anomalies (Hunt, Kostelich & Szunyogh
-    2007, eq. 24) keeps their mean and moves the members least.
+    Majumdar 2001). The anomalies are multiplied by the symmetric root (Hunt, Kostelich & Szunyogh 2007, eq. 24)
 
-    Its taper is that of Hunt et al. too: each point of the state is updated by itself, with the observations near it,
-    whose error variances are divided by rho. The solves are as large as a neighborhood or as N, whichever is smaller,
-    one for each point.
+    $$T = (I + Y Y^T / (N - 1))^{-1/2},$$
+
+    which keeps their mean and moves the members least.
+
+    With a taper (Hunt et al. 2007), each point of the state is updated on its own from the observations near it, whose
+    error variances are divided by $\rho$. This solves one system for each point. Its size is the number of observations
+    near the point or N, whichever is smaller.
     """
 
     def __call__(
@@ -103,7 +126,7 @@ class SquareRoot(EnsembleUpdate):
         residual: Float[Array, "n m"],
         taper: PlacedTaper | None = None,
     ) -> Float[Array, "n d"]:
-        """The mean's update and (T - I) X; the key is not used."""
+        """Increments of the members: the update of the mean, and (T - I) X. The random key is not used."""
         innovation = residual.mean(0)
         predicted = innovation[None] - residual
         if taper is None:
@@ -119,10 +142,16 @@ class SquareRoot(EnsembleUpdate):
 def _square_root_increments(
     anomalies: Float[Array, "n d"], predicted: Float[Array, "n m"], innovation: Float[Array, " m"]
 ) -> Float[Array, "n d"]:
-    """X^T's columns moved by the mean's gain and by T - I, from eigenvalues l of Y Y^T / (N - 1) or of Y^T Y / (N - 1).
+    """Increments of the square root update: the mean's by the Kalman gain, and (T - I) X.
 
-    T - I has the eigenvalues (1 + l)^{-1/2} - 1 = -l / (1 + l + (1 + l)^{1/2}), which loses no digits at small l and
-    needs no inverse of it.
+    They are computed from the eigenvalues l of Y Y^T / (N - 1) or Y^T Y / (N - 1), whichever is smaller. T - I has the
+    eigenvalues (1 + l)^{-1/2} - 1 = -l / (1 + l + (1 + l)^{1/2}). The second form loses no digits at small l and does
+    not divide by l.
+
+    Args:
+        anomalies: anomalies X of the members.
+        predicted: anomalies Y of the predicted observations.
+        innovation: whitened residual of the mean.
     """
     n, m = predicted.shape
     root = (n - 1) ** 0.5
@@ -146,7 +175,7 @@ def _square_root_increments(
 def _at_each_point(
     update: PointUpdate, anomalies: Float[Array, "n d"], predicted: Float[Array, "n m"], taper: PlacedTaper
 ) -> Float[Array, "n d"]:
-    """`update` of the values at each point with what is observed near it; as many points at a time as memory takes."""
+    """Update each point of the state from the observations near it, in batches that bound the memory."""
     which, weights = taper.neighborhoods()
     (points, k), n = which.shape, len(anomalies)
     x = jnp.moveaxis(anomalies.reshape(n, points, -1), 1, 0)

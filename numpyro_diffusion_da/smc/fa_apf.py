@@ -1,32 +1,34 @@
-"""The fully adapted auxiliary particle filter (Pitt & Shephard 1999; with tempering, Savary et al. 2026).
+r"""Fully adapted auxiliary particle filter (Pitt & Shephard 1999; with tempering, Savary et al. 2026).
 
-Given equally weighted particles c_i and a new observation y:
+One step takes equally weighted particles $c_i$ and a new observation $y$:
 
-1. log w_i = log p(y | c_i), exact or estimated
-2. the largest alpha <= 1 at which the tempered weights' ESS is at its target; `WeightTempering` takes w^alpha (`tempering`)
-3. ancestors ~ the tempered weights
-4. the new particle ~ p(x' | c_ancestor, y), the optimal proposal
-5. the new particles are equally weighted.
+1. Weigh: $\log w_i = \log p(y | c_i)$, exact or estimated.
+2. Temper: find the largest $\alpha \le 1$ at which the tempered weights reach the target of the effective sample size.
+   `WeightTempering` uses the weights $w_i^\alpha$; the module `tempering` describes the alternative.
+3. Select: draw ancestors by the tempered weights.
+4. Move: draw each new particle from $p(x' | c_\mathrm{ancestor}, y)$, the optimal proposal.
+5. The new particles are equally weighted.
 
-With `LocalAncestors` steps 1 to 3 are made for each block of the state by itself, from log p(y_j | c_i) of each
-observation j, and step 4 starts from states glued together from the blocks' ancestors (`local_ancestors`).
+With `LocalAncestors`, each block of the state goes through steps 1 to 3 on its own, with the log-likelihood
+$\log p(y_j | c_i)$ of each observation $j$. Step 4 then starts from states that are glued together from the ancestors
+of the blocks (see the module `local_ancestors`).
 
-The kernel asks two functions of a model and knows nothing else about it:
+The kernel needs two functions of a model:
 
-- ``log_predictive_fn(particle, observation) -> (log p(y | c), record)``; with `LocalAncestors` a vector, log p(y_j | c)
-  of each observation; with `LikelihoodTempering` an `TemperableLogWeight`
-- ``propose_fn(rng_key, particle, observation) -> (particle, record)``
+- ``log_predictive_fn(particle, observation) -> (log p(y | c), record)``. With `LocalAncestors` its first result is a
+  vector, log p(y_j | c) of each observation; with `LikelihoodTempering` it is a `TemperableLogWeight`.
+- ``propose_fn(rng_key, particle, observation) -> (particle, record)``.
 
-With `inflation` the new states are inflated together before they become particles. Then `propose_fn` returns the
-state x in place of the particle, and the kernel asks two more, which are those of `enkf`:
+With `inflation`, the new states are inflated together before they become particles. Then `propose_fn` returns the state
+x in place of the particle, and the kernel needs two more functions, which are those of `enkf`:
 
-- ``advance_fn(rng_key, x, particle, observation, record) -> (particle, record)``: the new particle, x being its state;
-- ``forecast_fn(rng_key, particle, observation) -> (x, record)``: a draw of p(x' | c), for a inflation that looks at the
-  forecast. The forecast ensemble is one such draw from each particle before selection: equally weighted draws of
-  p(x' | y_1, ..., y_k-1), whose spread is that of the means E[x' | c_i] and of the transition together. The draws have
-  the keys of `propose_fn`: a draw whose guidance has nothing to do is then the forecast itself.
+- ``advance_fn(rng_key, x, particle, observation, record) -> (particle, record)``: the new particle with the state x.
+- ``forecast_fn(rng_key, particle, observation) -> (x, record)``: a draw of p(x' | c), for an inflation that uses the
+  forecast. The forecast ensemble has one such draw from each particle before selection. These are equally weighted
+  draws of $p(x' | y_1, \dots, y_{k-1})$, with the spread of the means E[x' | c_i] and of the transition together. They
+  use the keys of `propose_fn`, so that a draw without any guidance equals the forecast.
 
-A record is any pytree (``()`` for none); records come back in `Info`, stacked over particles.
+A record is any pytree (``()`` for none). `Info` returns the records stacked over particles.
 """
 
 from __future__ import annotations
@@ -49,6 +51,7 @@ from numpyro_diffusion_da.smc.base import (
     map_particles,
     num_particles,
     particle_keys,
+    top_level_api,
 )
 from numpyro_diffusion_da.smc.inflation import Inflation, check_inflation, inflated, need_forecast
 from numpyro_diffusion_da.smc.local_ancestors import LocalAncestors
@@ -57,10 +60,10 @@ from numpyro_diffusion_da.smc.tempering import Tempering, WeightTempering
 __all__ = ["Info", "State", "as_top_level_api", "build_kernel", "init"]
 
 Draw = Callable[[PRNGKeyArray, PyTree, PyTree], tuple[PyTree, PyTree]]
-"""(rng_key, particle, observation) -> (new particle or state, record), for one particle."""
+"""Draw (rng_key, particle, observation) -> (new particle or state, record), for one particle."""
 
 Advance = Callable[[PRNGKeyArray, Any, PyTree, PyTree, PyTree], tuple[PyTree, PyTree]]
-"""(rng_key, x, particle, observation, record) -> (new particle, record), for one particle."""
+"""Function (rng_key, x, particle, observation, record) -> (new particle with the state x, record)."""
 
 
 def build_kernel(
@@ -75,41 +78,46 @@ def build_kernel(
     forecast_fn: Draw | None = None,
     tempering: Tempering = WeightTempering(),
 ) -> Kernel:
-    """Build the kernel.
+    """Build the kernel of the fully adapted auxiliary particle filter.
 
     Args:
         log_predictive_fn: (particle, observation) -> (log p(y | c), record), for one particle.
-        propose_fn: (rng_key, particle, observation) -> (new particle, record), for one particle.
-        resampling_fn: from `blackjax.smc.resampling`; systematic by default.
-        target_ess: effective sample size that tempering aims at, as a fraction of N; 0 for none.
-        batch_size: particles mapped at a time, which bounds the memory; None maps all at once.
-        local: localized ancestors; None for one selection of whole particles. Then `Info` has one set of weights and
-            ancestors for each block, and no evidence is estimated.
-        inflation: what is done to the new states, in this order; then `propose_fn` returns states.
-        advance_fn: see the module; needed with `inflation`.
-        forecast_fn: see the module; needed with a inflation that looks at the forecast.
-        tempering: what alpha does to the weights.
+        propose_fn: (rng_key, particle, observation) -> (new particle, record), for one particle. With `inflation` it
+            returns the new state in place of the particle.
+        resampling_fn: resampling function from `blackjax.smc.resampling`; None for systematic resampling.
+        target_ess: effective sample size that tempering aims at, as a fraction of N; 0 for no tempering.
+        batch_size: number of particles mapped at a time, which bounds the memory; None maps all at once.
+        local: localized resampling; None selects whole particles. With it, `Info` has one set of weights and ancestors
+            for each block, and no evidence is estimated.
+        inflation: inflations of the new states, applied in this order.
+        advance_fn: (rng_key, x, particle, observation, record) -> (new particle, record), for one particle. Needed with
+            `inflation`.
+        forecast_fn: (rng_key, particle, observation) -> (x, record), a draw of p(x' | c). Needed with an inflation that
+            uses the forecast.
+        tempering: kind of tempering, `WeightTempering()` or `LikelihoodTempering()`.
 
     Returns:
         kernel(rng_key, state, observation) -> (State, Info), pure and jit-able.
 
     Raises:
-        TypeError: what is no sequence of inflations.
-        ValueError: target_ess outside [0, 1); a inflation that pairs members; one without the functions that it needs.
+        TypeError: `inflation` is not a sequence of inflations.
+        ValueError: `target_ess` is outside [0, 1), or an inflation pairs members or lacks a function that it needs.
     """
-    check_target_ess(target_ess)
+    check_target_ess(target_ess, "fa_apf.build_kernel")
     check_inflation(inflation, "FAAPF", paired=False)
     look_ahead = need_forecast(inflation)
     if inflation and (advance_fn is None or (look_ahead and forecast_fn is None)):
         missing = "advance_fn" if advance_fn is None else "forecast_fn"
-        raise ValueError(f"inflation={tuple(inflation)} needs {missing}, and fa_apf.build_kernel got none.")
+        raise ValueError(f"inflation={tuple(inflation)} needs {missing}, but fa_apf.build_kernel got none.")
 
     def kernel(rng_key: PRNGKeyArray, state: State, observation: PyTree) -> tuple[State, Info]:
         n = num_particles(state.particles)
         resampling_key, proposal_key = jax.random.split(rng_key)
+        # Weigh every particle.
         weigh = map_particles(lambda particle: log_predictive_fn(particle, observation), batch_size)
         predictive, weighing = weigh(state.particles)
         predictive = jax.tree.map(lambda x: jnp.where(jnp.isfinite(x), x, -jnp.inf), predictive)
+        # Temper and select.
         if local is None:
             chosen = tempering.select(resampling_key, predictive, None, resampling_fn, target_ess)
             log_weights, ancestors, alpha = chosen
@@ -118,9 +126,11 @@ def build_kernel(
             chosen = local.select(resampling_key, predictive, resampling_fn, target_ess, tempering)
             log_weights, ancestors, alpha = chosen
             parents = local.glue(state.particles, ancestors)
+        # Move from the selected particles.
         propose = map_particles(lambda key, particle: propose_fn(key, particle, observation), batch_size)
         keys = particle_keys(proposal_key, n)
         particles, proposal = propose(keys, parents)
+        # Inflate the new states, and turn them into particles.
         forecast, forecasting = None, ()
         if look_ahead:
             assert forecast_fn is not None
@@ -128,7 +138,7 @@ def build_kernel(
             forecast, forecasting = look(keys, state.particles)
         if inflation:
             assert advance_fn is not None
-            # A third key beside the two, which are the same with and without inflation.
+            # The key of the inflation is a third one, so that the other two are the same with and without inflation.
             x = inflated(inflation, jax.random.split(rng_key, 3)[2], particles, forecast)
             advance = map_particles(
                 lambda key, x, particle, record: advance_fn(key, x, particle, observation, record), batch_size
@@ -140,34 +150,5 @@ def build_kernel(
     return kernel
 
 
-def as_top_level_api(
-    log_predictive_fn: Callable[[PyTree, PyTree], tuple[Any, PyTree]],
-    propose_fn: Draw,
-    resampling_fn: Resampling | None = None,
-    target_ess: float = 0.2,
-    batch_size: int | None = None,
-    local: LocalAncestors | None = None,
-    inflation: Sequence[Inflation] = (),
-    advance_fn: Advance | None = None,
-    forecast_fn: Draw | None = None,
-    tempering: Tempering = WeightTempering(),
-) -> Any:
-    """The filter as a `blackjax.base.SamplingAlgorithm`: ``init(particles)``, ``step(rng_key, state, observation)``.
-
-    Arguments as `build_kernel`.
-    """
-    from blackjax.base import SamplingAlgorithm
-
-    kernel = build_kernel(
-        log_predictive_fn,
-        propose_fn,
-        resampling_fn,
-        target_ess,
-        batch_size,
-        local,
-        inflation,
-        advance_fn,
-        forecast_fn,
-        tempering,
-    )
-    return SamplingAlgorithm(init, kernel)
+as_top_level_api = top_level_api(build_kernel)
+"""Build the filter as a `blackjax.base.SamplingAlgorithm`, with the arguments of `build_kernel`."""

@@ -1,13 +1,16 @@
-"""The guided particle filter (Doucet, Godsill & Andrieu 2000): move, weigh, resample.
+r"""Guided particle filter (Doucet, Godsill & Andrieu 2000): move, weigh, resample.
 
-Each particle moves by a draw q(x' | c, y) that may look at the observation, and is weighed by what that draw has to
-answer for, w = p(y | x') p(x' | c) / q(x' | c, y), or by any estimate of mean p(y | c) made along with it. Without
-tempering the product over steps of the mean weights is an unbiased estimate of the evidence. The kernel asks of a model
+Each particle moves by a draw $q(x' | c, y)$ that may depend on the observation, and gets the weight
+
+$$w = \frac{p(y | x') \, p(x' | c)}{q(x' | c, y)},$$
+
+or any estimate with the mean $p(y | c)$ that is made together with the draw. Without tempering, the product over steps
+of the mean weights is an unbiased estimate of the evidence. The kernel needs one function of a model:
 
 - ``propose_fn(rng_key, particle, observation) -> (particle, log w, record)``.
 
-State and info are those of `fa_apf`; the log-weights belong to the moved particles, before resampling, and
-``info.proposal`` to the particles after it.
+State and info are those of `fa_apf`. The log-weights belong to the moved particles before resampling, and
+``info.proposal`` to the particles after resampling.
 """
 
 from __future__ import annotations
@@ -31,33 +34,34 @@ from numpyro_diffusion_da.smc.base import (
     num_particles,
     particle_keys,
     select,
+    top_level_api,
 )
 
 __all__ = ["Info", "State", "as_top_level_api", "build_kernel", "init"]
 
 Propose = Callable[[PRNGKeyArray, PyTree, PyTree], tuple[PyTree, Any, PyTree]]
-"""(rng_key, particle, observation) -> (new particle, log w, record), for one particle."""
+"""Weighted draw (rng_key, particle, observation) -> (new particle, log w, record), for one particle."""
 
 
 def build_kernel(
     propose_fn: Propose, resampling_fn: Resampling | None = None, target_ess: float = 0.0, batch_size: int | None = None
 ) -> Kernel:
-    """Build the kernel.
+    """Build the kernel of the guided particle filter.
 
     Args:
         propose_fn: (rng_key, particle, observation) -> (new particle, log w, record), for one particle.
-        resampling_fn: from `blackjax.smc.resampling`; systematic by default.
-        target_ess: effective sample size that tempering aims at, as a fraction of N. None by default: an tempered
-            weight makes no unbiased evidence.
-        batch_size: particles mapped at a time, which bounds the memory; None maps all at once.
+        resampling_fn: resampling function from `blackjax.smc.resampling`; None for systematic resampling.
+        target_ess: effective sample size that tempering aims at, as a fraction of N. The default 0 means no tempering,
+            which keeps the estimate of the evidence unbiased.
+        batch_size: number of particles mapped at a time, which bounds the memory; None maps all at once.
 
     Returns:
         kernel(rng_key, state, observation) -> (State, Info), pure and jit-able.
 
     Raises:
-        ValueError: target_ess outside [0, 1).
+        ValueError: `target_ess` is outside [0, 1).
     """
-    check_target_ess(target_ess)
+    check_target_ess(target_ess, "guided_pf.build_kernel")
 
     def kernel(rng_key: PRNGKeyArray, state: State, observation: PyTree) -> tuple[State, Info]:
         n = num_particles(state.particles)
@@ -73,10 +77,5 @@ def build_kernel(
     return kernel
 
 
-def as_top_level_api(
-    propose_fn: Propose, resampling_fn: Resampling | None = None, target_ess: float = 0.0, batch_size: int | None = None
-) -> Any:
-    """The filter as a `blackjax.base.SamplingAlgorithm`; arguments as `build_kernel`."""
-    from blackjax.base import SamplingAlgorithm
-
-    return SamplingAlgorithm(init, build_kernel(propose_fn, resampling_fn, target_ess, batch_size))
+as_top_level_api = top_level_api(build_kernel)
+"""Build the filter as a `blackjax.base.SamplingAlgorithm`, with the arguments of `build_kernel`."""

@@ -1,18 +1,20 @@
-"""Inflation: what is done to an analysis whose spread has become too small, before it is forecast from.
+r"""Inflation of an ensemble whose spread is too small: of the analysis before the next forecast, or of the forecast.
 
-An ensemble of few members, a model without errors of its own, or a selection by many observations leave an analysis
-that is too sure. With s_a and s_b the standard deviations, in each component of the state, of the analysis and of the
-forecast ensemble that it was made from, and an apostrophe for what a member differs from its mean by,
+With few members, with a model without errors of its own, or after a selection by many observations, the spread of an
+analysis is smaller than its error. Let $s_a$ and $s_b$ be the standard deviations of the analysis and of its forecast
+ensemble in one component of the state, and let $x_a'$ and $x_b'$ be the anomalies of a member from the mean.
 
-- `RTPS`, relaxation to prior spread (Whitaker & Hamill 2012, Mon. Weather Rev. 140, 3078):
-  s_a becomes s_a + alpha (s_b - s_a), each component's anomalies being multiplied by one factor;
-- `RTPP`, relaxation to prior perturbations (Zhang, Snyder & Sun 2004, Mon. Weather Rev. 132, 1238):
-  x_a' becomes (1 - alpha) x_a' + alpha x_b', member by member;
-- `Multiplicative`: x_a' becomes factor x_a' (Anderson & Anderson 1999, there of the forecast);
-- `Jitter`: noise is added (roughening: Gordon, Salmond & Smith 1993).
+- `RTPS`, relaxation to prior spread (Whitaker & Hamill 2012, Mon. Weather Rev. 140, 3078), multiplies the anomalies of
+  each component by one factor, so that its spread becomes $s_a + \alpha (s_b - s_a)$.
+- `RTPP`, relaxation to prior perturbations (Zhang, Snyder & Sun 2004, Mon. Weather Rev. 132, 1238), replaces the
+  anomalies of each member by $(1 - \alpha) x_a' + \alpha x_b'$.
+- `Multiplicative` multiplies all anomalies of the analysis by one factor.
+- `ForecastMultiplicative` multiplies all anomalies of the forecast by one factor, before the update (Anderson &
+  Anderson 1999).
+- `Jitter` adds noise (the roughening of Gordon, Salmond & Smith 1993).
 
-None moves the mean. Each is a value; a filter takes a sequence of them and applies them in its order. Members that hold
-a value that is not finite count for nothing, and stay as they are.
+None of them moves the mean. A filter takes a sequence of inflations and applies them in this order. A member that holds
+a value that is not finite is left out of means and spreads.
 """
 
 from __future__ import annotations
@@ -27,42 +29,47 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from numpyro_diffusion_da.arguments import shown
 from numpyro_diffusion_da.smc.base import particle_keys
 
 
 class Inflation(eqx.Module):
-    """How the members of an analysis are spread out."""
+    """Inflation of an ensemble: widens the spread of its members around their mean."""
 
     needs_forecast: ClassVar[bool] = False
-    """Whether it looks at the forecast; a filter that has none at hand draws one then."""
+    """Whether the inflation uses the forecast ensemble. A filter that has none draws one for it."""
     pairs_members: ClassVar[bool] = False
-    """Whether it takes member i of analysis and forecast to belong together."""
+    """Whether the inflation assumes that member i of the analysis was made from member i of the forecast."""
     acts_on_forecast: ClassVar[bool] = False
-    """Whether it widens the forecast before the update, and not the analysis after it."""
+    """Whether the inflation widens the forecast before the update instead of the analysis after it."""
 
     @abc.abstractmethod
     def __call__(
         self, rng_key: PRNGKeyArray, analysis: Float[Array, "n ..."], forecast: Float[Array, "n ..."] | None
     ) -> Float[Array, "n ..."]:
-        """The inflated members.
+        """Inflate the members of an ensemble.
 
         Args:
-            rng_key: of the step.
+            rng_key: random key of the step.
             analysis: members of the analysis, equally weighted.
-            forecast: members of the forecast; None is enough for a inflation that does not need it.
+            forecast: members of the forecast; None if the inflation does not need them.
+
+        Returns:
+            The inflated members.
         """
 
 
 class RTPS(Inflation):
-    """Relaxation to prior spread: s_a becomes s_a + alpha (s_b - s_a) in each component, see the module.
+    """Relaxation to prior spread: in each component the spread s_a becomes s_a + alpha (s_b - s_a).
 
-    A component in which no member differs stays as it is: there is no anomaly to multiply.
+    Here s_a and s_b are the standard deviations of the analysis and of the forecast (Whitaker & Hamill 2012). A
+    component in which all members agree stays as it is, because it has no anomaly to multiply.
 
     Args:
-        alpha: from 0, the analysis' own spread, to 1, the forecast's.
+        alpha: amount, from 0 (the spread of the analysis) to 1 (the spread of the forecast).
 
     Raises:
-        ValueError: alpha outside [0, 1].
+        ValueError: `alpha` is outside [0, 1].
     """
 
     needs_forecast: ClassVar[bool] = True
@@ -75,7 +82,7 @@ class RTPS(Inflation):
     def __call__(
         self, rng_key: PRNGKeyArray, analysis: Float[Array, "n ..."], forecast: Float[Array, "n ..."] | None
     ) -> Float[Array, "n ..."]:
-        """One factor a component."""
+        """Multiply the anomalies of each component by the factor that gives the relaxed spread."""
         mean, anomalies = _split(analysis)
         spread, prior = _spread(anomalies), _spread(_split(_given(self, forecast))[1])
         known = spread > 0.0
@@ -84,16 +91,18 @@ class RTPS(Inflation):
 
 
 class RTPP(Inflation):
-    """Relaxation to prior perturbations: x_a' becomes (1 - alpha) x_a' + alpha x_b', see the module.
+    """Relaxation to prior perturbations: the anomaly x_a' of each member becomes (1 - alpha) x_a' + alpha x_b'.
 
-    For a filter whose members keep their places, such as the ensemble Kalman filter. Between members that do not belong
-    together the mixture would *lose* variance: 2 alpha (1 - alpha) of it where nothing is observed.
+    Here x_a' and x_b' are the member's anomalies in the analysis and in the forecast (Zhang, Snyder & Sun 2004). The
+    inflation is for filters that make each member of the analysis from the same member of the forecast, such as the
+    ensemble Kalman filter. A mixture of unrelated members would lose variance: the fraction 2 alpha (1 - alpha) where
+    nothing is observed.
 
     Args:
-        alpha: from 0, the analysis, to 1, the forecast around the analysis' mean.
+        alpha: amount, from 0 (anomalies of the analysis) to 1 (anomalies of the forecast).
 
     Raises:
-        ValueError: alpha outside [0, 1].
+        ValueError: `alpha` is outside [0, 1].
     """
 
     needs_forecast: ClassVar[bool] = True
@@ -107,20 +116,20 @@ class RTPP(Inflation):
     def __call__(
         self, rng_key: PRNGKeyArray, analysis: Float[Array, "n ..."], forecast: Float[Array, "n ..."] | None
     ) -> Float[Array, "n ..."]:
-        """A mixture of two anomalies."""
+        """Mix the anomalies of analysis and forecast around the mean of the analysis."""
         mean, anomalies = _split(analysis)
         _, prior = _split(_given(self, forecast))
         return mean + (1.0 - self.alpha) * anomalies + self.alpha * prior
 
 
 class Multiplicative(Inflation):
-    """The analysis' anomalies times a factor.
+    """Multiply the anomalies of the analysis by a factor.
 
     Args:
-        factor: 1 for none; more spreads the members out.
+        factor: factor of the anomalies, 1 for no inflation.
 
     Raises:
-        ValueError: a factor below 1.
+        ValueError: `factor` is below 1.
     """
 
     factor: float | Float[Array, ""]
@@ -131,7 +140,7 @@ class Multiplicative(Inflation):
     def __call__(
         self, rng_key: PRNGKeyArray, analysis: Float[Array, "n ..."], forecast: Float[Array, "n ..."] | None
     ) -> Float[Array, "n ..."]:
-        """One factor for all."""
+        """Multiply the anomalies of the members by the factor."""
         mean, anomalies = _split(analysis)
         return mean + self.factor * anomalies
 
@@ -139,13 +148,13 @@ class Multiplicative(Inflation):
 class ForecastMultiplicative(Inflation):
     """Multiply the anomalies of the forecast by a factor, before the update (Anderson & Anderson 1999).
 
-    For filters that update an ensemble of forecasts: `EnKF`.
+    It is for a filter that updates an ensemble of forecasts, such as `EnKF`.
 
     Args:
-        factor: 1 for none; more spreads the members out.
+        factor: factor of the anomalies, 1 for no inflation.
 
     Raises:
-        ValueError: a factor below 1.
+        ValueError: `factor` is below 1.
     """
 
     acts_on_forecast: ClassVar[bool] = True
@@ -158,24 +167,24 @@ class ForecastMultiplicative(Inflation):
     def __call__(
         self, rng_key: PRNGKeyArray, analysis: Float[Array, "n ..."], forecast: Float[Array, "n ..."] | None
     ) -> Float[Array, "n ..."]:
-        """Multiply the anomalies of the members by the factor."""
+        """Multiply the anomalies of the given members, here those of the forecast, by the factor."""
         return Multiplicative(self.factor)(rng_key, analysis, forecast)
 
 
 class Jitter(Inflation):
-    """Gaussian noise of a given size, independent from member to member and from component to component.
+    """Add Gaussian noise that is independent between members and between components.
 
-    Its size is in the unit of the state and not relative to the spread: a multiple of a spread that has collapsed is
-    nothing, and to spread out what still has a spread is what `Multiplicative` and `RTPS` are for. The noise is centered
-    over members, so that the mean stays; scale^2 is what it adds to the members' unbiased variance. One member alone
-    stays where it is. It knows nothing of how smooth a field is.
+    The scale of the noise is absolute, in the unit of the state, so that it widens an ensemble even if its spread has
+    collapsed. `Multiplicative` and `RTPS` scale a spread that is still there. The noise is centered over the members:
+    it does not move the mean, and adds scale^2 to the unbiased variance of the members. A single member stays as it is.
+    The noise is not smooth in space.
 
     Args:
-        scale: standard deviation, in the unit of the state: a number, or an array that broadcasts to one state, for a
-            state of several variables.
+        scale: standard deviation of the noise in the unit of the state. A number, or an array that broadcasts to one
+            state, for instance with one value for each variable.
 
     Raises:
-        ValueError: a negative scale; when called, a scale that does not broadcast to a state.
+        ValueError: `scale` is negative or, when called, does not broadcast to one state.
     """
 
     scale: float | Float[Array, ...] | np.ndarray
@@ -186,7 +195,7 @@ class Jitter(Inflation):
     def __call__(
         self, rng_key: PRNGKeyArray, analysis: Float[Array, "n ..."], forecast: Float[Array, "n ..."] | None
     ) -> Float[Array, "n ..."]:
-        """With the noise added."""
+        """Add centered noise to the members; the forecast is not used."""
         n, shape = len(analysis), analysis.shape[1:]
         draw = jax.vmap(lambda key: jax.random.normal(key, shape, analysis.dtype))
         noise = draw(particle_keys(rng_key, n))
@@ -200,14 +209,24 @@ def inflated(
     analysis: Float[Array, "n ..."],
     forecast: Float[Array, "n ..."] | None,
 ) -> Float[Array, "n ..."]:
-    """The members after one inflation after the other; each sees what the last one left, and the same forecast."""
+    """Apply a sequence of inflations to an analysis, each to the result of the one before, with the same forecast.
+
+    Args:
+        inflations: the inflations, in order.
+        rng_key: random key of the step.
+        analysis: members of the analysis, equally weighted.
+        forecast: members of the forecast; None if no inflation needs them.
+
+    Returns:
+        The inflated members.
+    """
     for i, inflation in enumerate(inflations):
         analysis = inflation(jax.random.fold_in(rng_key, i), analysis, forecast)
     return analysis
 
 
 def forecast_factor(inflations: Sequence[Inflation]) -> float | Float[Array, ""]:
-    """Product of the factors on the forecast's anomalies; 1.0 where none acts on the forecast."""
+    """Product of the factors on the anomalies of the forecast; 1.0 if no inflation acts on the forecast."""
     factor: Any = 1.0
     for inflation in inflations:
         if isinstance(inflation, ForecastMultiplicative):
@@ -216,39 +235,49 @@ def forecast_factor(inflations: Sequence[Inflation]) -> float | Float[Array, ""]
 
 
 def need_forecast(inflations: Sequence[Inflation]) -> bool:
-    """Whether any of them looks at the forecast."""
+    """Whether any of the inflations uses the forecast ensemble."""
     return any(inflation.needs_forecast for inflation in inflations)
 
 
 def check_inflation(inflations: Any, owner: str, paired: bool) -> None:
-    """Refuse what is no sequence of inflations that a filter can make.
+    """Check that an argument is a sequence of inflations that a filter can apply.
 
     Args:
-        inflations: what it was given.
-        owner: the filter's name.
-        paired: whether member i of its analysis was made from member i of its forecast.
+        inflations: the argument.
+        owner: name of the filter, for the message.
+        paired: whether member i of the filter's analysis is made from member i of its forecast.
 
     Raises:
-        TypeError: not a sequence of inflations.
-        ValueError: a inflation that pairs members, for a filter that selects.
+        TypeError: the argument is not a sequence of inflations.
+        ValueError: an inflation pairs members or acts on the forecast, and the filter updates no forecast members.
     """
     if isinstance(inflations, Inflation):
-        raise TypeError(f"{owner} got inflation={inflations}; give a sequence of inflations: ({inflations},).")
+        raise TypeError(f"{owner} got inflation={inflations}; expected a sequence: write inflation=({inflations},).")
+    if not isinstance(inflations, Sequence) or isinstance(inflations, str):
+        raise TypeError(
+            f"{owner} got inflation={shown(inflations)}; expected a sequence: write "
+            "inflation=(ndda.ForecastMultiplicative(1.05), ndda.RTPS(0.3)) for an EnKF, (ndda.RTPS(0.3),) for any filter."
+        )
     for inflation in inflations:
         if not isinstance(inflation, Inflation):
             raise TypeError(
-                f"{owner} got {inflation!r} among its inflation; give values of ndda.RTPS, ndda.smc.RTPP, "
-                "ndda.Multiplicative or ndda.smc.Jitter."
+                f"{owner} got {inflation!r} in the sequence `inflation`; give instances of ndda.RTPS, ndda.smc.RTPP, "
+                "ndda.Multiplicative, ndda.ForecastMultiplicative or ndda.smc.Jitter."
             )
         if inflation.pairs_members and not paired:
             raise ValueError(
-                f"{owner} got inflation={inflation}, which mixes each member with its own forecast, and particles "
-                "that were selected have none; use ndda.RTPS, which needs the forecast's spread only."
+                f"{owner} got inflation={inflation}, which mixes each member with its own forecast, but resampled "
+                "particles have none; use ndda.RTPS, which needs only the spread of the forecast."
+            )
+        if inflation.acts_on_forecast and not paired:
+            raise ValueError(
+                f"{owner} got inflation={inflation}, which widens the forecast before an ensemble update, and {owner} "
+                "makes none; use ndda.Multiplicative, which widens the analysis."
             )
 
 
 def is_traced(value: Any) -> bool:
-    """Whether a number is not known yet, as the amount that `innovations.tune_spread` looks for."""
+    """Whether a value is traced by JAX, such as the amount that `tune_spread` searches for, and cannot be checked."""
     return isinstance(value, jax.core.Tracer)
 
 
@@ -260,15 +289,19 @@ def _check(owner: str, name: str, value: Any, lowest: float, highest: float, ins
 
 def _given(inflation: Inflation, forecast: Array | None) -> Array:
     if forecast is None:
-        raise ValueError(f"{inflation} needs members of the forecast, and got None.")
+        raise ValueError(f"{inflation} needs members of the forecast, but got None; give the forecast.")
     return forecast
 
 
 def _split(x: Float[Array, "n ..."]) -> tuple[Array, Array]:
-    """(mean, anomalies) over the members that are finite, the leading axis kept."""
+    """Mean and anomalies of an ensemble, without the members that are not finite.
+
+    Returns:
+        (mean over the members, with a leading axis of 1; anomalies of all members).
+    """
     finite = jnp.all(jnp.isfinite(x), axis=tuple(range(1, x.ndim)), keepdims=True)
     mean = jnp.mean(x, axis=0, keepdims=True, where=finite)
-    # Twice: the rounding error of a mean is nothing beside the mean, but not beside anomalies that are multiplied.
+    # The mean is corrected once: its rounding error is small against the mean, but not against inflated anomalies.
     mean = mean + jnp.mean(x - mean, axis=0, keepdims=True, where=finite)
     first = x[jnp.argmax(finite.reshape(-1))][None]
     one_value = jnp.all((x == first) | ~finite, axis=0, keepdims=True)
@@ -276,6 +309,6 @@ def _split(x: Float[Array, "n ..."]) -> tuple[Array, Array]:
 
 
 def _spread(anomalies: Float[Array, "n ..."]) -> Array:
-    """Standard deviation, the leading axis kept."""
+    """Standard deviation of finite anomalies over the members, with a leading axis of 1."""
     finite = jnp.all(jnp.isfinite(anomalies), axis=tuple(range(1, anomalies.ndim)), keepdims=True)
     return jnp.sqrt(jnp.mean(anomalies**2, axis=0, keepdims=True, where=finite))

@@ -1,19 +1,21 @@
-"""Localized ancestors: selection by what is observed nearby, block by block of the state.
+r"""Localized resampling: each block of the state selects ancestors by the observations near it.
 
-Global weights over many observations select noise: the particle that fits best everywhere fits nowhere well, and one
-particle is left. Here each block b of the state has weights of its own,
+With many observations, global weights mostly select noise: one particle gets almost all weight, and it fits no region
+well. In a local particle filter (Farchi & Bocquet 2018, Nonlin. Processes Geophys. 25, 765), each block $b$ of the
+state has its own weights,
 
-    log w_i^b = sum_j rho(distance(b, j) / c) log p(y_j | c_i),
+$$\log w_i^b = \sum_j \rho(d_{bj} / c) \, \log p(y_j | c_i).$$
 
-with rho the Gaspari-Cohn taper and log p(y_j | c_i) how well particle i predicted observation j. Each block is tempered
-and resampled by itself, and a new *conditioning* state is glued together from the blocks' ancestors (local particle
-filters: Farchi & Bocquet 2018, Nonlin. Processes Geophys. 25, 765). Two things keep the seams small:
+Here $\rho$ is the taper, $d_{bj}$ the distance between block and observation, $c$ the half-width, and
+$\log p(y_j | c_i)$ measures how well particle $i$ predicted observation $j$. Each block is tempered and resampled on
+its own. The states from which the transition starts are then glued together from the ancestors of the blocks. Two
+measures keep discontinuities between blocks small:
 
-- all blocks share their random numbers, and a particle that is selected keeps its place: neighboring blocks, whose
-  weights are alike, have the same ancestors in most places;
-- states are glued *before* the transition, which then blends what the seams left.
+- All blocks share their random numbers, and a selected particle keeps its place. Neighboring blocks have similar
+  weights, and therefore have the same ancestors in most places.
+- States are glued before the transition, which then smooths the remaining discontinuities.
 
-One block, with a taper that is 1 everywhere, is the global selection of `base.select`.
+One block with a taper of 1 everywhere is the same as the global selection of `base.select`.
 """
 
 from __future__ import annotations
@@ -30,13 +32,13 @@ from numpyro_diffusion_da.smc.localization import Neighborhoods, PlacedTaper
 from numpyro_diffusion_da.smc.tempering import Tempering, WeightTempering
 
 LARGEST_BATCH = 2**24
-"""Numbers held at a time while blocks are weighed one beside the other: 64 MB."""
+"""Largest number of values held at a time while several blocks are weighed in parallel: 64 MB."""
 
 
 def keep_places(ancestors: Int[Array, " n"]) -> Int[Array, " n"]:
-    """The same ancestors, each as often, with every particle that is among them in its own place.
+    """Reorder ancestors so that every selected particle is its own ancestor.
 
-    The copies fill the places of those that are not, in order.
+    Each ancestor occurs as often as before. Further copies fill the places of unselected particles, in order.
     """
     n = len(ancestors)
     counts = jnp.bincount(ancestors, length=n)
@@ -47,11 +49,11 @@ def keep_places(ancestors: Int[Array, " n"]) -> Int[Array, " n"]:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class LocalAncestors:
-    """Where a model's blocks are, and which observations reach them.
+    """Localized resampling of one model: its blocks and the observations near each of them.
 
     Attributes:
-        neighborhoods: of the b blocks.
-        block_of_point: the block of each of the p places of the state, shape (p,).
+        neighborhoods: observations near each of the b blocks, with their taper.
+        block_of_point: index of the block of each of the p places of the state, shape (p,).
         state_shape: shape of one state; places run over its leading axes.
     """
 
@@ -61,7 +63,13 @@ class LocalAncestors:
 
     @staticmethod
     def at(taper: PlacedTaper, state_shape: tuple[int, ...], block_radius: float) -> LocalAncestors:
-        """Blocks of places no further than `block_radius` from their center; 0 for a block a place."""
+        """Localized resampling with blocks around centers.
+
+        Args:
+            taper: taper at the positions of the model's values.
+            state_shape: shape of one state.
+            block_radius: largest distance of a place from the center of its block; 0 makes each place a block.
+        """
         blocks = taper.blocks(block_radius)
         return LocalAncestors(taper.neighborhoods(blocks.centers), blocks.of_point, state_shape)
 
@@ -76,16 +84,17 @@ class LocalAncestors:
         """Weigh, temper and resample every block.
 
         Args:
-            rng_key: one for all blocks.
-            predictive: log p(y_j | c_i), shape (N, m), 0 where missing, -inf where particle i cannot be selected; or
-                what else `tempering` asks for, arrays of that shape.
-            resampling_fn: from `blackjax.smc.resampling`; systematic by default.
-            target_ess: fraction of N that tempering aims at in each block; 0 for none.
-            tempering: how.
+            rng_key: random key, shared by all blocks.
+            predictive: log p(y_j | c_i), shape (N, m), 0 where missing, -inf where particle i cannot be selected; or a
+                `TemperableLogWeight` with arrays of this shape, if `tempering` needs it.
+            resampling_fn: resampling function from `blackjax.smc.resampling`; None for systematic resampling.
+            target_ess: effective sample size that tempering aims at in each block, as a fraction of N; 0 for no
+                tempering.
+            tempering: kind of tempering, `WeightTempering()` or `LikelihoodTempering()`.
 
         Returns:
-            (log-weights before tempering, ancestors, alpha) of the blocks. A block that no observation reaches keeps
-            its particles.
+            (log-weights before tempering, ancestors, tempering exponent alpha) of each block. Without observations near
+            a block, every particle is its own ancestor there.
         """
         which, weights = (jnp.asarray(x) for x in self.neighborhoods)
         n, parts = num_particles(predictive), jax.tree.leaves(predictive)
@@ -102,15 +111,15 @@ class LocalAncestors:
         return log_weights.T, ancestors.T, alpha
 
     def glue(self, particles: PyTree, ancestors: Int[Array, "n b"]) -> PyTree:
-        """The particles' states put together from those of the blocks' ancestors.
+        """Glue new states together from the states of each block's ancestors.
 
         Args:
-            particles: arrays with a leading axis of N, whose other axes end with those of a state. An array of integers
-                or typed keys without them (a clock) stays in its place.
-            ancestors: see `select`.
+            particles: arrays with a leading axis of N, whose last axes are those of a state. An array of integers or
+                typed keys without these axes (a clock, for example) is returned unchanged.
+            ancestors: index of the ancestor of each particle in each block, shape (N, b).
 
         Raises:
-            ValueError: an array of real numbers that is no state.
+            ValueError: an array of real numbers does not end with the axes of a state.
         """
         of_point = ancestors[:, self.block_of_point]
         size = len(self.state_shape)
@@ -120,9 +129,9 @@ class LocalAncestors:
             if leaf.ndim <= size or leaf.shape[leaf.ndim - size :] != self.state_shape:
                 if jnp.issubdtype(leaf.dtype, jnp.inexact):
                     raise ValueError(
-                        f"localized ancestors glue states of shape {self.state_shape}, and the scan's carry has an "
-                        f"array of shape {leaf.shape[1:]}, which no place of the state belongs to; leave it out of "
-                        "the carry, or the taper out of the filter."
+                        f"localized resampling has to glue states of shape {self.state_shape}, but the scan's carry "
+                        f"has an array of shape {leaf.shape[1:]} without places of the state; leave it out of the "
+                        "carry, or leave the taper out of the filter."
                     )
                 return leaf
             values = leaf.reshape(len(leaf), *lead, len(self.block_of_point), -1)

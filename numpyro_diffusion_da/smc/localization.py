@@ -1,9 +1,11 @@
-"""Localization: a taper on distance, and who is near whom.
+r"""Localization: tapers that fall to zero with distance, and the neighborhoods that follow from them.
 
-An ensemble of N members estimates a covariance with an error of order 1/sqrt(N), however small the covariance is: far
-away the error is all there is. A taper multiplies by a correlation that falls to zero with distance. Nothing here knows
-of a filter: a `Taper` is what a user says, a `PlacedTaper` knows the position of every value of one model, and
-`Neighborhoods` and `Blocks` are what a compiled step needs.
+An ensemble of $N$ members estimates a covariance with an error of order $1 / \sqrt N$, however small the covariance is.
+Between distant points the estimate is therefore mostly error. A taper multiplies it by a correlation that falls to zero
+with distance.
+
+A `Taper` holds what a user chooses. A `PlacedTaper` holds the position of every value of one model. `Neighborhoods` and
+`Blocks` are the arrays that a compiled step needs. This module knows no filter.
 """
 
 from __future__ import annotations
@@ -16,35 +18,21 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import ArrayLike, Float, Int
 
+from numpyro_diffusion_da.arguments import require
 from numpyro_diffusion_da.checksums import checksum
+from numpyro_diffusion_da.smc.correlations import Correlation, GaspariCohn
 from numpyro_diffusion_da.smc.distances import Distance
 
 LARGEST_BLOCK = 2**22
-"""Distances computed at a time: 32 MB."""
-
-
-def gaspari_cohn(ratio: Float[np.ndarray, ...]) -> Float[np.ndarray, ...]:
-    """The compactly supported correlation of Gaspari & Cohn (1999), eq. 4.10, close to a Gaussian of width 0.55 c.
-
-    Args:
-        ratio: distance over the half-width c, not negative.
-
-    Returns:
-        1 at 0, 5/24 at 1, 0 from 2 on; twice differentiable.
-    """
-    z = np.minimum(np.asarray(ratio, np.float64), 2.0)
-    near = 1.0 + z**2 * (-5.0 / 3.0 + z * (5.0 / 8.0 + z * (0.5 - 0.25 * z)))
-    far_z = np.maximum(z, 1.0)
-    far = 4.0 - 5.0 * z + z**2 * (5.0 / 3.0 + z * (5.0 / 8.0 + z * (-0.5 + z / 12.0))) - 2.0 / (3.0 * far_z)
-    return np.where(z <= 1.0, near, np.maximum(far, 0.0))
+"""Largest number of distances computed at a time: 32 MB."""
 
 
 class Neighborhoods(NamedTuple):
-    """For each of p points the observations that its taper reaches, at most k.
+    """Observations near each of p points, at most k of them per point.
 
     Attributes:
-        which: the observations, shape (p, k); rows with fewer are filled up.
-        weights: their taper, shape (p, k); zero where filled up.
+        which: indices of the observations near each point, shape (p, k). Rows with fewer than k are padded.
+        weights: taper of these observations, shape (p, k); 0 in the padding.
     """
 
     which: Int[np.ndarray, "p k"]
@@ -52,11 +40,11 @@ class Neighborhoods(NamedTuple):
 
 
 class Blocks(NamedTuple):
-    """Places that are treated as one.
+    """Partition of the places of a state into b blocks.
 
     Attributes:
-        centers: position of each of b blocks, shape (b, k).
-        of_point: the block of each place of the state, shape (p,).
+        centers: position of the center of each block, shape (b, k).
+        of_point: index of the block of each place, shape (p,).
     """
 
     centers: Float[np.ndarray, "b k"]
@@ -65,31 +53,35 @@ class Blocks(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class PlacedTaper:
-    """A taper at the places of one model's values.
+    """Taper at the positions of one model's state and observations.
 
     Attributes:
-        radii: half-width c of each observation's taper, shape (m,).
-        distance: how far apart two positions are.
+        radii: half-width c of each observation's taper, in the unit of the distance, shape (m,).
+        distance: distance between two positions.
         points: positions of the state, one for each run of values at the same place, shape (p, k).
         observations: positions of the whitened residuals, in their order, shape (m, k).
+        correlation: correlation as a function of the distance over c.
     """
 
     radii: Float[np.ndarray, " m"]
     distance: Distance
     points: Float[np.ndarray, "p k"]
     observations: Float[np.ndarray, "m k"]
+    correlation: Correlation = dataclasses.field(default_factory=GaspariCohn)
 
     def taper(self, at: Float[np.ndarray, "n k"]) -> Float[np.ndarray, "n m"]:
-        """The correlation between positions and the observations."""
-        return gaspari_cohn(self.distance(at, self.observations) / self.radii[None])
+        """Correlation between given positions and the observations."""
+        return self.correlation(self.distance(at, self.observations) / self.radii[None])
 
     def between_observations(self) -> Float[np.ndarray, "m m"]:
-        """The correlation between the observations; of two with different radii that of the smaller."""
+        """Correlation between the observations, from the smaller of the two radii."""
         radii = np.minimum(self.radii[:, None], self.radii[None, :])
-        return gaspari_cohn(self.distance(self.observations, self.observations) / radii)
+        return self.correlation(self.distance(self.observations, self.observations) / radii)
 
     def neighborhoods(self, at: Float[np.ndarray, "p k"] | None = None) -> Neighborhoods:
-        """Which observations reach which position; all pairs are looked at, in blocks.
+        """Find the observations with a positive taper at each position.
+
+        All pairs are compared, in batches that bound the memory.
 
         Args:
             at: positions; by default the places of the state.
@@ -101,7 +93,7 @@ class PlacedTaper:
             weights = self.taper(points[start : start + block])
             reached = weights > 0.0
             width = max(1, int(reached.sum(1).max()))
-            # A stable sort keeps the observations of a row in their order, and the ones out of reach at its end.
+            # A stable sort keeps the order of the observations of a row and moves those of zero weight to its end.
             index = np.argsort(~reached, axis=1, kind="stable")[:, :width]
             found.append((index, np.take_along_axis(weights, index, axis=1)))
         width = max(index.shape[1] for index, _ in found)
@@ -110,10 +102,13 @@ class PlacedTaper:
         return Neighborhoods(index.astype(np.int32), weights.astype(np.float32))
 
     def blocks(self, radius: float) -> Blocks:
-        """Blocks of places no further than `radius` from their center, which is a place too.
+        """Partition the places of the state into blocks no larger than a radius around their centers.
 
-        Centers are added where the state is furthest from those it has (Gonzalez 1985), until none is too far: on any
-        grid, of any distance. A radius of 0 makes each place a block, an infinite one the whole state.
+        The place that is furthest from all centers becomes the next center (Gonzalez 1985), until every place is within
+        `radius` of a center. This works on any grid and with any distance.
+
+        Args:
+            radius: largest distance of a place from its center. 0 makes each place a block, infinity makes one block.
         """
         if radius == 0.0:
             return Blocks(self.points, np.arange(len(self.points), dtype=np.int32))
@@ -130,37 +125,41 @@ class PlacedTaper:
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Taper:
-    """Gaspari-Cohn localization, and where everything is: ``Taper(4.0, Ring(40), {"y": np.arange(0, 40, 2)})``.
+    """Localization settings: a half-width, a distance, and the positions of the observations and of the state.
 
-    Positions are an array of one row of coordinates for each place, or of one number. The state has one value at each
-    place, or several: they run over its leading axes, so that the points of a grid (latitude, longitude, channel) have
-    all channels each. The same holds for the values of an observed site: (stations, variables), say. A
-    `MultivariateNormal` site's errors are correlated, and whitening mixes the values of an event, which then must
-    share one place: such a site has a place for each event.
+    For example, ``Taper(4.0, Ring(40), {"y": np.arange(0, 40, 2)})`` observes every second of 40 sites on a ring.
+
+    Positions are an array with one row of coordinates, or one number, for each place. A place of the state may hold one
+    value or several. Places run over the leading axes of the state, so that each point of a grid (latitude, longitude,
+    channel) holds all channels. The same is true of an observed site, for instance with the axes (station, variable).
+    The errors of a `MultivariateNormal` site are correlated, and whitening mixes the values of an event. All values of
+    such an event need the same place, so the site has one place per event.
 
     Args:
-        radius: the half-width c of the taper, in the unit of the distance: the taper is 5/24 there, and 0 from 2 c on.
-            One for all observations, or one by the name of each observed site.
+        radius: half-width c of the taper, in the unit of the distance. The taper is 0 from 2 c on. One number for all
+            observations, or one for each observed site by its name.
         distance: `Ring`, `Euclidean`, `GreatCircle`, or `WithHeight` of one of them. On a ring and on the sphere a
-            taper is a covariance only if it does not reach around: c of at most a quarter of the circle.
-        observations: positions of each observed site's values, by its name.
+            taper is a covariance only if c is at most a quarter of the circle.
+        observations: positions of each observed site's values, by the name of the site.
         state: positions of the state's values; by default the coordinates of the prior's layout.
+        correlation: taper as a function of the distance over c: `GaspariCohn()`, which is 5/24 at c, or `Boxcar()`.
 
     Raises:
-        ValueError: a radius that is not positive, or positions that are not finite or do not fit the distance.
-        TypeError: a distance that is none.
+        ValueError: a radius is not positive, a position is not finite, or positions do not fit the distance.
+        TypeError: `distance` is not a `Distance`, or `correlation` is not a `Correlation`.
     """
 
     radius: float | Mapping[str, float]
     distance: Distance
     observations: Mapping[str, ArrayLike]
     state: ArrayLike | None = None
+    correlation: Correlation = dataclasses.field(default_factory=GaspariCohn)
 
     def __post_init__(self) -> None:
         if isinstance(self.radius, Mapping) and set(self.radius) != set(self.observations):
             raise ValueError(
-                f"Taper got radii of {sorted(self.radius)} and positions of {sorted(self.observations)}; give both for "
-                "the same observed sites."
+                f"Taper got radii of {sorted(self.radius)} and positions of {sorted(self.observations)}; give a radius "
+                "and positions for every observed site."
             )
         radii = self.radius.values() if isinstance(self.radius, Mapping) else [self.radius]
         if not all(radius > 0.0 for radius in radii):
@@ -172,15 +171,16 @@ class Taper:
                 f"Taper got the distance {self.distance!r}; give ndda.Ring(length), ndda.Euclidean() or "
                 "ndda.GreatCircle()."
             )
+        require(self.correlation, Correlation, self, "correlation", "ndda.smc.GaspariCohn()")
         placed = {name: self._rows(value, f"site '{name}'") for name, value in self.observations.items()}
         object.__setattr__(self, "observations", placed)
         if self.state is not None:
             object.__setattr__(self, "state", self._rows(self.state, "the state"))
 
     def __repr__(self) -> str:
-        """In full, as positions go into a result's attributes: their number and a checksum."""
+        """Text with all settings, stored with results. Positions appear as their number and a checksum."""
         radius = dict(self.radius) if isinstance(self.radius, Mapping) else f"{self.radius:g}"
-        parts = [f"radius={radius}", f"distance={self.distance}"]
+        parts = [f"radius={radius}", f"distance={self.distance}", f"correlation={self.correlation}"]
         parts += [f"{name}={_described(value)}" for name, value in self.observations.items()]
         return f"Taper({', '.join(parts)}, state={'layout' if self.state is None else _described(self.state)})"
 
@@ -196,7 +196,7 @@ class Taper:
                 f"{type(self.distance).__name__} is {needed}."
             )
         if not np.all(np.isfinite(rows)):
-            raise ValueError(f"Taper got a position of {what} that is not finite; give every value a place.")
+            raise ValueError(f"Taper got a position of {what} that is not finite; give finite positions.")
         return rows
 
     def place(
@@ -205,18 +205,18 @@ class Taper:
         observed: Mapping[str, tuple[tuple[int, ...], int]],
         axes: Mapping[str, np.ndarray] | None = None,
     ) -> PlacedTaper:
-        """The taper at the places of one model.
+        """Place the taper at the positions of one model's state and observations.
 
         Args:
             state_shape: shape of one state.
             observed: for each observed site, in the order of the residuals, the shape of its value and the number of
-                values that share a correlated error (1 where errors are independent).
-            axes: coordinates of the leading dimensions of the state's grid, by name, for positions of the state that
-                were not given.
+                values that share a correlated error (1 if errors are independent).
+            axes: coordinates of the leading dimensions of the state's grid, by name. They are the positions of the
+                state if the taper has none.
 
         Raises:
-            ValueError: positions missing, in a wrong number or of a site that is not there, or correlated errors of
-                values at different places; the sentence names the site.
+            ValueError: positions are missing, have a wrong number or belong to an unknown site, or values at different
+                places have correlated errors. The message names the site.
         """
         rows = self._grid_rows(axes) if self.state is None else np.asarray(self.state)
         _values_at_each(len(rows), state_shape, "the state")
@@ -236,19 +236,19 @@ class Taper:
             if np.any(events != events[:, :1]):
                 raise ValueError(
                     f"site '{name}' has correlated errors between values at different places, and whitening mixes "
-                    "them, so that none has a place of its own; give Normal errors, or each event one place."
+                    "these values; give independent Normal errors, or one place for all values of an event."
                 )
             placed.append(here)
             radii.append(np.full(len(here), self._radius(name)))
         if len({x.shape[1] for x in (rows, *placed)}) != 1:
             counts = {"the state": rows.shape[1]} | {n: x.shape[1] for n, x in zip(observed, placed, strict=True)}
             raise ValueError(f"Taper got positions of {counts} coordinates; give the same coordinates to all.")
-        return PlacedTaper(np.concatenate(radii), self.distance, rows, np.concatenate(placed))
+        return PlacedTaper(np.concatenate(radii), self.distance, rows, np.concatenate(placed), self.correlation)
 
     def _grid_rows(self, axes: Mapping[str, np.ndarray] | None) -> Float[np.ndarray, "n k"]:
         if not axes:
             raise ValueError(
-                "Taper has no positions of the state, and its values lie on no grid that is known; "
+                "Taper has no positions of the state, and the state has no grid with known coordinates; "
                 "give Taper(state=...), one position for each value."
             )
         mesh = np.meshgrid(*axes.values(), indexing="ij")
@@ -257,13 +257,17 @@ class Taper:
 
 
 def _values_at_each(positions: int, shape: tuple[int, ...], what: str) -> int:
-    """How many values are at each position, if positions run over the leading axes of `shape`."""
+    """Number of values at each position, given that positions run over the leading axes of `shape`.
+
+    Raises:
+        ValueError: the number of positions fits no number of leading axes.
+    """
     for axes in range(len(shape), -1, -1):
         if math.prod(shape[:axes]) == positions:
             return math.prod(shape[axes:])
     raise ValueError(
         f"Taper got {positions} positions of {what}, whose value has the shape {shape}; give {math.prod(shape)}, one "
-        "for each value, or one for each place of its leading axes."
+        "for each value, or one for each place along its leading axes."
     )
 
 

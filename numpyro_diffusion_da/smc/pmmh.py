@@ -1,17 +1,18 @@
-"""Particle-marginal Metropolis-Hastings (Andrieu, Doucet & Holenstein 2010), as a BlackJAX kernel.
+r"""Particle-marginal Metropolis-Hastings (Andrieu, Doucet & Holenstein 2010), as a BlackJAX kernel.
 
-A random walk over parameters theta whose target is p(theta) p^(y | theta), p^ the estimate of a particle filter. The
-estimate of the current point is part of the state and is never made again. The chain is then an exact
-Metropolis-Hastings chain on theta and the filter's random numbers u, with proposal q(theta' | theta) p(u' | theta') and
-target p(theta) p^(y | theta, u) p(u | theta) / p(y); where p^ is unbiased, the target's marginal is p(theta | y).
+A random walk over parameters $\theta$ has the target $p(\theta) \, \hat p(y | \theta)$, where $\hat p$ is the estimate
+of a particle filter. The estimate at the current point is part of the chain's state and is not made again. The chain is
+then an exact Metropolis-Hastings chain on $\theta$ and the filter's random numbers $u$, with the proposal
+$q(\theta' | \theta) \, p(u' | \theta')$ and the target $p(\theta) \, \hat p(y | \theta, u) \, p(u | \theta) / p(y)$. If
+$\hat p$ is unbiased, the marginal of this target is $p(\theta | y)$.
 
-The kernel asks two functions of a model:
+The kernel needs two functions of a model:
 
-- ``log_prior_fn(parameters) -> log p(theta)``, in the space of the walk, transforms included
-- ``log_evidence_fn(rng_key, parameters) -> (log p^(y | theta), record)``
+- ``log_prior_fn(parameters) -> log p(theta)``, in the space of the walk, with the Jacobians of transforms,
+- ``log_evidence_fn(rng_key, parameters) -> (log p^(y | theta), record)``.
 
-`blackjax.mcmc.random_walk` does the rest. Steps are N(0, F F^T); in warm-up F follows the chain's own covariance S as
-F F^T = 2.38^2 / d S (Haario, Saksman & Tamminen 2001; Roberts & Rosenthal 2001), see `adapt`.
+`blackjax.mcmc.random_walk` makes the steps, which are $\mathcal N(0, F F^T)$. In warm-up $F$ follows the covariance $S$
+of the chain, $F F^T = 2.38^2 / d \; S$ (Haario, Saksman & Tamminen 2001; Roberts & Rosenthal 2001); see `adapt`.
 """
 
 from __future__ import annotations
@@ -29,19 +30,19 @@ LogPrior = Callable[[Float[Array, " d"]], Float[Array, ""]]
 LogEvidence = Callable[[PRNGKeyArray, Float[Array, " d"]], tuple[Float[Array, ""], PyTree]]
 
 OPTIMAL_SCALE = 2.38
-# Steps of no length at all are accepted with probability 2 Phi(-s / sqrt 2), s the standard deviation of log p^: 0.23
-# at s = 1.7. A target above that would shrink the steps to nothing.
+# Steps of length zero are accepted with the probability 2 Phi(-s / sqrt 2), with s the standard deviation of log p^.
+# This is 0.23 at s = 1.7. A target above it would shrink the steps to zero.
 TARGET_ACCEPTANCE = 0.1
 
 
 class Position(NamedTuple):
-    """A point of the extended space, theta and what the filter made of it.
+    """Point of the chain: the parameters and the estimates that the filter made for them.
 
     Attributes:
-        parameters: theta, unconstrained, shape (d,).
+        parameters: unconstrained parameters theta, shape (d,).
         log_prior: log p(theta).
-        log_evidence: the estimate log p^(y | theta) that belongs to this point for as long as the chain stays there.
-        record: what `log_evidence_fn` gave with it.
+        log_evidence: estimate log p^(y | theta), kept for as long as the chain stays at this point.
+        record: record that `log_evidence_fn` returned with the estimate.
     """
 
     parameters: Float[Array, " d"]
@@ -64,26 +65,34 @@ def _log_density(position: Position) -> Float[Array, ""]:
 def init(
     rng_key: PRNGKeyArray, parameters: Float[Array, " d"], log_prior_fn: LogPrior, log_evidence_fn: LogEvidence
 ) -> Any:
-    """A chain's first state, a `blackjax.mcmc.random_walk.RWState` of a `Position`: one run of the filter."""
+    """First state of a chain, a `blackjax.mcmc.random_walk.RWState` of a `Position`. The filter runs once.
+
+    Args:
+        rng_key: random key of the filter.
+        parameters: unconstrained parameters at which the chain starts.
+        log_prior_fn: parameters -> log p(theta), in the space of the walk.
+        log_evidence_fn: (rng_key, parameters) -> (log p^(y | theta), record).
+    """
     return at(_evaluate(rng_key, parameters, log_prior_fn, log_evidence_fn))
 
 
 def at(position: Position) -> Any:
-    """The state of a chain at a position that has been evaluated already."""
+    """State of a chain at a position that has been evaluated, a `blackjax.mcmc.random_walk.RWState`."""
     from blackjax.mcmc.random_walk import RWState
 
     return RWState(position, _log_density(position))
 
 
 def build_kernel(log_prior_fn: LogPrior, log_evidence_fn: LogEvidence) -> Callable[..., tuple[Any, Any]]:
-    """Build the kernel.
+    """Build the kernel of particle-marginal Metropolis-Hastings.
 
     Args:
-        log_prior_fn: see the module.
-        log_evidence_fn: see the module.
+        log_prior_fn: parameters -> log p(theta), in the space of the walk.
+        log_evidence_fn: (rng_key, parameters) -> (log p^(y | theta), record).
 
     Returns:
-        kernel(rng_key, state, factor) -> (`RWState`, `RWInfo`), factor being F, shape (d, d). One run of the filter.
+        kernel(rng_key, state, factor) -> (`RWState`, `RWInfo`). The factor F, shape (d, d), gives the covariance F F^T
+        of the steps. Each step runs the filter once.
     """
     from blackjax.mcmc.random_walk import build_rmh
 
@@ -101,7 +110,13 @@ def build_kernel(log_prior_fn: LogPrior, log_evidence_fn: LogEvidence) -> Callab
 
 
 def as_top_level_api(log_prior_fn: LogPrior, log_evidence_fn: LogEvidence, factor: Float[Array, "d d"]) -> Any:
-    """The chain as a `blackjax.base.SamplingAlgorithm`: ``init(parameters, rng_key)``, ``step(rng_key, state)``."""
+    """Build the chain as a `blackjax.base.SamplingAlgorithm`: ``init(parameters, rng_key)``, ``step(rng_key, state)``.
+
+    Args:
+        log_prior_fn: parameters -> log p(theta), in the space of the walk.
+        log_evidence_fn: (rng_key, parameters) -> (log p^(y | theta), record).
+        factor: F, where F F^T is the covariance of the steps.
+    """
     from blackjax.base import SamplingAlgorithm
 
     kernel = build_kernel(log_prior_fn, log_evidence_fn)
@@ -115,14 +130,14 @@ def as_top_level_api(log_prior_fn: LogPrior, log_evidence_fn: LogEvidence, facto
 
 
 class Adaptation(NamedTuple):
-    """The proposal, and what it is learned from.
+    """State of the warm-up, from which the proposal is made.
 
     Attributes:
-        covariance: S, what the walk takes for the covariance of the target.
-        log_scale: logarithm of a factor on the steps, while S is not yet known.
-        moments: Welford's, of this window.
-        moves: steps accepted in this window: a chain that stands still learns nothing of its target.
-        steps: warm-up steps made.
+        covariance: S, the current estimate of the target's covariance.
+        log_scale: logarithm of a factor of the steps, which corrects their size while S is not yet known.
+        moments: Welford's moments of the draws in this window.
+        moves: number of steps accepted in this window. A chain that does not move learns nothing about its target.
+        steps: number of warm-up steps so far.
     """
 
     covariance: Float[Array, "d d"]
@@ -139,21 +154,24 @@ def _welford() -> tuple[Any, Any, Any]:
 
 
 def start_adaptation(covariance: Float[Array, "d d"]) -> Adaptation:
-    """From a first guess of the target's covariance: the prior's, say."""
+    """Start the warm-up from a first guess of the target's covariance, for example the covariance of the prior."""
     moments = jax.tree.map(jnp.asarray, _welford()[0](len(covariance)))
     zero = jnp.zeros(())
     return Adaptation(covariance, zero, moments._replace(sample_size=zero), zero, zero)
 
 
 def proposal_factor(adaptation: Adaptation) -> Float[Array, "d d"]:
-    """F, lower triangular: F F^T = exp(2 log_scale) 2.38^2 / d S."""
+    """Lower triangular factor F of the steps' covariance F F^T = exp(2 log_scale) 2.38^2 / d S."""
     d = len(adaptation.covariance)
     scale = jnp.exp(adaptation.log_scale) * OPTIMAL_SCALE / math.sqrt(d)
     return scale * jnp.linalg.cholesky(adaptation.covariance)
 
 
 def window_ends(num_warmup: int) -> Bool[np.ndarray, " w"]:
-    """At which warm-up steps a window ends: each is twice as long as the one before, the last half of the warm-up."""
+    """Whether a window of the warm-up ends at each warm-up step.
+
+    Each window is twice as long as the one before. The last one is half of the warm-up.
+    """
     ends = np.zeros(num_warmup, bool)
     end = num_warmup
     while end >= 10:
@@ -165,23 +183,27 @@ def window_ends(num_warmup: int) -> Bool[np.ndarray, " w"]:
 def adapt(
     adaptation: Adaptation, parameters: Float[Array, " d"], info: Any, window_ends_here: Bool[Array, ""]
 ) -> Adaptation:
-    """One warm-up step of the proposal.
+    """Adapt the proposal after one warm-up step.
 
-    Within a window the size of the steps is moved towards an acceptance of 0.1 by Robbins & Monro; at its end S is the
-    covariance of the window's draws, shrunk a little to the S before, and the size is again that of 2.38^2 / d.
+    Within a window the size of the steps moves towards an acceptance rate of 0.1 (Robbins & Monro). At the end of a
+    window S becomes the covariance of the window's draws, shrunk slightly towards the S before, and the size of the
+    steps is reset to that of 2.38^2 / d.
 
     Args:
-        adaptation: so far.
-        parameters: theta after the step.
+        adaptation: state of the warm-up before the step.
+        parameters: parameters theta after the step.
         info: `RWInfo` of the step.
-        window_ends_here: see `window_ends`.
+        window_ends_here: whether a window ends at this step, from `window_ends`.
+
+    Returns:
+        State of the warm-up after the step.
     """
     _, update, final = _welford()
     moments, steps = update(adaptation.moments, parameters), adaptation.steps + 1
     moves = adaptation.moves + info.is_accepted
     log_scale = adaptation.log_scale + (info.acceptance_rate - TARGET_ACCEPTANCE) * steps**-0.5
     learned, _, _ = final(moments)
-    # As much weight as five moves for the S before, at the size of step that was being used.
+    # The S before, at the size of steps in use, has the weight of five moves.
     before = jnp.exp(2 * log_scale) * adaptation.covariance
     covariance = (moves * learned + 5.0 * before) / (moves + 5.0)
     next_window = start_adaptation(covariance)._replace(steps=steps)

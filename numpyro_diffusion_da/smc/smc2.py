@@ -1,17 +1,21 @@
-"""SMC^2 (Chopin, Jacob & Papaspiliopoulos 2013): a particle filter over parameters, each with its own state filter.
+r"""SMC^2 (Chopin, Jacob & Papaspiliopoulos 2013): a particle filter over parameters, each with its own state filter.
 
-Given parameters theta_m with weights and filters, and a new observation:
+One step takes weighted parameters $\theta_m$, each with a filter, and a new observation $y_k$:
 
-1. each filter takes it in; its estimate of p(y_k | y_{1:k-1}, theta_m) multiplies the weight of theta_m
-2. where the effective sample size is below its target: resample (theta, filter) and move each theta by steps of `pmmh`
-   that run a new filter from the first observation to this one; the weights are then equal.
+1. Each filter assimilates the observation. Its estimate of $p(y_k | y_{1:k-1}, \theta_m)$ multiplies the weight of
+   $\theta_m$.
+2. If the effective sample size is below its target, the pairs of parameters and filter are resampled, and steps of
+   `pmmh` move each $\theta_m$. Each such step runs a new filter from the first observation to this one. The weights are
+   then equal.
 
-The weighted mean of the increments estimates p(y_k | y_{1:k-1}), the parameters integrated out. The kernel asks three
-functions of a model:
+The weighted mean of the estimates in step 1 estimates $p(y_k | y_{1:k-1})$, with the parameters integrated out. The
+kernel needs three functions of a model:
 
-- ``log_prior_fn(parameters) -> log p(theta)``
-- ``advance_fn(rng_key, parameters, filter, step) -> (filter, log-evidence increment)``, the observation of time `step`
-- ``restart_fn(rng_key, parameters, number) -> (log-evidence, filter)`` after the first `number` observations (traced).
+- ``log_prior_fn(parameters) -> log p(theta)``,
+- ``advance_fn(rng_key, parameters, filter, step) -> (filter, log-evidence increment)`` for the observation of time
+  `step`,
+- ``restart_fn(rng_key, parameters, number) -> (log-evidence, filter)`` after the first `number` observations; `number`
+  is traced.
 """
 
 from __future__ import annotations
@@ -29,12 +33,12 @@ from numpyro_diffusion_da.smc.base import Resampling, guarded, map_particles, pa
 
 
 class SMC2State(NamedTuple):
-    """What the next step needs.
+    """State of SMC^2: all that the next step needs.
 
     Attributes:
-        positions: `pmmh.Position`s with a leading axis of M; the record is theta's filter.
-        log_weights: of the parameters, shape (M,), not normalized.
-        log_evidence: estimate of log p(y_{1:k}), parameters integrated out.
+        positions: parameters as `pmmh.Position` with a leading axis of M. The record of each is its filter.
+        log_weights: log-weights of the parameters, shape (M,), not normalized.
+        log_evidence: estimate of log p(y_{1:k}), with the parameters integrated out.
     """
 
     positions: pmmh.Position
@@ -43,14 +47,14 @@ class SMC2State(NamedTuple):
 
 
 class SMC2Info(NamedTuple):
-    """All else about a step.
+    """Diagnostics of one step of SMC^2.
 
     Attributes:
-        ess: effective sample size of the parameters' weights, before any move.
+        ess: effective sample size of the weights of the parameters, before any move.
         log_evidence_increment: log sum_m W_m p^(y_k | y_{1:k-1}, theta_m).
         moved: whether the parameters were resampled and moved.
-        acceptance_rate: of the moves; NaN where none were made.
-        draws: parameters of equal weight, resampled where the weights are not equal, shape (M, d).
+        acceptance_rate: acceptance rate of the moves; NaN if there were none.
+        draws: equally weighted parameters, resampled if the weights are not equal, shape (M, d).
     """
 
     ess: Float[Array, ""]
@@ -63,13 +67,13 @@ class SMC2Info(NamedTuple):
 def init(
     parameters: Float[Array, "m d"], filters: PyTree, log_prior: Float[Array, " m"], log_weights: Float[Array, " m"]
 ) -> SMC2State:
-    """The state before the first observation.
+    """State before the first observation.
 
     Args:
-        parameters: draws from the prior.
-        filters: of each, leading axis M, before the first observation.
-        log_prior: of each.
-        log_weights: zeros, or the log-likelihood of what is known of the parameters beside the series.
+        parameters: draws of the parameters from the prior.
+        filters: filter of each draw before the first observation, leading axis M.
+        log_prior: log p(theta) of each draw.
+        log_weights: zeros, or the log-likelihood of each draw for observations of the parameters outside the series.
     """
     positions = pmmh.Position(parameters, log_prior, jnp.zeros(len(parameters)), filters)
     return SMC2State(positions, log_weights, jax.nn.logsumexp(log_weights) - math.log(len(log_weights)))
@@ -84,16 +88,17 @@ def build_kernel(
     batch_size: int | None = None,
     resampling_fn: Resampling | None = None,
 ) -> Callable[[PRNGKeyArray, SMC2State, Int[Array, ""]], tuple[SMC2State, SMC2Info]]:
-    """Build the kernel.
+    """Build the kernel of SMC^2.
 
     Args:
-        log_prior_fn: see the module.
-        advance_fn: see the module.
-        restart_fn: see the module.
-        num_moves: steps of `pmmh` after each resampling.
-        target_ess: parameters are moved where the effective sample size is below this fraction of M.
-        batch_size: parameters handled at a time, which bounds the memory; None maps all at once.
-        resampling_fn: from `blackjax.smc.resampling`; systematic by default.
+        log_prior_fn: parameters -> log p(theta).
+        advance_fn: (rng_key, parameters, filter, step) -> (filter, log-evidence increment), for the observation of time
+            `step`.
+        restart_fn: (rng_key, parameters, number) -> (log-evidence, filter), after the first `number` observations.
+        num_moves: number of steps of `pmmh` after each resampling.
+        target_ess: parameters are resampled and moved if the effective sample size is below this fraction of M.
+        batch_size: number of parameters mapped at a time, which bounds the memory; None maps all at once.
+        resampling_fn: resampling function from `blackjax.smc.resampling`; None for systematic resampling.
 
     Returns:
         kernel(rng_key, state, step) -> (SMC2State, SMC2Info).
@@ -130,6 +135,7 @@ def build_kernel(
         def advance(key: PRNGKeyArray, theta: Array, filter: PyTree) -> tuple[PyTree, Float[Array, ""]]:
             return advance_fn(key, theta, filter, step)
 
+        # Let each filter assimilate the observation, and reweight the parameters.
         keys = particle_keys(advance_key, m)
         filters, increments = map_particles(advance, batch_size)(keys, old.parameters, old.record)
         log_weights = state.log_weights + increments
@@ -138,9 +144,11 @@ def build_kernel(
         ess = effective_sample_size(relative_to_highest(log_weights))
         low = ~(ess >= target_ess * m)
         state = SMC2State(positions, log_weights, state.log_evidence + increment)
+        # Resample and move the parameters if the effective sample size is low.
         state, rate = jax.lax.cond(
             low, lambda s: move(move_key, s, step + 1), lambda s: (s, jnp.full((), jnp.nan)), state
         )
+        # Draw equally weighted parameters for the output; after a move they are so already.
         chosen = resample(draw_key, jax.nn.softmax(relative_to_highest(state.log_weights)), m)
         chosen = jnp.where(low, jnp.arange(m), chosen)
         return state, SMC2Info(ess, increment, low, rate, state.positions.parameters[chosen])
@@ -149,7 +157,7 @@ def build_kernel(
 
 
 def _proposal_factor(parameters: Float[Array, "m d"], weights: Float[Array, " m"]) -> Float[Array, "d d"]:
-    """F with F F^T = 2.38^2 / d times the weighted covariance."""
+    """Lower triangular factor F of the steps, where F F^T is 2.38^2 / d times the weighted covariance."""
     d = parameters.shape[1]
     centered = parameters - (weights @ parameters)[None]
     covariance = (weights[:, None] * centered).T @ centered + 1e-6 * jnp.eye(d)

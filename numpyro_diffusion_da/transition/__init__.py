@@ -1,4 +1,4 @@
-"""One step of the state, p(x' | c), in closed form or by diffusion, and weights of its predictive likelihood."""
+"""Transitions p(x' | c) of the state, in closed form or by diffusion, and weights from the predictive likelihood."""
 
 from numpyro_diffusion_da.transition.base import DrawRecord, Dynamics, Moments
 from numpyro_diffusion_da.transition.diffusion import DiffusionDynamics

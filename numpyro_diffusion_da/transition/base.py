@@ -1,7 +1,7 @@
-"""One step of the state, p(x' | c): its mean and covariance, a draw, and a draw given an observation.
+"""Interface of one transition p(x' | c) of the state.
 
-The filters ask these four things of any transition. `DiffusionDynamics` answers from a diffusion prior, `GaussianDynamics` in
-closed form.
+A filter needs from a transition its mean and covariance, a draw, a draw given an observation, and such a draw with its
+weight. `DiffusionDynamics` computes them with a diffusion prior, `GaussianDynamics` in closed form.
 """
 
 from __future__ import annotations
@@ -15,17 +15,15 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from numpyro_diffusion_da.diffusion.denoiser import NetworkPasses
 from numpyro_diffusion_da.diffusion.guidance import Guidance
-from numpyro_diffusion_da.observation.likelihood import (
-    Likelihood,
-)
+from numpyro_diffusion_da.observation.likelihood import Likelihood
 
 
 class DrawRecord(NamedTuple):
-    """What a draw cost and how far it can be trusted.
+    """Cost of a draw, and a measure of its error.
 
     Attributes:
         passes: network passes made.
-        solver_residual: largest relative residual of the guidance's linear solves; 0 where none was made.
+        solver_residual: largest relative residual of the guidance's linear solves; 0 if there were none.
     """
 
     passes: NetworkPasses
@@ -33,11 +31,11 @@ class DrawRecord(NamedTuple):
 
 
 class Moments(NamedTuple):
-    """Mean and covariance of p(x' | c), the covariance as an operator.
+    """Mean and covariance of p(x' | c), the covariance as a product.
 
     Attributes:
         mean: E[x' | c], shape of the state.
-        covariance_product: v -> Cov[x' | c] v, state-shaped in and out.
+        covariance_product: function v -> Cov[x' | c] v, of the shape of the state in and out.
         passes: network passes made so far.
         passes_per_product: network passes of one covariance product.
     """
@@ -49,35 +47,61 @@ class Moments(NamedTuple):
 
 
 class Dynamics(eqx.Module):
-    """p(x' | c) for one given c."""
+    """Abstract transition p(x' | c) of the state, for one given c."""
 
     @abc.abstractmethod
     def moments(self, noise_level: float | None = None) -> Moments:
-        """Mean and covariance of x'.
+        """Return the mean and covariance of x'.
 
         Args:
-            noise_level: where a diffusion's covariance is read off; None is its highest. Closed forms do not need it.
+            noise_level: noise level at which a diffusion computes the covariance; None takes the highest. Closed forms
+                ignore it.
         """
 
     @abc.abstractmethod
     def tangents(self) -> Float[Array, "k ..."]:
-        """Directions in which x' may vary, each component with its spread: what `Likelihood.coordinates` takes."""
+        """Return directions in which x' may vary, each component with its spread, leading axis k.
+
+        `Likelihood.coordinates` takes them.
+        """
 
     @abc.abstractmethod
     def draw(self, rng_key: PRNGKeyArray) -> tuple[Float[Array, ...], DrawRecord]:
-        """A draw x' ~ p(x' | c)."""
+        """Draw x' ~ p(x' | c).
+
+        Returns:
+            (x', shape of the state; record of the draw).
+        """
 
     @abc.abstractmethod
     def conditional_draw(
         self, rng_key: PRNGKeyArray, likelihood: Likelihood, guidance: Guidance
     ) -> tuple[Float[Array, ...], DrawRecord]:
-        """A draw x' ~ p(x' | c, y), the optimal proposal. Closed forms do not need the guidance."""
+        """Draw x' ~ p(x' | c, y), the optimal proposal.
+
+        Args:
+            rng_key: random key.
+            likelihood: likelihood of the step's observations y.
+            guidance: guidance of a diffusion; closed forms ignore it.
+
+        Returns:
+            (x', shape of the state; record of the draw).
+        """
 
     @abc.abstractmethod
     def weighted_draw(
         self, rng_key: PRNGKeyArray, likelihood: Likelihood, guidance: Guidance
     ) -> tuple[Float[Array, ...], Float[Array, ""], DrawRecord]:
-        """(x', log w, record): a guided draw x' with density q, and log w = log p(y | x') + log p(x' | c) - log q(x').
+        """Draw x' from a guided density q, and return it with its log-weight.
 
-        The mean of w is p(y | c), and that of w f(x') is p(y | c) E[f(x') | c, y], however good the guidance is.
+        The log-weight is log w = log p(y | x') + log p(x' | c) - log q(x'). The mean of w is p(y | c), and the mean of
+        w f(x') is p(y | c) E[f(x') | c, y], however good or bad the guidance is.
+
+        Args:
+            rng_key: random key.
+            likelihood: likelihood of the step's observations y.
+            guidance: guidance of a diffusion; closed forms ignore it.
+
+        Returns:
+            (x', shape of the state; log w, a scalar; record of the draw).
         """

@@ -1,4 +1,9 @@
-"""The predictive likelihood of the next observation, from the moments of one transition."""
+r"""Predictive likelihood of the next observation, from the moments of one transition.
+
+The transition is approximated by N(m, V), and the observations by their whitened residual r with H = -dr/dx, so that R
+= I. The predictive likelihood is then $\int p(y \mid x) \, N(x; m, V) \, dx$, for all observations together or for each
+observation by itself.
+"""
 
 from __future__ import annotations
 
@@ -28,13 +33,23 @@ from numpyro_diffusion_da.smc.tempering import TemperableLogWeight
 from numpyro_diffusion_da.transition.base import Moments
 
 Adjoint = Callable[[Float[Array, " m"]], Array]
-"""v -> H^T v."""
+"""Function v -> H^T v, from whitened observation space to the shape of the state."""
 
 
 def observed_covariance(
     moments: Moments, likelihood: GaussianLikelihood
 ) -> tuple[Float[Array, " m"], Float[Array, "m m"], Adjoint]:
-    """The whitened residual r at the mean, I + H V H^T there, and the map v -> H^T v. One product an observation."""
+    """Return the whitened residual at the mean, the covariance I + H V H^T of the observations, and the map v -> H^T v.
+
+    It makes one covariance product for each observation.
+
+    Args:
+        moments: m and V.
+        likelihood: Gaussian likelihood of the observations.
+
+    Returns:
+        (residual r, shape (m,); covariance, shape (m, m); the map from shape (m,) to the shape of the state).
+    """
     residual, row, pull = _observed_product(moments, likelihood)
     return residual, jax.vmap(row)(jnp.eye(len(residual), dtype=residual.dtype)), pull
 
@@ -42,7 +57,7 @@ def observed_covariance(
 def _observed_product(
     moments: Moments, likelihood: GaussianLikelihood
 ) -> tuple[Float[Array, " m"], Callable[[Float[Array, " m"]], Float[Array, " m"]], Adjoint]:
-    """The residual r at the mean, v -> (I + H V H^T) v, and v -> H^T v."""
+    """Return the residual r at the mean, v -> (I + H V H^T) v, and v -> H^T v."""
     residual, push = jax.linearize(likelihood.residual, moments.mean)
     transposed = jax.linear_transpose(push, moments.mean)
 
@@ -58,16 +73,20 @@ def _observed_product(
 def matched_pointwise(
     moments: Moments, tangents: Float[Array, "k ..."], likelihood: Likelihood, probes: int | None
 ) -> Float[Array, " m"]:
-    """log of int p(y_j | x) N(x; m, V) dx of each observation by itself, site by site; 0 where missing.
+    """Return the log of int p(y_j | x) N(x; m, V) dx for each observation by itself, site by site; 0 where missing.
 
     Args:
         moments: m and V.
-        tangents: as `Dynamics.tangents`.
-        likelihood: of all observations.
-        probes: products with random signs that estimate the diagonal of H V H^T (Bekas, Kokiopoulou & Saad 2007, Appl.
-            Numer. Math. 57, 1214); None for one product an observation, and no error.
+        tangents: directions in which the state may vary, from `Dynamics.tangents`.
+        likelihood: likelihood of all observations.
+        probes: number of products with random signs that estimate the diagonal of H V H^T (Bekas, Kokiopoulou & Saad
+            2007, Appl. Numer. Math. 57, 1214); None makes one product for each observation, without error.
+
+    Returns:
+        Log predictive likelihoods, shape (m,).
     """
 
+    # Turn log N(r; 0, 1) into log N(r; 0, 1 + variance).
     def widened(logs: Array, residual: Array, variance: Array) -> Array:
         return logs + 0.5 * residual**2 * variance / (1.0 + variance) - 0.5 * jnp.log1p(variance)
 
@@ -78,6 +97,7 @@ def matched_pointwise(
     n = len(coordinates.observed)
     unit = PseudoObservations(jnp.zeros(n, moments.mean.dtype), jnp.ones(n, moments.mean.dtype))
     _, variance = _own_variances(moments, likelihood.with_pseudo(coordinates, unit), probes)
+    # Observations that are not Gaussian: integrate over their coordinate by quadrature.
     spread = jnp.maximum(variance[-n:], LEAST_VARIANCE)
     tilted = tilted_moments(coordinates.log_prob, jnp.zeros_like(spread), spread)
     general = jnp.split(tilted.log_normalizer, np.cumsum(coordinates.sizes)[:-1])
@@ -91,7 +111,13 @@ def matched_pointwise(
 def _own_variances(
     moments: Moments, likelihood: GaussianLikelihood, probes: int | None
 ) -> tuple[Float[Array, " m"], Float[Array, " m"]]:
-    """The whitened residual r at the mean, and the diagonal of H V H^T there; probes as `matched_pointwise`."""
+    """Return the whitened residual r at the mean, and the diagonal of H V H^T, each of shape (m,).
+
+    Args:
+        moments: m and V.
+        likelihood: Gaussian likelihood of the observations.
+        probes: number of products with random signs, or None, as for `matched_pointwise`.
+    """
     residual, row, _ = _observed_product(moments, likelihood)
     if probes is None:
         found = jax.vmap(row, out_axes=1)(jnp.eye(len(residual), dtype=residual.dtype)).diagonal()
@@ -102,13 +128,26 @@ def _own_variances(
 
 
 def temperable_pointwise(moments: Moments, likelihood: GaussianLikelihood, probes: int | None) -> TemperableLogWeight:
-    """log of int p(y_j | x)^alpha N(x; m, V) dx of each observation by itself; arguments as `matched_pointwise`."""
+    """Return the log of int p(y_j | x)^alpha N(x; m, V) dx for any alpha, for each observation by itself.
+
+    Args:
+        moments: m and V.
+        likelihood: Gaussian likelihood of all observations.
+        probes: number of products with random signs, or None, as for `matched_pointwise`.
+    """
     residual, variances = _own_variances(moments, likelihood, probes)
     return TemperableLogWeight(likelihood.log_normalizers(moments.mean), residual**2, variances)
 
 
 def temperable(moments: Moments, likelihood: GaussianLikelihood) -> TemperableLogWeight:
-    """log of int p(y | x)^alpha N(x; m, V) dx, along the eigenvectors of H V H^T. One product an observation."""
+    """Return the log of int p(y | x)^alpha N(x; m, V) dx for any alpha, as terms along the eigenvectors of H V H^T.
+
+    It makes one covariance product for each observation.
+
+    Args:
+        moments: m and V.
+        likelihood: Gaussian likelihood of all observations.
+    """
     residual, covariance, _ = observed_covariance(moments, likelihood)
     values, vectors = jnp.linalg.eigh(0.5 * (covariance + covariance.T))
     along = (vectors.T @ residual) ** 2
@@ -118,15 +157,24 @@ def temperable(moments: Moments, likelihood: GaussianLikelihood) -> TemperableLo
 def matched(
     moments: Moments, tangents: Float[Array, "k ..."], likelihood: Likelihood
 ) -> tuple[GaussianLikelihood, Float[Array, ""]]:
-    """The Gaussian likelihood with the same effect on N(m, V), and the log of int p(y | x) N(x; m, V) dx.
+    """Return a Gaussian likelihood with the same effect on N(m, V), and the log of int p(y | x) N(x; m, V) dx.
 
-    A Gaussian likelihood is itself, and linearized at m; any other is taken by expectation propagation over the
-    observations' coordinates. One product an observation.
+    A Gaussian likelihood is returned unchanged, and linearized at m for the integral. Any other likelihood is replaced
+    by expectation propagation over the coordinates of the observations. It makes one covariance product for each
+    observation.
+
+    Args:
+        moments: m and V.
+        tangents: directions in which the state may vary, from `Dynamics.tangents`.
+        likelihood: likelihood of all observations.
+
+    Returns:
+        (Gaussian likelihood; log predictive likelihood, a scalar).
     """
     if isinstance(likelihood, GaussianLikelihood):
         residual, covariance, _ = observed_covariance(moments, likelihood)
         values, vectors = jnp.linalg.eigh(0.5 * (covariance + covariance.T))
-        values = jnp.maximum(values, 1.0)  # R alone is the identity here; a learned V may fail to be positive
+        values = jnp.maximum(values, 1.0)  # at least R, the identity here, because a learned V may not be positive
         exponent = jnp.sum(jnp.log(values)) + jnp.sum((vectors.T @ residual) ** 2 / values)
         return likelihood, likelihood.log_normalizer(moments.mean) - 0.5 * exponent
     assert isinstance(likelihood, GeneralLikelihood)
@@ -136,14 +184,14 @@ def matched(
 
 
 class _ByCoordinates(NamedTuple):
-    """What is known of observations by expectation propagation, the Gaussian ones first.
+    """Result of expectation propagation over the observations, in the order: Gaussian ones first, then the n others.
 
     Attributes:
-        coordinates: of the n others.
-        local: the Gaussian likelihood with the same effect.
-        evidence: of all.
-        between: covariance of the coordinates before they are observed, of all.
-        pull: v -> H^T v, of all.
+        coordinates: coordinates of the n observations that are not Gaussian.
+        local: Gaussian likelihood with the same effect.
+        evidence: result of the propagation over all m observations.
+        between: covariance H V H^T of all coordinates before they are observed, shape (m, m).
+        pull: map v -> H^T v over all observations.
     """
 
     coordinates: Coordinates
@@ -154,13 +202,14 @@ class _ByCoordinates(NamedTuple):
 
 
 def _by_coordinates(moments: Moments, tangents: Float[Array, "k ..."], likelihood: GeneralLikelihood) -> _ByCoordinates:
+    """Replace observations that are not Gaussian by expectation propagation over the coordinates of all."""
     coordinates = likelihood.coordinates(moments.mean, tangents)
     n = len(coordinates.observed)
     unit = PseudoObservations(jnp.zeros(n, moments.mean.dtype), jnp.ones(n, moments.mean.dtype))
     residual, covariance, pull = observed_covariance(moments, likelihood.with_pseudo(coordinates, unit))
     known = residual[:-n]
 
-    # What is Gaussian is whitened: its coordinate is h(x) - h(m) over the error, its likelihood a unit Gaussian.
+    # A Gaussian observation has h(x) - h(m) over its error as coordinate, and a unit Gaussian as likelihood.
     def log_prob(t: Array) -> Array:
         return jnp.concatenate([-0.5 * (known - t[:-n]) ** 2, coordinates.log_prob(t[-n:])])
 

@@ -1,7 +1,7 @@
-"""Weights: how well a particle's one-step forecast predicts the next observation, log p^(y | c).
+"""Predictive weights, log p^(y | c): how well a particle's one-step forecast predicts the next observation.
 
-Each is a value that a filter takes. Equal is the control that tells whether weights help at all; Dirac is the
-published one; Moment adds the spread of the transition, and is exact for a Gaussian transition and a linear h.
+A weight is a value that a filter takes. `Equal` is the control that shows whether weights help at all. `Dirac` is the
+published one. `Moment` adds the spread of the transition, and is exact for a Gaussian transition and a linear h.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from numpyro_diffusion_da.transition.predictive import matched, matched_pointwis
 
 
 class WeightRecord(NamedTuple):
-    """What came with a weight.
+    """Cost of a weight, and the forecast it computed.
 
     Attributes:
         passes: network passes made.
-        forecast: the one-step forecast E[x' | c] where the weight computed it, else None.
+        forecast: one-step forecast E[x' | c], shape of the state, if the weight computed it; otherwise None.
     """
 
     passes: NetworkPasses
@@ -34,109 +34,152 @@ class WeightRecord(NamedTuple):
 
 
 class PredictiveWeight(eqx.Module):
-    """An estimate of log p(y | c) for one particle."""
+    """Abstract estimate of the predictive likelihood log p(y | c) for one particle."""
 
     @abc.abstractmethod
     def __call__(self, step: Dynamics, likelihood: Likelihood) -> tuple[Float[Array, ""], WeightRecord]:
-        """log p^(y | c) and its record."""
+        """Estimate log p(y | c).
+
+        Args:
+            step: transition p(x' | c) of the particle.
+            likelihood: likelihood of the step's observations y.
+
+        Returns:
+            (log p^(y | c), a scalar; record of the weight).
+        """
 
     def pointwise(self, step: Dynamics, likelihood: Likelihood) -> tuple[Float[Array, " m"], WeightRecord]:
-        """log p^(y_j | c) of each observation by itself, site by site, and the record: for localized ancestors.
+        """Estimate log p(y_j | c) of each observation by itself, for localized resampling.
+
+        Args:
+            step: transition p(x' | c) of the particle.
+            likelihood: likelihood of the step's observations y.
+
+        Returns:
+            (log p^(y_j | c) site by site, shape (m,), 0 where missing; record of the weight).
 
         Raises:
-            TypeError: the weight does not say it.
+            TypeError: this kind of weight does not define it.
         """
         raise TypeError(
-            f"{type(self).__name__} weights do not say how well each observation was predicted by itself, and local "
-            "ancestors need that; use ndda.Dirac() or ndda.Moment(), or leave the taper out."
+            f"{type(self).__name__} has no per-observation weights, which localized resampling (taper=) requires; "
+            "use weight=ndda.Dirac() or weight=ndda.Moment(), or leave the taper out."
         )
 
     def temperable(self, step: Dynamics, likelihood: Likelihood) -> tuple[TemperableLogWeight, WeightRecord]:
-        """The same at any tempering of the observation errors, and the record: for `LikelihoodTempering`.
+        """Estimate log p(y | c) for any tempering of the observation errors, for `LikelihoodTempering`.
+
+        Args:
+            step: transition p(x' | c) of the particle.
+            likelihood: likelihood of the step's observations y.
+
+        Returns:
+            (log-weight as a function of alpha; record of the weight).
 
         Raises:
-            TypeError: the weight does not say it, or the likelihood is not Gaussian.
+            TypeError: this kind of weight does not define it, or the likelihood is not Gaussian.
         """
         raise TypeError(self._cannot_temper())
 
     def temperable_pointwise(self, step: Dynamics, likelihood: Likelihood) -> tuple[TemperableLogWeight, WeightRecord]:
-        """The same for each observation by itself, as `pointwise`.
+        """Estimate log p(y_j | c) of each observation by itself, for any tempering of the observation errors.
+
+        `LikelihoodTempering` with localized resampling needs it.
+
+        Args:
+            step: transition p(x' | c) of the particle.
+            likelihood: likelihood of the step's observations y.
+
+        Returns:
+            (log-weights as functions of alpha, one term for each observation; record of the weight).
 
         Raises:
-            TypeError: as `temperable`.
+            TypeError: this kind of weight does not define it, or the likelihood is not Gaussian.
         """
         raise TypeError(self._cannot_temper())
 
     def _cannot_temper(self) -> str:
+        """Return the message for a weight that does not define tempered observation errors."""
         return (
-            f"{type(self).__name__} weights do not say what they are with tempered observation errors; "
-            "use tempering=ndda.smc.WeightTempering(), or ndda.Dirac() or ndda.Moment() weights."
+            f"{type(self).__name__} weights are not defined for tempered observation errors; "
+            "use tempering=ndda.smc.WeightTempering(), or weight=ndda.Dirac() or weight=ndda.Moment()."
         )
 
     def bias_reasons(self, closed_form: bool, linear: bool) -> list[str]:
-        """Why it is not exact; empty where it is.
+        """Return the reasons why the weight is biased, as clauses for a warning; empty if it is exact.
 
         Args:
-            closed_form: the transition is Gaussian, not a diffusion.
-            linear: the mean of the observations is affine in the state and their error does not depend on it.
+            closed_form: whether the transition is Gaussian, and not a diffusion.
+            linear: whether the mean of the observations is affine in the state and their error does not depend on the
+                state.
         """
         return [f"{type(self).__name__} weights are not known to be exact"]
 
 
 class Equal(PredictiveWeight):
-    """log w = 0: guided particles, no selection. No network pass."""
+    """Equal weights, log w = 0: particles are guided but not selected; no network pass."""
 
     def bias_reasons(self, closed_form: bool, linear: bool) -> list[str]:
-        """Never exact."""
+        """Return the reason why equal weights are biased; they always are."""
         return ["Equal weights leave out the observations"]
 
     def __call__(self, step: Dynamics, likelihood: Likelihood) -> tuple[Float[Array, ""], WeightRecord]:
-        """Zero."""
+        """Return log w = 0 and an empty record."""
         return jnp.zeros(()), WeightRecord(NetworkPasses.of(), None)
 
     def pointwise(self, step: Dynamics, likelihood: Likelihood) -> tuple[Float[Array, " m"], WeightRecord]:
-        """Zeros."""
+        """Return a log-weight of 0 for each observation, shape (m,), and an empty record."""
         observations = jax.eval_shape(likelihood.pointwise, jax.eval_shape(lambda: step.moments().mean))
         return jnp.zeros(observations.shape, observations.dtype), WeightRecord(NetworkPasses.of(), None)
 
     def temperable(self, step: Dynamics, likelihood: Likelihood) -> tuple[TemperableLogWeight, WeightRecord]:
-        """Zeros: there is nothing to temper."""
+        """Return log-weights of 0 for every alpha, and an empty record."""
         return self.temperable_pointwise(step, likelihood)
 
     def temperable_pointwise(self, step: Dynamics, likelihood: Likelihood) -> tuple[TemperableLogWeight, WeightRecord]:
-        """Zeros: there is nothing to temper."""
+        """Return log-weights of 0 for every alpha and observation, and an empty record."""
         zeros, record = self.pointwise(step, likelihood)
         return TemperableLogWeight(zeros, zeros, zeros), record
 
 
 class Dirac(PredictiveWeight):
-    """log p(y | m) with m = E[x' | c]: p(x' | c) taken as a point (Savary et al. 2026, arXiv 2605.20028, Sec. 3).
+    """Weight log p(y | m) at the forecast mean m = E[x' | c] (Savary et al. 2026, arXiv 2605.20028, Sec. 3).
 
-    With Gaussian errors log N(y; h(m), R); for any other likelihood its log_prob there.
-
-    One network pass. Too peaked where the one-step spread is not small against the observation error.
+    It approximates p(x' | c) by a point. With Gaussian errors it is log N(y; h(m), R); for any other likelihood it is
+    the log-density at m. It costs one network pass. It is too peaked unless the one-step spread is small against the
+    observation error.
     """
 
     def bias_reasons(self, closed_form: bool, linear: bool) -> list[str]:
-        """Never exact."""
+        """Return the reason why Dirac weights are biased; they always are."""
         return ["Dirac weights leave out the spread of the transition"]
 
     def __call__(self, step: Dynamics, likelihood: Likelihood) -> tuple[Float[Array, ""], WeightRecord]:
-        """The likelihood of the forecast mean."""
+        """Return log p(y | m) at the forecast mean m, and the record with m."""
         moments = step.moments()
         return likelihood.log_prob(moments.mean), WeightRecord(moments.passes, moments.mean)
 
     def pointwise(self, step: Dynamics, likelihood: Likelihood) -> tuple[Float[Array, " m"], WeightRecord]:
-        """The terms of that."""
+        """Return log p(y_j | m) of each observation at the forecast mean m, shape (m,), and the record with m."""
         moments = step.moments()
         return likelihood.pointwise(moments.mean), WeightRecord(moments.passes, moments.mean)
 
     def temperable(self, step: Dynamics, likelihood: Likelihood) -> tuple[TemperableLogWeight, WeightRecord]:
-        """alpha log p(y | m): with no spread of the transition there is nothing else to it."""
+        """Return alpha log p(y | m) as a function of alpha, and the record with m.
+
+        There is no other term, because the spread of the transition is left out.
+
+        Raises:
+            TypeError: the likelihood is not Gaussian.
+        """
         return self.temperable_pointwise(step, likelihood)
 
     def temperable_pointwise(self, step: Dynamics, likelihood: Likelihood) -> tuple[TemperableLogWeight, WeightRecord]:
-        """The terms of that."""
+        """Return alpha log p(y_j | m) of each observation as a function of alpha, and the record with m.
+
+        Raises:
+            TypeError: the likelihood is not Gaussian.
+        """
         moments = step.moments()
         gaussian = _gaussian(likelihood)
         residual, normalizers = gaussian.residual(moments.mean), gaussian.log_normalizers(moments.mean)
@@ -145,43 +188,55 @@ class Dirac(PredictiveWeight):
 
 
 class Moment(PredictiveWeight):
-    """log of int p(y | x') N(x'; m, V) dx', V = Cov[x' | c]; with Gaussian errors log N(y; h(m), R + H V H^T).
+    r"""Weight from the mean m and covariance V of the transition, the log of int p(y | x') N(x'; m, V) dx'.
 
-    Exact for a Gaussian transition, a linear h and Gaussian errors. Other likelihoods are integrated by expectation
-    propagation over the observations: by quadrature where they look at independent coordinates of the state.
+    With Gaussian errors it is
 
-    One network pass, and one more for each observation.
+    $$
+    \log N(y;\, h(m),\, R + H V H^T), \qquad m = E[x' \mid c], \quad V = \operatorname{Cov}[x' \mid c], \quad H = dh/dx .
+    $$
+
+    It is exact for a Gaussian transition, a linear h and Gaussian errors. Other likelihoods are integrated by
+    expectation propagation over the observations, or by quadrature if they depend on independent coordinates of the
+    state. It costs one network pass, and one more for each observation.
 
     Args:
-        noise_level: where V is read off the denoiser's Jacobian. None is the prior's highest level, right for exact
-            denoisers; a learned Jacobian is multiplied by that level, errors included, so give some ten times the
-            spread of the latent (10.0 for a latent of unit variance, which makes V 1 % too small).
-        probes: for localized ancestors, which take each observation by itself and so need the diagonal of H V H^T only:
-            estimate it by this many products with random signs, whatever the number of observations. None for one
-            product an observation. Its error is of the size of what lies beside the diagonal: one probe is enough for
-            a transition whose errors are nearly independent from place to place.
+        noise_level: noise level at which V is computed from the denoiser's Jacobian. None takes the prior's highest
+            level, which is right for exact denoisers. A learned Jacobian is multiplied by that level, errors included;
+            so for a learned denoiser give about ten times the spread of the latent (10.0 for a latent of unit variance,
+            which makes V 1 % too small).
+        probes: number of products with random signs that estimate the diagonal of H V H^T, whatever the number of
+            observations. Only localized resampling allows it, because it takes each observation by itself. None makes
+            one product for each observation, without error. The error of the estimate has the size of the entries off
+            the diagonal; one probe is enough if the errors of the transition are nearly independent from place to
+            place.
 
     Raises:
-        ValueError: a noise level that is not positive, or probes below 1; probes without localized ancestors.
+        ValueError: `noise_level` is not positive, or `probes` is less than 1; when used, `probes` without localized
+            resampling.
     """
 
     noise_level: float | None = eqx.field(static=True, default=None)
     probes: int | None = eqx.field(static=True, default=None)
 
     def bias_reasons(self, closed_form: bool, linear: bool) -> list[str]:
-        """None for a Gaussian transition and a linear h."""
+        """Return the reasons why moment weights are biased; none for a Gaussian transition and a linear h."""
         transition = [] if closed_form else ["Moment weights are exact for Gaussian transitions only"]
         observation = [] if linear else ["Moment weights are exact for observations linear in the state only"]
         return transition + observation
 
     def __check_init__(self) -> None:
         if self.noise_level is not None and not self.noise_level > 0:
-            raise ValueError(f"Moment got noise_level={self.noise_level}; give a positive one, or None.")
+            raise ValueError(f"Moment got noise_level={self.noise_level}; give a positive number, or None.")
         if self.probes is not None and self.probes < 1:
             raise ValueError(f"Moment got probes={self.probes}; give 1 or more, or None.")
 
     def __call__(self, step: Dynamics, likelihood: Likelihood) -> tuple[Float[Array, ""], WeightRecord]:
-        """The likelihood of the forecast mean under forecast and observation error together."""
+        """Return the log-likelihood of the forecast mean under forecast and observation error together, and the record.
+
+        Raises:
+            ValueError: `probes` is given, which estimates no covariance between observations.
+        """
         self._check_whole()
         moments, passes = self._moments(step)
         local, log_weight = matched(moments, step.tangents(), likelihood)
@@ -189,33 +244,49 @@ class Moment(PredictiveWeight):
         return log_weight, _record(moments, passes, observations)
 
     def pointwise(self, step: Dynamics, likelihood: Likelihood) -> tuple[Float[Array, " m"], WeightRecord]:
-        """Each observation under its own forecast and observation error."""
+        """Return the log-likelihood of each observation under its own forecast and observation error, and the record."""
         moments, passes = self._moments(step)
         logs = matched_pointwise(moments, step.tangents(), likelihood, self.probes)
         return logs, _record(moments, passes, len(logs) if self.probes is None else self.probes)
 
     def temperable(self, step: Dynamics, likelihood: Likelihood) -> tuple[TemperableLogWeight, WeightRecord]:
-        """log N(y; h(m), R / alpha + H V H^T), up to what all share whose R is the same; no pass more."""
+        """Return log N(y; h(m), R / alpha + H V H^T) as a function of alpha, and the record.
+
+        It leaves out a term that all particles with the same R share. It costs no more network passes than the weight
+        itself.
+
+        Raises:
+            ValueError: `probes` is given, which estimates no covariance between observations.
+            TypeError: the likelihood is not Gaussian.
+        """
         self._check_whole()
         moments, passes = self._moments(step)
         curve = temperable(moments, _gaussian(likelihood))
         return curve, _record(moments, passes, len(curve.variances))
 
     def temperable_pointwise(self, step: Dynamics, likelihood: Likelihood) -> tuple[TemperableLogWeight, WeightRecord]:
-        """The same for each observation by itself."""
+        """Return log N(y_j; h_j(m), R_j / alpha + (H V H^T)_jj) of each observation as a function of alpha, and the record.
+
+        Raises:
+            TypeError: the likelihood is not Gaussian.
+        """
         moments, passes = self._moments(step)
         curve = temperable_pointwise(moments, _gaussian(likelihood), self.probes)
         return curve, _record(moments, passes, len(curve.variances) if self.probes is None else self.probes)
 
     def _check_whole(self) -> None:
+        """Raise a ValueError if `probes` is given, because a weight of whole particles needs the full covariance."""
         if self.probes is not None:
             raise ValueError(
-                f"Moment(probes={self.probes}) estimates the variance of each observation by itself, and a weight of "
-                "whole particles needs their covariance; leave probes out, or give the filter a taper."
+                f"Moment(probes={self.probes}) estimates the variance of each observation by itself, and weights without "
+                "localization need their full covariance; leave probes out, or give the filter a taper."
             )
 
     def _moments(self, step: Dynamics) -> tuple[Moments, NetworkPasses]:
-        """Mean and covariance, and the passes they cost. The mean always from the highest level, exact there."""
+        """Return the mean and covariance of the transition, and the network passes they cost.
+
+        The mean always comes from the highest level, where it is exact.
+        """
         moments = step.moments()
         if self.noise_level is None:
             return moments, moments.passes
@@ -224,15 +295,20 @@ class Moment(PredictiveWeight):
 
 
 def _record(moments: Moments, passes: NetworkPasses, products: int) -> WeightRecord:
-    """The record of a weight that made this many products with V."""
+    """Return the record of a weight that made this many products with V."""
     made = jax.tree.map(lambda n: n * products, moments.passes_per_product)
     return WeightRecord(passes.plus(made), moments.mean)
 
 
 def _gaussian(likelihood: Likelihood) -> GaussianLikelihood:
+    """Return the likelihood unchanged if it is Gaussian.
+
+    Raises:
+        TypeError: it is not Gaussian, so its observation errors cannot be tempered.
+    """
     if not isinstance(likelihood, GaussianLikelihood):
         raise TypeError(
-            f"observation errors of a {type(likelihood).__name__} cannot be tempered: not all of it is Gaussian; "
-            "use tempering=ndda.smc.WeightTempering()."
+            f"observation errors of a {type(likelihood).__name__} cannot be tempered, because not all of its "
+            "observations are Gaussian; use tempering=ndda.smc.WeightTempering()."
         )
     return likelihood

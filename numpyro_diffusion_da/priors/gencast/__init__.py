@@ -1,1 +1,1 @@
-"""GenCast as a prior: its package, statistics and a synthetic checkpoint."""
+"""GenCast as a prior: its package, checkpoints, statistics, and a synthetic checkpoint for dry runs."""

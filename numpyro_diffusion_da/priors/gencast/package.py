@@ -1,6 +1,7 @@
-"""google-deepmind's `weathernext`, where GenCast's network is: finding it, and tracing its denoiser once.
+"""Adapter to google-deepmind's package `weathernext`, which contains the network of GenCast.
 
-This is the only module that imports the package, and it does so when a checkpoint is opened.
+This is the only module that imports `weathernext`. It imports the package when a checkpoint is opened, and traces the
+denoiser once.
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ from jaxtyping import Array, PyTree
 from numpyro_diffusion_da.fields.layout import Layout
 
 INSTALL = (
-    "GenCast's package `weathernext` (v0.3.0, google-deepmind/weathernext) is not installed; it is not on PyPI "
-    "(the packages called graphcast, gencast and xarray-jax there are unrelated). Install it as the README says: "
+    "GenCast's package `weathernext` (v0.3.0, google-deepmind/weathernext) is not installed, and PyPI does not have it "
+    "(the packages graphcast, gencast and xarray-jax on PyPI are unrelated). Install it as described in the README: "
     "pip install 'numpyro-diffusion-da[gencast]' and then weathernext and xarray_jax from their repositories."
 )
 STATIC = ("geopotential_at_surface", "land_sea_mask")
@@ -32,15 +33,21 @@ FORCINGS = ("day_progress_cos", "day_progress_sin", "year_progress_cos", "year_p
 
 
 def import_weathernext() -> SimpleNamespace:
-    """The modules of GenCast's package.
+    """Import the modules of GenCast's package.
+
+    Returns:
+        Namespace with the modules `gencast`, `denoiser`, `casting`, `checkpoint`, `variables`, `xarray_jax` and
+        `haiku`.
 
     Raises:
-        ImportError: it is not installed, or only a version for an older jax is; says what to install.
+        ImportError: the package is not installed, or its import fails. The message says what to install.
     """
     if importlib.util.find_spec("weathernext") is None:
         old = importlib.util.find_spec("graphcast")
-        found = "" if old is None else f" A package `graphcast` is here ({old.origin}), which cannot be used: "
-        why = "" if old is None else "the one that holds GenCast needs jax <= 0.8.1, the one on PyPI is unrelated."
+        found = "" if old is None else f" The installed package `graphcast` ({old.origin}) cannot be used: "
+        why = (
+            "" if old is None else "the version that contains GenCast needs jax <= 0.8.1, the one on PyPI is unrelated."
+        )
         raise ImportError(INSTALL + found + why)
     modules = {
         "gencast": "weathernext.weathernext1_gen.gencast",
@@ -55,12 +62,16 @@ def import_weathernext() -> SimpleNamespace:
         with package_settings():
             return SimpleNamespace(**{name: importlib.import_module(path) for name, path in modules.items()})
     except ImportError as error:
-        raise ImportError(f"{INSTALL} (weathernext is here, but importing it failed: {error})") from error
+        raise ImportError(f"{INSTALL} (weathernext is installed, but its import failed: {error})") from error
 
 
 @contextlib.contextmanager
 def package_settings() -> Iterator[None]:
-    """The package promotes ranks, imports what jax deprecates, and changes a sparse matrix as scipy finds slow."""
+    """Context in which the package runs without errors and warnings that are not of interest here.
+
+    The package promotes ranks, uses deprecated functions of jax, and modifies sparse matrices in a way that scipy warns
+    about.
+    """
     with warnings.catch_warnings(), jax.numpy_rank_promotion("allow"):
         warnings.simplefilter("ignore", DeprecationWarning)
         warnings.filterwarnings("ignore", message="Changing the sparsity structure")
@@ -68,12 +79,19 @@ def package_settings() -> Iterator[None]:
 
 
 def is_atmospheric(name: str) -> bool:
-    """Whether the package gives the variable levels."""
+    """Whether a variable has pressure levels in GenCast's package."""
     return name in import_weathernext().variables.ALL_ATMOSPHERIC_VARS
 
 
 def with_attention(architecture: Any, attention: str | None) -> Any:
-    """The architecture with attention that runs on this device; `splash_mha` of published checkpoints needs a TPU."""
+    """Copy of an architecture with another kind of attention.
+
+    The attention `splash_mha` of the published checkpoints needs a TPU.
+
+    Args:
+        architecture: architecture of a checkpoint.
+        attention: kind of attention; None for one that runs on the default device.
+    """
     if attention is None:
         if jax.default_backend() == "tpu":
             attention = "splash_mha"
@@ -85,24 +103,33 @@ def with_attention(architecture: Any, attention: str | None) -> Any:
 
 
 def noise_range(opened: Any) -> tuple[float, float]:
-    """The levels of the published sampler, within those of the training."""
+    """(lowest, highest) noise level of the published sampler, within the range of the training."""
     trained = opened.noise_config
     lowest = max(trained.training_min_noise_level, opened.sampler_config.min_noise_level)
     return float(lowest), float(min(trained.training_max_noise_level, opened.sampler_config.max_noise_level))
 
 
 class _Program:
-    """Everything of a traced function but its arrays; compares and hashes by identity."""
+    """Holder of the static part of a traced function; it compares and hashes by identity."""
 
     def __init__(self, static: Any) -> None:
         self.static = static
 
 
 class TracedNetwork(eqx.Module):
-    """GenCast's denoiser as a traced program: parameters and graph are its arrays.
+    """GenCast's denoiser as a program that was traced once, at given shapes.
 
-    The package builds its graphs in numpy each time it is traced (11 s at 1 degree). It is traced once here, at given
-    shapes, and the program is what everything else calls.
+    The package builds its graphs in numpy each time it is traced, which takes 11 s at 1 degree. The library traces it
+    once and calls the traced program from then on.
+
+    Args:
+        traced: traced function of the parameters and the arguments.
+        parameters: parameters of the network.
+
+    Attributes:
+        parameters: parameters of the network.
+        graph: arrays of the traced function, such as the mesh.
+        program: static part of the traced function.
     """
 
     parameters: PyTree
@@ -116,23 +143,32 @@ class TracedNetwork(eqx.Module):
         self.program = _Program(static)
 
     def __call__(self, *args: Array) -> Array:
-        """D(z_s, s; c) at (inputs, statics, day, year, z_s, noise level)."""
+        """Denoiser D(z_s, s; c) for the arguments (inputs, statics, day, year, z_s, noise level)."""
         return eqx.combine(self.graph, self.program.static)(self.parameters, *args)
 
 
 def trace_network(
     wn: SimpleNamespace, opened: Any, architecture: Any, parameters: PyTree, layout: Layout, precision: str
 ) -> TracedNetwork:
-    """Trace the package's denoiser once, at the shapes of the layout."""
+    """Trace the denoiser of the package once, at the shapes of a layout.
+
+    Args:
+        wn: modules of the package, from `import_weathernext`.
+        opened: checkpoint, as the package reads it.
+        architecture: architecture of the denoiser.
+        parameters: parameters of the network.
+        layout: layout of a frame.
+        precision: precision of matrix products: "float32", "tensorfloat32" or "bfloat16".
+    """
     xarray_jax, haiku = wn.xarray_jax, wn.haiku
     task = opened.task_config
     coordinates = layout.coords()
-    # A coordinate on the batch axis would stop vmap: there is none.
+    # The batch axis has no coordinate, because vmap does not work with one.
     coords = {"lat": coordinates["latitude"].astype(np.float32), "lon": coordinates["longitude"].astype(np.float32)}
     compute = jnp.bfloat16 if precision == "bfloat16" else jnp.float32
 
     def fields(values: Array, names: list[str]) -> dict[str, Any]:
-        """Variables of an array (time, latitude, longitude, channel) that holds the named ones in order."""
+        """Named variables of an array (time, latitude, longitude, channel), with channels in the order of the names."""
         out: dict[str, Any] = {}
         start = 0
         for name in names:
@@ -146,7 +182,7 @@ def trace_network(
         return out
 
     def progress(day: Array, year: Array) -> dict[str, Any]:
-        """Forcings of some frames; `FORCINGS` gives their order."""
+        """Variables of the forcings of frames, named in the order of `FORCINGS`."""
         return {
             FORCINGS[0]: (("batch", "time", "lon"), day[None, ..., 0]),
             FORCINGS[1]: (("batch", "time", "lon"), day[None, ..., 1]),

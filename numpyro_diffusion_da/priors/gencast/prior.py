@@ -1,16 +1,19 @@
-"""GenCast (Price et al. 2023, arXiv 2312.15796), from its own package and checkpoints, as a prior.
+"""GenCast (Price et al. 2023, arXiv 2312.15796) as a prior, with its own package and checkpoints.
 
-One 12 h step of the atmosphere: the next frame given the last two, the time of year and of day, and the surface. A
-frame is an array (latitude, longitude, channel), channels being variables sorted by name, each by level, as the package
-stacks them. A variable that is also an input of the network is diffused as a normalized residual, precipitation, which
-is not, as itself:
+One step is 12 h of the atmosphere. The next frame is conditioned on the last two frames, the time of year and of day,
+and the surface. A frame is an array (latitude, longitude, channel). Its channels are the variables sorted by name, each
+sorted by level, in the order of the package. The latent z depends on the variable:
 
-    x' = a(c) + S z,    a = last frame, S = standard deviation of 12 h differences;    a = mean, S = standard deviation.
+- A variable that is also an input of the network is diffused as a normalized residual, x' = a + S z, where a is the
+  last frame and S the standard deviation of 12 h differences.
+- Precipitation is not an input of the network and is diffused itself, x' = a + S z, where a is its mean and S its
+  standard deviation.
 
-Sea surface temperature has no value over land. Frames hold the variable's minimum there (so does the package, before it
-normalises), with S = 0: what is there never moves, guides, or weighs, and `Layout.select` gives NaN.
+Sea surface temperature has no value over land. There, frames contain the minimum of the variable, which the package
+also fills in before normalization, and S = 0. Such values never change and have no effect on guidance and weights.
+`Layout.select` returns NaN for them.
 
-The network is google-deepmind's own, see `gencast_package`; the normalization is in `gencast_statistics`.
+The network is google-deepmind's own, see `priors.gencast.package`. The normalization is in `priors.gencast.statistics`.
 """
 
 from __future__ import annotations
@@ -66,11 +69,12 @@ UNITS = {
 
 
 class Forcings(NamedTuple):
-    """Time of day and of year at the two input frames and at the target; of one step, or leading with time.
+    """Time of day and of year at the two input frames and at the target frame, for one step or for several steps.
 
     Attributes:
-        day: cosine and sine of the local time of day, shape (3, longitude, 2).
-        year: cosine and sine of the time of year, shape (3, 2).
+        day: cosine and sine of the local time of day, shape (3, longitude, 2), with a leading time axis for several
+            steps.
+        year: cosine and sine of the time of year, shape (3, 2), with a leading time axis for several steps.
     """
 
     day: Float[Array, "*time 3 longitude 2"]
@@ -78,12 +82,13 @@ class Forcings(NamedTuple):
 
 
 class GenCastConditioning(NamedTuple):
-    """What one step of GenCast is conditioned on.
+    """Quantities of one step of GenCast that do not depend on the noise level.
 
     Attributes:
-        frame: the last frame, in physical units, shape (latitude, longitude, channel).
-        inputs: both frames, normalized, of the variables that are inputs, shape (2, latitude, longitude, inputs).
-        forcings: normalized.
+        frame: last frame in physical units, shape (latitude, longitude, channel).
+        inputs: normalized values of both frames for the variables that are inputs of the network, shape
+            (2, latitude, longitude, inputs).
+        forcings: normalized forcings of the step.
     """
 
     frame: Float[Array, "latitude longitude channel"]
@@ -92,9 +97,9 @@ class GenCastConditioning(NamedTuple):
 
 
 class GenCastPrior(DiffusionPrior):
-    """GenCast: p(next frame | last two frames, forcings). Build it by `from_checkpoint`.
+    """GenCast as the prior p(next frame | last two frames, forcings). Build it with `from_checkpoint`.
 
-    In a program the carry of the scan is the pair of frames, and the forcings come with the observations:
+    In a program, the scan carries the pair of frames and takes the forcings along with the observations:
 
         def step(frames, at):
             y_t, forcings = at
@@ -103,6 +108,26 @@ class GenCastPrior(DiffusionPrior):
             return (frames[1], x), None
 
         scan(step, frames, (y, prior.forcings(times)))
+
+    Attributes:
+        network: traced denoiser of the package.
+        noise: noise of the diffusion.
+        statics: normalized fields that do not change, geopotential at the surface and land-sea mask.
+        mean: mean of each channel, for the inputs of the network.
+        stddev: standard deviation of each channel, for the inputs of the network.
+        offset: location a without the last frame, in physical units: 0 for residuals, the mean of precipitation, and
+            the fill value where a variable is undefined.
+        keep: factor of the last frame in the location a, 1 for residuals and 0 elsewhere.
+        latent_scale: scale S in physical units, 0 where a variable is undefined.
+        forcing_mean: mean of each forcing, in the order of `FORCINGS`.
+        forcing_stddev: standard deviation of each forcing.
+        input_channels: channels of the variables that are inputs of the network.
+        layout: layout of a frame.
+        noise_range: (lowest, highest) noise level.
+        rematerialize: whether the backward pass computes activations again to save memory.
+        description: description of the checkpoint.
+        conditioning_passes: 0, because `condition` runs no network.
+        TIME_STEP: length of a step, 12 h.
     """
 
     network: TracedNetwork
@@ -124,28 +149,29 @@ class GenCastPrior(DiffusionPrior):
 
     TIME_STEP: ClassVar[np.timedelta64] = TIME_STEP
 
-    # --- the prior ----------------------------------------------------------------------------------------------
+    # --- methods of a prior -------------------------------------------------------------------------------------
 
     def condition(self, state: PyTree, inputs: Forcings | None = None) -> GenCastConditioning:
-        """Normalise the frames.
+        """Normalize the frames and the forcings of one step.
 
         Args:
-            state: (frame 12 h before, last frame), each (latitude, longitude, channel) in physical units.
-            inputs: one step of `forcings`.
+            state: pair (frame 12 h before the last, last frame) in physical units, each of shape
+                (latitude, longitude, channel).
+            inputs: forcings of one step, a slice of the result of `forcings`.
 
         Raises:
-            ValueError: not two frames, or no forcings.
+            ValueError: `state` is not a pair of frames, or `inputs` is None.
         """
         frames = jax.tree.leaves(state)
         if len(frames) != 2:
             raise ValueError(
-                f"GenCast is conditioned on two frames, got {len(frames)}: give DiffusionTransition the pair "
-                "(frame 12 h before, last frame) and let the scan carry (frames[1], x)."
+                f"GenCast is conditioned on two frames, got {len(frames)}; give DiffusionTransition the pair "
+                "(frame 12 h before the last, last frame) and let the scan carry (frames[1], x)."
             )
         if inputs is None:
             raise ValueError(
-                "GenCast needs the time of its step: scan over prior.forcings(times) beside the observations, and "
-                "pass each slice on, as in DiffusionTransition(prior, frames, forcings)."
+                "GenCast needs the forcings of its step, got None; scan over prior.forcings(times) along with the "
+                "observations, and pass each slice on, as in DiffusionTransition(prior, frames, forcings)."
             )
         channels = np.asarray(self.input_channels)
         normalized = (jnp.stack(frames) - self.mean[None, None, None]) / self.stddev[None, None, None]
@@ -159,53 +185,70 @@ class GenCastPrior(DiffusionPrior):
     def denoise(
         self, z_s: Float[Array, ...], noise_level: Float[Array, ""], conditioning: GenCastConditioning
     ) -> Float[Array, ...]:
-        """D(z_s, s; c), by the package's network and its preconditioning; shape (latitude, longitude, channel)."""
+        """Denoiser D(z_s, s; c) = E[z | z_s, c], by one pass of the package's network with its preconditioning.
+
+        Args:
+            z_s: noised latent, shape (latitude, longitude, channel).
+            noise_level: noise level s > 0.
+            conditioning: result of `condition` for the last two frames.
+
+        Returns:
+            Denoised latent, shape (latitude, longitude, channel).
+        """
         given = (conditioning.inputs, self.statics, conditioning.forcings.day, conditioning.forcings.year)
         given = jax.tree.map(lambda v: jnp.asarray(v, jnp.float32), given)
 
-        def network(*args: Array) -> Array:  # a function: jax.checkpoint hashes what it is given
+        def network(*args: Array) -> Array:  # jax.checkpoint hashes its argument, and a module is not hashable
             return self.network(*args)
 
         if self.rematerialize:
-            # Products of activations with weights are kept, all else is computed again in the backward pass.
+            # Keep products of activations with weights, and compute everything else again in the backward pass.
             policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
             network = jax.checkpoint(network, policy=policy)
         return network(*given, z_s.astype(jnp.float32), jnp.asarray(noise_level, jnp.float32)).astype(z_s.dtype)
 
     def location(self, conditioning: GenCastConditioning) -> Float[Array, ...]:
-        """The last frame; the mean for precipitation; the filling value where a variable is undefined."""
+        """Location a in physical units, shape (latitude, longitude, channel).
+
+        This is the last frame, the mean for precipitation, and the fill value where a variable is undefined.
+        """
         return self.offset + self.keep * conditioning.frame
 
     def scale(self, conditioning: GenCastConditioning) -> Float[Array, ...]:
-        """Standard deviations of 12 h differences; of precipitation itself; 0 where a variable is undefined."""
+        """Scale S in physical units, shape (latitude, longitude, channel).
+
+        This is the standard deviation of 12 h differences, of precipitation itself for precipitation, and 0 where a
+        variable is undefined.
+        """
         return self.latent_scale
 
     def provenance(self) -> dict[str, str]:
-        """The checkpoint's own description beside the class and the checksum of all arrays."""
+        """Class of the prior, checksum of its arrays and description of the checkpoint, for the record of a result."""
         return {**super().provenance(), "checkpoint": self.description}
 
-    # --- what a program needs -----------------------------------------------------------------------------------
+    # --- forcings and frames for a program ----------------------------------------------------------------------
 
     def forcings(self, times: Any) -> Forcings:
-        """Forcings of the steps that lead to the given times.
+        """Compute the forcings of the steps that lead to given times.
 
         Args:
-            times: target times (UTC), anything numpy takes as datetime64, shape (steps,).
+            times: target times in UTC, of any type that numpy converts to datetime64, shape (steps,).
 
         Returns:
-            Day and year progress at 24 h and 12 h before each time and at the time, leading with `steps`.
+            Time of day and of year at 24 h and 12 h before each target time and at the target time, with a leading axis
+            of steps.
 
         Raises:
-            ValueError: not a one-dimensional series of times.
+            ValueError: `times` is not one-dimensional.
         """
         target = np.asarray(times, dtype="datetime64[s]")
         if target.ndim != 1:
-            raise ValueError(f"times have shape {target.shape}; give one target time a step, shape (steps,).")
+            raise ValueError(f"times has shape {target.shape}; give one target time per step, shape (steps,).")
         longitude = self.layout.coords()["longitude"]
         seconds = target[:, None].astype(np.int64) + np.array([-2, -1, 0]) * TIME_STEP.astype("timedelta64[s]").astype(
             int
         )
-        # In the precision and order of the package's own preprocessing: phases in float64, rounded, then sines.
+        # Precision and order of operations are those of the package: phases in float64, rounded, then sines.
         of_day = np.mod(seconds % 86400 / 86400.0, 1.0)[..., None] + np.deg2rad(longitude) / (2 * np.pi)
         day = np.mod(of_day, 1.0).astype(np.float32) * np.float32(2 * np.pi)
         year = np.mod(seconds / 86400.0 / DAYS_PER_YEAR, 1.0).astype(np.float32) * np.float32(2 * np.pi)
@@ -215,19 +258,28 @@ class GenCastPrior(DiffusionPrior):
     def frames(
         self, dataset: xarray.Dataset, times: Any, *, interpolate: bool = False
     ) -> Float[np.ndarray, "time latitude longitude channel"]:
-        """Frames of an ERA5-like dataset at given times; see `gridded_data.read_states`.
+        """Read frames from an ERA5-like dataset at given times, with `fields.read_states`.
 
-        The two frames that a run begins with are ``prior.frames(dataset, [start - 12 h, start])``. Precipitation, which
-        GenCast does not look at, may be missing in the dataset and is then 0.
+        A run begins with the two frames ``prior.frames(dataset, [start - 12 h, start])``. Precipitation is not an input
+        of GenCast. It may be missing in the dataset and is then 0.
+
+        Args:
+            dataset: dataset with the variables of the layout.
+            times: times of the frames.
+            interpolate: whether to interpolate to the grid of the prior.
+
+        Returns:
+            Frames in physical units.
 
         Raises:
-            ValueError: something is not in the dataset, in another unit, or on another grid; names it.
+            ValueError: a variable, level or time is missing in the dataset, or a unit or the grid differs. The message
+                names it.
         """
         fill = self.fill_values()
         return read_states(dataset, self.layout, times, fill=fill, interpolate=interpolate, without_precipitation=True)
 
     def fill_values(self) -> dict[str, float]:
-        """What frames hold where a variable is undefined, in its own unit, by name."""
+        """Fill value of each variable that is undefined somewhere, in its unit, by the name of the variable."""
         values = {}
         for variable in self.layout.variables:
             if variable.undefined is not None:
@@ -236,7 +288,7 @@ class GenCastPrior(DiffusionPrior):
         return values
 
     def backward_bytes(self) -> int:
-        """Bytes that the backward pass of one network pass holds on to, for one particle."""
+        """Estimate the bytes that the backward pass of one network pass keeps in memory, for one particle."""
         frame = jnp.zeros(self.layout.shape, jnp.float32)
         forcings = jax.tree.map(lambda v: v[0], self.forcings(["2000-01-01"]))
         conditioning = self.condition((frame, frame), forcings)
@@ -258,28 +310,31 @@ class GenCastPrior(DiffusionPrior):
         noise: Noise | None = None,
         memory_budget: float | None = None,
     ) -> GenCastPrior:
-        """Open a checkpoint of GenCast, of `weathernext` v0.3.0 or of `graphcast` v0.2.
+        """Open a checkpoint of GenCast from `weathernext` v0.3.0 or `graphcast` v0.2.
 
         Args:
             checkpoint: path of the published ``.npz`` file.
-            stats: directory of the published statistics (mean, standard deviation, standard deviation of differences
-                and minimum by level).
-            surface: dataset (or path of one) with the fields that do not change: geopotential_at_surface,
-                land_sea_mask, and sea_surface_temperature, NaN over land. Any ERA5 file that holds them does.
-            attention: "mha" (dense), "triblockdiag_mha" (both run anywhere, and agree) or "splash_mha" (TPU only).
-                None takes splash on a TPU, and elsewhere dense for meshes up to size 4 and blocks above, where dense
-                attention no longer pays.
-            precision: of matrix products: "float32", "tensorfloat32" (tensor cores of NVIDIA GPUs) or "bfloat16" (the
-                whole network, parameters too; preconditioning stays in float32).
-            resolution: of the checkpoint's grid in degrees, 1.0 or 0.25; None is that of `surface`.
-            noise: of the diffusion; None is the noise GenCast was trained with, isotropic on the sphere.
-            memory_budget: bytes that the backward pass of one network pass may hold. Above it activations are computed
-                again (about a tenth more work at a fifth of the memory). None is half of the device's memory.
+            stats: directory of the published statistics: mean, standard deviation, standard deviation of differences,
+                and minimum by level.
+            surface: dataset, or path of a dataset, with the fields that do not change: geopotential_at_surface,
+                land_sea_mask, and sea_surface_temperature, which is NaN over land. Any ERA5 file with these variables
+                works.
+            attention: "mha" (dense), "triblockdiag_mha" or "splash_mha" (TPU only). The first two run on any device and
+                give the same result. None chooses splash attention on a TPU. On other devices it chooses dense
+                attention for meshes up to size 4, and block-diagonal attention for larger meshes, where dense attention
+                is slower.
+            precision: precision of matrix products: "float32", "tensorfloat32" (tensor cores of NVIDIA GPUs) or
+                "bfloat16" (the whole network with its parameters; preconditioning stays in float32).
+            resolution: resolution of the checkpoint's grid in degrees, 1.0 or 0.25; None for the grid of `surface`.
+            noise: noise of the diffusion; None for the noise of GenCast's training, isotropic on the sphere.
+            memory_budget: bytes that the backward pass of one network pass may keep. If it needs more, activations are
+                computed again, with about 10 % more work and a fifth of the memory. None for half of the device's
+                memory.
 
         Raises:
-            ImportError: the package is missing; says how to install it.
-            FileNotFoundError: no such file, or no statistics in the directory.
-            ValueError: an unknown attention or precision, or a grid that GenCast cannot have.
+            ImportError: the package is missing. The message says how to install it.
+            FileNotFoundError: the checkpoint or a statistics file does not exist.
+            ValueError: the attention or precision is unknown, or the grid is not one of GenCast.
         """
         _choose("attention", attention, (None, "mha", "triblockdiag_mha", "splash_mha"))
         _choose("precision", precision, ("float32", "tensorfloat32", "bfloat16"))
@@ -338,27 +393,45 @@ class GenCastPrior(DiffusionPrior):
 
 
 def _choose(name: str, got: Any, known: tuple[Any, ...]) -> None:
+    """Check that an option has one of its known values.
+
+    Raises:
+        ValueError: the value is unknown.
+    """
     if got not in known:
-        raise ValueError(f"{name}={got!r} is not known; give one of {', '.join(map(repr, known))}.")
+        raise ValueError(f"from_checkpoint got {name}={got!r}; give one of {', '.join(map(repr, known))}.")
 
 
 def _open(surface: Any) -> xarray.Dataset:
-    """A dataset, from itself or from a file."""
+    """Dataset from a dataset or from the path of a file."""
     import xarray
 
     return surface if isinstance(surface, xarray.Dataset) else xarray.open_dataset(surface, engine="h5netcdf")
 
 
 def _regular_grid(resolution: float) -> tuple[np.ndarray, np.ndarray]:
-    """Latitudes with both poles and longitudes from 0, in degrees."""
+    """Regular grid in degrees: (latitudes with both poles, longitudes from 0).
+
+    Raises:
+        ValueError: the resolution does not divide 180 degrees.
+    """
     rows = round(180.0 / resolution)
     if rows < 2 or abs(rows * resolution - 180.0) > 1e-6:
-        raise ValueError(f"resolution={resolution} does not divide 180 degrees; give 1.0 or 0.25, as the checkpoint.")
+        raise ValueError(
+            f"resolution={resolution} does not divide 180 degrees; give the resolution of the checkpoint, 1.0 or 0.25."
+        )
     return np.linspace(-90.0, 90.0, rows + 1), np.arange(2 * rows) * 180.0 / rows
 
 
 def gencast_layout(task: Any, latitude: np.ndarray, longitude: np.ndarray, undefined: np.ndarray) -> Layout:
-    """The layout of a frame: the task's target variables by name, each by level."""
+    """Layout of a frame: the target variables of a task sorted by name, each sorted by level.
+
+    Args:
+        task: task configuration of the checkpoint.
+        latitude: latitudes in degrees.
+        longitude: longitudes in degrees.
+        undefined: mask of the points without sea surface temperature, shape (latitude, longitude).
+    """
     variables = tuple(
         Variable(
             name,

@@ -1,4 +1,4 @@
-"""The normalization statistics published with GenCast, by channel of a frame."""
+"""Normalization statistics published with GenCast, for the channels of a frame."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     import xarray
 
 STATISTICS = {
-    # what it is -> the names of the file in the published directory, and in this field's habit
+    # kind of statistic -> name of its file in the published directory, and another name that is in use
     "mean": ("mean_by_level.nc", "mean_x.nc"),
     "stddev": ("stddev_by_level.nc", "std_x.nc"),
     "diffs_stddev": ("diffs_stddev_by_level.nc", "std_z.nc"),
@@ -22,14 +22,15 @@ STATISTICS = {
 
 
 class Statistics(NamedTuple):
-    """Normalization by channel of a frame, float32.
+    """Normalization constants of the channels of a frame, in the units of the variables, float32.
 
     Attributes:
-        mean: shape (channel,), in the variable's unit.
-        stddev: shape (channel,).
-        scale: standard deviation of the latent in the variable's unit: of 12 h differences, or `stddev` where the
-            variable is no input; shape (channel,).
-        is_input: False for a variable that is predicted as itself.
+        mean: mean of each channel, shape (channel,).
+        stddev: standard deviation of each channel, shape (channel,).
+        scale: scale of the latent, shape (channel,): the standard deviation of 12 h differences, or `stddev` for a
+            variable that is not an input.
+        is_input: True for channels of variables that are inputs of the network, and whose residual is predicted; False
+            for variables that are predicted themselves. Shape (channel,).
     """
 
     mean: np.ndarray
@@ -39,10 +40,16 @@ class Statistics(NamedTuple):
 
 
 def read_gencast_statistics(directory: str | os.PathLike[str]) -> dict[str, xarray.Dataset]:
-    """The four normalization datasets, by what they are (see `STATISTICS`).
+    """Read the four normalization datasets published with GenCast.
+
+    Args:
+        directory: directory of the files.
+
+    Returns:
+        Datasets by the kind of statistic: "mean", "stddev", "diffs_stddev" and "min".
 
     Raises:
-        FileNotFoundError: one of them is not in the directory.
+        FileNotFoundError: one of the files is not in the directory.
     """
     import xarray
 
@@ -52,7 +59,8 @@ def read_gencast_statistics(directory: str | os.PathLike[str]) -> dict[str, xarr
         existing = [path for path in paths if os.path.exists(path)]
         if not existing:
             raise FileNotFoundError(
-                f"no {names[0]} in {os.fspath(directory)!r}; give stats= the directory of the published statistics."
+                f"there is no {names[0]} in {os.fspath(directory)!r}; give stats= the directory of the published "
+                "statistics."
             )
         found[what] = xarray.load_dataset(existing[0], engine="h5netcdf")
     return found
@@ -61,20 +69,30 @@ def read_gencast_statistics(directory: str | os.PathLike[str]) -> dict[str, xarr
 def channel_statistics(
     layout: Layout, statistics: dict[str, xarray.Dataset], input_variables: tuple[str, ...]
 ) -> Statistics:
-    """Normalization constants of every channel.
+    """Select the normalization constants of every channel.
+
+    Args:
+        layout: layout of a frame.
+        statistics: datasets by kind, as `read_gencast_statistics` returns them.
+        input_variables: names of the variables that are inputs of the network.
 
     Raises:
-        ValueError: the statistics lack a variable.
+        ValueError: a variable is missing in the statistics.
     """
 
     def of(what: str, variable: Variable) -> np.ndarray:
+        """One statistic of a variable, with one value per channel."""
         dataset = statistics[what]
         if variable.name not in dataset:
-            raise ValueError(f"the statistics ({STATISTICS[what][0]}) have no '{variable.name}'; give those published.")
+            raise ValueError(
+                f"the statistics in {STATISTICS[what][0]} have no variable '{variable.name}'; give the statistics "
+                "published with the checkpoint."
+            )
         values = dataset[variable.name]
         return np.atleast_1d(values.sel(level=list(variable.levels)).values if variable.levels else values.values)
 
     def stacked(parts: list[np.ndarray]) -> np.ndarray:
+        """Values of all channels in single precision."""
         return np.concatenate(parts).astype(np.float32)
 
     inputs = [variable.name in input_variables for variable in layout.variables]

@@ -1,8 +1,8 @@
-"""A GenCast checkpoint of random weights, and a made-up atmosphere to go with it: for dry runs, tests and timings.
+"""Synthetic GenCast files for dry runs, tests and timings: a random checkpoint, statistics and a made-up atmosphere.
 
-The files have the form of the published ones (checkpoint, statistics, ERA5-like data), so that what runs on them runs
-on the real ones. Nothing in them has skill: a random network is no denoiser, and its Jacobian is neither symmetric nor
-positive.
+The files have the form of the published ones: checkpoint, statistics and ERA5-like data. A program that runs on them
+also runs on the published files. The network has no skill: random weights do not make a denoiser, and its Jacobian is
+neither symmetric nor positive.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from numpyro_diffusion_da.priors.gencast.statistics import STATISTICS
 if TYPE_CHECKING:
     import xarray
 
-# Mean, standard deviation and standard deviation of 12 h differences, of the size of the real ones, in the units of
-# `UNITS`; for a variable with levels at 500 hPa.
+# Mean, standard deviation and standard deviation of 12 h differences in the units of `UNITS`, close to those of the
+# atmosphere. Variables with levels have their values at 500 hPa here.
 TYPICAL = {
     "10m_u_component_of_wind": (0.0, 5.5, 3.3),
     "10m_v_component_of_wind": (0.0, 4.7, 3.7),
@@ -45,10 +45,10 @@ TYPICAL = {
 
 
 class SyntheticFiles(NamedTuple):
-    """Paths of what `write_synthetic_gencast` made.
+    """Paths of the files that `write_synthetic_gencast` wrote.
 
     Attributes:
-        checkpoint: as `GenCastPrior.from_checkpoint` takes it.
+        checkpoint: checkpoint, for `GenCastPrior.from_checkpoint`.
         stats: directory of the statistics.
         data: ERA5-like dataset in netCDF, with the static fields.
     """
@@ -72,20 +72,21 @@ def write_synthetic_gencast(
     start: str = "2019-03-28T18",
     seed: int = 0,
 ) -> SyntheticFiles:
-    """Write a random checkpoint, statistics and an atmosphere.
+    """Write a checkpoint with random weights, statistics, and a dataset of a made-up atmosphere.
 
     Args:
-        directory: where to; made if it is not there.
-        num_latitudes: rows of the grid, poles included; there are 2 (num_latitudes - 1) columns. 181 is 1 degree.
+        directory: directory of the files; it is made if it does not exist.
+        num_latitudes: number of latitudes of the grid, poles included. The grid has 2 (num_latitudes - 1) longitudes.
+            181 latitudes are 1 degree apart.
         levels: pressure levels in hPa.
-        mesh_size: refinements of the icosahedron; 4 and 5 in the published 1 degree models.
-        latent_size: width; 512 in the published models.
-        num_layers: transformer blocks; 16 in the published models.
-        num_heads: attention heads; 4 in the published models.
-        attention_hops: edges of the mesh across which a node attends; 16 in the published models.
-        num_frames: frames of data, 12 h apart.
-        start: time of the first.
-        seed: of everything.
+        mesh_size: number of refinements of the icosahedron; 4 and 5 in the published 1 degree models.
+        latent_size: width of the network; 512 in the published models.
+        num_layers: number of transformer blocks; 16 in the published models.
+        num_heads: number of attention heads; 4 in the published models.
+        attention_hops: number of mesh edges across which a node attends; 16 in the published models.
+        num_frames: number of frames of data, 12 h apart.
+        start: time of the first frame.
+        seed: seed of weights and data.
 
     Raises:
         ImportError: GenCast's package is missing.
@@ -128,10 +129,16 @@ def write_synthetic_gencast(
 
 
 def random_parameters(wn: Any, configs: dict[str, Any], num_latitudes: int, seed: int) -> dict[str, Any]:
-    """Random parameters of the shapes that the package asks for.
+    """Draw random parameters in the shapes of the package.
 
-    Its own initialization makes every transformer block the identity and forgets the noise level; here all weights are
-    normal with the variance that keeps the size of what passes through them.
+    The package's own initialization makes every transformer block the identity and ignores the noise level. Here all
+    weights are normal, with a variance that preserves the size of the activations.
+
+    Args:
+        wn: modules of the package, from `import_weathernext`.
+        configs: configurations of the checkpoint, by name.
+        num_latitudes: number of latitudes of the grid.
+        seed: seed of the weights.
     """
     task = configs["task_config"]
     coords = {
@@ -141,6 +148,7 @@ def random_parameters(wn: Any, configs: dict[str, Any], num_latitudes: int, seed
     rows, columns, levels = len(coords["lat"]), len(coords["lon"]), len(task.pressure_levels)
 
     def zeros(names: Any, frames: int) -> Any:
+        """Dataset of zeros with the given variables and number of frames."""
         axes = {"batch": 1, "time": frames, "level": levels, "lat": rows, "lon": columns}
 
         def dims(name: str) -> tuple[str, ...]:
@@ -179,11 +187,11 @@ def random_parameters(wn: Any, configs: dict[str, Any], num_latitudes: int, seed
 
 
 def _profile(name: str, level: int | None) -> tuple[float, float, float]:
-    """Mean, standard deviation and that of 12 h differences of a variable at a level."""
+    """(mean, standard deviation, standard deviation of 12 h differences) of a variable at a level in hPa."""
     mean, stddev, difference = TYPICAL[name]
     if level is None:
         return mean, stddev, difference
-    height = -7.0 * np.log(level / 1013.0)  # km above sea level, of a scale height of 7 km
+    height = -7.0 * np.log(level / 1013.0)  # in km above sea level, for a scale height of 7 km
     if name == "temperature":
         mean = 288.0 - 6.5 * height
     if name == "geopotential":
@@ -192,6 +200,7 @@ def _profile(name: str, level: int | None) -> tuple[float, float, float]:
 
 
 def _write_statistics(directory: pathlib.Path, targets: Any, atmospheric: Any, levels: tuple[int, ...]) -> None:
+    """Write the four statistics files for target variables, static fields and forcings."""
     import xarray
 
     for i, what in enumerate(("mean", "stddev", "diffs_stddev", "min")):
@@ -208,11 +217,20 @@ def _write_statistics(directory: pathlib.Path, targets: Any, atmospheric: Any, l
 def synthetic_atmosphere(
     num_latitudes: int, levels: tuple[int, ...], num_frames: int, start: str, seed: int = 0
 ) -> xarray.Dataset:
-    """Smooth random fields that change in 12 h by about what the atmosphere's do; ERA5's names, units and axes.
+    """Make smooth random fields with the names, units and axes of ERA5.
+
+    Their changes over 12 h are about as large as in the atmosphere.
+
+    Args:
+        num_latitudes: number of latitudes of the grid, poles included.
+        levels: pressure levels in hPa.
+        num_frames: number of frames, 12 h apart.
+        start: time of the first frame.
+        seed: seed of the fields.
 
     Returns:
-        Variables of GenCast with dims (time, [level], latitude, longitude), NaN in sea surface temperature over land,
-        and the static fields.
+        Dataset with the variables of GenCast, dims (time, [level], latitude, longitude), and the static fields. Sea
+        surface temperature is NaN over land.
     """
     import xarray
 
@@ -222,7 +240,7 @@ def synthetic_atmosphere(
     across, along = np.deg2rad(latitude)[:, None], np.deg2rad(longitude)[None]
 
     def waves(number: int) -> np.ndarray:
-        """Patterns of unit size that are smooth at the poles, shape (number, latitude, longitude)."""
+        """Random patterns of unit size that are smooth at the poles, shape (number, latitude, longitude)."""
         patterns = []
         for _ in range(number):
             wavenumber, turns = rng.integers(1, 5), rng.integers(0, 4)
@@ -235,6 +253,7 @@ def synthetic_atmosphere(
     times = np.datetime64(start, "ns") + np.arange(num_frames) * TIME_STEP
 
     def series(name: str, level: int | None) -> np.ndarray:
+        """Frames of a variable at a level, shape (time, latitude, longitude)."""
         mean, stddev, difference = _profile(name, level)
         patterns = waves(8) / np.sqrt(8.0)
         steps = np.cumsum(rng.standard_normal((num_frames, 8)) * difference, 0)

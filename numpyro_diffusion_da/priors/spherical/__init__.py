@@ -1,1 +1,1 @@
-"""Emulators on the sphere: harmonics, networks and climatology."""
+"""Weather emulator on the sphere: spherical harmonics, networks, emulator and climatology."""

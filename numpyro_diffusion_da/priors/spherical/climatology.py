@@ -1,4 +1,4 @@
-"""The climatology of an emulator on the sphere, as a NumPyro distribution."""
+"""Climatology of an emulator on the sphere, as a NumPyro distribution."""
 
 from __future__ import annotations
 
@@ -13,13 +13,16 @@ from numpyro_diffusion_da.priors.spherical.networks import GaussianDenoiser
 
 
 class ZonalClimatology(dist.Distribution):
-    """Gaussian fields whose mean and covariance are the same at every longitude.
+    """Distribution of Gaussian fields whose mean and covariance are the same at every longitude.
+
+    A sample is `state_mean` + `state_scale` * fields, in the units of the state. The fields are synthesized from
+    coefficients of the noise with the given covariance.
 
     Args:
-        state_mean: mean along each latitude, shape (latitude, channel).
-        state_scale: what coefficients of unit noise are multiplied by, shape (channel,).
-        covariance: of the coefficients, by its eigenvectors.
-        noise: whose coefficients they are.
+        state_mean: mean along each latitude in the units of the state, shape (latitude, channel).
+        state_scale: scale of each channel in the units of the state, shape (channel,).
+        covariance: covariance of the coefficients, as eigenvectors and eigenvalues.
+        noise: noise that defines the coefficients.
     """
 
     support = dist.constraints.independent(dist.constraints.real, 3)
@@ -39,11 +42,11 @@ class ZonalClimatology(dist.Distribution):
 
     @property
     def mean(self) -> Float[Array, "latitude longitude channel"]:
-        """The mean along each latitude."""
+        """Mean of the distribution in the units of the state, shape (latitude, longitude, channel)."""
         return jnp.broadcast_to(self.state_mean[:, None], self.event_shape)
 
     def sample(self, key: PRNGKeyArray, sample_shape: tuple[int, ...] = ()) -> Float[Array, ...]:
-        """Draws of shape (*sample_shape, latitude, longitude, channel)."""
+        """Draw samples in the units of the state, shape (*sample_shape, latitude, longitude, channel)."""
         count = 1
         for size in sample_shape:
             count *= size
@@ -59,9 +62,12 @@ class ZonalClimatology(dist.Distribution):
         return draws.reshape(*sample_shape, *self.event_shape)
 
     def log_prob(self, value: Float[Array, ...]) -> Float[Array, ...]:
-        """None: the covariance is singular on the grid.
+        """Raise an error, because the covariance is singular on the grid and the distribution has no density there.
 
         Raises:
             NotImplementedError: always.
         """
-        raise NotImplementedError("ZonalClimatology has no density on the grid; use it where samples are enough.")
+        raise NotImplementedError(
+            "ZonalClimatology has no density on the grid, because its covariance is singular; use a method that only "
+            "needs samples, such as ndda.Filter."
+        )

@@ -1,16 +1,23 @@
-"""Spherical harmonics of scalars and of winds on a Gaussian grid, and noise that is isotropic in both.
+r"""Spherical harmonics of scalars and of winds on a Gaussian grid, and noise that is isotropic in both.
 
-With the real functions Y of degree l = 0 .. n-1 and zonal wavenumber m, of mean square 1 over the sphere,
+Let $Y_{lm}$ be the real spherical harmonics of degree $l = 0, \dots, n - 1$ and zonal wavenumber $m$, normalized to a
+mean square of 1 over the sphere. Then
 
-    scalar = sum a_lm Y_lm,    wind = sum ( b_lm k x grad Y_lm + g_lm grad Y_lm ) / sqrt(l (l + 1)),
+$$
+\begin{aligned}
+\mathrm{scalar} &= \sum a_{lm} Y_{lm}, \\
+\mathrm{wind} &= \sum \left(b_{lm} \, k \times \nabla Y_{lm} + g_{lm} \nabla Y_{lm}\right) / \sqrt{l (l + 1)}.
+\end{aligned}
+$$
 
-so that the mean square of a scalar is the sum of a^2, and that of the wind speed the sum of b^2 (rotational) and g^2
-(divergent). A wind has no value at a pole that its components along longitude and latitude could share; its
-coefficients know of no pole. On n or more Gaussian latitudes quadrature is exact, and `analysis` inverts `synthesis`.
+The mean square of a scalar is the sum of $a^2$. The mean square of the wind speed is the sum of $b^2$ (rotational part)
+and $g^2$ (divergent part). The components of a wind along longitude and latitude are not defined at a pole, but its
+coefficients are. With n or more Gaussian latitudes the quadrature is exact, and `analysis` inverts `synthesis`.
 
-Everything here acts on fields of shape (latitude, longitude, channels): scalars first, then the eastward and then the
-northward components of the winds; on coefficients of shape (2, m, l, channels): of cos(m longitude) and of
-sin(m longitude), and channels that are scalars, then rotational and then divergent parts of the winds.
+Fields have the shape (latitude, longitude, channels). Their channels are the scalars, then the eastward components and
+then the northward components of the winds. Coefficients have the shape (2, m, l, channels). Their first axis is
+cos(m longitude) and sin(m longitude). Their channels are the scalars, then the rotational parts and then the divergent
+parts of the winds.
 """
 
 from __future__ import annotations
@@ -22,21 +29,22 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from numpyro_diffusion_da.arguments import require
 from numpyro_diffusion_da.diffusion.noise import Noise, standard_normal
 from numpyro_diffusion_da.diffusion.spherical_noise import legendre_functions
 
 
 class SphericalHarmonics(eqx.Module):
-    """Synthesis and analysis on the Gaussian grid of 2 n or more longitudes and half as many latitudes.
+    """Synthesis and analysis of fields on a Gaussian grid with twice as many longitudes as latitudes.
 
     Args:
-        degrees: n, so that the highest degree is n - 1.
-        num_latitudes: Gaussian latitudes, from south to north; n or more.
-        num_scalars: channels that are scalars.
-        num_winds: winds, two channels each.
+        degrees: number n of degrees, 0 to n - 1.
+        num_latitudes: number of Gaussian latitudes, from south to north; n or more.
+        num_scalars: number of scalars, one channel each.
+        num_winds: number of winds, two channels each.
 
     Raises:
-        ValueError: too few latitudes for exact quadrature.
+        ValueError: fewer than 2 degrees, or too few latitudes for exact quadrature.
     """
 
     degrees: int = eqx.field(static=True)
@@ -47,38 +55,41 @@ class SphericalHarmonics(eqx.Module):
     def __check_init__(self) -> None:
         if not 2 <= self.degrees <= self.num_latitudes:
             raise ValueError(
-                f"SphericalHarmonics got {self.degrees} degrees on {self.num_latitudes} latitudes; give 2 degrees or "
-                "more and at least as many Gaussian latitudes."
+                f"SphericalHarmonics got {self.degrees} degrees on {self.num_latitudes} latitudes; give 2 or more "
+                "degrees and at least as many Gaussian latitudes."
             )
 
     @property
     def num_longitudes(self) -> int:
-        """Twice the number of latitudes."""
+        """Number of longitudes, twice the number of latitudes."""
         return 2 * self.num_latitudes
 
     @property
     def num_channels(self) -> int:
-        """Scalars, and two for each wind."""
+        """Number of channels: one for each scalar and two for each wind."""
         return self.num_scalars + 2 * self.num_winds
 
     @property
     def coefficients_shape(self) -> tuple[int, int, int, int]:
-        """(2, m, l, channels)."""
+        """Shape of the coefficients, (2, m, l, channels)."""
         return 2, self.degrees, self.degrees, self.num_channels
 
     @property
     def latitudes(self) -> Float[np.ndarray, " latitude"]:
-        """In degrees, from south to north."""
+        """Gaussian latitudes in degrees, from south to north."""
         return np.rad2deg(np.arcsin(_gauss(self.num_latitudes)[0]))
 
     @property
     def weights(self) -> Float[np.ndarray, " latitude"]:
-        """Part of the sphere that each latitude stands for; they sum to 1."""
+        """Share of the sphere's area that each latitude represents; the shares sum to 1."""
         return _gauss(self.num_latitudes)[1]
 
     @property
     def mask(self) -> Float[np.ndarray, "2 m l channels"]:
-        """1 where there is such a function: l >= m, a sine only for m > 0, a wind only for l > 0."""
+        """Mask of the coefficients, 1 where the harmonic exists and 0 elsewhere.
+
+        A harmonic exists if l >= m, for a sine if also m > 0, and for a wind if also l > 0.
+        """
         m, degree = np.arange(self.degrees)[:, None], np.arange(self.degrees)[None]
         plane = np.stack([degree >= m, (degree >= m) & (m > 0)])[..., None]
         wind = plane & (degree > 0)[None, ..., None]
@@ -87,20 +98,20 @@ class SphericalHarmonics(eqx.Module):
 
     @property
     def reflection(self) -> Float[np.ndarray, "m l channels"]:
-        """1 where a coefficient keeps its sign when the state is reflected at the equator, -1 where it changes."""
+        """Sign of each coefficient under reflection of the state at the equator: 1 if unchanged, -1 if reversed."""
         m, degree = np.arange(self.degrees)[:, None], np.arange(self.degrees)[None]
         even = np.where((degree - m) % 2, -1.0, 1.0)[..., None]
         signs = np.repeat([1.0, -1.0, 1.0], [self.num_scalars, self.num_winds, self.num_winds])
         return even * signs[None, None]
 
     def synthesis(self, coefficients: Float[Array, "2 m l channels"]) -> Float[Array, "latitude longitude channels"]:
-        """Fields of these coefficients."""
+        """Compute the fields of given coefficients."""
         scalars, winds = self.num_scalars, self.num_winds
         a, b, g = jnp.split(coefficients, [scalars, scalars + winds], axis=-1)
         return jnp.concatenate([self.scalars(a), *self.winds(b, g)], axis=-1)
 
     def analysis(self, fields: Float[Array, "latitude longitude channels"]) -> Float[Array, "2 m l channels"]:
-        """Coefficients of these fields: their projection on the functions of degree below n."""
+        """Compute the coefficients of given fields, which projects the fields on the degrees below n."""
         scalars, winds = self.num_scalars, self.num_winds
         s, u, v = jnp.split(fields, [scalars, scalars + winds], axis=-1)
         return jnp.concatenate([self.of_scalars(s), *self.of_winds(u, v)], axis=-1)
@@ -108,27 +119,33 @@ class SphericalHarmonics(eqx.Module):
     def synthesis_transpose(
         self, fields: Float[Array, "latitude longitude channels"]
     ) -> Float[Array, "2 m l channels"]:
-        """The transpose of `synthesis` in the plain inner product of grid points: analysis without area weights."""
+        """Apply the transpose of `synthesis` for the unweighted inner product over grid points.
+
+        This is `analysis` without its area weights.
+        """
         weights = jnp.asarray(self.weights, fields.dtype)[:, None, None]
         return self.num_longitudes * self.analysis(fields / weights)
 
     def scalars(self, a: Float[Array, "2 m l c"]) -> Float[Array, "latitude longitude c"]:
-        """Scalar fields."""
+        """Compute scalar fields from their coefficients a."""
         return self._around(jnp.einsum("mjl,pmlc->jpmc", self._table(a, "value"), a))
 
     def of_scalars(self, fields: Float[Array, "latitude longitude c"]) -> Float[Array, "2 m l c"]:
-        """Their coefficients."""
+        """Compute the coefficients a of scalar fields."""
         return jnp.einsum("mjl,jpmc->pmlc", self._table(fields, "value"), self._waves(fields))
 
     def winds(
         self, b: Float[Array, "2 m l c"], g: Float[Array, "2 m l c"]
     ) -> tuple[Float[Array, "latitude longitude c"], Float[Array, "latitude longitude c"]]:
-        """Eastward and northward components."""
+        """Compute (eastward, northward) components of winds from rotational and divergent coefficients b and g."""
+        # Sum over degrees, for both parts together: `north` is the derivative along latitude, `east` along longitude,
+        # which turns a cosine into minus a sine.
         both = jnp.concatenate([b, g], axis=-1)
         north = jnp.einsum("mjl,pmlc->jpmc", self._table(b, "north"), both)
         east = jnp.einsum("mjl,pmlc->jpmc", self._table(b, "east"), jnp.stack([both[1], -both[0]]))
         n_b, n_g = jnp.split(north, 2, axis=-1)
         e_b, e_g = jnp.split(east, 2, axis=-1)
+        # Sum over zonal wavenumbers. The rotational wind is the gradient turned by a right angle.
         fields = self._around(jnp.concatenate([e_g - n_b, e_b + n_g], axis=-1))
         u, v = jnp.split(fields, 2, axis=-1)
         return u, v
@@ -136,7 +153,7 @@ class SphericalHarmonics(eqx.Module):
     def of_winds(
         self, u: Float[Array, "latitude longitude c"], v: Float[Array, "latitude longitude c"]
     ) -> tuple[Float[Array, "2 m l c"], Float[Array, "2 m l c"]]:
-        """Rotational and divergent coefficients."""
+        """Compute (rotational, divergent) coefficients b and g from the components of winds."""
         waves = self._waves(jnp.concatenate([u, v], axis=-1))
         north = jnp.einsum("mjl,jpmc->pmlc", self._table(u, "north"), waves)
         east = jnp.einsum("mjl,jpmc->pmlc", self._table(u, "east"), waves)
@@ -146,35 +163,42 @@ class SphericalHarmonics(eqx.Module):
         return e_v - n_u, e_u + n_v
 
     def degree_weights(self) -> Float[np.ndarray, " l"]:
-        """sqrt(l (l + 1)): a -> g of its gradient; -b -> vorticity, -g -> divergence, on the unit sphere."""
+        """Factor sqrt(l (l + 1)) of each degree, for derivatives on the unit sphere.
+
+        It maps a to the divergent coefficients g of the gradient, -b to the coefficients of the vorticity, and -g to
+        the coefficients of the divergence.
+        """
         degree = np.arange(self.degrees)
         return np.sqrt(degree * (degree + 1.0))
 
     def _around(self, waves: Float[Array, "latitude 2 m c"]) -> Float[Array, "latitude longitude c"]:
+        """Sum of the zonal waves of each latitude."""
         return jnp.einsum("jpmc,pmq->jqc", waves, jnp.asarray(self._trigonometric(), waves.dtype))
 
     def _waves(self, fields: Float[Array, "latitude longitude c"]) -> Float[Array, "latitude 2 m c"]:
-        """With the weights of the quadrature."""
+        """Zonal waves of each latitude, multiplied by the weights of the quadrature."""
         weights = jnp.asarray(self.weights / self.num_longitudes, fields.dtype)[:, None, None]
         return jnp.einsum("jqc,pmq->jpmc", weights * fields, jnp.asarray(self._trigonometric(), fields.dtype))
 
     def _trigonometric(self) -> Float[np.ndarray, "2 m longitude"]:
+        """Values of cos(m longitude) and sin(m longitude)."""
         angle = np.arange(self.degrees)[:, None] * (2.0 * np.pi / self.num_longitudes) * np.arange(self.num_longitudes)
         return np.stack([np.cos(angle), np.sin(angle)])
 
     def _table(self, like: Array, name: str) -> Float[Array, "m latitude l"]:
+        """One of the tables of Legendre functions, in the precision of an array."""
         return jnp.asarray(_tables(self.degrees, self.num_latitudes)[name], like.dtype)
 
 
 @functools.cache
 def _tables(degrees: int, num_latitudes: int) -> dict[str, np.ndarray]:
-    """Legendre functions, each of shape (m, latitude, l).
+    """Tables of Legendre functions by name, each of shape (m, latitude, l).
 
-    "value" is Y, "north" dY/dlatitude / sqrt(l (l + 1)), "east" m Y / (cos(latitude) sqrt(l (l + 1))).
+    "value" is Y, "north" is dY/dlatitude / sqrt(l (l + 1)), and "east" is m Y / (cos(latitude) sqrt(l (l + 1))).
     """
     sine, _ = _gauss(num_latitudes)
     m, degree = np.arange(degrees + 1)[:, None], np.arange(degrees + 1)[None]
-    # One degree more than asked, for the derivative of the last.
+    # The derivative of the last degree needs one degree more.
     norm = np.sqrt((degrees + 1) * (2.0 * degree + 1.0))
     value = legendre_functions(np.arcsin(sine), degrees + 1) * norm[:, None]
     cosine = np.sqrt(1.0 - sine**2)[None, :, None]
@@ -188,7 +212,7 @@ def _tables(degrees: int, num_latitudes: int) -> dict[str, np.ndarray]:
 
 
 def _gauss(num_latitudes: int) -> tuple[np.ndarray, np.ndarray]:
-    """(sines of the latitudes, weights that sum to 1)."""
+    """Gaussian quadrature: (sines of the latitudes, weights that sum to 1)."""
     sine, weights = np.polynomial.legendre.leggauss(num_latitudes)
     return sine, 0.5 * weights
 
@@ -196,17 +220,24 @@ def _gauss(num_latitudes: int) -> tuple[np.ndarray, np.ndarray]:
 class HarmonicNoise(Noise):
     """Noise of unit variance in every channel, isotropic on the sphere for scalars and for winds.
 
-    Equal power at every degree, as `SphericalNoise` has it for scalars; a wind's is shared by its two kinds. Its rank
-    is n^2 for a scalar and 2 (n^2 - 1) for a wind.
+    Every degree has the same power, as in `SphericalNoise` for scalars. A wind has the same power in its rotational and
+    divergent parts. The rank of the covariance is n^2 for a scalar and 2 (n^2 - 1) for a wind.
 
     Args:
-        harmonics: the grid, the channels and n.
+        harmonics: harmonics, which define the grid, the channels and the number of degrees n.
+
+    Raises:
+        TypeError: `harmonics` is not a `SphericalHarmonics`.
     """
 
     harmonics: SphericalHarmonics
 
+    def __check_init__(self) -> None:
+        example = "SphericalHarmonics(22, 32, num_scalars=3, num_winds=3)"
+        require(self.harmonics, SphericalHarmonics, self, "harmonics", example)
+
     def amplitude(self) -> Float[np.ndarray, "l channels"]:
-        """Standard deviation of a coefficient."""
+        """Standard deviation of a coefficient of each degree and channel."""
         h = self.harmonics
         degree = np.arange(h.degrees)[:, None]
         terms = np.repeat([h.degrees, h.degrees - 1], [h.num_scalars, 2 * h.num_winds])
@@ -215,10 +246,15 @@ class HarmonicNoise(Noise):
     def sample(
         self, rng_key: PRNGKeyArray, shape: tuple[int, ...], dtype: jnp.dtype
     ) -> Float[Array, "latitude longitude channels"]:
-        """One draw.
+        """Draw one noise field e ~ N(0, C).
+
+        Args:
+            rng_key: key of the draw.
+            shape: shape (latitude, longitude, channels) of the grid.
+            dtype: floating type of the field.
 
         Raises:
-            ValueError: another shape than the grid's.
+            ValueError: the shape is not that of the grid.
         """
         self._check(shape)
         return self.synthesis(standard_normal(rng_key, self.harmonics.coefficients_shape, dtype))
@@ -226,10 +262,10 @@ class HarmonicNoise(Noise):
     def covariance_product(
         self, v: Float[Array, "latitude longitude channels"]
     ) -> Float[Array, "latitude longitude channels"]:
-        """A (A^T v), with A the `synthesis` of this noise.
+        """Product C v = A A^T v with the covariance, where A is the `synthesis` of this noise.
 
         Raises:
-            ValueError: another shape than the grid's.
+            ValueError: the shape of `v` is not that of the grid.
         """
         self._check(v.shape)
         return self.synthesis(
@@ -237,15 +273,23 @@ class HarmonicNoise(Noise):
         )
 
     def synthesis(self, white: Float[Array, "2 m l channels"]) -> Float[Array, "latitude longitude channels"]:
-        """A: coefficients of unit variance -> fields."""
+        """Compute the fields of coefficients of unit variance; this is the linear operator A with C = A A^T."""
         return self.harmonics.synthesis(jnp.asarray(self.amplitude(), white.dtype)[None, None] * white)
 
     def analysis(self, fields: Float[Array, "latitude longitude channels"]) -> Float[Array, "2 m l channels"]:
-        """The inverse of `synthesis` on what it can reach."""
+        """Compute the coefficients of unit variance of given fields; this inverts `synthesis` on its range."""
         return self.harmonics.analysis(fields) / jnp.asarray(self.amplitude(), fields.dtype)[None, None]
 
     def _check(self, shape: tuple[int, ...]) -> None:
+        """Check that a shape is that of the grid.
+
+        Raises:
+            ValueError: it has another shape.
+        """
         h = self.harmonics
         expected = (h.num_latitudes, h.num_longitudes, h.num_channels)
         if tuple(shape) != expected:
-            raise ValueError(f"the latent has shape {tuple(shape)}, expected {expected}, the grid of the harmonics.")
+            raise ValueError(
+                f"HarmonicNoise got a latent of shape {tuple(shape)}, expected {expected}; give a field on the grid of "
+                "the harmonics."
+            )

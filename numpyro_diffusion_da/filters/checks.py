@@ -1,0 +1,44 @@
+"""Checks of the arguments that several filters take."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from numpyro_diffusion_da.arguments import require, shown
+from numpyro_diffusion_da.diffusion.sampler import as_sampler
+from numpyro_diffusion_da.smc.localization import Taper
+
+
+def set_sampler(algorithm: Any) -> None:
+    """Turn a filter's `sampler` into a `Sampler` where it is a bare step; None stays None.
+
+    Raises:
+        TypeError: it is neither a sampler nor a step.
+    """
+    if algorithm.sampler is not None:
+        # The filters are frozen dataclasses.
+        object.__setattr__(algorithm, "sampler", as_sampler(algorithm.sampler, type(algorithm).__name__))
+
+
+def check_resampling(resampling: Any, owner: str) -> None:
+    """Refuse a resampling that is not a function.
+
+    Raises:
+        TypeError: it cannot be called.
+    """
+    if resampling is not None and not callable(resampling):
+        raise TypeError(
+            f"{owner} got resampling={shown(resampling)}; expected a function: write "
+            "resampling=blackjax.smc.resampling.stratified, or leave it out for systematic resampling."
+        )
+
+
+def check_taper(taper: Any, owner: str) -> None:
+    """Refuse a taper that is not a `Taper`.
+
+    Raises:
+        TypeError: it is something else.
+    """
+    if taper is not None:
+        example = 'ndda.Taper(5.0, ndda.Ring(40), {"y": np.arange(0, 40, 4)})'
+        require(taper, Taper, owner, "taper", example)

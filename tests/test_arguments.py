@@ -1,0 +1,99 @@
+"""Arguments of the wrong kind get one sentence where they are given: what was got, and what to write instead."""
+
+import jax.numpy as jnp
+import pytest
+
+import numpyro_diffusion_da as ndda
+from numpyro_diffusion_da.diffusion import DDIM, Heun
+
+
+def model(y):
+    """A program that is never run: arguments are checked before."""
+
+
+@pytest.mark.parametrize(
+    ("call", "sentence"),
+    [
+        (lambda: ndda.Sampler("heun"), r"Sampler got step='heun'; expected a Step: write step=ndda.diffusion.Heun\(\)"),
+        (lambda: ndda.Sampler(Heun), r"Sampler got step=the class Heun, without parentheses"),
+        (
+            lambda: ndda.Sampler(schedule=32),
+            r"schedule=32; expected a Schedule: write schedule=ndda.KarrasSchedule\(32\)",
+        ),
+        (lambda: ndda.Sampler(churn=2.5), r"churn=2.5; expected a Churn: write churn=ndda.diffusion.Churn\(\)"),
+        (lambda: ndda.Sampler(corrector=2), r"corrector=2; expected a LangevinCorrector"),
+        (lambda: ndda.MMPS(2), r"MMPS got solver=2; expected a LinearSolver: write solver=ndda.diffusion.KrylovSolve"),
+        (lambda: ndda.MMPS(noise=1.0), r"MMPS got noise=1.0; expected a Noise: write noise=ndda.diffusion.WhiteNoise"),
+        (
+            lambda: ndda.FAAPF(model, guidance=ndda.MMPS),
+            r"guidance=the class MMPS, without .* write guidance=ndda.MMPS\(\)",
+        ),
+        (
+            lambda: ndda.FAAPF(model, weight="moment"),
+            r"weight='moment'; expected a PredictiveWeight: .*=ndda.Moment\(\)",
+        ),
+        (lambda: ndda.FAAPF(model, weight=ndda.Moment), r"weight=the class Moment, without parentheses"),
+        (lambda: ndda.FAAPF(model, taper=5.0), r"taper=5.0; expected a Taper: write taper=ndda.Taper\(5.0, ndda.Ring"),
+        (lambda: ndda.FAAPF(model, resampling="systematic"), r"resampling='systematic'; expected a function: write "),
+        (lambda: ndda.FAAPF(model, tempering=1.05), r"tempering=1.05; expected a Tempering: .*WeightTempering\(\)"),
+        (lambda: ndda.FAAPF(model, target_ess="a fifth"), r"target_ess='a fifth'; give a fraction of the particles"),
+        (lambda: ndda.FAAPF(model, sampler=ndda.KarrasSchedule(8)), r"expected a Sampler or Step: write sampler=ndda"),
+        (lambda: ndda.FAAPF(model(None)), r"FAAPF got model=None; .* leave the call's parentheses out"),
+        (lambda: ndda.EnKF(model, update="sqrt"), r"update='sqrt'; expected an EnsembleUpdate: .*SquareRoot\(\)"),
+        (
+            lambda: ndda.EnKF(model, inflation=ndda.Multiplicative(1.05)),
+            r"write inflation=\(Multiplicative\(factor=1.05\),\)",
+        ),
+        (
+            lambda: ndda.EnKF(model, inflation=1.05),
+            r"inflation=1.05; expected a sequence: write inflation=\(ndda.ForecastMultiplicative\(1.05\)",
+        ),
+        (lambda: ndda.EnKF(model, taper=5.0), r"EnKF got taper=5.0; expected a Taper"),
+        (lambda: ndda.GuidedPF(model, guidance="mmps"), r"GuidedPF got guidance='mmps'; expected a Guidance"),
+        (lambda: ndda.Bootstrap(model, sampler="heun"), r"Bootstrap got sampler='heun'; expected a Sampler or Step"),
+        (lambda: ndda.GrossErrorCheck(model), r"GrossErrorCheck got the function model; expected a filter"),
+        (
+            lambda: ndda.OnlineFilter(model),
+            r"OnlineFilter got the function model; .*OnlineFilter\(ndda.FAAPF\(model\), num",
+        ),
+        (lambda: ndda.Filter(ndda.FAAPF), r"Filter got the class FAAPF, without parentheses; expected a filter"),
+        (lambda: ndda.PMMH(model), r"PMMH got the function model; expected a filter of your program"),
+        (lambda: ndda.SMC2(model), r"SMC2 got the function model; expected a filter of your program"),
+        (lambda: ndda.Filter(ndda.FAAPF(model), num_particles="many"), r"num_particles='many'; give a whole number"),
+        (lambda: ndda.Filter(ndda.FAAPF(model), num_particles=8, batch_size="all"), r"batch_size='all'; give a whole"),
+        (lambda: ndda.DiffusionTransition("lorenz96", jnp.zeros(40)), r'write prior=ndda.load_prior\("lorenz96"\)'),
+    ],
+)
+def test_an_argument_of_the_wrong_kind(call, sentence):
+    with pytest.raises(TypeError, match=sentence) as raised:
+        call()
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("call", "sentence"),
+    [
+        (
+            lambda: ndda.FAAPF(model, inflation=(ndda.ForecastMultiplicative(1.1),)),
+            r"FAAPF makes none; use ndda.Multipl",
+        ),
+        (
+            lambda: ndda.OnlineFilter(ndda.FAAPF(model), num_particles=8, batch_size=0),
+            r"batch_size=0; give a whole .*None",
+        ),
+        (
+            lambda: ndda.PMMH(ndda.Bootstrap(model), num_particles=0, num_warmup=0, num_samples=1),
+            r"PMMH got num_particles=0",
+        ),
+    ],
+)
+def test_a_value_that_cannot_be(call, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        call()
+
+
+def test_a_bare_step_is_a_sampler():
+    prior = ndda.load_prior("lorenz96")
+    assert ndda.FAAPF(model, sampler=DDIM()).sampler == ndda.Sampler(DDIM())
+    assert ndda.DiffusionTransition(prior, jnp.zeros(40), sampler=Heun()).sampler == ndda.Sampler(Heun())
+    assert ndda.OnlineFilter(ndda.FAAPF(model), num_particles=8, batch_size=None).batch_size is None
