@@ -25,7 +25,9 @@ def require(value: Any, kind: type | tuple[type, ...], owner: Any, name: str, ex
     kinds = kind if isinstance(kind, tuple) else (kind,)
     expected = " or ".join(k.__name__ for k in kinds)
     article = "an" if expected[0] in "AEIOU" else "a"
-    raise TypeError(f"{_name(owner)} got {name}={shown(value, kinds)}; expected {article} {expected}: write {name}={example}.")
+    raise TypeError(
+        f"{_name(owner)} got {name}={shown(value, kinds)}; expected {article} {expected}: write {name}={example}."
+    )
 
 
 def require_count(value: Any, owner: Any, name: str, least: int = 1) -> None:
@@ -62,7 +64,7 @@ def require_fraction(value: Any, owner: Any, name: str, advice: str) -> None:
     """
     if not isinstance(value, numbers.Real):
         raise TypeError(f"{_name(owner)} got {name}={shown(value)}; {advice}")
-    if not 0.0 <= value < 1.0:
+    if not 0.0 <= float(value) < 1.0:
         raise ValueError(f"{_name(owner)} got {name}={value}; {advice}")
 
 

@@ -211,7 +211,7 @@ def masked(x):
         (stretched(lambda x: dist.Normal(x, 1.0).to_event(1)), "x", 1, None),  # a function of the state may be carried
         (stretched(lambda x: ndda.DiffusionTransition(PRIOR, x)), "x", 1, "site 'x' has no density; give it one"),
         (two_frames, "x", 1, r"carry of 'two_frames' depends on the carry before it and not on 'x' alone \(two frames"),
-        (stretched(masked), "x", 1, "'x' is masked, which takes its density away; leave the mask out"),
+        (stretched(masked), "x", 1, "'x' is masked, so its transition has no density; leave the mask out"),
         (two_frames, "norm", 1, "needs the particles of 'x', which this run did not keep"),
         (two_frames, "x", 0, "num_draws=0; give 1 or more"),
     ],

@@ -14,7 +14,7 @@ import numpyro.distributions as dist
 import pytest
 from test_examples import BENCHMARKS
 from test_gaussian_oracle import Problem
-from test_path import MEAN, assert_unbiased, draw, law, step_of
+from test_path_weights import MEAN, assert_unbiased, draw, law, step_of
 
 import numpyro_diffusion_da as ndda
 from numpyro_diffusion_da.diffusion import PriorDenoiser, RowSumSolve

@@ -6,8 +6,8 @@ import jax
 import numpy as np
 import pytest
 from conftest import EXAMPLES, load_program
-from test_observation_network import LAYOUT
-from test_spherical_emulator import small_emulator
+from test_networks import LAYOUT
+from test_spherical_prior import small_emulator
 
 import numpyro_diffusion_da as ndda
 from numpyro_diffusion_da.demos import held_suarez_demo as twin

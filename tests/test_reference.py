@@ -7,6 +7,7 @@ import ast
 import importlib
 import inspect
 import json
+import pkgutil
 import re
 from functools import cache
 from pathlib import Path
@@ -52,7 +53,8 @@ def docstring(namespace, name):
     if isinstance(value, ModuleType):
         return ast.get_docstring(tree(value))
     body = tree(namespace).body
-    for node, following in zip(body, [*body[1:], None], strict=True):
+    # From the end: the last definition of a name is the one that counts, after its overloads.
+    for node, following in reversed(list(zip(body, [*body[1:], None], strict=True))):
         if isinstance(node, ast.ImportFrom) and node.module.startswith(PACKAGE):
             for alias in node.names:
                 if (alias.asname or alias.name) == name:
@@ -78,10 +80,13 @@ class Block(NamedTuple):
     filters: list[str]
 
     def documents(self, public):
-        if self.identifier != public.namespace.__name__ or "names_only: true" in self.options:
-            return False
         if isinstance(getattr(public.namespace, public.name), ModuleType):
             return False  # a module has a block of its own
+        if Path(public.namespace.__file__).with_name(f"{public.name}.py").exists():
+            # The reference takes the name for the module, which the block of the folder does not show.
+            return self.identifier == f"{public}.{public.name}"
+        if self.identifier != public.namespace.__name__ or "names_only: true" in self.options:
+            return False
         return not any(re.search(pattern.removeprefix("!"), public.name) for pattern in self.filters)
 
 
@@ -156,7 +161,7 @@ def test_root_page_lists_the_root():
 def test_pages_list_names_by_themselves(block):
     """Members come from `__all__`: a list written by hand would go out of date."""
     assert not re.search(r"^\s*members:", block.options, re.MULTILINE)
-    importlib.import_module(block.identifier)
+    pkgutil.resolve_name(block.identifier)
 
 
 def test_every_folder_is_in_the_navigation():

@@ -81,8 +81,10 @@ def test_arrays_that_are_not_the_card_s_are_refused(tmp_path):
 
 
 def test_rings_that_are_too_small_and_wrong_states_are_refused(prior):
-    with pytest.raises(ValueError, match="5 sites or more"):
+    with pytest.raises(ValueError, match="load_prior got num_sites=4; give 5 or more"):
         load_prior("lorenz96", num_sites=4)
+    with pytest.raises(ValueError, match=r"layout of shape \(4,\), but its networks need one axis of 5 sites or more"):
+        dataclasses.replace(prior, layout=ndda.Layout((4,), ("site",)))
     with pytest.raises(ValueError, match="expected \\(40,\\)"):
         prior.condition(jnp.zeros(39))
     with pytest.raises(ValueError, match="takes no inputs"):
@@ -92,9 +94,9 @@ def test_rings_that_are_too_small_and_wrong_states_are_refused(prior):
 def test_arguments_of_the_wrong_kind_are_refused(prior, tmp_path):
     with pytest.raises(TypeError, match='load_prior got name=96; expected a str: write name="lorenz96"'):
         load_prior(96)
-    with pytest.raises(TypeError, match=r"load_prior got num_sites=40\.0; expected a int"):
+    with pytest.raises(TypeError, match=r"load_prior got num_sites=40\.0; give a whole number of 5 or more"):
         load_prior("lorenz96", num_sites=40.0)
-    with pytest.raises(TypeError, match=r"read_ring_emulator got num_sites=40\.0; expected a int"):
+    with pytest.raises(TypeError, match=r"read_ring_emulator got num_sites=40\.0; give a whole number of 5 or more"):
         read_ring_emulator(tmp_path, "lorenz96", 40.0)
     with pytest.raises(TypeError, match=r"got folder='.*'; expected a Path or Traversable: write folder=Path\("):
         read_ring_emulator(str(DATA), "lorenz96", 40)

@@ -25,7 +25,7 @@ from numpyro_diffusion_da.smc import LocalAncestors, TemperableLogWeight, local_
 from numpyro_diffusion_da.transition import DiffusionDynamics, GaussianDynamics
 
 KEY = jax.random.key(0)
-TEMPERING, TEMPERING = ndda.smc.WeightTempering(), ndda.smc.LikelihoodTempering()
+WEIGHT_TEMPERING, TEMPERING = ndda.smc.WeightTempering(), ndda.smc.LikelihoodTempering()
 COMPILES_A_LOT = True
 
 
@@ -123,7 +123,7 @@ def test_no_further_network_pass():
 def test_without_spread_it_is_tempering(taper):
     weights = curve(20.0)._replace(variances=np.zeros((N, M), np.float32))
     logs = weights.terms(1.0) @ (np.ones(M, np.float32) if taper is None else taper)
-    expected, found = select(TEMPERING, logs), select(TEMPERING, weights, taper)
+    expected, found = select(WEIGHT_TEMPERING, logs), select(TEMPERING, weights, taper)
     np.testing.assert_allclose(found[0], expected[0], rtol=1e-5)
     assert 0.0 < expected[2] < 0.9
     np.testing.assert_allclose(found[2], expected[2], rtol=1e-3)
@@ -254,14 +254,16 @@ def test_a_filter_of_local_ancestors_tempers_block_by_block():
 def test_refusals():
     counts = np.ones(3, np.float32)
     with pytest.raises(
-        ValueError, match=r"site 'n' cannot be tempered: it is not Gaussian.*WeightTempering\(\) in place of"
+        ValueError,
+        match=r"likelihood of site 'n' cannot be tempered inside its weight: it is not Gaussian.*"
+        r"WeightTempering\(\) in place of",
     ):
         make(tempering=TEMPERING).run(KEY, Y, counts)
     ndda.FAAPF(program, tempering=TEMPERING, weight=ndda.Equal()).kernel(
         ndda.program.StateSpaceModel(program, (Y, counts))
     )
     with pytest.raises(
-        TypeError, match=r"tempering=1.05; give ndda.smc.WeightTempering\(\) or ndda.smc.LikelihoodTempering\(\)"
+        TypeError, match=r"FAAPF got tempering=1.05; expected a Tempering: write tempering=ndda.smc.WeightTempering\(\)"
     ):
         ndda.FAAPF(program, tempering=1.05)
 

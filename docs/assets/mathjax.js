@@ -1,22 +1,12 @@
+// What MathJax typesets: the formulas that the site marks, and nothing else of a page.
 window.MathJax = {
   tex: {
     inlineMath: [["\\(", "\\)"]],
     displayMath: [["\\[", "\\]"]],
-    processEscapes: true,
-    processEnvironments: true
+    processEscapes: true
   },
   options: {
     ignoreHtmlClass: ".*|",
     processHtmlClass: "arithmatex"
   }
 };
-
-// Material replaces pages without loading them anew where instant navigation is on.
-document$.subscribe(() => {
-  if (MathJax.typesetPromise) {
-    MathJax.startup.output.clearCache();
-    MathJax.typesetClear();
-    MathJax.texReset();
-    MathJax.typesetPromise();
-  }
-});

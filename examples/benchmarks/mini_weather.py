@@ -163,10 +163,10 @@ def main(
         row: dict[str, Any] = {"filter": name}
         for key in scores[0]:
             row |= mean_and_error(key, [s[key] for s in scores])
-        shown.append({**row, "passes SE": None})
+        shown.append(row)
     title = f"{network_name}, N = {particles}, {len(rows[names[0]])} truths of {cycles} cycles; mean ± standard error"
     columns = {"filter": ""} | {key: ".0f" if key == "passes" else ".3f" for key in rows[names[0]][0]}
-    print_table(Console(), title, shown, columns)
+    print_table(Console(), title, shown, columns, without_error=["passes"])
 
 
 class TrueModelFilter:

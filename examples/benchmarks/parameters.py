@@ -203,10 +203,8 @@ def main(
     rows = [summarize(name, of) for name, of in scores.items()]
     kind = "diffusion" if diffusion else "closed form"
     title = f"{kind}, d = {d}, {steps} steps, N = {particles}, {seeds} seeds; mean ± standard error over seeds"
-    # The standard errors of costs are in the file only.
-    costs = ("expected", "acceptance", "log-evidence sd", "filter runs", "passes per run")
-    shown = [{**row, **{f"{cost} SE": None for cost in costs}} for row in rows]
-    print_table(console, title, shown, COLUMNS, default=".2f")
+    plain = ("expected", "acceptance", "log-evidence sd", "filter runs", "passes per run")
+    print_table(console, title, rows, COLUMNS, default=".2f", without_error=plain)
     settings = {"seeds": seeds, "steps": steps, "d": d, "particles": particles, "samples": samples}
     write_json(out, {**settings, "parameters": parameters, "diffusion": diffusion}, rows=rows)
 

@@ -403,7 +403,7 @@ COLUMNS = {
 def shown(row: dict[str, Any]) -> dict[str, Any]:
     """Row of the table with the way of the run in words."""
     how = "as DAPPER" if row["as DAPPER"] else "" if row["noise"] is None else f"s = {row['noise']:g}"
-    return {**row, "how": how, "SD of one run": row["rmse.a SD"], "spread SE": None}
+    return {**row, "how": how, "SD of one run": row["rmse.a SD"]}
 
 
 def main(
@@ -443,7 +443,7 @@ def main(
         for run in track(list(runs_of(rows, tune)), "filtering", console=console, transient=True)
     ]
     title = f"{truths} truths, mean ± standard error over truths"
-    print_table(console, title, [shown(row) for row in found], COLUMNS, group="setting")
+    print_table(console, title, [shown(row) for row in found], COLUMNS, group="setting", without_error=["spread"])
     options = {"truths": truths, "cycles": cycles, "burn_in": burn_in, "seed": seed, "tune": tune}
     write_json(out, options, rows=found)
 

@@ -6,7 +6,7 @@ The rows of a table are dictionaries from column to value. The standard error of
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,7 @@ def print_table(
     *,
     default: str = ".3f",
     group: str | None = None,
+    without_error: Collection[str] = (),
 ) -> None:
     """Print rows as a table, with standard errors where the rows have them.
 
@@ -47,16 +48,20 @@ def print_table(
         columns: format of the numbers of each column to show, "" for the default; None to show all columns.
         default: default format of numbers that are not integers.
         group: column whose value is left blank where it repeats that of the row above.
+        without_error: columns to show without standard errors.
     """
     if columns is None:
         columns = {name: "" for name in rows[0] if not name.endswith(" SE")}
     table = Table(title=title, box=None, padding=(0, 1, 0, 0))
     for name in columns:
-        text = all(isinstance(row.get(name), str | None) for row in rows)
+        text = any(isinstance(row.get(name), str) for row in rows)
         table.add_column(name, justify="left" if text else "right", no_wrap=True)
     above: Mapping[str, Any] = {}
     for row in rows:
-        cells = {name: _cell(row, name, form, default) for name, form in columns.items()}
+        cells = {}
+        for name, form in columns.items():
+            error = None if name in without_error else row.get(f"{name} SE")
+            cells[name] = _cell(row.get(name), error, form, default)
         if group is not None and above.get(group) == row[group]:
             cells[group] = ""
         table.add_row(*cells.values())
@@ -68,9 +73,8 @@ def print_table(
     console.width = width
 
 
-def _cell(row: Mapping[str, Any], name: str, form: str, default: str) -> str:
-    """Value of a column in words, with its standard error if there is one."""
-    value, error = row.get(name), row.get(f"{name} SE")
+def _cell(value: Any, error: float | None, form: str, default: str) -> str:
+    """Format a value, with its standard error if there is one."""
     if value is None:
         return "-"
     if isinstance(value, str) or (isinstance(value, int) and not form):

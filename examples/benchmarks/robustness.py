@@ -350,7 +350,7 @@ def tune(console: Console, emulator: bool, particles: int, cycles: int, wanted: 
     if "correlated errors" in wanted:
         trials = [of._replace(error_factor=f) for of in (FA, EK) for f in (1.5, 2.0, 3.0, 4.0)]
         rows = [row_of("correlated errors", of, emulator, **sizes) for of in (FA, EK, *trials)]
-        print_table(console, "correlated errors, tuning truths", rows, COLUMNS)
+        print_table(console, "correlated errors, tuning truths", rows, COLUMNS, without_error=["passes"])
 
 
 def main(
@@ -394,7 +394,7 @@ def main(
         write_json(out, {**sizes, "emulator": emulator, "seed": seed}, rows=rows)
     transition = "transition of the emulator" if emulator else "true transition"
     title = f"Lorenz-96, {transition}, N = {particles}, {truths} truths of {cycles} cycles; mean ± standard error"
-    print_table(console, title, rows, COLUMNS, group="scenario")
+    print_table(console, title, rows, COLUMNS, group="scenario", without_error=["passes"])
 
 
 if __name__ == "__main__":

@@ -183,7 +183,9 @@ def rows_of(names: tuple[str, ...], labels: list[str], values: np.ndarray) -> li
 
 def show(console: Console, title: str, names: tuple[str, ...], rows: list[dict[str, Any]]) -> None:
     """Print a table; counts of lines without decimals."""
-    print_table(console, title, rows, {"lag": ""} | {name: ".0f" if "lines" in name else ".2f" for name in names})
+    counts = [name for name in names if "lines" in name]
+    columns = {"lag": ""} | {name: ".0f" if name in counts else ".2f" for name in names}
+    print_table(console, title, rows, columns, without_error=counts)
 
 
 def main(

@@ -20,7 +20,7 @@ def complex_waves(coefficients: np.ndarray, m: int) -> np.ndarray:
 
 
 def parities(harmonics: SphericalHarmonics, m: int) -> list[np.ndarray]:
-    """Indices of the coefficients of wavenumber m that are symmetric about the equator, and of those antisymmetric."""
+    """Indices of the symmetric and of the antisymmetric coefficients of wavenumber m, for reflection at the equator."""
     exists = harmonics.mask[0, m].reshape(-1) > 0
     sign = harmonics.reflection[m].reshape(-1)
     return [np.flatnonzero(exists & (sign == s)) for s in (1.0, -1.0)]

@@ -117,13 +117,14 @@ class PriorDenoiser(Denoiser):
     ) -> tuple[Float[Array, ...], Callable[[Float[Array, ...]], Float[Array, ...]]]:
         """Denoise, and also return the product with the transposed Jacobian J = dD/dz_s.
 
+        D costs one forward pass, and each product one vjp. The caller counts them.
+
         Args:
             z_s: noised latent.
             noise_level: s, a positive scalar.
 
         Returns:
-            (D(z_s, s; c), the function w -> J^T w). The first costs one forward pass, each product one vjp. The caller
-            counts them. All three arrays have the shape of `z_s`.
+            (D(z_s, s; c); the function w -> J^T w). D, w and J^T w have the shape of `z_s`.
         """
         denoised, pull = jax.vjp(lambda z: self.prior.denoise(z, noise_level, self.conditioning), z_s)
         return denoised, lambda w: pull(w)[0]

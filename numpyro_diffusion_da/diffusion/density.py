@@ -1,9 +1,9 @@
 r"""Density of a diffusion prior, from its probability-flow ODE.
 
-The noised latent `z_s = z + s e` with `e ~ N(0, C)` has the same marginal distributions as the ODE `dz/ds = (z - D(z,
-s)) / s`. Along the ODE, `d log p / ds = -(d - tr J) / s` with `J = dD/dz` and d the number of components, for any C
-(Song et al. 2021, arXiv 2011.13456, eq. 13 and 39, in the form of Karras et al. 2022, eq. 1). With t = log s, q^2 = 1 +
-s^2 and w = z / q, it is integrated upwards from the lowest to the highest noise level T:
+The noised latent `z_s = z + s e` with `e ~ N(0, C)` has the same marginal distributions as the ODE
+`dz/ds = (z - D(z, s)) / s`. Along the ODE, `d log p / ds = -(d - tr J) / s` with `J = dD/dz` and d the number of
+components, for any C (Song et al. 2021, arXiv 2011.13456, eq. 13 and 39, in the form of Karras et al. 2022, eq. 1).
+With t = log s, `q^2 = 1 + s^2` and w = z / q, it is integrated upwards from the lowest to the highest noise level T:
 
 $$
 \frac{dw}{dt} = \frac{z / q^2 - D}{q}, \qquad
@@ -12,10 +12,10 @@ $$
 
 The right-hand sides vanish at both ends, and everywhere for z ~ N(0, I). The ends are treated as follows.
 
-- At s = 0 the flow is regular in s^2: `dz/d(s^2) = (z - D) / (2 s^2)`. One Euler step, from z to `z + (z - D(z, s_0)) /
-  2` with log-determinant `(d - tr J) / 2`, goes to the lowest level s_0. Its error is of order `(s_0^2 / v)^2`, where v
-  is the least variance of z. Taking the density at the lowest level for that of z would have an error of order `s_0^2 /
-  v`.
+- At s = 0 the flow is regular in s^2: `dz/d(s^2) = (z - D) / (2 s^2)`. One Euler step goes from z to
+  `z + (z - D(z, s_0)) / 2` at the lowest level s_0, with log-determinant `(d - tr J) / 2`. Its error is of order
+  `(s_0^2 / v)^2`, where v is the least variance of z. Without the step, the density at the lowest level would stand for
+  that of z, with an error of order `s_0^2 / v`.
 - At s = T the distribution of z_T is nearly Gaussian. For a Gaussian z ~ N(m, V), Tweedie's formula gives the exponent
   without V:
 

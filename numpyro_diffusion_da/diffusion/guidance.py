@@ -112,6 +112,9 @@ class MMPS(Guidance):
         noise: noise whose covariance C the guidance takes; None takes the prior's own, which is right.
             `MMPS(noise=WhiteNoise())` is the published method, C = I, for comparison. It is wrong if the prior's noise
             is not white (docs/method.md, the noise on the sphere). Samplers always draw the prior's noise.
+
+    Raises:
+        TypeError: an argument is of the wrong kind.
     """
 
     solver: LinearSolver = KrylovSolve()

@@ -262,8 +262,12 @@ class ConstantVarianceDenoiser(Denoiser):
 def check_positive(name: str, sigma_data: ArrayLike) -> None:
     """Check that all standard deviations are positive, unless they are traced and have no value yet.
 
+    Args:
+        name: name of the guidance, for the message.
+        sigma_data: standard deviations of the latent.
+
     Raises:
-        ValueError: a standard deviation is zero or negative; `name` says whose.
+        ValueError: a standard deviation is zero or negative.
     """
     if not isinstance(sigma_data, jax.core.Tracer) and not np.all(np.asarray(sigma_data) > 0.0):
         raise ValueError(f"{name} got sigma_data={sigma_data}; give positive standard deviations of the latent.")

@@ -8,13 +8,13 @@ taken from a general library, for three reasons:
   combination of these images. A solver that returns the combination saves a pass (`Solution.image`).
 - The system at the next noise level is close to this one, so the last answer is a good first direction.
 - J comes from a learned network, so B may be neither symmetric nor positive, and plain conjugate gradients then
-    diverge.
+  diverge.
 
-To be safe in the last case, the Galerkin solvers project the system on the directions they have seen, symmetrize the
-small projected matrix, and lift its eigenvalues to at least 1, the smallest eigenvalue that I + B can have. For a true
-covariance this changes nothing: the answer is that of conjugate gradients. Otherwise the answer stays bounded by the
-one for the observation error R alone. `Solution.residual` is computed from the products without lifted eigenvalues, so
-it shows whether they were lifted.
+To be safe in the last case, `DirectSolve` and `KrylovSolve` project the system on the directions they have seen,
+symmetrize the small projected matrix, and lift its eigenvalues to at least 1, the smallest eigenvalue that I + B can
+have. For a true covariance this changes nothing: the answer is that of conjugate gradients. Otherwise the answer stays
+bounded by the one for the observation error R alone. `Solution.residual` is computed from the products without lifted
+eigenvalues, so it shows whether they were lifted.
 """
 
 from __future__ import annotations

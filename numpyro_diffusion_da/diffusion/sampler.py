@@ -140,7 +140,7 @@ class Sampler(eqx.Module):
         corrector: Langevin moves after each step, or None.
 
     Raises:
-        TypeError: an argument of the wrong kind.
+        TypeError: an argument is of the wrong kind.
     """
 
     step: Step = DPMSolverPP2M()

@@ -137,7 +137,7 @@ def _word(value: Any) -> str:
 
 
 def words(values: np.ndarray) -> str:
-    """Text that lists up to eight values, or the first, the last and the number of more."""
+    """Text that lists up to eight values. Of more values it says the first, the last and their number."""
     values = np.asarray(values)
     if values.size <= 8:
         return ", ".join(_word(v) for v in values) or "none"

@@ -9,7 +9,7 @@ from __future__ import annotations
 import abc
 import functools
 from collections.abc import Callable
-from typing import Any, ClassVar, Concatenate, NamedTuple, ParamSpec
+from typing import Any, ClassVar, NamedTuple, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,8 @@ from jaxtyping import Array, PRNGKeyArray, PyTree
 
 from numpyro_diffusion_da.arguments import shown
 from numpyro_diffusion_da.diffusion.denoiser import NetworkPasses
+from numpyro_diffusion_da.diffusion.sampler import Sampler
+from numpyro_diffusion_da.diffusion.steps import Step
 from numpyro_diffusion_da.program.scan import TimeInputs
 from numpyro_diffusion_da.program.state_space import StateSpaceModel
 from numpyro_diffusion_da.smc.base import (
@@ -28,7 +30,7 @@ from numpyro_diffusion_da.smc.base import (
 )
 from numpyro_diffusion_da.transition.base import DrawRecord
 
-Settings = ParamSpec("Settings")
+Constructor = TypeVar("Constructor", bound=Callable[..., None])
 
 
 class Proposal(NamedTuple):
@@ -57,7 +59,7 @@ class FilterAlgorithm(abc.ABC):
     """Whether all observed sites must be Gaussian."""
     target_ess: float = 0.0
     """Effective sample size that tempering aims at, as a fraction of the particles; 0 for no tempering."""
-    sampler: Any = None
+    sampler: Sampler | Step | None = None
     """Reverse diffusion of the filter's draws, a `Sampler`; None for the transition's own."""
 
     @abc.abstractmethod
@@ -165,9 +167,7 @@ def check_algorithm(value: Any, owner: str, settings: str) -> None:
         )
 
 
-def takes_algorithm(
-    settings: str,
-) -> Callable[[Callable[Concatenate[Any, Any, Settings], None]], Callable[Concatenate[Any, Any, Settings], None]]:
+def takes_algorithm(settings: str) -> Callable[[Constructor], Constructor]:
     """Decorate a constructor whose first argument is a filter, so that a wrong one is refused before all else.
 
     A program in place of the filter is then named even where other arguments are missing.
@@ -176,12 +176,12 @@ def takes_algorithm(
         settings: the other arguments in a correct call, for the message.
     """
 
-    def decorate(init: Callable[Concatenate[Any, Any, Settings], None]) -> Any:
+    def decorate(init: Constructor) -> Constructor:
         @functools.wraps(init)
-        def checked(self: Any, algorithm: Any, *args: Settings.args, **kwargs: Settings.kwargs) -> None:
+        def checked(self: Any, algorithm: Any, *args: Any, **kwargs: Any) -> None:
             check_algorithm(algorithm, type(self).__name__, settings)
             init(self, algorithm, *args, **kwargs)
 
-        return checked
+        return cast(Constructor, checked)  # a type checker sees the constructor's own arguments
 
     return decorate

@@ -9,6 +9,7 @@ from typing import Any
 import equinox as eqx
 
 from numpyro_diffusion_da.diffusion.sampler import Sampler
+from numpyro_diffusion_da.diffusion.steps import Step
 from numpyro_diffusion_da.program.state_space import StateSpaceModel
 from numpyro_diffusion_da.smc.base import (
     Resampling,
@@ -25,7 +26,7 @@ def in_full(value: Any) -> str:
     return f"{type(value).__name__}({settings})"
 
 
-def sampler_setting(sampler: Sampler | None, program: StateSpaceModel) -> str:
+def sampler_setting(sampler: Sampler | Step | None, program: StateSpaceModel) -> str:
     """The sampler in full, the transition's own where none is given; "closed form" for a Gaussian transition."""
     transition = program.structure.diffusion
     if transition is None:

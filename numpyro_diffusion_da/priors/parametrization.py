@@ -65,7 +65,7 @@ class Level(NoiseIndex):
 
     @property
     def limits(self) -> None:
-        """None: the convention has no limits of its own."""
+        """Limits of the noise level: None, because this convention has no limits of its own."""
 
     def __call__(self, noise_level: Float[Array, ""]) -> Float[Array, ""]:
         """Noise level s, unchanged."""
@@ -85,7 +85,7 @@ class LogLevel(NoiseIndex):
 
     @property
     def limits(self) -> None:
-        """None: the convention has no limits of its own."""
+        """Limits of the noise level: None, because this convention has no limits of its own."""
 
     def __call__(self, noise_level: Float[Array, ""]) -> Float[Array, ""]:
         """Index `factor * log(s)`."""
@@ -238,7 +238,7 @@ class VarianceExploding(Path):
         return self.noise_index.limits
 
     def alpha(self, noise_level: Float[Array, ""]) -> Float[Array, ""]:
-        """Factor 1."""
+        """Factor alpha = 1."""
         return jnp.ones_like(noise_level)
 
     def index(self, noise_level: Float[Array, ""]) -> Float[Array, ""]:

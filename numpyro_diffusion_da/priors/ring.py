@@ -39,7 +39,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from numpyro_diffusion_da.arguments import require
+from numpyro_diffusion_da.arguments import require, require_count
 from numpyro_diffusion_da.checksums import named_arrays
 from numpyro_diffusion_da.diffusion.noise import Noise, WhiteNoise
 from numpyro_diffusion_da.fields.layout import Layout
@@ -120,7 +120,7 @@ class RingMeanNetwork(eqx.Module):
         )
 
     def __call__(self, x: Float[Array, " sites"]) -> tuple[Float[Array, " sites"], Float[Array, "sites channels"]]:
-        """Run the network.
+        """Compute the normalized increment and the features of each site.
 
         Args:
             x: normalized state.
@@ -183,7 +183,7 @@ class RingResidualNetwork(eqx.Module):
     def __call__(
         self, z: Float[Array, " sites"], noise_level: Float[Array, ""], terms: NoiseLevelTerms
     ) -> Float[Array, " sites"]:
-        """Run the network.
+        """Compute F for a noised latent.
 
         Args:
             z: noised latent, already multiplied by c_in.
@@ -341,7 +341,7 @@ def read_ring_emulator(folder: Path | Traversable, name: str, num_sites: int) ->
         FileNotFoundError: the folder has no such files.
         ValueError: the checksum of the arrays is not the one in the card, or `num_sites` is too small.
     """
-    require(num_sites, (int, np.integer), "read_ring_emulator", "num_sites", "40")
+    require_count(num_sites, "read_ring_emulator", "num_sites", WIDTH)
     stored = read_emulator(folder, name, "examples/train_lorenz96.py")
     arrays = {key: jnp.asarray(value) for key, value in stored.arrays.items()}
     scalars = {key: value for key, value in arrays.items() if "." not in key}

@@ -5,10 +5,8 @@ from __future__ import annotations
 import importlib.resources
 from typing import Literal, overload
 
-import numpy as np
-
-from numpyro_diffusion_da.arguments import require
-from numpyro_diffusion_da.priors.ring import RingEmulator, read_ring_emulator
+from numpyro_diffusion_da.arguments import require, require_count
+from numpyro_diffusion_da.priors.ring import WIDTH, RingEmulator, read_ring_emulator
 from numpyro_diffusion_da.priors.spherical.emulator import SphericalEmulator, read_spherical_emulator
 
 SHIPPED = ("lorenz96", "held_suarez")
@@ -46,15 +44,15 @@ def load_prior(name: str, num_sites: int | None = None) -> RingEmulator | Spheri
             file does not have the checksum that its card states.
     """
     require(name, str, "load_prior", "name", '"lorenz96"')
-    if num_sites is not None:
-        require(num_sites, (int, np.integer), "load_prior", "num_sites", "40")
     if name not in SHIPPED:
         raise ValueError(
             f"no prior named '{name}' ships with this package; load_prior takes {' or '.join(map(repr, SHIPPED))}."
         )
     folder = importlib.resources.files("numpyro_diffusion_da").joinpath("data")
     if name == "lorenz96":
-        return read_ring_emulator(folder, name, 40 if num_sites is None else num_sites)
+        num_sites = 40 if num_sites is None else num_sites
+        require_count(num_sites, "load_prior", "num_sites", WIDTH)
+        return read_ring_emulator(folder, name, num_sites)
     if num_sites is not None:
         raise ValueError(f"load_prior got num_sites={num_sites}, which only 'lorenz96' has; leave it out for '{name}'.")
     return read_spherical_emulator(folder, name)

@@ -1,4 +1,4 @@
-"""NumPyro programs as state-space models: the scan, its sites, and what filters of other libraries take."""
+"""NumPyro programs as state-space models: the scan, its sites, and their forms for filters of other libraries."""
 
 from numpyro_diffusion_da.program import feynman_kac
 from numpyro_diffusion_da.program.distribution import ConditionedTransition, DiffusionTransition

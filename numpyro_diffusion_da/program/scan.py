@@ -1,8 +1,8 @@
-"""A NumPyro program taken apart at its scan.
+"""Handlers that split a NumPyro program at its scan over time.
 
-`numpyro.contrib.control_flow.scan` sends a message of type "control_flow" with the body, the carry and the inputs
-through the handler stack: a messenger that takes it finds everything, in an unchanged program. What the parts mean to a
-filter is for `state_space`.
+`numpyro.contrib.control_flow.scan` sends a message of type "control_flow" through the stack of handlers. The message
+contains the body, the first carry and the inputs, so a handler finds all of them in an unchanged program. The module
+`state_space` gives these parts their meaning for a filter.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from numpyro.primitives import Messenger
 
 
 class TimeInputs(NamedTuple):
-    """What the scan's body is given at one time: the "observation" of the filter kernels.
+    """Inputs of the scan's body at one time; filter kernels take them as their "observation".
 
     Attributes:
-        step: position in time, from 0.
-        xs: this time's slice of the scan's `xs`, observations included.
+        step: index of the time, from 0, shape (). Inputs of all times have a leading axis of time.
+        xs: slice of the scan's `xs` at this time, observations included.
     """
 
     step: Int[Array, ""]
@@ -33,7 +33,15 @@ class TimeInputs(NamedTuple):
 
 
 class ScanCall(NamedTuple):
-    """The arguments of the program's scan."""
+    """Arguments of the program's scan.
+
+    Attributes:
+        body: function (carry, inputs) -> (next carry, output).
+        init: first carry, as arrays.
+        xs: inputs of all times, leading axis time.
+        length: number of times.
+        substitutions: pairs ("condition" or "substitute", values) of the handlers around the scan.
+    """
 
     body: Callable[[PyTree, PyTree], tuple[PyTree, PyTree]]
     init: PyTree
@@ -42,12 +50,18 @@ class ScanCall(NamedTuple):
     substitutions: list[tuple[str, Any]]
 
     def first_inputs(self) -> TimeInputs:
-        """The inputs of the first step."""
+        """Inputs of the body at the first time."""
         return TimeInputs(jnp.asarray(0), jax.tree.map(lambda x: x[0], self.xs))
 
 
 class ObservedSite(NamedTuple):
-    """An observed site: its distribution, value, and the power of its likelihood (`handlers.scale`)."""
+    """Observed site of the scan's body at one time.
+
+    Attributes:
+        fn: distribution of the site.
+        value: observed value, broadcast to the shape of the distribution; NaN where missing.
+        power: exponent of the likelihood, as set by `handlers.scale`; 1.0 without it.
+    """
 
     fn: dist.Distribution
     value: Array
@@ -55,7 +69,15 @@ class ObservedSite(NamedTuple):
 
 
 class BodySites(NamedTuple):
-    """One run of the scan's body; `scaled` are latent sites under `handlers.scale`."""
+    """Sites found in one run of the scan's body.
+
+    Attributes:
+        latent: distribution of each latent site, by name.
+        observed: each observed site, by name, in the program's order.
+        scaled: names of the latent sites under `handlers.scale`.
+        deterministic: value of each deterministic site, by name.
+        carry: next carry.
+    """
 
     latent: dict[str, dist.Distribution]
     observed: dict[str, ObservedSite]
@@ -65,12 +87,18 @@ class BodySites(NamedTuple):
 
 
 class _ReachedScan(Exception):  # noqa: N818 - it is control flow, not an error
+    """Exception that carries the arguments of the scan out of the program."""
+
     def __init__(self, call: ScanCall) -> None:
         self.call = call
 
 
 def abstractly(fn: Callable[[], Any]) -> Any:
-    """The shapes `fn()` gives, nothing computed; a ValueError comes without JAX's remarks on tracebacks."""
+    """Return the shapes and dtypes of the result of `fn()`, without computing it.
+
+    Raises:
+        ValueError: raised by `fn`; its traceback is free of JAX's remarks.
+    """
     problems: list[ValueError] = []
 
     def caught() -> Any:
@@ -87,33 +115,39 @@ def abstractly(fn: Callable[[], Any]) -> Any:
 
 
 def _scan_call(msg: dict[str, Any]) -> ScanCall:
+    """Read the arguments of a scan from its message.
+
+    Raises:
+        ValueError: the scan runs backwards, has no length, or has inputs of different lengths.
+    """
     body, init, xs, length, reverse = msg["args"]
     if reverse:
         raise ValueError(
-            "the program scans with reverse=True; a filter runs forward in time: reverse the data instead."
+            "the program's scan has reverse=True, but a filter runs forward in time; reverse the data instead."
         )
     lengths = {jnp.shape(leaf)[:1] for leaf in jax.tree.leaves(xs)} | ({(length,)} if length is not None else set())
     if not lengths:
-        raise ValueError("the program's scan has neither xs nor length; give it length=number of time steps.")
+        raise ValueError("the program's scan has neither xs nor length; give it length=<number of times>.")
     if len(lengths) > 1 or () in lengths:
         raise ValueError(
-            f"the program's scan runs over inputs of the lengths {sorted(lengths)}; "
-            "give all of them one leading time axis."
+            f"the inputs of the program's scan have leading axes of lengths {sorted(lengths)}; "
+            "give all of them a leading time axis of the same length."
         )
     ((length,),) = lengths
     return ScanCall(body, jax.tree.map(jnp.asarray, init), xs, length, list(msg["kwargs"]["substitute_stack"]))
 
 
 class _StopAtScan(Messenger):
-    """Unwinds the program when it reaches its scan."""
+    """Handler that stops the program at its scan."""
 
     def process_message(self, msg: dict[str, Any]) -> None:
+        """Raise `_ReachedScan` at the message of the scan."""
         if msg["type"] == "control_flow":
             raise _ReachedScan(_scan_call(msg))
 
 
 def run_to_scan(program: Callable[[], Any], rng_key: PRNGKeyArray) -> ScanCall | None:
-    """Run a program up to its scan, and no further; None where it has none."""
+    """Run a program up to its scan and return the scan's arguments; None if the program has no scan."""
     try:
         with _StopAtScan(), handlers.seed(rng_seed=rng_key):
             program()
@@ -123,10 +157,17 @@ def run_to_scan(program: Callable[[], Any], rng_key: PRNGKeyArray) -> ScanCall |
 
 
 class SkipScan(Messenger):
-    """Replaces the scan by a result of the right shape, and records which sites come before and after it.
+    """Handler that replaces the scan by zeros of the right shape and records the sites before and after the scan.
 
     Args:
-        mark: (site, drawn value) -> value, for latent sites before the scan that no other handler gives a value.
+        mark: function (name, drawn value) -> value. It is called for each latent site before the scan whose value no
+            other handler sets.
+
+    Attributes:
+        scans: arguments of the scans found.
+        before: message of each site before the scan, by name.
+        after: names of the sites after the scan.
+        given: names of the unobserved sites whose value another handler sets.
     """
 
     def __init__(self, mark: Callable[[str, Array], Array] = lambda name, value: value) -> None:
@@ -138,9 +179,9 @@ class SkipScan(Messenger):
         self.given: set[str] = set()
 
     def process_message(self, msg: dict[str, Any]) -> None:
-        """Before the message's own effect."""
+        """Replace the scan, and note the sites whose value is known before they are drawn."""
         if msg["type"] == "sample" and msg["value"] is not None and not msg["is_observed"]:
-            self.given.add(msg["name"])  # by handlers.substitute: known, though not observed
+            self.given.add(msg["name"])  # handlers.substitute sets the value, but does not make the site observed
         if msg["type"] != "control_flow":
             return
         call = _scan_call(msg)
@@ -153,7 +194,7 @@ class SkipScan(Messenger):
         msg["value"] = ((call.length, None, call.init), (PytreeTrace({}), stacked))
 
     def postprocess_message(self, msg: dict[str, Any]) -> None:
-        """After it."""
+        """Record a site after it has its value."""
         if msg["type"] == "sample":
             if self.scans:
                 self.after.append(msg["name"])
@@ -164,7 +205,11 @@ class SkipScan(Messenger):
 
 
 class _BodyRecorder(Messenger):
-    """Records the sites of one run of the body; gives the latent site a value."""
+    """Handler that records the sites of one run of the body, and gives latent sites a value.
+
+    Args:
+        latent_value: value of the latent site; None for zeros.
+    """
 
     def __init__(self, latent_value: Array | None) -> None:
         super().__init__()
@@ -175,8 +220,16 @@ class _BodyRecorder(Messenger):
         self.deterministic: dict[str, Array] = {}
 
     def process_message(self, msg: dict[str, Any]) -> None:
+        """Record a sample site, and give it a value if it is latent.
+
+        Raises:
+            ValueError: a scan inside the body, or an observed value whose shape does not fit its distribution.
+        """
         if msg["type"] == "control_flow":
-            raise ValueError("the program has a scan inside the body of its scan; a filter needs one scan over time.")
+            raise ValueError(
+                "the program has a scan inside the body of its scan; a filter needs a single scan over time: "
+                "write an inner loop without sites as jax.lax.scan."
+            )
         if msg["type"] != "sample":
             return
         if msg["is_observed"]:
@@ -184,47 +237,63 @@ class _BodyRecorder(Messenger):
             pairs = zip(value.shape[::-1], shape[::-1], strict=False)
             if value.ndim > len(shape) or any(got not in (1, expected) for got, expected in pairs):
                 raise ValueError(
-                    f"site '{msg['name']}' observes an array of shape {value.shape}, but its distribution has the "
-                    f"shape {shape}; make the observation and what it is compared with the same size."
+                    f"site '{msg['name']}' observes an array of shape {value.shape}, but its distribution has shape "
+                    f"{shape}; give obs= an array of the distribution's shape."
                 )
             power = 1.0 if msg["scale"] is None else msg["scale"]
             self.observed[msg["name"]] = ObservedSite(msg["fn"], jnp.broadcast_to(value, shape), power)
         else:
             self.latent[msg["name"]] = msg["fn"]
-            # A placeholder, where no value is given: what depends on it is not looked at.
+            # Zeros are a placeholder: a caller who gives no value reads nothing that depends on it.
             msg["value"] = jnp.zeros(msg["fn"].shape()) if self.latent_value is None else self.latent_value
             if msg["scale"] is not None:
                 self.scaled.append(msg["name"])
 
     def postprocess_message(self, msg: dict[str, Any]) -> None:
+        """Record the value of a deterministic site."""
         if msg["type"] == "deterministic":
             self.deterministic[msg["name"]] = msg["value"]
 
 
 def _check_carry(before: PyTree, after: PyTree) -> None:
-    """Refuse a body whose carry changes its structure or shapes."""
+    """Raise a ValueError if the body returns a carry of another structure or shape than it takes."""
     shapes = [jax.tree.map(jnp.shape, before), jax.tree.map(lambda leaf: leaf.shape, after)]
     if shapes[0] != shapes[1]:
         raise ValueError(
-            f"the body of the scan is given a carry of shapes {shapes[0]} and returns {shapes[1]}; "
-            "return the next state in the form that the first one has."
+            f"the body of the scan takes a carry of shapes {shapes[0]} and returns {shapes[1]}; "
+            "return a carry of the same structure and shapes as the first one."
         )
 
 
 def run_body(
     call: ScanCall, rng_key: PRNGKeyArray, carry: PyTree, inputs: TimeInputs, latent_value: Array | None = None
 ) -> tuple[BodySites, tuple[PyTree, PyTree]]:
-    """One run of the body, as NumPyro's scan would run it at this time; returns (sites, (carry, output))."""
+    """Run the scan's body once, as NumPyro's scan would run it at this time.
+
+    Args:
+        call: arguments of the scan.
+        rng_key: random key of the body's own draws.
+        carry: carry that the body takes.
+        inputs: inputs of the time.
+        latent_value: value of the latent site; None for zeros.
+
+    Returns:
+        (sites of the run, (next carry, output of the body)).
+
+    Raises:
+        ValueError: the body contains a scan, an observed value does not fit its distribution, or a handler around the
+            scan is neither `handlers.condition` nor `handlers.substitute`.
+    """
     body = handlers.seed(call.body, rng_key)
     for kind, values in call.substitutions:
-        # Values given to whole series (handlers.condition, .substitute) are cut to this time by NumPyro's own rule.
+        # Handlers around the scan hold values of all times; NumPyro's own function takes the slice of this time.
         at_time = partial(_subs_wrapper, values, inputs.step, call.length)
         if kind == "condition":
             body = handlers.condition(body, condition_fn=at_time)
         elif kind == "substitute":
             body = handlers.substitute(body, substitute_fn=at_time)
         else:
-            raise ValueError(f"handlers.{kind} around a scan cannot be filtered; use handlers.condition.")
+            raise ValueError(f"a filter cannot run a scan inside handlers.{kind}; use handlers.condition instead.")
     recorder = _BodyRecorder(latent_value)
     with handlers.block(), recorder:
         new_carry, output = body(carry, inputs.xs)

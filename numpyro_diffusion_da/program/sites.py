@@ -1,4 +1,4 @@
-"""What the distribution of a NumPyro site means to a filter: a transition, or observations."""
+"""Conversion of the distributions of NumPyro sites to the transitions and observations of a filter."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ import numpyro.distributions as dist
 from jaxtyping import Array, Bool, Float, Int
 
 from numpyro_diffusion_da.diffusion.denoiser import NetworkPasses
-from numpyro_diffusion_da.diffusion.sampler import Sampler
+from numpyro_diffusion_da.diffusion.sampler import Sampler, as_sampler
+from numpyro_diffusion_da.diffusion.steps import Step
 from numpyro_diffusion_da.observation.likelihood import GaussianObservation, GeneralObservation, whiten
 from numpyro_diffusion_da.program.distribution import ConditionedTransition, DiffusionTransition
 from numpyro_diffusion_da.program.free_parameters import free_parameters
@@ -21,25 +22,35 @@ from numpyro_diffusion_da.transition.diffusion import DiffusionDynamics
 from numpyro_diffusion_da.transition.gaussian import GaussianDynamics
 
 
-def dynamics_of(name: str, fn: dist.Distribution, sampler: Sampler | None = None) -> Dynamics:
-    """The transition that a latent site's distribution stands for.
+def dynamics_of(name: str, fn: dist.Distribution, sampler: Sampler | Step | None = None) -> Dynamics:
+    """Transition p(x' | c) that the distribution of a latent site describes.
+
+    Args:
+        name: name of the site, for messages.
+        fn: distribution of the site; its shape is the shape of the state.
+        sampler: sampler, or a bare step, that replaces the sampler of a `DiffusionTransition`; None keeps it.
+
+    Returns:
+        `DiffusionDynamics` of a `DiffusionTransition`, `GaussianDynamics` of any Gaussian distribution.
 
     Raises:
-        ValueError: neither a `DiffusionTransition` nor Gaussian; the sentence names the site.
+        ValueError: the distribution is neither a `DiffusionTransition` nor Gaussian, or is a `DiffusionTransition` with
+            batch axes.
+        TypeError: `sampler` is neither a sampler nor a step.
     """
     if isinstance(fn, DiffusionTransition) and not isinstance(fn, ConditionedTransition):
         if fn.batch_shape != ():
             raise ValueError(
-                f"site '{name}' is a DiffusionTransition with the batch shape {fn.batch_shape}; "
-                "a filter step moves one state."
+                f"site '{name}' is a DiffusionTransition with batch shape {fn.batch_shape}, but a filter step moves "
+                "one state; give a state without batch axes."
             )
         step = fn.only_step()
-        return step if sampler is None else DiffusionDynamics(step.prior, step.conditioning, sampler)
+        return step if sampler is None else DiffusionDynamics(step.prior, step.conditioning, as_sampler(sampler, name))
     parts = gaussian_parts(fn)
     if parts is None:
         raise ValueError(
             f"site '{name}' has the transition {type(unmasked(fn)[0]).__name__}; this filter needs a "
-            "DiffusionTransition, Normal or MultivariateNormal (ndda.Bootstrap(model) takes any)."
+            "DiffusionTransition, Normal or MultivariateNormal (ndda.Bootstrap(model) takes any transition)."
         )
     mean = jnp.concatenate([m for m, _ in parts]).reshape(fn.shape())
     if all(f.ndim == 1 for _, f in parts):
@@ -48,7 +59,14 @@ def dynamics_of(name: str, fn: dist.Distribution, sampler: Sampler | None = None
 
 
 def gaussian_parts(fn: dist.Distribution) -> list[tuple[Float[Array, " m"], Float[Array, ...]]] | None:
-    """(mean, standard deviations or Cholesky factor) of independent Gaussian parts, flattened; None if not Gaussian."""
+    """Mean and error of each independent part of a Gaussian distribution, flattened; None if it is not Gaussian.
+
+    A `Normal` of any shape is one part. A `MultivariateNormal` has one part per event.
+
+    Returns:
+        (mean, shape (m,); standard deviations, shape (m,), or lower Cholesky factor of the covariance, shape (m, m)) of
+        each part.
+    """
     shape = fn.shape()
     base, mask = unmasked(fn)
     del mask
@@ -63,26 +81,38 @@ def gaussian_parts(fn: dist.Distribution) -> list[tuple[Float[Array, " m"], Floa
 
 
 def check_density(name: str, fn: dist.Distribution) -> None:
-    """Refuse a transition whose density is not there.
+    """Check that a transition has a density.
+
+    Args:
+        name: name of the site, for messages.
+        fn: distribution of the site.
 
     Raises:
-        ValueError: a `DiffusionTransition` without `density`, or a masked site; the sentence says what to give.
+        ValueError: the distribution is a `DiffusionTransition` without `density`, or is masked.
     """
     base, mask = unmasked(fn)
     if mask is not True:
-        raise ValueError(f"site '{name}' is masked, which takes its density away; leave the mask out.")
+        raise ValueError(f"site '{name}' is masked, so its transition has no density; leave the mask out.")
     if isinstance(base, DiffusionTransition) and base.density is None:
         raise ValueError(
-            f"the transition of site '{name}' has no density; give it one, "
+            f"the transition of site '{name}' has no density; give it one: "
             "DiffusionTransition(..., density=ndda.diffusion.ProbabilityFlow())."
         )
 
 
 def log_density(name: str, fn: dist.Distribution, x: Array) -> tuple[Float[Array, ""], NetworkPasses]:
-    """log p(x' | c) of a transition with a density, and the network passes made.
+    """Log-density log p(x' | c) of a transition, and the network passes that it takes.
+
+    Args:
+        name: name of the site, for messages.
+        fn: distribution of the site.
+        x: x', in the shape of the state.
+
+    Returns:
+        (log p(x' | c), a scalar; network passes made).
 
     Raises:
-        ValueError: see `check_density`, and `dynamics_of` for batches.
+        ValueError: the distribution has no density (see `check_density`) or is a `DiffusionTransition` with batch axes.
     """
     check_density(name, fn)
     if isinstance(fn, DiffusionTransition) and fn.density is not None:
@@ -92,21 +122,26 @@ def log_density(name: str, fn: dist.Distribution, x: Array) -> tuple[Float[Array
 
 
 def is_gaussian(fn: dist.Distribution) -> bool:
-    """Whether a distribution is Gaussian, possibly masked, expanded or of many elements."""
+    """Whether a distribution is Gaussian; it may be masked, expanded, or have many elements."""
     return isinstance(unmasked(fn)[0], (dist.Normal, dist.MultivariateNormal))
 
 
 def independent_errors(fn: dist.Distribution) -> Float[Array, ...]:
-    """The standard deviations of a Gaussian distribution, as far as one coordinate an element can say it.
+    """Standard deviations of a Gaussian distribution of independent elements; a scalar 0 for a `MultivariateNormal`.
 
-    A covariance cannot: how it changes with the state is left out.
+    They show whether the errors change with the state. A full covariance is taken as constant, because one coordinate
+    per element cannot express how it changes.
     """
     base, _ = unmasked(fn)
     return jnp.asarray(base.scale) if isinstance(base, dist.Normal) else jnp.zeros(())
 
 
 def unmasked(fn: dist.Distribution) -> tuple[dist.Distribution, Bool[Array, ...] | bool]:
-    """The distribution inside to_event, expand and mask wrappers, and the mask (broadcastable to the value)."""
+    """Distribution inside `to_event`, `expand` and `mask` wrappers, and the mask.
+
+    Returns:
+        (inner distribution; mask that broadcasts to the shape of the value, or True if there is none).
+    """
     mask: Any = True
     while True:
         if isinstance(fn, dist.MaskedDistribution):
@@ -120,12 +155,12 @@ def unmasked(fn: dist.Distribution) -> tuple[dist.Distribution, Bool[Array, ...]
 
 
 def site_mask(fn: dist.Distribution) -> Bool[Array, ...]:
-    """Where a site counts, at the shape of its value."""
+    """Mask of a site in the shape of its value; False where `mask` leaves a value out."""
     return jnp.broadcast_to(unmasked(fn)[1], fn.shape())
 
 
 def observation_error(fn: dist.Distribution) -> Float[Array, ...]:
-    """Standard deviations of a Gaussian site, at the shape of its value; NaN for another distribution."""
+    """Standard deviations of a Gaussian site in the shape of its value; NaN for any other distribution."""
     base, _ = unmasked(fn)
     if isinstance(base, dist.Normal):
         return jnp.broadcast_to(base.scale, fn.shape())
@@ -147,7 +182,7 @@ def non_positive_error(fn: dist.Distribution) -> Bool[Array, ""]:
 
 
 def site_mean(fn: dist.Distribution) -> Float[Array, ...]:
-    """Mean of a Gaussian site, at the shape of its value; NaN for another distribution."""
+    """Mean of a Gaussian site in the shape of its value; NaN for any other distribution."""
     parts = gaussian_parts(fn)
     if parts is None:
         return jnp.full(fn.shape(), jnp.nan)
@@ -155,43 +190,47 @@ def site_mean(fn: dist.Distribution) -> Float[Array, ...]:
 
 
 def mean_and_variance(name: str, fn: dist.Distribution) -> tuple[Float[Array, ...], Float[Array, ...]]:
-    """Of any site, at the shape of its value; a variance may be infinite.
+    """Mean and variance of a site, each in the shape of its value; a variance may be infinite.
+
+    Args:
+        name: name of the site, for messages.
+        fn: distribution of the site.
 
     Raises:
-        ValueError: the distribution does not know them; the sentence names the site.
+        ValueError: the distribution does not define them.
     """
     base, _ = unmasked(fn)
     try:
         moments = base.mean, base.variance
     except NotImplementedError:
         raise ValueError(
-            f"site '{name}' has the distribution {type(base).__name__}, which has no mean and variance to compare an "
-            "observation with."
+            f"site '{name}' has the distribution {type(base).__name__}, which defines no mean and variance, so its "
+            "observations cannot be compared with a forecast; leave the site out of the check."
         ) from None
     mean, variance = (jnp.broadcast_to(moment, fn.shape()) for moment in moments)
     return mean, variance
 
 
 def values_per_error(fn: dist.Distribution) -> int:
-    """How many consecutive values of a Gaussian site share a correlated error; 1 where each has its own."""
+    """Number of consecutive values of a site that share a correlated Gaussian error; 1 if errors are independent."""
     parts = gaussian_parts(fn)
     return 1 if parts is None or parts[0][1].ndim == 1 else int(parts[0][1].shape[-1])
 
 
 def undefined_means(fn: dist.Distribution, value: Array) -> Int[Array, ""]:
-    """How many observed values a Gaussian site compares with NaN."""
+    """Number of observed values of a Gaussian site whose mean is NaN; 0 for any other distribution."""
     if gaussian_parts(fn) is None:
         return jnp.asarray(0)
     return jnp.sum(~jnp.isnan(value) & site_mask(fn) & jnp.isnan(site_mean(fn)))
 
 
 def elementwise(power: Array | float, fn: dist.Distribution, events: int = 0) -> Float[Array, ...]:
-    """A power of a likelihood, given for each element of a site's batch, at the shape of its values.
+    """Broadcast the power of a likelihood to the shape of a site's value.
 
     Args:
-        power: broadcasts with the batch shape.
-        fn: the site's distribution.
-        events: trailing axes of the value to leave out.
+        power: power, which broadcasts to the batch shape.
+        fn: distribution of the site.
+        events: number of trailing axes of the value to leave out.
     """
     full = jnp.broadcast_to(jnp.asarray(power), fn.batch_shape)
     full = full.reshape(fn.batch_shape + (1,) * (fn.event_dim - events))
@@ -201,13 +240,16 @@ def elementwise(power: Array | float, fn: dist.Distribution, events: int = 0) ->
 def gaussian_observations(
     name: str, fn: dist.Distribution, value: Array, power: Array | float = 1.0
 ) -> list[GaussianObservation]:
-    """An observed site as flattened Gaussian observations; NaN and masked values are missing.
+    """Convert an observed site to flattened Gaussian observations; NaN and masked values are missing.
 
     Args:
-        name: of the site.
-        fn: its distribution.
-        value: what is observed.
-        power: of the likelihood, as `handlers.scale` gives it.
+        name: name of the site, for messages.
+        fn: distribution of the site.
+        value: observed value, in the shape of the distribution; NaN where missing.
+        power: exponent of the likelihood, as set by `handlers.scale`; broadcasts to the batch shape.
+
+    Returns:
+        One observation for a `Normal`, and one per event for a `MultivariateNormal`.
 
     Raises:
         ValueError: the site is not Gaussian.
@@ -216,7 +258,7 @@ def gaussian_observations(
     if parts is None:
         raise ValueError(
             f"site '{name}' has the likelihood {type(unmasked(fn)[0]).__name__}; this filter needs Normal or "
-            "MultivariateNormal observations (FAAPF and Bootstrap take others)."
+            "MultivariateNormal observations (FAAPF and Bootstrap take other likelihoods)."
         )
     values = value.reshape(len(parts), -1)
     observed = (~jnp.isnan(value) & site_mask(fn)).reshape(len(parts), -1)
@@ -231,19 +273,26 @@ def gaussian_observations(
 def general_observation(
     name: str, fn: dist.Distribution, value: Array, power: Array | float = 1.0
 ) -> GeneralObservation:
-    """An observed site of any distribution with independent elements; NaN and masked values are missing.
+    """Convert an observed site of any distribution with independent elements; NaN and masked values are missing.
 
-    Arguments as `gaussian_observations`.
+    Args:
+        name: name of the site, for messages.
+        fn: distribution of the site.
+        value: observed value, in the shape of the distribution; NaN where missing.
+        power: exponent of the likelihood, as set by `handlers.scale`; broadcasts to the batch shape.
+
+    Returns:
+        The m flattened elements, with the unconstrained parameters of each and their log-likelihood.
 
     Raises:
-        ValueError: elements are vectors, which no single coordinate can stand for, or the distribution cannot be taken
-            apart into its parameters.
+        ValueError: the elements are vectors, the distribution does not keep its constructor's arguments as attributes,
+            or none of its parameters is continuous.
     """
     base, mask = unmasked(fn)
     if base.event_dim > 0:
         raise ValueError(
-            f"site '{name}' has the likelihood {type(base).__name__}, whose elements are vectors; guidance needs "
-            "MultivariateNormal or independent elements (ndda.Bootstrap(model) takes any with a log_prob)."
+            f"site '{name}' has the likelihood {type(base).__name__}, whose elements are vectors; guidance needs a "
+            "MultivariateNormal or independent elements (ndda.Bootstrap(model) takes any likelihood with a log_prob)."
         )
     shape = fn.shape()
     parameters, rebuild = free_parameters(name, base, shape)
@@ -264,42 +313,64 @@ def predicted_observation(
     link: Callable[[Float[Array, " m"]], Float[Array, " m"]],
     components: Int[np.ndarray, " m"] | None,
 ) -> GeneralObservation:
-    """An observed site that looks at the state through a linear predictor, one an element (`linear_predictor`).
+    """Convert an observed site whose elements depend on the state through one linear predictor each.
+
+    `observation.linear_predictor` finds the predictor and the link.
 
     Args:
-        fn: its distribution.
-        value: what is observed.
-        predictor: at the state.
-        link: predictor -> log p(y_i | x), 0 where missing.
-        components: see `GeneralObservation`.
+        fn: distribution of the site.
+        value: observed value, in the shape of the distribution; NaN where missing.
+        predictor: linear predictor of each element at the state, shape (m,).
+        link: function from the predictors to log p(y_i | x) of each element, shape (m,); 0 where missing.
+        components: index of the component of the flattened state that each predictor is, shape (m,); None if
+            predictors are other linear functions of the state.
+
+    Returns:
+        The m flattened elements, with the predictor as the only parameter of each.
     """
     observed = (~missing(value) & site_mask(fn)).reshape(-1)
     return GeneralObservation(predictor[:, None], lambda parameters: link(parameters[:, 0]), observed, components)
 
 
 def has_own_errors(fn: dist.Distribution) -> bool:
-    """Whether a Gaussian distribution's elements have errors of their own."""
+    """Whether a distribution is a `Normal`, so that each element has an independent Gaussian error."""
     return isinstance(unmasked(fn)[0], dist.Normal)
 
 
 def missing(value: Array) -> Bool[Array, ...]:
-    """Where a value is NaN; integers have none."""
+    """Mask of the NaN values of an array, in its shape; False for integers."""
     return jnp.isnan(value) if jnp.issubdtype(value.dtype, jnp.inexact) else jnp.zeros(value.shape, bool)
 
 
 def base_point(base: dist.Distribution, value: Array) -> Array:
-    """A value in the support, in place of a missing one, whose log_prob would be NaN."""
+    """Value in the support of a distribution, to evaluate `log_prob` where a value is missing, which would give NaN.
+
+    Args:
+        base: distribution without wrappers.
+        value: array whose shape and dtype the result has.
+    """
     support: Any = base.support
     point = support.feasible_like(value) if support is not None else jnp.zeros_like(value)
     return jnp.asarray(point, value.dtype)
 
 
 def pointwise_log_likelihood(fn: dist.Distribution, value: Array, power: Array | float = 1.0) -> Float[Array, ...]:
-    """log p(y | x) times the power, elementwise where elements are independent, else per event; 0 where missing."""
+    """Log-likelihood power * log p(y | x) of each element of an observed site, or of each event; 0 where missing.
+
+    Args:
+        fn: distribution of the site.
+        value: observed value, in the shape of the distribution; NaN where missing.
+        power: exponent of the likelihood, as set by `handlers.scale`; broadcasts to the batch shape.
+
+    Returns:
+        Array of the shape of the value if its elements are independent, else of its shape without the event axes. An
+        event of a `MultivariateNormal` with missing components gives the log-likelihood of the observed ones. An event
+        of any other distribution counts only if all its components are observed.
+    """
     base, mask = unmasked(fn)
     observed = ~missing(value) & jnp.broadcast_to(mask, fn.shape())
     if isinstance(base, dist.MultivariateNormal):
-        # By the Gaussian observations, which know how to leave single components of an event out.
+        # Gaussian observations can leave out single components of an event.
         events = gaussian_observations("", fn, value, power)
         residuals, normalizers = zip(*map(whiten, events), strict=True)
         logs = [jnp.sum(n) - 0.5 * jnp.vdot(r, r) for r, n in zip(residuals, normalizers, strict=True)]

@@ -1,10 +1,10 @@
 """A NumPyro program as a state-space model: initial state, transition, likelihood, next carry.
 
-The program is an ordinary one: initial state outside, then `numpyro.contrib.control_flow.scan` over time, with one
-latent site and any number of observed sites in its body.
+The program draws its initial state and then runs `numpyro.contrib.control_flow.scan` over time. The scan's body has one
+latent site and any number of observed sites.
 
-The scan's body may close over arrays that exist only inside the current JAX trace. So the program is run up to its scan
-wherever its parts are needed; `StateSpaceModel.at` runs it once for all that one compiled function needs.
+The scan's body may close over arrays that exist only inside the current JAX trace. The program is therefore run up to
+its scan wherever its parts are needed. `StateSpaceModel.at` runs it once for all uses inside one compiled function.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from numpyro import handlers
 
 from numpyro_diffusion_da.diffusion.denoiser import NetworkPasses
 from numpyro_diffusion_da.diffusion.sampler import Sampler
+from numpyro_diffusion_da.diffusion.steps import Step
 from numpyro_diffusion_da.observation.likelihood import (
     GaussianLikelihood,
     GaussianObservation,
@@ -48,19 +49,27 @@ from numpyro_diffusion_da.transition.base import DrawRecord, Dynamics
 
 
 class StateSpaceModel:
-    """The state-space model inside a NumPyro program, at given arguments.
+    """State-space model inside a NumPyro program, at given arguments of the program.
 
-    Building one traces the program and checks its form; nothing is computed. `structure` says what was found.
+    The constructor traces the program and checks its form; it computes nothing.
 
     Args:
+        model: NumPyro program with one scan over time.
+        args: positional arguments of the program.
+        kwargs: keyword arguments of the program.
+        like: structure that the program probably has, from an earlier trace. If it fits, the program is traced once
+            and not twice.
+
+    Attributes:
         model: the program.
-        args: its positional arguments.
-        kwargs: its keyword arguments.
-        like: the structure that the program probably has, which saves one trace of it.
+        args: positional arguments of the program.
+        kwargs: keyword arguments of the program.
+        structure: sites, shapes and dependences found in the program, see `program.structure.Structure`.
 
     Raises:
-        ValueError: no scan or several, an observation of the initial state outside the scan, sites after the scan, or
-            not exactly one latent site in the body. The sentence names the site.
+        ValueError: the program has no scan or several, the initial state is observed outside the scan, sites follow
+            after the scan, the body does not have exactly one latent site, or nothing is observed in it. Shapes that do
+            not fit each other are refused too. The message names the site.
     """
 
     def __init__(
@@ -77,28 +86,43 @@ class StateSpaceModel:
         self._left_out: dict[str, Array] = {}
 
     def at(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> StateSpaceModel:
-        """The same structure at other arguments (tracers, say), run up to its scan once.
+        """Run the program up to its scan at other arguments, and return the model at these arguments.
 
-        What it returns belongs to the trace that is being made: use it inside the function that is being compiled.
+        The structure stays the same. Arguments may be tracers. Then the returned model belongs to the current JAX
+        trace, and must be used inside the function that is being compiled.
+
+        Args:
+            args: positional arguments of the program, of the same shapes.
+            kwargs: keyword arguments of the program, of the same shapes.
         """
         other = copy.copy(self)
         other.args, other.kwargs = args, kwargs
         return other._run()
 
     def given(self, values: dict[str, Array]) -> StateSpaceModel:
-        """The same program with its global sites at these values: a program that a filter can run."""
+        """Fix the global sites of the program at given values, so that a filter can run it.
+
+        Args:
+            values: value of each global site, by name.
+        """
         other = copy.copy(self)
         other.model = handlers.substitute(self.model, data=values)
         other.structure = dataclasses.replace(self.structure, needed_names=(), global_names=())
         return other._run()
 
     def without(self, left_out: dict[str, Array]) -> StateSpaceModel:
-        """The same program with observed values missing where True, by site, at the shape of the value (or tracers)."""
+        """Mark observed values as missing.
+
+        Args:
+            left_out: for each affected site a mask in the shape of its value at one time, True where the value is to be
+                missing. Masks may be tracers.
+        """
         other = copy.copy(self)
         other._left_out = left_out
         return other
 
     def _run(self) -> StateSpaceModel:
+        """Run the program up to its scan, and keep the arguments of the scan."""
         self._call = None
         self._call = self.call(jax.random.key(0))
         return self
@@ -106,7 +130,14 @@ class StateSpaceModel:
     # --- the parts a filter needs -------------------------------------------------------------------------------
 
     def call(self, rng_key: PRNGKeyArray) -> ScanCall:
-        """Run the program up to its scan."""
+        """Run the program up to its scan, and return the scan's arguments.
+
+        Args:
+            rng_key: random key of the draws before the scan.
+
+        Raises:
+            ValueError: the program has no scan.
+        """
         call = run_to_scan(lambda: self.model(*self.args, **self.kwargs), rng_key)
         if call is None:
             raise ValueError(
@@ -116,24 +147,30 @@ class StateSpaceModel:
         return call
 
     def _scan(self) -> ScanCall:
-        """The call of the scan with any first carry: that of `at`, or a new run of the program."""
+        """Arguments of the scan, with an arbitrary draw of the first carry; from `at`, else from a new run."""
         return self.call(jax.random.key(0)) if self._call is None else self._call
 
     def initial(self, rng_key: PRNGKeyArray) -> PyTree:
-        """A draw of the scan's first carry."""
+        """Draw the scan's first carry."""
         return self.call(rng_key).init
 
     def inputs(self) -> PyTree:
-        """The scan's `xs`, observations included; leading axis time."""
+        """Inputs `xs` of the scan, observations included, with a leading axis of time."""
         return self._scan().xs
 
     def time_inputs(self) -> TimeInputs:
-        """The inputs of all times; leading axis time."""
+        """Inputs of all times as `TimeInputs`, with a leading axis of time."""
         return TimeInputs(jnp.arange(self.structure.length), jax.tree.map(jnp.asarray, self.inputs()))
 
     def sites(self, carry: PyTree, inputs: TimeInputs, x: Array | None = None) -> BodySites:
-        """The sites of the body at a given carry and, where given, value of the latent site."""
-        key = jax.random.key(0)  # never used: the one latent site is given its value
+        """Sites of the scan's body at one time.
+
+        Args:
+            carry: carry that the body takes.
+            inputs: inputs of the time.
+            x: value of the latent site; None if nothing that depends on it is read.
+        """
+        key = jax.random.key(0)  # has no effect, because the only latent site gets its value
         sites = run_body(self._scan(), key, carry, inputs, x)[0]
         for name, left_out in self._left_out.items():
             site = sites.observed[name]
@@ -141,28 +178,48 @@ class StateSpaceModel:
         return sites
 
     def _latent(self, carry: PyTree, inputs: TimeInputs) -> Any:
-        """The distribution of the latent site."""
+        """Distribution of the latent site at one time."""
         return self.sites(carry, inputs).latent[self.structure.latent_name]
 
-    def transition(self, carry: PyTree, inputs: TimeInputs, sampler: Sampler | None = None) -> Dynamics:
-        """The dynamics p(x' | c); `sampler` replaces the transition's own where given.
+    def transition(self, carry: PyTree, inputs: TimeInputs, sampler: Sampler | Step | None = None) -> Dynamics:
+        """Transition p(x' | c) of the latent site.
+
+        Args:
+            carry: carry c that the body takes.
+            inputs: inputs of the time.
+            sampler: sampler, or a bare step, that replaces the sampler of a diffusion; None keeps it.
 
         Raises:
-            ValueError: the latent site's distribution is neither a diffusion nor Gaussian.
+            ValueError: the latent site is neither a `DiffusionTransition` without batch axes nor Gaussian.
+            TypeError: `sampler` is neither a sampler nor a step.
         """
         return dynamics_of(self.structure.latent_name, self._latent(carry, inputs), sampler)
 
     def draw(
-        self, rng_key: PRNGKeyArray, carry: PyTree, inputs: TimeInputs, sampler: Sampler | None = None
+        self, rng_key: PRNGKeyArray, carry: PyTree, inputs: TimeInputs, sampler: Sampler | Step | None = None
     ) -> tuple[Array, DrawRecord]:
-        """A draw x' ~ p(x' | c) with its record, for any distribution that can be sampled."""
+        """Draw x' ~ p(x' | c), for any distribution that can be sampled.
+
+        Args:
+            rng_key: random key.
+            carry: carry c that the body takes.
+            inputs: inputs of the time.
+            sampler: sampler, or a bare step, that replaces the sampler of a diffusion; None keeps it.
+
+        Returns:
+            (x', in the shape of the state; record of the draw).
+
+        Raises:
+            ValueError: the latent site is a `DiffusionTransition` with batch axes.
+            TypeError: `sampler` is neither a sampler nor a step.
+        """
         fn = self._latent(carry, inputs)
         if isinstance(fn, DiffusionTransition):
             return dynamics_of(self.structure.latent_name, fn, sampler).draw(rng_key)
         return fn.sample(rng_key), DrawRecord(NetworkPasses.of(), jnp.zeros(()))
 
     def working_bytes(self) -> int:
-        """About how many bytes it takes to move one particle: `DiffusionDynamics.working_bytes`; 0 in closed form."""
+        """Estimate how many bytes it takes to move one particle; 0 for a transition in closed form."""
         found: list[int] = []
 
         def look() -> None:
@@ -175,24 +232,25 @@ class StateSpaceModel:
         return sum(found)
 
     def check(self, needs_dynamics: bool, gaussian_errors: bool = False) -> None:
-        """Refuse a program that a filter cannot run, before anything is compiled.
+        """Check that a filter can run the program, before anything is compiled.
 
         Args:
             needs_dynamics: whether the filter needs the transition as `Dynamics`, and a likelihood that can guide.
             gaussian_errors: whether the filter needs Gaussian observations.
 
         Raises:
-            ValueError: one sentence naming the site: a global site whose value is not known, among others.
+            ValueError: the scan uses an unobserved site outside it, the latent site is under `handlers.scale`, or the
+                transition or an observed site is not of the kind that the filter needs. The message names the site.
         """
         for name in self.structure.needed_names:
             raise ValueError(
-                f"the scan of '{self.structure.name}' uses the unobserved site '{name}', which is outside it; a filter "
-                f"needs its value: wrap the program in handlers.condition(model, {{'{name}': value}}), or infer it "
-                "with ndda.PMMH."
+                f"the scan of '{self.structure.name}' uses the unobserved site '{name}', which is outside it, and a "
+                f"filter needs its value; wrap the program in handlers.condition(model, {{'{name}': value}}), or infer "
+                "it with ndda.PMMH."
             )
         for name in self.structure.scaled_names:
             raise ValueError(
-                f"site '{name}' is under handlers.scale, which a filter cannot take for a latent site; "
+                f"site '{name}' is under handlers.scale, but a filter cannot scale a latent site; "
                 "scale observed sites only."
             )
 
@@ -208,10 +266,18 @@ class StateSpaceModel:
         abstractly(look)
 
     def likelihood(self, carry: PyTree, inputs: TimeInputs) -> Likelihood:
-        """log p(y | x') of all observed sites: Gaussian where all are, with errors that x' does not change.
+        """Likelihood log p(y | x') of all observed sites at one time.
+
+        Args:
+            carry: carry that the body takes.
+            inputs: inputs of the time.
+
+        Returns:
+            A `GaussianLikelihood` if all sites are Gaussian with errors that do not depend on x', and no mean is a
+            nonlinear function of a linear predictor; otherwise a `GeneralLikelihood`.
 
         Raises:
-            ValueError: a site whose elements are vectors and not Gaussian.
+            ValueError: a site that is not Gaussian and whose elements are vectors, or whose parameters cannot be found.
         """
         if not self.structure.general_names:
             return self.gaussian_likelihood(carry, inputs)
@@ -234,7 +300,7 @@ class StateSpaceModel:
         return GeneralLikelihood(observe)
 
     def _linear_predictor(self, name: str, carry: PyTree, inputs: TimeInputs) -> LinearPredictor | None:
-        """The log-likelihood of a site's elements as a link of a linear predictor; None where it is not one."""
+        """Split a site's log-likelihood into a linear predictor and a link; None if it does not have this form."""
 
         def logs(x: Array) -> Array:
             return pointwise_log_likelihood(*self.sites(carry, inputs, x).observed[name]).reshape(-1)
@@ -242,10 +308,16 @@ class StateSpaceModel:
         return find_linear_predictor(logs, self.structure.state_shape)
 
     def gaussian_likelihood(self, carry: PyTree, inputs: TimeInputs) -> GaussianLikelihood:
-        """The same for Gaussian sites only, whose errors may change with x': the derivative of that is left out.
+        """Likelihood log p(y | x') of observed sites that are all Gaussian.
+
+        Errors may depend on x'; their derivative is ignored.
+
+        Args:
+            carry: carry that the body takes.
+            inputs: inputs of the time.
 
         Raises:
-            ValueError: an observed site that is not Gaussian.
+            ValueError: an observed site is not Gaussian.
         """
 
         def observe(x: Array) -> list[GaussianObservation]:
@@ -255,17 +327,29 @@ class StateSpaceModel:
         return GaussianLikelihood(observe)
 
     def advance(self, x: Array, carry: PyTree, inputs: TimeInputs) -> PyTree:
-        """The next carry, once the latent site has the value x."""
+        """Next carry of the scan if the latent site has the value x.
+
+        Args:
+            x: value of the latent site.
+            carry: carry that the body takes.
+            inputs: inputs of the time.
+        """
         new = self.sites(carry, inputs, x).carry
-        # Weak types and Python numbers in a carry would make the second step differ from the first: compile twice.
+        # With weak types or Python numbers in a carry, the second step would have other types and compile again.
         return jax.tree.map(lambda value, old: jnp.asarray(value, jnp.result_type(old)), new, carry)
 
     def record(self, rng_key: PRNGKeyArray, x: Array, carry: PyTree, inputs: TimeInputs) -> dict[str, Any]:
-        """What the result keeps of one analysis particle.
+        """Values of the sites at one new particle, as a result keeps them.
+
+        Args:
+            rng_key: random key of the predictive draws.
+            x: value of the latent site.
+            carry: carry that the body takes.
+            inputs: inputs of the time.
 
         Returns:
-            posterior (latent site and deterministic sites), posterior_predictive (a draw of each observed site),
-            log_likelihood (elementwise where the site is independent; 0 where missing).
+            Values by group and site: ``posterior`` (latent and deterministic sites), ``posterior_predictive`` (a draw
+            of each observed site), and ``log_likelihood`` (see `pointwise_log_likelihood`; 0 where missing).
         """
         sites = self.sites(carry, inputs, x)
         predictive, log_likelihood = {}, {}
@@ -276,9 +360,18 @@ class StateSpaceModel:
         return {"posterior": posterior, "posterior_predictive": predictive, "log_likelihood": log_likelihood}
 
     def observations(self, carry: PyTree, inputs: TimeInputs) -> dict[str, dict[str, Array]]:
-        """Each observed site's value, its error's standard deviation, and what is observed, at one time.
+        """Observed values of one time, their masks and errors, and checks of them.
 
-        The error is NaN for a site that is not Gaussian; errors that depend on the state are those of this carry.
+        Args:
+            carry: carry that the body takes. An error that depends on the state is evaluated with it, with zeros for
+                the latent site.
+            inputs: inputs of the time.
+
+        Returns:
+            For each observed site a dictionary: ``value``, ``observed`` (False where missing) and ``error`` (standard
+            deviation, NaN for a site that is not Gaussian), in the shape of the value; ``bad_error``, whether a
+            standard deviation is not positive and finite; ``undefined``, the number of observed values whose mean is
+            NaN.
         """
         sites = self.sites(carry, inputs)
         return {
@@ -293,9 +386,12 @@ class StateSpaceModel:
         }
 
     def probe(self, inputs: TimeInputs) -> dict[str, Array]:
-        """Means and errors of Gaussian sites, and deterministic sites, at one arbitrary state, by name.
+        """Means and errors of Gaussian sites, and values of deterministic sites, at one arbitrary state, by name.
 
-        Two programs that differ in what they observe, how well, or what they derive, differ here.
+        These arrays identify a program: they change if its observed means, its errors or its deterministic sites do.
+
+        Args:
+            inputs: inputs of the time.
         """
         call = self._scan()
         state = jax.random.normal(jax.random.key(0), self.structure.state_shape)
@@ -305,7 +401,10 @@ class StateSpaceModel:
         return {**means, **errors, **{name: jnp.asarray(value) for name, value in sites.deterministic.items()}}
 
     def look(self, at: Callable[[BodySites], Any]) -> Any:
-        """Types and shapes of what `at` returns for the body's sites at the first time; nothing is computed.
+        """Return the shapes and dtypes of a function of the body's sites at the first time; nothing is computed.
+
+        Args:
+            at: function of the sites.
 
         Raises:
             ValueError: raised by `at`.

@@ -1,12 +1,13 @@
-"""The structure of a state-space program: its sites, shapes and dependences, found by tracing it; nothing is computed.
+"""Structure of a state-space program: its sites, shapes and dependences, found by tracing; nothing is computed.
 
-A first look runs the program once to find its sites and shapes, and once more to see what depends on what. A look at a
-program whose structure is expected (`like`) runs it once.
+The first trace of a program finds its sites and shapes, and a second one finds which values depend on which. If the
+structure is expected (`like`), one trace is enough.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -40,7 +41,7 @@ class ObservedStructure(NamedTuple):
 
     Attributes:
         shape: shape of the site's value at one time.
-        values_per_error: consecutive values that share a correlated error; 1 where errors are independent.
+        values_per_error: number of consecutive values that share a correlated error; 1 if errors are independent.
     """
 
     shape: tuple[int, ...]
@@ -48,7 +49,13 @@ class ObservedStructure(NamedTuple):
 
 
 class Diffusion(NamedTuple):
-    """The parts of a diffusion transition that do not change over time."""
+    """Parts of a diffusion transition that do not change over time.
+
+    Attributes:
+        prior: diffusion prior.
+        sampler: sampler of the draws.
+        density: computation of `log_prob`; None if the transition has none.
+    """
 
     prior: DiffusionPrior
     sampler: Sampler
@@ -57,27 +64,27 @@ class Diffusion(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Structure:
-    """What is known of a program before any value is.
+    """Sites, shapes and dependences of a program, without any values.
 
     Attributes:
         name: name of the program.
-        length: number of times its scan runs over.
-        latent_name: the latent site of the scan's body.
+        length: number of times that its scan runs over.
+        latent_name: name of the latent site of the scan's body.
         state_shape: shape of the latent site's value.
-        observed: the observed sites of the body, in the program's order.
+        observed: observed sites of the body, by name, in the program's order.
         needed_names: unobserved sites outside the scan that its body depends on.
-        global_names: the needed ones, and those that something beside the scan observes.
-        initial_names: all other latent sites outside the scan: they shape its first carry and nothing else.
+        global_names: the sites of `needed_names`, and unobserved sites that are observed outside the scan only.
+        initial_names: all other latent sites outside the scan, which affect its first carry and nothing else.
         outside_names: observed sites outside the scan.
         general_names: observed sites that are not Gaussian, whose error changes with the state, or whose mean is a
             nonlinear function of a linear predictor.
         scaled_names: latent sites of the body under `handlers.scale`.
         observes_linearly: whether every observed site is Gaussian with a mean affine in the latent site and an error
-            independent of it. False where that cannot be seen.
-        carry_remembers: whether the next carry depends on the carry before, once the latent site has a value.
-        observations_remember: whether the observed sites depend on the carry, once the latent site has a value.
-        diffusion: the diffusion transition; None for any other.
-        shapes: shapes that a later look at the same program may expect.
+            independent of it. False if this is not known.
+        carry_remembers: whether the next carry depends on the carry before, for a given value of the latent site.
+        observations_remember: whether the observed sites depend on the carry, for a given value of the latent site.
+        diffusion: parts of the diffusion transition; None for any other transition.
+        shapes: shapes that a later trace of the same program can expect.
     """
 
     name: str
@@ -103,22 +110,23 @@ class Structure:
         return tuple(self.observed)
 
     def same_as(self, other: Structure | None) -> bool:
-        """Whether the other structure has the same sites, shapes and dependences; its prior may be another."""
+        """Whether another structure has the same sites, shapes and dependences; the priors may differ."""
         return other is not None and self._key() == other._key()
 
     def _key(self) -> tuple[Any, ...]:
+        """All that two equal structures share, in a form that can be compared."""
         plain = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         diffusion, shapes = plain.pop("diffusion"), plain.pop("shapes")
         return plain, diffusion is None, jax.tree.structure(shapes), jax.tree.leaves(shapes)
 
 
 class Shapes(NamedTuple):
-    """Shapes and dtypes of a program's inputs to one run of its body.
+    """Shapes and dtypes of the values that one run of a program's body depends on.
 
     Attributes:
-        outside: latent sites outside the scan that are not given a value, by name.
-        carry: the scan's first carry.
-        state: the latent site's value.
+        outside: latent sites outside the scan whose value no handler sets, by name.
+        carry: first carry of the scan.
+        state: value of the latent site.
     """
 
     outside: dict[str, Any]
@@ -127,23 +135,24 @@ class Shapes(NamedTuple):
 
 
 class _OtherShapesError(Exception):
-    """The program has not the shapes that were expected of it."""
+    """Raised if a program does not have the shapes that were expected of it."""
 
 
 def trace_structure(
     model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], like: Structure | None = None
 ) -> Structure:
-    """The structure of a program at given arguments.
+    """Find the structure of a program at given arguments.
 
     Args:
-        model: the program.
-        args: its positional arguments.
-        kwargs: its keyword arguments.
-        like: the structure that it probably has, which saves one run of the program.
+        model: NumPyro program.
+        args: positional arguments of the program.
+        kwargs: keyword arguments of the program.
+        like: structure that the program probably has. If it fits, the program is traced once and not twice.
 
     Raises:
-        ValueError: no scan or several, an observation of the initial state outside the scan, sites after the scan, or
-            not exactly one latent site in the body. The sentence names the site.
+        ValueError: the program has no scan or several, the initial state is observed outside the scan, sites follow
+            after the scan, the body does not have exactly one latent site, or nothing is observed in it. The message
+            names the site.
     """
 
     def program() -> None:
@@ -159,12 +168,20 @@ def trace_structure(
 
 
 def name_of(model: Callable[..., Any]) -> str:
-    """The name of a program, as messages and results call it."""
+    """Name of a program for messages and results."""
     return getattr(inspect.unwrap(model), "__name__", type(model).__name__)
 
 
 def _run(program: Callable[[], None], **settings: Any) -> SkipScan:
-    """Run a program with its scan skipped; settings are those of `SkipScan`."""
+    """Run a program without its scan.
+
+    Args:
+        program: the program, without arguments.
+        **settings: arguments of `SkipScan`.
+
+    Returns:
+        The handler with the sites that it recorded.
+    """
     skip = SkipScan(**settings)
     with skip, handlers.seed(rng_seed=jax.random.key(0)):
         program()
@@ -172,12 +189,16 @@ def _run(program: Callable[[], None], **settings: Any) -> SkipScan:
 
 
 def _free(skip: SkipScan) -> dict[str, dict[str, Any]]:
-    """The sites before the scan that no handler gave a value."""
+    """Messages of the sites before the scan whose value no handler sets, by name."""
     return {name: site for name, site in skip.before.items() if name not in skip.given}
 
 
 def _probe(program: Callable[[], None], name: str) -> Shapes:
-    """Shapes of a program, and the checks of its form."""
+    """Find the shapes of a program, and check its form.
+
+    Raises:
+        ValueError: the program does not have the form of a state-space model.
+    """
     found: dict[str, Any] = {}
 
     def run() -> tuple[Any, Any, Any]:
@@ -195,6 +216,11 @@ def _probe(program: Callable[[], None], name: str) -> Shapes:
 
 
 def _check_form(skip: SkipScan, sites: BodySites | None, name: str) -> None:
+    """Check that a program has one scan, no sites after it, one latent site and an observed site in its body.
+
+    Raises:
+        ValueError: one of these does not hold.
+    """
     if len(skip.scans) != 1 or sites is None:
         raise ValueError(
             f"the program '{name}' has {len(skip.scans) or 'no'} numpyro.contrib.control_flow.scan; "
@@ -202,28 +228,28 @@ def _check_form(skip: SkipScan, sites: BodySites | None, name: str) -> None:
         )
     if skip.after:
         raise ValueError(
-            f"the program '{name}' has the site '{skip.after[0]}' after its scan, where no filter step sees it; "
-            "move it into the scan's body."
+            f"the program '{name}' has site '{skip.after[0]}' after its scan, where a filter does not see it; "
+            "move the site into the scan's body."
         )
     if len(sites.latent) != 1:
         names = ", ".join(f"'{n}'" for n in sites.latent) or "none"
         raise ValueError(
-            f"the scan of '{name}' must have exactly one latent site in its body, but it has {names}; "
+            f"the body of the scan of '{name}' must have exactly one latent site, but has {names}; "
             "join several states into one array."
         )
     if not sites.observed:
         raise ValueError(
-            f"nothing is observed in the scan of '{name}': give a site obs=...; for a step without "
-            "observations use NaN values."
+            f"nothing is observed in the scan of '{name}'; give a site of its body obs=... (NaN values for times "
+            "without observations)."
         )
 
 
 def _examine(program: Callable[[], None], name: str, shapes: Shapes) -> Structure:
-    """The structure of a program that has these shapes.
+    """Find the structure of a program whose shapes are known.
 
     Raises:
-        _OtherShapesError: it has others.
-        ValueError: an observation, before the scan, of what shapes the initial carry only.
+        _OtherShapesError: the program has other shapes.
+        ValueError: a site before the scan observes a site that affects the first carry only.
     """
     found: dict[str, Any] = {}
 
@@ -231,7 +257,8 @@ def _examine(program: Callable[[], None], name: str, shapes: Shapes) -> Structur
         def marked(site: str, value: Array) -> Array:
             if site not in shapes.outside or value.shape != shapes.outside[site].shape:
                 raise _OtherShapesError
-            # Of its own input and of what it was drawn from: a site may depend on another through a third.
+            # The result depends on the site's own input and on the sites that it was drawn from. So a dependence on a
+            # site that acts through another site is found too.
             return jnp.where(True, value, outside[_argument(site)])
 
         skip = found["skip"] = _run(program, mark=marked)
@@ -272,12 +299,23 @@ def _examine(program: Callable[[], None], name: str, shapes: Shapes) -> Structur
 
 
 def _argument(site: str) -> str:
-    """The name under which a latent site's value is an argument: a site may be called `state` too."""
+    """Name of the argument that holds a latent site's value; the prefix keeps a site `state` from a name clash."""
     return f"site {site}"
 
 
 def _provenance(look: Callable[..., Any], **inputs: Any) -> Any:
-    """`eval_provenance`; a ValueError comes without JAX's remarks on tracebacks."""
+    """Find the inputs that each output of a function depends on, by NumPyro's `eval_provenance`.
+
+    Args:
+        look: function of the inputs.
+        **inputs: shapes and dtypes of the inputs.
+
+    Returns:
+        Pytree of the outputs, with the set of names of the inputs that each depends on.
+
+    Raises:
+        ValueError: raised by `look`; its traceback is free of JAX's remarks.
+    """
     problems: list[Exception] = []
 
     def caught(**given: Any) -> Any:
@@ -294,28 +332,34 @@ def _provenance(look: Callable[..., Any], **inputs: Any) -> Any:
 
 
 def _depends(provenance: PyTree, name: str) -> bool:
-    """Whether any leaf of a provenance names this input."""
+    """Whether any leaf of a provenance contains the name of an input."""
     leaves = jax.tree.leaves(provenance, is_leaf=lambda leaf: isinstance(leaf, frozenset))
     return any(name in leaf for leaf in leaves)
 
 
 def _expected(skip: SkipScan, shapes: Shapes) -> ScanCall:
-    """The call of the scan, if the program has the expected shapes so far."""
+    """Arguments of the scan, if the sites before it and the first carry have the expected shapes.
+
+    Raises:
+        _OtherShapesError: they have other shapes.
+    """
     latent = {n for n, s in _free(skip).items() if not s["is_observed"]}
     if latent != set(shapes.outside) or len(skip.scans) != 1 or skip.after:
         raise _OtherShapesError
     call = skip.scans[0]
-    of_carry = jax.eval_shape(lambda: call.init)
-    if jax.tree.structure(of_carry) != jax.tree.structure(shapes.carry) or any(
-        (a.shape, a.dtype) != (b.shape, b.dtype)
-        for a, b in zip(jax.tree.leaves(of_carry), jax.tree.leaves(shapes.carry), strict=True)
-    ):
+    leaves, form = jax.tree.flatten(call.init)
+    expected, expected_form = jax.tree.flatten(shapes.carry)
+    if not form == expected_form or [(a.shape, a.dtype) for a in leaves] != [(a.shape, a.dtype) for a in expected]:
         raise _OtherShapesError
     return call
 
 
 def _facts(call: ScanCall, carry: PyTree, state: Array) -> dict[str, Any]:
-    """What the body's sites are, once the latent site has a value."""
+    """Names, shapes and kinds of the body's sites, for `Structure`.
+
+    Raises:
+        _OtherShapesError: the body has other sites, or the state has another shape.
+    """
     sites = run_body(call, jax.random.key(0), carry, call.first_inputs(), state)[0]
     if len(sites.latent) != 1 or not sites.observed:
         raise _OtherShapesError
@@ -336,7 +380,7 @@ def _facts(call: ScanCall, carry: PyTree, state: Array) -> dict[str, Any]:
 
 
 def _outside_dependences(skip: SkipScan, call: ScanCall, carry: PyTree) -> dict[str, Any]:
-    """What may depend on the sites outside the scan: its body, its first carry, the observed sites before it."""
+    """Values that may depend on sites outside the scan: those in its body, its first carry, observed sites before it."""
     sites, outputs = run_body(call, jax.random.key(0), carry, call.first_inputs())
     in_body = (sites.latent, sites.observed, sites.deterministic, outputs, call.xs)
     observed = {n: s["fn"] for n, s in _free(skip).items() if s["is_observed"]}
@@ -348,7 +392,7 @@ def _outside_dependences(skip: SkipScan, call: ScanCall, carry: PyTree) -> dict[
 
 
 def _body_dependences(call: ScanCall, carry: PyTree, state: Array, direction: Array) -> dict[str, Any]:
-    """What may depend on the latent site's value, or on the carry once that site has a value."""
+    """Values that may depend on the latent site's value, or on the carry for a given value of the latent site."""
 
     def at(x: Array) -> BodySites:
         return run_body(call, jax.random.key(0), carry, call.first_inputs(), x)[0]
@@ -377,7 +421,15 @@ def _body_dependences(call: ScanCall, carry: PyTree, state: Array, direction: Ar
 
 
 def _globals(shapes: Shapes, depends: dict[str, Any]) -> tuple[list[str], list[str]]:
-    """Latent sites outside the scan that its body depends on, and those that something beside the scan observes."""
+    """Sort the latent sites outside the scan by what depends on them.
+
+    Returns:
+        (names of the sites that the scan's body depends on; names of the sites that only observed sites before the scan
+        depend on).
+
+    Raises:
+        ValueError: a site before the scan observes a site that affects the first carry only.
+    """
     used, measured = [], []
     for name in shapes.outside:
         argument = _argument(name)
@@ -386,8 +438,8 @@ def _globals(shapes: Shapes, depends: dict[str, Any]) -> tuple[list[str], list[s
             used.append(name)
         elif by and _depends(depends["first carry"], argument):
             raise ValueError(
-                f"site '{by[0]}' observes '{name}' before the scan; a filter weighs observations inside it: "
-                "move the site into the scan's body."
+                f"site '{by[0]}' observes '{name}' before the scan, but a filter uses the observations inside the scan "
+                "only; move the site into the scan's body."
             )
         elif by:
             measured.append(name)
@@ -395,17 +447,17 @@ def _globals(shapes: Shapes, depends: dict[str, Any]) -> tuple[list[str], list[s
 
 
 def _with_linear_predictor(program: Callable[[], None], shapes: Shapes, names: set[str]) -> set[str]:
-    """The sites whose log-likelihood is an elementwise function of a linear predictor."""
+    """Names of the sites whose log-likelihood is an elementwise function of a linear predictor."""
     found: set[str] = set()
 
     def take_apart() -> None:
         call = _run(program).scans[0]
 
-        def logs(x: Array, name: str) -> Array:
+        def logs(name: str, x: Array) -> Array:
             sites = run_body(call, jax.random.key(0), call.init, call.first_inputs(), x)[0]
             return pointwise_log_likelihood(*sites.observed[name]).reshape(-1)
 
-        found.update(n for n in names if find_linear_predictor(lambda x, n=n: logs(x, n), shapes.state.shape))
+        found.update(n for n in names if find_linear_predictor(functools.partial(logs, n), shapes.state.shape))
 
     if names:
         abstractly(take_apart)

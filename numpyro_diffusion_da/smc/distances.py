@@ -148,7 +148,7 @@ class WithHeight(Distance):
             )
 
     def __call__(self, a: Float[np.ndarray, "n k"], b: Float[np.ndarray, "m k"]) -> Float[np.ndarray, "n m"]:
-        """Distances of horizontal distance and height together, in the unit of the horizontal distance."""
+        """Distances from horizontal distance and height together, in the unit of the horizontal distance."""
         height = self.scale * (a[:, None, -1] - b[None, :, -1])
         return np.sqrt(self.horizontal(a[:, :-1], b[:, :-1]) ** 2 + height**2)
 

@@ -43,7 +43,7 @@ class EnsembleUpdate(eqx.Module):
         residual: Float[Array, "n m"],
         taper: PlacedTaper | None = None,
     ) -> Float[Array, "n d"]:
-        """Increment of each member.
+        """Compute the increment of each member.
 
         Args:
             rng_key: random key of the step.

@@ -255,8 +255,8 @@ def check_inflation(inflations: Any, owner: str, paired: bool) -> None:
         raise TypeError(f"{owner} got inflation={inflations}; expected a sequence: write inflation=({inflations},).")
     if not isinstance(inflations, Sequence) or isinstance(inflations, str):
         raise TypeError(
-            f"{owner} got inflation={shown(inflations)}; expected a sequence: write "
-            "inflation=(ndda.ForecastMultiplicative(1.05), ndda.RTPS(0.3)) for an EnKF, (ndda.RTPS(0.3),) for any filter."
+            f"{owner} got inflation={shown(inflations)}; expected a sequence: write inflation=(ndda.RTPS(0.3),) for "
+            "any filter, or (ndda.ForecastMultiplicative(1.05), ndda.RTPS(0.3)) for an EnKF."
         )
     for inflation in inflations:
         if not isinstance(inflation, Inflation):

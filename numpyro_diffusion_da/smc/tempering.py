@@ -29,9 +29,9 @@ class TemperableLogWeight(NamedTuple):
     r"""Log-weight with a tempered likelihood, for any tempering exponent alpha.
 
     It is the logarithm of $\int p(y | x)^\alpha \, \mathcal N(x; m, V) \, dx$ for the likelihood
-    $p(y | x) = \mathcal N(y; h(x), R)$ with $h$ linearized at $m$. This is $\log \mathcal N(y; h(m), R / \alpha + H V
-    H^T)$ plus a term of $R$ and $\alpha$ alone. In independent whitened coordinates (those of the eigenvectors of the
-    whitened $H V H^T$) it is a sum with one term for each coordinate.
+    $p(y | x) = \mathcal N(y; h(x), R)$ with $h$ linearized at $m$. This is the Gaussian log-density
+    $\log \mathcal N(y; h(m), R / \alpha + H V H^T)$ plus a term of $R$ and $\alpha$ alone. In independent whitened
+    coordinates (those of the eigenvectors of the whitened $H V H^T$) it is a sum with one term for each coordinate.
 
     Attributes:
         log_normalizers: terms of -1/2 log det(2 pi R), shape (m,). Only their sum has a meaning, unless the coordinates

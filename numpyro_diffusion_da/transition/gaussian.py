@@ -104,7 +104,10 @@ class GaussianDynamics(Dynamics):
         return covariance_product(jnp.where(coordinates.observed, moved - t, 0.0) / variance)
 
     def _towards_tilted(self, x: Float[Array, ...], found: _ByCoordinates) -> Float[Array, ...]:
-        """Return the move of a draw x that takes the coordinates to their tilted quantiles, and the state along with them."""
+        """Return the move of a draw x that takes the coordinates to their tilted quantiles.
+
+        The state moves along with them, by its regression on the coordinates.
+        """
         coordinates, n = found.coordinates, len(found.coordinates.observed)
         # The draw's coordinates, their marginals in the draw, and their cavities (without their own observation).
         t = coordinates(x)
@@ -127,10 +130,11 @@ class GaussianDynamics(Dynamics):
     def weighted_draw(
         self, rng_key: PRNGKeyArray, likelihood: Likelihood, guidance: Guidance
     ) -> tuple[Float[Array, ...], Float[Array, ""], DrawRecord]:
-        """Make the conditional draw, with density q, and return it with its log-weight.
+        """Draw x' from the Gaussian q of Matheron's rule, and return it with its log-weight.
 
-        By Bayes' rule p(x) / q(x) = N(r; 0, I + H V H^T) / N(r - H (x - mean); 0, I), where r is the whitened residual
-        at the mean, H = -dr/dx and V = F F^T. If y is Gaussian and linear in x, log w is log p(y | c) for every x.
+        Observations that are not Gaussian are replaced for q by the Gaussian ones of expectation propagation. By Bayes'
+        rule p(x) / q(x) = N(r; 0, I + H V H^T) / N(r - H (x - mean); 0, I), where r is the whitened residual at the
+        mean, H = -dr/dx and V = F F^T. If y is Gaussian and linear in x, log w is log p(y | c) for every x.
 
         Returns:
             (x', shape of the state; log w, a scalar; record of the draw).
@@ -142,10 +146,10 @@ class GaussianDynamics(Dynamics):
     def _matheron(
         self, rng_key: PRNGKeyArray, likelihood: GaussianLikelihood
     ) -> tuple[Array, DrawRecord, Float[Array, ""]]:
-        """Make the conditional draw for Gaussian observations by Matheron's rule.
+        """Draw x from the posterior q for Gaussian observations, by Matheron's rule.
 
         Returns:
-            (x; its record; log p(x | c) - log q(x), with q the density of the draw).
+            (x; its record; log p(x | c) - log q(x)).
         """
         # Unguided draw, and its innovation with a perturbed observation.
         draw_key, error_key = jax.random.split(rng_key)
@@ -155,7 +159,7 @@ class GaussianDynamics(Dynamics):
         innovation = residual - (jax.jvp(likelihood.residual, (self.mean,), (self.mean - x,))[1] + error)
         # Weights of the columns of V H^T that move the draw.
         gain = projected_solve(covariance, innovation)
-        # Ratio of the densities: N(r; 0, I + H V H^T) over that of the residual left at the moved x, linearized at the mean.
+        # Residual left at the moved x, linearized at the mean, for the ratio of densities in `weighted_draw`.
         left = innovation + error - (covariance @ gain - gain)
         values, vectors = jnp.linalg.eigh(0.5 * (covariance + covariance.T))
         values = jnp.maximum(values, 1.0)  # as in `projected_solve`

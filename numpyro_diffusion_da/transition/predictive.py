@@ -1,8 +1,8 @@
 r"""Predictive likelihood of the next observation, from the moments of one transition.
 
-The transition is approximated by N(m, V), and the observations by their whitened residual r with H = -dr/dx, so that R
-= I. The predictive likelihood is then $\int p(y \mid x) \, N(x; m, V) \, dx$, for all observations together or for each
-observation by itself.
+The transition is approximated by N(m, V), and the observations by their whitened residual r with H = -dr/dx, so
+that R = I. The predictive likelihood is then $\int p(y \mid x) \, N(x; m, V) \, dx$, for all observations together or
+for each observation by itself.
 """
 
 from __future__ import annotations

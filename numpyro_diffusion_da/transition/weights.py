@@ -193,11 +193,12 @@ class Moment(PredictiveWeight):
     With Gaussian errors it is
 
     $$
-    \log N(y;\, h(m),\, R + H V H^T), \qquad m = E[x' \mid c], \quad V = \operatorname{Cov}[x' \mid c], \quad H = dh/dx .
+    \log N(y;\, h(m),\, R + H V H^T), \qquad m = E[x' \mid c], \quad V = \operatorname{Cov}[x' \mid c], \quad
+    H = \frac{dh}{dx} .
     $$
 
     It is exact for a Gaussian transition, a linear h and Gaussian errors. Other likelihoods are integrated by
-    expectation propagation over the observations, or by quadrature if they depend on independent coordinates of the
+    expectation propagation over the observations, which is quadrature if they depend on independent coordinates of the
     state. It costs one network pass, and one more for each observation.
 
     Args:
@@ -244,7 +245,10 @@ class Moment(PredictiveWeight):
         return log_weight, _record(moments, passes, observations)
 
     def pointwise(self, step: Dynamics, likelihood: Likelihood) -> tuple[Float[Array, " m"], WeightRecord]:
-        """Return the log-likelihood of each observation under its own forecast and observation error, and the record."""
+        """Return the log-likelihood of each observation by itself, shape (m,), and the record.
+
+        The variance of an observation is the sum of its forecast variance (H V H^T)_jj and its observation error R_jj.
+        """
         moments, passes = self._moments(step)
         logs = matched_pointwise(moments, step.tangents(), likelihood, self.probes)
         return logs, _record(moments, passes, len(logs) if self.probes is None else self.probes)
@@ -265,7 +269,9 @@ class Moment(PredictiveWeight):
         return curve, _record(moments, passes, len(curve.variances))
 
     def temperable_pointwise(self, step: Dynamics, likelihood: Likelihood) -> tuple[TemperableLogWeight, WeightRecord]:
-        """Return log N(y_j; h_j(m), R_j / alpha + (H V H^T)_jj) of each observation as a function of alpha, and the record.
+        """Return the tempered log-likelihood of each observation as a function of alpha, and the record.
+
+        It is log N(y_j; h_j(m), R_j / alpha + (H V H^T)_jj), up to a term that all particles with the same R share.
 
         Raises:
             TypeError: the likelihood is not Gaussian.
@@ -278,8 +284,8 @@ class Moment(PredictiveWeight):
         """Raise a ValueError if `probes` is given, because a weight of whole particles needs the full covariance."""
         if self.probes is not None:
             raise ValueError(
-                f"Moment(probes={self.probes}) estimates the variance of each observation by itself, and weights without "
-                "localization need their full covariance; leave probes out, or give the filter a taper."
+                f"Moment(probes={self.probes}) estimates only the variance of each observation, and weights without "
+                "localization need the full covariance; leave probes out, or give the filter a taper."
             )
 
     def _moments(self, step: Dynamics) -> tuple[Moments, NetworkPasses]:

@@ -21,6 +21,7 @@ from numpyro_diffusion_da.diffusion import Conditioning, KrylovSolve, Noise, Whi
 from numpyro_diffusion_da.observation import Likelihood
 from numpyro_diffusion_da.priors import RingEmulator
 from numpyro_diffusion_da.results import fixed_lag, to_datatree
+from numpyro_diffusion_da.smc import Info, State
 from numpyro_diffusion_da.transition import Dynamics, PredictiveWeight, WeightRecord
 
 
@@ -83,6 +84,12 @@ def assimilate(prior: ndda.DiffusionPrior, y: Float[Array, "time 10"], weight: P
     filter.print_summary()
     assert_type(filter.result, ndda.FilterResult)
     assert_type(to_datatree(fixed_lag(filter.result, 1)), xarray.DataTree)
+
+    online = ndda.OnlineFilter(algorithm, num_particles=8)
+    state = online.init(jax.random.key(0), y[:1])
+    state, info = online.step(jax.random.key(1), state, y[:1])
+    assert_type(state, State)
+    assert_type(info, Info)
     return filter.to_datatree(lag=1)
 
 

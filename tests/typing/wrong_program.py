@@ -33,6 +33,7 @@ ndda.OnlineFilter(model, num_particles=8)  # wrong
 ndda.load_prior("lorenz96", num_sites="forty")  # wrong
 ndda.DiffusionTransition("lorenz96", jnp.zeros(40))  # wrong
 
+ndda.Filter(model, num_particles=8)  # wrong
 filter = ndda.Filter(ndda.FAAPF(model), num_particles="many")  # wrong
 filter.run(0, jnp.zeros((3, 10)))  # wrong
 filter.run(jax.random.key(0), jnp.zeros((3, 10)))

@@ -174,7 +174,7 @@ class SphericalMeanNetwork(eqx.Module):
     def __call__(
         self, y: Float[Array, "2 m l channels"], harmonics: SphericalHarmonics
     ) -> tuple[Float[Array, "2 m l channels"], Float[Array, "latitude longitude scalars"]]:
-        """Run the network.
+        """Compute the coefficients of the conditional mean, and the features of each grid point.
 
         Args:
             y: coefficients of the normalized previous state.
@@ -286,7 +286,7 @@ class GaussianDenoiser(eqx.Module):
     def __call__(
         self, z_s: Float[Array, "2 m l channels"], noise_level: Float[Array, ""]
     ) -> Float[Array, "2 m l channels"]:
-        """Denoise coefficients.
+        """Denoise the coefficients of a noised latent.
 
         Args:
             z_s: coefficients of the noised latent.
@@ -382,7 +382,7 @@ class SphericalResidualNetwork(eqx.Module):
         terms: SphericalNoiseLevelTerms,
         noise: HarmonicNoise,
     ) -> Float[Array, "2 m l channels"]:
-        """Run the network.
+        """Compute F for a noised latent.
 
         Args:
             z: noised latent in coefficients of unit noise, already multiplied by c_in.
