@@ -130,7 +130,7 @@ def program_with(transition=None, mean=None, start=None, carried=None):
         ({"transition": lambda x: dist.Normal(jnp.tanh(x), 0.5).to_event(1)}, "the mean of site 'x' is not that of a"),
         ({"transition": lambda x: dist.Normal(x, jnp.exp(x)).to_event(1)}, "the covariance of site 'x'"),
         ({"mean": lambda x, before: x - before}, "the mean of the observed sites"),
-        ({"carried": lambda x: 2 * x}, "what the scan carries on, which must be the value of site 'x'"),
+        ({"carried": lambda x: 2 * x}, "the next carry of the scan, which must be the value of site 'x'"),
         ({"carried": lambda x: {"frame": x}}, "carries PyTreeDef"),
         ({"start": dist.LogNormal(jnp.zeros(2), 1.0).to_event(1)}, "site 'x0' has the distribution Independent"),
     ],

@@ -334,7 +334,11 @@ def test_parts_agree_with_the_program(small):
     model = small.diffusion_program()
     _, y = small.simulate(0, 3)
     program = StateSpaceModel(model, (y,))
-    assert (program.structure.latent_name, program.structure.observed_names, program.structure.length) == ("x", ("y",), 3)
+    assert (program.structure.latent_name, program.structure.observed_names, program.structure.length) == (
+        "x",
+        ("y",),
+        3,
+    )
     inputs = TimeInputs(jnp.asarray(1), jnp.asarray(y[1]))
     x = jnp.arange(4.0)
     expected = dist.Normal(x[::2], small.error).to_event(1).log_prob(y[1])

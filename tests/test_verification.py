@@ -160,7 +160,13 @@ def test_area_weights_follow_the_cells():
 
 @pytest.mark.parametrize(
     ("latitude", "message"),
-    [([[0.0]], "one axis"), ([], "one axis"), ([0.0, 95.0], "-90 to 90"), ([0.0, np.nan], "-90"), ([0, 2, 1], "only increase or only decrease")],
+    [
+        ([[0.0]], "one axis"),
+        ([], "one axis"),
+        ([0.0, 95.0], "-90 to 90"),
+        ([0.0, np.nan], "-90"),
+        ([0, 2, 1], "only increase or only decrease"),
+    ],
 )
 def test_area_weights_refuse(latitude, message):
     with pytest.raises(ValueError, match=message):

@@ -1,11 +1,17 @@
-"""A program as a Feynman-Kac model: the functions that a particle filter of another library asks for.
+r"""A program as a Feynman-Kac model: the functions that particle filters of other libraries take.
 
-    Q(x_{0:t})  prop.  M_0(x_0) prod_{s <= t} M_s(x_s | x_{s-1}) G_s(x_{s-1}, x_s)
+A Feynman-Kac model is the distribution
+
+$$
+Q(x_{0:t}) \propto M_0(x_0) \prod_{1 \le s \le t} M_s(x_s \mid x_{s-1}) \, G_s(x_{s-1}, x_s)
+$$
 
 (Chopin & Papaspiliopoulos 2020, An Introduction to Sequential Monte Carlo, ch. 5). M moves a particle and G weighs it.
-`bootstrap` and `guided` give two such models of one program; where the guided draw and its weight are exact, both have
-the filter of the program as marginals and its evidence as normalising constant. Names and arguments are those of
-`cuthbert.smc`; nothing of cuthbert is imported here, and a library with functions of the same sense takes them too.
+`bootstrap` and `guided` make two such models of one program. If the guided draw and its weight are exact, both models
+have the same marginals, the filtering distributions of the program, and the same normalizing constant, its evidence.
+
+Names and arguments of the functions are those of `cuthbert.smc`. This module does not import cuthbert, and other
+libraries can take the functions too.
 """
 
 from __future__ import annotations
@@ -26,11 +32,11 @@ from numpyro_diffusion_da.transition.weights import Dirac, Moment, PredictiveWei
 
 
 class Particle(NamedTuple):
-    """What is carried from one time to the next.
+    """Particle of a Feynman-Kac model at one time.
 
     Attributes:
-        carry: the carry of the program's scan after this time.
-        x: value of the latent site at this time; NaN before the first.
+        carry: carry of the program's scan after this time.
+        x: value of the latent site at this time, in the shape of the state; NaN before the first time.
     """
 
     carry: PyTree
@@ -38,13 +44,13 @@ class Particle(NamedTuple):
 
 
 class FeynmanKac(NamedTuple):
-    """Four parts, each for one particle.
+    """Functions of one particle that define a Feynman-Kac model, and the inputs of all times.
 
     Attributes:
-        init_sample: (rng_key) -> particle, from M_0.
-        propagate_sample: (rng_key, particle, inputs) -> particle, from M.
-        log_potential: (particle before, particle, inputs) -> log G.
-        model_inputs: the inputs of all times, leading axis time.
+        init_sample: function (rng_key) -> particle, a draw from M_0.
+        propagate_sample: function (rng_key, particle, inputs) -> particle, a draw from M.
+        log_potential: function (particle before, particle, inputs) -> log G, a scalar.
+        model_inputs: inputs of all times, with a leading axis of time; the functions take one time.
     """
 
     init_sample: Callable[[PRNGKeyArray], Particle]
@@ -54,14 +60,16 @@ class FeynmanKac(NamedTuple):
 
 
 def bootstrap(program: StateSpaceModel, sampler: Sampler | None = None) -> FeynmanKac:
-    """M = p(x' | c), G = p(y | x'): any transition that can be sampled, any likelihood with a log_prob.
+    """Feynman-Kac model of the bootstrap filter: M = p(x' | c) and G = p(y | x').
+
+    The transition may be any distribution that can be sampled, and the likelihood any with a `log_prob`.
 
     Args:
-        program: ``ndda.program.StateSpaceModel(model, (y,))``.
-        sampler: reverse diffusion of the draw; by default the transition's own.
+        program: state-space model, ``ndda.program.StateSpaceModel(model, (y,))``.
+        sampler: sampler of a diffusion's draws; None for the transition's own.
 
     Raises:
-        ValueError: a program that cannot be filtered.
+        ValueError: the program cannot be filtered; the message names the site.
     """
     program.check(needs_dynamics=False)
 
@@ -82,16 +90,20 @@ def guided(
     guidance: Guidance | None = None,
     sampler: Sampler | None = None,
 ) -> FeynmanKac:
-    """M = the guided draw from p(x' | c, y), G = p^(y | c): `FAAPF`'s proposal and weight, weighed after the move.
+    """Feynman-Kac model of guided draws: M draws from p(x' | c, y), and G estimates p(y | c).
+
+    Draw and weight are those of `FAAPF`, but the particle is weighed after the move, not before it.
 
     Args:
-        program: as for `bootstrap`, its transition a diffusion or Gaussian.
-        weight: estimate of log p(y | c); `Dirac()` for a diffusion and `Moment()` in closed form by default.
-        guidance: how the score is guided; `MMPS()` by default.
-        sampler: reverse diffusion of the draw; by default the transition's own.
+        program: state-space model, ``ndda.program.StateSpaceModel(model, (y,))``, with a diffusion or a Gaussian as its
+            transition.
+        weight: estimate of log p(y | c); None for `Dirac()` with a diffusion, and `Moment()` in closed form.
+        guidance: guidance of a diffusion; None for `MMPS()`.
+        sampler: sampler of a diffusion's draws; None for the transition's own.
 
     Raises:
-        ValueError: a program that cannot be filtered so.
+        ValueError: the program cannot be filtered, or its transition or likelihood cannot be guided; the message names
+            the site.
     """
     program.check(needs_dynamics=True)
     if weight is None:
@@ -111,6 +123,8 @@ def guided(
 
 
 def _init_sample(program: StateSpaceModel) -> Callable[[PRNGKeyArray], Particle]:
+    """Build the function that draws a particle before the first time."""
+
     def latent_shape() -> Array:
         call = program.call(jax.random.key(0))
         return jnp.zeros(program.sites(call.init, call.first_inputs()).latent[program.structure.latent_name].shape())

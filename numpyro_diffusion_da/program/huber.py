@@ -1,13 +1,17 @@
-"""Huber's distribution: Gaussian errors with exponential tails, for observations of which a few are grossly wrong.
+r"""Huber's distribution: Gaussian errors with exponential tails, for observations with a few gross errors.
 
 With r = (y - loc) / scale and a threshold k,
 
-    p(y) = exp(-rho(r)) / (Z scale),    rho(r) = r^2 / 2 for |r| <= k, k |r| - k^2 / 2 beyond
-    Z = sqrt(2 pi) (2 Phi(k) - 1) + (2 / k) exp(-k^2 / 2),
+$$
+p(y) = \frac{e^{-\rho(r)}}{Z \, \mathrm{scale}}, \qquad
+\rho(r) = \begin{cases} r^2 / 2 & |r| \le k \\ k |r| - k^2 / 2 & |r| > k, \end{cases} \qquad
+Z = \sqrt{2 \pi} \, (2 \Phi(k) - 1) + \frac 2 k e^{-k^2 / 2} .
+$$
 
-the least favorable of all distributions that are Gaussian but for a given share (Huber 1964, Ann. Math. Stat. 35, 73).
-An observation further off than k scale pulls no harder than one at k scale; weather centers use it as variational
-quality control (Tavolato & Isaksen 2015, Q. J. R. Meteorol. Soc. 141, 1514).
+This is the least favorable distribution among those in which a given share of the values comes from any distribution
+and the rest is Gaussian (Huber 1964, Ann. Math. Stat. 35, 73). The influence of an observation does not grow further
+once its error exceeds k scale. Weather centers use the distribution as variational quality control (Tavolato &
+Isaksen 2015, Q. J. R. Meteorol. Soc. 141, 1514).
 """
 
 from __future__ import annotations
@@ -23,13 +27,24 @@ ROOT_TWO_PI = 2.5066282746310002
 
 
 class Huber(Distribution):
-    """Gaussian within `threshold` standard deviations of its center, exponential beyond: see `huber`.
+    r"""Huber's distribution: Gaussian within `threshold` times `scale` of its center, exponential beyond.
+
+    With r = (y - loc) / scale and k = threshold, the density is proportional to $e^{-r^2 / 2}$ for $|r| \le k$ and to
+    $e^{-k |r| + k^2 / 2}$ beyond (Huber 1964, Ann. Math. Stat. 35, 73). An observation with a gross error then has
+    little influence.
 
     Args:
-        loc: center, in the unit of the observation; mean and median.
-        scale: standard deviation of the Gaussian that the core is of, in that unit. That of the distribution is larger.
-        threshold: k, where the tails begin, in units of `scale`: 1.345 has 95 % of the efficiency of least squares if
-            all errors are Gaussian; the larger, the nearer to `Normal(loc, scale)`.
+        loc: center, in the unit of the observation; it is the mean and the median.
+        scale: standard deviation of the Gaussian core, in the unit of the observation; positive. The standard deviation
+            of the whole distribution is larger.
+        threshold: k, where the tails begin, in units of `scale`; positive. If all errors are Gaussian, 1.345 keeps 95 %
+            of the efficiency of least squares. For large k the distribution tends to `Normal(loc, scale)`.
+        validate_args: whether NumPyro checks the arguments and values; None for NumPyro's default.
+
+    `loc`, `scale` and `threshold` are broadcast; their common shape is the batch shape.
+
+    Raises:
+        ValueError: with `validate_args`, a `scale` or `threshold` that is not positive.
     """
 
     arg_constraints = {  # noqa: RUF012 - as in NumPyro
@@ -53,12 +68,19 @@ class Huber(Distribution):
         super().__init__(batch_shape=batch_shape, validate_args=validate_args)
 
     def _core(self) -> tuple[Array, Array]:
-        """(integral of exp(-rho) over the core, over one tail)."""
+        """Return the integrals of exp(-rho) over the core and over one tail."""
         k = jnp.asarray(self.threshold)
         return ROOT_TWO_PI * (1.0 - 2.0 * ndtr(-k)), jnp.exp(-0.5 * k**2) / k
 
     def sample(self, key: PRNGKeyArray | None, sample_shape: tuple[int, ...] = ()) -> Float[Array, ...]:
-        """A side, and a quantile of the lower half: exact, tails included, and differentiable in all parameters."""
+        """Draw values of shape sample_shape + batch_shape, exactly and differentiably in all parameters.
+
+        A draw is a quantile of the lower half with a random sign.
+
+        Args:
+            key: random key.
+            sample_shape: leading shape of the result.
+        """
         assert key is not None
         side_key, key = jax.random.split(key)
         shape = self.shape(sample_shape)
@@ -68,19 +90,19 @@ class Huber(Distribution):
         return self.loc - side * self.scale * self._lower_quantile(level)
 
     def _lower_quantile(self, level: Float[Array, ...]) -> Float[Array, ...]:
-        """r with the given probability below it, 0 < level <= 1/2, of the standard distribution."""
+        """Quantile r of the distribution with loc = 0 and scale = 1, for probabilities 0 < level <= 1/2."""
         k = jnp.asarray(self.threshold)
         core, tail = self._core()
         mass = level * (core + 2.0 * tail)
         in_tail = mass < tail
-        # Each branch is kept where it is defined, or the gradient of the other one is NaN.
+        # Both branches get arguments for which they are defined, because otherwise the gradient would be NaN.
         outside = -k + jnp.log(jnp.where(in_tail, mass, tail) / tail) / k
         inside = ndtri(jnp.clip(ndtr(-k) + jnp.where(in_tail, 0.0, mass - tail) / ROOT_TWO_PI, ndtr(-k), 0.5))
         return jnp.where(in_tail, outside, inside)
 
     @validate_sample
     def log_prob(self, value: Float[Array, ...]) -> Float[Array, ...]:
-        """-rho((value - loc) / scale) - log(Z scale)."""
+        """Log-density -rho((value - loc) / scale) - log(Z scale) of a value, broadcast with the batch shape."""
         k = jnp.asarray(self.threshold)
         size = jnp.abs((value - self.loc) / self.scale)
         core, tail = self._core()
@@ -88,7 +110,7 @@ class Huber(Distribution):
         return -0.5 * inside**2 - k * (size - inside) - jnp.log(core + 2.0 * tail) - jnp.log(self.scale)
 
     def cdf(self, value: Float[Array, ...]) -> Float[Array, ...]:
-        """Probability of a smaller value."""
+        """Probability of values below `value`, broadcast with the batch shape."""
         k = jnp.asarray(self.threshold)
         r = (value - self.loc) / self.scale
         core, tail = self._core()
@@ -100,18 +122,21 @@ class Huber(Distribution):
         return jnp.where(r < 0, beyond, 1.0 - beyond)
 
     def icdf(self, q: Float[Array, ...]) -> Float[Array, ...]:
-        """The value below which the probability is q."""
+        """Quantile of probability q, 0 < q < 1, broadcast with the batch shape."""
         lower = self._lower_quantile(jnp.minimum(q, 1.0 - q))
         return self.loc + self.scale * jnp.where(q < 0.5, lower, -lower)
 
     @property
     def mean(self) -> Float[Array, ...]:
-        """The center."""
+        """Mean of the distribution, `loc`, in the batch shape."""
         return jnp.broadcast_to(self.loc, self.batch_shape)
 
     @property
     def variance(self) -> Float[Array, ...]:
-        """scale^2 (core + 4 exp(-k^2 / 2) (1 / k + 1 / k^3)) / Z; 1.31 scale^2 for k = 1.5."""
+        """Variance in the batch shape, scale^2 (core + 4 exp(-k^2 / 2) (1 / k + 1 / k^3)) / Z.
+
+        The core is sqrt(2 pi) (2 Phi(k) - 1). For k = 1.5 the variance is 1.31 scale^2.
+        """
         k = jnp.asarray(self.threshold)
         core, tail = self._core()
         second = core + 4.0 * tail * (1.0 + 1.0 / k**2)

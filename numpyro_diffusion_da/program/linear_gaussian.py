@@ -1,10 +1,13 @@
-"""The matrices of a linear-Gaussian program, for the exact filters of other libraries.
+r"""Matrices of a linear-Gaussian program, for the exact filters of other libraries.
 
-    x_0 ~ N(m, P),    x' = F x + c + N(0, Q),    y = H x' + d + N(0, R)
+A program whose means are affine in the state, and whose errors do not depend on the state, has the form
 
-A program with linear means, and errors that do not depend on the state, has an exact answer. Its matrices are read off
-by differentiating it, so that the model is written once; `cuthbert.gaussian.kalman` takes them as they come out.
-Nothing of cuthbert is imported here.
+$$
+x_0 \sim \mathcal N(m, P), \qquad x' = F x + c + \mathcal N(0, Q), \qquad y = H x' + d + \mathcal N(0, R) .
+$$
+
+A Kalman filter is then exact. `LinearGaussian` finds the matrices by differentiating the program, so a user writes the
+model once. `cuthbert.gaussian.kalman` takes them in this form. This module does not import cuthbert.
 """
 
 from __future__ import annotations
@@ -23,29 +26,31 @@ from numpyro_diffusion_da.program.state_space import StateSpaceModel
 from numpyro_diffusion_da.transition.gaussian import GaussianDynamics
 
 TOLERANCE = 1e-3
-"""How far a program may be from linear, relative to the largest value compared: a little more than float32 needs."""
+"""Largest deviation from linearity, relative to the largest value compared; slightly above the errors of float32."""
 
 DynamicsMatrices = tuple[Float[Array, "n n"], Float[Array, " n"], Float[Array, "n n"]]
 ObservationMatrices = tuple[Float[Array, "m n"], Float[Array, " m"], Float[Array, "m m"], Float[Array, " m"]]
 
 
 class LinearGaussian:
-    """The matrices of a program, over its flattened latent site. A factor is any L with L L^T the covariance.
+    r"""Matrices of a linear-Gaussian program, over the flattened latent site with n values.
 
-    The covariance of a diffusion is read off its highest noise level s, and too small by (spread of z / s)^2 of itself:
-    a thousandth at most for `GaussianPrior`.
+    The program is $x_0 \sim \mathcal N(m, P)$, $x' = F x + c + \mathcal N(0, Q)$, $y = H x' + d + \mathcal N(0, R)$. A
+    factor of a covariance is any L with L L^T equal to it. The covariance Q of a diffusion comes from its highest noise
+    level s, and is too small by a relative error of (spread of z / s)^2; this is at most 0.001 for `GaussianPrior`.
 
     Args:
-        program: ``ndda.program.StateSpaceModel(model, (y,))``; its scan carries the latent site's value.
+        program: state-space model, ``ndda.program.StateSpaceModel(model, (y,))``. Its scan must carry the value of the
+            latent site and nothing else.
 
     Attributes:
         initial_mean: m, shape (n,).
         initial_factor: factor of P, shape (n, n).
-        model_inputs: the inputs of all times, leading axis time.
+        model_inputs: inputs of all times, with a leading axis of time. `dynamics` and `observation` take one time.
 
     Raises:
-        ValueError: a program that is not linear and Gaussian, as shown by its values at the first time; the sentence
-            says which part.
+        ValueError: the program is not linear and Gaussian, which is checked at the first time, or its scan carries more
+            than the latent site. The message names the part.
     """
 
     initial_mean: Float[Array, " n"]
@@ -57,8 +62,8 @@ class LinearGaussian:
         carry = program.call(jax.random.key(0)).init
         if not isinstance(carry, jax.Array):
             raise ValueError(
-                f"the scan of '{program.structure.name}' carries {jax.tree.structure(carry)}; "
-                "a Kalman filter needs the latent site's value alone."
+                f"the scan of '{program.structure.name}' carries {jax.tree.structure(carry)}, but a Kalman filter "
+                "needs the value of the latent site alone; carry that, or filter the program with ndda.Filter."
             )
         self.program = program
         self._shape = carry.shape
@@ -68,24 +73,41 @@ class LinearGaussian:
         for name, (expected, got) in jax.device_get(jax.jit(self._identities)()).items():
             if not np.allclose(got, expected, rtol=0, atol=TOLERANCE * max(np.abs(expected).max(), 1e-30)):
                 raise ValueError(
-                    f"{name} is not that of a linear-Gaussian program, and no Kalman filter is exact for "
+                    f"{name} is not that of a linear-Gaussian program, so no Kalman filter is exact for "
                     f"'{program.structure.name}'; filter it with ndda.Filter."
                 )
 
     def dynamics(self, inputs: TimeInputs) -> DynamicsMatrices:
-        """(F, c, factor of Q) at one time."""
+        """Matrices of the transition at one time.
+
+        Args:
+            inputs: inputs of the time.
+
+        Returns:
+            (F, shape (n, n); c, shape (n,); factor of Q, shape (n, n)).
+        """
         mean, factor = self._moments(self._zero, inputs)
         return jax.jacfwd(lambda x: self._moments(x, inputs)[0])(self._zero), mean, factor
 
     def observation(self, inputs: TimeInputs) -> ObservationMatrices:
-        """(H, d, factor of R, y) at one time, all observed sites one after the other; a missing value is NaN."""
+        """Matrices and values of the observations at one time, with the m values of all observed sites concatenated.
+
+        Args:
+            inputs: inputs of the time.
+
+        Returns:
+            (H, shape (m, n); d, shape (m,); factor of R, shape (m, m); y, shape (m,), NaN where missing).
+
+        Raises:
+            ValueError: an observed site is under `handlers.scale`.
+        """
         parts = self._observed(self._zero, self._zero, inputs)
         value = jnp.concatenate([jnp.where(part.observed, part.value, jnp.nan) for part in parts])
         operator = jax.jacfwd(lambda x: _mean(self._observed(x, self._zero, inputs)))(self._zero)
         return operator, _mean(parts), _factor(parts), value
 
     def _moments(self, x: Array, inputs: TimeInputs) -> tuple[Array, Array]:
-        """Mean and covariance factor of x' at the state x."""
+        """Mean, shape (n,), and covariance factor, shape (n, n), of x' given the flattened state x."""
         step = self.program.transition(x.reshape(self._shape), inputs)
         if isinstance(step, GaussianDynamics):
             diagonal = step.factor.shape == step.mean.shape
@@ -98,17 +120,22 @@ class LinearGaussian:
         return moments.mean.reshape(-1), vectors * jnp.sqrt(jnp.maximum(values, 0.0))[None]
 
     def _observed(self, x: Array, carry: Array, inputs: TimeInputs) -> list[GaussianObservation]:
+        """Gaussian observations at the flattened state x and the flattened carry.
+
+        Raises:
+            ValueError: an observed site is under `handlers.scale`.
+        """
         sites = self.program.sites(carry.reshape(self._shape), inputs, x.reshape(self._shape)).observed
         for name, site in sites.items():
             if not (isinstance(site.power, float) and site.power == 1.0):
                 raise ValueError(
-                    f"site '{name}' is under handlers.scale, and a power of a Gaussian likelihood is none that "
-                    "a Kalman filter can take; leave the scale out."
+                    f"site '{name}' is under handlers.scale, but a Kalman filter takes no power of a likelihood; "
+                    "leave the scale out."
                 )
         return [part for name, site in sites.items() for part in gaussian_observations(name, site.fn, site.value)]
 
     def _identities(self) -> dict[str, tuple[Array, Array]]:
-        """What agrees in a linear-Gaussian program, by name: two values each, at an arbitrary state."""
+        """Pairs of values that are equal in a linear-Gaussian program, at an arbitrary state, by their name."""
         call = self.program.call(jax.random.key(0))
         inputs = call.first_inputs()
         x, carry = jax.random.normal(jax.random.key(1), (2, *self._zero.shape), self._zero.dtype)
@@ -119,7 +146,7 @@ class LinearGaussian:
         advanced = self.program.advance(x.reshape(self._shape), carry.reshape(self._shape), inputs)
         latent = self.program.structure.latent_name
         return {
-            f"what the scan carries on, which must be the value of site '{latent}',": (x, advanced.reshape(-1)),
+            f"the next carry of the scan, which must be the value of site '{latent}',": (x, advanced.reshape(-1)),
             f"the mean of site '{latent}'": (matrix @ x + offset, mean),
             f"the covariance of site '{latent}'": (root @ root.T, root_elsewhere @ root_elsewhere.T),
             "the mean of the observed sites": (operator @ x + shift, _mean(elsewhere)),
@@ -127,7 +154,11 @@ class LinearGaussian:
         }
 
     def _initial(self) -> tuple[Array, Array]:
-        """Mean and covariance factor of the first carry, a linear function of the Gaussian sites before the scan."""
+        """Mean, shape (n,), and covariance factor, shape (n, n), of the first carry.
+
+        Raises:
+            ValueError: a site before the scan is not Gaussian, or the first carry is not a linear function of them.
+        """
         key, size = jax.random.key(0), self._zero.size
         with handlers.trace() as trace:
             self.program.call(key)
@@ -137,8 +168,8 @@ class LinearGaussian:
             found = gaussian_parts(fn)
             if found is None:
                 raise ValueError(
-                    f"site '{name}' has the distribution {type(fn).__name__}; "
-                    "a Kalman filter starts from a Normal or a MultivariateNormal."
+                    f"site '{name}' has the distribution {type(fn).__name__}, but a Kalman filter starts from a Normal "
+                    "or a MultivariateNormal; give it one, or filter the program with ndda.Filter."
                 )
             parts += found
 
@@ -157,7 +188,7 @@ class LinearGaussian:
             mean = jnp.concatenate([m for m, _ in parts])
             push = jax.jacfwd(carry)(mean)
             factor = push @ jsl.block_diag(*[f if f.ndim == 2 else jnp.diag(f) for _, f in parts])
-            # A square factor, whatever the number of sites: the R of a QR factorisation, padded with zeros.
+            # The R of a QR factorization makes a square factor for any number of sites; zeros pad it if there are few.
             rows = jnp.concatenate([factor.T, jnp.zeros((size, size), factor.dtype)])
             start = carry(mean)
             return start, jnp.linalg.qr(rows, mode="r").T, start + push.sum(1), carry(mean + 1.0)
@@ -165,15 +196,17 @@ class LinearGaussian:
         mean, factor, expected, got = jax.jit(moments)()
         if not np.allclose(got, expected, atol=TOLERANCE):
             raise ValueError(
-                f"the first carry of '{self.program.structure.name}' is no linear function of the sites before its scan, and no "
-                "Kalman filter is exact for it; filter it with ndda.Filter."
+                f"the first carry of '{self.program.structure.name}' is not a linear function of the sites before its "
+                "scan, so no Kalman filter is exact for it; filter it with ndda.Filter."
             )
         return mean, factor
 
 
 def _mean(parts: list[GaussianObservation]) -> Array:
+    """Means of all observations, concatenated, shape (m,)."""
     return jnp.concatenate([part.mean for part in parts])
 
 
 def _factor(parts: list[GaussianObservation]) -> Array:
+    """Factor of the error covariance of all observations, block diagonal, shape (m, m)."""
     return jsl.block_diag(*[part.scale if part.scale.ndim == 2 else jnp.diag(part.scale) for part in parts])

@@ -73,7 +73,8 @@ class Structure:
         state_shape: shape of the latent site's value.
         observed: observed sites of the body, by name, in the program's order.
         needed_names: unobserved sites outside the scan that its body depends on.
-        global_names: the sites of `needed_names`, and unobserved sites that are observed outside the scan only.
+        global_names: the sites of `needed_names`, and the unobserved sites that only observed sites outside the scan
+            depend on.
         initial_names: all other latent sites outside the scan, which affect its first carry and nothing else.
         outside_names: observed sites outside the scan.
         general_names: observed sites that are not Gaussian, whose error changes with the state, or whose mean is a
@@ -299,7 +300,7 @@ def _examine(program: Callable[[], None], name: str, shapes: Shapes) -> Structur
 
 
 def _argument(site: str) -> str:
-    """Name of the argument that holds a latent site's value; the prefix keeps a site `state` from a name clash."""
+    """Name of the argument that holds a latent site's value; a prefix, because a site may be called `state` too."""
     return f"site {site}"
 
 
@@ -347,11 +348,15 @@ def _expected(skip: SkipScan, shapes: Shapes) -> ScanCall:
     if latent != set(shapes.outside) or len(skip.scans) != 1 or skip.after:
         raise _OtherShapesError
     call = skip.scans[0]
-    leaves, form = jax.tree.flatten(call.init)
-    expected, expected_form = jax.tree.flatten(shapes.carry)
-    if not form == expected_form or [(a.shape, a.dtype) for a in leaves] != [(a.shape, a.dtype) for a in expected]:
+    if _described(call.init) != _described(shapes.carry):
         raise _OtherShapesError
     return call
+
+
+def _described(tree: PyTree) -> tuple[str, list[Any]]:
+    """The form of a pytree and the shapes and dtypes of its arrays."""
+    leaves, form = jax.tree.flatten(tree)
+    return str(form), [(leaf.shape, leaf.dtype) for leaf in leaves]
 
 
 def _facts(call: ScanCall, carry: PyTree, state: Array) -> dict[str, Any]:
@@ -380,7 +385,7 @@ def _facts(call: ScanCall, carry: PyTree, state: Array) -> dict[str, Any]:
 
 
 def _outside_dependences(skip: SkipScan, call: ScanCall, carry: PyTree) -> dict[str, Any]:
-    """Values that may depend on sites outside the scan: those in its body, its first carry, observed sites before it."""
+    """Values that may depend on sites outside the scan: in its body, its first carry, and observed sites before it."""
     sites, outputs = run_body(call, jax.random.key(0), carry, call.first_inputs())
     in_body = (sites.latent, sites.observed, sites.deterministic, outputs, call.xs)
     observed = {n: s["fn"] for n, s in _free(skip).items() if s["is_observed"]}
