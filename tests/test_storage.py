@@ -127,10 +127,10 @@ def test_a_longer_series_goes_on_from_a_shorter(program, whole, tmp_path):
     [
         ({"num_particles": 9}, "holds a run with num_particles = 8"),
         ({"key": jax.random.key(4)}, "holds a run with seed"),
-        ({"y": 1.0}, "step 0 in .* was made with other observations"),
+        ({"y": 1.0}, "step 0 in .* was run with other observations"),
         ({"keep": ["x"]}, "holds a run with keep = None"),
         ({"keep_observed": False}, "holds a run with keep_observed = True"),
-        ({"error": 0.4}, "another program: error of y is not what it was"),
+        ({"error": 0.4}, "another program: error of y has changed"),
     ],
 )
 def test_another_run_is_refused(small, program, kept_run, change, message):

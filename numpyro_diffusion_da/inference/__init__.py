@@ -1,4 +1,4 @@
-"""Runs of a filter over time, and of its evidence over parameters."""
+"""Runs of a filter over time, and inference of global parameters from its evidence."""
 
 from numpyro_diffusion_da.inference.compilation import Compiled
 from numpyro_diffusion_da.inference.filter import Filter

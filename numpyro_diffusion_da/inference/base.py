@@ -1,4 +1,4 @@
-"""What `PMMH` and `SMC2` share: a filter's evidence at parameters of a program, compiled; and their results."""
+"""Base class of `PMMH` and `SMC2`: compiled evidence of a filter at parameters of a program, and forms of the result."""
 
 from __future__ import annotations
 
@@ -24,12 +24,28 @@ from numpyro_diffusion_da.smc.base import map_particles
 if TYPE_CHECKING:
     import xarray
 
-BATCH = 16  # points at which the evidence is estimated in one call
-REPEATS = 2  # such calls for the spread of log p^(y) at one point
+BATCH = 16
+"""Number of positions at which one call estimates the evidence."""
+
+REPEATS = 2
+"""Number of such calls that estimate the standard deviation of log p^(y) at one position."""
 
 
 class ParameterInference(abc.ABC):
-    """Draws of a program's global parameters; the part of it that does not depend on how they are made."""
+    """Base class of runs that draw the global parameters of a program, without the method that draws them.
+
+    Args:
+        algorithm: filter of a program that estimates its evidence.
+        num_particles: number of particles N of the filter.
+        batch_size: number of particles moved at a time, over all filters; None for as many as fit into half of the
+            device's memory.
+        progress_bar: whether to show a progress bar.
+        **numbers: other arguments that must be whole numbers of 1 or more (`num_warmup`: 0 or more), by name.
+
+    Raises:
+        ValueError: a number is too small.
+        TypeError: a number is not a whole number.
+    """
 
     def __init__(
         self,
@@ -52,7 +68,15 @@ class ParameterInference(abc.ABC):
         self._result: ParameterResult | None = None
 
     def _begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[GlobalParameters, dict[str, Any]]:
-        """The program's parameters, and the attributes of a result that are known before it is there."""
+        """Check the program at given arguments, and prepare the compiled functions.
+
+        Returns:
+            (global parameters of the program; attributes of the result that are known before the run).
+
+        Raises:
+            ValueError: the program has no global parameters or a discrete one, the filter cannot run it, or the filter
+                does not estimate the evidence.
+        """
         name = type(self).__name__
         parameters = GlobalParameters(StateSpaceModel(self.algorithm.model, args, kwargs))
         known = parameters.placeholder()
@@ -72,10 +96,10 @@ class ParameterInference(abc.ABC):
 
     @abc.abstractmethod
     def _num_filters(self) -> int:
-        """The number of filters that run side by side."""
+        """Largest number of filters that run at the same time."""
 
     def _parts(self, parameters: GlobalParameters) -> dict[str, Callable[..., Any]]:
-        """What is compiled. Kept, so that a second run with arguments of the same shapes compiles nothing."""
+        """Functions to compile, by name; a second run with arguments of the same shapes does not compile again."""
 
         def evaluate(rng_key: Any, positions: Array, given: Any) -> FilterEvidence:
             keys = jax.random.split(rng_key, BATCH)
@@ -89,7 +113,7 @@ class ParameterInference(abc.ABC):
         return {"evaluate": evaluate, "values": values}
 
     def _evidence(self, parameters: GlobalParameters) -> Callable[..., FilterEvidence]:
-        """(rng_key, position[, steps]) -> what the filter leaves behind there."""
+        """Function (rng_key, position[, steps]) -> `FilterEvidence` of the filter at this position."""
 
         def run(rng_key: PRNGKeyArray, position: Array, steps: Any = None) -> FilterEvidence:
             return self._estimator.run(rng_key, parameters.filterable(position), steps)
@@ -97,48 +121,56 @@ class ParameterInference(abc.ABC):
         return run
 
     def _at(self, rng_key: PRNGKeyArray, positions: Any, given: Any) -> tuple[np.ndarray, dict[str, float]]:
-        """Log-evidences at `BATCH` positions, and mean network passes of one run of the filter."""
+        """Log-evidences at `BATCH` positions, shape (BATCH,), and mean network passes of one run of the filter."""
         evidence = jax.device_get(self._compiled["evaluate"](rng_key, positions, given))
         passes = {f"network_passes_{n}": float(v.mean()) for n, v in evidence.passes._asdict().items()}
         return evidence.state.log_evidence.astype(np.float64), passes
 
     def _spread(self, rng_key: PRNGKeyArray, position: Float[np.ndarray, " d"], given: Any) -> dict[str, float]:
-        """Standard deviation of log p^(y) at one position, and network passes of one estimate."""
+        """Standard deviation of log p^(y) at one position, shape (d,), and network passes of one estimate."""
         positions = np.broadcast_to(position, (BATCH, *position.shape)).astype(jnp.zeros(()).dtype)
         runs = [self._at(jax.random.fold_in(rng_key, i), positions, given) for i in range(REPEATS)]
         return {"log_evidence_std": float(np.concatenate([logs for logs, _ in runs]).std(ddof=1)), **runs[0][1]}
 
     def _values(self, positions: np.ndarray, given: Any) -> dict[str, np.ndarray]:
-        """GlobalParameters of positions (..., d), in their own space."""
+        """Convert positions, shape (..., d), to the values of the parameters in their own space, by site."""
         return {name: np.asarray(value) for name, value in self._compiled["values"](positions, given).items()}
 
     # --- the result ---------------------------------------------------------------------------------------------------
 
     @property
     def result(self) -> ParameterResult:
-        """The arrays of the last run.
+        """Result of the last run, as numpy arrays.
 
         Raises:
-            RuntimeError: nothing has been run.
+            RuntimeError: `run` has not been called.
         """
         if self._result is None:
             raise RuntimeError(f"this {type(self).__name__} has not run yet; call .run(jax.random.key(0), ...) first.")
         return self._result
 
     def get_samples(self, group_by_chain: bool = False) -> dict[str, np.ndarray]:
-        """The draws of each parameter, (chain x draw, ...), or (chain, draw, ...) by chain.
+        """Draws of each parameter given all observations, by site.
+
+        Args:
+            group_by_chain: whether to keep the chains apart.
+
+        Returns:
+            Arrays of shape (chains x draws, ...), or (chains, draws, ...) with `group_by_chain`.
 
         Raises:
-            RuntimeError: nothing has been run.
+            RuntimeError: `run` has not been called.
         """
         posterior = self.result.posterior
         return posterior if group_by_chain else {n: v.reshape(-1, *v.shape[2:]) for n, v in posterior.items()}
 
     def print_summary(self) -> None:
-        """Print what to look at first after a run, see `summary.parameter_summary`.
+        """Print a summary of the last run: acceptance, evidence, cost, and the parameters.
+
+        `results.parameter_summary_table` makes the tables.
 
         Raises:
-            RuntimeError: nothing has been run.
+            RuntimeError: `run` has not been called.
         """
         from rich.console import Console
 
@@ -149,15 +181,15 @@ class ParameterInference(abc.ABC):
     def to_datatree(
         self, *, dims: Mapping[str, Sequence[str]] | None = None, coords: Mapping[str, Any] | None = None
     ) -> xarray.DataTree:
-        """The last run as an `xarray.DataTree`, see `convert.parameters_to_datatree`.
+        """Result of the last run as an `xarray.DataTree`, made by `results.parameters_to_datatree`.
 
         Args:
-            dims: names for a parameter's axes: ``{"bias": ["station"]}``.
-            coords: coordinate values of dimensions: ``{"station": ["Oslo", "Bergen"]}``.
+            dims: names of a parameter's axes: ``{"bias": ["station"]}``.
+            coords: coordinates of dimensions: ``{"station": ["Oslo", "Bergen"]}``.
 
         Raises:
-            RuntimeError: nothing has been run.
-            ValueError: names or coordinates that do not fit.
+            RuntimeError: `run` has not been called.
+            ValueError: names or coordinates do not fit.
         """
         from numpyro_diffusion_da.results import convert
 
@@ -166,9 +198,15 @@ class ParameterInference(abc.ABC):
     def to_arviz(
         self, *, dims: Mapping[str, Sequence[str]] | None = None, coords: Mapping[str, Any] | None = None
     ) -> Any:
-        """The last run as the installed ArviZ takes it, see `convert.parameters_to_arviz`.
+        """Result of the last run in the form that the installed ArviZ takes, made by `results.parameters_to_arviz`.
 
-        Arguments and errors as `to_datatree`.
+        Args:
+            dims: names of a parameter's axes: ``{"bias": ["station"]}``.
+            coords: coordinates of dimensions: ``{"station": ["Oslo", "Bergen"]}``.
+
+        Raises:
+            RuntimeError: `run` has not been called.
+            ValueError: names or coordinates do not fit.
         """
         from numpyro_diffusion_da.results import convert
 

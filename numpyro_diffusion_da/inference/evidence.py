@@ -1,4 +1,4 @@
-"""A filter's estimate of a program's evidence p(y_1, ..., y_T), as one compiled loop over time."""
+"""Estimate of the evidence p(y_1, ..., y_T) of a program by a filter, as one compiled loop over time."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from numpyro_diffusion_da.smc.base import State, init, particle_keys
 
 
 class FilterEvidence(NamedTuple):
-    """What a filter left behind.
+    """State and cost of a filter after some steps.
 
     Attributes:
-        state: the filter's, after the last step; its `log_evidence` is -inf where it was not a number.
-        passes: network passes of all particles and steps.
+        state: state of the filter after the last step; its `log_evidence` is -inf if it was not a number.
+        passes: network passes made, summed over particles and steps.
     """
 
     state: State
@@ -29,12 +29,12 @@ class FilterEvidence(NamedTuple):
 
 
 class EvidenceEstimator(NamedTuple):
-    """A filter with its sizes, to be run on a program whose global parameters are known.
+    """Filter with its sizes, which runs on a program whose global parameters are known.
 
     Attributes:
-        algorithm: the filter.
-        num_particles: particles N.
-        batch_size: particles moved at a time; None moves all at once.
+        algorithm: filter of the program.
+        num_particles: number of particles N.
+        batch_size: number of particles moved at a time; None moves all at once.
     """
 
     algorithm: FilterAlgorithm
@@ -42,14 +42,29 @@ class EvidenceEstimator(NamedTuple):
     batch_size: int | None = None
 
     def start(self, rng_key: PRNGKeyArray, program: StateSpaceModel) -> FilterEvidence:
-        """N draws of the initial state, before any observation."""
+        """Draw N particles of the initial state, before any observation.
+
+        Args:
+            rng_key: random key.
+            program: state-space model with its global parameters fixed.
+        """
         state = init(jax.vmap(program.initial)(particle_keys(rng_key, self.num_particles)))
         return FilterEvidence(state, NetworkPasses(*(jnp.zeros(()) for _ in NetworkPasses._fields)))
 
     def step(
         self, rng_key: PRNGKeyArray, program: StateSpaceModel, evidence: FilterEvidence, t: Int[Array, ""]
     ) -> tuple[FilterEvidence, Float[Array, ""]]:
-        """Take in the observations of time t; also the increment of the log-evidence, -inf where not a number."""
+        """Assimilate the observations of time t.
+
+        Args:
+            rng_key: random key of the step.
+            program: state-space model with its global parameters fixed.
+            evidence: state and cost before the step.
+            t: index of the time, from 0.
+
+        Returns:
+            (state and cost after the step; increment of the log-evidence, -inf if it was not a number).
+        """
         inputs = TimeInputs(t, jax.tree.map(lambda x: x[t], program.inputs()))
         state, info = self.algorithm.kernel(program, self.batch_size)(rng_key, evidence.state, inputs)
         increment = info.log_evidence_increment
@@ -61,12 +76,12 @@ class EvidenceEstimator(NamedTuple):
     def run(
         self, rng_key: PRNGKeyArray, program: StateSpaceModel, steps: Int[Array, ""] | int | None = None
     ) -> FilterEvidence:
-        """Filter the first `steps` observations, keeping nothing but the last state.
+        """Filter the observations of the first `steps` times, and return the last state and the cost.
 
         Args:
-            rng_key: a step's key is fold_in of a half of it and the step.
-            program: with its global parameters known.
-            steps: how many; may be traced, so that one compilation serves all times. None for all of them.
+            rng_key: random key; each step folds its index into it.
+            program: state-space model with its global parameters fixed.
+            steps: number of times; None for all. It may be traced, so that one compilation serves all numbers.
         """
         init_key, run_key = jax.random.split(rng_key)
 
@@ -78,24 +93,25 @@ class EvidenceEstimator(NamedTuple):
 
 
 def check_evidence(algorithm: FilterAlgorithm, program: StateSpaceModel, name: str) -> list[str]:
-    """Refuse a filter without evidence, and warn of one whose evidence is biased.
+    """Check that a filter estimates the evidence of a program, and warn if the estimate is biased.
 
     Args:
-        algorithm: the filter.
-        program: with its global parameters known.
-        name: of what needs the evidence.
+        algorithm: filter of the program.
+        program: state-space model with its global parameters fixed.
+        name: name of the inference that needs the evidence, for the warning.
 
     Returns:
-        Why it is biased; empty where it is not.
+        Reasons why the evidence is biased; empty if it is unbiased.
 
     Raises:
-        ValueError: the filter cannot run the program, or estimates no evidence.
+        ValueError: the filter cannot run the program, or does not estimate the evidence.
     """
     program.check(algorithm.needs_gaussian, algorithm.needs_gaussian_errors)
     kind = type(algorithm).__name__
     if not algorithm.has_evidence():
         raise ValueError(
-            f"{kind} without weights estimates no evidence; use ndda.GuidedPF(model) or ndda.Bootstrap(model)."
+            f"{kind} without weights of whole particles estimates no evidence; use ndda.GuidedPF(model) or "
+            "ndda.Bootstrap(model)."
         )
     bias_reasons = algorithm.evidence_bias_reasons(program)
     if bias_reasons:
@@ -103,8 +119,8 @@ def check_evidence(algorithm: FilterAlgorithm, program: StateSpaceModel, name: s
         if program.structure.diffusion is None and algorithm.needs_gaussian and program.structure.observes_linearly:
             instead += ", ndda.FAAPF(model, weight=ndda.Moment(), target_ess=0.0)"
         warnings.warn(
-            f"the evidence of {kind} is biased: {'; '.join(bias_reasons)}. {name} then does not draw from the posterior "
-            f"of the parameters, and more particles do not help; use {instead}.",
+            f"the evidence of {kind} is biased: {'; '.join(bias_reasons)}. {name} then does not draw from the "
+            f"posterior of the parameters, and more particles do not help; use {instead}.",
             stacklevel=3,
         )
     return bias_reasons

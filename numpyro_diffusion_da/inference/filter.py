@@ -1,4 +1,4 @@
-"""`Filter`: the one loop over time, for any filter kernel, in independent chains."""
+"""`Filter`: run any filter over a whole series of observations, in independent chains."""
 
 from __future__ import annotations
 
@@ -32,26 +32,33 @@ if TYPE_CHECKING:
 
 
 class Filter:
-    """Runs a filter over a NumPyro program, as `numpyro.infer.MCMC` runs a sampler.
+    """Run of a filter over a NumPyro program, with the interface of `numpyro.infer.MCMC`.
+
+    Call `run`, then read `result`, or convert it by `to_datatree` or `to_arviz`.
 
     Args:
-        algorithm: `FAAPF(model)`, `GuidedPF(model)`, `Bootstrap(model)` or `EnKF(model)`.
-        num_particles: particles N of each filter.
-        num_chains: independent filters; they become the chains of the result.
-        batch_size: particles moved at a time; None for as many as half of the device's memory takes. The result
-            does not depend on it.
-        progress_bar: show a bar over the steps.
-        keep_forecasts: keep the one-step forecast that each particle came from (the group `prior` of the result).
-        keep_observed: keep a predictive draw and the log-likelihood of each observation for every particle (the groups
-            `posterior_predictive` and `log_likelihood`). They are as large as particles times observations.
-        keep: latent and deterministic sites whose particles the result keeps; None for all. A state too large to keep
-            at every step can so be reduced in the program, by a `numpyro.deterministic` of what is wanted.
-        directory: where each step is written as it is made. A run that died goes on from its last step when it is
-            started again with the same key and arguments, and gives what it would have given. None keeps nothing.
+        algorithm: filter of a program: `FAAPF(model)`, `GuidedPF(model)`, `Bootstrap(model)`, `EnKF(model)`, or one of
+            them in a `GrossErrorCheck`.
+        num_particles: number of particles N of each chain.
+        num_chains: number of independent runs of the filter; they become the chains of the result.
+        batch_size: number of particles moved at a time, which bounds the memory; None for as many as fit into half of
+            the device's memory. The result does not depend on it.
+        progress_bar: whether to show a progress bar over the steps.
+        keep_forecasts: whether to keep the one-step forecast from which each particle was drawn, in
+            `FilterResult.forecast` and in the group `prior` of a `DataTree`. The weights must compute it: `FAAPF` with
+            `Dirac` or `Moment`.
+        keep_observed: whether to keep, for every particle, a predictive draw and the log-likelihood of each
+            observation (the groups `posterior_predictive` and `log_likelihood`). Their size is particles times
+            observations.
+        keep: names of the latent and deterministic sites whose particles are kept; None for all. To save memory, record
+            a reduction of the state with `numpyro.deterministic` and list only that here.
+        directory: directory to which each step is written as soon as it is computed. If a run is interrupted, run it
+            again with the same key and arguments: it continues after the last step on disk, and gives the same result
+            as a run without interruption. None writes nothing.
 
     Raises:
-        ValueError: a number of particles or chains below 1, or a negative batch size.
-        TypeError: `algorithm` is not a filter.
+        ValueError: `num_particles`, `num_chains` or `batch_size` is below 1, or `keep` names no site.
+        TypeError: `algorithm` is not a filter, or a number is not a whole number.
     """
 
     @takes_algorithm("num_particles=256")
@@ -73,7 +80,8 @@ class Filter:
         check_batch_size(batch_size)
         if keep is not None and (isinstance(keep, str) or not keep):
             raise ValueError(
-                f"keep={keep!r}; give a list of one or more latent or deterministic sites, or None for all."
+                f"Filter got keep={keep!r}; give a list of one or more names of latent or deterministic sites, or None "
+                "for all."
             )
         self.algorithm = algorithm
         self.num_particles = num_particles
@@ -92,21 +100,22 @@ class Filter:
         self._compiled: dict[str, Compiled] = {}
 
     def run(self, rng_key: PRNGKeyArray, *args: Any, **kwargs: Any) -> None:
-        """Filter the observations in the program's arguments.
+        """Filter the observations in the arguments of the program; `result` holds the result afterwards.
 
-        A chain's key is fold_in(rng_key, chain), a step's fold_in of that and the step, a particle's fold_in of that
-        and the particle: neither batching nor the number of chains changes a draw. Warns where half of the weights or
-        more are tempered to alpha below 0.1, and says what to do.
+        The keys of chains, steps and particles are folded from `rng_key` by their indices, so neither `batch_size` nor
+        `num_chains` changes a draw. A run warns if the median tempering exponent alpha is below 0.1, or if a
+        gross-error check rejects more than a third of the observations.
 
         Args:
-            rng_key: from `jax.random.key`.
-            *args: the program's arguments.
-            **kwargs: the program's keyword arguments.
+            rng_key: random key, from `jax.random.key`.
+            *args: arguments of the program.
+            **kwargs: keyword arguments of the program.
 
         Raises:
-            ValueError: a program that cannot be filtered, an observation error that is not positive (naming the site
-                and the step), or a `directory` that holds another run.
-            FloatingPointError: every particle of a step is non-finite (naming the step).
+            ValueError: the filter cannot run the program; an observation error is not positive and finite, or an
+                observation is infinite (the message names the site and the step); `keep` names an unknown site; or
+                `directory` holds another run.
+            FloatingPointError: all weights or all particles of a step are non-finite; the message names the step.
         """
         program = self._prepared(args, kwargs)
         given = (args, kwargs)
@@ -117,7 +126,7 @@ class Filter:
             for chain in range(self.num_chains):
                 init_key, run_key = jax.random.split(jax.random.fold_in(rng_key, chain))
                 state, xs = self._compiled["start"](init_key, given)
-                xs = jax.device_get(xs)  # a slice of a numpy array compiles nothing
+                xs = jax.device_get(xs)  # slicing a numpy array does not compile anything
                 done = 0
                 if store is not None:
                     store.check_program(jax.device_get(program.probe(_at_time(xs, 0))))
@@ -147,9 +156,9 @@ class Filter:
                 warnings.warn(advice, stacklevel=2)
 
     def _prepared(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> StateSpaceModel:
-        """The program at these arguments, checked, with its functions compiled for it.
+        """Build the model of the program at these arguments, check it, and prepare the compiled functions.
 
-        A second run of a program with the same structure traces it once, checks nothing again and compiles nothing.
+        A second run of a program with the same structure traces it once, skips the checks and does not compile again.
         """
         before = None if self._program is None else self._program.structure
         program = StateSpaceModel(self.algorithm.model, args, kwargs, like=before)
@@ -161,7 +170,7 @@ class Filter:
         return program
 
     def _functions(self, program: StateSpaceModel) -> dict[str, Compiled]:
-        """The jitted first draw, step, and step back of backward simulation."""
+        """Compiled functions of the program: draw of initial particles, filter step, and backward simulation step."""
         batch_size = self._batch
 
         def start(rng_key: PRNGKeyArray, given: Any) -> tuple[State, PyTree]:
@@ -181,17 +190,18 @@ class Filter:
 
     @property
     def _keep(self) -> Keep:
+        """Parts of the particles that the run keeps."""
         return Keep(self.keep, self.keep_observed, self.keep_forecasts)
 
     def _store(self, attributes: dict[str, Any]) -> RunStore | None:
-        """The directory of the run's steps; None where nothing is written."""
+        """Storage of the run's steps; None if nothing is written."""
         if self.directory is None:
             return None
         kept = {name: getattr(self, name) for name in ("keep", "keep_observed", "keep_forecasts")}
         return RunStore(self.directory, {**attributes, **kept})
 
     def _attributes(self, program: StateSpaceModel, rng_key: PRNGKeyArray) -> dict[str, Any]:
-        """The attributes that are enough to run it again."""
+        """Attributes of the result that are enough to repeat the run."""
         diffusion = program.structure.diffusion
         return {
             "model": program.structure.name,
@@ -204,53 +214,71 @@ class Filter:
 
     @property
     def result(self) -> FilterResult:
-        """The arrays of the last run.
+        """Result of the last run, as numpy arrays.
 
         Raises:
-            RuntimeError: nothing has been run.
+            RuntimeError: `run` has not been called.
         """
         if self._result is None:
             raise RuntimeError("this Filter has not run yet; call .run(jax.random.key(0), ...) first.")
         return self._result
 
     def smoothed(self, lag: int | None = None) -> FilterResult:
-        """The last run's particles given later observations too, from their genealogy (see `smoothing`).
+        """Result of the last run smoothed by the genealogy of its particles: states given later observations too.
+
+        The functions are `results.trajectories` and `results.fixed_lag`.
 
         Args:
-            lag: steps of later observations, as `smoothing.fixed_lag`; None for all of them: `smoothing.trajectories`.
+            lag: number of later steps whose observations are used, 0 or more (`fixed_lag`); None for all observations,
+                so that draws are whole trajectories (`trajectories`).
+
+        Returns:
+            Smoothed result with arrays of the same shapes.
 
         Raises:
-            RuntimeError: nothing has been run.
-            ValueError: a negative lag, or an ensemble Kalman filter, which has no genealogy.
+            RuntimeError: `run` has not been called.
+            ValueError: `lag` is negative, or the result has no genealogy: the filter is an ensemble Kalman filter or
+                has a taper.
         """
         return smoothing.trajectories(self.result) if lag is None else smoothing.fixed_lag(self.result, lag)
 
     def backward_simulation(
         self, rng_key: PRNGKeyArray, num_draws: int = 100, *, batch_size: int | None = None
     ) -> FilterResult:
-        """Whole trajectories given all observations, for a transition with a density (see `backward`).
+        """Draws of whole trajectories given all observations, from the last run and the density of the transition.
 
-        Each draw is a path of particles, ``posterior[site][chain, i]``, whose links are drawn by the transition's
-        density and not taken from the genealogy: lines part again after they have met, so that fewer draws are copies.
-        Any filter's particles can be linked, an ensemble Kalman filter's too. What the program derives (deterministic
-        sites, log-likelihoods, predictive draws) is computed along the paths; forecasts are those of the particles.
-        `convert.to_datatree` and `convert.to_arviz` name the result as any other. Log-likelihoods are of all
-        observations, those too that a gross-error check rejected.
+        Each draw is a path through the particles, ``posterior[site][chain, i]``. The density of the transition links
+        the particles of consecutive times, not the genealogy. Paths that have met can part again, so fewer draws are
+        copies. The filter may be any, for example an ensemble Kalman filter.
 
-        In `sample_stats`, `filter_draw` says which particle each draw is and `distinct_lines` counts them;
-        `backward_ess` is the effective sample size of the weights that a link was chosen by, and
-        `backward_passes_forward`, ... are the network passes of a draw's densities at each step.
+        Deterministic sites, log-likelihoods and predictive draws are computed along the paths; forecasts are those of
+        the particles. Log-likelihoods include observations that a gross-error check rejected.
+        `results.to_datatree` and `results.to_arviz` take the result.
+
+        In `sample_stats`, `filter_draw` is the index of each draw among the particles of the filter, and
+        `distinct_lines` counts the distinct ones. `backward_ess` is the effective sample size of the weights from which
+        a link was drawn. `backward_passes_forward`, `backward_passes_jvp` and `backward_passes_vjp` are the network
+        passes of a draw's densities at each step.
+
+        Source: Godsill, Doucet & West 2004, J. Am. Stat. Assoc. 99, algorithm 1; see
+        `inference/backward_simulation.py`.
 
         Args:
-            rng_key: from `jax.random.key`; not the one of the run.
-            num_draws: trajectories of each chain. Their cost is num_particles densities each and step.
-            batch_size: densities computed at a time; None for as many as half of the device's memory takes. The result does not depend on it.
+            rng_key: random key, from `jax.random.key`; another one than that of the run.
+            num_draws: number of trajectories M of each chain. Each costs `num_particles` densities per step.
+            batch_size: number of densities computed at a time, which bounds the memory; None for as many as fit into
+                half of the device's memory. The result does not depend on it.
+
+        Returns:
+            Smoothed result, in whose arrays M draws replace the N particles.
 
         Raises:
-            RuntimeError: nothing has been run.
-            ValueError: a transition without a density (a `DiffusionTransition` needs ``density=``), a carry that
-                depends on more than the latent site, or a latent site that was not kept.
-            FloatingPointError: no particle of a step can have led to the next (naming the step).
+            RuntimeError: `run` has not been called.
+            ValueError: the transition has no density (a `DiffusionTransition` needs ``density=``), the carry depends on
+                more than the latent site, the run did not keep the latent site, or a number is below 1.
+            TypeError: `batch_size` is not a whole number.
+            FloatingPointError: no particle of a step can have led to the particle of the next; the message names the
+                step.
         """
         result = self.result
         args, kwargs = self._given
@@ -275,18 +303,19 @@ class Filter:
         dims: Mapping[str, Sequence[str]] | None = None,
         coords: Mapping[str, Any] | None = None,
     ) -> xarray.DataTree:
-        """The last run as an `xarray.DataTree`, see `convert.to_datatree`.
+        """Result of the last run as an `xarray.DataTree`, made by `results.to_datatree`.
 
         Args:
-            lag: each draw has seen the observations up to this many steps later: 0 is the filter, more is fixed-lag
-                smoothing, None whole trajectories given all observations (see `smoothed`).
-            time: coordinate of the time axis, one value a step.
-            dims: names for a site's axes after time: ``{"y": ["station"]}``.
-            coords: coordinate values of dimensions: ``{"station": ["Oslo", "Bergen"]}``.
+            lag: number of later steps whose observations each draw has seen: 0 for the filter, more for fixed-lag
+                smoothing, None for whole trajectories given all observations (see `smoothed`).
+            time: coordinate of the time axis, one value per step; None for 0, 1, ...
+            dims: names of a site's axes after time: ``{"y": ["station"]}``.
+            coords: coordinates of dimensions: ``{"station": ["Oslo", "Bergen"]}``.
 
         Raises:
-            RuntimeError: nothing has been run.
-            ValueError: names or coordinates that do not fit, or a lag that `smoothed` refuses.
+            RuntimeError: `run` has not been called.
+            ValueError: names or coordinates do not fit, `lag` is negative, or `lag` is not 0 and the result has no
+                genealogy.
         """
         from numpyro_diffusion_da.results import convert
 
@@ -301,9 +330,21 @@ class Filter:
         dims: Mapping[str, Sequence[str]] | None = None,
         coords: Mapping[str, Any] | None = None,
     ) -> Any:
-        """The last run as the installed ArviZ takes it; `convert.to_arviz` says what its numbers mean for particles.
+        """Result of the last run in the form that the installed ArviZ takes, made by `results.to_arviz`.
 
-        Arguments and errors as `to_datatree`.
+        `results.to_arviz` explains what ArviZ's diagnostics mean for particles.
+
+        Args:
+            lag: number of later steps whose observations each draw has seen: 0 for the filter, more for fixed-lag
+                smoothing, None for whole trajectories given all observations (see `smoothed`).
+            time: coordinate of the time axis, one value per step; None for 0, 1, ...
+            dims: names of a site's axes after time: ``{"y": ["station"]}``.
+            coords: coordinates of dimensions: ``{"station": ["Oslo", "Bergen"]}``.
+
+        Raises:
+            RuntimeError: `run` has not been called.
+            ValueError: names or coordinates do not fit, `lag` is negative, or `lag` is not 0 and the result has no
+                genealogy.
         """
         from numpyro_diffusion_da.results import convert
 
@@ -311,10 +352,12 @@ class Filter:
         return convert.to_arviz(result, time=time, dims=dims, coords=coords)
 
     def print_summary(self) -> None:
-        """Print what to look at first after a run, see `summary.summary`.
+        """Print a summary of the last run: weights, evidence, cost, and the state at the last time.
+
+        `results.summary_table` makes the tables.
 
         Raises:
-            RuntimeError: nothing has been run.
+            RuntimeError: `run` has not been called.
         """
         from rich.console import Console
 
@@ -324,5 +367,5 @@ class Filter:
 
 
 def _at_time(xs: PyTree, t: int) -> TimeInputs:
-    """The scan's slice at step t, for inputs in numpy."""
+    """Inputs of step t, from inputs of all times as numpy arrays."""
     return TimeInputs(jnp.asarray(t), jax.tree.map(lambda x: x[t], xs))

@@ -1,4 +1,4 @@
-"""`OnlineFilter`: one observation at a time, in a loop of the caller's own."""
+"""`OnlineFilter`: run any filter one time at a time, in a loop that the user writes."""
 
 from __future__ import annotations
 
@@ -18,18 +18,21 @@ from numpyro_diffusion_da.smc.base import Info, State, init, particle_keys
 
 
 class OnlineFilter:
-    """A filter over a NumPyro program, as BlackJAX writes an algorithm: ``init``, then ``step`` as observations arrive.
+    """Filter over a NumPyro program with the interface of BlackJAX: ``init``, then ``step`` as observations arrive.
 
-    The program is given one time at a time: series of length 1 where `Filter` gives it the whole. `State` is a
-    pytree of arrays: keep it in any way that keeps arrays, and go on from it in another process.
+    The program gets one time at a time, as series of length 1, whereas `Filter` gives it the whole series. The state is
+    a pytree of arrays, so it can be saved like any arrays, and another process can continue from it.
 
     Args:
-        algorithm: `FAAPF(model)`, `Bootstrap(model)` or `EnKF(model)`.
-        num_particles: particles N.
-        batch_size: particles moved at a time; None for as many as half of the device's memory takes.
+        algorithm: filter of a program: `FAAPF(model)`, `GuidedPF(model)`, `Bootstrap(model)`, `EnKF(model)`, or one of
+            them in a `GrossErrorCheck`.
+        num_particles: number of particles N.
+        batch_size: number of particles moved at a time, which bounds the memory; None for as many as fit into half of
+            the device's memory.
 
     Raises:
-        ValueError: fewer than one particle, or a negative batch size.
+        ValueError: `num_particles` or `batch_size` is below 1.
+        TypeError: `algorithm` is not a filter, or a number is not a whole number.
     """
 
     @takes_algorithm("num_particles=256")
@@ -44,37 +47,47 @@ class OnlineFilter:
         self._compiled_step = Compiled(self._step)
 
     def init(self, rng_key: PRNGKeyArray, *args: Any, **kwargs: Any) -> State:
-        """N draws of the program's initial state.
+        """Draw N particles of the program's initial state.
 
         Args:
-            rng_key: from `jax.random.key`.
-            *args: the program's arguments at the first time, as in `step`; observations may be NaN.
-            **kwargs: its keyword arguments.
+            rng_key: random key, from `jax.random.key`.
+            *args: arguments of the program at the first time, with series of length 1, as in `step`. Observations may
+                be NaN.
+            **kwargs: keyword arguments of the program.
+
+        Returns:
+            State before the first observation; the leading axis of its particles is N.
 
         Raises:
-            ValueError: a program that cannot be filtered.
+            ValueError: the filter cannot run the program, or series have another length than 1.
         """
         return self._compiled_init(rng_key, self._checked(args, kwargs))
 
     def step(self, rng_key: PRNGKeyArray, state: State, *args: Any, **kwargs: Any) -> tuple[State, Info]:
-        """Take in the observations of one time; compiled once, pure.
+        """Assimilate the observations of one time; a pure function that is compiled once.
 
         Args:
-            rng_key: another one at each step: ``jax.random.fold_in(run_key, t)`` makes a run repeatable.
-            state: from `init` or the last `step`.
-            *args: the program's arguments, their series of length 1: ``y_t[None]``. NaN is missing.
-            **kwargs: its keyword arguments.
+            rng_key: random key, a new one at each step; ``jax.random.fold_in(run_key, t)`` makes a run repeatable.
+            state: state from `init` or from the last `step`.
+            *args: arguments of the program, with series of length 1: ``y_t[None]``. NaN marks a missing value.
+            **kwargs: keyword arguments of the program.
 
         Returns:
-            (state, info). New particles of the latent site are in ``info.proposal.sites["posterior"]``; a failure
-            shows in ``info.nonfinite_particles`` and ``info.nonfinite_weights``, and raises nothing.
+            (state, diagnostics of the step). The new particles of the latent site are in
+            ``info.proposal.sites["posterior"]``, with a leading axis of N. Non-finite values do not raise; they are
+            counted in ``info.nonfinite_particles`` and ``info.nonfinite_weights``.
 
         Raises:
-            ValueError: a program that cannot be filtered, or series of another length.
+            ValueError: the filter cannot run the program, or series have another length than 1.
         """
         return self._compiled_step(rng_key, state, self._checked(args, kwargs))
 
     def _checked(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Check the program once, at the first arguments, and return (args, kwargs).
+
+        Raises:
+            ValueError: the filter cannot run the program.
+        """
         if self._program is None:
             program = StateSpaceModel(self.algorithm.model, args, kwargs)
             program.check(self.algorithm.needs_gaussian, self.algorithm.needs_gaussian_errors)
@@ -82,20 +95,27 @@ class OnlineFilter:
         return args, kwargs
 
     def _at(self, given: Any) -> StateSpaceModel:
+        """Build the model of the program at (args, kwargs), which may be tracers.
+
+        Raises:
+            ValueError: the scan runs over more than one time.
+        """
         assert self._program is not None
         program = self._program.at(*given)
         length = program.call(jax.random.key(0)).length
         if length != 1:
             raise ValueError(
-                f"the program scans over {length} times; an OnlineFilter takes one at a time: give series of length 1, "
-                "as y_t[None] (Filter runs whole series)."
+                f"the program scans over {length} times, but an OnlineFilter takes one time per call; give series of "
+                "length 1, such as y_t[None], or run the whole series with ndda.Filter."
             )
         return program
 
     def _init(self, rng_key: PRNGKeyArray, given: Any) -> State:
+        """Draw the initial particles; the function that `init` compiles."""
         return init(jax.vmap(self._at(given).initial)(particle_keys(rng_key, self.num_particles)))
 
     def _step(self, rng_key: PRNGKeyArray, state: State, given: Any) -> tuple[State, Info]:
+        """Run the kernel at one time; the function that `step` compiles."""
         program = self._at(given)
         inputs = TimeInputs(jnp.asarray(0), jax.tree.map(lambda x: x[0], program.inputs()))
         batch_size = particles_at_a_time(self.batch_size, self.num_particles, program)

@@ -1,4 +1,4 @@
-"""`PMMH`: the global parameters of a program, by a Markov chain on the evidence that a particle filter estimates."""
+"""`PMMH`: draw the global parameters of a program by a Markov chain on the evidence estimated by a particle filter."""
 
 from __future__ import annotations
 
@@ -19,32 +19,38 @@ from numpyro_diffusion_da.results.result import ParameterResult
 from numpyro_diffusion_da.smc import pmmh
 from numpyro_diffusion_da.smc.base import map_particles
 
-CHUNK = 64  # iterations between two looks at the clock, at most
-CLOUD = 512  # draws of the prior for its covariance; a chain starts from one of the first `BATCH` of them
+CHUNK = 64
+"""Largest number of iterations in one call of the compiled function, after which the progress bar is updated."""
+
+CLOUD = 512
+"""Number of prior draws that estimate the prior's covariance; a chain starts from one of the first `BATCH` of them."""
 
 
 class PMMH(ParameterInference):
-    """Particle-marginal Metropolis-Hastings over a NumPyro program, as `numpyro.infer.MCMC` runs a sampler.
+    """Particle-marginal Metropolis-Hastings over a NumPyro program, with the interface of `numpyro.infer.MCMC`.
 
-    Draws of the global parameters (unobserved sites outside the scan that its body uses) given all observations. Every
-    proposal runs the filter through the whole series once. Where the filter's evidence is unbiased the draws are those
-    of the exact posterior, whatever the number of particles; that number only decides how well the chain moves: choose
-    it so that the log-evidence at a posterior point has a standard deviation of 1 to 1.7 (Doucet, Pitt, Deligiannidis
-    & Kohn 2015; Sherlock, Thiery, Roberts & Rosenthal 2015).
+    It draws the global parameters given all observations. Global parameters are the unobserved sites outside the scan
+    that its body uses. Every proposal runs the filter once over the whole series.
+
+    If the evidence of the filter is unbiased, the draws are from the exact posterior for any number of particles. The
+    number of particles determines how well the chain moves. Choose it so that the log-evidence at a posterior point has
+    a standard deviation of 1 to 1.7 (Doucet, Pitt, Deligiannidis & Kohn 2015; Sherlock, Thiery, Roberts & Rosenthal
+    2015). `print_summary` shows this standard deviation.
 
     Args:
-        algorithm: `Bootstrap(model)`, or another filter of the program. A warning says where its evidence is biased.
-        num_particles: particles N of the filter.
-        num_warmup: iterations in which the proposal is adapted; they are thrown away.
-        num_samples: draws of each chain.
-        num_chains: independent chains.
-        batch_size: particles moved at a time, of all chains together; None for as many as half of the device's memory
-            takes. Below N, one chain moves at a time.
-        progress_bar: show a bar over the iterations.
+        algorithm: `Bootstrap(model)`, or another filter of the program that estimates its evidence. A run warns if the
+            evidence is biased.
+        num_particles: number of particles N of the filter.
+        num_warmup: number of iterations that adapt the proposal and are then discarded, 0 or more.
+        num_samples: number of draws of each chain.
+        num_chains: number of independent chains.
+        batch_size: number of particles moved at a time, over all chains, which bounds the memory; None for as many as
+            fit into half of the device's memory. Below N, one chain moves at a time.
+        progress_bar: whether to show a progress bar over the iterations.
 
     Raises:
-        ValueError: a number below its least value.
-        TypeError: `algorithm` is not a filter.
+        ValueError: `num_warmup` is negative, or another number is below 1.
+        TypeError: `algorithm` is not a filter, or a number is not a whole number.
     """
 
     @takes_algorithm("num_particles=256, num_warmup=500, num_samples=1000")
@@ -66,18 +72,20 @@ class PMMH(ParameterInference):
         self.num_chains = num_chains
 
     def run(self, rng_key: PRNGKeyArray, *args: Any, **kwargs: Any) -> None:
-        """Draw from the posterior of the parameters, given the observations in the program's arguments.
+        """Draw from the posterior of the parameters given the observations in the arguments of the program.
 
-        A chain's key is fold_in(rng_key, chain), an iteration's fold_in of that and the iteration.
+        `result` holds the result afterwards. The keys of chains and iterations are folded from `rng_key` by their
+        indices, so `num_chains` does not change the draws of a chain.
 
         Args:
-            rng_key: from `jax.random.key`.
-            *args: the program's arguments.
-            **kwargs: the program's keyword arguments.
+            rng_key: random key, from `jax.random.key`.
+            *args: arguments of the program.
+            **kwargs: keyword arguments of the program.
 
         Raises:
-            ValueError: a program without global parameters, or one that the filter cannot run.
-            FloatingPointError: the prior draws that a chain starts from all have no evidence.
+            ValueError: the program has no global parameters or a discrete one, the filter cannot run it, or the filter
+                does not estimate the evidence.
+            FloatingPointError: none of the prior draws from which a chain may start has a finite log-evidence.
         """
         _, attributes = self._begin(args, kwargs)
         given = (args, kwargs)
@@ -99,20 +107,22 @@ class PMMH(ParameterInference):
         )
 
     def _num_filters(self) -> int:
+        """Largest number of filters that run at the same time."""
         return max(self.num_chains, BATCH)
 
     def _parts(self, parameters: GlobalParameters) -> dict[str, Callable[..., Any]]:
+        """Functions to compile, by name: those of the base class, `cloud` (prior draws) and `move` (iterations)."""
         ends = np.concatenate([pmmh.window_ends(self.num_warmup), np.zeros(self.num_samples, bool)])
 
         def cloud(rng_key: Any, given: Any) -> Any:
-            """Prior draws; of the first of them log prior and a Gumbel variable."""
+            """Return prior draws, and for the first `BATCH` of them the log-prior and a Gumbel variable."""
             at = parameters.at(*given)
             draw_key, choice_key = jax.random.split(rng_key)
             positions = jax.vmap(at.draw)(jax.random.split(draw_key, CLOUD))
             return positions, jax.vmap(at.log_prior)(positions[:BATCH]), jax.random.gumbel(choice_key, (BATCH,))
 
         def move(rng_keys: Any, states: Any, adaptations: Any, start: Array, number: Array, given: Any) -> Any:
-            """`number` iterations (at most `CHUNK`) of each chain, from iteration `start` on."""
+            """Make `number` iterations, at most `CHUNK`, of each chain, from iteration `start` on."""
             at = parameters.at(*given)
 
             def log_evidence(rng_key: Any, position: Array) -> tuple[Array, tuple[()]]:
@@ -151,7 +161,13 @@ class PMMH(ParameterInference):
         return {**super()._parts(parameters), "cloud": cloud, "move": move}
 
     def _start(self, keys: Any, given: Any) -> tuple[Any, Any]:
-        """Each chain's first state, one of `BATCH` prior draws by its evidence, and first proposal."""
+        """First state and first adaptation of each chain, with a leading axis of chains.
+
+        A chain starts from one of `BATCH` prior draws, chosen with probability proportional to its estimated evidence.
+
+        Raises:
+            FloatingPointError: none of these draws has a finite log-evidence.
+        """
         states = []
         for key in keys:
             start_key = jax.random.fold_in(key, self.num_warmup + self.num_samples)
@@ -161,15 +177,20 @@ class PMMH(ParameterInference):
             if not np.any(usable):
                 raise FloatingPointError(
                     f"none of {BATCH} draws of the parameters from their prior has a finite log-evidence; check the "
-                    "observations (infinite values?), and the prior's width."
+                    "observations for infinite values, and whether the prior is too wide."
                 )
-            chosen = int(np.argmax(np.where(usable, logs + gumbel, -np.inf)))  # with probability as its evidence
+            # The largest sum with a Gumbel variable is a draw with probabilities proportional to the evidence.
+            chosen = int(np.argmax(np.where(usable, logs + gumbel, -np.inf)))
             position = pmmh.Position(cloud[chosen], log_priors[chosen], logs[chosen].astype(cloud.dtype), ())
             states.append((pmmh.at(position), pmmh.start_adaptation(jnp.asarray(_covariance(cloud)))))
         return jax.tree.map(lambda *leaves: np.stack(leaves), *states)
 
     def _chains(self, keys: Any, states: Any, adaptations: Any, given: Any) -> dict[str, np.ndarray]:
-        """All iterations, in chunks that take about half a second; the draws after the warm-up."""
+        """Make all iterations, in chunks of about half a second, and return the draws after the warm-up.
+
+        Returns:
+            Statistics of each draw by name, (chain, draw), and the positions as `parameters`, (chain, draw, d).
+        """
         total, done, chunk = self.num_warmup + self.num_samples, 0, 2
         chunks: list[dict[str, np.ndarray]] = []
         with progress(self.progress_bar, "PMMH", total) as advance:
@@ -180,7 +201,7 @@ class PMMH(ParameterInference):
                     keys, states, adaptations, np.asarray(done), np.asarray(number), given
                 )
                 chunks.append({name: values[:, :number] for name, values in jax.device_get(kept).items()})
-                if done > 0:  # the first call compiles; how iterations are cut into chunks changes no draw
+                if done > 0:  # the first call also compiles; chunks of another size give the same draws
                     chunk = max(1, int(0.5 * number / (time.monotonic() - began)))
                 done += number
                 advance(number, f"acceptance {chunks[-1]['acceptance_rate'].mean():.2f}")
@@ -188,7 +209,7 @@ class PMMH(ParameterInference):
 
 
 def _covariance(positions: Float[np.ndarray, "n d"]) -> Float[np.ndarray, "d d"]:
-    """Of the finite positions, with a little on the diagonal."""
+    """Covariance of the finite positions, with 1e-6 added to the diagonal so that it has a Cholesky factor."""
     kept = positions[np.isfinite(positions).all(1)].astype(np.float64)
     d = kept.shape[1]
     return (np.cov(kept.T).reshape(d, d) + 1e-6 * np.eye(d)).astype(positions.dtype)

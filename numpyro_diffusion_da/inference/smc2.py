@@ -1,4 +1,4 @@
-"""`SMC2`: the global parameters of a program as observations arrive, by a particle filter over them."""
+"""`SMC2`: draw the global parameters of a program as observations arrive, by a particle filter over the parameters."""
 
 from __future__ import annotations
 
@@ -20,26 +20,33 @@ from numpyro_diffusion_da.smc.base import map_particles
 
 
 class SMC2(ParameterInference):
-    """SMC^2 over a NumPyro program (Chopin, Jacob & Papaspiliopoulos 2013).
+    """SMC^2 over a NumPyro program: a particle filter over its global parameters, each with its own state filter.
 
-    Draws of the global parameters given the observations up to each time, and the evidence of the program with its
-    parameters integrated out. Exact as M grows, whatever the number of state particles, where the filter's evidence is
-    unbiased. The price grows with the square of the series: each move runs new filters from the first observation on.
+    It draws the global parameters given the observations up to each time, and estimates the evidence of the program
+    with the parameters integrated out. Global parameters are the unobserved sites outside the scan that its body uses.
+    If the evidence of the state filter is unbiased, the result is exact as M grows, for any number of state particles.
+    The cost grows with the square of the length of the series, because each move runs a new filter from the first
+    observation on.
+
+    Source: Chopin, Jacob & Papaspiliopoulos 2013, J. R. Stat. Soc. B 75, 397.
 
     Args:
-        algorithm: `Bootstrap(model)`, or another filter of the program. A warning says where its evidence is biased.
-        num_particles: state particles N of each parameter's filter.
-        num_parameter_particles: parameter particles M.
-        num_moves: steps of `PMMH` that each parameter makes after it was resampled.
-        target_ess: parameters are resampled and moved where their effective sample size is below this fraction of M.
-        num_chains: independent runs; they become the chains of the result.
-        batch_size: state particles moved at a time, of all parameter particles together; None for as many as half of
-            the device's memory takes. Below N, one parameter particle is handled at a time.
-        progress_bar: show a bar over the steps.
+        algorithm: `Bootstrap(model)`, or another filter of the program that estimates its evidence. A run warns if the
+            evidence is biased.
+        num_particles: number of state particles N of the filter of each parameter particle.
+        num_parameter_particles: number of parameter particles M.
+        num_moves: number of `PMMH` steps of each parameter particle after resampling.
+        target_ess: parameters are resampled and moved if their effective sample size is below this fraction of M, in
+            [0, 1].
+        num_chains: number of independent runs; they become the chains of the result.
+        batch_size: number of state particles moved at a time, over all parameter particles, which bounds the memory;
+            None for as many as fit into half of the device's memory. Below N, one parameter particle is handled at a
+            time.
+        progress_bar: whether to show a progress bar over the steps.
 
     Raises:
-        ValueError: a number below its least value, or target_ess outside [0, 1].
-        TypeError: `algorithm` is not a filter.
+        ValueError: a number is below 1, or `target_ess` is outside [0, 1].
+        TypeError: `algorithm` is not a filter, or a number is not a whole number.
     """
 
     @takes_algorithm("num_particles=256, num_parameter_particles=128")
@@ -56,7 +63,9 @@ class SMC2(ParameterInference):
         progress_bar: bool = True,
     ) -> None:
         if not 0.0 <= target_ess <= 1.0:
-            raise ValueError(f"target_ess={target_ess}: give a fraction of the parameter particles, 0.5 say.")
+            raise ValueError(
+                f"SMC2 got target_ess={target_ess}; give a fraction of the parameter particles, from 0 to 1."
+            )
         numbers = {
             "num_parameter_particles": num_parameter_particles,
             "num_moves": num_moves,
@@ -69,18 +78,20 @@ class SMC2(ParameterInference):
         self.num_chains = num_chains
 
     def run(self, rng_key: PRNGKeyArray, *args: Any, **kwargs: Any) -> None:
-        """Take in the observations in the program's arguments, one time after the other.
+        """Assimilate the observations in the arguments of the program, one time after the other.
 
-        A chain's key is fold_in(rng_key, chain), a step's fold_in of that and the step.
+        `result` holds the result afterwards. The keys of chains and steps are folded from `rng_key` by their indices,
+        so `num_chains` does not change the draws of a chain.
 
         Args:
-            rng_key: from `jax.random.key`.
-            *args: the program's arguments.
-            **kwargs: the program's keyword arguments.
+            rng_key: random key, from `jax.random.key`.
+            *args: arguments of the program.
+            **kwargs: keyword arguments of the program.
 
         Raises:
-            ValueError: a program without global parameters, or one that the filter cannot run.
-            FloatingPointError: no parameter has any evidence at a step (naming the step).
+            ValueError: the program has no global parameters or a discrete one, the filter cannot run it, or the filter
+                does not estimate the evidence.
+            FloatingPointError: no parameter particle has a finite log-evidence at a step; the message names the step.
         """
         parameters, attributes = self._begin(args, kwargs)
         given, length = (args, kwargs), parameters.program.structure.length
@@ -95,8 +106,8 @@ class SMC2(ParameterInference):
                     infos.append(jax.device_get(info))
                     if not np.isfinite(infos[-1].log_evidence_increment):
                         raise FloatingPointError(
-                            f"no parameter has any evidence at step {t}; check the observations at that step, and "
-                            "whether the prior holds values under which they are possible."
+                            f"no parameter particle has a finite log-evidence at step {t}; check the observations at "
+                            "that step, and whether they are possible under any parameters of the prior."
                         )
                     advance(1, f"ESS {infos[-1].ess:.0f}")
                 chains.append(jax.tree.map(lambda *v: np.stack(v), *infos))
@@ -126,9 +137,12 @@ class SMC2(ParameterInference):
         )
 
     def _num_filters(self) -> int:
+        """Largest number of filters that run at the same time."""
         return max(self.num_parameter_particles, BATCH)
 
     def _parts(self, parameters: GlobalParameters) -> dict[str, Callable[..., Any]]:
+        """Functions to compile, by name: those of the base class, `start` (prior draws) and `step` (one time)."""
+
         def start(rng_key: Any, given: Any) -> smc2.SMC2State:
             at = parameters.at(*given)
             draw_key, filter_key = jax.random.split(rng_key)

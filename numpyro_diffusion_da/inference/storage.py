@@ -1,13 +1,13 @@
-"""A run on disk, step by step: what a filter made, and the state it goes on from.
+"""Storage of a run on disk, step by step, from which an interrupted run continues.
 
-    run.json                  what was run; a directory belongs to one run
-    program.npz               what its program says of an arbitrary state, see `StateSpaceModel.probe`
-    chain0/step00012.npz      the outputs of a step
-    chain0/state.npz          the particles after the last step, and how many steps were made
+    run.json                  settings of the run; a directory holds one run
+    program.npz               observed means and errors of the program at an arbitrary state, see `StateSpaceModel.probe`
+    chain0/step00012.npz      outputs of a step
+    chain0/state.npz          particles after the last step, and the number of steps done
 
-Every file is written beside its place and then moved there, so that a file is whole or not there. The state is written
-after the step's outputs: a run that dies between the two makes that step again, and gets the same, because keys depend
-on the step alone.
+Every file is first written under another name and then renamed, so it is either complete or absent. The state is
+written after the outputs of its step. If a run is interrupted between the two, it repeats that step with the same
+outputs, because the random key of a step depends on its index alone.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from numpyro_diffusion_da.checksums import checksum
 
 
 class RunStore:
-    """One run in one directory.
+    """Storage of one run in one directory.
 
     Args:
-        directory: where; made if it is not there.
-        identity: plain values that say what is run. A directory that holds another run is refused.
+        directory: directory of the run; it is created if it does not exist.
+        identity: settings that identify the run, as values that JSON can hold.
 
     Raises:
-        ValueError: the directory holds a run with other settings; names the first that differs.
+        ValueError: the directory holds a run with other settings; the message names the first that differs.
     """
 
     def __init__(self, directory: str | os.PathLike[str], identity: dict[str, Any]) -> None:
@@ -47,18 +47,19 @@ class RunStore:
         for name in sorted({*found, *identity}):
             if found.get(name) != identity.get(name):
                 raise ValueError(
-                    f"{os.fspath(directory)!r} holds a run with {name} = {found.get(name)!r}, but this one has "
-                    f"{identity.get(name)!r}: give another directory, or empty this one."
+                    f"{os.fspath(directory)!r} holds a run with {name} = {found.get(name)!r}, but this run has "
+                    f"{identity.get(name)!r}; give another directory, or empty this one."
                 )
 
     def check_program(self, probe: dict[str, np.ndarray]) -> None:
-        """Refuse a program that observes or derives something else than the one that began.
+        """Check that the program is the one with which the run began; the first call stores it.
 
         Args:
-            probe: name -> values; equal but for rounding where the program is the same.
+            probe: values that identify the program, by name, from `StateSpaceModel.probe`. They are compared up to
+                rounding errors.
 
         Raises:
-            ValueError: another program; names what differs.
+            ValueError: the program is another one; the message names the first value that differs.
         """
         path = self.path / "program.npz"
         if not path.exists():
@@ -70,12 +71,12 @@ class RunStore:
             before, now = found.get(name), probe.get(name)
             if before is None or now is None or before.shape != now.shape or not _same(before, now):
                 raise ValueError(
-                    f"{os.fspath(self.path)!r} holds a run of another program: {name} is not what it was; "
+                    f"{os.fspath(self.path)!r} holds a run of another program: {name} has changed; "
                     "give another directory, or empty this one."
                 )
 
     def steps_done(self, chain: int) -> int:
-        """Steps after which this chain can go on."""
+        """Number of steps of a chain that are on disk, 0 if there are none."""
         path = self._state(chain)
         if not path.exists():
             return 0
@@ -83,41 +84,59 @@ class RunStore:
             return int(file["steps_done"])
 
     def save(self, chain: int, step: int, inputs: PyTree, outputs: dict[str, Any], state: PyTree) -> None:
-        """Keep a step: its outputs (nested dictionaries of arrays) and what it was given, then the state after it."""
+        """Write the outputs of a step with a checksum of its inputs, and then the state after it.
+
+        Args:
+            chain: index of the chain.
+            step: index of the step.
+            inputs: inputs of the step, a pytree of arrays.
+            outputs: outputs of the step, nested dictionaries of arrays.
+            state: state of the filter after the step, a pytree of arrays.
+        """
         self._step(chain, step).parent.mkdir(exist_ok=True)
         _replace_arrays(self._step(chain, step), {**_flat(outputs), "inputs": np.asarray(checksum(inputs))})
         leaves = {f"leaf{i}": np.asarray(leaf) for i, leaf in enumerate(jax.tree.leaves(state))}
         _replace_arrays(self._state(chain), {**leaves, "steps_done": np.asarray(step + 1)})
 
     def state(self, chain: int, like: PyTree) -> PyTree:
-        """The state to go on from, in the structure of `like`."""
+        """Read the state of a chain after its last step, in the structure of `like`."""
         with np.load(self._state(chain)) as file:
             leaves = [file[f"leaf{i}"] for i in range(len(jax.tree.leaves(like)))]
         return jax.tree.unflatten(jax.tree.structure(like), [jax.numpy.asarray(leaf) for leaf in leaves])
 
     def outputs(self, chain: int, step: int, inputs: PyTree) -> dict[str, Any]:
-        """The outputs of a step that was given these inputs.
+        """Read the outputs of a step.
+
+        Args:
+            chain: index of the chain.
+            step: index of the step.
+            inputs: inputs of the step, which must be those that it was run with.
+
+        Returns:
+            Outputs of the step, nested dictionaries of numpy arrays.
 
         Raises:
-            ValueError: it was given others.
+            ValueError: the step was run with other inputs.
         """
         with np.load(self._step(chain, step)) as file:
             if str(file["inputs"]) != checksum(inputs):
                 raise ValueError(
-                    f"step {step} in {os.fspath(self.path)!r} was made with other observations or inputs than those "
-                    "given now: give another directory, or empty this one."
+                    f"step {step} in {os.fspath(self.path)!r} was run with other observations or inputs than those "
+                    "given now; give another directory, or empty this one."
                 )
             return _nested(file)
 
     def _step(self, chain: int, step: int) -> pathlib.Path:
+        """Path of the outputs of a step."""
         return self.path / f"chain{chain}" / f"step{step:05d}.npz"
 
     def _state(self, chain: int) -> pathlib.Path:
+        """Path of the state of a chain."""
         return self.path / f"chain{chain}" / "state.npz"
 
 
 def _same(a: np.ndarray, b: np.ndarray) -> bool:
-    """Equal but for rounding."""
+    """Whether two arrays of the same shape are equal up to rounding errors."""
     if not np.issubdtype(a.dtype, np.inexact):
         return bool(np.array_equal(a, b))
     size = np.nanmax(np.abs(a), initial=0.0)
@@ -125,12 +144,14 @@ def _same(a: np.ndarray, b: np.ndarray) -> bool:
 
 
 def _replace(path: pathlib.Path, content: bytes) -> None:
+    """Write a file under another name, and then rename it, so that it is never incomplete."""
     beside = path.with_suffix(path.suffix + ".part")
     beside.write_bytes(content)
     os.replace(beside, path)
 
 
 def _replace_arrays(path: pathlib.Path, arrays: dict[str, np.ndarray]) -> None:
+    """Write arrays to an npz file under another name, and then rename it, so that it is never incomplete."""
     beside = path.with_suffix(".part")
     with open(beside, "wb") as file:
         np.savez(file, **arrays)  # type: ignore[arg-type]
@@ -140,14 +161,17 @@ def _replace_arrays(path: pathlib.Path, arrays: dict[str, np.ndarray]) -> None:
 
 
 def _flat(tree: dict[str, Any]) -> dict[str, np.ndarray]:
-    """Arrays by number, and their paths: a site's name may hold any character, a file's may not."""
+    """Flatten nested dictionaries to arrays named by their number, and an array `paths` with their keys.
+
+    Names of sites may hold characters that names in an npz file may not.
+    """
     found = jax.tree_util.tree_flatten_with_path(tree)[0]
     paths = [[entry.key for entry in path] for path, _ in found]
     return {"paths": np.asarray(json.dumps(paths)), **{str(i): np.asarray(x) for i, (_, x) in enumerate(found)}}
 
 
 def _nested(file: Any) -> dict[str, Any]:
-    """The inverse of `_flat`."""
+    """Restore nested dictionaries from the arrays that `_flat` made."""
     tree: dict[str, Any] = {}
     for i, (*parents, name) in enumerate(json.loads(str(file["paths"]))):
         node = tree

@@ -1,7 +1,8 @@
-"""A diffusion prior as a NumPyro distribution: one line of a program.
+"""Diffusion prior as a NumPyro distribution, so that a transition is one line of a program.
 
-The prior travels behind one identity-hashed handle: NumPyro's `scan` stacks every data field of a distribution over
-time, and network parameters must not be among them. What varies (the previous state, inputs) are data fields.
+NumPyro's `scan` stacks all data fields of a distribution over time, and network parameters must not be among them. The
+prior is therefore held behind one handle that is hashed by identity. Only values that change over time, the previous
+state and the inputs, are data fields.
 """
 
 from __future__ import annotations
@@ -29,7 +30,11 @@ from numpyro_diffusion_da.transition.diffusion import DiffusionDynamics
 
 
 class StaticByIdentity:
-    """Holds static values and compares by the identity of each: what jit and scan may use as a key."""
+    """Holder of static values that is hashed and compared by their identity, as `jit` and `scan` need for keys.
+
+    Args:
+        **values: the values, by name.
+    """
 
     def __init__(self, **values: Any) -> None:
         self.values = values
@@ -44,25 +49,34 @@ class StaticByIdentity:
 
 
 DEFAULT_SAMPLER = Sampler()
+"""Sampler of a `DiffusionTransition` that is given none."""
 
 
 class DiffusionTransition(dist.Distribution):
-    """p(x' | x) of a diffusion prior, for use inside a NumPyro program.
+    """Transition p(x' | x) of a diffusion prior, as a distribution for NumPyro programs.
 
-    It can be sampled, and has a mean (one network pass). A program that contains it is filtered
-    (`ndda.Filter`); a density costs some hundred network passes, and is there for who asks for it (`density`).
+    It can be sampled, and its mean costs one network pass. A program that contains it is meant to be filtered, for
+    example by `ndda.Filter`. By default there is no density, because a density costs some hundred network passes; the
+    argument `density` provides it.
+
+    The batch shape is the shape of the leading axes of `state`. The event shape is `prior.layout.shape`, the shape of
+    one state. Units are those of the prior's layout.
 
     Args:
-        prior: the diffusion prior.
-        state: the previous state, shape (..., *prior.layout.shape), or a pytree of several past ones; the leading
-            axes are the batch shape.
-        inputs: forcings and other inputs of the prior, a pytree whose leaves lead with the batch shape; or None.
-        sampler: the reverse diffusion; 16 levels of DPM-Solver++(2M) by default.
-        density: how `log_prob` is computed, for example `ndda.diffusion.ProbabilityFlow()`; None: it raises.
+        prior: diffusion prior.
+        state: previous state, shape (..., *prior.layout.shape), or a pytree of several past states, as the prior needs.
+        inputs: forcings and other inputs of the prior, a pytree whose leaves have the batch shape as leading axes; None
+            if the prior takes none.
+        sampler: sampler of the reverse diffusion, or a bare step such as `ndda.diffusion.DDIM()`; None for 16 levels of
+            DPM-Solver++(2M).
+        density: computation of `log_prob`, for example `ndda.diffusion.ProbabilityFlow()`. With None, `log_prob`
+            raises.
+        validate_args: whether NumPyro checks the arguments and values; None for NumPyro's default.
 
     Raises:
-        ValueError: a state whose trailing shape is not the prior's.
-        TypeError: `prior` is not a diffusion prior.
+        ValueError: a state does not end in the shape `prior.layout.shape`, or states have different batch shapes; when
+            used, the prior does not take these inputs.
+        TypeError: `prior`, `sampler` or `density` is of the wrong kind.
     """
 
     pytree_data_fields: tuple[str, ...] = ("state", "inputs")
@@ -91,40 +105,48 @@ class DiffusionTransition(dist.Distribution):
 
     @property
     def prior(self) -> DiffusionPrior:
-        """The diffusion prior."""
+        """Diffusion prior of the transition."""
         return self._handle.values["prior"]
 
     @property
     def sampler(self) -> Sampler:
-        """The reverse diffusion that draws."""
+        """Sampler of the reverse diffusion."""
         return self._handle.values["sampler"]
 
     @property
     def density(self) -> ProbabilityFlow | None:
-        """How `log_prob` is computed, or None."""
+        """Computation of `log_prob`; None if there is none."""
         return self._handle.values["density"]
 
     @constraints.dependent_property(is_discrete=False)
     def support(self) -> constraints.Constraint:
-        """Any real state; not checked, because a check costs more than a small network's pass."""
+        """Support of the distribution, all real states; it is not checked, because a check costs too much."""
         return constraints.dependent(is_discrete=False, event_dim=self.event_dim)
 
     def step(self, state: PyTree, inputs: PyTree = None) -> DiffusionDynamics:
-        """The transition from one state, without batch axes."""
+        """Return the dynamics p(x' | x) from one state.
+
+        Args:
+            state: previous state, or a pytree of several, without batch axes.
+            inputs: inputs of the prior, without batch axes; None if it takes none.
+        """
         return DiffusionDynamics(self.prior, self.prior.condition(state, inputs), self.sampler)
 
     def only_step(self) -> DiffusionDynamics:
-        """The transition of this distribution, which must have no batch axes.
+        """Return the dynamics p(x' | x) of this distribution, which must not have batch axes.
 
         Raises:
-            ValueError: it has a batch shape.
+            ValueError: the distribution has batch axes.
         """
         if self.batch_shape != ():
-            raise ValueError(f"this DiffusionTransition has the batch shape {self.batch_shape}, expected one state.")
+            raise ValueError(
+                f"this DiffusionTransition has batch shape {self.batch_shape}, but one state is expected; "
+                "give a state without batch axes."
+            )
         return self.step(self.state, self.inputs)
 
     def _map(self, fn: Any, *args: Array) -> Any:
-        """`fn(*args, step)` over the flattened batch axes; `args` lead with (number, batch size)."""
+        """Map `fn(*args, dynamics)` over the flattened batch axes, the leading axis of `args` and of the result."""
         count = int(jnp.size(jnp.zeros(self.batch_shape)))
         flat = jax.tree.map(lambda x: x.reshape(count, *x.shape[len(self.batch_shape) :]), (self.state, self.inputs))
         over_batch = jax.vmap(lambda given, *a: fn(*a, self.step(*given)))
@@ -132,17 +154,30 @@ class DiffusionTransition(dist.Distribution):
 
     @property
     def mean(self) -> Float[Array, ...]:
-        """E[x' | x]: one evaluation at the largest noise level (Savary et al. 2026, Theorem A.1)."""
+        """Mean E[x' | x], shape batch_shape + event_shape, from one network pass at the highest noise level.
+
+        Source: Savary et al. 2026, arXiv 2605.20028, Theorem A.1.
+        """
         means = self._map(lambda step: step.moments().mean)
         return means.reshape(self.batch_shape + self.event_shape)
 
     def sample_with_intermediates(
         self, key: PRNGKeyArray, sample_shape: tuple[int, ...] = ()
     ) -> tuple[Float[Array, ...], list[DrawRecord]]:
-        """Draws, and one `DrawRecord` of the same leading shape (network passes, solver residual)."""
+        """Draw states, and record the cost of each draw.
+
+        Args:
+            key: random key.
+            sample_shape: leading shape of the draws.
+
+        Returns:
+            (draws, shape sample_shape + batch_shape + event_shape; list of one `DrawRecord` with network passes and
+            solver residual, each of shape sample_shape + batch_shape).
+        """
         return self._draw(key, sample_shape, lambda key, step: step.draw(key))
 
     def _draw(self, key: PRNGKeyArray, sample_shape: tuple[int, ...], draw: Any) -> tuple[Array, list[DrawRecord]]:
+        """Draw states by `draw(key, dynamics)` for all samples and batch elements; returns states and records."""
         leading = sample_shape + self.batch_shape
         batch = int(jnp.size(jnp.zeros(self.batch_shape)))
         number = int(jnp.size(jnp.zeros(sample_shape)))
@@ -152,22 +187,28 @@ class DiffusionTransition(dist.Distribution):
         return x.reshape(leading + self.event_shape), [record]
 
     def sample(self, key: PRNGKeyArray, sample_shape: tuple[int, ...] = ()) -> Float[Array, ...]:
-        """Draws of shape sample_shape + batch_shape + event_shape."""
+        """Draw states of shape sample_shape + batch_shape + event_shape.
+
+        Args:
+            key: random key.
+            sample_shape: leading shape of the draws.
+        """
         assert is_prng_key(key)
         return self.sample_with_intermediates(key, sample_shape)[0]
 
     def log_prob(self, value: Array, intermediates: Any = None) -> Array:
-        """log p(value), by `density`.
+        """Log-density log p(x' | x) of states, by the computation given as `density`.
 
         Args:
-            value: shape (..., *event_shape), whose leading axes broadcast with the batch shape.
-            intermediates: not used.
+            value: states x', shape (..., *event_shape); leading axes broadcast with the batch shape.
+            intermediates: not used; NumPyro passes it.
 
         Returns:
-            The log-density, of the shape that the leading axes broadcast to.
+            Log-density, in the shape to which the leading axes broadcast.
 
         Raises:
-            NotImplementedError: no `density` was asked for, or the prior's noise is singular; says what to do instead.
+            NotImplementedError: the transition was made without `density`, or the covariance of the prior's noise has
+                no inverse.
             RuntimeError: a component of the prior's scale is zero.
         """
         density = self.density
@@ -192,24 +233,33 @@ class DiffusionTransition(dist.Distribution):
         return jax.vmap(one)(*map(flat, given, keep)).reshape(leading)
 
     def _without_density(self) -> str:
+        """Message for a `log_prob` without `density`."""
         return (
-            f"a {type(self).__name__} has no density: filter the program with "
-            "ndda.Filter(ndda.FAAPF(model), ...), take the site out of the density with .mask(False), or pay "
-            "for a density with DiffusionTransition(..., density=ndda.diffusion.ProbabilityFlow())."
+            f"a {type(self).__name__} has no density; filter the program with "
+            "ndda.Filter(ndda.FAAPF(model), ...), take the site out of the density with .mask(False), or pay some "
+            "hundred network passes for DiffusionTransition(..., density=ndda.diffusion.ProbabilityFlow())."
         )
 
     def conditioned(self, likelihood: Likelihood, guidance: Guidance | None = None) -> ConditionedTransition:
-        """p(x' | x, y), sampled by the score-guided reverse diffusion.
+        """Return the distribution p(x' | x, y) given observations y of x', which is sampled by guided diffusion.
 
         Args:
-            likelihood: the observations of x', the same for every batch element.
-            guidance: how the score is guided; `MMPS()` by default.
+            likelihood: likelihood of the observations, the same for all batch elements.
+            guidance: guidance of the reverse diffusion; None for `MMPS()`.
         """
         return ConditionedTransition(self, likelihood, MMPS() if guidance is None else guidance)
 
 
 class ConditionedTransition(DiffusionTransition):
-    """p(x' | x, y), a `DiffusionTransition` given observations of x'; see `DiffusionTransition.conditioned`."""
+    """Distribution p(x' | x, y) of a `DiffusionTransition` given observations y of x', sampled by guided diffusion.
+
+    `DiffusionTransition.conditioned` makes it. It has neither a mean nor a density.
+
+    Args:
+        base: transition p(x' | x).
+        likelihood: likelihood of the observations, the same for all batch elements.
+        guidance: guidance of the reverse diffusion.
+    """
 
     pytree_data_fields: tuple[str, ...] = ()
     pytree_aux_fields: tuple[str, ...] = ("_guide",)
@@ -221,13 +271,22 @@ class ConditionedTransition(DiffusionTransition):
     def sample_with_intermediates(
         self, key: PRNGKeyArray, sample_shape: tuple[int, ...] = ()
     ) -> tuple[Float[Array, ...], list[DrawRecord]]:
-        """Guided draws, and one `DrawRecord` of the same leading shape."""
+        """Draw guided states, and record the cost of each draw.
+
+        Args:
+            key: random key.
+            sample_shape: leading shape of the draws.
+
+        Returns:
+            (draws, shape sample_shape + batch_shape + event_shape; list of one `DrawRecord` with network passes and
+            solver residual, each of shape sample_shape + batch_shape).
+        """
         likelihood, guidance = self._guide.values["likelihood"], self._guide.values["guidance"]
         return self._draw(key, sample_shape, lambda key, step: step.conditional_draw(key, likelihood, guidance))
 
     @property
     def mean(self) -> Float[Array, ...]:
-        """Not available.
+        """Mean of the distribution, which is not available.
 
         Raises:
             NotImplementedError: always; average samples instead.
@@ -235,15 +294,16 @@ class ConditionedTransition(DiffusionTransition):
         raise NotImplementedError("a ConditionedTransition has no mean in closed form; average samples of it.")
 
     def _without_density(self) -> str:
+        """Message for `log_prob`."""
         return (
-            "a ConditionedTransition has no density: filter the program with ndda.Filter(ndda.FAAPF(model), "
+            "a ConditionedTransition has no density; filter the program with ndda.Filter(ndda.FAAPF(model), "
             "...), or take the site out of the density with .mask(False)."
         )
 
 
 @promote_batch_shape.register
 def _promote_batch_shape_diffusion(d: DiffusionTransition) -> DiffusionTransition:
-    """The batch shape after NumPyro's scan has stacked the previous states over time."""
+    """Recompute the batch shape after NumPyro's scan has stacked the previous states over time."""
     promoted = copy.copy(d)
     promoted._batch_shape = d.prior.check_state(d.state)
     return promoted

@@ -1,9 +1,12 @@
-"""The unconstrained parameters of a NumPyro distribution: log rates, logits, locations, one row an element.
+"""Unconstrained parameters of a NumPyro distribution: log rates, logits, locations, one row per element.
 
-A filter asks how an observation's distribution changes with the state. Its parameters say it, and unconstrained ones
-(NumPyro's own bijections: the logarithm of a positive one, the logit of a probability) can be moved freely. A
-distribution is taken apart and put together again by the arguments of its constructor, which NumPyro keeps as
-attributes; distributions inside it (a mixture's components, what is censored or truncated) likewise.
+A filter needs to know how the distribution of an observation changes with the state. The distribution's parameters
+express this. In unconstrained form they can take any real value: NumPyro's bijections give the logarithm of a positive
+parameter, or the logit of a probability.
+
+A distribution is split into the arguments of its constructor, which NumPyro keeps as attributes, and built again from
+new values of them. Distributions inside it are split in the same way: the components of a mixture, or the base of a
+censored or truncated distribution.
 """
 
 from __future__ import annotations
@@ -20,32 +23,37 @@ from jaxtyping import Array, Float
 from numpyro.distributions import biject_to, constraints
 
 Rebuild = Callable[[Float[Array, "m p"]], dist.Distribution]
+"""Function from unconstrained parameters, shape (m, p), to the distribution with these parameters."""
 
 LEAST = 1e-30
-"""How far a parameter is kept from a bound at zero, where its logarithm has no derivative."""
+"""Distance kept from the lower bound of a parameter without upper bound, where its logarithm has no derivative."""
 INSIDE = 1e-7
-"""The same for other bounds."""
+"""Distance kept from the bounds of a parameter that has an upper bound."""
 
 
 def free_parameters(name: str, fn: dist.Distribution, shape: tuple[int, ...]) -> tuple[Float[Array, "m p"], Rebuild]:
-    """The p unconstrained parameters of each of m elements, and the distribution that other values of them make.
+    """Find the p unconstrained parameters of each of m elements, and a function that rebuilds the distribution.
 
-    Integers, counts and what NumPyro has no bijection for stay as they are.
+    Integers, counts, and parameters for which NumPyro has no bijection are constants.
 
     Args:
-        name: of the site, for messages.
-        fn: a distribution of scalar events, without wrappers that expand or mask it.
-        shape: of its values; m is their number.
+        name: name of the site, for messages.
+        fn: distribution of scalar events, without wrappers that expand or mask it.
+        shape: shape of the values; m is their number.
+
+    Returns:
+        (unconstrained parameters, shape (m, p); function from such parameters to the distribution).
 
     Raises:
-        ValueError: an argument of the constructor is not kept as an attribute, or no parameter can be moved.
+        ValueError: the distribution does not keep an argument of its constructor as an attribute, or none of its
+            parameters is continuous.
     """
     columns: list[Array] = []
     made = _take_apart(name, fn, shape, 0, columns)
     if not columns:
         raise ValueError(
-            f"site '{name}' has the likelihood {type(fn).__name__}, of whose parameters none is continuous; "
-            "ndda.Bootstrap(model) takes any likelihood with a log_prob."
+            f"site '{name}' has the likelihood {type(fn).__name__}, which has no continuous parameter; "
+            "use ndda.Bootstrap(model), which takes any likelihood with a log_prob."
         )
     ends = np.cumsum([column.shape[1] for column in columns])
 
@@ -58,14 +66,20 @@ def free_parameters(name: str, fn: dist.Distribution, shape: tuple[int, ...]) ->
 def _take_apart(
     name: str, fn: dist.Distribution, shape: tuple[int, ...], extra: int, columns: list[Array]
 ) -> Callable[[Any], dist.Distribution]:
-    """Append the parameters of `fn` to `columns`; returns what makes it again from an iterator of such columns.
+    """Append the parameters of a distribution to `columns`, and return the function that rebuilds it.
 
     Args:
-        name: of the site.
-        fn: the distribution.
-        shape: of the elements.
-        extra: trailing axes of its batch shape that belong to one element (a mixture's components).
-        columns: each (m, number of parameters).
+        name: name of the site, for messages.
+        fn: distribution.
+        shape: shape of the elements.
+        extra: number of trailing batch axes that belong to one element, such as the axis of a mixture's components.
+        columns: list that gets one array (m, number of values) for each free argument.
+
+    Returns:
+        Function from an iterator over arrays like those in `columns` to the distribution.
+
+    Raises:
+        ValueError: the distribution does not keep an argument of its constructor as an attribute.
     """
     makers: dict[str, Callable[[Any], Any]] = {}
     for argument in inspect.signature(type(fn).__init__).parameters:
@@ -73,8 +87,8 @@ def _take_apart(
             continue
         if not hasattr(fn, argument):
             raise ValueError(
-                f"site '{name}' has the likelihood {type(fn).__name__}, which does not keep its constructor's argument "
-                f"'{argument}' as an attribute, so that its parameters cannot be found; keep it, or use "
+                f"site '{name}' has the likelihood {type(fn).__name__}, which does not keep the argument '{argument}' "
+                "of its constructor as an attribute, so its parameters cannot be found; set the attribute, or use "
                 "ndda.Bootstrap(model)."
             )
         value = getattr(fn, argument)
@@ -93,13 +107,25 @@ def _take_apart(
 
 
 def _each(parts: list[Callable[[Any], dist.Distribution]]) -> Callable[[Any], list[dist.Distribution]]:
+    """Return the function that rebuilds a list of distributions."""
     return lambda at: [part(at) for part in parts]
 
 
 def _parameter(
     constraint: Any, value: Any, shape: tuple[int, ...], extra: int, columns: list[Array]
 ) -> Callable[[Any], Any]:
-    """As `_take_apart` for one argument."""
+    """Append one argument's unconstrained values to `columns`, and return the function that rebuilds the argument.
+
+    Args:
+        constraint: NumPyro's constraint of the argument; None for none.
+        value: value of the argument.
+        shape: shape of the elements.
+        extra: number of trailing batch axes that belong to one element.
+        columns: list that gets an array (m, number of values) if the argument is continuous.
+
+    Returns:
+        Function from an iterator over arrays like those in `columns` to the argument.
+    """
     free = isinstance(value, (float, np.ndarray, jax.Array)) and jnp.issubdtype(jnp.result_type(value), jnp.inexact)
     constraint = constraints.real if constraint is None else constraint
     if not free or constraint.is_discrete:
@@ -123,7 +149,7 @@ def _parameter(
 
 
 def _inside(constraint: Any, value: Array) -> Array:
-    """The value, off the bounds of its constraint: at a rate of zero the derivative of its logarithm would be NaN."""
+    """Move a value off the bounds of its constraint, where the derivative of the bijection would be NaN."""
     lower, upper = getattr(constraint, "lower_bound", None), getattr(constraint, "upper_bound", None)
     if lower is not None:
         value = jnp.maximum(value, lower + (LEAST if upper is None else INSIDE))

@@ -31,7 +31,7 @@ class Huber(Distribution):
 
     With r = (y - loc) / scale and k = threshold, the density is proportional to $e^{-r^2 / 2}$ for $|r| \le k$ and to
     $e^{-k |r| + k^2 / 2}$ beyond (Huber 1964, Ann. Math. Stat. 35, 73). An observation with a gross error then has
-    little influence.
+    little influence. The batch shape is the common shape of `loc`, `scale` and `threshold` after broadcasting.
 
     Args:
         loc: center, in the unit of the observation; it is the mean and the median.
@@ -40,8 +40,6 @@ class Huber(Distribution):
         threshold: k, where the tails begin, in units of `scale`; positive. If all errors are Gaussian, 1.345 keeps 95 %
             of the efficiency of least squares. For large k the distribution tends to `Normal(loc, scale)`.
         validate_args: whether NumPyro checks the arguments and values; None for NumPyro's default.
-
-    `loc`, `scale` and `threshold` are broadcast; their common shape is the batch shape.
 
     Raises:
         ValueError: with `validate_args`, a `scale` or `threshold` that is not positive.

@@ -1,8 +1,8 @@
-"""The global parameters of a program: its unobserved sites outside the scan that the scan's body depends on.
+"""Global parameters of a program: the unobserved sites outside its scan that the scan's body depends on.
 
-Their prior is a NumPyro program too: the given one with its scan skipped and the sites of its initial state hidden. So
-transforms, log-determinants, hierarchical priors and observations of a parameter are NumPyro's own affair. A position
-is a vector of all parameters in unconstrained space, transformed by `numpyro.distributions.biject_to`.
+The prior of the parameters is a NumPyro program too: the given program without its scan and without the sites of its
+initial state. NumPyro therefore takes care of transforms, log-determinants, hierarchical priors and observations of a
+parameter. A position is the vector of all parameters in unconstrained space, by `numpyro.distributions.biject_to`.
 """
 
 from __future__ import annotations
@@ -23,20 +23,25 @@ from numpyro_diffusion_da.program.state_space import StateSpaceModel
 
 
 class GlobalParameters:
-    """The global parameters of a program, as a vector in unconstrained space.
+    """Global parameters of a program, as a vector of length d in unconstrained space.
 
     Args:
-        program: at given arguments.
+        program: state-space model at given arguments of the program.
+
+    Attributes:
+        program: the state-space model.
+        names: names of the parameters' sites, in the program's order.
+        size: d, the number of unconstrained values.
 
     Raises:
-        ValueError: the program has no global parameters, or one that is discrete.
+        ValueError: the program has no global parameters, or a discrete one.
     """
 
     def __init__(self, program: StateSpaceModel) -> None:
         if not program.structure.needed_names:
             raise ValueError(
-                f"the scan of '{program.structure.name}' uses no unobserved site outside it, so there is no parameter to infer; "
-                "filter it with ndda.Filter."
+                f"the scan of '{program.structure.name}' uses no unobserved site outside it, so there is no parameter "
+                "to infer; filter the program with ndda.Filter."
             )
         self.program = program
         self.names = program.structure.global_names
@@ -46,7 +51,12 @@ class GlobalParameters:
         self.size = flat.size
 
     def at(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> GlobalParameters:
-        """The same parameters at other arguments of the program (tracers, say)."""
+        """Return the same parameters at other arguments of the program.
+
+        Args:
+            args: positional arguments of the program, of the same shapes; they may be tracers.
+            kwargs: keyword arguments of the program, of the same shapes; they may be tracers.
+        """
         other = object.__new__(GlobalParameters)
         other.__dict__.update(self.__dict__)
         other.program = self.program.at(args, kwargs)
@@ -54,12 +64,15 @@ class GlobalParameters:
 
     @property
     def prior_program(self) -> Callable[..., None]:
-        """The program of the parameters alone, and of what observes them: what `numpyro.infer` can run."""
+        """NumPyro program of the parameters' prior, with the observations of them outside the scan.
+
+        It takes the arguments of the program, and `numpyro.infer` can run it.
+        """
         program = self.program
         hidden = set(program.structure.initial_names)
 
         def anything(site: dict[str, Any]) -> Array | None:
-            # Nothing that is left depends on these sites: any value will do.
+            # No remaining site depends on these sites, so any value will do.
             return site["fn"].sample(jax.random.key(0)) if site["name"] in hidden else None
 
         def prior(*args: Any, **kwargs: Any) -> None:
@@ -69,6 +82,11 @@ class GlobalParameters:
         return prior
 
     def _draw(self, rng_key: PRNGKeyArray) -> dict[str, Array]:
+        """Draw the parameters from the prior, and return them in unconstrained space, by site.
+
+        Raises:
+            ValueError: a parameter is discrete.
+        """
         program = self.program
         seeded = handlers.seed(self.prior_program, rng_key)
         sites = handlers.trace(seeded).get_trace(*program.args, **program.kwargs)
@@ -77,39 +95,43 @@ class GlobalParameters:
             support = sites[name]["fn"].support
             if support.is_discrete:
                 raise ValueError(
-                    f"site '{name}' of '{program.structure.name}' is discrete; a random walk cannot move it: "
-                    "condition on it, and compare the log-evidences of its values."
+                    f"site '{name}' of '{program.structure.name}' is discrete, and a random walk cannot move it; "
+                    "condition on each of its values, and compare their log-evidences."
                 )
             unconstrained[name] = dist.biject_to(support).inv(sites[name]["value"])
         return unconstrained
 
     def draw(self, rng_key: PRNGKeyArray) -> Float[Array, " d"]:
-        """A position from the prior."""
+        """Draw a position, shape (d,), from the prior."""
         return ravel_pytree(self._draw(rng_key))[0]
 
     def values(self, position: Float[Array, " d"]) -> dict[str, Array]:
-        """The parameters, by site, in their own space."""
+        """Convert a position, shape (d,), to the values of the parameters in their own space, by site."""
         program = self.program
-        prior = handlers.seed(self.prior_program, jax.random.key(0))  # never drawn from: every site is given
+        prior = handlers.seed(self.prior_program, jax.random.key(0))  # has no effect, because every site has a value
         sites = constrain_fn(prior, program.args, program.kwargs, self._unravel(position))
         return {name: sites[name] for name in self.names}
 
     def log_prior(self, position: Float[Array, " d"]) -> Float[Array, ""]:
-        """log p(parameters) + log p(what observes them outside the scan) + log |det J| of the transforms."""
+        """Log-density of the prior at a position, shape (d,), in unconstrained space.
+
+        It is log p(parameters) plus log |det J| of the transforms, plus the log-likelihood of what is observed outside
+        the scan.
+        """
         program = self.program
         return -potential_energy(self.prior_program, program.args, program.kwargs, self._unravel(position))
 
     def log_outside(self, position: Float[Array, " d"]) -> Float[Array, ""]:
-        """log p of what is observed outside the scan, given the parameters; 0 where nothing is."""
+        """Log-likelihood of what is observed outside the scan, at a position, shape (d,); 0 if nothing is."""
         program = self.program
         log_probs, _ = compute_log_probs(self.prior_program, program.args, program.kwargs, self.values(position))
         return jnp.asarray(sum((log_probs[name] for name in program.structure.outside_names), start=0.0))
 
     def filterable(self, position: Float[Array, " d"]) -> StateSpaceModel:
-        """The program with its parameters known."""
+        """State-space model with its parameters fixed at a position, shape (d,), which a filter can run."""
         return self.program.given(self.values(position))
 
     def placeholder(self) -> StateSpaceModel:
-        """The program with its parameters known to be anything: for its structure."""
+        """State-space model with its parameters fixed at arbitrary values, to look at its structure."""
         shapes = jax.eval_shape(self.values, jax.ShapeDtypeStruct((self.size,), jnp.zeros(()).dtype))
         return self.program.given(jax.tree.map(lambda s: jnp.ones(s.shape, s.dtype), shapes))
