@@ -46,7 +46,7 @@ def model(y):
         ),
         (
             lambda: ndda.EnKF(model, inflation=1.05),
-            r"inflation=1.05; expected a sequence: write inflation=\(ndda.ForecastMultiplicative\(1.05\)",
+            r"inflation=1.05; expected a sequence: write inflation=\(ndda.RTPS\(0.3\),\)",
         ),
         (lambda: ndda.EnKF(model, taper=5.0), r"EnKF got taper=5.0; expected a Taper"),
         (lambda: ndda.GuidedPF(model, guidance="mmps"), r"GuidedPF got guidance='mmps'; expected a Guidance"),

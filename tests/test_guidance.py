@@ -392,7 +392,7 @@ def test_safeguard_bounds_a_network_with_random_weights(safeguard):
     assert not unguarded["farthest"] < 1e3
     assert guarded["farthest"] < 100.0
     assert guarded["misfit"] < 20.0
-    assert guarded["solver residual"] > 1.0  # and the inflation is visible
+    assert guarded["solver residual"] > 1.0  # the raised eigenvalues show
 
 
 @pytest.mark.slow

@@ -209,7 +209,7 @@ def test_churn_raises_levels_inside_its_range():
         (lambda: ndda.diffusion.AdamsBashforth(0), "order=0; give 1, 2, 3 or 4"),
         (lambda: ndda.diffusion.DDIM(1.5), "eta=1.5; give a number from 0"),
         (lambda: ndda.diffusion.DDIM(-0.1), "eta=-0.1; give a number from 0"),
-        (lambda: ndda.KarrasSchedule(1), "num_levels=1; give at least 2"),
+        (lambda: ndda.KarrasSchedule(1), "num_levels=1; give 2 or more"),
         (lambda: ndda.KarrasSchedule(rho=0.0), "rho=0.0; give a positive number"),
         (lambda: ndda.KarrasSchedule(lowest=90.0).levels((0.02, 80.0)), "from 80.0 down to 90.0: expected 0 < lowest"),
         (lambda: ndda.KarrasSchedule(lowest=-1.0).levels((0.02, 80.0)), "down to -1.0: expected 0 < lowest"),

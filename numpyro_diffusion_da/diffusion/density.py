@@ -39,6 +39,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
+from numpyro_diffusion_da.arguments import require, require_count
 from numpyro_diffusion_da.diffusion.denoiser import NetworkPasses
 from numpyro_diffusion_da.diffusion.prior import Conditioning, DiffusionPrior
 from numpyro_diffusion_da.diffusion.schedule import range_of_levels
@@ -143,8 +144,8 @@ class ProbabilityFlow(eqx.Module):
     highest: float | None = eqx.field(static=True, default=None)
 
     def __check_init__(self) -> None:
-        if self.num_levels < 2:
-            raise ValueError(f"ProbabilityFlow got num_levels={self.num_levels}; give at least 2.")
+        require_count(self.num_levels, self, "num_levels", least=2)
+        require(self.trace, Trace, self, "trace", "ndda.diffusion.Hutchinson(jax.random.key(0), probes=4)")
 
     def levels(self, noise_range: tuple[float, float]) -> np.ndarray:
         """Return the noise levels, lowest first, shape (num_levels,), for a prior with this (lowest, highest) range."""

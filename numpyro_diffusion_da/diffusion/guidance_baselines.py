@@ -33,6 +33,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, Float
 
+from numpyro_diffusion_da.arguments import require
 from numpyro_diffusion_da.diffusion.denoiser import Denoiser, GuidanceState, NetworkPasses, PriorDenoiser
 from numpyro_diffusion_da.diffusion.guidance import (
     Guidance,
@@ -171,6 +172,7 @@ class PiGDM(Guidance):
 
     def __check_init__(self) -> None:
         check_positive(type(self).__name__, self.sigma_data)
+        require(self.solver, LinearSolver, self, "solver", "ndda.diffusion.KrylovSolve(products=8)")
 
     def __call__(self, denoiser: PriorDenoiser, likelihood: Likelihood) -> Denoiser:
         """Build the denoiser that is guided with a constant variance, through the Jacobian of the network."""
@@ -204,6 +206,7 @@ class JFPS(Guidance):
 
     def __check_init__(self) -> None:
         check_positive(type(self).__name__, self.sigma_data)
+        require(self.solver, LinearSolver, self, "solver", "ndda.diffusion.KrylovSolve(products=8)")
 
     def __call__(self, denoiser: PriorDenoiser, likelihood: Likelihood) -> Denoiser:
         """Build the denoiser that is guided with a constant variance, without a Jacobian of the network."""

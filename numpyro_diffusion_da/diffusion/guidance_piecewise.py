@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
+from numpyro_diffusion_da.arguments import require
 from numpyro_diffusion_da.diffusion.denoiser import Denoiser, GuidanceState, PriorDenoiser
 from numpyro_diffusion_da.diffusion.guidance import Guidance, GuidanceDirections, ObservingDenoiser
 from numpyro_diffusion_da.observation.likelihood import Likelihood
@@ -49,6 +50,8 @@ class Piecewise(Guidance):
     levels: tuple[float, ...] = eqx.field(static=True, converter=tuple)
 
     def __check_init__(self) -> None:
+        for i, part in enumerate(self.guidance):
+            require(part, Guidance, self, f"guidance[{i}]", "ndda.MMPS()")
         if len(self.guidance) != len(self.levels) + 1:
             raise ValueError(
                 f"Piecewise got {len(self.guidance)} guidances and {len(self.levels)} levels between them; "

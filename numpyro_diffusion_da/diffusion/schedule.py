@@ -11,6 +11,8 @@ import abc
 import equinox as eqx
 import numpy as np
 
+from numpyro_diffusion_da.arguments import require_count
+
 
 def range_of_levels(
     lowest: float | None, highest: float | None, noise_range: tuple[float, float]
@@ -62,8 +64,7 @@ class KarrasSchedule(Schedule):
     highest: float | None = eqx.field(static=True, default=None)
 
     def __check_init__(self) -> None:
-        if self.num_levels < 2:
-            raise ValueError(f"KarrasSchedule got num_levels={self.num_levels}; give at least 2.")
+        require_count(self.num_levels, self, "num_levels", least=2)
         if not self.rho > 0:
             raise ValueError(f"KarrasSchedule got rho={self.rho}; give a positive number (EDM uses 7).")
 

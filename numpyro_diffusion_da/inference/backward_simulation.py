@@ -1,20 +1,24 @@
-"""Backward simulation: whole trajectories given all observations, from the filter's particles and a density.
+r"""Backward simulation: draws of whole trajectories given all observations, from particles and a transition density.
 
-The genealogy of a filter keeps only the links that it made (see `smoothing`). Where the transition has a density, every
-particle of a time may be linked to every one of the next: given x_{k+1}, and c_k^i what the program carries on from
-particle i of time k,
+The genealogy of a filter contains only the links between particles that the filter made (`results.trajectories`). If
+the transition has a density, each particle of one time can be linked to each particle of the next. Let $c_k^i$ be the
+carry of the program after particle i of time k. The particles are equally weighted, so for a given $x_{k+1}$
 
-    P(x_k = x_k^i | x_{k+1}, y_{1:T}) = w_i / sum_j w_j,        w_i = p(x_{k+1} | c_k^i) p(y_{k+1} | x_{k+1}, c_k^i),
+$$
+P(x_k = x_k^i \mid x_{k+1}, y_{1:T}) = \frac{w_i}{\sum_j w_j}, \qquad
+w_i = p(x_{k+1} \mid c_k^i) \, p(y_{k+1} \mid x_{k+1}, c_k^i)
+$$
 
-the particles being equally weighted (Godsill, Doucet & West 2004, J. Am. Stat. Assoc. 99, eq. 7 and algorithm 1). A
-trajectory starts from a particle of the last time and goes back by draws from these weights; trajectories are
-independent given the particles, and lines that have met may part again. The second factor is there only where what is
-observed depends on c_k beside x_{k+1}.
+(Godsill, Doucet & West 2004, J. Am. Stat. Assoc. 99, eq. 7 and algorithm 1). A trajectory starts from a particle of the
+last time and goes backward by draws from these weights. Trajectories are independent given the particles, and two that
+have met can part again. The second factor of w is needed only if the observations depend on $c_k$ in addition to
+$x_{k+1}$.
 
-A result holds the latent site and not the carries. They are made again, by the program, from the latent site's values;
-that is right where a carry depends on nothing before, and refused where it does (a carry of two frames, say).
+A result contains the latent site but not the carries. The program recomputes the carries from the values of the latent
+site. This is correct if a carry depends on the latent site of its own time only. Other programs are refused, for
+example one that carries two frames.
 
-M trajectories over N particles take N M densities a step: the price, in network passes, is in the result.
+M trajectories over N particles take N M densities per step. The result contains the network passes that they cost.
 """
 
 from __future__ import annotations
@@ -38,13 +42,14 @@ from numpyro_diffusion_da.smc.base import map_particles, particle_keys, relative
 
 
 class Selection(NamedTuple):
-    """One step back, for M trajectories.
+    """Result of one backward step for M trajectories.
 
     Attributes:
-        chosen: which particle each trajectory comes from, shape (M,).
-        ess: effective sample size of the weights it was chosen by, shape (M,).
-        usable: whether any of the weights was positive and finite, shape (M,).
-        sites: `StateSpaceModel.record` of the later time, along the trajectories; leading axis M.
+        chosen: index of the particle that each trajectory comes from, shape (M,).
+        ess: effective sample size of the weights from which it was drawn, shape (M,).
+        usable: whether any of these weights was positive and finite, shape (M,).
+        sites: values of the sites at the later time along the trajectories, by group and site, with a leading axis of
+            M; see `StateSpaceModel.record`.
         passes: network passes of the densities of one trajectory.
     """
 
@@ -64,19 +69,20 @@ def select(
     later_inputs: TimeInputs,
     batch_size: int | None,
 ) -> Selection:
-    """Choose the particle that each trajectory comes from.
+    """Choose the particle of time k that each trajectory comes from.
 
     Args:
-        program: at the arguments of the run.
-        rng_key: one a step.
-        x: the latent site's particles at time k.
-        later: the trajectories' values of it at time k + 1.
-        inputs: of time k.
-        later_inputs: of time k + 1.
-        batch_size: densities at a time; None for all N M at once.
+        program: state-space model at the arguments of the run.
+        rng_key: random key of the step.
+        x: particles of the latent site at time k, shape (N, *state).
+        later: values of the latent site on the trajectories at time k + 1, shape (M, *state).
+        inputs: inputs of time k.
+        later_inputs: inputs of time k + 1.
+        batch_size: number of densities computed at a time; None for all N M at once.
     """
     choice_key, record_key = jax.random.split(rng_key)
-    before = program.initial(jax.random.key(0))  # any carry: the next one does not depend on it
+    # Any carry will do here: `check` has made sure that the next carry does not depend on it.
+    before = program.initial(jax.random.key(0))
     carries = jax.vmap(lambda value: program.advance(value, before, inputs))(x)
 
     def log_weight(pair: Int[Array, ""]) -> tuple[Array, NetworkPasses]:
@@ -89,8 +95,10 @@ def select(
             log_prob += sum(jnp.sum(pointwise_log_likelihood(*site)) for site in sites.observed.values())
         return log_prob, passes
 
+    # Weigh all N M pairs of a trajectory and a particle.
     log_weights, passes = map_particles(log_weight, batch_size)(jnp.arange(len(later) * len(x)))
     log_weights = jax.vmap(relative_to_highest)(log_weights.reshape(len(later), len(x)))
+    # Draw a particle for each trajectory, and recompute the sites of the later time from its carry.
     keys = particle_keys(choice_key, len(later))
     chosen = jax.vmap(jax.random.categorical)(keys, log_weights)
     sites = map_particles(
@@ -103,30 +111,36 @@ def select(
 
 
 def check(program: StateSpaceModel, result: FilterResult, num_draws: int) -> None:
-    """Refuse what cannot be simulated back, before anything is compiled.
+    """Check that a run allows backward simulation, before anything is compiled.
+
+    Args:
+        program: state-space model at the arguments of the run.
+        result: result of the filter.
+        num_draws: number of trajectories of each chain.
 
     Raises:
-        ValueError: one sentence that says what to do.
+        ValueError: `num_draws` is below 1, the run did not keep the latent site, the transition has no density, or the
+            carry depends on more than the latent site.
     """
     if num_draws < 1:
-        raise ValueError(f"num_draws={num_draws}; give 1 or more.")
+        raise ValueError(f"backward simulation got num_draws={num_draws}; give 1 or more.")
     name = program.structure.latent_name
     if name not in result.posterior:
         raise ValueError(
             f"backward simulation needs the particles of '{name}', which this run did not keep; "
-            "name it in keep=[...], or leave keep out."
+            "add the name to keep=[...], or leave keep out."
         )
     program.look(lambda sites: check_density(name, sites.latent[name]))
     if program.structure.carry_remembers:
         raise ValueError(
-            f"the carry of '{program.structure.name}' depends on the carry before it and not on '{name}' alone (two frames, or a "
-            "function of both), so particles of different lines cannot be linked; smooth this program along its "
-            "genealogy, Filter.smoothed(lag)."
+            f"the carry of '{program.structure.name}' depends on the carry before it and not on '{name}' alone (two "
+            "frames, for example), so particles of different lines cannot be linked; smooth this program by its "
+            "genealogy, with Filter.smoothed(lag)."
         )
 
 
 def bytes_of_density(program: StateSpaceModel, size: int) -> int:
-    """Working memory of one transition density, in bytes; `size` is the number of values of the state."""
+    """Estimate the working memory of one transition density, in bytes; `size` is the number of values of the state."""
     transition = program.structure.diffusion
     tangents = 1 if transition is None or transition.density is None else transition.density.trace.products(size)
     return max(program.working_bytes() * tangents, 256 * size)
@@ -140,18 +154,21 @@ def simulate(
     num_draws: int,
     kept: Callable[[dict[str, dict[str, Array]]], dict[str, dict[str, Array]]],
 ) -> FilterResult:
-    """Go back from the last time in each chain.
+    """Draw trajectories backward from the last time, in each chain.
 
     Args:
-        rng_key: a chain's key is fold_in(rng_key, chain), a step's fold_in of that and the step.
-        result: of the filter.
-        inputs: step -> its inputs.
-        step: `select` with everything but its keys, values and inputs.
-        num_draws: trajectories M of each chain.
-        kept: which of the recorded sites the result holds.
+        rng_key: random key; chains and steps fold their indices into it.
+        result: result of the filter.
+        inputs: function from the index of a step to its inputs.
+        step: function (rng_key, x, later, inputs, later_inputs) -> `Selection`, with the arguments of `select`.
+        num_draws: number of trajectories M of each chain.
+        kept: function that selects the recorded sites which the result keeps.
+
+    Returns:
+        Smoothed result, in whose arrays M draws replace the N particles.
 
     Raises:
-        FloatingPointError: no particle of a step can have led to a trajectory (naming the step).
+        FloatingPointError: no particle of a step can have led to a trajectory; the message names the step.
     """
     particles = result.posterior[result.latent_name]
     chains, n, steps = particles.shape[:3]
@@ -161,7 +178,7 @@ def simulate(
     recorded: list[list[PyTree]] = []
     for chain in range(chains):
         chain_key = jax.random.fold_in(rng_key, chain)
-        # Without replacement, as far as there are particles: each is as likely as any other, and none is drawn twice.
+        # Particles of the last time are equally likely. They are drawn without replacement, while there are enough.
         order = np.asarray(jax.random.permutation(jax.random.fold_in(chain_key, steps - 1), n))
         lines[chain, :, -1] = np.resize(order, num_draws)
         records = []
@@ -172,8 +189,8 @@ def simulate(
             if not selection.usable.all():
                 raise FloatingPointError(
                     f"no particle of step {k} has a positive density of leading to step {k + 1}, for "
-                    f"{np.sum(~selection.usable)} of {num_draws} trajectories; give the transition a spread that fits "
-                    f"the distance between particles, or use more of them (there are {n})."
+                    f"{np.sum(~selection.usable)} of {num_draws} trajectories; give the transition a spread as large "
+                    f"as the distance between particles, or use more than {n} particles."
                 )
             lines[chain, :, k], ess[chain, :, k] = selection.chosen, selection.ess
             for name, count in selection.passes._asdict().items():
@@ -181,14 +198,14 @@ def simulate(
             records.append(kept(selection.sites))
         recorded.append(records[::-1])
     moved = smoothing.along(result, lines, {"smoothing": "backward simulation"})
-    # What is derived at a time may depend on the state before, which is another one now; that of the first time is as
-    # it was, in the filter's own line.
+    # Sites of a time may depend on the state before, which has changed on a trajectory, so recorded values replace
+    # them. At the first time the state before is that of the filter.
     groups = ("posterior", "posterior_predictive", "log_likelihood")
     for group in groups if steps > 1 else ():
         for name, values in getattr(moved, group).items():
             for chain, records in enumerate(recorded):
                 values[chain, :, 1:] = np.stack([record[group][name] for record in records], axis=1)
-    own = ("log_weights",)  # of N particles, where the rest is of M trajectories
+    own = ("log_weights",)  # has an axis of N particles, whereas the result has M trajectories
     stats: dict[str, Any] = {name: values for name, values in moved.sample_stats.items() if name not in own}
     stats |= {"backward_ess": ess, **{f"backward_passes_{name}": count for name, count in passes.items()}}
     return dataclasses.replace(moved, sample_stats=stats)

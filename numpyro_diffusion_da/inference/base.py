@@ -1,4 +1,4 @@
-"""Base class of `PMMH` and `SMC2`: compiled evidence of a filter at parameters of a program, and forms of the result."""
+"""Base class of `PMMH` and `SMC2`: compiled evidence of a filter at parameters of a program, and access to results."""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
-"""Compiling a function whose closure holds large arrays.
+"""Compilation of functions that close over large arrays.
 
-A NumPyro program closes over its prior. Under plain `jax.jit` the prior's arrays, network parameters among them, become
-constants of the compiled program: written into it, folded by the compiler, held twice. Here they are arguments.
+A NumPyro program closes over its prior. With plain `jax.jit` the arrays of the prior, such as network parameters,
+become constants of the compiled program: it gets large and slow to compile, and the arrays are in memory twice.
+`Compiled` passes them as arguments.
 """
 
 from __future__ import annotations
@@ -14,13 +15,13 @@ import jax
 
 
 class Compiled:
-    """A function as `eqx.filter_jit` gives it, with every array that it closes over passed as an argument.
+    """Compiled function, like that of `eqx.filter_jit`, to which all arrays in its closure are passed as arguments.
 
-    It is traced once for each set of shapes, dtypes and static values of its arguments, and what it closes over is read
-    at that time: a later change of the closure is not seen.
+    The function is traced once for each combination of shapes, dtypes and static values of its arguments. Its closure
+    is read at that time, so later changes of the closure have no effect.
 
     Args:
-        fn: takes and returns pytrees; leaves that are not arrays are static, and must be hashable.
+        fn: function of pytrees that returns a pytree. Leaves that are not arrays are static and must be hashable.
     """
 
     def __init__(self, fn: Callable[..., Any]) -> None:
@@ -29,6 +30,7 @@ class Compiled:
         self._run: Any = eqx.filter_jit(_call)
 
     def _converted(self, args: tuple[Any, ...]) -> Any:
+        """Function with its closure made explicit, traced for arguments of these shapes, dtypes and static values."""
         dynamic, static = eqx.partition(args, eqx.is_array)
         shapes = [(x.shape, x.dtype) for x in jax.tree.leaves(jax.eval_shape(lambda: dynamic))]
         leaves, structure = jax.tree.flatten(static)
@@ -38,13 +40,14 @@ class Compiled:
         return self._traced[key]
 
     def __call__(self, *args: Any) -> Any:
-        """`fn(*args)`."""
+        """Return `fn(*args)`, compiled."""
         return self._run(self._converted(args), args)
 
     def lower(self, *args: Any) -> Any:
-        """The program before it is compiled, as `jax.jit(fn).lower` gives it."""
+        """Lower the function for these arguments without compiling it, as `jax.jit(fn).lower` does."""
         return self._run.lower(self._converted(args), args)
 
 
 def _call(converted: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+    """Call a converted function; `eqx.filter_jit` of this function passes its closure as an argument."""
     return converted(*args)

@@ -110,8 +110,8 @@ def check_evidence(algorithm: FilterAlgorithm, program: StateSpaceModel, name: s
     kind = type(algorithm).__name__
     if not algorithm.has_evidence():
         raise ValueError(
-            f"{kind} without weights of whole particles estimates no evidence; use ndda.GuidedPF(model) or "
-            "ndda.Bootstrap(model)."
+            f"this {kind} estimates no evidence, because it does not weigh whole particles; use "
+            "ndda.GuidedPF(model) or ndda.Bootstrap(model)."
         )
     bias_reasons = algorithm.evidence_bias_reasons(program)
     if bias_reasons:

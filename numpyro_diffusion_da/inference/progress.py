@@ -1,4 +1,4 @@
-"""A progress bar over the steps of a filter, or the iterations of a chain."""
+"""Progress bar over the steps of a filter or the iterations of a chain."""
 
 from __future__ import annotations
 
@@ -11,7 +11,17 @@ import numpy as np
 
 @contextmanager
 def progress(show: bool, what: str, total: int) -> Iterator[Callable[[int, str], None]]:
-    """A function to call with how much was done and a note; a bar while `show`."""
+    """Context manager of a progress bar.
+
+    Args:
+        show: whether to show the bar.
+        what: label of the bar.
+        total: number of steps in total.
+
+    Yields:
+        Function (number of steps done since the last call, note) that moves the bar; it does nothing if the bar is not
+        shown.
+    """
     if not show:
         yield lambda done, note: None
         return
@@ -31,10 +41,19 @@ def progress(show: bool, what: str, total: int) -> Iterator[Callable[[int, str],
 
 @contextmanager
 def step_progress(show: bool, total: int) -> Iterator[Callable[[dict[str, Any]], None]]:
-    """A function to call after each step of a filter with its statistics; a bar with ESS and tempering while `show`."""
+    """Context manager of a progress bar over the steps of a filter, with ESS and tempering exponent as its note.
+
+    Args:
+        show: whether to show the bar.
+        total: number of steps in total.
+
+    Yields:
+        Function to call after each step, which takes the statistics of the step.
+    """
     with progress(show, "filtering", total) as advance:
 
         def after(stats: dict[str, Any]) -> None:
+            """Move the bar by one step."""
             if show:
                 ess, tempering = (float(np.median(stats[name])) for name in ("ess", "tempering"))
                 advance(1, f"ESS {ess:.0f}  tempering {tempering:.2f}")

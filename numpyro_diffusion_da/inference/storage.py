@@ -1,7 +1,7 @@
 """Storage of a run on disk, step by step, from which an interrupted run continues.
 
     run.json                  settings of the run; a directory holds one run
-    program.npz               observed means and errors of the program at an arbitrary state, see `StateSpaceModel.probe`
+    program.npz               means and errors of the program at an arbitrary state, see `StateSpaceModel.probe`
     chain0/step00012.npz      outputs of a step
     chain0/state.npz          particles after the last step, and the number of steps done
 

@@ -1,4 +1,4 @@
-"""Tune the tempering of a filter by its innovations."""
+"""Tuning of the inflation of a filter by its innovations."""
 
 from __future__ import annotations
 
@@ -24,20 +24,25 @@ from numpyro_diffusion_da.smc.base import Info, Kernel, State
 
 
 class SpreadTrial(NamedTuple):
-    """One run of `tune_spread`: the amount of inflation, and the ratio of `consistency` that it gave."""
+    """One run of `tune_spread`.
+
+    Attributes:
+        amount: amount of inflation of the run.
+        ratio: mean (O - B)^2 divided by the mean of its expectation, as in `diagnostics.consistency`.
+    """
 
     amount: float
     ratio: Estimate
 
 
 class SpreadTuning(NamedTuple):
-    """What `tune_spread` found.
+    """Result of `tune_spread`.
 
     Attributes:
-        amount: the amount of inflation whose ratio is nearest to 1.
-        ratio: mean (O - B)^2 over its expectation there. Amounts whose ratio differs from 1 by less than its standard
-            error are alike: the spin-up is too short to tell them apart.
-        within_tolerance: whether that ratio is within the tolerance; False where the runs were used up before.
+        amount: amount of inflation whose ratio is nearest to 1.
+        ratio: mean (O - B)^2 divided by the mean of its expectation, at this amount. If it differs from 1 by less than
+            its standard error, the spin-up is too short to distinguish the amount from a better one.
+        within_tolerance: whether the ratio is within the tolerance; False if `max_runs` was reached before.
         trail: all runs, in their order.
     """
 
@@ -59,49 +64,56 @@ def tune_spread(
     batch_size: int | None = None,
     block: int = 1,
 ) -> SpreadTuning:
-    """The amount of inflation at which innovations are as large as expected, from a spin-up that is replayed.
+    """Find the amount of inflation at which innovations are as large as expected, by runs over a spin-up.
 
-    Bisection on the amount, one run over the spin-up at each, all with the same random numbers and compiled once, until
-    the ratio of `consistency` is 1. The background is a draw of each observation from each particle that has not seen
-    it, for any likelihood; the ratio is over all observations, each in the unit of its own predictive spread. Beside
-    its own cost a run makes one unguided draw more of each particle and step.
+    The search is a bisection on the amount, until the ratio of squared innovations to their expectation
+    (`diagnostics.consistency`) is 1. Each amount takes one run of the filter over the spin-up. All runs use the same
+    random numbers, and the filter is compiled once. The background is a draw of each observation from each particle
+    before the filter sees the observation, so any likelihood is possible. The ratio is over all observations, each
+    divided by its own predictive spread. In addition to the cost of the filter, a run makes one unguided draw per
+    particle and step.
 
-    That ratio sees the sum of forecast spread and observation error only: if the error is given too small, the spread
-    found is too large. It is the *forecast's* spread that is made right; an analysis that makes up for an error that
-    the transition leaves out has to be spread wider than its own error.
+    The ratio depends on the sum of forecast spread and observation error only. If the given observation error is too
+    small, the amount found is therefore too large. The search corrects the spread of the *forecast*: if the transition
+    leaves out a source of error, the analysis becomes wider than its own error, to make up for it.
 
     Args:
-        make_filter: the filter with a given amount of inflation, as ``lambda alpha: ndda.FAAPF(model,
-            inflation=(ndda.RTPS(alpha),))``. The amount is traced: give it to a `Inflation`, or as `tempering`
-            or `rtps` to `EnKF`. More of it must mean a wider forecast.
-        rng_key: from `jax.random.key`.
-        *args: the program's arguments for the spin-up: ``y[:60]``, say, of the observations.
-        between: the amounts searched, least and most.
-        num_particles: that of the filter: it is part of what makes a spread too small.
-        discard: steps at the start that do not count.
-        tolerance: how near to 1 the ratio must be.
-        max_runs: runs at most, 2 or more.
-        batch_size: particles moved at a time, see `Filter`.
-        block: consecutive times whose values are taken to be dependent in the standard error, see `departures`.
+        make_filter: function from an amount of inflation to the filter, such as ``lambda alpha: ndda.FAAPF(model,
+            inflation=(ndda.RTPS(alpha),))``. The amount is a JAX tracer, so pass it to a member of `inflation=` only. A
+            larger amount must make the forecast wider.
+        rng_key: random key, from `jax.random.key`.
+        *args: arguments of the program for the spin-up, such as the first observations ``y[:60]``.
+        between: smallest and largest amount of the search.
+        num_particles: number of particles N. Use that of the later runs, because the best amount depends on it.
+        discard: number of steps at the start that the ratio leaves out.
+        tolerance: largest accepted distance of the ratio from 1.
+        max_runs: largest number of runs, 2 or more.
+        batch_size: number of particles moved at a time, which bounds the memory; None for as many as fit into half of
+            the device's memory.
+        block: number of consecutive times that the standard error of the ratio treats as dependent.
+
+    Returns:
+        Best amount, its ratio, and all runs.
 
     Raises:
-        ValueError: a ratio of 1 that is not between the two amounts (the sentence says both ratios); nothing observed;
-            settings that do not fit; a program or filter that is refused.
-        FloatingPointError: see `Filter.run`.
+        ValueError: the ratio of 1 is not between those of the two amounts (the message gives both ratios), nothing is
+            observed after the discarded steps, a setting is out of range, or the filter cannot run the program.
+        FloatingPointError: all weights or all particles of a step are non-finite.
     """
     least, most = between
     if not least < most or not tolerance > 0 or max_runs < 2:
         raise ValueError(
             f"tune_spread got between={between}, tolerance={tolerance}, max_runs={max_runs}; give two amounts in "
-            "rising order, a positive tolerance and 2 or more runs."
+            "increasing order, a positive tolerance, and 2 or more runs."
         )
-    make_filter(most)  # an amount that is not allowed is refused here, by name
+    make_filter(most)  # raises here if the amount is not allowed, before it becomes a tracer
     first = make_filter(least)
     program = StateSpaceModel(first.model, args)
     program.check(first.needs_gaussian, first.needs_gaussian_errors)
     if not 0 <= discard < program.structure.length:
         raise ValueError(
-            f"discard={discard}; the spin-up has {program.structure.length} steps: give fewer, and 0 or more."
+            f"tune_spread got discard={discard}; the spin-up has {program.structure.length} steps: give a number from "
+            "0 to below that."
         )
     runner = Filter(
         _OfAmount(make_filter, first), num_particles=num_particles, batch_size=batch_size, progress_bar=False
@@ -109,12 +121,13 @@ def tune_spread(
     trail: list[SpreadTrial] = []
 
     def error_at(amount: float) -> float:
-        """How far the ratio is from 1."""
+        """Run the filter with this amount, and return its ratio minus 1."""
         runner.run(rng_key, jnp.asarray(amount, float), *args)
         trail.append(SpreadTrial(amount, _ratio(runner.result, discard, block)))
         return trail[-1].ratio.value - 1.0
 
     def found() -> SpreadTuning:
+        """Make the result from the runs so far."""
         best = min(trail, key=lambda trial: abs(trial.ratio.value - 1.0))
         return SpreadTuning(*best, bool(abs(best.ratio.value - 1.0) <= tolerance), tuple(trail))
 
@@ -123,9 +136,12 @@ def tune_spread(
         return found()
     at_most = error_at(most)
     if abs(at_most) > tolerance and not at_most < 0.0 < at_least:
-        advice = "the filter is not too sure of itself: look at the observation error and the transition's noise"
+        advice = (
+            "the ensemble is already wide enough at the smallest amount; check whether the observation error or the "
+            "noise of the transition is too large"
+        )
         if min(at_least, at_most) > 0.0:
-            advice = "allow more inflation, or look for a bias, or an observation error that is given too small"
+            advice = "allow more inflation, or check for a bias or an observation error that is too small"
         raise ValueError(
             f"squared innovations are {1 + at_least:.3g} times what is expected at {least:g} and {1 + at_most:.3g} "
             f"times at {most:g}, so no amount between them gives 1; {advice}."
@@ -137,12 +153,17 @@ def tune_spread(
 
 
 class _OfAmount(FilterAlgorithm):
-    """A filter whose amount of inflation is its program's first argument; its result holds forecasts of the observations.
+    """Filter whose amount of inflation is the first argument of its program, and which records forecasts.
 
-    An argument and not a setting: then a run with another amount compiles nothing.
+    The amount is an argument and not a setting, so a run with another amount does not compile again. In the result, the
+    group `posterior` contains draws of the observations from the forecast in place of the sites of the particles.
+
+    Args:
+        make_filter: function from an amount of inflation to the filter.
+        first: a filter that it makes, whose program is used.
     """
 
-    needs_gaussian: ClassVar[bool] = False  # what the filter needs is checked before
+    needs_gaussian: ClassVar[bool] = False  # `tune_spread` has checked the program already
 
     def __init__(self, make_filter: Callable[[Any], FilterAlgorithm], first: FilterAlgorithm) -> None:
         self._make_filter = make_filter
@@ -154,7 +175,7 @@ class _OfAmount(FilterAlgorithm):
         self.model = model
 
     def kernel(self, program: StateSpaceModel, batch_size: int | None = None) -> Kernel:
-        """The filter's, with what it forecast of the observations in place of its particles' sites."""
+        """Build the kernel of the filter, with draws of the observations in place of the sites of the particles."""
         algorithm = self._make_filter(program.args[0])
         step, background = algorithm.kernel(program, batch_size), algorithm.background(program, batch_size)
 
@@ -168,16 +189,25 @@ class _OfAmount(FilterAlgorithm):
         return kernel
 
     def settings(self, program: StateSpaceModel) -> dict[str, str | float]:
-        """None: no result of it is seen."""
+        """Empty settings, because users do not see the result of this filter."""
         return {}
 
 
 def _ratio(result: FilterResult, discard: int, block: int) -> Estimate:
-    """That of `consistency`, of all observations, each in the unit of its predictive spread."""
+    """Ratio of squared innovations to their expectation, over all observations, each divided by its predictive spread.
+
+    Args:
+        result: result of a run of `_OfAmount`.
+        discard: number of steps at the start to leave out.
+        block: number of consecutive times that the standard error treats as dependent.
+
+    Raises:
+        ValueError: nothing is observed in the remaining steps.
+    """
     observations, members = [], []
     for name, values in result.observed_data.items():
         of_site = result.posterior[name][0, :, discard:]
-        if name in result.rejected:  # what the filter does not use says nothing of its spread
+        if name in result.rejected:  # the spread of the filter cannot fit observations that it does not use
             values = np.where(result.rejected[name][0], np.nan, values)
         spread = np.sqrt(of_site.var(0, ddof=1).mean(0))
         unit = np.where(spread > 0, spread, 1.0)
@@ -186,5 +216,7 @@ def _ratio(result: FilterResult, discard: int, block: int) -> Estimate:
         members.append((of_site / unit).reshape(len(of_site), steps, -1))
     joined = np.concatenate(observations, axis=-1)
     if np.all(np.isnan(joined)):
-        raise ValueError(f"nothing is observed after the first {discard} steps; give observations of the spin-up.")
+        raise ValueError(
+            f"nothing is observed after the first {discard} steps; give a spin-up with observations, or discard fewer."
+        )
     return consistency(joined, np.concatenate(members, axis=-1), 0.0, axis=1, block=block).ratio

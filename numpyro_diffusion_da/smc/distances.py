@@ -10,6 +10,8 @@ import equinox as eqx
 import numpy as np
 from jaxtyping import Float
 
+from numpyro_diffusion_da.arguments import require
+
 
 class Distance(eqx.Module):
     """Distance between two positions. A position is one number or a row of coordinates."""
@@ -142,6 +144,7 @@ class WithHeight(Distance):
     scale: float = eqx.field(static=True, converter=float)
 
     def __check_init__(self) -> None:
+        require(self.horizontal, Distance, self, "horizontal", "ndda.GreatCircle()")
         if not 0 < self.scale < math.inf:
             raise ValueError(
                 f"WithHeight got scale={self.scale}; give the horizontal distance that equals one unit of height."
