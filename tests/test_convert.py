@@ -580,13 +580,13 @@ def test_summary_of_one_chain_and_of_equal_weights():
         ("", 0.5, ["tempered in 100%"]),
     ],
 )
-def test_caveats_of_the_log_evidence(known, tempering, expected):
+def test_bias_reasons_of_the_log_evidence(known, tempering, expected):
     changed = made().sample_stats | {"tempering": np.full((2, 3), tempering)}
     bias_reasons = ndda.results.evidence_bias_reasons(
         made(attributes={"evidence_bias_reasons": known}, sample_stats=changed)
     )
     assert len(bias_reasons) == len(expected)
-    assert all(word in caveat for word, caveat in zip(expected, bias_reasons, strict=True))
+    assert all(word in reason for word, reason in zip(expected, bias_reasons, strict=True))
 
 
 def test_nothing_to_convert_before_a_run(small):

@@ -182,7 +182,7 @@ def test_resumed_and_online(tmp_path):
 def test_what_does_not_fit_is_refused():
     faapf = ndda.FAAPF(model)
     for wrong, error, match in (
-        (lambda: ndda.GrossErrorCheck(model), TypeError, "GrossErrorCheck got function"),
+        (lambda: ndda.GrossErrorCheck(model), TypeError, "GrossErrorCheck got the function model"),
         (lambda: ndda.GrossErrorCheck(ndda.GrossErrorCheck(faapf)), TypeError, "without a check"),
         (lambda: ndda.GrossErrorCheck(faapf, threshold=0.0), ValueError, "threshold=0.0"),
         (lambda: ndda.GrossErrorCheck(faapf, members=1), ValueError, "members=1"),

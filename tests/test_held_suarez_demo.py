@@ -96,7 +96,7 @@ def test_what_falls_short_is_said():
     prior = SimpleNamespace(card={})
     assert twin.shortfalls(prior, result(1.0, np.stack([flat, flat]))) == []
     narrow = twin.shortfalls(prior, result(0.7, np.stack([flat, deep])))
-    assert "is 0.70 of its error" in narrow[0]
+    assert "is 0.70 times its error; it should be 0.8 to 1.2 times" in narrow[0]
     assert "unobserved variables is U-shaped: its end bars are 1.6 times" in narrow[1]  # (20 + 8) / 2 over 232 / 26
     card = {"validation": {"one_step": {"crps_over_persistence": [0.2, 0.312]}, "climate": {"power": [0.05, -0.2]}}}
     (emulator,) = twin.shortfalls(SimpleNamespace(card=card), result(1.0, np.stack([flat, flat])))

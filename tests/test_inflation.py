@@ -14,7 +14,7 @@ from numpyro.contrib.control_flow import scan
 
 import numpyro_diffusion_da as ndda
 from numpyro_diffusion_da.filters import Proposal
-from numpyro_diffusion_da.inference import tune_spread as tuning
+from numpyro_diffusion_da.inference import spread_tuning as tuning
 from numpyro_diffusion_da.smc import fa_apf
 from numpyro_diffusion_da.smc import inflation as members
 
@@ -197,8 +197,8 @@ FILTERS = {
     "name", [pytest.param(name, marks=[pytest.mark.slow] if name.startswith("FAAPF") else []) for name in FILTERS]
 )
 def test_the_state_is_inflated_before_it_is_advanced(name):
-    """Record and carry hold the members.inflated state; all else is what it was without inflation. RTPS relaxes to the spread of
-    the predictive distribution, 0.81 + 0.25 of each component before anything is observed."""
+    """Record and carry hold the inflated state; all else is what it was without inflation. RTPS relaxes to the spread
+    of the predictive distribution, 0.81 + 0.25 of each component before anything is observed."""
     make, n = FILTERS[name], 4000
     (x, previous), info = stepped(make(program), n=n)
     (wide, same), wide_info = stepped(make(program, inflation=(ndda.Multiplicative(1.5),)), n=n)
@@ -376,10 +376,10 @@ def test_the_amount_for_few_members(seed):
 
 @pytest.mark.slow
 def test_runs_are_bounded():
-    """The best amount then, and a word that it is not within the tolerance; `tempering` is an amount too."""
+    """The best amount is returned, marked as outside the tolerance. The factor on the forecast is an amount too."""
     _, y = truth_and_observations(0, 15)
     found = ndda.inference.tune_spread(
-        lambda amount: ndda.EnKF(all_observed(0.1), tempering=amount),
+        lambda amount: ndda.EnKF(all_observed(0.1), inflation=(ndda.ForecastMultiplicative(amount),)),
         KEY,
         y,
         between=(1.0, 4.0),

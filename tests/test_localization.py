@@ -171,7 +171,7 @@ ONE_SITE = {"y": ((6,), 1)}
         ({"state": RING[:5], "observations": PLACES}, ONE_SITE, None, r"5 positions of the state, .* \(12,\); give 12"),
         ({"state": RING, "observations": PLACES}, {"y": ((6,), 6)}, None, r"site 'y' has correlated errors"),
         ({"observations": PLACES}, ONE_SITE, None, r"no positions of the state, and the transition has no prior"),
-        ({"observations": PLACES}, ONE_SITE, ndda.Layout((12,), ("site",)), r"its layout has no coordinates of 'site'"),
+        ({"observations": PLACES}, ONE_SITE, ndda.Layout((12,), ("site",)), r"no numeric coordinates of 'site'"),
     ],
 )
 def test_places_are_refused(given, site, layout, sentence):

@@ -173,7 +173,7 @@ def test_summary(inference, capsys):
 
 def test_wrong_use_is_refused():
     numbers = {"num_particles": 4, "num_warmup": 1, "num_samples": 1, "progress_bar": False}
-    with pytest.raises(TypeError, match="PMMH got function"):
+    with pytest.raises(TypeError, match="PMMH got the function model"):
         ndda.PMMH(model, **numbers)
     with pytest.raises(ValueError, match="num_samples=0"):
         ndda.PMMH(ndda.Bootstrap(model), **{**numbers, "num_samples": 0})

@@ -49,6 +49,7 @@ SHORT_NAMES = {
     "v_component_of_wind": ("v",),
     "vertical_velocity": ("w",),
 }
+"""Short names of ERA5-like variables, as files have them, by the full name that a layout uses."""
 PRECIPITATION = "total_precipitation_12hr"
 # Sums over shorter intervals, in hours, that end at the given time. ERA5's total_precipitation covers one hour.
 PARTS_OF_PRECIPITATION = (("total_precipitation_6hr", 6), ("total_precipitation", 1))

@@ -1,4 +1,4 @@
-"""Filters of a NumPyro program: each builds its kernel from the program's transition and likelihood."""
+"""Filters of a NumPyro program; each builds its kernel from the transition and the likelihood of the program."""
 
 from numpyro_diffusion_da.filters.base import FilterAlgorithm, Proposal
 from numpyro_diffusion_da.filters.bootstrap import Bootstrap

@@ -1,7 +1,7 @@
-"""The interface of a filter: a NumPyro program with settings, from which `Filter` gets a kernel.
+"""Interface of a filter: a NumPyro program with settings, from which `Filter` gets a kernel.
 
-Each filter builds the kernel of the `smc` module of its name and gives it the program's transition and likelihood. The
-kernel's "observation" is a `TimeInputs`: the slice of the scan's inputs at one time.
+Each filter builds the kernel of the `smc` module of the same name, and gives it the transition and the likelihood of
+the program. The "observation" that the kernel takes is a `TimeInputs`, the inputs of the scan at one time.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Proposal(NamedTuple):
 
     Attributes:
         draw: network passes and solver residual of the draw.
-        sites: values by group and site, see `StateSpaceModel.record`.
+        sites: values of the sites by group and site, see `StateSpaceModel.record`.
     """
 
     draw: DrawRecord
@@ -49,63 +49,85 @@ class FilterAlgorithm(abc.ABC):
     """Interface of a filter: a NumPyro program with the settings of the filter.
 
     Attributes:
-        model: the program.
+        model: NumPyro program with one scan over time.
     """
 
     model: Callable[..., Any]
     needs_gaussian: ClassVar[bool] = True
-    """Whether the transition must be a diffusion or Gaussian, and the likelihood one that can guide."""
+    """Whether the transition must be a diffusion or Gaussian, and the likelihood of a kind that can guide a draw."""
     needs_gaussian_errors: ClassVar[bool] = False
     """Whether all observed sites must be Gaussian."""
     target_ess: float = 0.0
-    """Effective sample size that tempering aims at, as a fraction of the particles; 0 for no tempering."""
+    """Effective sample size to reach by tempering, as a fraction of the particles; 0 for no tempering."""
     sampler: Sampler | Step | None = None
-    """Reverse diffusion of the filter's draws, a `Sampler`; None for the transition's own."""
+    """Sampler of the draws of a diffusion; None for the transition's own."""
 
     @abc.abstractmethod
     def kernel(self, program: StateSpaceModel, batch_size: int | None = None) -> Kernel:
         """Build the kernel of the program.
 
         Args:
-            program: the program at given arguments.
-            batch_size: particles moved at a time; None moves all at once.
+            program: state-space model at given arguments of the program.
+            batch_size: number of particles moved at a time; None moves all at once.
 
         Returns:
-            (rng_key, state, TimeInputs) -> (State, Info), pure; `info.proposal` is a `Proposal` with a leading axis N.
+            Pure function (rng_key, state, `TimeInputs`) -> (`State`, `Info`). `info.proposal` is a `Proposal` with a
+            leading axis of N.
+
+        Raises:
+            ValueError: the settings of the filter do not fit the program.
         """
 
     @abc.abstractmethod
     def settings(self, program: StateSpaceModel) -> dict[str, str | float]:
-        """Settings of the filter in plain values, for the attributes of a result; defaults are resolved."""
+        """Settings of the filter as plain values, for the attributes of a result; defaults are filled in.
+
+        Args:
+            program: state-space model at given arguments of the program.
+        """
 
     def has_evidence(self) -> bool:
         """Whether the filter estimates the evidence log p(y)."""
         return True
 
     def weight_bias_reasons(self, program: StateSpaceModel) -> list[str]:
-        """Reasons why the weights are not exact, tempering left out; empty where they are exact."""
+        """Reasons why the weights are not exact, apart from tempering; empty if they are exact.
+
+        Args:
+            program: state-space model at given arguments of the program.
+        """
         return []
 
     def evidence_bias_reasons(self, program: StateSpaceModel) -> list[str]:
-        """Reasons why exp(log-evidence) is a biased estimate of p(y); empty where it is unbiased."""
+        """Reasons why exp(log-evidence) is a biased estimate of p(y); empty if it is unbiased.
+
+        Args:
+            program: state-space model at given arguments of the program.
+        """
         tempered = f"weights are tempered (target_ess={self.target_ess:g})"
         return self.weight_bias_reasons(program) + ([tempered] if self.target_ess > 0 else [])
 
     def parents(self, program: StateSpaceModel, ancestors: Array, values: Array) -> Array:
-        """Select each particle's ancestor value; `values` has leading axis N."""
+        """Select the value of each new particle's ancestor.
+
+        Args:
+            program: state-space model at given arguments of the program.
+            ancestors: index of each new particle's ancestor, shape (N,), or (N, b) for b blocks.
+            values: values by the particle before resampling, leading axis N.
+        """
         return values[ancestors]
 
     def forecasts(
         self, program: StateSpaceModel, batch_size: int | None = None
     ) -> Callable[[PRNGKeyArray, PyTree, TimeInputs], tuple[Array, DrawRecord]]:
-        """Build the function that draws each particle's next state before it has seen the observation.
+        """Build the function that draws the next state of each particle without its observations.
 
         Args:
-            program: the program.
-            batch_size: particles moved at a time; None moves all at once.
+            program: state-space model at given arguments of the program.
+            batch_size: number of particles moved at a time; None moves all at once.
 
         Returns:
-            (rng_key, particles, inputs) -> (N states, records of their draws), with a leading axis of N.
+            Function (rng_key, particles, inputs) -> (states, records of the draws), each with a leading axis of N.
         """
 
         def forecasts(rng_key: PRNGKeyArray, particles: PyTree, inputs: TimeInputs) -> tuple[Array, DrawRecord]:
@@ -118,14 +140,15 @@ class FilterAlgorithm(abc.ABC):
     def background(
         self, program: StateSpaceModel, batch_size: int | None = None
     ) -> Callable[[PRNGKeyArray, PyTree, TimeInputs], dict[str, dict[str, Array]]]:
-        """Build the function that records the sites of `forecasts`, predictive draws of the observations included.
+        """Build the function that records the sites at `forecasts`, with predictive draws of the observations.
 
         Args:
-            program: the program.
-            batch_size: particles moved at a time; None moves all at once.
+            program: state-space model at given arguments of the program.
+            batch_size: number of particles moved at a time; None moves all at once.
 
         Returns:
-            (rng_key, particles, inputs) -> `StateSpaceModel.record` of N forecasts, with a leading axis of N.
+            Function (rng_key, particles, inputs) -> values by group and site, with a leading axis of N; see
+            `StateSpaceModel.record`.
         """
 
         def background(rng_key: PRNGKeyArray, particles: PyTree, inputs: TimeInputs) -> dict[str, dict[str, Array]]:
@@ -137,11 +160,19 @@ class FilterAlgorithm(abc.ABC):
         return background
 
     def inflate_forecast(self, forecast: Array) -> Array:
-        """Apply the inflation of the forecast that the update uses; none by default."""
+        """Apply the forecast inflation used by the update; none by default.
+
+        Args:
+            forecast: states, shape (N, *state).
+        """
         return forecast
 
     def passes(self, info: Info) -> NetworkPasses:
-        """Network passes of one step per particle, averaged over the particles."""
+        """Network passes of one step per particle, averaged over particles.
+
+        Args:
+            info: diagnostics of the step.
+        """
         total = info.proposal.draw.passes
         for record in (info.weighing, info.forecast):
             if record != ():
@@ -150,12 +181,12 @@ class FilterAlgorithm(abc.ABC):
 
 
 def check_algorithm(value: Any, owner: str, settings: str) -> None:
-    """Refuse what is not a filter of a program.
+    """Check that an argument is a filter of a program.
 
     Args:
         value: the argument.
-        owner: name of the class that got it.
-        settings: its other arguments in a correct call, for the message.
+        owner: name of the class that got the argument.
+        settings: other arguments of a correct call, for the message.
 
     Raises:
         TypeError: `value` is not a `FilterAlgorithm`.
@@ -168,12 +199,12 @@ def check_algorithm(value: Any, owner: str, settings: str) -> None:
 
 
 def takes_algorithm(settings: str) -> Callable[[Constructor], Constructor]:
-    """Decorate a constructor whose first argument is a filter, so that a wrong one is refused before all else.
+    """Decorate a constructor whose first argument is a filter, to check that argument first.
 
-    A program in place of the filter is then named even where other arguments are missing.
+    If a user gives the program in place of the filter, the message then says so, even if other arguments are missing.
 
     Args:
-        settings: the other arguments in a correct call, for the message.
+        settings: other arguments of a correct call, for the message.
     """
 
     def decorate(init: Constructor) -> Constructor:

@@ -1,4 +1,4 @@
-"""The bootstrap particle filter of a NumPyro program."""
+"""Bootstrap particle filter of a NumPyro program."""
 
 from __future__ import annotations
 
@@ -28,17 +28,20 @@ from numpyro_diffusion_da.smc.base import (
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Bootstrap(FilterAlgorithm):
-    """The bootstrap particle filter of a program (`smc.bootstrap`): unguided draws, weighed afterwards.
+    """Bootstrap particle filter of a program (`smc.bootstrap`): particles are drawn without guidance, then weighed.
 
     Args:
-        model: a NumPyro program with one `scan`, any transition that can be sampled and any likelihood with a log_prob.
-        target_ess: effective sample size that tempering aims at, as a fraction of the particles; 0 for no tempering.
-        sampler: reverse diffusion of the draw, or a bare step; None for the transition's own.
-        resampling: a function of `blackjax.smc.resampling`; None for systematic.
+        model: NumPyro program with one `scan`, any transition that can be sampled, and any likelihood with a
+            `log_prob`. NaN marks a missing value.
+        target_ess: effective sample size to reach by tempering, as a fraction of the particles in [0, 1); 0, the
+            default, for no tempering, because tempering biases the evidence.
+        sampler: sampler of the draws of a diffusion, or a bare step such as `ndda.diffusion.DDIM()`; None for the
+            transition's own.
+        resampling: function of `blackjax.smc.resampling`; None for systematic resampling.
 
     Raises:
-        TypeError: an argument of the wrong kind; the sentence names it.
-        ValueError: `target_ess` outside [0, 1).
+        TypeError: an argument is of the wrong kind; the message names it.
+        ValueError: `target_ess` is outside [0, 1).
     """
 
     needs_gaussian: ClassVar[bool] = False
@@ -55,7 +58,7 @@ class Bootstrap(FilterAlgorithm):
         check_resampling(self.resampling, "Bootstrap")
 
     def kernel(self, program: StateSpaceModel, batch_size: int | None = None) -> Kernel:
-        """Build the bootstrap kernel of the program."""
+        """Build the bootstrap kernel of the program; `FilterAlgorithm.kernel` explains arguments and return value."""
 
         def propose(rng_key: PRNGKeyArray, carry: PyTree, inputs: TimeInputs) -> tuple[PyTree, Proposal]:
             draw_key, record_key = jax.random.split(rng_key)
@@ -69,7 +72,7 @@ class Bootstrap(FilterAlgorithm):
         return bootstrap.build_kernel(propose, log_likelihood, self.resampling, self.target_ess, batch_size)
 
     def settings(self, program: StateSpaceModel) -> dict[str, str | float]:
-        """Settings of the filter in plain values, for the attributes of a result."""
+        """Settings of the filter as plain values, for the attributes of a result."""
         return {
             "algorithm": "Bootstrap",
             "target_ess": self.target_ess,

@@ -10,21 +10,28 @@ from numpyro_diffusion_da.smc.localization import Taper
 
 
 def set_sampler(algorithm: Any) -> None:
-    """Turn a filter's `sampler` into a `Sampler` where it is a bare step; None stays None.
+    """Convert a filter's argument `sampler` to a `Sampler` if it is a bare step; None stays None.
+
+    Args:
+        algorithm: filter, in its constructor.
 
     Raises:
-        TypeError: it is neither a sampler nor a step.
+        TypeError: the argument is neither a sampler nor a step.
     """
     if algorithm.sampler is not None:
-        # The filters are frozen dataclasses.
+        # Filters are frozen dataclasses, which forbid ordinary assignment.
         object.__setattr__(algorithm, "sampler", as_sampler(algorithm.sampler, type(algorithm).__name__))
 
 
 def check_resampling(resampling: Any, owner: str) -> None:
-    """Refuse a resampling that is not a function.
+    """Check that the argument `resampling` is a function or None.
+
+    Args:
+        resampling: the argument.
+        owner: name of the filter that got the argument.
 
     Raises:
-        TypeError: it cannot be called.
+        TypeError: `resampling` cannot be called.
     """
     if resampling is not None and not callable(resampling):
         raise TypeError(
@@ -34,10 +41,14 @@ def check_resampling(resampling: Any, owner: str) -> None:
 
 
 def check_taper(taper: Any, owner: str) -> None:
-    """Refuse a taper that is not a `Taper`.
+    """Check that the argument `taper` is a `Taper` or None.
+
+    Args:
+        taper: the argument.
+        owner: name of the filter that got the argument.
 
     Raises:
-        TypeError: it is something else.
+        TypeError: `taper` is something else.
     """
     if taper is not None:
         example = 'ndda.Taper(5.0, ndda.Ring(40), {"y": np.arange(0, 40, 4)})'

@@ -1,4 +1,4 @@
-"""The ensemble Kalman filter of a NumPyro program."""
+"""Ensemble Kalman filter of a NumPyro program."""
 
 from __future__ import annotations
 
@@ -30,19 +30,22 @@ from numpyro_diffusion_da.transition.base import DrawRecord
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class EnKF(FilterAlgorithm):
-    """The ensemble Kalman filter of a program (`smc.enkf`): a linear update with the ensemble's own covariances.
+    """Ensemble Kalman filter of a program (`smc.enkf`): a linear update with covariances of the ensemble.
+
+    It has no weights, and so no evidence.
 
     Args:
-        model: a NumPyro program as for `FAAPF`, but with any transition that can be sampled (a `Delta` too), and
-            Gaussian observations.
-        inflation: a sequence of `Inflation`. `ForecastMultiplicative(1.05)` widens the forecast before the update.
-            `RTPS`, `RTPP`, `Multiplicative` and `Jitter` widen the analysis, in their order.
-        sampler: reverse diffusion of the forecast, or a bare step; None for the transition's own.
-        update: `PerturbedObservations()` or `SquareRoot()`.
+        model: NumPyro program with one `scan`, any transition that can be sampled (also a `Delta`), and Gaussian
+            observations. NaN marks a missing value.
+        inflation: sequence of `Inflation`. `ForecastMultiplicative(1.05)` widens the forecast before the update.
+            `RTPS`, `RTPP`, `Multiplicative` and `Jitter` widen the analysis, in the order of the sequence.
+        sampler: sampler of a diffusion's forecast, or a bare step such as `ndda.diffusion.DDIM()`; None for the
+            transition's own.
+        update: update of the ensemble, `ndda.smc.PerturbedObservations()` or `ndda.smc.SquareRoot()`.
         taper: localization, `Taper(radius, distance, observations)`; None for none.
 
     Raises:
-        TypeError: an argument of the wrong kind; the sentence names it.
+        TypeError: an argument is of the wrong kind; the message names it.
     """
 
     needs_gaussian: ClassVar[bool] = False
@@ -62,14 +65,14 @@ class EnKF(FilterAlgorithm):
         check_taper(self.taper, "EnKF")
 
     def has_evidence(self) -> bool:
-        """Whether the filter estimates the evidence: it does not, it has no weights."""
+        """Whether the filter estimates the evidence; False, because it has no weights."""
         return False
 
     def kernel(self, program: StateSpaceModel, batch_size: int | None = None) -> Kernel:
-        """Build the EnKF kernel of the program.
+        """Build the EnKF kernel of the program; `FilterAlgorithm.kernel` explains arguments and return value.
 
         Raises:
-            ValueError: positions of the taper that do not fit the program.
+            ValueError: the positions of the taper do not fit the program.
         """
 
         def forecast(rng_key: PRNGKeyArray, carry: PyTree, inputs: TimeInputs) -> tuple[Array, DrawRecord]:
@@ -87,11 +90,11 @@ class EnKF(FilterAlgorithm):
         return enkf.build_kernel(forecast, residual, advance, self.update, taper, self.inflation, batch_size)
 
     def inflate_forecast(self, forecast: Array) -> Array:
-        """Apply the inflation of the forecast that the update uses."""
+        """Apply the forecast inflation used by the update, to states of shape (N, *state)."""
         return Multiplicative(forecast_factor(self.inflation))(jax.random.key(0), forecast, None)
 
     def settings(self, program: StateSpaceModel) -> dict[str, str | float]:
-        """Settings of the filter in plain values, for the attributes of a result."""
+        """Settings of the filter as plain values, for the attributes of a result."""
         return {
             "algorithm": "EnKF",
             "update": in_full(self.update),

@@ -1,4 +1,4 @@
-"""The fully adapted auxiliary particle filter of a NumPyro program."""
+"""Fully adapted auxiliary particle filter of a NumPyro program."""
 
 from __future__ import annotations
 
@@ -42,36 +42,37 @@ from numpyro_diffusion_da.transition.weights import Dirac, Equal, Moment, Predic
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class FAAPF(FilterAlgorithm):
-    r"""The fully adapted auxiliary particle filter of a program (`smc.fa_apf`).
+    r"""Fully adapted auxiliary particle filter of a program (`smc.fa_apf`).
 
     Each step weighs every particle by its predictive likelihood $p(y \mid c)$, resamples, and draws each new particle
-    from $p(x' \mid c, y)$ by guidance (Savary, Rozet & Louppe 2026, arXiv 2605.20028, Section 3). With a `taper` it
-    selects block by block of the state, by the observations near each block.
+    from $p(x' \mid c, y)$ by guidance (Savary, Rozet & Louppe 2026, arXiv 2605.20028, Section 3). With a `taper`, each
+    block of the state selects its ancestors by itself, by the observations near the block.
 
     Args:
-        model: a NumPyro program with one `scan`, whose transition is a `DiffusionTransition`, `Normal` or
+        model: NumPyro program with one `scan`, whose transition is a `DiffusionTransition`, `Normal` or
             `MultivariateNormal`. Observed sites may have any distribution of independent elements, or a
             `MultivariateNormal`. NaN marks a missing value.
-        weight: estimate of log p(y | c). By default `Dirac()` for a diffusion, and the exact `Moment()` for a
+        weight: estimate of log p(y | c); None for `Dirac()` with a diffusion, and the exact `Moment()` with a
             transition in closed form.
-        target_ess: effective sample size that tempering aims at, as a fraction of the particles; 0 for no tempering.
-        guidance: how the observations guide the draw.
-        sampler: reverse diffusion of the guided draw, or a bare step such as `ndda.diffusion.DDIM()`; None for the
-            transition's own.
-        resampling: a function of `blackjax.smc.resampling`; None for systematic.
+        target_ess: effective sample size to reach by tempering, as a fraction of the particles in [0, 1); 0 for no
+            tempering.
+        guidance: guidance of the draws by the observations.
+        sampler: sampler of the guided draws, or a bare step such as `ndda.diffusion.DDIM()`; None for the transition's
+            own.
+        resampling: function of `blackjax.smc.resampling`; None for systematic resampling.
         taper: localization, `Taper(radius, distance, observations)`; None selects whole particles. With a taper there
             is no evidence.
         block_radius: largest distance of a place from the center of its block, in the unit of the taper's distance; 0
             makes each place a block.
-        inflation: a sequence of `Inflation` for the new states, applied in its order: `(RTPS(0.3), Jitter(0.1))`.
-            `RTPS` needs the spread of the forecast, for which each particle makes one more, unguided draw.
-        tempering: tempering of the weights where their effective sample size is below its target:
+        inflation: sequence of `Inflation`, applied to the new states in its order: `(RTPS(0.3), Jitter(0.1))`. `RTPS`
+            needs the spread of the forecast, which costs one more, unguided draw of each particle.
+        tempering: tempering of the weights if their effective sample size is below its target:
             `smc.WeightTempering()` or `smc.LikelihoodTempering()`. Both are the same with Dirac weights.
 
     Raises:
-        TypeError: an argument of the wrong kind; the sentence names it.
-        ValueError: `target_ess` outside [0, 1); a negative `block_radius`, or one without a taper; an inflation that
-            needs a forecast member for each analysis member (`RTPP`, `ForecastMultiplicative`).
+        TypeError: an argument is of the wrong kind; the message names it.
+        ValueError: `target_ess` is outside [0, 1); `block_radius` is negative, or is given without a taper; or an
+            inflation needs a forecast member for each analysis member (`RTPP`, `ForecastMultiplicative`).
     """
 
     model: Callable[..., Any]
@@ -102,27 +103,28 @@ class FAAPF(FilterAlgorithm):
             raise ValueError(f"FAAPF got block_radius={self.block_radius} and no taper; give both, or neither.")
 
     def has_evidence(self) -> bool:
-        """Whether the filter estimates the evidence: not with equal weights, and not with a taper."""
+        """Whether the filter estimates the evidence; False with equal weights or with a taper."""
         return not isinstance(self.weight, Equal) and self.taper is None
 
     def weight_bias_reasons(self, program: StateSpaceModel) -> list[str]:
-        """Reasons why the weights are not exact: those of the weight, and inflation."""
+        """Reasons why the weights are not exact: those of `weight`, and inflation."""
         closed_form = program.structure.diffusion is None
         bias_reasons = self._weight(closed_form).bias_reasons(closed_form, program.structure.observes_linearly)
         inflations = inflation_setting(self.inflation)
         return bias_reasons + ([f"the particles' spread is inflated: {inflations}"] if self.inflation else [])
 
     def _weight(self, closed_form: bool) -> PredictiveWeight:
+        """Predictive weight, with its default filled in; `closed_form` says whether the transition is Gaussian."""
         if self.weight is not None:
             return self.weight
         return Moment() if closed_form else Dirac()
 
     def kernel(self, program: StateSpaceModel, batch_size: int | None = None) -> Kernel:
-        """Build the FA-APF kernel of the program.
+        """Build the FA-APF kernel of the program; `FilterAlgorithm.kernel` explains arguments and return value.
 
         Raises:
-            ValueError: positions of the taper that do not fit the program, or a site that `LikelihoodTempering` cannot
-                temper; the sentence names it.
+            ValueError: the positions of the taper do not fit the program, or `LikelihoodTempering` cannot temper a
+                site; the message names it.
         """
         local = self._local(program)
         if self.tempering.needs_likelihood_tempering and not isinstance(self.weight, Equal):
@@ -172,26 +174,32 @@ class FAAPF(FilterAlgorithm):
         )
 
     def _check_errors(self, program: StateSpaceModel) -> None:
+        """Check that `LikelihoodTempering` can temper all sites.
+
+        Raises:
+            ValueError: a site is not Gaussian, or its error or the slope of its mean changes with the state.
+        """
         for name in program.structure.observed_names:
             if name in program.structure.general_names:
                 raise ValueError(
                     f"the likelihood of site '{name}' cannot be tempered inside its weight: it is not Gaussian, or its "
-                    "error or the slope of its mean changes with the state; use tempering=ndda.smc.WeightTempering() in "
-                    f"place of {self.tempering}."
+                    "error or the slope of its mean changes with the state; use "
+                    f"tempering=ndda.smc.WeightTempering() in place of {self.tempering}."
                 )
 
     def _local(self, program: StateSpaceModel) -> LocalAncestors | None:
+        """Localized selection of ancestors, with the taper placed on the program; None without a taper."""
         if self.taper is None:
             return None
         return LocalAncestors.at(place_taper(self.taper, program), program.structure.state_shape, self.block_radius)
 
     def parents(self, program: StateSpaceModel, ancestors: Array, values: Array) -> Array:
-        """Select each particle's ancestor value, block by block where the filter has a taper."""
+        """Select the value of each new particle's ancestor, block by block if the filter has a taper."""
         local = self._local(program)
         return super().parents(program, ancestors, values) if local is None else local.glue(values, ancestors)
 
     def settings(self, program: StateSpaceModel) -> dict[str, str | float]:
-        """Settings of the filter in plain values, for the attributes of a result."""
+        """Settings of the filter as plain values, for the attributes of a result."""
         return {
             "algorithm": "FAAPF",
             "weight": in_full(self._weight(closed_form=program.structure.diffusion is None)),

@@ -1,14 +1,19 @@
-"""Observations too far from the forecast are left out, as weather centers do: the background check.
+r"""Background check of a filter: observations too far from the forecast are rejected, as at weather centers.
 
-An observation y is compared, before it is used, with forecasts of it from M particles x'_i that have not seen it:
+Before an observation y is used, it is compared with forecasts of it from M particles $x'_i$ that have not seen it. It
+is rejected if
 
-    y is rejected if |y - mean_i E[y | x'_i]| > k s,    s^2 = (M + 1) / M var_i E[y | x'_i] + mean_i Var[y | x'_i],
+$$
+\Bigl| y - \operatorname*{mean}_i E[y \mid x'_i] \Bigr| > k s, \qquad
+s^2 = \frac{M + 1}{M} \operatorname*{var}_i E[y \mid x'_i] + \operatorname*{mean}_i \operatorname{Var}[y \mid x'_i],
+$$
 
-with k the threshold (Lorenc & Hammon 1988, Q. J. R. Meteorol. Soc. 114, 515; Andersson & Jarvinen 1999, the same, 125,
-697). A rejected observation is missing at that step, and the result says which.
+where k is the threshold (Lorenc & Hammon 1988, Q. J. R. Meteorol. Soc. 114, 515; Andersson & Jarvinen 1999, Q. J. R.
+Meteorol. Soc. 125, 697). A rejected observation is missing at that step, and the result shows which ones were rejected.
 
-The forecast is taken at its word: a filter that is too sure of a wrong one rejects what would bring it back, and then
-the more the longer. Hence the warning, and a threshold that is not small.
+The check relies on the spread of the forecast. If a filter is overconfident in a wrong forecast, the check rejects the
+observations that would correct it, and more of them at each step. Therefore a run warns if many observations are
+rejected, and the default threshold is large.
 """
 
 from __future__ import annotations
@@ -32,11 +37,11 @@ from numpyro_diffusion_da.smc.base import Info, Kernel, State, map_particles, nu
 
 
 class CheckRecord(NamedTuple):
-    """What came of a check.
+    """Record of a gross-error check at one step.
 
     Attributes:
-        rejected: by checked site, True where an observation was left out, at the shape of the value.
-        passes: network passes made, per particle of the filter.
+        rejected: for each checked site a mask in the shape of its value, True where an observation was rejected.
+        passes: network passes of the check, per particle of the filter.
     """
 
     rejected: dict[str, Bool[Array, ...]]
@@ -45,27 +50,33 @@ class CheckRecord(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class GrossErrorCheck(FilterAlgorithm):
-    """Another filter, which is not given what is too far from its forecast: ``GrossErrorCheck(FAAPF(model))``.
+    r"""Filter that rejects observations too far from its forecast: ``GrossErrorCheck(FAAPF(model))``.
 
-    Each step draws the forecasts that observations are compared with anew, from `members` of the particles: M / N of
-    the cost of an unguided draw of all, counted among the network passes. Otherwise the filter is what it is without,
-    to the last bit where nothing is rejected.
+    It wraps another filter. An observation y is rejected if $|y - \bar y| > k s$, where $\bar y$ is its forecast, the
+    mean over M particles. The expected variance s^2 of the departure is the spread of these forecasts plus the
+    observation error (Lorenc & Hammon 1988, Q. J. R. Meteorol. Soc. 114, 515).
 
-    What was left out is in ``result.rejected``, in `sample_stats` as ``{site}_rejected``, in the printed summary, and
-    of an `OnlineFilter` in ``info.check.rejected``. If more than a third of a run's observations were, the run warns:
-    then the ensemble has lost the truth, or the errors are given far too small, and the check only keeps it so.
+    Each step draws forecasts of M particles for the comparison. This costs M / N of an unguided draw of all N
+    particles, and is included in the network passes. If nothing is rejected, all draws are those of the filter without
+    the check.
+
+    Rejected observations are marked in ``result.rejected``, in `sample_stats` as ``{site}_rejected``, in the printed
+    summary, and for an `OnlineFilter` in ``info.check.rejected``. A run warns if more than a third of its observations
+    were rejected. Then the ensemble has lost the truth or the given errors are much too small, and with the check the
+    filter does not recover.
 
     Args:
-        algorithm: the filter.
-        threshold: k, in standard deviations of the departure that forecast and observation error let expect; one for
-            all observed sites, or by name for those that are checked. A right filter of Gaussian variables rejects six
-            of ten million good observations at 5.0, and three of a thousand at 3.0.
-        members: M at most, spread evenly over the particles; 64 know the departure's standard deviation to 9 %.
+        algorithm: filter to wrap.
+        threshold: k, in expected standard deviations of the departure. One number applies to all observed sites; a
+            mapping from names to numbers checks these sites only. For Gaussian variables, a well calibrated filter
+            rejects 6 of 10 million good observations at 5.0, and 3 of 1000 at 3.0.
+        members: M, the largest number of particles used, spread evenly over all; 2 or more. With 64, the standard
+            deviation of the departure is known to 9 %.
 
     Raises:
-        TypeError: what is no filter, or one that has a check.
-        ValueError: a threshold that is not positive, fewer than two members. From the kernel: a site that is not
-            observed, or whose distribution has no mean and variance; fewer than two particles.
+        TypeError: `algorithm` is not a filter, or has a check already; or `members` is not a whole number.
+        ValueError: a threshold is not positive, or `members` is below 2; when used, a threshold names a site that is
+            not observed, a checked site has no mean and variance, or the filter has one particle.
     """
 
     algorithm: FilterAlgorithm
@@ -75,38 +86,39 @@ class GrossErrorCheck(FilterAlgorithm):
     def __post_init__(self) -> None:
         check_algorithm(self.algorithm, "GrossErrorCheck", "threshold=5.0")
         if isinstance(self.algorithm, GrossErrorCheck):
-            raise TypeError("GrossErrorCheck got a GrossErrorCheck; give a filter without a check of its own.")
+            raise TypeError("GrossErrorCheck got a GrossErrorCheck; give a filter without a check.")
         thresholds = self.threshold.values() if isinstance(self.threshold, Mapping) else [self.threshold]
         if not all(k > 0.0 for k in thresholds):
             raise ValueError(
-                f"GrossErrorCheck got threshold={self.threshold}; give a positive number of standard deviations."
+                f"GrossErrorCheck got threshold={self.threshold}; give a positive number of standard deviations, "
+                "or one for each site by name."
             )
         require_count(self.members, "GrossErrorCheck", "members", least=2)
         for name in ("model", "needs_gaussian", "needs_gaussian_errors", "target_ess", "sampler"):
             object.__setattr__(self, name, getattr(self.algorithm, name))
 
     def has_evidence(self) -> bool:
-        """As without the check."""
+        """Whether the wrapped filter estimates the evidence."""
         return self.algorithm.has_evidence()
 
     def weight_bias_reasons(self, program: StateSpaceModel) -> list[str]:
-        """As without, and that the filter chooses its observations."""
+        """Reasons why the weights of the wrapped filter are not exact, and that the check leaves out observations."""
         return [*self.algorithm.weight_bias_reasons(program), "observations far from the forecast are left out"]
 
     def parents(self, program: StateSpaceModel, ancestors: Array, values: Array) -> Array:
-        """As without the check."""
+        """Select the value of each new particle's ancestor, as the wrapped filter does."""
         return self.algorithm.parents(program, ancestors, values)
 
     def inflate_forecast(self, forecast: Array) -> Array:
-        """Apply the inflation of the forecast that the wrapped filter uses."""
+        """Apply the forecast inflation used by the wrapped filter, to states of shape (N, *state)."""
         return self.algorithm.inflate_forecast(forecast)
 
     def passes(self, info: Info) -> NetworkPasses:
-        """Those of the filter and of the check."""
+        """Network passes of one step of the wrapped filter and of the check, per particle."""
         return self.algorithm.passes(info).plus(info.check.passes)
 
     def settings(self, program: StateSpaceModel) -> dict[str, str | float]:
-        """The filter's, and those of the check."""
+        """Settings of the wrapped filter and of the check as plain values, for the attributes of a result."""
         by_site = isinstance(self.threshold, Mapping)
         return {
             **self.algorithm.settings(program),
@@ -115,21 +127,28 @@ class GrossErrorCheck(FilterAlgorithm):
         }
 
     def _thresholds(self, program: StateSpaceModel) -> dict[str, float]:
-        """By the sites that are checked."""
+        """Threshold of each checked site, by name.
+
+        Raises:
+            ValueError: a threshold names a site that is not observed.
+        """
         if not isinstance(self.threshold, Mapping):
             return dict.fromkeys(program.structure.observed_names, self.threshold)
         if unknown := sorted(set(self.threshold) - set(program.structure.observed_names)):
             raise ValueError(
-                f"GrossErrorCheck has thresholds of {unknown}, but the observed sites are "
-                f"{sorted(program.structure.observed_names)}."
+                f"GrossErrorCheck got thresholds for {unknown}, but the observed sites are "
+                f"{sorted(program.structure.observed_names)}; give names of these."
             )
         return dict(self.threshold)
 
     def kernel(self, program: StateSpaceModel, batch_size: int | None = None) -> Kernel:
-        """The filter's, with what is rejected missing in the program that it is given.
+        """Build the kernel of the wrapped filter, for which rejected observations are missing.
+
+        `FilterAlgorithm.kernel` explains arguments and return value.
 
         Raises:
-            ValueError: see the class.
+            ValueError: a threshold names a site that is not observed; when the kernel runs, a checked site has no mean
+                and variance, or there is one particle.
         """
         thresholds = self._thresholds(program)
         forecasts = self.algorithm.forecasts(program, batch_size)
@@ -137,11 +156,11 @@ class GrossErrorCheck(FilterAlgorithm):
         def kernel(rng_key: PRNGKeyArray, state: State, inputs: TimeInputs) -> tuple[State, Info]:
             n = num_particles(state.particles)
             if n < 2:
-                raise ValueError("GrossErrorCheck got one particle, and one particle has no spread; give 2 or more.")
-            # Neighbors are often copies of one particle: those that look are as far apart as there is room.
+                raise ValueError("GrossErrorCheck got one particle, which has no spread; give num_particles=2 or more.")
+            # Neighboring particles are often copies of one particle, so the members are spread evenly.
             some = np.arange(min(self.members, n)) * n // min(self.members, n)
             particles = jax.tree.map(lambda leaf: leaf[some], state.particles)
-            # A fifth key beside those of the kernels, which are the same with and without a check.
+            # Kernels use up to four keys. A fifth one leaves their draws the same with and without a check.
             x, record = forecasts(jax.random.split(rng_key, 5)[4], particles, inputs)
             seen = map_particles(_moments(program, thresholds, inputs), batch_size)(x, particles)
             sites = program.sites(jax.tree.map(lambda leaf: leaf[0], particles), inputs, x[0]).observed
@@ -156,7 +175,13 @@ class GrossErrorCheck(FilterAlgorithm):
 def _moments(
     program: StateSpaceModel, names: Mapping[str, Any], inputs: TimeInputs
 ) -> Callable[[Array, PyTree], dict[str, tuple[Array, Array]]]:
-    """(x', particle) -> E[y | x'] and Var[y | x'] by site."""
+    """Build the function (x', carry) -> (E[y | x'], Var[y | x']) of each site, by name.
+
+    Args:
+        program: state-space model at given arguments of the program.
+        names: names of the sites.
+        inputs: inputs of the time.
+    """
 
     def moments(x: Array, carry: PyTree) -> dict[str, tuple[Array, Array]]:
         sites = program.sites(carry, inputs, x).observed
@@ -166,7 +191,13 @@ def _moments(
 
 
 def _too_far(site: ObservedSite, forecast: tuple[Array, Array], threshold: float) -> Bool[Array, ...]:
-    """The comparison of the module; False where nothing is observed. A member that is not finite does not count."""
+    """Whether each value of a site is too far from its forecast; False where nothing is observed.
+
+    Args:
+        site: observed site.
+        forecast: E[y | x'] and Var[y | x'] of the M members, each of shape (M, *value). Non-finite members are ignored.
+        threshold: k, in standard deviations.
+    """
     means, variances = forecast
     members = jnp.sum(jnp.isfinite(means), axis=0)
     means = jnp.where(jnp.isfinite(means), means, jnp.nan)

@@ -1,4 +1,4 @@
-"""The guided particle filter of a NumPyro program."""
+"""Guided particle filter of a NumPyro program."""
 
 from __future__ import annotations
 
@@ -28,30 +28,33 @@ from numpyro_diffusion_da.smc.base import (
 )
 
 PATH_SAMPLER = Sampler(SDEDPMSolverPP2M(), KarrasSchedule(24, rho=20.0))
-"""Sampler of `GuidedPF` where the transition's own does not add noise at every step."""
+"""Default sampler of `GuidedPF` if the transition's own sampler does not add noise at every step."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class GuidedPF(FilterAlgorithm):
-    """The guided particle filter of a program (`smc.guided_pf`): guided draws, weighed afterwards; unbiased evidence.
+    """Guided particle filter of a program (`smc.guided_pf`): particles are drawn with guidance, then weighed.
 
-    Each draw comes with a weight whose mean is p(y | c). A diffusion takes path weights (`diffusion.path_weights`),
-    where p is the law of the sampler at its number of levels. A transition in closed form has exact weights.
+    Its evidence is unbiased. Each draw has a weight whose mean is p(y | c). With a diffusion these are path weights
+    (`diffusion/path_weights.py`), and p is the distribution that the sampler draws from with its number of levels. With
+    a transition in closed form the weights are exact.
 
     Args:
-        model: a NumPyro program as for `FAAPF`.
-        guidance: how the observations guide the draw. By default with exact solves, which take one network pass per
-            observation at each noise level. Fewer products, `MMPS(KrylovSolve(products=4))`, leave the evidence
-            unbiased and make it noisier.
-        sampler: reverse diffusion of the draw, or a bare step, with noise at every step. None for the transition's own
-            where that has noise at every step, else 24 levels of `SDEDPMSolverPP2M`.
-        target_ess: effective sample size that tempering aims at, as a fraction of the particles. 0, the default, does
-            not temper: tempering biases the evidence.
-        resampling: a function of `blackjax.smc.resampling`; None for systematic.
+        model: NumPyro program with one `scan`, whose transition is a `DiffusionTransition`, `Normal` or
+            `MultivariateNormal`. Observed sites may have any distribution of independent elements, or a
+            `MultivariateNormal`. NaN marks a missing value.
+        guidance: guidance of the draws by the observations. The default solves its linear systems exactly, which takes
+            one network pass per observation at each noise level. With fewer products, as in
+            `MMPS(KrylovSolve(products=4))`, the evidence remains unbiased but is noisier.
+        sampler: sampler of the draws, or a bare step, with noise at every step; None for the transition's own if it has
+            noise at every step, else for 24 levels of `SDEDPMSolverPP2M`.
+        target_ess: effective sample size to reach by tempering, as a fraction of the particles in [0, 1); 0, the
+            default, for no tempering, because tempering biases the evidence.
+        resampling: function of `blackjax.smc.resampling`; None for systematic resampling.
 
     Raises:
-        TypeError: an argument of the wrong kind; the sentence names it.
-        ValueError: `target_ess` outside [0, 1), or a sampler without noise at every step.
+        TypeError: an argument is of the wrong kind; the message names it.
+        ValueError: `target_ess` is outside [0, 1), or the sampler does not add noise at every step.
     """
 
     model: Callable[..., Any]
@@ -70,13 +73,14 @@ class GuidedPF(FilterAlgorithm):
             self.sampler.stochastic_step()
 
     def _sampler(self, program: StateSpaceModel) -> Sampler:
+        """Sampler of the draws, with its default filled in."""
         transition = program.structure.diffusion
         if self.sampler is None and transition is not None and transition.sampler.is_stochastic:
             return transition.sampler
         return self.sampler if isinstance(self.sampler, Sampler) else PATH_SAMPLER
 
     def kernel(self, program: StateSpaceModel, batch_size: int | None = None) -> Kernel:
-        """Build the guided kernel of the program."""
+        """Build the guided kernel of the program; `FilterAlgorithm.kernel` explains arguments and return value."""
         sampler = self._sampler(program)
 
         def propose(rng_key: PRNGKeyArray, carry: PyTree, inputs: TimeInputs) -> tuple[PyTree, Array, Proposal]:
@@ -89,7 +93,7 @@ class GuidedPF(FilterAlgorithm):
         return guided_pf.build_kernel(propose, self.resampling, self.target_ess, batch_size)
 
     def settings(self, program: StateSpaceModel) -> dict[str, str | float]:
-        """Settings of the filter in plain values, for the attributes of a result."""
+        """Settings of the filter as plain values, for the attributes of a result."""
         return {
             "algorithm": "GuidedPF",
             "target_ess": self.target_ess,

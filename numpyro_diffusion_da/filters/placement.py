@@ -1,4 +1,4 @@
-"""A taper at the places of a program's values."""
+"""Placement of a taper: positions for the values of a program's state and observations."""
 
 from __future__ import annotations
 
@@ -10,11 +10,17 @@ from numpyro_diffusion_da.smc.localization import PlacedTaper, Taper
 
 
 def place_taper(taper: Taper, program: StateSpaceModel) -> PlacedTaper:
-    """Place a taper on a program; positions of the state are by default those of its prior's layout.
+    """Place a taper on the state and the observations of a program.
+
+    The positions of the state come from the taper, else from the layout of the program's prior.
+
+    Args:
+        taper: taper of a filter.
+        program: state-space model of the program.
 
     Raises:
-        ValueError: positions that do not fit the program, see `Taper.place`, or positions of the state that neither
-            the taper nor the layout has.
+        ValueError: positions do not fit the program (see `Taper.place`), or neither the taper nor the layout has
+            positions of the state.
     """
     diffusion = program.structure.diffusion
     axes = None if taper.state is not None else grid_axes(None if diffusion is None else diffusion.prior.layout)
@@ -22,15 +28,18 @@ def place_taper(taper: Taper, program: StateSpaceModel) -> PlacedTaper:
 
 
 def grid_axes(layout: Layout | None) -> dict[str, np.ndarray]:
-    """Coordinates of the leading dimensions of a layout, up to the first that has no numbers.
+    """Numeric coordinates of the leading dimensions of a layout, by name, up to the first dimension without them.
+
+    Args:
+        layout: layout of the state; None if the transition has none.
 
     Raises:
-        ValueError: no layout, or one without such coordinates.
+        ValueError: there is no layout, or its first dimension has no numeric coordinates.
     """
     if layout is None:
         raise ValueError(
-            "Taper has no positions of the state, and the transition has no prior whose layout has them; "
-            "give Taper(state=...), one position for each value."
+            "Taper has no positions of the state, and the transition has no prior with a layout that has them; "
+            "give Taper(..., state=...), one position for each value."
         )
     axes: dict[str, np.ndarray] = {}
     coordinates = layout.coords()
@@ -40,7 +49,7 @@ def grid_axes(layout: Layout | None) -> dict[str, np.ndarray]:
         axes[dim] = coordinates[dim]
     if not axes:
         raise ValueError(
-            f"Taper has no positions of the state, and its layout has no coordinates of '{layout.dims[0]}'; "
-            "give Taper(state=...), one position for each value."
+            f"Taper has no positions of the state, and the layout has no numeric coordinates of '{layout.dims[0]}'; "
+            "give Taper(..., state=...), one position for each value."
         )
     return axes

@@ -1,4 +1,4 @@
-"""The settings of a filter in plain values, for the attributes of a result."""
+"""Settings of a filter as plain values, for the attributes of a result."""
 
 from __future__ import annotations
 
@@ -19,7 +19,10 @@ from numpyro_diffusion_da.smc.localization import Taper
 
 
 def in_full(value: Any) -> str:
-    """A module with all its settings, defaults included: its repr leaves those out, and defaults may change."""
+    """Text of a value with all its settings, for example "MMPS(solver=...)".
+
+    The repr of a module leaves out defaults, and defaults may change between versions.
+    """
     if not isinstance(value, eqx.Module):
         return repr(value)
     settings = ", ".join(f"{f.name}={in_full(getattr(value, f.name))}" for f in dataclasses.fields(value) if f.init)
@@ -27,7 +30,15 @@ def in_full(value: Any) -> str:
 
 
 def sampler_setting(sampler: Sampler | Step | None, program: StateSpaceModel) -> str:
-    """The sampler in full, the transition's own where none is given; "closed form" for a Gaussian transition."""
+    """Text of the sampler that a filter uses.
+
+    Args:
+        sampler: sampler of the filter; None for the transition's own.
+        program: state-space model of the program.
+
+    Returns:
+        The sampler with all its settings, or "closed form" if the transition is not a diffusion.
+    """
     transition = program.structure.diffusion
     if transition is None:
         return "closed form"
@@ -35,15 +46,15 @@ def sampler_setting(sampler: Sampler | Step | None, program: StateSpaceModel) ->
 
 
 def taper_setting(taper: Taper | None) -> str:
-    """The taper with checksums of its positions, or "none"."""
+    """Text of a taper, with checksums of its positions; "none" without a taper."""
     return "none" if taper is None else repr(taper)
 
 
 def inflation_setting(inflations: Sequence[Inflation]) -> str:
-    """The sequence of inflations in full, or "none"."""
+    """Text of a sequence of inflations, with all their settings; "none" for an empty one."""
     return ", ".join(in_full(inflation) for inflation in inflations) or "none"
 
 
 def resampling_setting(resampling: Resampling | None) -> str:
-    """The name of the resampling function; systematic by default."""
+    """Name of the resampling function; "systematic" for None."""
     return "systematic" if resampling is None else getattr(resampling, "__name__", repr(resampling))

@@ -5,7 +5,7 @@ from numpyro_diffusion_da.inference.filter import Filter
 from numpyro_diffusion_da.inference.online_filter import OnlineFilter
 from numpyro_diffusion_da.inference.pmmh import PMMH
 from numpyro_diffusion_da.inference.smc2 import SMC2
-from numpyro_diffusion_da.inference.tune_spread import SpreadTrial, SpreadTuning, tune_spread
+from numpyro_diffusion_da.inference.spread_tuning import SpreadTrial, SpreadTuning, tune_spread
 
 __all__ = [
     "PMMH",

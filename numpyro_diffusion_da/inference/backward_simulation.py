@@ -10,13 +10,13 @@ w_i = p(x_{k+1} \mid c_k^i) \, p(y_{k+1} \mid x_{k+1}, c_k^i)
 $$
 
 (Godsill, Doucet & West 2004, J. Am. Stat. Assoc. 99, eq. 7 and algorithm 1). A trajectory starts from a particle of the
-last time and goes backward by draws from these weights. Trajectories are independent given the particles, and two that
-have met can part again. The second factor of w is needed only if the observations depend on $c_k$ in addition to
-$x_{k+1}$.
+last time and goes backward by draws from these weights. Given the particles and where they start, trajectories are
+independent, and two that have met can part again. The second factor of w is needed only if the observations depend on
+$c_k$ in addition to $x_{k+1}$.
 
 A result contains the latent site but not the carries. The program recomputes the carries from the values of the latent
-site. This is correct if a carry depends on the latent site of its own time only. Other programs are refused, for
-example one that carries two frames.
+site. This is correct if a carry does not depend on the carry before it. Other programs are refused, for example one
+that carries two frames.
 
 M trajectories over N particles take N M densities per step. The result contains the network passes that they cost.
 """
@@ -165,7 +165,8 @@ def simulate(
         kept: function that selects the recorded sites which the result keeps.
 
     Returns:
-        Smoothed result, in whose arrays M draws replace the N particles.
+        Smoothed result with M draws in place of the N particles. `sample_stats` has no `log_weights`, but also
+        `backward_ess`, shape (chain, draw, time), and `backward_passes_*`, each (chain, time).
 
     Raises:
         FloatingPointError: no particle of a step can have led to a trajectory; the message names the step.

@@ -37,6 +37,7 @@ class ParameterInference(abc.ABC):
     Args:
         algorithm: filter of a program that estimates its evidence.
         num_particles: number of particles N of the filter.
+        num_chains: number of independent chains.
         batch_size: number of particles moved at a time, over all filters; None for as many as fit into half of the
             device's memory.
         progress_bar: whether to show a progress bar.
@@ -51,15 +52,17 @@ class ParameterInference(abc.ABC):
         self,
         algorithm: FilterAlgorithm,
         num_particles: int,
+        num_chains: int,
         batch_size: int | None,
         progress_bar: bool,
         **numbers: int,
     ) -> None:
         check_batch_size(batch_size)
-        for name, value in {"num_particles": num_particles, **numbers}.items():
+        for name, value in {"num_particles": num_particles, "num_chains": num_chains, **numbers}.items():
             require_count(value, self, name, least=0 if name == "num_warmup" else 1)
         self.algorithm = algorithm
         self.num_particles = num_particles
+        self.num_chains = num_chains
         self.batch_size = batch_size
         self.progress_bar = progress_bar
         self._estimator = EvidenceEstimator(algorithm, num_particles)
@@ -140,7 +143,7 @@ class ParameterInference(abc.ABC):
 
     @property
     def result(self) -> ParameterResult:
-        """Result of the last run, as numpy arrays.
+        """Result of the last run, as numpy arrays: ``result.posterior[site]`` has the shape (chain, draw, ...).
 
         Raises:
             RuntimeError: `run` has not been called.
@@ -189,7 +192,7 @@ class ParameterInference(abc.ABC):
 
         Raises:
             RuntimeError: `run` has not been called.
-            ValueError: names or coordinates do not fit.
+            ValueError: `dims` or `coords` do not fit the parameters, or name some that do not exist.
         """
         from numpyro_diffusion_da.results import convert
 
@@ -206,7 +209,7 @@ class ParameterInference(abc.ABC):
 
         Raises:
             RuntimeError: `run` has not been called.
-            ValueError: names or coordinates do not fit.
+            ValueError: `dims` or `coords` do not fit the parameters, or name some that do not exist.
         """
         from numpyro_diffusion_da.results import convert
 

@@ -1,4 +1,4 @@
-"""How many particles move at a time: what `batch_size=None` means to a run."""
+"""Number of particles that a run moves at a time, given by `batch_size` or chosen by memory."""
 
 from __future__ import annotations
 
@@ -10,14 +10,18 @@ from numpyro_diffusion_da.diffusion.memory import device_memory
 from numpyro_diffusion_da.program.state_space import StateSpaceModel
 
 BATCH_ADVICE = "give a whole number of 1 or more, or None for as many particles as memory allows."
+"""Advice in the messages about a wrong batch size."""
 
 
 def check_batch_size(batch_size: Any) -> None:
-    """Refuse a batch size that is neither None nor a positive number.
+    """Check that a batch size is None or a whole number of 1 or more.
+
+    Args:
+        batch_size: argument of the user.
 
     Raises:
-        TypeError: not a whole number.
-        ValueError: a number below 1.
+        TypeError: `batch_size` is neither None nor a whole number.
+        ValueError: `batch_size` is below 1.
     """
     if batch_size is not None and (isinstance(batch_size, bool) or not isinstance(batch_size, numbers.Integral)):
         raise TypeError(f"got batch_size={shown(batch_size)}; {BATCH_ADVICE}")
@@ -26,33 +30,45 @@ def check_batch_size(batch_size: Any) -> None:
 
 
 def batch_in_memory(batch_size: int | None, number: int, bytes_each: int) -> int | None:
-    """The number of particles to move at a time, or None where all of them can move at once.
+    """Number of items (particles, densities) to compute at a time.
 
     Args:
-        batch_size: as the user gave it; None for as many as half of the device's memory takes.
-        number: particles that there are.
-        bytes_each: working memory of one particle.
+        batch_size: argument of the user; None for as many as fit into half of the device's memory.
+        number: number of items in total.
+        bytes_each: working memory of one item, in bytes.
+
+    Returns:
+        Number of items at a time, 1 or more; None if all of them can be computed at once.
     """
     fits = batch_size if batch_size is not None else int(0.5 * device_memory() // max(bytes_each, 1))
     return None if fits >= number else max(fits, 1)
 
 
 def particles_at_a_time(batch_size: int | None, number: int, program: StateSpaceModel) -> int | None:
-    """The number of particles of a program to move at a time, or None where all of them can move at once."""
+    """Number of particles of a program to move at a time.
+
+    Args:
+        batch_size: argument of the user; None for as many as fit into half of the device's memory.
+        number: number of particles in total.
+        program: state-space model of the program, which estimates the working memory of one particle.
+
+    Returns:
+        Number of particles at a time, 1 or more; None if all of them can move at once.
+    """
     if batch_size is not None:
         return batch_in_memory(batch_size, number, 1)
     return batch_in_memory(None, number, program.working_bytes())
 
 
 def split_batch(batch: int | None, num_particles: int) -> tuple[int | None, int | None]:
-    """Divide a batch among filters that run side by side.
+    """Divide a batch among several filters that run at the same time.
 
     Args:
-        batch: particles moved at a time, of all filters together; None for all.
-        num_particles: particles of one filter.
+        batch: number of particles moved at a time, over all filters; None for all.
+        num_particles: number of particles N of one filter.
 
     Returns:
-        (filters at a time, particles of a filter at a time), each None for all.
+        (number of filters at a time, number of particles of a filter at a time), each None for all.
     """
     if batch is None:
         return None, None

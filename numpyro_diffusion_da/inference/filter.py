@@ -112,8 +112,9 @@ class Filter:
             **kwargs: keyword arguments of the program.
 
         Raises:
-            ValueError: the filter cannot run the program; an observation error is not positive and finite, or an
-                observation is infinite (the message names the site and the step); `keep` names an unknown site; or
+            ValueError: the filter cannot run the program; an observation error is not positive and finite, an
+                observation is infinite, or the state is NaN where it is observed (the message names the site and the
+                step); `keep` names an unknown site; the filter computes no forecasts for `keep_forecasts`; or
                 `directory` holds another run.
             FloatingPointError: all weights or all particles of a step are non-finite; the message names the step.
         """
@@ -214,7 +215,7 @@ class Filter:
 
     @property
     def result(self) -> FilterResult:
-        """Result of the last run, as numpy arrays.
+        """Result of the last run, as numpy arrays: ``result.posterior[site]`` has the shape (chain, draw, time, ...).
 
         Raises:
             RuntimeError: `run` has not been called.
@@ -255,10 +256,11 @@ class Filter:
         the particles. Log-likelihoods include observations that a gross-error check rejected.
         `results.to_datatree` and `results.to_arviz` take the result.
 
-        In `sample_stats`, `filter_draw` is the index of each draw among the particles of the filter, and
-        `distinct_lines` counts the distinct ones. `backward_ess` is the effective sample size of the weights from which
-        a link was drawn. `backward_passes_forward`, `backward_passes_jvp` and `backward_passes_vjp` are the network
-        passes of a draw's densities at each step.
+        In `sample_stats`, `filter_draw`, shape (chain, draw, time), is the index of each draw among the particles of
+        the filter, and `distinct_lines`, shape (chain, time), counts the distinct ones. `backward_ess`, shape (chain,
+        draw, time), is the effective sample size of the weights from which a link was drawn.
+        `backward_passes_forward`, `backward_passes_jvp` and `backward_passes_vjp`, each of shape (chain, time), are the
+        network passes of a draw's densities at each step.
 
         Source: Godsill, Doucet & West 2004, J. Am. Stat. Assoc. 99, algorithm 1; see
         `inference/backward_simulation.py`.
@@ -270,7 +272,8 @@ class Filter:
                 half of the device's memory. The result does not depend on it.
 
         Returns:
-            Smoothed result, in whose arrays M draws replace the N particles.
+            Smoothed result with M draws in place of the N particles: ``posterior[site]`` has the shape (chain, M, time,
+            ...).
 
         Raises:
             RuntimeError: `run` has not been called.
@@ -314,8 +317,8 @@ class Filter:
 
         Raises:
             RuntimeError: `run` has not been called.
-            ValueError: names or coordinates do not fit, `lag` is negative, or `lag` is not 0 and the result has no
-                genealogy.
+            ValueError: `time`, `dims` or `coords` do not fit the result, `lag` is negative, or `lag` is not 0 and the
+                result has no genealogy (the filter is an ensemble Kalman filter or has a taper).
         """
         from numpyro_diffusion_da.results import convert
 
@@ -343,8 +346,8 @@ class Filter:
 
         Raises:
             RuntimeError: `run` has not been called.
-            ValueError: names or coordinates do not fit, `lag` is negative, or `lag` is not 0 and the result has no
-                genealogy.
+            ValueError: `time`, `dims` or `coords` do not fit the result, `lag` is negative, or `lag` is not 0 and the
+                result has no genealogy (the filter is an ensemble Kalman filter or has a taper).
         """
         from numpyro_diffusion_da.results import convert
 

@@ -73,9 +73,9 @@ class OnlineFilter:
             **kwargs: keyword arguments of the program.
 
         Returns:
-            (state, diagnostics of the step). The new particles of the latent site are in
-            ``info.proposal.sites["posterior"]``, with a leading axis of N. Non-finite values do not raise; they are
-            counted in ``info.nonfinite_particles`` and ``info.nonfinite_weights``.
+            (state, diagnostics of the step). The new particles of the latent site ``"x"`` are
+            ``info.proposal.sites["posterior"]["x"]``, shape (N, ...). Non-finite values do not raise; they are counted
+            in ``info.nonfinite_particles`` and ``info.nonfinite_weights``.
 
         Raises:
             ValueError: the filter cannot run the program, or series have another length than 1.

@@ -65,17 +65,18 @@ class PMMH(ParameterInference):
         batch_size: int | None = None,
         progress_bar: bool = True,
     ) -> None:
-        numbers = {"num_warmup": num_warmup, "num_samples": num_samples, "num_chains": num_chains}
-        super().__init__(algorithm, num_particles, batch_size, progress_bar, **numbers)
+        numbers = {"num_warmup": num_warmup, "num_samples": num_samples}
+        super().__init__(algorithm, num_particles, num_chains, batch_size, progress_bar, **numbers)
         self.num_warmup = num_warmup
         self.num_samples = num_samples
-        self.num_chains = num_chains
 
     def run(self, rng_key: PRNGKeyArray, *args: Any, **kwargs: Any) -> None:
         """Draw from the posterior of the parameters given the observations in the arguments of the program.
 
-        `result` holds the result afterwards. The keys of chains and iterations are folded from `rng_key` by their
-        indices, so `num_chains` does not change the draws of a chain.
+        `result` holds the result afterwards: draws of each parameter, shape (num_chains, num_samples, ...), and the
+        statistics `acceptance_rate`, `is_accepted`, `log_evidence` and `lp`, each (num_chains, num_samples). The keys
+        of chains and iterations are folded from `rng_key` by their indices, so `num_chains` does not change the draws
+        of a chain.
 
         Args:
             rng_key: random key, from `jax.random.key`.

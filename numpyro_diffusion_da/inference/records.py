@@ -1,4 +1,4 @@
-"""Records of a filter's steps: what a step leaves behind, how it is checked, and the result that records make."""
+"""Records of the steps of a filter run: how they are made and checked, and how they form a result."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from numpyro_diffusion_da.smc.base import Info
 
 
 class Keep(NamedTuple):
-    """What a run keeps of its particles.
+    """Parts of the particles that a run keeps.
 
     Attributes:
-        sites: names of the latent and deterministic sites that are kept; None for all.
-        observed: whether a predictive draw and the log-likelihood of each observation are kept.
-        forecasts: whether the one-step forecast that each particle came from is kept.
+        sites: names of the latent and deterministic sites to keep; None for all.
+        observed: whether to keep a predictive draw and the log-likelihood of each observation.
+        forecasts: whether to keep the one-step forecast from which each particle was drawn.
     """
 
     sites: tuple[str, ...] | None
@@ -31,10 +31,16 @@ class Keep(NamedTuple):
     forecasts: bool
 
     def of(self, sites: dict[str, dict[str, Array]]) -> dict[str, dict[str, Array]]:
-        """The kept part of the sites' values, by group and site.
+        """Select the sites to keep.
+
+        Args:
+            sites: values by group and site, from `StateSpaceModel.record`.
+
+        Returns:
+            Kept values by group and site. Groups of observed sites that are not kept are empty.
 
         Raises:
-            ValueError: a name that is not a latent or deterministic site.
+            ValueError: `sites` of this object names a site that is not latent or deterministic.
         """
         if not self.observed:
             sites = {**sites, "posterior_predictive": {}, "log_likelihood": {}}
@@ -42,7 +48,10 @@ class Keep(NamedTuple):
             return sites
         if unknown := set(self.sites) - set(sites["posterior"]):
             known = sorted(sites["posterior"])
-            raise ValueError(f"keep names {sorted(unknown)}, but the latent and deterministic sites are {known}.")
+            raise ValueError(
+                f"keep names {sorted(unknown)}, but the latent and deterministic sites are {known}; give names from "
+                "this list."
+            )
         return {**sites, "posterior": {name: sites["posterior"][name] for name in self.sites}}
 
 
@@ -54,18 +63,22 @@ def record_step(
     particles: PyTree,
     inputs: TimeInputs,
 ) -> dict[str, Any]:
-    """The record of one step, as nested dictionaries of arrays.
+    """Make the record of one step.
 
     Args:
-        algorithm: the filter.
-        program: the program at the arguments of the run.
-        keep: what is kept of the particles.
+        algorithm: filter of the program.
+        program: state-space model at the arguments of the run.
+        keep: parts of the particles to keep.
         info: diagnostics of the step.
-        particles: the particles before the step, leading axis N.
-        inputs: the scan's inputs of the step.
+        particles: carries of the particles before the step, a pytree with a leading axis of N.
+        inputs: inputs of the step.
+
+    Returns:
+        Nested dictionaries of arrays: `sites`, `stats`, `passes` and `observations`, the numbers of non-finite weights
+        and particles, `forecast` if it is kept, and `rejected` if the observations were checked.
 
     Raises:
-        ValueError: forecasts are to be kept and the filter computes none, or an unknown site is.
+        ValueError: `keep` asks for forecasts and the filter computes none, or `keep` names an unknown site.
     """
     first = jax.tree.map(lambda x: x[0], particles)
     return {
@@ -90,6 +103,11 @@ def record_step(
 
 
 def _forecast(algorithm: FilterAlgorithm, program: StateSpaceModel, info: Info) -> Array:
+    """One-step forecast from which each particle was drawn, with a leading axis of N.
+
+    Raises:
+        ValueError: the filter computes no forecasts.
+    """
     forecast = getattr(info.weighing, "forecast", None)
     if forecast is None:
         raise ValueError(
@@ -100,12 +118,18 @@ def _forecast(algorithm: FilterAlgorithm, program: StateSpaceModel, info: Info) 
 
 
 def check_record(record: dict[str, Any], step: int, num_particles: int) -> None:
-    """Refuse a step whose observations are wrong, or whose particles all are.
+    """Check that the observations of a step are valid, and that not all of its weights or particles are non-finite.
+
+    Args:
+        record: record of the step, as numpy arrays.
+        step: index of the step, for messages.
+        num_particles: number of particles N.
 
     Raises:
-        ValueError: an observation error that is not positive, an infinite observation, or an observed value that is
-            compared with NaN; the sentence names the site and the step.
-        FloatingPointError: every weight or every particle is non-finite.
+        ValueError: an observation error is not positive and finite, an observation is infinite, or all weights or
+            particles are non-finite because the state has no value where it is observed. The message names the site
+            and the step.
+        FloatingPointError: all weights or all particles are non-finite for another reason.
     """
     for name, site in record["observations"].items():
         if site["bad_error"]:
@@ -114,7 +138,7 @@ def check_record(record: dict[str, Any], step: int, num_particles: int) -> None:
                 "give a standard deviation above zero (mark a missing value by NaN in the observation)."
             )
         if np.any(np.isinf(site["value"])):
-            raise ValueError(f"site '{name}' has an infinite observation at step {step}; mark missing values with NaN.")
+            raise ValueError(f"site '{name}' has an infinite observation at step {step}; mark missing values by NaN.")
     for what, count in (("weights", record["nonfinite_weights"]), ("particles", record["nonfinite_particles"])):
         if count < num_particles:
             continue
@@ -122,29 +146,30 @@ def check_record(record: dict[str, Any], step: int, num_particles: int) -> None:
             if site["undefined"]:
                 raise ValueError(
                     f"site '{name}' at step {step} compares {site['undefined']} observed values with NaN: the state "
-                    "has no value there (sea surface temperature over land, for example); mark those observations "
-                    "missing with NaN, or leave them out."
+                    "has no value there (sea surface temperature over land, for example); mark these observations "
+                    "as missing by NaN, or leave them out."
                 )
         raise FloatingPointError(
             f"all {num_particles} {what} are non-finite at step {step}; check the observations and their errors at "
-            "that step, and the guidance (fewer solver products, a larger observation error)."
+            "that step, or make the guidance more stable by fewer products of its solver or a larger observation error."
         )
 
 
 def collect(
     structure: Structure, attributes: dict[str, Any], chains: Sequence[Sequence[dict[str, Any]]]
 ) -> FilterResult:
-    """The result of a run.
+    """Make the result of a run from the records of its steps.
 
     Args:
-        structure: the program's structure.
-        attributes: the result's attributes.
-        chains: for each chain the records of its steps, as numpy.
+        structure: structure of the program.
+        attributes: attributes of the result.
+        chains: records of all steps, as numpy arrays, for each chain.
     """
     stacked = [jax.tree.map(lambda *v: np.stack(v), *steps) for steps in chains]
     records = jax.tree.map(lambda *v: np.stack(v), *stacked)  # (chain, time, ...)
 
     def by_draw(x: np.ndarray) -> np.ndarray:
+        """Move the axis of particles before that of time: (chain, time, draw, ...) -> (chain, draw, time, ...)."""
         return np.moveaxis(x, 1, 2)
 
     groups = jax.tree.map(by_draw, records["sites"])

@@ -66,22 +66,19 @@ class SMC2(ParameterInference):
             raise ValueError(
                 f"SMC2 got target_ess={target_ess}; give a fraction of the parameter particles, from 0 to 1."
             )
-        numbers = {
-            "num_parameter_particles": num_parameter_particles,
-            "num_moves": num_moves,
-            "num_chains": num_chains,
-        }
-        super().__init__(algorithm, num_particles, batch_size, progress_bar, **numbers)
+        numbers = {"num_parameter_particles": num_parameter_particles, "num_moves": num_moves}
+        super().__init__(algorithm, num_particles, num_chains, batch_size, progress_bar, **numbers)
         self.num_parameter_particles = num_parameter_particles
         self.num_moves = num_moves
         self.target_ess = target_ess
-        self.num_chains = num_chains
 
     def run(self, rng_key: PRNGKeyArray, *args: Any, **kwargs: Any) -> None:
         """Assimilate the observations in the arguments of the program, one time after the other.
 
-        `result` holds the result afterwards. The keys of chains and steps are folded from `rng_key` by their indices,
-        so `num_chains` does not change the draws of a chain.
+        `result` holds the result afterwards. With M parameter particles, `posterior` has the shapes (num_chains, M,
+        ...) and `over_time` (num_chains, M, time, ...). The statistics `ess`, `log_evidence_increment`,
+        `acceptance_rate` and `filter_steps` have the shape (num_chains, time). The keys of chains and steps are folded
+        from `rng_key` by their indices, so `num_chains` does not change the draws of a chain.
 
         Args:
             rng_key: random key, from `jax.random.key`.

@@ -24,9 +24,9 @@ from jaxtyping import Array, PyTree
 from numpyro_diffusion_da.fields.layout import Layout
 
 INSTALL = (
-    "GenCast's package `weathernext` (v0.3.0, google-deepmind/weathernext) is not installed, and PyPI does not have it "
-    "(the packages graphcast, gencast and xarray-jax on PyPI are unrelated). Install it as described in the README: "
-    "pip install 'numpyro-diffusion-da[gencast]' and then weathernext and xarray_jax from their repositories."
+    "GenCast's package `weathernext` (v0.3.0, google-deepmind/weathernext) is not installed. It is not on PyPI: the "
+    "packages graphcast, gencast and xarray-jax there are unrelated. Install it as docs/gencast.md describes: "
+    "pip install 'numpyro-diffusion-da[gencast]', then weathernext and xarray_jax from their repositories."
 )
 STATIC = ("geopotential_at_surface", "land_sea_mask")
 FORCINGS = ("day_progress_cos", "day_progress_sin", "year_progress_cos", "year_progress_sin")

@@ -96,9 +96,10 @@ def tune_spread(
         Best amount, its ratio, and all runs.
 
     Raises:
-        ValueError: the ratio of 1 is not between those of the two amounts (the message gives both ratios), nothing is
+        ValueError: a ratio of 1 is not between the ratios of the two amounts (the message gives both), nothing is
             observed after the discarded steps, a setting is out of range, or the filter cannot run the program.
-        FloatingPointError: all weights or all particles of a step are non-finite.
+        TypeError: `num_particles` or `batch_size` is not a whole number.
+        FloatingPointError: all weights or all particles of a step are non-finite; the message names the step.
     """
     least, most = between
     if not least < most or not tolerance > 0 or max_runs < 2:
