@@ -79,7 +79,7 @@ def test_an_argument_of_the_wrong_kind(call, sentence):
         ),
         (
             lambda: ndda.OnlineFilter(ndda.FAAPF(model), num_particles=8, batch_size=0),
-            r"batch_size=0; give a whole .*None",
+            r"OnlineFilter got batch_size=0; give a whole .*None",
         ),
         (
             lambda: ndda.PMMH(ndda.Bootstrap(model), num_particles=0, num_warmup=0, num_samples=1),

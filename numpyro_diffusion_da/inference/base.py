@@ -57,7 +57,7 @@ class ParameterInference(abc.ABC):
         progress_bar: bool,
         **numbers: int,
     ) -> None:
-        check_batch_size(batch_size)
+        check_batch_size(batch_size, type(self).__name__)
         for name, value in {"num_particles": num_particles, "num_chains": num_chains, **numbers}.items():
             require_count(value, self, name, least=0 if name == "num_warmup" else 1)
         self.algorithm = algorithm

@@ -13,20 +13,21 @@ BATCH_ADVICE = "give a whole number of 1 or more, or None for as many particles 
 """Advice in the messages about a wrong batch size."""
 
 
-def check_batch_size(batch_size: Any) -> None:
+def check_batch_size(batch_size: Any, owner: str) -> None:
     """Check that a batch size is None or a whole number of 1 or more.
 
     Args:
         batch_size: argument of the user.
+        owner: name of the class or method that got it, for the message.
 
     Raises:
         TypeError: `batch_size` is neither None nor a whole number.
         ValueError: `batch_size` is below 1.
     """
     if batch_size is not None and (isinstance(batch_size, bool) or not isinstance(batch_size, numbers.Integral)):
-        raise TypeError(f"got batch_size={shown(batch_size)}; {BATCH_ADVICE}")
+        raise TypeError(f"{owner} got batch_size={shown(batch_size)}; {BATCH_ADVICE}")
     if batch_size is not None and batch_size < 1:
-        raise ValueError(f"got batch_size={batch_size}; {BATCH_ADVICE}")
+        raise ValueError(f"{owner} got batch_size={batch_size}; {BATCH_ADVICE}")
 
 
 def batch_in_memory(batch_size: int | None, number: int, bytes_each: int) -> int | None:

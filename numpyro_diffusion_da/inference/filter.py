@@ -77,7 +77,7 @@ class Filter:
     ) -> None:
         require_count(num_particles, "Filter", "num_particles")
         require_count(num_chains, "Filter", "num_chains")
-        check_batch_size(batch_size)
+        check_batch_size(batch_size, "Filter")
         if keep is not None and (isinstance(keep, str) or not keep):
             raise ValueError(
                 f"Filter got keep={keep!r}; give a list of one or more names of latent or deterministic sites, or None "
@@ -287,7 +287,7 @@ class Filter:
         args, kwargs = self._given
         program = self._prepared(args, kwargs)
         backward.check(program, result, num_draws)
-        check_batch_size(batch_size)
+        check_batch_size(batch_size, "backward_simulation")
         size = result.posterior[program.structure.latent_name][0, 0, 0].size
         batch_size = batch_in_memory(
             batch_size, self.num_particles * num_draws, backward.bytes_of_density(program, size)

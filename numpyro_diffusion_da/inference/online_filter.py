@@ -38,7 +38,7 @@ class OnlineFilter:
     @takes_algorithm("num_particles=256")
     def __init__(self, algorithm: FilterAlgorithm, *, num_particles: int, batch_size: int | None = None) -> None:
         require_count(num_particles, "OnlineFilter", "num_particles")
-        check_batch_size(batch_size)
+        check_batch_size(batch_size, "OnlineFilter")
         self.algorithm = algorithm
         self.num_particles = num_particles
         self.batch_size = batch_size
