@@ -74,6 +74,10 @@ def test_an_argument_of_the_wrong_kind(call, sentence):
     ("call", "sentence"),
     [
         (
+            lambda: ndda.EnKF(model, taper=ndda.Taper(1.0, ndda.Ring(4), {"y": [0]}, correlation=ndda.smc.Boxcar())),
+            r"not positive definite, .*GaspariCohn\(\), or update=ndda.smc.SquareRoot\(\)",
+        ),
+        (
             lambda: ndda.FAAPF(model, inflation=(ndda.ForecastMultiplicative(1.1),)),
             r"FAAPF makes none; use ndda.Multipl",
         ),

@@ -200,7 +200,7 @@ def test_a_prior_gives_the_places_of_its_state():
     ("model", "taper", "sentence"),
     [
         (program, ndda.Taper(1.2, ndda.Ring(D), {"z": [0]}, state=SITES), r"positions of \['z'\], .* \['y'\]"),
-        (program, ndda.Taper(1.2, ndda.Ring(D), {"y": SITES[::2]}), r"give Taper\(state=...\)"),
+        (program, ndda.Taper(1.2, ndda.Ring(D), {"y": SITES[::2]}), r"give Taper\(\.\.\., state=...\)"),
         (correlated, TAPER, "site 'y' has correlated errors"),
     ],
 )

@@ -63,6 +63,8 @@ class EnKF(FilterAlgorithm):
         set_sampler(self)
         require(self.update, EnsembleUpdate, "EnKF", "update", "ndda.smc.SquareRoot()")
         check_taper(self.taper, "EnKF")
+        if self.taper is not None:
+            self.update.check_correlation(self.taper.correlation)
 
     def has_evidence(self) -> bool:
         """Whether the filter estimates the evidence; False, because it has no weights."""

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from numpyro_diffusion_da.smc.base import particle_keys
+from numpyro_diffusion_da.smc.correlations import Correlation
 from numpyro_diffusion_da.smc.localization import PlacedTaper
 
 PointUpdate = Callable[[Float[Array, "n c"], Float[Array, "n k"], Float[Array, " k"], Int[Array, " k"]], Array]
@@ -52,6 +53,13 @@ class EnsembleUpdate(eqx.Module):
             taper: localization at the positions of these values; None for no localization.
         """
 
+    def check_correlation(self, correlation: Correlation) -> None:
+        """Check that the update can use a taper with this correlation function; any is right by default.
+
+        Raises:
+            ValueError: the update needs another correlation function.
+        """
+
 
 class PerturbedObservations(EnsembleUpdate):
     r"""Stochastic update (Burgers, van Leeuwen & Evensen 1998): each member gets its own perturbed observations.
@@ -63,6 +71,19 @@ class PerturbedObservations(EnsembleUpdate):
 
     With a taper the update solves a system of m equations, for m observations; without one, of the smaller of m and N.
     """
+
+    def check_correlation(self, correlation: Correlation) -> None:
+        """Check that the correlation function is positive definite: tapered covariances must be covariances.
+
+        Raises:
+            ValueError: it is not.
+        """
+        if not correlation.is_positive_definite:
+            raise ValueError(
+                f"PerturbedObservations got a taper with correlation={correlation}, which is not positive "
+                "definite, so that tapered covariances would not be covariances; give "
+                "correlation=ndda.smc.GaspariCohn(), or update=ndda.smc.SquareRoot()."
+            )
 
     def __call__(
         self,
@@ -76,12 +97,8 @@ class PerturbedObservations(EnsembleUpdate):
         Raises:
             ValueError: the correlation of the taper is not positive definite.
         """
-        if taper is not None and not taper.correlation.is_positive_definite:
-            raise ValueError(
-                f"PerturbedObservations got a taper with correlation={taper.correlation}, which is not positive "
-                "definite, so that tapered covariances would not be covariances; give "
-                "correlation=ndda.smc.GaspariCohn(), or update=ndda.smc.SquareRoot()."
-            )
+        if taper is not None:
+            self.check_correlation(taper.correlation)
         n, m = residual.shape
         observed = jnp.any(residual != 0.0, axis=0)  # a missing value has a zero residual in every member
         errors = jax.vmap(lambda key: jax.random.normal(key, (m,), residual.dtype))(particle_keys(rng_key, n))
