@@ -82,8 +82,8 @@ def test_predictive_at_point_shows_what_the_forecast_has_not_seen():
     figure.draw_without_rendering()
     over_time, at_time = figure.axes
     lines = {line.get_label(): line for line in over_time.get_lines()}
-    assert len(lines["forecast, median and 90 %"].get_xdata()) == 3
-    np.testing.assert_allclose(lines["analysis, median and 90 %"].get_ydata(), 101.5 + 10 * np.arange(4))
+    assert len(lines["forecast, median and 90 % interval"].get_xdata()) == 3
+    np.testing.assert_allclose(lines["analysis, median and 90 % interval"].get_ydata(), 101.5 + 10 * np.arange(4))
     assert lines["observations"].get_xdata().tolist() == [0]
     assert lines["not seen by the forecast"].get_xdata()[[0, -1]].tolist() == [1, 3]
     assert over_time.get_ylabel() == "y[0] (K)"

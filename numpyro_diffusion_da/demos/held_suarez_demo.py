@@ -521,5 +521,5 @@ def to_datatree(experiment: WeatherExperiment, prior: ndda.priors.SphericalEmula
 
 def score_table(result: WeatherResult) -> Table:
     """Table of scores with one row per filter, mean ± standard error over truths."""
-    title = f"mean over {len(result.states)} truths"
+    title = f"mean over {len(result.states)} truths" if len(result.states) > 1 else "one truth"
     return table_of_scores(title, result.summary(), COLUMNS, MAIN, decimals=3, plain={"passes": 0})

@@ -249,7 +249,9 @@ def at_station(
         for run in (FREE, MAIN):
             members = result.runs[run][0].at_stations[:, :, k, c]
             low, lower, middle, upper, high = np.quantile(members, [0.05, 0.25, 0.5, 0.75, 0.95], axis=0)
-            axes.fill_between(time, low, high, color=COLORS[run], alpha=0.22, lw=0, label=f"{run}, 50 and 90 %")
+            axes.fill_between(
+                time, low, high, color=COLORS[run], alpha=0.22, lw=0, label=f"{run}, 50 and 90 % intervals"
+            )
             axes.fill_between(time, lower, upper, color=COLORS[run], alpha=0.35, lw=0)
             axes.plot(time, middle, color=COLORS[run], lw=1.3)
         axes.plot(time, truth[:, c], color="k", lw=1.6, label="truth")
@@ -288,7 +290,7 @@ def rank_histograms(result: WeatherResult, *, bars: int = 13) -> Figure:
             axes.axhline(1.0, color="k", lw=0.8, ls="--")
             axes.set(xlim=(0, 1), xticks=(0, 0.5, 1))
             _plain(axes)
-        row[0].set_ylabel(f"{title}\nrelative frequency (flat = 1)")
+        row[0].set_ylabel(f"{title}\nrelative frequency")
         row[0].set_ylim(0, min(6.0, row[0].get_ylim()[1]))
     for axes, name in zip(panels[0], result.runs, strict=True):
         axes.set_title(name, fontsize=11)

@@ -91,7 +91,9 @@ def twin_figure(experiment: TwinExperiment, result: TwinResult) -> Figure:
     site = 1  # not observed, because the observed sites are the multiples of `experiment.every`
     for name in (FREE, MAIN):
         low, high = np.quantile(result.runs[name].posterior["x"][0, :, :, site], [0.05, 0.95], axis=0)
-        axes.fill_between(np.arange(len(low)), low, high, color=COLORS[name], alpha=0.35, lw=0, label=f"{name}, 90 %")
+        axes.fill_between(
+            np.arange(len(low)), low, high, color=COLORS[name], alpha=0.35, lw=0, label=f"{name}, 90 % interval"
+        )
     axes.plot(mean[MAIN][:, site], color=COLORS[MAIN], lw=1.2)
     axes.plot(result.states[:, site], color="k", lw=1.2, label="truth")
     axes.set_xlabel("cycle")

@@ -167,7 +167,7 @@ def consistency(
     import scipy.stats
 
     over = _OverTime(observations, background, member, time, axis, block)
-    expected = over.case.variance() + over.beside(error, "error") ** 2
+    expected = over.case.variance() + over.broadcast(error, "error") ** 2
     squares = over.departure() ** 2
     size = over.mean(expected)
     ratio = over.mean(squares) / size
@@ -253,7 +253,7 @@ class _OverTime:
         """Observation minus ensemble mean."""
         return self.case.truth - self.case.members.mean("member", skipna=False)
 
-    def beside(self, values: Any, name: str) -> xarray.DataArray:
+    def broadcast(self, values: Any, name: str) -> xarray.DataArray:
         """Broadcast `values`, one number or an array of the same kind, to the axes of the observations."""
         import xarray
 

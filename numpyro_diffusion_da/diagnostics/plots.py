@@ -182,7 +182,7 @@ def predictive_at_point(
     for name, values in draws.items():
         low, middle, high = np.quantile(values[:, since[name]], [0.05, 0.5, 0.95], axis=0)
         over_time.fill_between(time[since[name]], low, high, color=colors[name], alpha=0.25, lw=0)
-        over_time.plot(time[since[name]], middle, color=colors[name], label=f"{name}, median and 90 %")
+        over_time.plot(time[since[name]], middle, color=colors[name], label=f"{name}, median and 90 % interval")
         at_time.hist(values[:, step], bins, density=True, orientation="horizontal", color=colors[name], alpha=0.5)
     unseen = np.isnan(forecast.observed_data[site][point])
     over_time.plot(time[~unseen], observed[~unseen], "k.", ms=6, label="observations")
