@@ -179,7 +179,9 @@ def test_wrong_settings(program):
         _ = make(program[0]).result
 
 
-@pytest.mark.parametrize("algorithm", [ndda.FAAPF, ndda.EnKF, ndda.Bootstrap])
+@pytest.mark.parametrize(
+    "algorithm", [ndda.Bootstrap, *(pytest.param(a, marks=pytest.mark.slow) for a in (ndda.FAAPF, ndda.EnKF))]
+)
 def test_a_second_run_calls_the_program_at_most_twice(algorithm):
     """Also of a program whose structure takes a third look, for its mean is not linear."""
     calls = []
