@@ -225,20 +225,20 @@ def tempered():
 
 @pytest.mark.slow
 def test_filters_with_either_tempering(tempered):
-    tempered = make(tempering=TEMPERING)
-    tempered.run(KEY, Y)
+    inside = make(tempering=TEMPERING)
+    inside.run(KEY, Y)
     with compilations() as found:
-        tempered.run(KEY, Y + 0.1)
-        tempered.run(KEY, Y)
+        inside.run(KEY, Y + 0.1)
+        inside.run(KEY, Y)
     assert not found
     tempered.run(KEY, Y)
-    first, second = tempered.result.sample_stats, tempered.result.sample_stats
+    first, second = tempered.result.sample_stats, inside.result.sample_stats
     # Before tempering the weights of the first step are the same, and so is what is said of the evidence.
     np.testing.assert_allclose(second["log_weights"][..., 0], first["log_weights"][..., 0], rtol=1e-4)
     for name in ("log_evidence_increment", "ess"):
         np.testing.assert_allclose(second[name][:, 0], first[name][:, 0], rtol=1e-3)
     assert 0.0 < second["tempering"][0, 0] < first["tempering"][0, 0] < 1.0
-    assert tempered.to_datatree().attrs["tempering"] == "LikelihoodTempering()"
+    assert inside.to_datatree().attrs["tempering"] == "LikelihoodTempering()"
 
 
 def test_a_filter_of_local_ancestors_tempers_block_by_block():
