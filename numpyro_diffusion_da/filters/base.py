@@ -160,7 +160,7 @@ class FilterAlgorithm(abc.ABC):
         return background
 
     def inflate_forecast(self, forecast: Array) -> Array:
-        """Apply the forecast inflation used by the update; none by default.
+        """Apply the forecast inflation used by the update; by default, return the forecast unchanged.
 
         Args:
             forecast: states, shape (N, *state).
@@ -201,7 +201,8 @@ def check_algorithm(value: Any, owner: str, settings: str) -> None:
 def takes_algorithm(settings: str) -> Callable[[Constructor], Constructor]:
     """Decorate a constructor whose first argument is a filter, to check that argument first.
 
-    If a user gives the program in place of the filter, the message then says so, even if other arguments are missing.
+    A user who gives the program in place of the filter then gets a message that says so, even if other arguments are
+    missing.
 
     Args:
         settings: other arguments of a correct call, for the message.

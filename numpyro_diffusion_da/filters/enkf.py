@@ -32,7 +32,7 @@ from numpyro_diffusion_da.transition.base import DrawRecord
 class EnKF(FilterAlgorithm):
     """Ensemble Kalman filter of a program (`smc.enkf`): a linear update with covariances of the ensemble.
 
-    It has no weights, and so no evidence.
+    It has no weights, and therefore no estimate of the evidence.
 
     Args:
         model: NumPyro program with one `scan`, any transition that can be sampled (also a `Delta`), and Gaussian
@@ -46,6 +46,7 @@ class EnKF(FilterAlgorithm):
 
     Raises:
         TypeError: an argument is of the wrong kind; the message names it.
+        ValueError: the update cannot use the taper's correlation function.
     """
 
     needs_gaussian: ClassVar[bool] = False

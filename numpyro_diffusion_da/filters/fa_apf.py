@@ -140,6 +140,8 @@ class FAAPF(FilterAlgorithm):
                 weigh = weight if local is None else weight.pointwise
             return weigh(step, program.likelihood(carry, inputs))
 
+        # With inflation, the kernel calls `draw` and `advance` with the same key, and inflates the states in between.
+        # They split it alike, so the draws are those of `propose`.
         def draw(rng_key: PRNGKeyArray, carry: PyTree, inputs: TimeInputs) -> tuple[Array, DrawRecord]:
             draw_key, _ = jax.random.split(rng_key)
             step = program.transition(carry, inputs, self.sampler)

@@ -71,7 +71,7 @@ class GrossErrorCheck(FilterAlgorithm):
             mapping from names to numbers checks these sites only. For Gaussian variables, a well calibrated filter
             rejects 6 of 10 million good observations at 5.0, and 3 of 1000 at 3.0.
         members: M, the largest number of particles used, spread evenly over all; 2 or more. With 64, the standard
-            deviation of the departure is known to 9 %.
+            deviation of the departure is known to within 9 %.
 
     Raises:
         TypeError: `algorithm` is not a filter, or has a check already; or `members` is not a whole number.
@@ -102,7 +102,7 @@ class GrossErrorCheck(FilterAlgorithm):
         return self.algorithm.has_evidence()
 
     def weight_bias_reasons(self, program: StateSpaceModel) -> list[str]:
-        """Reasons why the weights of the wrapped filter are not exact, and that the check leaves out observations."""
+        """Reasons why the weights are not exact: those of the wrapped filter, and the rejected observations."""
         return [*self.algorithm.weight_bias_reasons(program), "observations far from the forecast are left out"]
 
     def parents(self, program: StateSpaceModel, ancestors: Array, values: Array) -> Array:

@@ -30,7 +30,7 @@ from numpyro_diffusion_da.transition.diffusion import DiffusionDynamics
 
 
 class StaticByIdentity:
-    """Holder of static values that is hashed and compared by their identity, as `jit` and `scan` need for keys.
+    """Holder of static values, hashed and compared by identity, so that `jit` and `scan` can compare distributions.
 
     Args:
         **values: the values, by name.
@@ -49,7 +49,7 @@ class StaticByIdentity:
 
 
 DEFAULT_SAMPLER = Sampler()
-"""Sampler of a `DiffusionTransition` that is given none."""
+"""Sampler that a `DiffusionTransition` uses by default."""
 
 
 class DiffusionTransition(dist.Distribution):
@@ -129,6 +129,9 @@ class DiffusionTransition(dist.Distribution):
         Args:
             state: previous state, or a pytree of several, without batch axes.
             inputs: inputs of the prior, without batch axes; None if it takes none.
+
+        Raises:
+            ValueError: the prior does not take these inputs.
         """
         return DiffusionDynamics(self.prior, self.prior.condition(state, inputs), self.sampler)
 
@@ -146,7 +149,10 @@ class DiffusionTransition(dist.Distribution):
         return self.step(self.state, self.inputs)
 
     def _map(self, fn: Any, *args: Array) -> Any:
-        """Map `fn(*args, dynamics)` over the flattened batch axes, the leading axis of `args` and of the result."""
+        """Call `fn(*args, dynamics)` for each batch element.
+
+        The batch axes are flattened to one, which is the leading axis of `args` and of the result.
+        """
         count = int(jnp.size(jnp.zeros(self.batch_shape)))
         flat = jax.tree.map(lambda x: x.reshape(count, *x.shape[len(self.batch_shape) :]), (self.state, self.inputs))
         over_batch = jax.vmap(lambda given, *a: fn(*a, self.step(*given)))
@@ -177,7 +183,7 @@ class DiffusionTransition(dist.Distribution):
         return self._draw(key, sample_shape, lambda key, step: step.draw(key))
 
     def _draw(self, key: PRNGKeyArray, sample_shape: tuple[int, ...], draw: Any) -> tuple[Array, list[DrawRecord]]:
-        """Draw states by `draw(key, dynamics)` for all samples and batch elements; returns states and records."""
+        """Draw states with `draw(key, dynamics)` for all samples and batch elements; return (states, [record])."""
         leading = sample_shape + self.batch_shape
         batch = int(jnp.size(jnp.zeros(self.batch_shape)))
         number = int(jnp.size(jnp.zeros(sample_shape)))
@@ -219,6 +225,8 @@ class DiffusionTransition(dist.Distribution):
         given = (self.state, self.inputs, value)
         keep = (len(self.batch_shape), len(self.batch_shape), value.ndim - self.event_dim)
 
+        # NumPyro broadcasts the value with the batch shape. Here every pair of state and value needs its own network
+        # passes, so both are expanded to the common leading shape and flattened for one vmap.
         def flat(tree: PyTree, batch_dims: int) -> PyTree:
             return jax.tree.map(
                 lambda v: jnp.broadcast_to(
@@ -233,11 +241,12 @@ class DiffusionTransition(dist.Distribution):
         return jax.vmap(one)(*map(flat, given, keep)).reshape(leading)
 
     def _without_density(self) -> str:
-        """Message for a `log_prob` without `density`."""
+        """Return the message of the error that `log_prob` raises without `density`."""
         return (
             f"a {type(self).__name__} has no density; filter the program with "
-            "ndda.Filter(ndda.FAAPF(model), ...), take the site out of the density with .mask(False), or pay some "
-            "hundred network passes for DiffusionTransition(..., density=ndda.diffusion.ProbabilityFlow())."
+            "ndda.Filter(ndda.FAAPF(model), ...), leave the site out of the density with .mask(False), or give "
+            "DiffusionTransition(..., density=ndda.diffusion.ProbabilityFlow()), which costs some hundred network "
+            "passes for each state."
         )
 
     def conditioned(self, likelihood: Likelihood, guidance: Guidance | None = None) -> ConditionedTransition:
@@ -294,10 +303,10 @@ class ConditionedTransition(DiffusionTransition):
         raise NotImplementedError("a ConditionedTransition has no mean in closed form; average samples of it.")
 
     def _without_density(self) -> str:
-        """Message for `log_prob`."""
+        """Return the message of the error that `log_prob` always raises."""
         return (
             "a ConditionedTransition has no density; filter the program with ndda.Filter(ndda.FAAPF(model), "
-            "...), or take the site out of the density with .mask(False)."
+            "...), or leave the site out of the density with .mask(False)."
         )
 
 

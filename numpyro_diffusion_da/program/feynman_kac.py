@@ -50,7 +50,7 @@ class FeynmanKac(NamedTuple):
         init_sample: function (rng_key) -> particle, a draw from M_0.
         propagate_sample: function (rng_key, particle, inputs) -> particle, a draw from M.
         log_potential: function (particle before, particle, inputs) -> log G, a scalar.
-        model_inputs: inputs of all times, with a leading axis of time; the functions take one time.
+        model_inputs: inputs of all times, with a leading axis of time; the functions take the inputs of one time.
     """
 
     init_sample: Callable[[PRNGKeyArray], Particle]
@@ -62,7 +62,7 @@ class FeynmanKac(NamedTuple):
 def bootstrap(program: StateSpaceModel, sampler: Sampler | None = None) -> FeynmanKac:
     """Feynman-Kac model of the bootstrap filter: M = p(x' | c) and G = p(y | x').
 
-    The transition may be any distribution that can be sampled, and the likelihood any with a `log_prob`.
+    The transition may be any distribution that can be sampled. The likelihood may be any with a `log_prob`.
 
     Args:
         program: state-space model, ``ndda.program.StateSpaceModel(model, (y,))``.
@@ -92,12 +92,13 @@ def guided(
 ) -> FeynmanKac:
     """Feynman-Kac model of guided draws: M draws from p(x' | c, y), and G estimates p(y | c).
 
-    Draw and weight are those of `FAAPF`, but the particle is weighed after the move, not before it.
+    The draw and the weight are those of `FAAPF`, but a particle is weighed after it moves, and not before.
 
     Args:
         program: state-space model, ``ndda.program.StateSpaceModel(model, (y,))``, with a diffusion or a Gaussian as its
             transition.
-        weight: estimate of log p(y | c); None for `Dirac()` with a diffusion, and `Moment()` in closed form.
+        weight: estimate of log p(y | c); None for `Dirac()` with a diffusion, and `Moment()` with a Gaussian
+            transition.
         guidance: guidance of a diffusion; None for `MMPS()`.
         sampler: sampler of a diffusion's draws; None for the transition's own.
 

@@ -107,7 +107,7 @@ def _take_apart(
 
 
 def _each(parts: list[Callable[[Any], dist.Distribution]]) -> Callable[[Any], list[dist.Distribution]]:
-    """Return the function that rebuilds a list of distributions."""
+    """Combine functions that each rebuild one distribution into one that rebuilds the list of them, in this order."""
     return lambda at: [part(at) for part in parts]
 
 
@@ -135,6 +135,7 @@ def _parameter(
     except NotImplementedError:
         return lambda at: value
     value = jnp.asarray(value)
+    # The value broadcasts to the elements' axes, followed by the axes that belong to one element.
     own = extra + constraint.event_dim
     batch = (1,) * max(0, len(shape) + own - value.ndim) + value.shape
     full = jnp.broadcast_to(value.reshape(batch), (*shape, *batch[len(shape) :]))

@@ -24,6 +24,7 @@ from numpyro.distributions import Distribution, constraints
 from numpyro.distributions.util import promote_shapes, validate_sample
 
 ROOT_TWO_PI = 2.5066282746310002
+"""Square root of 2 pi, the integral of exp(-r^2 / 2)."""
 
 
 class Huber(Distribution):
@@ -66,7 +67,7 @@ class Huber(Distribution):
         super().__init__(batch_shape=batch_shape, validate_args=validate_args)
 
     def _core(self) -> tuple[Array, Array]:
-        """Return the integrals of exp(-rho) over the core and over one tail."""
+        """Integrals of exp(-rho(r)) over the core, |r| <= k, and over one tail, r > k."""
         k = jnp.asarray(self.threshold)
         return ROOT_TWO_PI * (1.0 - 2.0 * ndtr(-k)), jnp.exp(-0.5 * k**2) / k
 

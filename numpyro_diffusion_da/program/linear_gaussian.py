@@ -6,8 +6,9 @@ $$
 x_0 \sim \mathcal N(m, P), \qquad x' = F x + c + \mathcal N(0, Q), \qquad y = H x' + d + \mathcal N(0, R) .
 $$
 
-A Kalman filter is then exact. `LinearGaussian` finds the matrices by differentiating the program, so a user writes the
-model once. `cuthbert.gaussian.kalman` takes them in this form. This module does not import cuthbert.
+For such a program a Kalman filter is exact. `LinearGaussian` finds the matrices by differentiating the program, so a
+user writes the model once. `cuthbert.gaussian.kalman` takes the matrices in this form. This module does not import
+cuthbert.
 """
 
 from __future__ import annotations
@@ -46,7 +47,8 @@ class LinearGaussian:
     Attributes:
         initial_mean: m, shape (n,).
         initial_factor: factor of P, shape (n, n).
-        model_inputs: inputs of all times, with a leading axis of time. `dynamics` and `observation` take one time.
+        model_inputs: inputs of all times, with a leading axis of time. `dynamics` and `observation` take the inputs of
+            one time.
 
     Raises:
         ValueError: the program is not linear and Gaussian, which is checked at the first time, or its scan carries more
@@ -112,10 +114,12 @@ class LinearGaussian:
         if isinstance(step, GaussianDynamics):
             diagonal = step.factor.shape == step.mean.shape
             return step.mean.reshape(-1), jnp.diag(step.factor.reshape(-1)) if diagonal else step.factor
+        # A diffusion only gives products with its covariance: one product per unit vector makes the matrix.
         moments = step.moments()
         covariance = jax.vmap(lambda v: moments.covariance_product(v.reshape(self._shape)).reshape(-1))(
             jnp.eye(x.size, dtype=x.dtype)
         )
+        # An eigendecomposition makes a factor also of a matrix that rounding has made slightly indefinite.
         values, vectors = jnp.linalg.eigh(0.5 * (covariance + covariance.T))
         return moments.mean.reshape(-1), vectors * jnp.sqrt(jnp.maximum(values, 0.0))[None]
 
@@ -129,13 +133,16 @@ class LinearGaussian:
         for name, site in sites.items():
             if not (isinstance(site.power, float) and site.power == 1.0):
                 raise ValueError(
-                    f"site '{name}' is under handlers.scale, but a Kalman filter takes no power of a likelihood; "
-                    "leave the scale out."
+                    f"site '{name}' is under handlers.scale, but a Kalman filter cannot use a power of a "
+                    "likelihood; remove handlers.scale."
                 )
         return [part for name, site in sites.items() for part in gaussian_observations(name, site.fn, site.value)]
 
     def _identities(self) -> dict[str, tuple[Array, Array]]:
-        """Pairs of values that are equal in a linear-Gaussian program, at an arbitrary state, by their name."""
+        """Pairs (expected, got) that are equal if the program is linear and Gaussian, by a name for messages.
+
+        They compare the matrices, found at the zero state, with the program at one arbitrary state and carry.
+        """
         call = self.program.call(jax.random.key(0))
         inputs = call.first_inputs()
         x, carry = jax.random.normal(jax.random.key(1), (2, *self._zero.shape), self._zero.dtype)

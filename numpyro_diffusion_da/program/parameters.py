@@ -115,14 +115,14 @@ class GlobalParameters:
     def log_prior(self, position: Float[Array, " d"]) -> Float[Array, ""]:
         """Log-density of the prior at a position, shape (d,), in unconstrained space.
 
-        It is log p(parameters) plus log |det J| of the transforms, plus the log-likelihood of what is observed outside
-        the scan.
+        It is log p(parameters) plus log |det J| of the transforms, plus the log-likelihood of the sites observed
+        outside the scan.
         """
         program = self.program
         return -potential_energy(self.prior_program, program.args, program.kwargs, self._unravel(position))
 
     def log_outside(self, position: Float[Array, " d"]) -> Float[Array, ""]:
-        """Log-likelihood of what is observed outside the scan, at a position, shape (d,); 0 if nothing is."""
+        """Log-likelihood of the sites observed outside the scan, at a position, shape (d,); 0 if there are none."""
         program = self.program
         log_probs, _ = compute_log_probs(self.prior_program, program.args, program.kwargs, self.values(position))
         return jnp.asarray(sum((log_probs[name] for name in program.structure.outside_names), start=0.0))

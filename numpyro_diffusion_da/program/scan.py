@@ -97,7 +97,7 @@ def abstractly(fn: Callable[[], Any]) -> Any:
     """Return the shapes and dtypes of the result of `fn()`, without computing it.
 
     Raises:
-        ValueError: raised by `fn`; its traceback is free of JAX's remarks.
+        ValueError: `fn` raised it. It reaches the user without the note that JAX adds to an exception in traced code.
     """
     problems: list[ValueError] = []
 
@@ -147,7 +147,15 @@ class _StopAtScan(Messenger):
 
 
 def run_to_scan(program: Callable[[], Any], rng_key: PRNGKeyArray) -> ScanCall | None:
-    """Run a program up to its scan and return the scan's arguments; None if the program has no scan."""
+    """Run a program up to its scan and return the scan's arguments; None if the program has no scan.
+
+    Args:
+        program: NumPyro program, a function without arguments.
+        rng_key: random key of the draws before the scan.
+
+    Raises:
+        ValueError: the scan runs backwards, has no length, or has inputs of different lengths.
+    """
     try:
         with _StopAtScan(), handlers.seed(rng_seed=rng_key):
             program()
@@ -179,7 +187,12 @@ class SkipScan(Messenger):
         self.given: set[str] = set()
 
     def process_message(self, msg: dict[str, Any]) -> None:
-        """Replace the scan, and note the sites whose value is known before they are drawn."""
+        """Replace the scan, and note the sites whose value another handler sets.
+
+        Raises:
+            ValueError: the arguments of the scan are not valid, or its body cannot be run or returns another carry than
+                it takes.
+        """
         if msg["type"] == "sample" and msg["value"] is not None and not msg["is_observed"]:
             self.given.add(msg["name"])  # handlers.substitute sets the value, but does not make the site observed
         if msg["type"] != "control_flow":
@@ -256,7 +269,11 @@ class _BodyRecorder(Messenger):
 
 
 def _check_carry(before: PyTree, after: PyTree) -> None:
-    """Raise a ValueError if the body returns a carry of another structure or shape than it takes."""
+    """Check that the body returns a carry of the same structure and shapes as it takes.
+
+    Raises:
+        ValueError: the structures or shapes differ.
+    """
     shapes = [jax.tree.map(jnp.shape, before), jax.tree.map(lambda leaf: leaf.shape, after)]
     if shapes[0] != shapes[1]:
         raise ValueError(

@@ -197,7 +197,7 @@ def mean_and_variance(name: str, fn: dist.Distribution) -> tuple[Float[Array, ..
         fn: distribution of the site.
 
     Raises:
-        ValueError: the distribution does not define them.
+        ValueError: the distribution defines no mean and variance.
     """
     base, _ = unmasked(fn)
     try:
@@ -225,12 +225,12 @@ def undefined_means(fn: dist.Distribution, value: Array) -> Int[Array, ""]:
 
 
 def elementwise(power: Array | float, fn: dist.Distribution, events: int = 0) -> Float[Array, ...]:
-    """Broadcast the power of a likelihood to the shape of a site's value.
+    """Power of a likelihood, broadcast to the shape of a site's value without its last `events` axes.
 
     Args:
         power: power, which broadcasts to the batch shape.
         fn: distribution of the site.
-        events: number of trailing axes of the value to leave out.
+        events: number of trailing event axes to leave out.
     """
     full = jnp.broadcast_to(jnp.asarray(power), fn.batch_shape)
     full = full.reshape(fn.batch_shape + (1,) * (fn.event_dim - events))
@@ -273,7 +273,9 @@ def gaussian_observations(
 def general_observation(
     name: str, fn: dist.Distribution, value: Array, power: Array | float = 1.0
 ) -> GeneralObservation:
-    """Convert an observed site of any distribution with independent elements; NaN and masked values are missing.
+    """Convert an observed site with independent elements to one observation; NaN and masked values are missing.
+
+    The distribution must keep its constructor's arguments as attributes, and one of them must be continuous.
 
     Args:
         name: name of the site, for messages.
@@ -313,7 +315,7 @@ def predicted_observation(
     link: Callable[[Float[Array, " m"]], Float[Array, " m"]],
     components: Int[np.ndarray, " m"] | None,
 ) -> GeneralObservation:
-    """Convert an observed site whose elements depend on the state through one linear predictor each.
+    """Convert an observed site, each element of which depends on the state through one linear predictor.
 
     `observation.linear_predictor` finds the predictor and the link.
 
@@ -343,7 +345,7 @@ def missing(value: Array) -> Bool[Array, ...]:
 
 
 def base_point(base: dist.Distribution, value: Array) -> Array:
-    """Value in the support of a distribution, to evaluate `log_prob` where a value is missing, which would give NaN.
+    """Value in the support of a distribution, to replace missing values, for which `log_prob` would be NaN.
 
     Args:
         base: distribution without wrappers.

@@ -64,12 +64,12 @@ class StateSpaceModel:
         model: the program.
         args: positional arguments of the program.
         kwargs: keyword arguments of the program.
-        structure: sites, shapes and dependences found in the program, see `program.structure.Structure`.
+        structure: sites, shapes and dependencies found in the program, see `program.structure.Structure`.
 
     Raises:
-        ValueError: the program has no scan or several, the initial state is observed outside the scan, sites follow
-            after the scan, the body does not have exactly one latent site, or nothing is observed in it. Shapes that do
-            not fit each other are refused too. The message names the site.
+        ValueError: the program has no scan or several, the initial state is observed outside the scan, there are sites
+            after the scan, the body does not have exactly one latent site or has no observed site, or shapes do not
+            fit each other. The message names the site.
     """
 
     def __init__(
@@ -100,7 +100,7 @@ class StateSpaceModel:
         return other._run()
 
     def given(self, values: dict[str, Array]) -> StateSpaceModel:
-        """Fix the global sites of the program at given values, so that a filter can run it.
+        """Return the model with its global sites fixed at given values, which a filter can run.
 
         Args:
             values: value of each global site, by name.
@@ -111,7 +111,7 @@ class StateSpaceModel:
         return other._run()
 
     def without(self, left_out: dict[str, Array]) -> StateSpaceModel:
-        """Mark observed values as missing.
+        """Return the model with some of its observed values marked as missing.
 
         Args:
             left_out: for each affected site a mask in the shape of its value at one time, True where the value is to be
@@ -255,6 +255,7 @@ class StateSpaceModel:
             )
 
         def look() -> None:
+            # The arguments of the scan belong to one JAX trace, so this trace runs the program again.
             here = copy.copy(self)._run()
             call = here._scan()
             given = call.init, call.first_inputs()
@@ -277,7 +278,7 @@ class StateSpaceModel:
             nonlinear function of a linear predictor; otherwise a `GeneralLikelihood`.
 
         Raises:
-            ValueError: a site that is not Gaussian and whose elements are vectors, or whose parameters cannot be found.
+            ValueError: a site is not Gaussian, and its elements are vectors or its parameters cannot be found.
         """
         if not self.structure.general_names:
             return self.gaussian_likelihood(carry, inputs)
@@ -363,8 +364,8 @@ class StateSpaceModel:
         """Observed values of one time, their masks and errors, and checks of them.
 
         Args:
-            carry: carry that the body takes. An error that depends on the state is evaluated with it, with zeros for
-                the latent site.
+            carry: carry that the body takes. An error that depends on the state is evaluated at this carry, with zeros
+                for the latent site.
             inputs: inputs of the time.
 
         Returns:

@@ -76,7 +76,7 @@ class PerturbedObservations(EnsembleUpdate):
         """Check that the correlation function is positive definite: tapered covariances must be covariances.
 
         Raises:
-            ValueError: it is not.
+            ValueError: the correlation function is not positive definite.
         """
         if not correlation.is_positive_definite:
             raise ValueError(
