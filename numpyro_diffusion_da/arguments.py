@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numbers
+import reprlib
 import types
 from typing import Any
 
@@ -90,7 +91,8 @@ def shown(value: Any, kinds: tuple[type, ...] = ()) -> str:
     """Text that describes a value in a message.
 
     Args:
-        value: any value. A class is described as one, a value with a long repr by its type.
+        value: any value. A class is described as one, a long string without its middle, another value with a long
+            repr by its type.
         kinds: classes that were expected. If `value` is one of these classes and not an instance, the text says that
             the parentheses are missing.
     """
@@ -100,6 +102,10 @@ def shown(value: Any, kinds: tuple[type, ...] = ()) -> str:
     if isinstance(value, types.FunctionType):
         return f"the function {value.__name__}"
     text = repr(value)
+    if isinstance(value, str) and len(text) > 80:
+        shorten = reprlib.Repr()
+        shorten.maxstring = 80
+        return shorten.repr(value)
     return text if len(text) <= 80 else f"a {type(value).__name__}"
 
 

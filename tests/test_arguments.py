@@ -57,6 +57,11 @@ def model(y):
             r"OnlineFilter got the function model; .*OnlineFilter\(ndda.FAAPF\(model\), num",
         ),
         (lambda: ndda.Filter(ndda.FAAPF), r"Filter got the class FAAPF, without parentheses; expected a filter"),
+        # A long path is shown, without its middle.
+        (
+            lambda: ndda.Sampler("/data/" + 99 * "x" + "/heun"),
+            r"Sampler got step='/data/x+\.\.\.x+/heun'; expected a Step",
+        ),
         (lambda: ndda.PMMH(model), r"PMMH got the function model; expected a filter of your program"),
         (lambda: ndda.SMC2(model), r"SMC2 got the function model; expected a filter of your program"),
         (lambda: ndda.Filter(ndda.FAAPF(model), num_particles="many"), r"num_particles='many'; give a whole number"),

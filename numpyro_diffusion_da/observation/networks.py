@@ -1,7 +1,8 @@
 """Observing networks on a latitude-longitude grid: stations, the swath of a satellite, block means.
 
-A network is a linear map from a state (latitude, longitude, channel) to an array (place, channel). In a NumPyro program
-this array is the mean of a `Normal`. A place that does not report at a time has the value NaN (missing) there.
+A network maps a state (latitude, longitude, channel) to an array (place, observed quantity). In a NumPyro program this
+array is the mean of a `Normal`. A place that does not report at a time has the value NaN (missing) there. The networks
+here observe channels, which is linear; a subclass may observe a quantity derived from several channels.
 """
 
 from __future__ import annotations
@@ -47,8 +48,12 @@ def channel_names(layout: Layout) -> list[str]:
 class ObservingNetwork(abc.ABC):
     """Observing network: places that observe some channels of a state, with independent Gaussian errors.
 
+    A subclass that observes a quantity derived from channels, a wind speed for instance, overrides `observe` and
+    `channels`.
+
     Attributes:
-        errors: standard deviation of the error of each observed channel, by the channel's name and in its unit.
+        errors: standard deviation of the error of each observed quantity, by its name and in its unit. The name is that
+            of a channel unless `channels` is overridden.
     """
 
     errors: dict[str, float]
@@ -74,7 +79,7 @@ class ObservingNetwork(abc.ABC):
         return np.ones((cycles, len(self.places(layout))), bool)
 
     def channels(self, layout: Layout) -> list[int]:
-        """Indices of the observed channels, in the order of `errors`.
+        """Indices of the channels that the observations depend on, in the order of `errors`.
 
         Raises:
             ValueError: the state has no channel of a name in `errors`.
@@ -82,11 +87,11 @@ class ObservingNetwork(abc.ABC):
         return [channel(layout, name) for name in self.errors]
 
     def observe(self, x: Float[Array, "latitude longitude channel"], layout: Layout) -> Float[Array, "place observed"]:
-        """Observations of a state without error: the observed channels at each place."""
+        """Observations of a state without error, in the order of `errors`: the observed channels at each place."""
         return self.at_places(x[..., np.array(self.channels(layout))], layout)
 
     def error(self) -> Float[np.ndarray, " observed"]:
-        """Standard deviations of the errors of the observed channels, in the order and units of `errors`."""
+        """Standard deviations of the errors of the observed quantities, in the order and units of `errors`."""
         return np.array(list(self.errors.values()), np.float32)
 
 

@@ -25,6 +25,7 @@ from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 from numpyro_diffusion_da.diffusion.guidance import MMPS, Guidance
 from numpyro_diffusion_da.diffusion.sampler import Sampler
+from numpyro_diffusion_da.diffusion.steps import Step
 from numpyro_diffusion_da.program.scan import TimeInputs
 from numpyro_diffusion_da.program.sites import pointwise_log_likelihood
 from numpyro_diffusion_da.program.state_space import StateSpaceModel
@@ -59,14 +60,15 @@ class FeynmanKac(NamedTuple):
     model_inputs: TimeInputs
 
 
-def bootstrap(program: StateSpaceModel, sampler: Sampler | None = None) -> FeynmanKac:
+def bootstrap(program: StateSpaceModel, sampler: Sampler | Step | None = None) -> FeynmanKac:
     """Feynman-Kac model of the bootstrap filter: M = p(x' | c) and G = p(y | x').
 
     The transition may be any distribution that can be sampled. The likelihood may be any with a `log_prob`.
 
     Args:
         program: state-space model, ``ndda.program.StateSpaceModel(model, (y,))``.
-        sampler: sampler of a diffusion's draws; None for the transition's own.
+        sampler: sampler of a diffusion's draws, or a bare step such as `ndda.diffusion.DDIM()`; None for the
+            transition's own.
 
     Raises:
         ValueError: the program cannot be filtered; the message names the site.
@@ -88,7 +90,7 @@ def guided(
     program: StateSpaceModel,
     weight: PredictiveWeight | None = None,
     guidance: Guidance | None = None,
-    sampler: Sampler | None = None,
+    sampler: Sampler | Step | None = None,
 ) -> FeynmanKac:
     """Feynman-Kac model of guided draws: M draws from p(x' | c, y), and G estimates p(y | c).
 
@@ -100,7 +102,8 @@ def guided(
         weight: estimate of log p(y | c); None for `Dirac()` with a diffusion, and `Moment()` with a Gaussian
             transition.
         guidance: guidance of a diffusion; None for `MMPS()`.
-        sampler: sampler of a diffusion's draws; None for the transition's own.
+        sampler: sampler of a diffusion's draws, or a bare step such as `ndda.diffusion.DDIM()`; None for the
+            transition's own.
 
     Raises:
         ValueError: the program cannot be filtered, or its transition or likelihood cannot be guided; the message names

@@ -1,4 +1,4 @@
-"""Structure of a state-space program: its sites, shapes and dependences, found by tracing; nothing is computed.
+"""Structure of a state-space program: its sites, shapes and dependencies, found by tracing; nothing is computed.
 
 The first trace of a program finds its sites and shapes, and a second one finds which values depend on which. If the
 structure is expected (`like`), one trace is enough.
@@ -64,7 +64,7 @@ class Diffusion(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Structure:
-    """Sites, shapes and dependences of a program, without any values.
+    """Sites, shapes and dependencies of a program, without any values.
 
     Attributes:
         name: name of the program.
@@ -111,7 +111,7 @@ class Structure:
         return tuple(self.observed)
 
     def same_as(self, other: Structure | None) -> bool:
-        """Whether another structure has the same sites, shapes and dependences; the priors may differ."""
+        """Whether another structure has the same sites, shapes and dependencies; the priors may differ."""
         return other is not None and self._key() == other._key()
 
     def _key(self) -> tuple[Any, ...]:
@@ -266,8 +266,8 @@ def _examine(program: Callable[[], None], name: str, shapes: Shapes) -> Structur
         call = _expected(skip, shapes)
         found.update(_facts(call, carry, state))
         return {
-            **_outside_dependences(skip, call, carry),
-            **_body_dependences(call, carry, state, direction),
+            **_outside_dependencies(skip, call, carry),
+            **_body_dependencies(call, carry, state, direction),
         }
 
     inputs = {_argument(n): s for n, s in shapes.outside.items()}
@@ -315,7 +315,7 @@ def _provenance(look: Callable[..., Any], **inputs: Any) -> Any:
         Pytree of the outputs, with the set of names of the inputs that each depends on.
 
     Raises:
-        ValueError: raised by `look`; its traceback is free of JAX's remarks.
+        ValueError: raised by `look`; without the notes that JAX adds to tracebacks.
     """
     problems: list[Exception] = []
 
@@ -384,7 +384,7 @@ def _facts(call: ScanCall, carry: PyTree, state: Array) -> dict[str, Any]:
     }
 
 
-def _outside_dependences(skip: SkipScan, call: ScanCall, carry: PyTree) -> dict[str, Any]:
+def _outside_dependencies(skip: SkipScan, call: ScanCall, carry: PyTree) -> dict[str, Any]:
     """Values that may depend on sites outside the scan: in its body, its first carry, and observed sites before it."""
     sites, outputs = run_body(call, jax.random.key(0), carry, call.first_inputs())
     in_body = (sites.latent, sites.observed, sites.deterministic, outputs, call.xs)
@@ -396,7 +396,7 @@ def _outside_dependences(skip: SkipScan, call: ScanCall, carry: PyTree) -> dict[
     }
 
 
-def _body_dependences(call: ScanCall, carry: PyTree, state: Array, direction: Array) -> dict[str, Any]:
+def _body_dependencies(call: ScanCall, carry: PyTree, state: Array, direction: Array) -> dict[str, Any]:
     """Values that may depend on the latent site's value, or on the carry for a given value of the latent site."""
 
     def at(x: Array) -> BodySites:
