@@ -170,7 +170,7 @@ def test_missing_observations_are_rows_that_are_not_there(correlated):
     y = np.where(np.arange(len(problem.y)) % 2 == 0, np.nan, problem.y)
     r = problem.r if correlated else np.diag(np.diag(problem.r))
     problem = dataclasses.replace(problem, y=y, r=r)
-    step = ndda.DiffusionTransition(problem.prior(), problem.x).only_step()
+    step = ndda.DiffusionTransition(problem.prior(), problem.x).dynamics()
     keys = jax.random.split(jax.random.key(0), 8)
     results = []
     for of in (problem, problem.reduced()):
@@ -199,7 +199,7 @@ def test_missing_observations_are_rows_that_are_not_there(correlated):
 def test_no_observation_leaves_the_forecast():
     problem = Problem.random(0, False)
     problem = dataclasses.replace(problem, y=np.full_like(problem.y, np.nan))
-    step, likelihood = ndda.DiffusionTransition(problem.prior(), problem.x).only_step(), problem.likelihood()
+    step, likelihood = ndda.DiffusionTransition(problem.prior(), problem.x).dynamics(), problem.likelihood()
 
     @jax.jit
     def everything(key):
@@ -224,7 +224,7 @@ def covariance_matrix(step, size, level=None):
 def test_moments_at_the_largest_level(seed, singular):
     problem = Problem.random(seed, singular)
     transition = ndda.DiffusionTransition(problem.prior(), problem.x)
-    step = transition.only_step()
+    step = transition.dynamics()
     np.testing.assert_allclose(transition.mean, problem.mean, rtol=1e-5, atol=1e-5)
     # Relative to C, a latent variance p is read as p s^2 / (p + s^2): too small by p / s^2 at most.
     c = np.eye(len(problem.x)) if problem.c is None else problem.c
@@ -246,7 +246,7 @@ def test_mean_of_a_batch():
 @pytest.mark.parametrize(("seed", "singular"), CASES)
 def test_weights(seed, singular):
     problem = Problem.random(seed, singular)
-    step, likelihood = ndda.DiffusionTransition(problem.prior(), problem.x).only_step(), problem.likelihood()
+    step, likelihood = ndda.DiffusionTransition(problem.prior(), problem.x).dynamics(), problem.likelihood()
     (moment, record), (dirac, dirac_record) = jax.jit(
         lambda step: (ndda.Moment()(step, likelihood), ndda.Dirac()(step, likelihood))
     )(step)

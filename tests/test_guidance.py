@@ -174,7 +174,7 @@ def test_refusals():
     problem = Problem.random(0, False)
     step = ndda.DiffusionTransition(
         problem.prior(), problem.x, sampler=ndda.Sampler(ndda.SDEDPMSolverPP2M())
-    ).only_step()
+    ).dynamics()
     for guidance in (
         ndda.diffusion.JFPS(),
         ndda.diffusion.Piecewise((ndda.MMPS(), ndda.diffusion.DPS()), (1.0,)),
@@ -284,7 +284,7 @@ def test_skipped_passes_are_not_executed():
     guidance = ndda.diffusion.Piecewise((ndda.diffusion.Unguided(), ndda.MMPS(), ndda.diffusion.JFPS()), (10.0, 0.1))
     sampler = ndda.Sampler(schedule=ndda.KarrasSchedule(6))
     levels = sampler.schedule.levels(prior.noise_range)
-    step = ndda.DiffusionTransition(prior, jnp.zeros(4), sampler=sampler).only_step()
+    step = ndda.DiffusionTransition(prior, jnp.zeros(4), sampler=sampler).dynamics()
     likelihood = observe_first_two(0.5)
 
     def draw(key):
@@ -318,7 +318,7 @@ def test_the_level_chooses():
 def test_the_warm_start_goes_on():
     """Two equal parts are one guidance."""
     problem, sampler = Problem.random(0, False), ndda.Sampler(schedule=ndda.KarrasSchedule(6))
-    step = ndda.DiffusionTransition(problem.prior(), problem.x, sampler=sampler).only_step()
+    step = ndda.DiffusionTransition(problem.prior(), problem.x, sampler=sampler).dynamics()
     whole, parts = ndda.MMPS(), ndda.diffusion.Piecewise((ndda.MMPS(), ndda.MMPS()), (1.0,))
     (once, first), (twice, second) = jax.jit(
         lambda key: [step.conditional_draw(key, problem.likelihood(), guidance) for guidance in (whole, parts)]

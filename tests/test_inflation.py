@@ -265,7 +265,7 @@ def test_what_a_filter_cannot_do_is_refused():
     with pytest.raises(ValueError, match=r"FAAPF got inflation=RTPP\(alpha=0.3\), .* use ndda.RTPS"):
         ndda.FAAPF(program, inflation=(ndda.smc.RTPP(0.3),))
     for kind in (ndda.FAAPF, ndda.EnKF):
-        with pytest.raises(TypeError, match=r"give a sequence of inflations: \(RTPS\(alpha=0.3\),\)"):
+        with pytest.raises(TypeError, match=r"expected a sequence: write inflation=\(RTPS\(alpha=0.3\),\)"):
             kind(program, inflation=ndda.RTPS(0.3))
         with pytest.raises(TypeError, match=r"got 0.3 in the sequence `inflation`; give instances of ndda.RTPS"):
             kind(program, inflation=(0.3,))

@@ -231,7 +231,7 @@ def test_white_noise_in_guidance_changes_nothing_where_the_noise_is_white(small)
     likelihood = ndda.observation.GaussianLikelihood(
         lambda x: [ndda.observation.GaussianObservation(x[::2], jnp.full(2, 0.5), jnp.ones(2), jnp.ones(2, bool))]
     )
-    step = ndda.DiffusionTransition(prior, jnp.zeros(4)).only_step()
+    step = ndda.DiffusionTransition(prior, jnp.zeros(4)).dynamics()
     draws = [
         jax.jit(lambda key, guidance=guidance: step.conditional_draw(key, likelihood, guidance)[0])(jax.random.key(0))
         for guidance in (ndda.MMPS(), ndda.MMPS(noise=ndda.diffusion.WhiteNoise()))

@@ -104,8 +104,9 @@ class MMPS(Guidance):
     D_y = D + s^2 C J^T S H^T v, \qquad (I + s^2 H S J C S H^T) v = r,
     $$
 
-    where r is the whitened residual at the state a + S D, H = -dr/dx, J = dD/dz_s, S is the prior's scale and C its
-    noise covariance. It is exact for a Gaussian p(z | c) and a linear h.
+    where z_s is the noised latent, D = E[z | z_s, c] the denoiser for a conditioning c, r = R^{-1/2} (y - h(x)) the
+    whitened residual of the observations y at the state x = a + S D, H = -dr/dx, J = dD/dz_s, S is the prior's scale
+    and C its noise covariance. It is exact for a Gaussian p(z | c) and a linear h.
 
     Args:
         solver: solver of the linear system in observation space.

@@ -45,8 +45,9 @@ class FAAPF(FilterAlgorithm):
     r"""Fully adapted auxiliary particle filter of a program (`smc.fa_apf`).
 
     Each step weighs every particle by its predictive likelihood $p(y \mid c)$, resamples, and draws each new particle
-    from $p(x' \mid c, y)$ by guidance (Savary, Rozet & Louppe 2026, arXiv 2605.20028, Section 3). With a `taper`, each
-    block of the state selects its ancestors by itself, by the observations near the block.
+    from $p(x' \mid c, y)$ by guidance. Here y are the observations, x' is the next state, and c is the particle's
+    conditioning, its previous state and inputs (Savary, Rozet & Louppe 2026, arXiv 2605.20028, Section 3). With a
+    `taper`, each block of the state selects its ancestors by itself, by the observations near the block.
 
     Args:
         model: NumPyro program with one `scan`, whose transition is a `DiffusionTransition`, `Normal` or
@@ -131,21 +132,21 @@ class FAAPF(FilterAlgorithm):
             self._check_errors(program)
 
         def log_predictive(carry: PyTree, inputs: TimeInputs) -> tuple[Any, PyTree]:
-            step = program.transition(carry, inputs, self.sampler)
-            weight = self._weight(closed_form=isinstance(step, GaussianDynamics))
+            dynamics = program.transition(carry, inputs, self.sampler)
+            weight = self._weight(closed_form=isinstance(dynamics, GaussianDynamics))
             weigh: Callable[..., tuple[Any, PyTree]]
             if self.tempering.needs_likelihood_tempering:
                 weigh = weight.temperable if local is None else weight.temperable_pointwise
             else:
                 weigh = weight if local is None else weight.pointwise
-            return weigh(step, program.likelihood(carry, inputs))
+            return weigh(dynamics, program.likelihood(carry, inputs))
 
         # With inflation, the kernel calls `draw` and `advance` with the same key, and inflates the states in between.
         # They split it alike, so the draws are those of `propose`.
         def draw(rng_key: PRNGKeyArray, carry: PyTree, inputs: TimeInputs) -> tuple[Array, DrawRecord]:
             draw_key, _ = jax.random.split(rng_key)
-            step = program.transition(carry, inputs, self.sampler)
-            return step.conditional_draw(draw_key, program.likelihood(carry, inputs), self.guidance)
+            dynamics = program.transition(carry, inputs, self.sampler)
+            return dynamics.conditional_draw(draw_key, program.likelihood(carry, inputs), self.guidance)
 
         def advance(
             rng_key: PRNGKeyArray, x: Array, carry: PyTree, inputs: TimeInputs, record: DrawRecord

@@ -53,8 +53,8 @@ class GrossErrorCheck(FilterAlgorithm):
     r"""Filter that rejects observations too far from its forecast: ``GrossErrorCheck(FAAPF(model))``.
 
     It wraps another filter. An observation y is rejected if $|y - \bar y| > k s$, where $\bar y$ is its forecast, the
-    mean over M particles. The expected variance s^2 of the departure is the spread of these forecasts plus the
-    observation error (Lorenc & Hammon 1988, Q. J. R. Meteorol. Soc. 114, 515).
+    mean over M particles. The expected variance s^2 of the departure is (M + 1) / M times the variance of these
+    forecasts plus the variance of the observation error (Lorenc & Hammon 1988, Q. J. R. Meteorol. Soc. 114, 515).
 
     Each step draws forecasts of M particles for the comparison. This costs M / N of an unguided draw of all N
     particles, and is included in the network passes. If nothing is rejected, all draws are those of the filter without

@@ -85,8 +85,8 @@ class GuidedPF(FilterAlgorithm):
 
         def propose(rng_key: PRNGKeyArray, carry: PyTree, inputs: TimeInputs) -> tuple[PyTree, Array, Proposal]:
             draw_key, record_key = jax.random.split(rng_key)
-            step = program.transition(carry, inputs, sampler)
-            x, log_weight, draw = step.weighted_draw(draw_key, program.likelihood(carry, inputs), self.guidance)
+            dynamics = program.transition(carry, inputs, sampler)
+            x, log_weight, draw = dynamics.weighted_draw(draw_key, program.likelihood(carry, inputs), self.guidance)
             sites = program.record(record_key, x, carry, inputs)
             return program.advance(x, carry, inputs), log_weight, Proposal(draw, sites)
 

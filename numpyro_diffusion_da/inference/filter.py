@@ -44,7 +44,7 @@ class Filter:
         batch_size: number of particles moved at a time, which bounds the memory; None for as many as fit into half of
             the device's memory. The result does not depend on it.
         progress_bar: whether to show a progress bar over the steps.
-        keep_forecasts: whether to keep the one-step forecast from which each particle was drawn, in
+        keep_forecasts: whether to keep the one-step forecast mean E[x' | c] of each particle's ancestor c, in
             `FilterResult.forecast` and in the group `prior` of a `DataTree`. The weights must compute it: `FAAPF` with
             `Dirac` or `Moment`.
         keep_observed: whether to keep, for every particle, a predictive draw and the log-likelihood of each

@@ -30,12 +30,13 @@ class PMMH(ParameterInference):
     """Particle-marginal Metropolis-Hastings over a NumPyro program, with the interface of `numpyro.infer.MCMC`.
 
     It draws the global parameters given all observations. Global parameters are the unobserved sites outside the scan
-    that its body uses. Every proposal runs the filter once over the whole series.
+    that its body uses; sites that only give the initial state are drawn by the filter. Every proposal runs the filter
+    once over the whole series.
 
     If the evidence of the filter is unbiased, the draws are from the exact posterior for any number of particles. The
-    number of particles determines how well the chain moves. Choose it so that the log-evidence at a posterior point has
-    a standard deviation of 1 to 1.7 (Doucet, Pitt, Deligiannidis & Kohn 2015; Sherlock, Thiery, Roberts & Rosenthal
-    2015). `print_summary` shows this standard deviation.
+    number of particles determines how well the chain mixes. Choose it so that the log-evidence at a parameter value
+    from the posterior has a standard deviation of 1 to 1.7 (Doucet, Pitt, Deligiannidis & Kohn 2015; Sherlock, Thiery,
+    Roberts & Rosenthal 2015). `print_summary` shows this standard deviation.
 
     Args:
         algorithm: `Bootstrap(model)`, or another filter of the program that estimates its evidence. A run warns if the

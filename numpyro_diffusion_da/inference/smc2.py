@@ -1,4 +1,4 @@
-"""`SMC2`: draw the global parameters of a program as observations arrive, by a particle filter over the parameters."""
+"""`SMC2`: draw the global parameters of a program given the observations up to each time."""
 
 from __future__ import annotations
 
@@ -23,7 +23,8 @@ class SMC2(ParameterInference):
     """SMC^2 over a NumPyro program: a particle filter over its global parameters, each with its own state filter.
 
     It draws the global parameters given the observations up to each time, and estimates the evidence of the program
-    with the parameters integrated out. Global parameters are the unobserved sites outside the scan that its body uses.
+    with the parameters integrated out. Global parameters are the unobserved sites outside the scan that its body uses;
+    sites that only give the initial state are drawn by the state filter. A run takes the whole series.
     If the evidence of the state filter is unbiased, the result is exact as M grows, for any number of state particles.
     The cost grows with the square of the length of the series, because each move runs a new filter from the first
     observation on.

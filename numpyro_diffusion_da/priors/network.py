@@ -89,7 +89,7 @@ class DenoiserPrior(DiffusionPrior):
             follow from the parametrization; by default they are z_s = z + s e and the noise level s. Arrays of an
             equinox module become arrays of the prior. A plain function may close over arrays, but no checksum includes
             them.
-        parametrization: meaning of the output; by default `Denoised()`, E[z | z_s].
+        parametrization: meaning of the output, from `ndda.priors.parametrization`; by default `Denoised()`, E[z | z_s].
         layout: a `Layout` of the state, or only the shape of the state.
         parameters: pytree of arrays, the first argument of the network; None for a network without this argument.
         condition: function (state, inputs) -> conditioning, which runs once per step. By default the conditioning is
@@ -100,9 +100,9 @@ class DenoiserPrior(DiffusionPrior):
         scale: diagonal of S in the unit of the state: a number or array that broadcasts to the state, or a function of
             the conditioning; 1 by default.
         noise: noise of the forward process; white noise by default.
-        noise_range: (lowest, highest) noise level that the network was trained for, in the unit of z. By default 0.02
-            to 80 within the limits of the parametrization. A parametrization without limits, such as one on
-            `VarianceExploding`, needs this argument.
+        noise_range: (lowest, highest) noise level that the network was trained for, in the unit of z. A
+            parametrization without limits, such as the default `Denoised()`, needs this argument. Otherwise the default
+            is 0.02 to 80, cut to the limits of the parametrization.
         climatology: NumPyro distribution of initial states, or None.
         conditioning_passes: number of network passes that `condition` makes.
 

@@ -56,8 +56,9 @@ class DiffusionTransition(dist.Distribution):
     """Transition p(x' | x) of a diffusion prior, as a distribution for NumPyro programs.
 
     It can be sampled, and its mean costs one network pass. A program that contains it is meant to be filtered, for
-    example by `ndda.Filter`. By default there is no density, because a density costs some hundred network passes; the
-    argument `density` provides it.
+    example by `ndda.Filter`. By default there is no density, because a density costs about a hundred
+    forward passes, and by default 24 Jacobian-vector products for each component of the state; the argument `density`
+    provides it.
 
     The batch shape is the shape of the leading axes of `state`. The event shape is `prior.layout.shape`, the shape of
     one state. Units are those of the prior's layout.
@@ -123,7 +124,7 @@ class DiffusionTransition(dist.Distribution):
         """Support of the distribution, all real states; it is not checked, because a check costs too much."""
         return constraints.dependent(is_discrete=False, event_dim=self.event_dim)
 
-    def step(self, state: PyTree, inputs: PyTree = None) -> DiffusionDynamics:
+    def dynamics_of(self, state: PyTree, inputs: PyTree = None) -> DiffusionDynamics:
         """Return the dynamics p(x' | x) from one state.
 
         Args:
@@ -135,7 +136,7 @@ class DiffusionTransition(dist.Distribution):
         """
         return DiffusionDynamics(self.prior, self.prior.condition(state, inputs), self.sampler)
 
-    def only_step(self) -> DiffusionDynamics:
+    def dynamics(self) -> DiffusionDynamics:
         """Return the dynamics p(x' | x) of this distribution, which must not have batch axes.
 
         Raises:
@@ -146,7 +147,7 @@ class DiffusionTransition(dist.Distribution):
                 f"this DiffusionTransition has batch shape {self.batch_shape}, but one state is expected; "
                 "give a state without batch axes."
             )
-        return self.step(self.state, self.inputs)
+        return self.dynamics_of(self.state, self.inputs)
 
     def _map(self, fn: Any, *args: Array) -> Any:
         """Call `fn(*args, dynamics)` for each batch element.
@@ -155,7 +156,7 @@ class DiffusionTransition(dist.Distribution):
         """
         count = int(jnp.size(jnp.zeros(self.batch_shape)))
         flat = jax.tree.map(lambda x: x.reshape(count, *x.shape[len(self.batch_shape) :]), (self.state, self.inputs))
-        over_batch = jax.vmap(lambda given, *a: fn(*a, self.step(*given)))
+        over_batch = jax.vmap(lambda given, *a: fn(*a, self.dynamics_of(*given)))
         return over_batch(flat, *args)
 
     @property
@@ -164,7 +165,7 @@ class DiffusionTransition(dist.Distribution):
 
         Source: Savary et al. 2026, arXiv 2605.20028, Theorem A.1.
         """
-        means = self._map(lambda step: step.moments().mean)
+        means = self._map(lambda dynamics: dynamics.moments().mean)
         return means.reshape(self.batch_shape + self.event_shape)
 
     def sample_with_intermediates(
@@ -180,7 +181,7 @@ class DiffusionTransition(dist.Distribution):
             (draws, shape sample_shape + batch_shape + event_shape; list of one `DrawRecord` with network passes and
             solver residual, each of shape sample_shape + batch_shape).
         """
-        return self._draw(key, sample_shape, lambda key, step: step.draw(key))
+        return self._draw(key, sample_shape, lambda key, dynamics: dynamics.draw(key))
 
     def _draw(self, key: PRNGKeyArray, sample_shape: tuple[int, ...], draw: Any) -> tuple[Array, list[DrawRecord]]:
         """Draw states with `draw(key, dynamics)` for all samples and batch elements; return (states, [record])."""
@@ -245,8 +246,8 @@ class DiffusionTransition(dist.Distribution):
         return (
             f"a {type(self).__name__} has no density; filter the program with "
             "ndda.Filter(ndda.FAAPF(model), ...), leave the site out of the density with .mask(False), or give "
-            "DiffusionTransition(..., density=ndda.diffusion.ProbabilityFlow()), which costs some hundred network "
-            "passes for each state."
+            "DiffusionTransition(..., density=ndda.diffusion.ProbabilityFlow()), which costs about "
+            "a hundred forward passes and many more Jacobian-vector products."
         )
 
     def conditioned(self, likelihood: Likelihood, guidance: Guidance | None = None) -> ConditionedTransition:
@@ -291,7 +292,7 @@ class ConditionedTransition(DiffusionTransition):
             solver residual, each of shape sample_shape + batch_shape).
         """
         likelihood, guidance = self._guide.values["likelihood"], self._guide.values["guidance"]
-        return self._draw(key, sample_shape, lambda key, step: step.conditional_draw(key, likelihood, guidance))
+        return self._draw(key, sample_shape, lambda key, dynamics: dynamics.conditional_draw(key, likelihood, guidance))
 
     @property
     def mean(self) -> Float[Array, ...]:

@@ -115,13 +115,13 @@ def guided(
     guide = MMPS() if guidance is None else guidance
 
     def propagate_sample(rng_key: PRNGKeyArray, particle: Particle, inputs: TimeInputs) -> Particle:
-        step = program.transition(particle.carry, inputs, sampler)
-        x, _ = step.conditional_draw(rng_key, program.likelihood(particle.carry, inputs), guide)
+        dynamics = program.transition(particle.carry, inputs, sampler)
+        x, _ = dynamics.conditional_draw(rng_key, program.likelihood(particle.carry, inputs), guide)
         return Particle(program.advance(x, particle.carry, inputs), x)
 
     def log_potential(before: Particle, particle: Particle, inputs: TimeInputs) -> Array:
-        step = program.transition(before.carry, inputs, sampler)
-        return weight(step, program.likelihood(before.carry, inputs))[0]
+        dynamics = program.transition(before.carry, inputs, sampler)
+        return weight(dynamics, program.likelihood(before.carry, inputs))[0]
 
     return FeynmanKac(_init_sample(program), propagate_sample, log_potential, program.time_inputs())
 

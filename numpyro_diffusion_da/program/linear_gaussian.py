@@ -110,12 +110,12 @@ class LinearGaussian:
 
     def _moments(self, x: Array, inputs: TimeInputs) -> tuple[Array, Array]:
         """Mean, shape (n,), and covariance factor, shape (n, n), of x' given the flattened state x."""
-        step = self.program.transition(x.reshape(self._shape), inputs)
-        if isinstance(step, GaussianDynamics):
-            diagonal = step.factor.shape == step.mean.shape
-            return step.mean.reshape(-1), jnp.diag(step.factor.reshape(-1)) if diagonal else step.factor
+        dynamics = self.program.transition(x.reshape(self._shape), inputs)
+        if isinstance(dynamics, GaussianDynamics):
+            diagonal = dynamics.factor.shape == dynamics.mean.shape
+            return dynamics.mean.reshape(-1), jnp.diag(dynamics.factor.reshape(-1)) if diagonal else dynamics.factor
         # A diffusion only gives products with its covariance: one product per unit vector makes the matrix.
-        moments = step.moments()
+        moments = dynamics.moments()
         covariance = jax.vmap(lambda v: moments.covariance_product(v.reshape(self._shape)).reshape(-1))(
             jnp.eye(x.size, dtype=x.dtype)
         )

@@ -44,8 +44,12 @@ def dynamics_of(name: str, fn: dist.Distribution, sampler: Sampler | Step | None
                 f"site '{name}' is a DiffusionTransition with batch shape {fn.batch_shape}, but a filter step moves "
                 "one state; give a state without batch axes."
             )
-        step = fn.only_step()
-        return step if sampler is None else DiffusionDynamics(step.prior, step.conditioning, as_sampler(sampler, name))
+        dynamics = fn.dynamics()
+        return (
+            dynamics
+            if sampler is None
+            else DiffusionDynamics(dynamics.prior, dynamics.conditioning, as_sampler(sampler, name))
+        )
     parts = gaussian_parts(fn)
     if parts is None:
         raise ValueError(
@@ -116,8 +120,8 @@ def log_density(name: str, fn: dist.Distribution, x: Array) -> tuple[Float[Array
     """
     check_density(name, fn)
     if isinstance(fn, DiffusionTransition) and fn.density is not None:
-        step = fn.only_step()
-        return fn.density(step.prior, step.conditioning, x)
+        dynamics = fn.dynamics()
+        return fn.density(dynamics.prior, dynamics.conditioning, x)
     return jnp.sum(fn.log_prob(x)), NetworkPasses.of()
 
 

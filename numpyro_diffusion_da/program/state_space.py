@@ -226,7 +226,7 @@ class StateSpaceModel:
             call = self._scan()
             fn = self._latent(call.init, call.first_inputs())
             if isinstance(fn, DiffusionTransition):
-                found.append(fn.only_step().working_bytes())
+                found.append(fn.dynamics().working_bytes())
 
         jax.eval_shape(look)
         return sum(found)

@@ -28,7 +28,7 @@ class FilterResult:
         observed_mask: mask of each observed site, False where missing, (time, ...).
         observed_error: standard deviation of the observation error of each observed site, (time, ...); NaN if the
             distribution of the observation has none.
-        forecast: one-step forecast E[x' | c] from which each particle was drawn, (chain, draw, time, ...), or None if
+        forecast: one-step forecast mean E[x' | c] of each particle's ancestor c, (chain, draw, time, ...), or None if
             forecasts were not kept.
         sample_stats: diagnostics of each step, (chain, time), or (chain, draw, time) if they have one value per
             particle. With localized resampling, weight diagnostics have a trailing block axis.

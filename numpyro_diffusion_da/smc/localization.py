@@ -127,7 +127,8 @@ class PlacedTaper:
 class Taper:
     """Localization settings: a half-width, a distance, and the positions of the observations and of the state.
 
-    For example, ``Taper(4.0, Ring(40), {"y": np.arange(0, 40, 2)})`` observes every second of 40 sites on a ring.
+    For example, ``Taper(4.0, Ring(40), {"y": np.arange(0, 40, 2)})`` is for a site "y" that observes every second
+    one of 40 points on a ring.
 
     Positions are an array with one row of coordinates, or one number, for each place. A place of the state may hold one
     value or several. Places run over the leading axes of the state, so that each point of a grid (latitude, longitude,

@@ -37,22 +37,22 @@ class PredictiveWeight(eqx.Module):
     """Abstract estimate of the predictive likelihood log p(y | c) for one particle."""
 
     @abc.abstractmethod
-    def __call__(self, step: Dynamics, likelihood: Likelihood) -> tuple[Float[Array, ""], WeightRecord]:
+    def __call__(self, dynamics: Dynamics, likelihood: Likelihood) -> tuple[Float[Array, ""], WeightRecord]:
         """Estimate log p(y | c).
 
         Args:
-            step: transition p(x' | c) of the particle.
+            dynamics: dynamics p(x' | c) of the particle.
             likelihood: likelihood of the step's observations y.
 
         Returns:
             (log p^(y | c), a scalar; record of the weight).
         """
 
-    def pointwise(self, step: Dynamics, likelihood: Likelihood) -> tuple[Float[Array, " m"], WeightRecord]:
+    def pointwise(self, dynamics: Dynamics, likelihood: Likelihood) -> tuple[Float[Array, " m"], WeightRecord]:
         """Estimate log p(y_j | c) of each observation by itself, for localized resampling.
 
         Args:
-            step: transition p(x' | c) of the particle.
+            dynamics: dynamics p(x' | c) of the particle.
             likelihood: likelihood of the step's observations y.
 
         Returns:
@@ -66,11 +66,11 @@ class PredictiveWeight(eqx.Module):
             "use weight=ndda.Dirac() or weight=ndda.Moment(), or leave the taper out."
         )
 
-    def temperable(self, step: Dynamics, likelihood: Likelihood) -> tuple[TemperableLogWeight, WeightRecord]:
+    def temperable(self, dynamics: Dynamics, likelihood: Likelihood) -> tuple[TemperableLogWeight, WeightRecord]:
         """Estimate log p(y | c) for any tempering of the observation errors, for `LikelihoodTempering`.
 
         Args:
-            step: transition p(x' | c) of the particle.
+            dynamics: dynamics p(x' | c) of the particle.
             likelihood: likelihood of the step's observations y.
 
         Returns:
@@ -81,13 +81,15 @@ class PredictiveWeight(eqx.Module):
         """
         raise TypeError(self._cannot_temper())
 
-    def temperable_pointwise(self, step: Dynamics, likelihood: Likelihood) -> tuple[TemperableLogWeight, WeightRecord]:
+    def temperable_pointwise(
+        self, dynamics: Dynamics, likelihood: Likelihood
+    ) -> tuple[TemperableLogWeight, WeightRecord]:
         """Estimate log p(y_j | c) of each observation by itself, for any tempering of the observation errors.
 
         `LikelihoodTempering` with localized resampling needs it.
 
         Args:
-            step: transition p(x' | c) of the particle.
+            dynamics: dynamics p(x' | c) of the particle.
             likelihood: likelihood of the step's observations y.
 
         Returns:
@@ -123,22 +125,24 @@ class Equal(PredictiveWeight):
         """Return the reason why equal weights are biased; they always are."""
         return ["Equal weights leave out the observations"]
 
-    def __call__(self, step: Dynamics, likelihood: Likelihood) -> tuple[Float[Array, ""], WeightRecord]:
+    def __call__(self, dynamics: Dynamics, likelihood: Likelihood) -> tuple[Float[Array, ""], WeightRecord]:
         """Return log w = 0 and an empty record."""
         return jnp.zeros(()), WeightRecord(NetworkPasses.of(), None)
 
-    def pointwise(self, step: Dynamics, likelihood: Likelihood) -> tuple[Float[Array, " m"], WeightRecord]:
+    def pointwise(self, dynamics: Dynamics, likelihood: Likelihood) -> tuple[Float[Array, " m"], WeightRecord]:
         """Return a log-weight of 0 for each observation, shape (m,), and an empty record."""
-        observations = jax.eval_shape(likelihood.pointwise, jax.eval_shape(lambda: step.moments().mean))
+        observations = jax.eval_shape(likelihood.pointwise, jax.eval_shape(lambda: dynamics.moments().mean))
         return jnp.zeros(observations.shape, observations.dtype), WeightRecord(NetworkPasses.of(), None)
 
-    def temperable(self, step: Dynamics, likelihood: Likelihood) -> tuple[TemperableLogWeight, WeightRecord]:
+    def temperable(self, dynamics: Dynamics, likelihood: Likelihood) -> tuple[TemperableLogWeight, WeightRecord]:
         """Return log-weights of 0 for every alpha, and an empty record."""
-        return self.temperable_pointwise(step, likelihood)
+        return self.temperable_pointwise(dynamics, likelihood)
 
-    def temperable_pointwise(self, step: Dynamics, likelihood: Likelihood) -> tuple[TemperableLogWeight, WeightRecord]:
+    def temperable_pointwise(
+        self, dynamics: Dynamics, likelihood: Likelihood
+    ) -> tuple[TemperableLogWeight, WeightRecord]:
         """Return log-weights of 0 for every alpha and observation, and an empty record."""
-        zeros, record = self.pointwise(step, likelihood)
+        zeros, record = self.pointwise(dynamics, likelihood)
         return TemperableLogWeight(zeros, zeros, zeros), record
 
 
@@ -154,17 +158,17 @@ class Dirac(PredictiveWeight):
         """Return the reason why Dirac weights are biased; they always are."""
         return ["Dirac weights leave out the spread of the transition"]
 
-    def __call__(self, step: Dynamics, likelihood: Likelihood) -> tuple[Float[Array, ""], WeightRecord]:
+    def __call__(self, dynamics: Dynamics, likelihood: Likelihood) -> tuple[Float[Array, ""], WeightRecord]:
         """Return log p(y | m) at the forecast mean m, and the record with m."""
-        moments = step.moments()
+        moments = dynamics.moments()
         return likelihood.log_prob(moments.mean), WeightRecord(moments.passes, moments.mean)
 
-    def pointwise(self, step: Dynamics, likelihood: Likelihood) -> tuple[Float[Array, " m"], WeightRecord]:
+    def pointwise(self, dynamics: Dynamics, likelihood: Likelihood) -> tuple[Float[Array, " m"], WeightRecord]:
         """Return log p(y_j | m) of each observation at the forecast mean m, shape (m,), and the record with m."""
-        moments = step.moments()
+        moments = dynamics.moments()
         return likelihood.pointwise(moments.mean), WeightRecord(moments.passes, moments.mean)
 
-    def temperable(self, step: Dynamics, likelihood: Likelihood) -> tuple[TemperableLogWeight, WeightRecord]:
+    def temperable(self, dynamics: Dynamics, likelihood: Likelihood) -> tuple[TemperableLogWeight, WeightRecord]:
         """Return alpha log p(y | m) as a function of alpha, and the record with m.
 
         There is no other term, because the spread of the transition is left out.
@@ -172,15 +176,17 @@ class Dirac(PredictiveWeight):
         Raises:
             TypeError: the likelihood is not Gaussian.
         """
-        return self.temperable_pointwise(step, likelihood)
+        return self.temperable_pointwise(dynamics, likelihood)
 
-    def temperable_pointwise(self, step: Dynamics, likelihood: Likelihood) -> tuple[TemperableLogWeight, WeightRecord]:
+    def temperable_pointwise(
+        self, dynamics: Dynamics, likelihood: Likelihood
+    ) -> tuple[TemperableLogWeight, WeightRecord]:
         """Return alpha log p(y_j | m) of each observation as a function of alpha, and the record with m.
 
         Raises:
             TypeError: the likelihood is not Gaussian.
         """
-        moments = step.moments()
+        moments = dynamics.moments()
         gaussian = _gaussian(likelihood)
         residual, normalizers = gaussian.residual(moments.mean), gaussian.log_normalizers(moments.mean)
         curve = TemperableLogWeight(normalizers, residual**2, jnp.zeros_like(residual))
@@ -203,9 +209,9 @@ class Moment(PredictiveWeight):
 
     Args:
         noise_level: noise level at which V is computed from the denoiser's Jacobian. None takes the prior's highest
-            level, which is right for exact denoisers. A learned Jacobian is multiplied by that level, errors included;
-            so for a learned denoiser give about ten times the spread of the latent (10.0 for a latent of unit variance,
-            which makes V 1 % too small).
+            level, which is right for exact denoisers. V is the Jacobian times the square of the level, so the errors of
+            a learned Jacobian are multiplied too. For a learned denoiser give about ten times the spread of the
+            latent (10.0 for a latent of unit variance, which makes V 1 % too small).
         probes: number of products with random signs that estimate the diagonal of H V H^T, whatever the number of
             observations. Only localized resampling allows it, because it takes each observation by itself. None makes
             one product for each observation, without error. The error of the estimate has the size of the entries off
@@ -232,28 +238,28 @@ class Moment(PredictiveWeight):
         if self.probes is not None and self.probes < 1:
             raise ValueError(f"Moment got probes={self.probes}; give 1 or more, or None.")
 
-    def __call__(self, step: Dynamics, likelihood: Likelihood) -> tuple[Float[Array, ""], WeightRecord]:
+    def __call__(self, dynamics: Dynamics, likelihood: Likelihood) -> tuple[Float[Array, ""], WeightRecord]:
         """Return the log-likelihood of the forecast mean under forecast and observation error together, and the record.
 
         Raises:
             ValueError: `probes` is given, which estimates no covariance between observations.
         """
         self._check_whole()
-        moments, passes = self._moments(step)
-        local, log_weight = matched(moments, step.tangents(), likelihood)
+        moments, passes = self._moments(dynamics)
+        local, log_weight = matched(moments, dynamics.tangents(), likelihood)
         observations = jax.eval_shape(local.residual, moments.mean).shape[0]
         return log_weight, _record(moments, passes, observations)
 
-    def pointwise(self, step: Dynamics, likelihood: Likelihood) -> tuple[Float[Array, " m"], WeightRecord]:
+    def pointwise(self, dynamics: Dynamics, likelihood: Likelihood) -> tuple[Float[Array, " m"], WeightRecord]:
         """Return the log-likelihood of each observation by itself, shape (m,), and the record.
 
         The variance of an observation is the sum of its forecast variance (H V H^T)_jj and its observation error R_jj.
         """
-        moments, passes = self._moments(step)
-        logs = matched_pointwise(moments, step.tangents(), likelihood, self.probes)
+        moments, passes = self._moments(dynamics)
+        logs = matched_pointwise(moments, dynamics.tangents(), likelihood, self.probes)
         return logs, _record(moments, passes, len(logs) if self.probes is None else self.probes)
 
-    def temperable(self, step: Dynamics, likelihood: Likelihood) -> tuple[TemperableLogWeight, WeightRecord]:
+    def temperable(self, dynamics: Dynamics, likelihood: Likelihood) -> tuple[TemperableLogWeight, WeightRecord]:
         """Return log N(y; h(m), R / alpha + H V H^T) as a function of alpha, and the record.
 
         It leaves out a term that all particles with the same R share. It costs no more network passes than the weight
@@ -264,11 +270,13 @@ class Moment(PredictiveWeight):
             TypeError: the likelihood is not Gaussian.
         """
         self._check_whole()
-        moments, passes = self._moments(step)
+        moments, passes = self._moments(dynamics)
         curve = temperable(moments, _gaussian(likelihood))
         return curve, _record(moments, passes, len(curve.variances))
 
-    def temperable_pointwise(self, step: Dynamics, likelihood: Likelihood) -> tuple[TemperableLogWeight, WeightRecord]:
+    def temperable_pointwise(
+        self, dynamics: Dynamics, likelihood: Likelihood
+    ) -> tuple[TemperableLogWeight, WeightRecord]:
         """Return the tempered log-likelihood of each observation as a function of alpha, and the record.
 
         It is log N(y_j; h_j(m), R_j / alpha + (H V H^T)_jj), up to a term that all particles with the same R share.
@@ -276,7 +284,7 @@ class Moment(PredictiveWeight):
         Raises:
             TypeError: the likelihood is not Gaussian.
         """
-        moments, passes = self._moments(step)
+        moments, passes = self._moments(dynamics)
         curve = temperable_pointwise(moments, _gaussian(likelihood), self.probes)
         return curve, _record(moments, passes, len(curve.variances) if self.probes is None else self.probes)
 
@@ -288,15 +296,15 @@ class Moment(PredictiveWeight):
                 "localization need the full covariance; leave probes out, or give the filter a taper."
             )
 
-    def _moments(self, step: Dynamics) -> tuple[Moments, NetworkPasses]:
+    def _moments(self, dynamics: Dynamics) -> tuple[Moments, NetworkPasses]:
         """Return the mean and covariance of the transition, and the network passes they cost.
 
         The mean always comes from the highest level, where it is exact.
         """
-        moments = step.moments()
+        moments = dynamics.moments()
         if self.noise_level is None:
             return moments, moments.passes
-        spread = step.moments(self.noise_level)
+        spread = dynamics.moments(self.noise_level)
         return spread._replace(mean=moments.mean), moments.passes.plus(spread.passes)
 
 

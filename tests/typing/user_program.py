@@ -28,8 +28,8 @@ from numpyro_diffusion_da.transition import Dynamics, PredictiveWeight, WeightRe
 class HalfDirac(PredictiveWeight):
     """Half the log-likelihood of the forecast mean."""
 
-    def __call__(self, step: Dynamics, likelihood: Likelihood) -> tuple[Float[Array, ""], WeightRecord]:
-        moments = step.moments()
+    def __call__(self, dynamics: Dynamics, likelihood: Likelihood) -> tuple[Float[Array, ""], WeightRecord]:
+        moments = dynamics.moments()
         return 0.5 * likelihood.log_prob(moments.mean), WeightRecord(moments.passes, moments.mean)
 
 

@@ -18,8 +18,8 @@ def model(y: Array) -> None:
 class OnlyTheWeight(PredictiveWeight):
     """A weight that forgets its record."""
 
-    def __call__(self, step: Dynamics, likelihood: Likelihood) -> Array:  # wrong
-        return likelihood.log_prob(step.moments().mean)
+    def __call__(self, dynamics: Dynamics, likelihood: Likelihood) -> Array:  # wrong
+        return likelihood.log_prob(dynamics.moments().mean)
 
 
 ndda.FAAPF(model, weight="moment")  # wrong
