@@ -138,8 +138,8 @@ def small() -> LinearGaussian:
 
 @pytest.fixture(autouse=True)
 def optimized_where_it_pays(request):
-    """Let XLA optimize in `slow` tests, which compute for long; not in modules that define `COMPILES_A_LOT`."""
-    computes = request.node.get_closest_marker("slow") is not None and not hasattr(request.module, "COMPILES_A_LOT")
+    """Let XLA optimize in the slow tests of a module that defines `COMPUTES_A_LOT`."""
+    computes = request.node.get_closest_marker("slow") is not None and hasattr(request.module, "COMPUTES_A_LOT")
     jax.config.update("jax_disable_most_optimizations", not computes)
     yield
     jax.config.update("jax_disable_most_optimizations", True)

@@ -10,8 +10,6 @@ import numpyro_diffusion_da as ndda
 from numpyro_diffusion_da.demos import cli
 from numpyro_diffusion_da.demos import lorenz96_demo as twin
 
-COMPILES_A_LOT = True
-
 
 @pytest.mark.slow
 def test_demo_writes_table_figure_and_file(tmp_path):

@@ -15,7 +15,6 @@ from numpyro.infer.util import log_density
 import numpyro_diffusion_da as ndda
 
 pytestmark = pytest.mark.slow
-COMPILES_A_LOT = True
 
 KEY = jax.random.key(0)
 FLOW = ndda.diffusion.ProbabilityFlow()

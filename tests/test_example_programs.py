@@ -9,8 +9,6 @@ import jax
 import pytest
 from conftest import EXAMPLES, load_program
 
-COMPILES_A_LOT = True
-
 
 def program(name):
     return load_program(EXAMPLES / f"{name}.py").main

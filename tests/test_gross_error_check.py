@@ -15,8 +15,6 @@ from rich.console import Console
 import numpyro_diffusion_da as ndda
 from numpyro_diffusion_da.results import summary_table
 
-COMPILES_A_LOT = True
-
 A = 0.95 * np.linalg.qr(np.random.default_rng(0).normal(size=(4, 4)))[0].astype(np.float32)
 ERROR = 0.5
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
-import sys
 
 import equinox as eqx
 import jax
@@ -12,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import numpyro.distributions as dist
 import pytest
-from test_examples import BENCHMARKS
+from conftest import BENCHMARKS, load_program
 from test_gaussian_oracle import Problem
 from test_path_weights import MEAN, assert_unbiased, draw, law, step_of
 
@@ -371,13 +369,8 @@ def test_filter_takes_them(small):
 
 @pytest.fixture(scope="module")
 def safeguard():
-    """The benchmark as a module; a dataclass of it asks for its module by name."""
-    spec = importlib.util.spec_from_file_location("safeguard", BENCHMARKS / "safeguard.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["safeguard"] = module
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules["safeguard"]
+    """The benchmark as a module."""
+    return load_program(BENCHMARKS / "safeguard.py")
 
 
 @pytest.mark.slow

@@ -15,8 +15,6 @@ from numpyro_diffusion_da.demos import held_suarez_figures as plots_weather
 from numpyro_diffusion_da.demos import held_suarez_truth as held_suarez
 from numpyro_diffusion_da.observation import BlockMeans, Stations, Swath
 
-COMPILES_A_LOT = True
-
 
 def test_truth_is_what_was_packed(tmp_path):
     values = np.random.default_rng(0).normal([1000.0, 250.0], [5.0, 2.0], (3, 4, 8, 2)).astype(np.float32)

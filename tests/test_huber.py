@@ -14,8 +14,6 @@ from scipy import integrate, stats
 import numpyro_diffusion_da as ndda
 from numpyro_diffusion_da.program import StateSpaceModel
 
-COMPILES_A_LOT = True
-
 
 def unnormalized(y, loc, scale, k):
     r = abs(y - loc) / scale

@@ -12,7 +12,6 @@ from numpyro_diffusion_da.demos import held_suarez_truth as held_suarez
 from numpyro_diffusion_da.priors import read_spherical_emulator
 
 pytestmark = pytest.mark.slow
-COMPILES_A_LOT = True
 
 
 @pytest.fixture

@@ -21,8 +21,6 @@ from numpyro.contrib.control_flow import scan
 
 import numpyro_diffusion_da as ndda
 
-COMPILES_A_LOT = True
-
 
 @pytest.fixture(autouse=True)
 def their_rank_promotion():

@@ -19,7 +19,6 @@ from numpyro_diffusion_da.priors import parametrization as par
 from numpyro_diffusion_da.transition import DiffusionDynamics
 
 pytestmark = pytest.mark.slow
-COMPILES_A_LOT = True
 
 D = 4
 TRANSITION = 0.9 * np.linalg.qr(np.random.default_rng(0).normal(size=(D, D)))[0]

@@ -21,7 +21,6 @@ from numpyro.contrib.control_flow import scan
 import numpyro_diffusion_da as ndda
 
 pytestmark = pytest.mark.slow
-COMPILES_A_LOT = True
 
 PAGE = Path(__file__).parent.parent / "docs" / "numpyro.md"
 KEY = jax.random.key(0)

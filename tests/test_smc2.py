@@ -15,8 +15,6 @@ from numpyro.contrib.control_flow import scan
 import numpyro_diffusion_da as ndda
 from numpyro_diffusion_da.smc import smc2
 
-COMPILES_A_LOT = True
-
 KEY = jax.random.key(0)
 SEEN = np.array([0.5, 1.4, 0.2, 1.9, 1.1, 0.7], np.float32)
 

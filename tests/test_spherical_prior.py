@@ -25,7 +25,6 @@ from numpyro_diffusion_da.priors import (
 from numpyro_diffusion_da.transition import DiffusionDynamics
 
 pytestmark = pytest.mark.slow
-COMPILES_A_LOT = True
 
 H = SphericalHarmonics(6, 8, num_scalars=2, num_winds=1)
 SIZE = 6 * 4

@@ -26,7 +26,6 @@ from numpyro_diffusion_da.transition import DiffusionDynamics, GaussianDynamics
 
 KEY = jax.random.key(0)
 WEIGHT_TEMPERING, TEMPERING = ndda.smc.WeightTempering(), ndda.smc.LikelihoodTempering()
-COMPILES_A_LOT = True
 
 
 N, M, TARGET = 200, 8, 0.55  # of all selections, which then are compiled once
