@@ -93,25 +93,31 @@ class _ReachedScan(Exception):  # noqa: N818 - it is control flow, not an error
         self.call = call
 
 
-def abstractly(fn: Callable[[], Any]) -> Any:
-    """Return the shapes and dtypes of the result of `fn()`, without computing it.
+def abstractly(fn: Callable[..., Any], trace: Callable[..., Any] = jax.eval_shape, **inputs: Any) -> Any:
+    """Trace a function without computing it; by default, return the shapes and dtypes of its result.
+
+    Args:
+        fn: function of the inputs.
+        trace: `jax.eval_shape`, or `numpyro.ops.provenance.eval_provenance` for the names of the inputs that each
+            output depends on.
+        **inputs: shapes and dtypes of the inputs.
 
     Raises:
         ValueError: `fn` raised it. It reaches the user without the note that JAX adds to an exception in traced code.
     """
     problems: list[ValueError] = []
 
-    def caught() -> Any:
+    def caught(**given: Any) -> Any:
         try:
-            return fn()
+            return fn(**given)
         except ValueError as error:
             problems.append(error)
             return None
 
-    shapes = jax.eval_shape(caught)
+    traced = trace(caught, **inputs)
     if problems:
         raise problems[0]
-    return shapes
+    return traced
 
 
 def _scan_call(msg: dict[str, Any]) -> ScanCall:

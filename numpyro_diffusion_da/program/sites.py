@@ -45,11 +45,9 @@ def dynamics_of(name: str, fn: dist.Distribution, sampler: Sampler | Step | None
                 "one state; give a state without batch axes."
             )
         dynamics = fn.dynamics()
-        return (
-            dynamics
-            if sampler is None
-            else DiffusionDynamics(dynamics.prior, dynamics.conditioning, as_sampler(sampler, name))
-        )
+        if sampler is None:
+            return dynamics
+        return DiffusionDynamics(dynamics.prior, dynamics.conditioning, as_sampler(sampler, name))
     parts = gaussian_parts(fn)
     if parts is None:
         raise ValueError(

@@ -135,7 +135,7 @@ class Shapes(NamedTuple):
     state: Any
 
 
-class _OtherShapesError(Exception):
+class _OtherShapesError(ValueError):
     """Raised if a program does not have the shapes that were expected of it."""
 
 
@@ -271,7 +271,9 @@ def _examine(program: Callable[[], None], name: str, shapes: Shapes) -> Structur
         }
 
     inputs = {_argument(n): s for n, s in shapes.outside.items()}
-    depends = _provenance(look, state=shapes.state, direction=shapes.state, carry=shapes.carry, **inputs)
+    depends = abstractly(
+        look, eval_provenance, state=shapes.state, direction=shapes.state, carry=shapes.carry, **inputs
+    )
     skip: SkipScan = found["skip"]
     used, measured = _globals(shapes, depends)
     global_names = tuple(n for n in skip.before if n in {*used, *measured})
@@ -302,34 +304,6 @@ def _examine(program: Callable[[], None], name: str, shapes: Shapes) -> Structur
 def _argument(site: str) -> str:
     """Name of the argument that holds a latent site's value; a prefix, because a site may be called `state` too."""
     return f"site {site}"
-
-
-def _provenance(look: Callable[..., Any], **inputs: Any) -> Any:
-    """Find the inputs that each output of a function depends on, by NumPyro's `eval_provenance`.
-
-    Args:
-        look: function of the inputs.
-        **inputs: shapes and dtypes of the inputs.
-
-    Returns:
-        Pytree of the outputs, with the set of names of the inputs that each depends on.
-
-    Raises:
-        ValueError: raised by `look`; without the notes that JAX adds to tracebacks.
-    """
-    problems: list[Exception] = []
-
-    def caught(**given: Any) -> Any:
-        try:
-            return look(**given)
-        except (ValueError, _OtherShapesError) as error:
-            problems.append(error)
-            return None
-
-    depends = eval_provenance(caught, **inputs)
-    if problems:
-        raise problems[0]
-    return depends
 
 
 def _depends(provenance: PyTree, name: str) -> bool:
