@@ -105,6 +105,17 @@ def test_same_key_same_result_and_chains_are_independent(program, reference, com
     assert not np.allclose(reference.result.posterior["x"][0], reference.result.posterior["x"][1])
 
 
+@pytest.mark.slow  # test_smc asks the same of a kernel
+def test_jit_and_no_jit_agree(program):
+    model, y = program
+    few_levels = ndda.Sampler(schedule=ndda.KarrasSchedule(3))  # without jit every operation is dispatched by itself
+    jitted, plain = (make(model, lambda m: ndda.FAAPF(m, sampler=few_levels)) for _ in range(2))
+    jitted.run(KEY, y[:1])
+    with jax.disable_jit():
+        plain.run(KEY, y[:1])
+    np.testing.assert_allclose(plain.result.posterior["x"], jitted.result.posterior["x"], atol=1e-4)
+
+
 def test_nothing_observed_is_a_forecast(program, compiled):
     _, y = program
     compiled.run(KEY, np.full_like(y, np.nan))

@@ -237,9 +237,9 @@ def test_filters_agree_with_a_very_large_bootstrap_filter(kind, value):
         x = filter.result.posterior["x"][0]
         return x.mean(0), x.std(0), filter.result.sample_stats["log_evidence_increment"].sum()
 
-    mean, spread, evidence = run(ndda.Bootstrap(model), 20_000)
+    mean, spread, evidence = run(ndda.Bootstrap(model), 50_000)
     for algorithm in (ndda.FAAPF(model, target_ess=0.0), ndda.GuidedPF(model)):
-        got = run(algorithm, 2000)
+        got = run(algorithm, 4000)
         assert np.sqrt(np.mean(((got[0] - mean) / spread) ** 2)) < 0.06, algorithm
         np.testing.assert_allclose(got[1] / spread, 1.0, atol=0.1)
         # FA-APF draws from the Gaussian that stands for the posterior and does not correct it; GuidedPF does.

@@ -266,11 +266,14 @@ def test_the_benchmarks_evidence_is_the_kalman_filters(benchmark):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["PMMH, bootstrap", "SMC^2, bootstrap"])
+@pytest.mark.parametrize("name", ["PMMH, bootstrap", "SMC^2, bootstrap", "PMMH, FA-APF, Dirac + tempering"])
 def test_posteriors_are_exact_where_the_evidence_is_unbiased(benchmark, name):
-    """Means within Monte Carlo error of the exact ones, on a short series."""
+    """Means within Monte Carlo error of the exact ones, on a short series; the control is far off."""
     method = benchmark.methods(benchmark.program(1, False), 60, 500, 200)[name]
     found = benchmark.score(method, benchmark.simulate(1, 1, 30), 0)
+    if "tempering" in name:
+        assert found["bias sigma"] > 1.0
+        return
     for parameter in ("a", "sigma"):
         assert abs(found[f"bias {parameter}"]) < 4 * max(found["expected"], 0.06)
         assert 0.7 < found[f"sd ratio {parameter}"] < 1.4
