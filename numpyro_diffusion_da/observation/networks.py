@@ -9,13 +9,16 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-from collections.abc import Sequence
+import numbers
+from collections.abc import Mapping, Sequence
 
+import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, ArrayLike, Bool, Float
 
-from numpyro_diffusion_da.fields.interpolation import locate
+from numpyro_diffusion_da.arguments import require, require_count, shown
+from numpyro_diffusion_da.fields.grids import Grid, check_places
 from numpyro_diffusion_da.fields.layout import Layout
 
 
@@ -28,12 +31,36 @@ def channel(layout: Layout, name: str) -> int:
             without levels.
 
     Raises:
+        ValueError: the state has no such channel, or the variable of the channel has points without a value, which the
+            channel does not show. The message names the channel.
+    """
+    index = _index(layout, name)
+    if _undefined(layout, index) is not None:
+        raise ValueError(
+            f"'{name}' has points without a value, where its channel holds a fill value; take its values by "
+            "layout.select(x, name), which are NaN there."
+        )
+    return index
+
+
+def _index(layout: Layout, name: str) -> int:
+    """Index of a channel by its name, also of one with points without a value.
+
+    Raises:
         ValueError: the state has no such channel. The message lists its channels.
     """
     names = channel_names(layout)
     if name not in names:
-        raise ValueError(f"the state has no channel '{name}'; it has {', '.join(names)}.")
+        has = f"it has {', '.join(names)}" if names else "its layout has no variables"
+        raise ValueError(f"the state has no channel '{name}'; {has}.")
     return names.index(name)
+
+
+def _undefined(layout: Layout, index: int) -> Bool[np.ndarray, "latitude longitude"] | None:
+    """Mask of the points where a channel has no value; None if it has a value everywhere."""
+    variable = [variable for variable in layout.variables for _ in range(variable.num_channels)][index]
+    mask = None if variable.undefined is None else variable.undefined.mask()
+    return mask if mask is not None and mask.any() else None
 
 
 def channel_names(layout: Layout) -> list[str]:
@@ -84,11 +111,50 @@ class ObservingNetwork(abc.ABC):
         Raises:
             ValueError: the state has no channel of a name in `errors`.
         """
-        return [channel(layout, name) for name in self.errors]
+        return [_index(layout, name) for name in self.errors]
 
     def observe(self, x: Float[Array, "latitude longitude channel"], layout: Layout) -> Float[Array, "place observed"]:
-        """Observations of a state without error, in the order of `errors`: the observed channels at each place."""
-        return self.at_places(x[..., np.array(self.channels(layout))], layout)
+        """Observations of a state without error, in the order of `errors`: the observed channels at each place.
+
+        Args:
+            x: state, shape (latitude, longitude, channel).
+            layout: layout of the state.
+
+        Raises:
+            ValueError: the state has another shape than the layout, the state has no channel of a name in `errors`, a
+                place lies outside the grid, or a place depends on a point where its channel has no value.
+        """
+        if jnp.shape(x) != layout.shape:
+            raise ValueError(
+                f"{type(self).__name__}.observe got a state of shape {jnp.shape(x)}, but the layout describes "
+                f"{layout.shape}; give one state, and use jax.vmap for several."
+            )
+        channels = self.channels(layout)
+        self._refuse_undefined(layout, channels)
+        return self.at_places(x[..., np.array(channels)], layout)
+
+    def _refuse_undefined(self, layout: Layout, channels: Sequence[int]) -> None:
+        """Refuse places that depend on points where a channel has no value.
+
+        Raises:
+            ValueError: there is such a place. The message names the channel and the place.
+        """
+        for index in channels:
+            mask = _undefined(layout, index)
+            if mask is None:
+                continue
+            # The weights of a place are not negative, so that any undefined point makes its share positive.
+            with jax.ensure_compile_time_eval():
+                share = np.asarray(self.at_places(jnp.asarray(mask[..., None], jnp.float32), layout))[:, 0]
+            if (share > 0).any():
+                at = int(np.flatnonzero(share > 0)[0])
+                latitude, longitude = self.places(layout)[at]
+                raise ValueError(
+                    f"{type(self).__name__} observes '{channel_names(layout)[index]}' where it has no value: at "
+                    f"{int((share > 0).sum())} of {share.size} places, the first at latitude {latitude:g}, longitude "
+                    f"{longitude:g}; observe it elsewhere, for example with Stations(errors, places=...), or take "
+                    "layout.select(x, name), which is NaN there."
+                )
 
     def error(self) -> Float[np.ndarray, " observed"]:
         """Standard deviations of the errors of the observed quantities, in the order and units of `errors`."""
@@ -96,55 +162,100 @@ class ObservingNetwork(abc.ABC):
 
 
 def _check_errors(network: ObservingNetwork) -> None:
-    if not network.errors or not all(0 < error < np.inf for error in network.errors.values()):
+    """Check the standard deviations of errors of a network.
+
+    Raises:
+        TypeError: they are not a dictionary of numbers by name.
+        ValueError: there are none, or one is not positive and finite.
+    """
+    require(network.errors, Mapping, network, "errors", '{"temperature_850": 0.5}')
+    for name, error in network.errors.items():
+        if not isinstance(name, str) or np.ndim(error) or np.asarray(error).dtype.kind not in "fiu":
+            raise TypeError(
+                f"{type(network).__name__} got the error {shown(error)} of {shown(name)}; give one number for the "
+                'name of each observed channel, as in {"temperature_850": 0.5}.'
+            )
+    if not network.errors or not all(0 < float(error) < np.inf for error in network.errors.values()):
         raise ValueError(
             f"{type(network).__name__} got errors={network.errors}; give a positive standard deviation for each "
             "observed channel, one channel or more."
         )
 
 
-@dataclasses.dataclass(frozen=True)
 class Stations(ObservingNetwork):
-    """Stations at fixed random places, uniformly distributed over the area of the sphere.
+    """Stations at fixed places: given ones, or random ones uniformly distributed over the area of the grid.
 
-    Values between grid points are interpolated linearly in latitude and longitude. A station beyond the first or last
-    row of the grid has the values of that row.
+    Values between grid points are interpolated linearly in latitude and longitude. The grid may have any orientation.
+    On a global grid, a station beyond the first or last row has the values of that row. On a grid of a region, nothing
+    is extrapolated.
 
     Args:
         errors: standard deviation of the error of each observed channel, by the channel's name and in its unit.
-        count: number of stations.
+        count: number of random stations, 100 by default.
         seed: seed of the random places.
+        places: places of the stations instead of random ones: pairs (latitude, longitude) in degrees, shape (place, 2),
+            or a mapping from the name of a station to its pair. Longitudes are from 0 to 360 or from -180 to 180.
+
+    Attributes:
+        given: latitude and longitude of each station as given, in degrees; None for random places.
+        names: names of the stations as given; None if they have no names.
 
     Raises:
-        ValueError: `count` is below 1, `errors` is empty, or an error is not positive.
+        TypeError: an argument is of the wrong kind.
+        ValueError: `count` is below 1 or given with `places`, `errors` is empty, an error is not positive, or a place
+            is not a pair of degrees. The methods raise it for a station outside the grid.
     """
 
-    errors: dict[str, float]
-    count: int = 100
-    seed: int = 0
-
-    def __post_init__(self) -> None:
+    def __init__(
+        self,
+        errors: dict[str, float],
+        count: int | None = None,
+        seed: int = 0,
+        places: ArrayLike | Mapping[str, tuple[float, float]] | None = None,
+    ) -> None:
+        self.errors = errors
         _check_errors(self)
-        if self.count < 1:
-            raise ValueError(f"Stations got count={self.count}; give 1 or more.")
+        if count is not None:
+            require_count(count, self, "count")
+        require_count(seed, self, "seed", 0)
+        self.given: np.ndarray | None = None
+        self.names: tuple[str, ...] | None = None
+        if places is not None:
+            self.given, self.names = check_places(places, "Stations")
+            if count not in (None, len(self.given)):
+                raise ValueError(
+                    f"Stations got count={count} and {len(self.given)} places; count is for random places, leave it "
+                    "out."
+                )
+        self.count = (100 if count is None else int(count)) if self.given is None else len(self.given)
+        self.seed = seed
+
+    def __repr__(self) -> str:
+        where = f"seed={self.seed}" if self.given is None else f"places={self.given.tolist()}"
+        return f"{type(self).__name__}(errors={self.errors}, count={self.count}, {where})"
 
     def places(self, layout: Layout) -> Float[np.ndarray, "place 2"]:
-        """Latitude and longitude of each station in degrees, drawn uniformly over the area of the sphere."""
-        rng = np.random.default_rng(self.seed)
-        latitude = np.rad2deg(np.arcsin(rng.uniform(-1.0, 1.0, self.count)))
-        return np.stack([latitude, rng.uniform(0.0, 360.0, self.count)], axis=-1)
+        """Latitude and longitude of each station in degrees.
+
+        Args:
+            layout: layout of the state, over whose area random stations are distributed.
+
+        Raises:
+            ValueError: the layout has no grid of latitudes and longitudes.
+        """
+        grid = Grid.of(layout)
+        return grid.draw(np.random.default_rng(self.seed), self.count) if self.given is None else self.given.copy()
 
     def at_places(self, x: Float[Array, "latitude longitude channel"], layout: Layout) -> Float[Array, "place channel"]:
-        """Values of all channels at each station, interpolated between the four grid points around it."""
-        latitude, longitude = self.places(layout).T
-        rows, columns = (layout.coords()[name] for name in ("latitude", "longitude"))
-        # Stations beyond the first or last row are moved to that row, because `locate` does not extrapolate.
-        north = locate(rows, "latitude", np.clip(latitude, rows.min(), rows.max()), interpolate=True)
-        east = locate(columns, "longitude", longitude, interpolate=True)
+        """Values of all channels at each station, interpolated between the four grid points around it.
+
+        Raises:
+            ValueError: a station lies outside the grid. The message names the first one.
+        """
+        corners = Grid.of(layout).corners(self.places(layout), self.names, type(self).__name__)
         parts = [
-            jnp.asarray(a * b, np.float32)[:, None] * x[i, j]
-            for i, a in ((north.lower, 1.0 - north.weight), (north.upper, north.weight))
-            for j, b in ((east.lower, 1.0 - east.weight), (east.upper, east.weight))
+            jnp.asarray(corners.weights[:, k], np.float32)[:, None] * x[corners.rows[:, k], corners.columns[:, k]]
+            for k in range(corners.weights.shape[1])
         ]
         return sum(parts[1:], parts[0])
 
@@ -170,21 +281,25 @@ class Swath(ObservingNetwork):
 
     def __post_init__(self) -> None:
         _check_errors(self)
-        if not 0 < self.width <= 360 or self.thinning < 1:
+        require_count(self.thinning, self, "thinning")
+        for name in ("width", "advance"):
+            require(getattr(self, name), numbers.Real, self, name, "60.0")
+        if not 0 < self.width <= 360 or not np.isfinite(self.advance):
             raise ValueError(
-                f"Swath got width={self.width}, thinning={self.thinning}; give a width above 0 and up to 360 degrees, "
-                "and a thinning of 1 or more."
+                f"Swath got width={self.width}, advance={self.advance}; give a width above 0 and up to 360 degrees, "
+                "and a finite advance in degrees."
             )
 
     def places(self, layout: Layout) -> Float[np.ndarray, "place 2"]:
         """Latitude and longitude in degrees of all thinned grid points, inside and outside the band."""
-        coordinates = layout.coords()
-        axes = (coordinates[name][:: self.thinning] for name in ("latitude", "longitude"))
+        grid = Grid.of(layout)
+        axes = (grid.latitude[:: self.thinning], grid.longitude[: grid.columns : self.thinning])
         return np.stack([x.reshape(-1) for x in np.meshgrid(*axes, indexing="ij")], axis=-1)
 
     def at_places(self, x: Float[Array, "latitude longitude channel"], layout: Layout) -> Float[Array, "place channel"]:
         """Values of all channels at the thinned grid points, inside and outside the band."""
-        return x[:: self.thinning, :: self.thinning].reshape(-1, x.shape[-1])
+        columns = Grid.of(layout).columns
+        return x[:: self.thinning, : columns : self.thinning].reshape(-1, x.shape[-1])
 
     def reports(self, cycles: int, layout: Layout) -> Bool[np.ndarray, "time place"]:
         """Which grid points are in the band at which time: no further than half its width from its middle.
@@ -196,6 +311,7 @@ class Swath(ObservingNetwork):
         Returns:
             True where a place reports, shape (time, place).
         """
+        require_count(cycles, self, "cycles")
         middle = self.advance * np.arange(cycles)[:, None]
         apart = np.abs((self.places(layout)[None, :, 1] - middle + 180.0) % 360.0 - 180.0)
         return apart <= 0.5 * self.width
@@ -219,32 +335,36 @@ class BlockMeans(ObservingNetwork):
 
     def __post_init__(self) -> None:
         _check_errors(self)
-        if self.size < 1:
-            raise ValueError(f"BlockMeans got size={self.size}; give 1 or more.")
+        require_count(self.size, self, "size")
 
     def _weights(self, layout: Layout) -> Float[np.ndarray, "blocks within"]:
         """Area weights of the latitudes within each row of blocks; the weights of a row sum to 1."""
-        if layout.shape[0] % self.size or layout.shape[1] % self.size:
+        grid = Grid.of(layout)
+        points = (grid.latitude.size, grid.columns)
+        if points[0] % self.size or points[1] % self.size:
             raise ValueError(
                 f"BlockMeans got size={self.size}, but blocks of {self.size} x {self.size} points do not fill a grid "
-                f"of {layout.shape[:2]}; give a size that divides both numbers."
+                f"of {points}; give a size that divides both numbers."
             )
         # The mean of an instrument is a matter of definition, and published numbers use the cosine. Scores use
         # `diagnostics.area_weights`, which equals it on regular grids without points at the poles.
-        weights = np.cos(np.deg2rad(layout.coords()["latitude"])).reshape(-1, self.size)
+        weights = np.cos(np.deg2rad(grid.latitude)).reshape(-1, self.size)
         return weights / weights.sum(axis=1, keepdims=True)
 
     def places(self, layout: Layout) -> Float[np.ndarray, "place 2"]:
         """Latitude and longitude of the middle of each block, in degrees."""
-        coordinates = layout.coords()
-        latitude = np.sum(self._weights(layout) * coordinates["latitude"].reshape(-1, self.size), axis=1)
-        longitude = coordinates["longitude"].reshape(-1, self.size).mean(axis=1)
+        grid = Grid.of(layout)
+        latitude = np.sum(self._weights(layout) * grid.latitude.reshape(-1, self.size), axis=1)
+        # A block may lie across the end of the longitudes, as at 350, 355, 0, 5 degrees.
+        east = np.unwrap(grid.longitude[: grid.columns], period=360.0)
+        longitude = east.reshape(-1, self.size).mean(axis=1)
         return np.stack([x.reshape(-1) for x in np.meshgrid(latitude, longitude, indexing="ij")], axis=-1)
 
     def at_places(self, x: Float[Array, "latitude longitude channel"], layout: Layout) -> Float[Array, "place channel"]:
         """Area-weighted mean of each channel over each block."""
         n, weights = self.size, jnp.asarray(self._weights(layout), x.dtype)
-        blocks = x.reshape(len(weights), n, -1, n, x.shape[-1])
+        # A meridian that repeats the first one counts once.
+        blocks = x[:, : Grid.of(layout).columns].reshape(len(weights), n, -1, n, x.shape[-1])
         return jnp.einsum("iajbc,ia->ijc", blocks, weights / n).reshape(-1, x.shape[-1])
 
 
@@ -265,4 +385,11 @@ def fraction_of(
     Raises:
         ValueError: the state has no channel of a given name.
     """
-    return {name: part * float(scales[channel(layout, name)]) for name in names}
+    if isinstance(names, str):
+        raise TypeError(f"fraction_of got names={names!r}; give a list of names of channels, [{names!r}].")
+    if np.shape(scales) != layout.shape[-1:]:
+        raise ValueError(
+            f"fraction_of got scales of shape {np.shape(scales)}, but the state has {layout.shape[-1]} channels; give "
+            "one scale for each channel."
+        )
+    return {name: part * float(scales[_index(layout, name)]) for name in names}
