@@ -1,6 +1,7 @@
 import importlib.util
 
 import numpy as np
+import pandas
 import pytest
 import xarray as xr
 
@@ -138,8 +139,25 @@ def test_times_in_any_form():
         np.testing.assert_array_equal(ndda.fields.read_states(dataset, one, times), states)
     frame = dataset.isel(time=0)  # a single frame keeps its time as a scalar coordinate
     np.testing.assert_array_equal(ndda.fields.read_states(frame, one, TIMES[:1]), states[:1])
-    for wrong in (["yesterday"], "2019-03-29", [0, 6], TIMES[0]):
-        with pytest.raises(ValueError, match=r"give a list of dates|Error parsing"):
+    # 02:00 in Oslo, before summer time begins, is 01:00 in UTC.
+    oslo = pandas.DatetimeIndex(["2019-03-29T01:00", "2019-03-29T07:00"]).tz_localize("Europe/Oslo")
+    with_zone = (oslo, list(oslo), oslo.to_series(), ["2019-03-29T01:00+01:00", "2019-03-29T06:00Z"])
+    for times in (*with_zone, pandas.period_range("2019-03-29T00", periods=2, freq="6h")):
+        np.testing.assert_array_equal(ndda.fields.read_states(dataset, one, times), states)
+    nat = [TIMES[0], np.datetime64("NaT")]
+    for wrong in (
+        ["yesterday"],
+        "2019-03-29",
+        [0, 6],
+        TIMES[0],
+        nat,
+        [None],
+        ["1066-10-14"],
+        [True],
+        5.0,
+        ["29/03/2019"],
+    ):
+        with pytest.raises(ValueError, match="give a list of dates"):
             ndda.fields.read_states(dataset, one, wrong)
 
 
@@ -256,6 +274,160 @@ def test_a_dataset_that_does_not_fit_is_refused(change, message):
         ndda.fields.read_states(change(era5()), layout(), TIMES[:1], fill=FILL)
 
 
+def point(name, value, at=(0, 0)):
+    """Change one value of a variable at every time and level."""
+
+    def change(d):
+        values = d[name].values.copy()
+        values[(..., *at)] = value
+        return d.assign({name: d[name].copy(data=values)})
+
+    return change
+
+
+def axis(name, *values):
+    """Replace the first values of a coordinate."""
+    return lambda d: d.assign_coords({name: np.concatenate([values, d[name].values[len(values) :]])})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (axis("latitude", np.nan), "dataset's latitudes have the value nan at position 0; give latitudes in degrees"),
+        (axis("longitude", 0.0, np.inf), "dataset's longitudes have the value inf at position 1"),
+        (axis("latitude", -95.0), "dataset's latitudes have the value -95.0"),
+        (axis("latitude", -90.0, -90.0), "dataset's latitudes go from -90 to -90 at position 0"),
+        (lambda d: d.assign({"2m_temperature": d["2m_temperature"] - 273.15}), "median is .*, which looks like 'degC'"),
+        (lambda d: d.assign(temperature=1.8 * (d.temperature - 273.15) + 32), "looks like 'degF'"),
+        (lambda d: d.assign(geopotential=0 * d.geopotential + heights(d)), "looks like 'm'"),
+        (point("2m_temperature", 0.0), "'2m_temperature' has 0 K at 1 of 84 values"),
+        (point(SST, 0.0), "'sea_surface_temperature' has 0 K at 1 of 84 values"),
+        *[
+            (point("specific_humidity", value), re.escape(f"has the value {value:g} at 3 of 252 points"))
+            for value in (9.96921e36, -9999.0, -32767.0, 1e20, -999.0)
+        ],
+        (lambda d: d.assign(temperature=d.temperature.assign_attrs(scale_factor=0.1)), "'temperature' is packed: its"),
+        (
+            lambda d: d.assign(temperature=d.temperature.assign_attrs(_FillValue=d.temperature.values[0, 0, 0, 0])),
+            "fill",
+        ),
+        (lambda d: d.assign(temperature=d.temperature.astype(str)), "'temperature' is of type <U"),
+        (lambda d: d.temperature, r"dataset=a DataArray; .* write dataset=xarray.open_dataset\(path\)"),
+        (lambda d: "era5.nc", "dataset='era5.nc'; expected a Dataset"),
+    ],
+)
+def test_values_that_cannot_be_right_are_refused(change, message):
+    with pytest.raises((ValueError, TypeError), match=message):
+        ndda.fields.read_states(change(era5()), layout(), TIMES[:1], fill=FILL)
+
+
+def heights(dataset):
+    return xr.DataArray([5600.0, 1450.0, 110.0], {"level": dataset.level.values}, "level")
+
+
+def test_anomalies_and_cold_places_are_accepted():
+    one = layout(names=("2m_temperature",))
+    for values in (era5()["2m_temperature"] - 280.0, 0.2 * (era5()["2m_temperature"] - 280.0) + 190.0):
+        states = ndda.fields.read_states(era5().assign({"2m_temperature": values}), one, TIMES)
+        np.testing.assert_allclose(states[..., 0], values, rtol=1e-6)
+
+
+@pytest.mark.parametrize("fill", [{SST: np.nan}, {SST: "cold"}, {SST: [1.0, 2.0]}, {"sst": 271.0}, 271.0])
+def test_fill_is_a_number_for_a_variable(fill):
+    with pytest.raises((ValueError, TypeError), match=r"one finite number|no variable 'sst'|write fill="):
+        ndda.fields.read_states(era5(), layout(), TIMES[:1], fill=fill)
+
+
+def test_masks_are_compared_with_the_land():
+    sea = era5()[SST]
+    filled = {"filled": sea.fillna(271.0), "NaN": sea.where(False), "inverse": sea.fillna(271.0).where(LAND)}
+    for name, message in (
+        ("filled", "has values at 100% of the points over land"),
+        ("NaN", "is NaN at all 84 points"),
+        ("inverse", "has values at 100% of the points over land"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            ndda.fields.undefined_mask(era5().assign({SST: filled[name]}), SST, LATITUDE, LONGITUDE)
+    alone = era5().assign({SST: filled["filled"]}).drop_vars("land_sea_mask")
+    with pytest.raises(ValueError, match="has a value at every point of the globe, but there is land"):
+        ndda.fields.undefined_mask(alone, SST, LATITUDE, LONGITUDE)
+    assert not ndda.fields.undefined_mask(alone, SST, LATITUDE[1:3], LONGITUDE[:3]).any()  # a region may be all sea
+    percent = era5().assign(land_sea_mask=100.0 * era5().land_sea_mask)
+    with pytest.raises(ValueError, match="'land_sea_mask' has values from 0 to 100, expected 0"):
+        ndda.fields.undefined_mask(percent, SST, LATITUDE, LONGITUDE)
+
+
+def test_values_far_from_the_statistics_of_a_prior():
+    names = ("2m_temperature", SST, "temperature")
+    grid, dataset = layout(names=names), era5()
+    mean, sd = np.array([278.0, 287.0, 250.0, 280.0, 288.0]), np.array([21.0, 11.0, 12.0, 15.0, 17.0])
+
+    def check(states):
+        ndda.fields.plausibility.check_against_statistics(states, grid, mean, sd, "GenCast")
+
+    states = ndda.fields.read_states(dataset, grid, TIMES, fill={SST: 0.0})
+    check(states)  # fill values do not count
+    for at, message in ((0, "'2m_temperature' has the mean"), (3, "'temperature' at 850 hPa has the mean")):
+        with pytest.raises(ValueError, match=message):
+            check(states - 273.15 * (np.arange(5) == at))
+    with pytest.raises(ValueError, match="with a standard deviation of 21 K in the training data of GenCast"):
+        check(np.where(np.arange(5) == 0, np.nan, states))
+
+
+def advised(call):
+    """The code that a message advises, after 'dataset = '."""
+    with pytest.raises(ValueError, match=r"dataset = \S") as caught:
+        call()
+    return str(caught.value).split("dataset = ")[1].rstrip(".")
+
+
+def preliminary(dataset):
+    """The last times are preliminary; final values are NaN there, and preliminary ones before."""
+    final = dataset.time < TIMES[3]
+    moving = [name for name in dataset.data_vars if "time" in dataset[name].dims]
+    both = xr.concat([dataset[moving].where(final), dataset[moving].where(~final)], "expver")
+    return both.assign_coords(expver=["0001", "0005"]).merge(dataset.drop_vars(moving))
+
+
+def forecasts(dataset):
+    """Two starts, two steps of each, as cfgrib opens them."""
+    first = dataset.isel(time=slice(0, 4))
+    steps = np.arange(2) * np.timedelta64(6, "h")
+    parts = [first.isel(time=[i, i + 2]).assign_coords(time=TIMES[[0, 2]]) for i in (0, 1)]
+    moving = [name for name in dataset.data_vars if "time" in dataset[name].dims]
+    both = xr.concat([part[moving] for part in parts], xr.DataArray(steps, dims="step", name="step"))
+    return both.assign_coords(valid_time=both.time + both.step)
+
+
+@pytest.mark.parametrize(
+    ("form", "times"),
+    [
+        (preliminary, TIMES),
+        (forecasts, TIMES[:4]),
+        (lambda d: forecasts(d).drop_vars("valid_time"), TIMES[:4]),
+        (lambda d: forecasts(d).isel(time=0), TIMES[:2]),
+        (lambda d: forecasts(d).isel(time=0).drop_vars("valid_time"), TIMES[:2]),
+        (lambda d: forecasts(d).isel(step=1), TIMES[[1, 3]]),
+    ],
+)
+def test_advice_on_versions_and_forecasts_works(form, times):
+    dataset = form(era5())
+    names = layout(names=("2m_temperature", "temperature"))
+    expected = ndda.fields.read_states(era5(), names, times)
+    code = advised(lambda: ndda.fields.read_states(dataset, names, times))
+    np.testing.assert_array_equal(
+        ndda.fields.read_states(eval(code, {"dataset": dataset}), names, times), expected, err_msg=code
+    )
+
+
+def test_advice_on_fill_values_works():
+    dataset = point(SST, -9999.0, at=(3, 4))(era5())
+    with pytest.raises(ValueError, match="looks like a fill value") as caught:
+        ndda.fields.undefined_mask(dataset, SST, LATITUDE, LONGITUDE)
+    exec(str(caught.value).split("NaN: ")[1].rstrip("."), {"dataset": dataset})
+    np.testing.assert_array_equal(ndda.fields.undefined_mask(dataset, SST, LATITUDE, LONGITUDE), LAND)
+
+
 def test_a_batch_of_several_is_refused():
     example = gencast_example(era5())
     two = example.isel(batch=[0, 0])
@@ -297,7 +469,29 @@ def test_a_layout_that_is_no_grid_is_refused():
         ("(0 - 1)", "1", True),
         ("m of water equivalent", "m", True),
         ("kg m-1 s-2", "Pa", True),
+        ("hPa", "mbar", True),
+        ("millibars", "hPa", True),
+        ("MB", "hPa", True),
+        ("gpm", "m", True),
+        ("geopotential metres", "gpm", True),
+        ("degC", "celsius", True),
+        ("°C", "degrees_Celsius", True),
+        ("deg C", "degC", True),
+        ("K", "degrees_kelvin", True),
+        ("metres per second", "m s**-1", True),
+        ("m.s-1", "m/s", True),
+        ("m s⁻¹", "m s^(-1)", True),
+        ("m²/s²", "m**2 s**-2", True),
+        ("Pa s**-1", "pascal/second", True),
+        ("kg kg-1", "dimensionless", True),
         ("hPa", "Pa", False),
+        ("celsius", "kelvin", False),
+        ("mbar", "Pa", False),
+        ("knots", "m s-1", False),
+        ("mm/day", "mm/h", False),
+        ("gpm", "m2 s-2", False),
+        ("percent", "1", False),
+        ("mm", "Mm", False),
         ("g kg-1", "kg kg-1", False),
         ("degC", "K", False),
         ("mm", "m", False),
@@ -375,6 +569,10 @@ def test_grid_of_a_dataset():
     latitude, longitude = ndda.fields.grid(from_180(weatherbench(era5())))
     np.testing.assert_array_equal(latitude, LATITUDE)
     np.testing.assert_array_equal(longitude, LONGITUDE)
+    closed = xr.Dataset(coords={"latitude": LATITUDE[::-1], "longitude": np.arange(13) * 30.0 - 180.0})
+    np.testing.assert_array_equal(ndda.fields.grid(closed)[1], LONGITUDE)  # -180 and 180 are one meridian
+    region = xr.Dataset(coords={"lat": [30.0, 60.0], "lon": [-20.0, 0.0, 20.0]})
+    np.testing.assert_array_equal(ndda.fields.grid(region)[1], [0.0, 20.0, 340.0])
 
 
 # --- and back -------------------------------------------------------------------------------------------------------
@@ -395,6 +593,19 @@ def test_round_trip():
         assert {"units", "standard_name", "long_name"} <= set(dataset[name].attrs)
     assert dataset.level.attrs["units"] == "hPa"
     assert dataset.latitude.attrs["units"] == "degrees_north"
+
+
+@pytest.mark.parametrize(
+    ("times", "message"),
+    [
+        (TIMES[[1, 0]], "axis time goes back from 2019-03-29T06:00 to 2019-03-29T00:00 at positions 0 and 1"),
+        (TIMES[[1, 1]], "axis time repeats 2019-03-29T06:00"),
+        ([0, 6], "give a list of dates"),
+    ],
+)
+def test_times_of_a_dataset_increase(times, message):
+    with pytest.raises(ValueError, match=message):
+        ndda.fields.to_dataset(np.zeros((2, *layout().shape)), layout(), {"time": times})
 
 
 def test_particles_are_an_ensemble(tmp_path):

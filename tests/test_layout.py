@@ -22,6 +22,14 @@ def gridded(land=LAND):
     )
 
 
+def sphere(latitude, longitude, variable=None):
+    """A layout whose only fault may be in its coordinates."""
+    axes = (("latitude", latitude), ("longitude", longitude))
+    variable = Variable("t", "K") if variable is None else variable
+    shape = (len(latitude), len(longitude), variable.num_channels)
+    return ndda.Layout(shape, ("latitude", "longitude", "channel"), axes, variables=(variable,))
+
+
 def states(*lead):
     return np.arange(np.prod((*lead, 2, 3, 4)), dtype=np.float32).reshape(*lead, 2, 3, 4)
 
@@ -130,6 +138,49 @@ def test_layouts_are_hashable_and_compare_by_value():
         (lambda g, x: ndda.Layout((2, 3), ("i",)), "1 names .* give one name for each axis"),
         (lambda g, x: ndda.Layout((2,), ("i",), (("j", (1.0, 2.0)),)), "a coordinate 'j'"),
         (lambda g, x: ndda.Layout((2,), ("i",), (("i", (1.0,)),)), "coordinate 'i' has 1 values"),
+        (lambda g, x: ndda.Layout("3", ("i",)), "shape='3'; give one positive whole number"),
+        (lambda g, x: ndda.Layout(3, ("i",)), r"shape=3; .* as in \(40,\)"),
+        (lambda g, x: ndda.Layout((2.5,), ("i",)), r"shape=\(2.5,\); give one positive whole number"),
+        (lambda g, x: ndda.Layout((0,), ("i",)), r"shape=\(0,\)"),
+        (lambda g, x: ndda.Layout((3,), "i"), r"dims='i'; give a tuple of names, as in \(\"site\",\)"),
+        (lambda g, x: ndda.Layout((3, 3), ("i", "i")), "dims 'i', 'i'; give 'i' once"),
+        (lambda g, x: ndda.Layout((2,), ("i",), (("i", "ab"),)), "give pairs"),
+        (lambda g, x: ndda.Layout((2,), ("i",), ("i",)), "give pairs"),
+        (lambda g, x: ndda.Layout((2,), ("i",), 3), "give pairs"),
+        (lambda g, x: ndda.Layout((2,), ("i",), (("i", (0.0, np.nan)),)), "'i' of a layout has the value nan at pos"),
+        (
+            lambda g, x: ndda.Layout((1,), ("i",), (("i", np.array(["2020"], "M8[ns]")),)),
+            "give finite numbers or strings",
+        ),
+        (lambda g, x: ndda.Layout((2,), ("i",), {"i": (0, 1)}, units=1), 'units=1; expected a str: write units="K"'),
+        (lambda g, x: sphere((0.0, 91.0), (0.0, 1.0)), "layout's latitudes have the value 91.0 at position 1; give"),
+        (lambda g, x: sphere((0.0, 0.0), (0.0, 1.0)), "layout's latitudes go from 0 to 0"),
+        (lambda g, x: sphere((0.0, 2.0, 1.0), (0.0, 1.0)), "layout's latitudes go from 2 to 1 at position 1"),
+        (lambda g, x: sphere(("N", "S"), (0.0, 1.0)), "layout's latitudes have the value N"),
+        (lambda g, x: sphere((0.0, 1.0), (0.0, 5e3)), "layout's longitudes have the value 5000"),
+        (lambda g, x: sphere((0.0, 1.0), (0.0, 90.0, 45.0)), "layout's longitudes go from 90 to 45"),
+        (lambda g, x: sphere((0.0, 1.0), tuple(np.arange(0.0, 541.0, 90.0))), "more than once around"),
+        (lambda g, x: ndda.Layout((2,), ("i",), variables=("t", "z")), r"variables='t'; expected a Variable"),
+        (
+            lambda g, x: ndda.Layout((2,), ("i",), variables=(Variable("t", "K"), Variable("t", "K"))),
+            "variable 't' twice; give one with all its levels",
+        ),
+        (
+            lambda g, x: ndda.Layout((2, 4, 1), ("a", "b", "c"), variables=(Variable("t", undefined=Undefined(LAND)),)),
+            r"undefined points of 't' have the shape \(2, 3\), but the state has \(2, 4\)",
+        ),
+        (lambda g, x: Variable(3), "name=3"),
+        (lambda g, x: Variable(""), "empty name"),
+        (lambda g, x: Variable("t", None), "units=None"),
+        (lambda g, x: Variable("t", "K", 500), "levels=500; give a tuple of pressure levels in hPa"),
+        (lambda g, x: Variable("t", "K", "500"), "levels='500'"),
+        (lambda g, x: Variable("t", "K", (500, "850")), "give positive pressure levels"),
+        (lambda g, x: Variable("t", "K", (500, np.nan)), "give positive pressure levels"),
+        (lambda g, x: Variable("t", "K", (500, 500)), "give each level once"),
+        (lambda g, x: Variable("t", "K", undefined="land"), r"write undefined=Undefined\(mask\)"),
+        (lambda g, x: Undefined(np.array([0.3, 1.0])), "values other than 0 and 1"),
+        (lambda g, x: Undefined(np.array([np.nan, 1.0])), "values other than 0 and 1"),
+        (lambda g, x: Undefined("land"), "values other than 0 and 1"),
         (
             lambda g, x: ndda.Layout((2,), ("i",), variables=(Variable("t", "K", (1, 2, 3)),)),
             "take 3 channels, .* has 2; give",
@@ -137,5 +188,14 @@ def test_layouts_are_hashable_and_compare_by_value():
     ],
 )
 def test_what_does_not_fit_is_refused(call, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, TypeError), match=message):
         call(gridded(), states())
+
+
+def test_layouts_take_lists_mappings_and_numpy_numbers():
+    axes = {"latitude": np.array([45.0, -45.0]), "longitude": [-180, 0, 180]}
+    variables = [Variable("t", "K", np.array([500.0, 850.0]))]
+    layout = ndda.Layout([np.int64(2), 3, 2], ["latitude", "longitude", "channel"], axes, variables=tuple(variables))
+    assert layout == sphere((45.0, -45.0), (-180, 0, 180), Variable("t", "K", (500, 850)))
+    assert hash(layout)
+    assert Variable("t", undefined=LAND) == Variable("t", undefined=Undefined(LAND))

@@ -13,19 +13,22 @@ Functions import xarray when they need it, because xarray takes longer to load t
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from jaxtyping import Bool, Float
 
-from numpyro_diffusion_da.fields.interpolation import as_slice, locate, positions, words
+from numpyro_diffusion_da.arguments import require, shown
+from numpyro_diffusion_da.fields.grids import Grid
+from numpyro_diffusion_da.fields.interpolation import SAME_POINT, as_slice, check_axis, locate, positions, words
+from numpyro_diffusion_da.fields.layout import Layout, Variable
+from numpyro_diffusion_da.fields.plausibility import check_decoded, check_fill_values, check_plausible, check_surface
+from numpyro_diffusion_da.fields.times import check_increasing, utc_times
 from numpyro_diffusion_da.fields.units import same_unit
 
 if TYPE_CHECKING:
     import xarray
-
-    from numpyro_diffusion_da.fields.layout import Layout, Variable
 
 SPELLINGS_OF_DIMENSIONS = {
     "time": ("valid_time",),
@@ -99,7 +102,7 @@ def read_states(
         dataset: fields in the units of the layout. A variable without the attribute `units` is assumed to be in the
             layout's unit.
         layout: layout of the state, with the dimensions (latitude, longitude, channel) and with variables.
-        times: times in UTC, anything that numpy converts to datetime64, shape (time,).
+        times: dates in any order, shape (time,). Dates with a time zone are converted to UTC.
         fill: value that states hold at undefined points, by the name of the variable and in its unit. Every variable
             with `undefined` points needs one.
         interpolate: interpolate bilinearly to points that the dataset lacks. A value next to a NaN becomes NaN.
@@ -110,21 +113,40 @@ def read_states(
         States, float32, shape (time, *layout.shape), without NaN.
 
     Raises:
-        ValueError: a variable, level or time is missing; a unit or the grid differs; a variable has an extra axis; a
-            value is NaN where the layout expects one; `fill` lacks a variable; or `times` are not dates.
+        TypeError: `dataset` or `layout` is of the wrong kind.
+        ValueError: a variable, level or time is missing; a unit or the grid differs; a variable has an extra axis or is
+            not decoded; a value is NaN where the layout expects one, is a usual fill value, or looks like another unit;
+            `fill` lacks a variable; or `times` are not dates.
     """
     latitude, longitude = _grid_of(layout)
-    fill = dict(fill or {})
+    fill = _checked_fill(fill, layout)
     source = _Source(dataset, latitude, longitude, interpolate)
-    wanted = _datetimes(times)
+    wanted = utc_times(times)
     states = np.empty((len(wanted), *layout.shape), np.float32)
     for variable in layout.variables:
         if variable.name == PRECIPITATION:
             values = _precipitation(source, variable, wanted, without_precipitation)
         else:
             values = source.read(variable.name, variable.units, wanted, variable.levels)
+        check_plausible(values, variable)
         states[..., layout.channels(variable.name)] = np.moveaxis(_complete(values, variable, fill, source), 1, -1)
     return states
+
+
+def _checked_fill(fill: Mapping[str, float] | None, layout: Layout) -> dict[str, float]:
+    """Fill values by the name of the variable, after a check.
+
+    Raises:
+        TypeError: `fill` is not a mapping.
+        ValueError: a name is not that of a variable, or a value is not a finite number.
+    """
+    require(fill, (Mapping, type(None)), "read_states", "fill", '{"sea_surface_temperature": 271.0}')
+    found = dict(fill or {})
+    for name, value in found.items():
+        layout.variable(name)
+        if np.ndim(value) or np.asarray(value).dtype.kind not in "fiu" or not np.isfinite(value):
+            raise ValueError(f"fill of '{name}' is {shown(value)}; give one finite number in the variable's unit.")
+    return found
 
 
 def to_dataset(states: Any, layout: Layout, axes: Mapping[str, Any]) -> xarray.Dataset:
@@ -137,13 +159,14 @@ def to_dataset(states: Any, layout: Layout, axes: Mapping[str, Any]) -> xarray.D
         states: states, shape (leading axes, *layout.shape).
         layout: layout of the state, with the dimensions (latitude, longitude, channel) and with variables.
         axes: values of each leading axis by its name, in the order of the axes: ``{"time": times}`` for an analysis,
-            ``{"number": range(50), "time": times}`` for an ensemble of particles. Times are in UTC.
+            ``{"number": range(50), "time": times}`` for an ensemble of particles. Times increase, and are converted to
+            UTC if they have a time zone.
 
     Returns:
         The dataset, with the coordinates of the leading axes, level (hPa), latitude and longitude (degrees).
 
     Raises:
-        ValueError: the shape of `states`, `axes` and `layout` do not fit together.
+        ValueError: the shape of `states`, `axes` and `layout` do not fit together, or times do not increase.
     """
     import xarray
 
@@ -163,7 +186,8 @@ def to_dataset(states: Any, layout: Layout, axes: Mapping[str, Any]) -> xarray.D
     levels = sorted({level for variable in layout.variables for level in variable.levels})
     coordinates: dict[str, Any] = {name: np.asarray(values) for name, values in axes.items()}
     if "time" in axes:
-        coordinates["time"] = _datetimes(axes["time"])
+        coordinates["time"] = utc_times(axes["time"])
+        check_increasing(coordinates["time"], "the axis time")
     coordinates |= {"level": np.asarray(levels)} if levels else {}
     coordinates |= {"latitude": latitude, "longitude": longitude}
     parts = layout.split(states)
@@ -198,14 +222,19 @@ def grid(dataset: xarray.Dataset) -> tuple[Float[np.ndarray, " latitude"], Float
         dataset: a dataset with latitude and longitude in any order.
 
     Returns:
-        (latitudes from south to north, longitudes from 0 to 360), of shapes (latitude,) and (longitude,).
+        (latitudes from south to north, longitudes from 0 to 360, each once), of shapes (latitude,) and (longitude,).
 
     Raises:
-        ValueError: the dataset has no latitude or no longitude.
+        ValueError: the dataset has no latitude or no longitude, or their values are not finite degrees in order.
     """
     dataset = _renamed(dataset)
-    latitude, longitude = (_axis_values(dataset, name) for name in ("latitude", "longitude"))
-    return np.sort(latitude), np.sort(np.mod(longitude, 360.0))
+    latitude, longitude = (
+        check_axis(_axis_values(dataset, name), name, "dataset's ") for name in ("latitude", "longitude")
+    )
+    around = np.mod(longitude, 360.0)
+    # Longitudes a rounding error west of 0, and a meridian that repeats the first one.
+    around = np.sort(np.where(360.0 - around < SAME_POINT, around - 360.0, around))
+    return np.sort(latitude), around[np.diff(around, prepend=-np.inf) > SAME_POINT]
 
 
 def dataset_times(dataset: xarray.Dataset) -> np.ndarray:
@@ -228,6 +257,7 @@ def dataset_times(dataset: xarray.Dataset) -> np.ndarray:
     if name not in coords:
         raise ValueError("the dataset has no coordinate time; add one of type datetime64, in UTC.")
     values = np.asarray(coords[name].values)
+    _refuse_lead_times(dataset)
     if values.dtype.kind != "M":
         raise ValueError(
             f"the dataset's {name} is of type {values.dtype}, expected datetime64; decode the times first."
@@ -237,7 +267,29 @@ def dataset_times(dataset: xarray.Dataset) -> np.ndarray:
             f"the dataset's {name} has shape {values.shape}, expected one value for each of the "
             f"{dataset.sizes.get('time', 1)} times; select one batch, as in dataset.isel(batch=0)."
         )
-    return values.reshape(-1).astype("datetime64[ns]")
+    found = values.reshape(-1).astype("datetime64[ns]")
+    if np.isnat(found).any():
+        raise ValueError(f"the dataset's {name} has a missing date (NaT); drop it, as in dataset.dropna('{name}').")
+    return found
+
+
+def _refuse_lead_times(dataset: xarray.Dataset) -> None:
+    """Refuse forecasts whose `time` is the time of their start, and not the time that they are valid at.
+
+    Raises:
+        ValueError: `valid_time` differs from `time`.
+    """
+    coords = dataset.coords
+    if not {"time", "valid_time"} <= set(coords) or coords["valid_time"].dims != coords["time"].dims:
+        return
+    if not np.array_equal(coords["valid_time"].values, coords["time"].values):
+        do = "dataset.swap_dims(time='valid_time').drop_vars('time')"
+        if not coords["time"].dims:
+            do = "dataset.drop_vars('time')"
+        raise ValueError(
+            "the dataset's time is when its forecasts start, which differs from valid_time; keep the latter: "
+            f"dataset = {do}."
+        )
 
 
 def undefined_mask(
@@ -258,9 +310,14 @@ def undefined_mask(
         True where the variable has no value, shape (latitude, longitude).
 
     Raises:
-        ValueError: the variable is missing or has an extra axis, or the grid differs.
+        ValueError: the variable is missing, is not decoded or has an extra axis; the grid differs; or the mask cannot
+            be right: no value anywhere, or a sea surface temperature that has values over land or none over sea.
     """
-    return np.isnan(_Source(dataset, latitude, longitude, interpolate).read_static(name))
+    source = _Source(dataset, latitude, longitude, interpolate)
+    undefined = np.isnan(source.read_static(name))
+    has_land = source.find("land_sea_mask") is not None
+    check_surface(undefined, name, source.read_static("land_sea_mask") if has_land else None, Grid(latitude, longitude))
+    return undefined
 
 
 def static_field(
@@ -294,6 +351,9 @@ class _Source:
     """A dataset with standard names of its dimensions, and the positions of a grid's points in it."""
 
     def __init__(self, dataset: xarray.Dataset, latitude: Any, longitude: Any, interpolate: bool) -> None:
+        import xarray
+
+        require(dataset, xarray.Dataset, "read_states", "dataset", "xarray.open_dataset(path)")
         self.dataset = _renamed(dataset)
         self.latitude, self.longitude = np.asarray(latitude, float), np.asarray(longitude, float)
         self.points = {
@@ -350,8 +410,11 @@ class _Source:
         extra = [axis for axis in array.dims if axis not in axes and array.sizes[axis] != 1]
         if missing or extra:
             sizes = ", ".join(f"{axis}: {size}" for axis, size in array.sizes.items())
-            do = f"select one, as in dataset.isel({extra[0]}=0)" if extra else f"add {', '.join(missing)}"
-            raise ValueError(f"'{own}' has the dimensions ({sizes}), expected ({', '.join(axes)}); {do}.")
+            raise ValueError(
+                f"'{own}' has the dimensions ({sizes}), expected ({', '.join(axes)}); "
+                f"{_advice_on_axes(self.dataset, array, missing, extra)}."
+            )
+        check_decoded(array, own)
         array = array.squeeze([axis for axis in array.dims if axis not in axes], drop=True).transpose(*axes)
         got = array.attrs.get("units")
         if units is not None and got is not None and not same_unit(str(got), units):
@@ -374,6 +437,7 @@ class _Source:
         """Load the values of an array that the grid needs and bring them to the grid, float32."""
         array = array.isel({axis: as_slice(points.needed) for axis, points in self.points.items()})
         values = np.asarray(array.values, np.float32)
+        check_fill_values(values, str(array.name), array.attrs)
         for axis, position in (("latitude", -2), ("longitude", -1)):
             values = self.points[axis].apply(values, position)
         return values
@@ -441,6 +505,27 @@ def _renamed(dataset: xarray.Dataset) -> xarray.Dataset:
     return dataset.rename(names) if names else dataset
 
 
+def _advice_on_axes(dataset: xarray.Dataset, array: xarray.DataArray, missing: list[Any], extra: list[Any]) -> str:
+    """Advice on a variable that lacks axes, or has axes that a state does not have."""
+    if "expver" in extra:
+        # Preliminary and final data: each time has values in one of the versions, and NaN in the other.
+        parts = [f"isel(expver={i}, drop=True)" for i in range(array.sizes["expver"])]
+        joined = f"dataset.{parts[0]}" + "".join(f".combine_first(dataset.{part})" for part in parts[1:])
+        return f"these are the preliminary and the final data, of which each time has one: dataset = {joined}"
+    if "step" in extra:
+        first = "" if "valid_time" in dataset.coords else ".assign_coords(valid_time=dataset.time + dataset.step)"
+        if "time" not in dataset.dims:
+            return (
+                "step is the time since the start of a forecast; name its times: "
+                f"dataset = dataset{first}.swap_dims(step='valid_time').drop_vars('time')"
+            )
+        return (
+            "step is the time since the start of a forecast; join start and step to one axis of times: dataset = "
+            f"dataset{first}.stack(at=('time', 'step')).drop_vars(['at', 'time', 'step']).swap_dims(at='valid_time')"
+        )
+    return f"select one, as in dataset.isel({extra[0]}=0)" if extra else f"add {', '.join(missing)}"
+
+
 def _axis_values(data: xarray.Dataset | xarray.DataArray, name: str) -> np.ndarray:
     if name not in data.coords or name not in data.dims:
         spellings = ", ".join((name, *SPELLINGS_OF_DIMENSIONS[name]))
@@ -452,23 +537,10 @@ def _axis_values(data: xarray.Dataset | xarray.DataArray, name: str) -> np.ndarr
 
 
 def _grid_of(layout: Layout) -> tuple[np.ndarray, np.ndarray]:
-    coords = layout.coords()
-    if layout.dims[:-1] != ("latitude", "longitude") or not {"latitude", "longitude"} <= set(coords):
-        raise ValueError(
-            f"the layout has the dimensions {layout.dims} with coordinates for {sorted(coords)}; "
-            "expected (latitude, longitude, channel), with coordinates of latitude and longitude in degrees."
-        )
+    require(layout, Layout, "read_states and to_dataset", "layout", 'ndda.load_prior("held_suarez").layout')
+    grid = Grid.of(layout)
     if not layout.variables:
         raise ValueError(
             "the layout has no variables; name those of its channels: Layout(..., variables=(Variable(...), ...))."
         )
-    return coords["latitude"].astype(float), coords["longitude"].astype(float)
-
-
-def _datetimes(times: Any) -> np.ndarray:
-    values = np.asarray(list(times) if isinstance(times, Iterator) else times)
-    if values.ndim != 1 or values.dtype.kind not in "MOU":
-        raise ValueError(
-            f"times have shape {values.shape} and type {values.dtype}; give a list of dates, such as ['2019-03-29T12']."
-        )
-    return values.astype("datetime64[ns]")
+    return grid.latitude, grid.longitude

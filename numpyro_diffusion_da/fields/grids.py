@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Float, Int
 
-from numpyro_diffusion_da.fields.interpolation import SAME_POINT
+from numpyro_diffusion_da.fields.interpolation import SAME_POINT, check_axis
 from numpyro_diffusion_da.fields.layout import Layout
 
 
@@ -166,44 +166,6 @@ def _between(axis: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarr
     near = SAME_POINT / (axis[below + 1] - axis[below])
     # A value on a grid point takes nothing from the next one.
     return below, np.where(weight <= near, 0.0, np.where(weight >= 1.0 - near, 1.0, weight))
-
-
-def check_axis(values: Any, name: str) -> Float[np.ndarray, " n"]:
-    """Check the latitudes or the longitudes of a grid.
-
-    Args:
-        values: the values, in degrees.
-        name: "latitude" or "longitude".
-
-    Returns:
-        The values in double precision.
-
-    Raises:
-        ValueError: they are not one axis of finite numbers, are out of range, not in order, or repeat a value.
-    """
-    try:
-        axis = np.asarray(values, float)
-    except (TypeError, ValueError):
-        axis = np.full(np.shape(values), np.nan)
-    least, most = (-90.0, 90.0) if name == "latitude" else (-360.0, 720.0)
-    rule = f"give {name}s in degrees, finite, from {least:g} to {most:g}, in order and each once"
-    if axis.ndim != 1 or axis.size == 0:
-        raise ValueError(f"the {name}s have shape {axis.shape}; {rule}.")
-    wrong = ~(np.isfinite(axis) & (axis >= least - SAME_POINT) & (axis <= most + SAME_POINT))
-    if wrong.any():
-        at = int(np.flatnonzero(wrong)[0])
-        got = np.asarray(values, dtype=object).reshape(-1)[at]
-        raise ValueError(f"the {name}s have the value {got} at position {at}; {rule}.")
-    steps = np.diff(axis)
-    if name == "longitude":
-        # One jump back to the start of the circle is allowed.
-        steps = np.diff(np.unwrap(axis, period=360.0))
-        if abs(steps.sum()) > 360.0 + SAME_POINT:
-            raise ValueError(f"the longitudes cover {abs(steps.sum()):g} degrees, more than once around; {rule}.")
-    if not (np.all(steps > 0) or np.all(steps < 0)):
-        at = int(np.flatnonzero(np.sign(steps) != np.sign(np.median(steps)))[0]) if np.any(steps) else 0
-        raise ValueError(f"the {name}s go from {axis[at]:g} to {axis[at + 1]:g} at position {at}; {rule}.")
-    return axis
 
 
 def check_places(places: Any, owner: str) -> tuple[Float[np.ndarray, "place 2"], tuple[str, ...] | None]:

@@ -8,12 +8,54 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import numpy as np
+from jaxtyping import Float
 
 SAME_POINT = 1e-3
 """Largest distance, in degrees, at which two grid points count as the same.
 
 Coordinates at fractions of a degree differ by about 1e-5 if one of them is float32.
 """
+
+
+def check_axis(values: Any, name: str, whose: str = "") -> Float[np.ndarray, " n"]:
+    """Check the latitudes or the longitudes of a grid.
+
+    Args:
+        values: the values, in degrees.
+        name: "latitude" or "longitude".
+        whose: words before the name in messages, with a space at the end.
+
+    Returns:
+        The values in double precision.
+
+    Raises:
+        ValueError: they are not one axis of finite numbers, are out of range, not in order, or repeat a value.
+    """
+    try:
+        axis = np.asarray(values, float)
+    except (TypeError, ValueError):
+        axis = np.full(np.shape(values), np.nan)
+    least, most = (-90.0, 90.0) if name == "latitude" else (-360.0, 720.0)
+    rule = f"give {name}s in degrees, finite, from {least:g} to {most:g}, in order and each once"
+    if axis.ndim != 1 or axis.size == 0:
+        raise ValueError(f"the {whose}{name}s have shape {axis.shape}; {rule}.")
+    wrong = ~(np.isfinite(axis) & (axis >= least - SAME_POINT) & (axis <= most + SAME_POINT))
+    if wrong.any():
+        at = int(np.flatnonzero(wrong)[0])
+        got = np.asarray(values, dtype=object).reshape(-1)[at]
+        raise ValueError(f"the {whose}{name}s have the value {got} at position {at}; {rule}.")
+    steps = np.diff(axis)
+    if name == "longitude":
+        # One jump back to the start of the circle is allowed.
+        steps = np.diff(np.unwrap(axis, period=360.0))
+        if abs(steps.sum()) > 360.0 + SAME_POINT:
+            raise ValueError(
+                f"the {whose}longitudes cover {abs(steps.sum()):g} degrees, more than once around; {rule}."
+            )
+    if not (np.all(steps > 0) or np.all(steps < 0)):
+        at = int(np.flatnonzero(np.sign(steps) != np.sign(np.median(steps)))[0]) if np.any(steps) else 0
+        raise ValueError(f"the {whose}{name}s go from {axis[at]:g} to {axis[at + 1]:g} at position {at}; {rule}.")
+    return axis
 
 
 class AxisWeights(NamedTuple):
@@ -66,11 +108,13 @@ def locate(source: np.ndarray, name: str, target: np.ndarray, interpolate: bool)
         ValueError: a target is not a point of the dataset, and `interpolate` is False or the target lies outside.
     """
     periodic = name == "longitude"
+    source, target = check_axis(source, name, "dataset's "), np.asarray(target, float)
     apart = np.abs(source[:, None] - target)
     if periodic:
         apart = np.abs((apart + 180.0) % 360.0 - 180.0)
     nearest = apart.argmin(0)
-    off = apart.min(0) > SAME_POINT
+    # Written this way round, the comparison does not pass by a NaN.
+    off = ~(apart.min(0) <= SAME_POINT)
     if not off.any():
         return AxisWeights(nearest, nearest, np.zeros(target.size))
     between = (

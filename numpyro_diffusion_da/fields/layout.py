@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 import math
+import numbers
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import equinox as eqx
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
+
+from numpyro_diffusion_da.arguments import require, shown
+from numpyro_diffusion_da.fields.interpolation import check_axis
+
+SPHERE = {"latitude": "latitude", "longitude": "longitude", "lat": "latitude", "lon": "longitude"}
+"""Kind of axis by the name of a dimension, for dimensions in degrees."""
 
 
 class Undefined(eqx.Module):
@@ -19,19 +28,44 @@ class Undefined(eqx.Module):
     Attributes:
         shape: shape of the mask.
         packed: values of the mask as packed bits.
+
+    Raises:
+        ValueError: the mask holds other values than True and False, or 1 and 0.
     """
 
     shape: tuple[int, ...] = eqx.field(static=True)
     packed: bytes = eqx.field(static=True)
 
     def __init__(self, mask: np.ndarray) -> None:
-        mask = np.asarray(mask, dtype=bool)
+        given = np.asarray(mask)
+        if given.dtype != bool and (given.dtype.kind not in "iuf" or not np.isin(given, (0, 1)).all()):
+            raise ValueError(
+                f"Undefined got a mask of type {given.dtype} with values other than 0 and 1; give True where the "
+                "variable has no value, as in Undefined(np.isnan(values))."
+            )
+        mask = given.astype(bool)
         self.shape, self.packed = mask.shape, np.packbits(mask).tobytes()
 
     def mask(self) -> Bool[np.ndarray, ...]:
         """Boolean mask, True where the variable has no value."""
         count = math.prod(self.shape)
         return np.unpackbits(np.frombuffer(self.packed, np.uint8), count=count).reshape(self.shape).astype(bool)
+
+
+def _levels(levels: Any) -> tuple[int, ...]:
+    """Pressure levels as a tuple, with whole numbers as integers."""
+    advice = "in hPa, as in (500, 850)"
+    if isinstance(levels, str) or not isinstance(levels, (Sequence, np.ndarray)):
+        raise TypeError(f"Variable got levels={shown(levels)}; give a tuple of pressure levels {advice}.")
+    found: list[Any] = [_plain(level) for level in levels]
+    if not all(isinstance(level, numbers.Real) and 0 < float(level) < math.inf for level in found):
+        raise ValueError(f"Variable got levels={found}; give positive pressure levels {advice}.")
+    return tuple(int(level) if level == int(level) else level for level in found)
+
+
+def _mask(undefined: Any) -> Any:
+    """Undefined points from a mask; other values as they are."""
+    return Undefined(np.asarray(undefined)) if isinstance(undefined, (np.ndarray, jnp.ndarray)) else undefined
 
 
 class Variable(eqx.Module):
@@ -41,13 +75,28 @@ class Variable(eqx.Module):
         name: name of the variable, for example "temperature".
         units: unit of the values, "1" if they are dimensionless.
         levels: pressure levels in hPa, one channel each. Empty for a variable on a single surface, with one channel.
-        undefined: points where the variable has no value; None if it has a value everywhere.
+        undefined: points where the variable has no value, as `Undefined` or as its mask; None if it has a value
+            everywhere.
+
+    Raises:
+        TypeError: an argument is of the wrong kind.
+        ValueError: a level is not a positive number, or is given twice.
     """
 
     name: str = eqx.field(static=True)
     units: str = eqx.field(static=True, default="1")
-    levels: tuple[int, ...] = eqx.field(static=True, default=())
-    undefined: Undefined | None = eqx.field(static=True, default=None)
+    levels: tuple[int, ...] = eqx.field(static=True, default=(), converter=_levels)
+    undefined: Undefined | None = eqx.field(static=True, default=None, converter=_mask)
+
+    def __check_init__(self) -> None:
+        require(self.name, str, self, "name", '"temperature"')
+        require(self.units, str, self, "units", '"K"')
+        if self.undefined is not None:
+            require(self.undefined, Undefined, self, "undefined", "Undefined(mask)")
+        if not self.name:
+            raise ValueError("Variable got an empty name; give one, such as 'temperature'.")
+        if len(set(self.levels)) != len(self.levels):
+            raise ValueError(f"Variable got levels={self.levels}; give each level once.")
 
     @property
     def num_channels(self) -> int:
@@ -55,9 +104,53 @@ class Variable(eqx.Module):
         return max(1, len(self.levels))
 
 
-def _plain(value: float | str | np.generic) -> float | str:
+def _plain(value: Any) -> Any:
     """Convert a numpy scalar to a Python value, because static fields of a module must not be arrays."""
-    return value.item() if isinstance(value, np.generic) else value
+    return value.item() if isinstance(value, np.generic) and value.dtype.kind not in "mM" else value
+
+
+def _shape(shape: Any) -> tuple[int, ...]:
+    """Shape as a tuple of integers."""
+    if not isinstance(shape, Sequence) or isinstance(shape, str):
+        raise TypeError(f"Layout got shape={shown(shape)}; give one positive whole number for each axis, as in (40,).")
+    for size in shape:
+        if isinstance(size, bool) or not isinstance(size, numbers.Integral) or size < 1:
+            raise ValueError(f"Layout got shape={shown(shape)}; give one positive whole number for each axis.")
+    return tuple(int(size) for size in shape)
+
+
+def _dims(dims: Any) -> tuple[str, ...]:
+    """Names of axes as a tuple."""
+    if isinstance(dims, str) or not isinstance(dims, Sequence) or not all(isinstance(name, str) for name in dims):
+        raise TypeError(f'Layout got dims={shown(dims)}; give a tuple of names, as in ("site",).')
+    return tuple(dims)
+
+
+def _coordinates(pairs: Any) -> tuple[tuple[str, tuple[float | str, ...]], ...]:
+    """Coordinates as pairs (name, values), with plain values.
+
+    Raises:
+        TypeError: the coordinates are not such pairs.
+        ValueError: a value is NaN, infinite, or neither a number nor a string.
+    """
+    try:
+        given = [(name, values) for name, values in (pairs.items() if isinstance(pairs, Mapping) else pairs)]
+        if any(isinstance(values, str) or not isinstance(name, str) for name, values in given):
+            raise TypeError
+        found = [(name, tuple(map(_plain, values))) for name, values in given]
+    except (TypeError, ValueError):
+        raise TypeError(
+            f"Layout got coordinates={shown(pairs)}; give pairs (name of a dimension, its values), as in "
+            '(("site", (0.0, 1.0, 2.0)),).'
+        ) from None
+    for name, values in found:
+        for at, value in enumerate(values):
+            if not isinstance(value, str) and not (isinstance(value, numbers.Real) and math.isfinite(value)):
+                raise ValueError(
+                    f"coordinate '{name}' of a layout has the value {shown(value)} at position {at}; give finite "
+                    "numbers or strings."
+                )
+    return tuple(found)
 
 
 class Layout(eqx.Module):
@@ -68,19 +161,23 @@ class Layout(eqx.Module):
     Args:
         shape: shape of one state.
         dims: name of each axis.
-        coordinates: pairs (name of a dimension, its values). A dimension without coordinates is numbered.
+        coordinates: pairs (name of a dimension, its values), or a mapping. A dimension without coordinates is numbered.
+            Latitudes and longitudes are in degrees, in order.
         units: unit of the state's values, "1" if they are dimensionless. Variables have units of their own.
         variables: variables of the channels of the last axis, in order. Empty if the state is a single quantity.
 
     Raises:
-        ValueError: the number of names is not the number of axes, a coordinate has an unknown name or a wrong length,
-            or the channels of the variables do not add up to the last axis.
+        TypeError: an argument is of the wrong kind.
+        ValueError: the number of names is not the number of axes, or a name occurs twice; a coordinate has an unknown
+            name, a wrong length, or values that are not finite; latitudes or longitudes are out of range or not in
+            order; the channels of the variables do not add up to the last axis; or undefined points do not fit the
+            other axes.
     """
 
-    shape: tuple[int, ...] = eqx.field(static=True)
-    dims: tuple[str, ...] = eqx.field(static=True)
+    shape: tuple[int, ...] = eqx.field(static=True, converter=_shape)
+    dims: tuple[str, ...] = eqx.field(static=True, converter=_dims)
     coordinates: tuple[tuple[str, tuple[float | str, ...]], ...] = eqx.field(
-        static=True, default=(), converter=lambda pairs: tuple((name, tuple(map(_plain, v))) for name, v in pairs)
+        static=True, default=(), converter=_coordinates
     )
     units: str = eqx.field(static=True, default="1")
     variables: tuple[Variable, ...] = eqx.field(static=True, default=())
@@ -91,6 +188,11 @@ class Layout(eqx.Module):
                 f"Layout got {len(self.dims)} names {self.dims} for the shape {self.shape}; give one name for each "
                 "axis."
             )
+        require(self.units, str, self, "units", '"K"')
+        names = [name for name, _ in self.coordinates]
+        for what, given in (("dims", self.dims), ("coordinates of", names)):
+            if twice := sorted({name for name in given if list(given).count(name) > 1}):
+                raise ValueError(f"Layout got {what} {', '.join(map(repr, given))}; give {twice[0]!r} once.")
         for name, values in self.coordinates:
             if name not in self.dims:
                 raise ValueError(
@@ -101,6 +203,18 @@ class Layout(eqx.Module):
                 raise ValueError(
                     f"coordinate '{name}' has {len(values)} values, but the axis has {length} points; give one value "
                     "for each."
+                )
+            if name in SPHERE:
+                check_axis(values, SPHERE[name], "layout's ")
+        require(self.variables, tuple, self, "variables", '(Variable("temperature", "K"),)')
+        for variable in self.variables:
+            require(variable, Variable, self, "variables", '(Variable("temperature", "K"),)')
+            if [v.name for v in self.variables].count(variable.name) > 1:
+                raise ValueError(f"Layout got the variable '{variable.name}' twice; give one with all its levels.")
+            if variable.undefined is not None and variable.undefined.shape != self.shape[:-1]:
+                raise ValueError(
+                    f"the undefined points of '{variable.name}' have the shape {variable.undefined.shape}, but the "
+                    f"state has {self.shape[:-1]} before its last axis; give a mask of that shape."
                 )
         channels = sum(v.num_channels for v in self.variables)
         if self.variables and channels != self.shape[-1]:

@@ -19,6 +19,7 @@ The network is google-deepmind's own, see `priors.gencast.package`. The normaliz
 from __future__ import annotations
 
 import dataclasses
+import numbers
 import os
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
@@ -34,6 +35,8 @@ from numpyro_diffusion_da.diffusion.prior import DiffusionPrior
 from numpyro_diffusion_da.diffusion.spherical_noise import SphericalNoise
 from numpyro_diffusion_da.fields.datasets import grid, read_states, static_field, undefined_mask
 from numpyro_diffusion_da.fields.layout import Layout, Undefined, Variable
+from numpyro_diffusion_da.fields.plausibility import check_against_statistics
+from numpyro_diffusion_da.fields.times import check_spacing, utc_times
 from numpyro_diffusion_da.priors.gencast.package import (
     FORCINGS,
     STATIC,
@@ -232,18 +235,20 @@ class GenCastPrior(DiffusionPrior):
         """Compute the forcings of the steps that lead to given times.
 
         Args:
-            times: target times in UTC, of any type that numpy converts to datetime64, shape (steps,).
+            times: target times, 12 h apart, shape (steps,). Dates with a time zone are converted to UTC.
 
         Returns:
             Time of day and of year at 24 h and 12 h before each target time and at the target time, with a leading axis
             of steps.
 
         Raises:
-            ValueError: `times` is not one-dimensional.
+            ValueError: `times` are not dates along one axis, or are not 12 h apart. The message says which spacing was
+                found.
         """
-        target = np.asarray(times, dtype="datetime64[s]")
-        if target.ndim != 1:
-            raise ValueError(f"times has shape {target.shape}; give one target time per step, shape (steps,).")
+        if np.ndim(times) != 1:
+            raise ValueError(f"times has shape {np.shape(times)}; give one target time per step, shape (steps,).")
+        target = utc_times(times).astype("datetime64[s]")
+        check_spacing(target, TIME_STEP, "GenCastPrior.forcings")
         longitude = self.layout.coords()["longitude"]
         seconds = target[:, None].astype(np.int64) + np.array([-2, -1, 0]) * TIME_STEP.astype("timedelta64[s]").astype(
             int
@@ -265,18 +270,28 @@ class GenCastPrior(DiffusionPrior):
 
         Args:
             dataset: dataset with the variables of the layout.
-            times: times of the frames.
+            times: times of the frames, 12 h apart. Dates with a time zone are converted to UTC.
             interpolate: whether to interpolate to the grid of the prior.
 
         Returns:
             Frames in physical units.
 
         Raises:
-            ValueError: a variable, level or time is missing in the dataset, or a unit or the grid differs. The message
-                names it.
+            ValueError: times are not 12 h apart; a variable, level or time is missing in the dataset; a unit or the
+                grid differs; or the mean of a channel is far from its mean in the training data. The message names it.
         """
-        fill = self.fill_values()
-        return read_states(dataset, self.layout, times, fill=fill, interpolate=interpolate, without_precipitation=True)
+        wanted = utc_times(times)
+        check_spacing(wanted, TIME_STEP, "GenCastPrior.frames")
+        frames = read_states(
+            dataset,
+            self.layout,
+            wanted,
+            fill=self.fill_values(),
+            interpolate=interpolate,
+            without_precipitation=True,
+        )
+        check_against_statistics(frames, self.layout, np.asarray(self.mean), np.asarray(self.stddev), "GenCast")
+        return frames
 
     def fill_values(self) -> dict[str, float]:
         """Fill value of each variable that is undefined somewhere, in its unit, by the name of the variable."""
@@ -370,7 +385,7 @@ class GenCastPrior(DiffusionPrior):
             parameters = jax.tree.map(lambda p: p.astype(jnp.bfloat16), parameters)
         prior = cls(
             network=trace_network(wn, opened, architecture, parameters, layout, precision),
-            noise=SphericalNoise(len(latitude), len(longitude)) if noise is None else noise,
+            noise=SphericalNoise.from_coordinates(latitude, longitude) if noise is None else noise,
             statics=jnp.asarray(statics, jnp.float32),
             mean=jnp.asarray(channels.mean),
             stddev=jnp.asarray(channels.stddev),
@@ -415,6 +430,8 @@ def _regular_grid(resolution: float) -> tuple[np.ndarray, np.ndarray]:
     Raises:
         ValueError: the resolution does not divide 180 degrees.
     """
+    if isinstance(resolution, bool) or not isinstance(resolution, numbers.Real) or not 0.0 < resolution <= 90.0:
+        raise ValueError(f"resolution={resolution!r}; give the resolution of the checkpoint in degrees, 1.0 or 0.25.")
     rows = round(180.0 / resolution)
     if rows < 2 or abs(rows * resolution - 180.0) > 1e-6:
         raise ValueError(
