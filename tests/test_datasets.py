@@ -1,4 +1,5 @@
 import importlib.util
+import re
 
 import numpy as np
 import pandas
