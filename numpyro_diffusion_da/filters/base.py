@@ -28,6 +28,7 @@ from numpyro_diffusion_da.smc.base import (
     num_particles,
     particle_keys,
 )
+from numpyro_diffusion_da.smc.localization import Taper
 from numpyro_diffusion_da.transition.base import DrawRecord
 
 Constructor = TypeVar("Constructor", bound=Callable[..., None])
@@ -166,6 +167,11 @@ class FilterAlgorithm(abc.ABC):
             forecast: states, shape (N, *state).
         """
         return forecast
+
+    def moving_taper(self) -> Taper | None:
+        """Taper of the filter if places of observations move; None otherwise."""
+        taper: Taper | None = getattr(self, "taper", None)
+        return taper if taper is not None and taper.moving else None
 
     def passes(self, info: Info) -> NetworkPasses:
         """Network passes of one step per particle, averaged over particles.

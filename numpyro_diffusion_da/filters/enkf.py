@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
@@ -24,7 +25,7 @@ from numpyro_diffusion_da.smc.base import (
 )
 from numpyro_diffusion_da.smc.ensemble_update import EnsembleUpdate, PerturbedObservations
 from numpyro_diffusion_da.smc.inflation import Inflation, Multiplicative, check_inflation, forecast_factor
-from numpyro_diffusion_da.smc.localization import Taper
+from numpyro_diffusion_da.smc.localization import PlacedTaper, Taper
 from numpyro_diffusion_da.transition.base import DrawRecord
 
 
@@ -89,7 +90,11 @@ class EnKF(FilterAlgorithm):
         ) -> tuple[PyTree, Proposal]:
             return program.advance(x, carry, inputs), Proposal(draw, program.record(rng_key, x, carry, inputs))
 
-        taper = None if self.taper is None else place_taper(self.taper, program)
+        taper: PlacedTaper | Callable[[TimeInputs], PlacedTaper] | None = None
+        if self.taper is not None:
+            taper = place_taper(self.taper, program)
+            if self.taper.moving:
+                taper = functools.partial(place_taper, self.taper, program)
         return enkf.build_kernel(forecast, residual, advance, self.update, taper, self.inflation, batch_size)
 
     def inflate_forecast(self, forecast: Array) -> Array:

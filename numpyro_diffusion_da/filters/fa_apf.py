@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -127,7 +128,9 @@ class FAAPF(FilterAlgorithm):
             ValueError: the positions of the taper do not fit the program, or `LikelihoodTempering` cannot temper a
                 site; the message names it.
         """
-        local = self._local(program)
+        local: LocalAncestors | Callable[[TimeInputs], LocalAncestors] | None = self._local(program)
+        if self.taper is not None and self.taper.moving:
+            local = functools.partial(self._at_places, self.taper, program)
         if self.tempering.needs_likelihood_tempering and not isinstance(self.weight, Equal):
             self._check_errors(program)
 
@@ -191,10 +194,16 @@ class FAAPF(FilterAlgorithm):
                 )
 
     def _local(self, program: StateSpaceModel) -> LocalAncestors | None:
-        """Localized selection of ancestors, with the taper placed on the program; None without a taper."""
-        if self.taper is None:
-            return None
-        return LocalAncestors.at(place_taper(self.taper, program), program.structure.state_shape, self.block_radius)
+        """Localized selection of ancestors, with the taper placed on the program; None without a taper.
+
+        Its blocks hold for all times, and so do its neighborhoods unless places move.
+        """
+        return None if self.taper is None else self._at_places(self.taper, program, None)
+
+    def _at_places(self, taper: Taper, program: StateSpaceModel, inputs: TimeInputs | None) -> LocalAncestors:
+        """Localized selection of ancestors by the places of one time; see `place_taper` for the arguments."""
+        placed = place_taper(taper, program, inputs)
+        return LocalAncestors.at(placed, program.structure.state_shape, self.block_radius)
 
     def parents(self, program: StateSpaceModel, ancestors: Array, values: Array) -> Array:
         """Select the value of each new particle's ancestor, block by block if the filter has a taper."""

@@ -34,6 +34,7 @@ from numpyro_diffusion_da.program.scan import ObservedSite, TimeInputs
 from numpyro_diffusion_da.program.sites import mean_and_variance, site_mask
 from numpyro_diffusion_da.program.state_space import StateSpaceModel
 from numpyro_diffusion_da.smc.base import Info, Kernel, State, map_particles, num_particles
+from numpyro_diffusion_da.smc.localization import Taper
 
 
 class CheckRecord(NamedTuple):
@@ -112,6 +113,10 @@ class GrossErrorCheck(FilterAlgorithm):
     def inflate_forecast(self, forecast: Array) -> Array:
         """Apply the forecast inflation used by the wrapped filter, to states of shape (N, *state)."""
         return self.algorithm.inflate_forecast(forecast)
+
+    def moving_taper(self) -> Taper | None:
+        """Taper of the wrapped filter if places of observations move; None otherwise."""
+        return self.algorithm.moving_taper()
 
     def passes(self, info: Info) -> NetworkPasses:
         """Network passes of one step of the wrapped filter and of the check, per particle."""

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import Any
+
 import numpy as np
 
 from numpyro_diffusion_da.fields.layout import Layout
+from numpyro_diffusion_da.program.scan import TimeInputs
 from numpyro_diffusion_da.program.state_space import StateSpaceModel
+from numpyro_diffusion_da.program.structure import Structure
 from numpyro_diffusion_da.smc.localization import PlacedTaper, Taper
 
 
-def place_taper(taper: Taper, program: StateSpaceModel) -> PlacedTaper:
+def place_taper(taper: Taper, program: StateSpaceModel, inputs: TimeInputs | None = None) -> PlacedTaper:
     """Place a taper on the state and the observations of a program.
 
     The positions of the state come from the taper, else from the layout of the program's prior.
@@ -17,14 +22,59 @@ def place_taper(taper: Taper, program: StateSpaceModel) -> PlacedTaper:
     Args:
         taper: taper of a filter.
         program: state-space model of the program.
+        inputs: inputs of the time, for places that move; None puts these places at 0, to check everything else.
 
     Raises:
-        ValueError: positions do not fit the program (see `Taper.place`), or neither the taper nor the layout has
-            positions of the state.
+        ValueError: positions do not fit the program (see `Taper.place`), neither the taper nor the layout has positions
+            of the state, or a named site cannot hold positions (see `check_sources`).
     """
+    places: dict[str, Any] = {}
+    if taper.moving:
+        check_sources(taper, program.structure)
+        known = program.structure.deterministic
+        empty = {source: np.zeros(known[source].shape or ()) for source in taper.moving.values()}
+        places = empty if inputs is None else program.metadata(inputs)
     diffusion = program.structure.diffusion
     axes = None if taper.state is not None else grid_axes(None if diffusion is None else diffusion.prior.layout)
-    return taper.place(program.structure.state_shape, program.structure.observed, axes)
+    return taper.place(program.structure.state_shape, program.structure.observed, axes, places)
+
+
+def check_sources(taper: Taper, structure: Structure) -> None:
+    """Check that the deterministic sites which hold a taper's moving positions exist and hold positions.
+
+    Args:
+        taper: taper of a filter.
+        structure: structure of the program.
+
+    Raises:
+        ValueError: a site does not exist, is no array of real numbers, or depends on the state, the carry or random
+            draws. The message names the site.
+    """
+    for name, source in taper.moving.items():
+        site = structure.deterministic.get(source)
+        if site is None:
+            raise ValueError(
+                f"Taper takes the places of '{name}' from the deterministic site '{source}', but the body of the scan "
+                f"of '{structure.name}' has {_listed(structure.deterministic)}; write "
+                f"numpyro.deterministic('{source}', ...) in it, or give an array of positions."
+            )
+        if site.depends_on:
+            raise ValueError(
+                f"Taper takes the places of '{name}' from the deterministic site '{source}', which depends on "
+                f"{' and '.join(site.depends_on)}; compute places from the inputs of the scan and arguments of the "
+                "program only."
+            )
+        if site.shape is None or np.dtype(site.dtype).kind not in "fiu":
+            raise ValueError(
+                f"Taper takes the places of '{name}' from the deterministic site '{source}', which holds "
+                f"{f'values of type {site.dtype}' if site.dtype else 'no array'}; give one array of real positions."
+            )
+
+
+def _listed(sites: Iterable[str]) -> str:
+    """Text that lists the deterministic sites of a program."""
+    names = ", ".join(f"'{name}'" for name in sites)
+    return f"the deterministic sites {names}" if names else "no deterministic sites"
 
 
 def grid_axes(layout: Layout | None) -> dict[str, np.ndarray]:

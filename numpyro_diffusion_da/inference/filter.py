@@ -18,7 +18,7 @@ from numpyro_diffusion_da.inference import backward_simulation as backward
 from numpyro_diffusion_da.inference.batching import batch_in_memory, check_batch_size, particles_at_a_time
 from numpyro_diffusion_da.inference.compilation import Compiled
 from numpyro_diffusion_da.inference.progress import step_progress
-from numpyro_diffusion_da.inference.records import Keep, check_record, collect, record_step
+from numpyro_diffusion_da.inference.records import Keep, check_metadata_names, check_record, collect, record_step
 from numpyro_diffusion_da.inference.storage import RunStore
 from numpyro_diffusion_da.program.scan import TimeInputs
 from numpyro_diffusion_da.program.state_space import StateSpaceModel
@@ -51,7 +51,9 @@ class Filter:
             observation (the groups `posterior_predictive` and `log_likelihood`). Their size is particles times
             observations.
         keep: names of the latent and deterministic sites whose particles are kept; None for all. To save memory, record
-            a reduction of the state with `numpyro.deterministic` and list only that here.
+            a reduction of the state with `numpyro.deterministic` and list only that here. A deterministic site that is
+            the same for all particles, such as the places of observations, is always kept, once per time, in
+            `FilterResult.metadata`.
         directory: directory to which each step is written as soon as it is computed. If a run is interrupted, run it
             again with the same key and arguments: it continues after the last step on disk, and gives the same result
             as a run without interruption. None writes nothing.
@@ -113,15 +115,17 @@ class Filter:
 
         Raises:
             ValueError: the filter cannot run the program; an observation error is not positive and finite, an
-                observation is infinite, or the state is NaN where it is observed (the message names the site and the
-                step); `keep` names an unknown site; the filter computes no forecasts for `keep_forecasts`; or
-                `directory` holds another run.
+                observation is infinite, an observed value has no finite place, or the state is NaN where it is observed
+                (the message names the site and the step); `keep` names an unknown site; the filter computes no
+                forecasts for `keep_forecasts`; or `directory` holds another run.
             FloatingPointError: all weights or all particles of a step are non-finite; the message names the step.
         """
         program = self._prepared(args, kwargs)
         given = (args, kwargs)
         attributes = self._attributes(program, rng_key)
         store = self._store(attributes)
+        taper = self.algorithm.moving_taper()
+        sources = {} if taper is None else taper.moving
         with step_progress(self.progress_bar, self.num_chains * program.structure.length) as advance:
             chains = []
             for chain in range(self.num_chains):
@@ -143,7 +147,7 @@ class Filter:
                         step_key = jax.random.fold_in(run_key, t)
                         state, record = self._compiled["step"](step_key, state, inputs, given)
                         record = jax.device_get(record)
-                        check_record(record, t, self.num_particles)
+                        check_record(record, t, self.num_particles, sources)
                         if store is not None:
                             store.save(chain, t, inputs, record, state)
                     records.append(record)
@@ -165,6 +169,7 @@ class Filter:
         program = StateSpaceModel(self.algorithm.model, args, kwargs, like=before)
         if not program.structure.same_as(before):
             program.check(self.algorithm.needs_gaussian, self.algorithm.needs_gaussian_errors)
+            check_metadata_names(program.structure)
             self._batch = particles_at_a_time(self.batch_size, self.num_particles, program)
             self._compiled = self._functions(program)
         self._program = program
@@ -191,8 +196,9 @@ class Filter:
 
     @property
     def _keep(self) -> Keep:
-        """Parts of the particles that the run keeps."""
-        return Keep(self.keep, self.keep_observed, self.keep_forecasts)
+        """Parts of the particles that the last prepared run keeps."""
+        assert self._program is not None
+        return Keep(self.keep, self.keep_observed, self.keep_forecasts, self._program.structure.metadata_names)
 
     def _store(self, attributes: dict[str, Any]) -> RunStore | None:
         """Storage of the run's steps; None if nothing is written."""

@@ -6,12 +6,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import PRNGKeyArray
+from jaxtyping import Array, PRNGKeyArray
 
 from numpyro_diffusion_da.arguments import require_count
 from numpyro_diffusion_da.filters.base import FilterAlgorithm, takes_algorithm
 from numpyro_diffusion_da.inference.batching import check_batch_size, particles_at_a_time
 from numpyro_diffusion_da.inference.compilation import Compiled
+from numpyro_diffusion_da.inference.records import check_places, unplaced_observations
 from numpyro_diffusion_da.program.scan import TimeInputs
 from numpyro_diffusion_da.program.state_space import StateSpaceModel
 from numpyro_diffusion_da.smc.base import Info, State, init, particle_keys
@@ -77,10 +78,17 @@ class OnlineFilter:
             ``info.proposal.sites["posterior"]["x"]``, shape (N, ...). Non-finite values do not raise; they are counted
             in ``info.nonfinite_particles`` and ``info.nonfinite_weights``.
 
+            If the taper of the filter takes places from the program, each step waits for its result to check them.
+
         Raises:
-            ValueError: the filter cannot run the program, or series have another length than 1.
+            ValueError: the filter cannot run the program, series have another length than 1, or an observed value has
+                no finite place.
         """
-        return self._compiled_step(rng_key, state, self._checked(args, kwargs))
+        new, info, unplaced = self._compiled_step(rng_key, state, self._checked(args, kwargs))
+        taper = self.algorithm.moving_taper()
+        if taper is not None and not any(isinstance(count, jax.core.Tracer) for count in unplaced.values()):
+            check_places(jax.device_get(unplaced), taper.moving, None)
+        return new, info
 
     def _checked(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Check the program once, at the first arguments, and return (args, kwargs).
@@ -114,9 +122,11 @@ class OnlineFilter:
         """Draw the initial particles; the function that `init` compiles."""
         return init(jax.vmap(self._at(given).initial)(particle_keys(rng_key, self.num_particles)))
 
-    def _step(self, rng_key: PRNGKeyArray, state: State, given: Any) -> tuple[State, Info]:
-        """Run the kernel at one time; the function that `step` compiles."""
+    def _step(self, rng_key: PRNGKeyArray, state: State, given: Any) -> tuple[State, Info, dict[str, Array]]:
+        """Run the kernel at one time, and count observed values without a place; the function that `step` compiles."""
         program = self._at(given)
         inputs = TimeInputs(jnp.asarray(0), jax.tree.map(lambda x: x[0], program.inputs()))
         batch_size = particles_at_a_time(self.batch_size, self.num_particles, program)
-        return self.algorithm.kernel(program, batch_size)(rng_key, state, inputs)
+        first = jax.tree.map(lambda x: x[0], state.particles)
+        unplaced = unplaced_observations(self.algorithm, program, first, inputs)
+        return *self.algorithm.kernel(program, batch_size)(rng_key, state, inputs), unplaced

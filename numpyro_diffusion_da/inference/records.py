@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, PyTree
+from jaxtyping import Array, Int, PyTree
 
 from numpyro_diffusion_da.filters.base import FilterAlgorithm
+from numpyro_diffusion_da.filters.placement import place_taper
 from numpyro_diffusion_da.program.scan import TimeInputs
 from numpyro_diffusion_da.program.state_space import StateSpaceModel
 from numpyro_diffusion_da.program.structure import Structure
@@ -21,14 +23,16 @@ class Keep(NamedTuple):
     """Parts of the particles that a run keeps.
 
     Attributes:
-        sites: names of the latent and deterministic sites to keep; None for all.
+        sites: names of the latent and deterministic sites to keep; None for all. Sites in `metadata` are always kept.
         observed: whether to keep a predictive draw and the log-likelihood of each observation.
         forecasts: whether to keep the one-step forecast from which each particle was drawn.
+        metadata: names of the deterministic sites that are recorded once per time, not for each particle.
     """
 
     sites: tuple[str, ...] | None
     observed: bool
     forecasts: bool
+    metadata: tuple[str, ...] = ()
 
     def of(self, sites: dict[str, dict[str, Array]]) -> dict[str, dict[str, Array]]:
         """Select the sites to keep.
@@ -40,19 +44,26 @@ class Keep(NamedTuple):
             Kept values by group and site. Groups of observed sites that are not kept are empty.
 
         Raises:
-            ValueError: `sites` of this object names a site that is not latent or deterministic.
+            ValueError: `sites` of this object names a site that is not latent or deterministic, or none that particles
+                have.
         """
         if not self.observed:
             sites = {**sites, "posterior_predictive": {}, "log_likelihood": {}}
         if self.sites is None:
             return sites
-        if unknown := set(self.sites) - set(sites["posterior"]):
-            known = sorted(sites["posterior"])
+        if unknown := set(self.sites) - {*sites["posterior"], *self.metadata}:
+            known = sorted({*sites["posterior"], *self.metadata})
             raise ValueError(
                 f"keep names {sorted(unknown)}, but the latent and deterministic sites are {known}; give names from "
                 "this list."
             )
-        return {**sites, "posterior": {name: sites["posterior"][name] for name in self.sites}}
+        kept = {name: sites["posterior"][name] for name in self.sites if name not in self.metadata}
+        if not kept:
+            raise ValueError(
+                f"keep names {sorted(self.sites)} only, which are the same for all particles and always recorded; add "
+                f"a site that particles have, one of {sorted(sites['posterior'])}."
+            )
+        return {**sites, "posterior": kept}
 
 
 def record_step(
@@ -75,15 +86,18 @@ def record_step(
 
     Returns:
         Nested dictionaries of arrays: `sites`, `stats`, `passes` and `observations`, the numbers of non-finite weights
-        and particles, `forecast` if it is kept, and `rejected` if the observations were checked.
+        and particles, `metadata` if there are such sites, `unplaced` if places of observations move (see
+        `unplaced_observations`), `forecast` if it is kept, and `rejected` if the observations were checked.
 
     Raises:
         ValueError: `keep` asks for forecasts and the filter computes none, or `keep` names an unknown site.
     """
     first = jax.tree.map(lambda x: x[0], particles)
+    unplaced = unplaced_observations(algorithm, program, first, inputs)
     return {
         **({"forecast": _forecast(algorithm, program, info)} if keep.forecasts else {}),
         "sites": keep.of(info.proposal.sites),
+        **({"metadata": program.metadata(inputs)} if program.structure.metadata_names else {}),
         "stats": {
             "log_weights": info.log_weights,
             "ancestors": info.ancestors,
@@ -96,10 +110,71 @@ def record_step(
         },
         "passes": algorithm.passes(info)._asdict(),
         "observations": program.observations(first, inputs),
+        **({"unplaced": unplaced} if unplaced else {}),
         **({} if info.check == () else {"rejected": info.check.rejected}),
         "nonfinite_weights": info.nonfinite_weights,
         "nonfinite_particles": info.nonfinite_particles,
     }
+
+
+def unplaced_observations(
+    algorithm: FilterAlgorithm, program: StateSpaceModel, carry: PyTree, inputs: TimeInputs
+) -> dict[str, Int[Array, ""]]:
+    """Number of observed values whose place is not finite, for each observed site whose places move.
+
+    Args:
+        algorithm: filter of the program.
+        program: state-space model at the arguments of the run.
+        carry: carry that the body takes.
+        inputs: inputs of the step.
+    """
+    taper = algorithm.moving_taper()
+    if taper is None:
+        return {}
+    placed, counts, start = jnp.asarray(place_taper(taper, program, inputs).placed()), {}, 0
+    for name, site in program.observations(carry, inputs).items():
+        observed = site["observed"].reshape(-1)
+        if name in taper.moving:
+            counts[name] = jnp.sum(observed & ~placed[start : start + len(observed)])
+        start += len(observed)
+    return counts
+
+
+def check_places(unplaced: Mapping[str, Any], sources: Mapping[str, str], step: int | None) -> None:
+    """Check that every observed value has a finite place.
+
+    Args:
+        unplaced: number of observed values without one, by observed site; see `unplaced_observations`.
+        sources: name of the deterministic site that holds the places, by observed site.
+        step: index of the step, for messages; None if it is not known.
+
+    Raises:
+        ValueError: an observed value has no finite place. The message names the site and the step.
+    """
+    for name, count in unplaced.items():
+        if count:
+            raise ValueError(
+                f"site '{name}' has {count} observed values{'' if step is None else f' at step {step}'} whose place in "
+                f"the site '{sources[name]}' is not finite; give their places, or mark these values as missing by NaN."
+            )
+
+
+def check_metadata_names(structure: Structure) -> None:
+    """Check that no site of `Structure.metadata_names` has a name that a `DataTree` gives to something else.
+
+    Args:
+        structure: structure of the program.
+
+    Raises:
+        ValueError: a site has the name of the errors or the missing values of an observed site.
+    """
+    for name in structure.observed_names:
+        for taken, what in ((f"{name}_error", "standard deviations of the errors"), (f"{name}_missing", "mask")):
+            if taken in structure.metadata_names:
+                raise ValueError(
+                    f"the deterministic site '{taken}' has the name under which results hold the {what} of '{name}'; "
+                    "leave the site out, because results have these values without it, or give it another name."
+                )
 
 
 def _forecast(algorithm: FilterAlgorithm, program: StateSpaceModel, info: Info) -> Array:
@@ -117,16 +192,18 @@ def _forecast(algorithm: FilterAlgorithm, program: StateSpaceModel, info: Info) 
     return algorithm.parents(program, info.ancestors, forecast)
 
 
-def check_record(record: dict[str, Any], step: int, num_particles: int) -> None:
+def check_record(record: dict[str, Any], step: int, num_particles: int, sources: Mapping[str, str] = {}) -> None:
     """Check that the observations of a step are valid, and that not all of its weights or particles are non-finite.
 
     Args:
         record: record of the step, as numpy arrays.
         step: index of the step, for messages.
         num_particles: number of particles N.
+        sources: name of the deterministic site that holds the places, for each observed site whose places move.
 
     Raises:
-        ValueError: an observation error is not positive and finite, an observation is infinite, or all weights or
+        ValueError: an observation error is not positive and finite, an observation is infinite, an observed value has
+            no finite place, or all weights or
             particles are non-finite because the state has no value where it is observed. The message names the site
             and the step.
         FloatingPointError: all weights or all particles are non-finite for another reason.
@@ -139,6 +216,7 @@ def check_record(record: dict[str, Any], step: int, num_particles: int) -> None:
             )
         if np.any(np.isinf(site["value"])):
             raise ValueError(f"site '{name}' has an infinite observation at step {step}; mark missing values by NaN.")
+    check_places(record.get("unplaced", {}), sources, step)
     for what, count in (("weights", record["nonfinite_weights"]), ("particles", record["nonfinite_particles"])):
         if count < num_particles:
             continue
@@ -190,4 +268,5 @@ def collect(
         layout=diffusion.prior.layout if diffusion is not None and has_state else None,
         attributes=attributes,
         rejected=records.get("rejected", {}),
+        metadata={n: x[0] for n, x in records.get("metadata", {}).items()},
     )

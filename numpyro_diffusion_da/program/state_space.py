@@ -349,16 +349,29 @@ class StateSpaceModel:
             inputs: inputs of the time.
 
         Returns:
-            Values by group and site: ``posterior`` (latent and deterministic sites), ``posterior_predictive`` (a draw
-            of each observed site), and ``log_likelihood`` (see `pointwise_log_likelihood`; 0 where missing).
+            Values by group and site: ``posterior`` (the latent site and the deterministic sites that can differ between
+            particles), ``posterior_predictive`` (a draw of each observed site), and ``log_likelihood`` (see
+            `pointwise_log_likelihood`; 0 where missing).
         """
         sites = self.sites(carry, inputs, x)
         predictive, log_likelihood = {}, {}
         for i, (name, site) in enumerate(sites.observed.items()):
             predictive[name] = site.fn.sample(jax.random.fold_in(rng_key, i))
             log_likelihood[name] = pointwise_log_likelihood(*site)
-        posterior = {self.structure.latent_name: x, **sites.deterministic}
+        shared = self.structure.metadata_names
+        own = {name: value for name, value in sites.deterministic.items() if name not in shared}
+        posterior = {self.structure.latent_name: x, **own}
         return {"posterior": posterior, "posterior_predictive": predictive, "log_likelihood": log_likelihood}
+
+    def metadata(self, inputs: TimeInputs) -> dict[str, Array]:
+        """Values of the deterministic sites that depend on neither the state, the carry nor random draws, by name.
+
+        Args:
+            inputs: inputs of the time.
+        """
+        # Any carry will do, because the values do not depend on it.
+        found = self.sites(self._scan().init, inputs).deterministic
+        return {name: jnp.asarray(found[name]) for name in self.structure.metadata_names}
 
     def observations(self, carry: PyTree, inputs: TimeInputs) -> dict[str, dict[str, Array]]:
         """Observed values of one time, their masks and errors, and checks of them.

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, PyTree
+from jaxtyping import Array, PRNGKeyArray, PyTree
 from numpyro import handlers
 from numpyro.ops.provenance import eval_provenance
 
@@ -48,6 +48,25 @@ class ObservedStructure(NamedTuple):
     values_per_error: int
 
 
+class DeterministicStructure(NamedTuple):
+    """Shape of one deterministic site of the body, and what its value depends on.
+
+    Attributes:
+        shape: shape of the site's value at one time; None if it is no single array.
+        dtype: name of its dtype; "" if it is no single array.
+        depends_on: names of what its value depends on, apart from the scan's inputs and arguments of the program.
+    """
+
+    shape: tuple[int, ...] | None
+    dtype: str
+    depends_on: tuple[str, ...]
+
+    @property
+    def is_metadata(self) -> bool:
+        """Whether its value is an array that is the same for all particles of a time."""
+        return self.shape is not None and not self.depends_on
+
+
 class Diffusion(NamedTuple):
     """Parts of a diffusion transition that do not change over time.
 
@@ -72,6 +91,7 @@ class Structure:
         latent_name: name of the latent site of the scan's body.
         state_shape: shape of the latent site's value.
         observed: observed sites of the body, by name, in the program's order.
+        deterministic: deterministic sites of the body, by name, in the program's order.
         needed_names: unobserved sites outside the scan that its body depends on.
         global_names: the sites of `needed_names`, and the unobserved sites that only observed sites outside the scan
             depend on.
@@ -93,6 +113,7 @@ class Structure:
     latent_name: str
     state_shape: tuple[int, ...]
     observed: dict[str, ObservedStructure]
+    deterministic: dict[str, DeterministicStructure]
     needed_names: tuple[str, ...]
     global_names: tuple[str, ...]
     initial_names: tuple[str, ...]
@@ -109,6 +130,11 @@ class Structure:
     def observed_names(self) -> tuple[str, ...]:
         """Names of the observed sites of the body, in the program's order."""
         return tuple(self.observed)
+
+    @property
+    def metadata_names(self) -> tuple[str, ...]:
+        """Names of the deterministic sites that depend on neither the state, the carry nor random draws."""
+        return tuple(name for name, site in self.deterministic.items() if site.is_metadata)
 
     def same_as(self, other: Structure | None) -> bool:
         """Whether another structure has the same sites, shapes and dependencies; the priors may differ."""
@@ -173,18 +199,19 @@ def name_of(model: Callable[..., Any]) -> str:
     return getattr(inspect.unwrap(model), "__name__", type(model).__name__)
 
 
-def _run(program: Callable[[], None], **settings: Any) -> SkipScan:
+def _run(program: Callable[[], None], rng_key: PRNGKeyArray | None = None, **settings: Any) -> SkipScan:
     """Run a program without its scan.
 
     Args:
         program: the program, without arguments.
+        rng_key: random key of the draws before the scan; None for an arbitrary one.
         **settings: arguments of `SkipScan`.
 
     Returns:
         The handler with the sites that it recorded.
     """
     skip = SkipScan(**settings)
-    with skip, handlers.seed(rng_seed=jax.random.key(0)):
+    with skip, handlers.seed(rng_seed=jax.random.key(0) if rng_key is None else rng_key):
         program()
     return skip
 
@@ -254,7 +281,7 @@ def _examine(program: Callable[[], None], name: str, shapes: Shapes) -> Structur
     """
     found: dict[str, Any] = {}
 
-    def look(state: Array, direction: Array, carry: PyTree, **outside: Array) -> dict[str, Any]:
+    def look(state: Array, direction: Array, carry: PyTree, key: PRNGKeyArray, **outside: Array) -> dict[str, Any]:
         def marked(site: str, value: Array) -> Array:
             if site not in shapes.outside or value.shape != shapes.outside[site].shape:
                 raise _OtherShapesError
@@ -262,17 +289,18 @@ def _examine(program: Callable[[], None], name: str, shapes: Shapes) -> Structur
             # site that acts through another site is found too.
             return jnp.where(True, value, outside[_argument(site)])
 
-        skip = found["skip"] = _run(program, mark=marked)
+        skip = found["skip"] = _run(program, key, mark=marked)
         call = _expected(skip, shapes)
         found.update(_facts(call, carry, state))
         return {
             **_outside_dependencies(skip, call, carry),
-            **_body_dependencies(call, carry, state, direction),
+            **_body_dependencies(call, carry, state, direction, key),
         }
 
     inputs = {_argument(n): s for n, s in shapes.outside.items()}
+    key = jax.eval_shape(lambda: jax.random.key(0))
     depends = abstractly(
-        look, eval_provenance, state=shapes.state, direction=shapes.state, carry=shapes.carry, **inputs
+        look, eval_provenance, state=shapes.state, direction=shapes.state, carry=shapes.carry, key=key, **inputs
     )
     skip: SkipScan = found["skip"]
     used, measured = _globals(shapes, depends)
@@ -287,6 +315,10 @@ def _examine(program: Callable[[], None], name: str, shapes: Shapes) -> Structur
         latent_name=found["latent_name"],
         state_shape=tuple(shapes.state.shape),
         observed=found["observed"],
+        deterministic={
+            n: found["deterministic"][n]._replace(depends_on=_causes(on, found["latent_name"]))
+            for n, on in depends["deterministic"].items()
+        },
         needed_names=tuple(used),
         global_names=global_names,
         initial_names=tuple(n for n, s in skip.before.items() if not s["is_observed"] and n not in global_names),
@@ -306,10 +338,24 @@ def _argument(site: str) -> str:
     return f"site {site}"
 
 
+def _names(provenance: PyTree) -> frozenset[str]:
+    """Names of the inputs in any leaf of a provenance."""
+    return frozenset().union(*jax.tree.leaves(provenance, is_leaf=lambda leaf: isinstance(leaf, frozenset)))
+
+
 def _depends(provenance: PyTree, name: str) -> bool:
     """Whether any leaf of a provenance contains the name of an input."""
-    leaves = jax.tree.leaves(provenance, is_leaf=lambda leaf: isinstance(leaf, frozenset))
-    return any(name in leaf for leaf in leaves)
+    return name in _names(provenance)
+
+
+def _causes(provenance: PyTree, latent_name: str) -> tuple[str, ...]:
+    """What a value of the body depends on, apart from the scan's inputs and arguments of the program, for messages."""
+    said = {"state": f"the latent site '{latent_name}'", "carry": "the carry of the scan", "key": "random draws"}
+    names = sorted(_names(provenance))
+    # A latent site before the scan depends on the key too. Its own name says more.
+    outside = [f"the latent {name}" for name in names if name not in {*said, "direction"}]
+    inside = [said[name] for name in said if name in names and not (name == "key" and outside)]
+    return (*inside, *outside)
 
 
 def _expected(skip: SkipScan, shapes: Shapes) -> ScanCall:
@@ -352,10 +398,18 @@ def _facts(call: ScanCall, carry: PyTree, state: Array) -> dict[str, Any]:
         "observed": {
             n: ObservedStructure(tuple(fn.shape()), values_per_error(fn)) for n, (fn, *_) in sites.observed.items()
         },
+        "deterministic": {n: _form(value) for n, value in sites.deterministic.items()},
         "gaussian": {n: is_gaussian(fn) for n, (fn, *_) in sites.observed.items()},
         "scaled": tuple(sites.scaled),
         "diffusion": diffusion,
     }
+
+
+def _form(value: Any) -> DeterministicStructure:
+    """Shape and dtype of the value of a deterministic site; its dependencies are filled in later."""
+    if not jax.tree_util.all_leaves([value]):
+        return DeterministicStructure(None, "", ())
+    return DeterministicStructure(jnp.shape(value), str(jnp.result_type(value)), ())
 
 
 def _outside_dependencies(skip: SkipScan, call: ScanCall, carry: PyTree) -> dict[str, Any]:
@@ -370,11 +424,13 @@ def _outside_dependencies(skip: SkipScan, call: ScanCall, carry: PyTree) -> dict
     }
 
 
-def _body_dependencies(call: ScanCall, carry: PyTree, state: Array, direction: Array) -> dict[str, Any]:
-    """Values that may depend on the latent site's value, or on the carry for a given value of the latent site."""
+def _body_dependencies(
+    call: ScanCall, carry: PyTree, state: Array, direction: Array, key: PRNGKeyArray
+) -> dict[str, Any]:
+    """Values that may depend on the latent site's value, on the carry for a given value of it, or on a random key."""
 
     def at(x: Array) -> BodySites:
-        return run_body(call, jax.random.key(0), carry, call.first_inputs(), x)[0]
+        return run_body(call, key, carry, call.first_inputs(), x)[0]
 
     def means(x: Array) -> dict[str, Array]:
         return {n: unmasked(fn)[0].mean for n, (fn, *_) in at(x).observed.items() if has_own_errors(fn)}
@@ -396,6 +452,9 @@ def _body_dependencies(call: ScanCall, carry: PyTree, state: Array, direction: A
         "linearity": linearity,
         "next carry": [jnp.asarray(leaf) for leaf in jax.tree.leaves(sites.carry)],
         "observations": [jnp.asarray(leaf) for leaf in jax.tree.leaves(sites.observed)],
+        "deterministic": {
+            n: [jnp.asarray(leaf) for leaf in jax.tree.leaves(value)] for n, value in sites.deterministic.items()
+        },
     }
 
 

@@ -46,7 +46,7 @@ class Axes:
         self.result = result
         self.dims = {site: tuple(names) for site, names in dims.items()}
         self.sizes: dict[str, int] = {}
-        self.site_names = {*result.posterior, *result.observed_data}
+        self.site_names = {*result.posterior, *result.observed_data, *result.metadata}
         self.given = dict(coords)
         for name in SHARED & set(coords):
             instead = "give it as time=..." if name == "time" else "it counts chains or particles; leave it out"
@@ -83,7 +83,12 @@ class Axes:
     def _site_shapes(self, site: str) -> list[tuple[int, ...]]:
         """Shapes of a site after its leading axes, in each group that has the site."""
         result = self.result
-        arrays = [(result.posterior, 3), (result.posterior_predictive, 3), (result.observed_data, 1)]
+        arrays = [
+            (result.posterior, 3),
+            (result.posterior_predictive, 3),
+            (result.observed_data, 1),
+            (result.metadata, 1),
+        ]
         return [group[site].shape[lead:] for group, lead in arrays if site in group]
 
     def variable(

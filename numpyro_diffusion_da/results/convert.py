@@ -26,7 +26,8 @@ GROUPS = {
     "posterior_predictive": "One draw of each observed site per analysis particle, observation error included.",
     "log_likelihood": "log p(y | x) of each observation at each analysis particle.",
     "observed_data": "Observations, NaN where missing.",
-    "constant_data": "Standard deviation of the error of each observation (NaN if it has none), and missing values.",
+    "constant_data": "Standard deviation of the error of each observation (NaN if it has none), missing values, and "
+    "deterministic sites that are the same for all particles.",
     "sample_stats": "Diagnostics of the filter at each step.",
 }
 """Description of each group of a filter result."""
@@ -120,8 +121,9 @@ def to_datatree(
     """Convert a filter result to a tree of named and labeled arrays for xarray, netCDF and Zarr.
 
     The groups are `posterior`, `prior` if forecasts were kept, `posterior_predictive`, `log_likelihood`,
-    `observed_data`, `constant_data` (``{site}_error`` and ``{site}_missing`` for each observed site) and `sample_stats`
-    (with ``{site}_rejected`` for a gross-error check). The attribute `description` of a group explains its contents.
+    `observed_data`, `constant_data` (``{site}_error`` and ``{site}_missing`` for each observed site, and the
+    deterministic sites of `FilterResult.metadata`) and `sample_stats` (with ``{site}_rejected`` for a gross-error
+    check). The attribute `description` of a group explains its contents.
     Dimensions are `chain` (independent filters), `draw` (particles), `time`, and then those of the site: the dimensions
     of the layout for the state, ``{site}_dim_0``, ... for others.
 
@@ -166,7 +168,8 @@ def to_datatree(
                 ("error", result.observed_error[site], "standard deviation of the error of"),
                 ("missing", ~mask, "missing values of"),
             )
-        },
+        }
+        | axes.sites(result.metadata, ("time",)),
         "sample_stats": {name: _statistic(axes, name, values) for name, values in stats.items()}
         | {
             f"{site}_rejected": axes.variable(site, values, CHAIN, {"long_name": f"rejected values of {site}"})

@@ -37,6 +37,8 @@ class FilterResult:
         layout: layout of the state, or None if the transition has none.
         attributes: settings that are needed to repeat the run.
         rejected: True where a gross-error check rejected an observation, for each checked site, (chain, time, ...).
+        metadata: values of the deterministic sites that are the same for all particles, (time, ...): those that depend
+            on the inputs of the scan and on arguments of the program only, such as places or numbers of stations.
     """
 
     posterior: dict[str, np.ndarray]
@@ -52,6 +54,7 @@ class FilterResult:
     layout: Layout | None
     attributes: dict[str, Any]
     rejected: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
+    metadata: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
     @property
     def is_local(self) -> bool:

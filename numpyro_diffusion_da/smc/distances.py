@@ -1,23 +1,42 @@
-"""Distances between positions, for localization: on a ring, in a straight line, on a sphere, with height."""
+"""Distances between positions, for localization: on a ring, in a straight line, on a sphere, with height.
+
+Positions are numpy arrays, or JAX arrays if places move: then they are known only inside the compiled step. All
+functions take both, and compute with the array module of what they get.
+"""
 
 from __future__ import annotations
 
 import abc
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import equinox as eqx
+import jax
+import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Array, Float
 
 from numpyro_diffusion_da.arguments import require
 
+Numbers = np.ndarray | Array
+"""Array of numpy, or of JAX where it is known only inside a compiled function."""
+
+
+def array_module(*arrays: Any) -> Any:
+    """Array module of a computation: `jax.numpy` if any of the arrays is one of JAX, else `numpy`."""
+    return jnp if any(isinstance(x, jax.Array) for x in arrays) else np
+
 
 class Distance(eqx.Module):
-    """Distance between two positions. A position is one number or a row of coordinates."""
+    """Distance between two positions. A position is one number or a row of coordinates.
+
+    Another distance is a subclass that implements `__call__` and `check`. It may be written with numpy alone if no
+    places move; for places that move (see `Taper`) it has to take JAX arrays too.
+    """
 
     @abc.abstractmethod
-    def __call__(self, a: Float[np.ndarray, "n k"], b: Float[np.ndarray, "m k"]) -> Float[np.ndarray, "n m"]:
+    def __call__(self, a: Float[Numbers, "n k"], b: Float[Numbers, "m k"]) -> Float[Numbers, "n m"]:
         """Distances between all positions `a` and all positions `b`."""
 
     @abc.abstractmethod
@@ -53,10 +72,11 @@ class Ring(Distance):
         if not 0 < self.length < math.inf:
             raise ValueError(f"Ring got length={self.length}; give its circumference in the unit of the positions.")
 
-    def __call__(self, a: Float[np.ndarray, "n k"], b: Float[np.ndarray, "m k"]) -> Float[np.ndarray, "n m"]:
+    def __call__(self, a: Float[Numbers, "n k"], b: Float[Numbers, "m k"]) -> Float[Numbers, "n m"]:
         """Distances along the shorter arc, in the unit of the positions."""
-        apart = np.abs(a[:, None, 0] - b[None, :, 0]) % self.length
-        return np.minimum(apart, self.length - apart)
+        xp = array_module(a, b)
+        apart = xp.abs(a[:, None, 0] - b[None, :, 0]) % self.length
+        return xp.minimum(apart, self.length - apart)
 
     def check(self, coordinates: int) -> str | None:
         """Return "one number", or None if a position has one coordinate."""
@@ -66,9 +86,10 @@ class Ring(Distance):
 class Euclidean(Distance):
     """Distance in a straight line. A position has any number of coordinates, all in one unit."""
 
-    def __call__(self, a: Float[np.ndarray, "n k"], b: Float[np.ndarray, "m k"]) -> Float[np.ndarray, "n m"]:
+    def __call__(self, a: Float[Numbers, "n k"], b: Float[Numbers, "m k"]) -> Float[Numbers, "n m"]:
         """Distances in a straight line, in the unit of the positions."""
-        return np.sqrt(np.sum((a[:, None, :] - b[None, :, :]) ** 2, axis=-1))
+        xp = array_module(a, b)
+        return xp.sqrt(xp.sum((a[:, None, :] - b[None, :, :]) ** 2, axis=-1))
 
     def check(self, coordinates: int) -> str | None:
         """Return None, because any number of coordinates is valid."""
@@ -93,13 +114,14 @@ class GreatCircle(Distance):
                 f"GreatCircle got sphere_radius={self.sphere_radius}; give a positive radius in the unit of distances."
             )
 
-    def __call__(self, a: Float[np.ndarray, "n k"], b: Float[np.ndarray, "m k"]) -> Float[np.ndarray, "n m"]:
+    def __call__(self, a: Float[Numbers, "n k"], b: Float[Numbers, "m k"]) -> Float[Numbers, "n m"]:
         """Great-circle distances, in the unit of the sphere's radius.
 
         They are computed from the chord, which is accurate for near points, where the arc cosine is not.
         """
         half_chord = 0.5 * Euclidean()(_on_unit_sphere(a), _on_unit_sphere(b))
-        return 2.0 * self.sphere_radius * np.arcsin(np.minimum(half_chord, 1.0))
+        xp = array_module(half_chord)
+        return 2.0 * self.sphere_radius * xp.arcsin(xp.minimum(half_chord, 1.0))
 
     def check(self, coordinates: int) -> str | None:
         """Return "(latitude, longitude) in degrees", or None if a position has two coordinates."""
@@ -120,9 +142,10 @@ class GreatCircle(Distance):
         )
 
 
-def _on_unit_sphere(positions: Float[np.ndarray, "n k"]) -> Float[np.ndarray, "n 3"]:
-    latitude, longitude = np.radians(positions).T
-    return np.stack([np.cos(latitude) * np.cos(longitude), np.cos(latitude) * np.sin(longitude), np.sin(latitude)], -1)
+def _on_unit_sphere(positions: Float[Numbers, "n k"]) -> Float[Numbers, "n 3"]:
+    xp = array_module(positions)
+    latitude, longitude = xp.radians(positions).T
+    return xp.stack([xp.cos(latitude) * xp.cos(longitude), xp.cos(latitude) * xp.sin(longitude), xp.sin(latitude)], -1)
 
 
 class WithHeight(Distance):
@@ -150,10 +173,10 @@ class WithHeight(Distance):
                 f"WithHeight got scale={self.scale}; give the horizontal distance that equals one unit of height."
             )
 
-    def __call__(self, a: Float[np.ndarray, "n k"], b: Float[np.ndarray, "m k"]) -> Float[np.ndarray, "n m"]:
+    def __call__(self, a: Float[Numbers, "n k"], b: Float[Numbers, "m k"]) -> Float[Numbers, "n m"]:
         """Distances from horizontal distance and height together, in the unit of the horizontal distance."""
         height = self.scale * (a[:, None, -1] - b[None, :, -1])
-        return np.sqrt(self.horizontal(a[:, :-1], b[:, :-1]) ** 2 + height**2)
+        return array_module(height).sqrt(self.horizontal(a[:, :-1], b[:, :-1]) ** 2 + height**2)
 
     def check(self, coordinates: int) -> str | None:
         """Description of a horizontal position with a height; None if the number of coordinates is valid."""

@@ -43,7 +43,7 @@ def build_kernel(
     residual_fn: Callable[[Any, PyTree, PyTree], Any],
     advance_fn: Callable[[PRNGKeyArray, Any, PyTree, PyTree, PyTree], tuple[PyTree, PyTree]],
     update: EnsembleUpdate = PerturbedObservations(),
-    taper: PlacedTaper | None = None,
+    taper: PlacedTaper | Callable[[PyTree], PlacedTaper] | None = None,
     inflation: Sequence[Inflation] = (),
     batch_size: int | None = None,
 ) -> Kernel:
@@ -54,7 +54,8 @@ def build_kernel(
         residual_fn: (x, particle, observation) -> R^{-1/2} (y - h(x)), zero where missing.
         advance_fn: (rng_key, x, particle, observation, record) -> (particle, record), the particle of an analyzed x.
         update: update of the ensemble, `PerturbedObservations()` or `SquareRoot()`.
-        taper: localization at the positions of the model's values; None for no localization.
+        taper: localization at the positions of the model's values; a function (observation) -> `PlacedTaper` if
+            observations move from step to step; None for no localization.
         inflation: sequence of inflations. `ForecastMultiplicative` acts on the forecast before the update, all others
             act on the analysis, in their order.
         batch_size: number of particles mapped at a time, which bounds the memory; None maps all at once.
@@ -84,7 +85,8 @@ def build_kernel(
         # Update all members together.
         residual = jax.vmap(lambda x, particle: residual_fn(x, particle, observation))(x, state.particles)
         prior = x
-        x = x + update(error_key, (x - mean).reshape(n, -1), residual, taper).reshape(x.shape)
+        placed = taper(observation) if callable(taper) else taper
+        x = x + update(error_key, (x - mean).reshape(n, -1), residual, placed).reshape(x.shape)
         # The key of the inflation is a fourth one, so that the other three are the same with and without inflation.
         x = inflated(after, jax.random.split(rng_key, 4)[3], x, prior)
 

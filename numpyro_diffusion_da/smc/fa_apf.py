@@ -72,7 +72,7 @@ def build_kernel(
     resampling_fn: Resampling | None = None,
     target_ess: float = 0.2,
     batch_size: int | None = None,
-    local: LocalAncestors | None = None,
+    local: LocalAncestors | Callable[[PyTree], LocalAncestors] | None = None,
     inflation: Sequence[Inflation] = (),
     advance_fn: Advance | None = None,
     forecast_fn: Draw | None = None,
@@ -87,8 +87,9 @@ def build_kernel(
         resampling_fn: resampling function from `blackjax.smc.resampling`; None for systematic resampling.
         target_ess: effective sample size that tempering aims at, as a fraction of N; 0 for no tempering.
         batch_size: number of particles mapped at a time, which bounds the memory; None maps all at once.
-        local: localized resampling; None selects whole particles. With it, `Info` has one set of weights and ancestors
-            for each block, and no evidence is estimated.
+        local: localized resampling; a function (observation) -> `LocalAncestors`, with the same blocks at every step,
+            if observations move from step to step; None selects whole particles. With it, `Info` has one set of weights
+            and ancestors for each block, and no evidence is estimated.
         inflation: inflations of the new states, applied in this order.
         advance_fn: (rng_key, x, particle, observation, record) -> (new particle, record), for one particle. Needed with
             `inflation`.
@@ -118,14 +119,15 @@ def build_kernel(
         predictive, weighing = weigh(state.particles)
         predictive = jax.tree.map(lambda x: jnp.where(jnp.isfinite(x), x, -jnp.inf), predictive)
         # Temper and select.
-        if local is None:
+        here = local(observation) if callable(local) else local
+        if here is None:
             chosen = tempering.select(resampling_key, predictive, None, resampling_fn, target_ess)
             log_weights, ancestors, alpha = chosen
             parents = jax.tree.map(lambda x: x[ancestors], state.particles)
         else:
-            chosen = local.select(resampling_key, predictive, resampling_fn, target_ess, tempering)
+            chosen = here.select(resampling_key, predictive, resampling_fn, target_ess, tempering)
             log_weights, ancestors, alpha = chosen
-            parents = local.glue(state.particles, ancestors)
+            parents = here.glue(state.particles, ancestors)
         # Move from the selected particles.
         propose = map_particles(lambda key, particle: propose_fn(key, particle, observation), batch_size)
         keys = particle_keys(proposal_key, n)

@@ -6,6 +6,10 @@ with distance.
 
 A `Taper` holds what a user chooses. A `PlacedTaper` holds the position of every value of one model. `Neighborhoods` and
 `Blocks` are the arrays that a compiled step needs. This module knows no filter.
+
+The positions of a `PlacedTaper` are numpy arrays, and everything that follows from them is a constant of the compiled
+step. Positions of observations that move from step to step are JAX arrays. Then correlations are computed in the step,
+for all pairs of a place of the state and an observation, because the number of near ones is not known in advance.
 """
 
 from __future__ import annotations
@@ -15,13 +19,15 @@ import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
 import numpy as np
-from jaxtyping import ArrayLike, Float, Int
+from jaxtyping import Array, ArrayLike, Bool, Float, Int
 
 from numpyro_diffusion_da.arguments import require
 from numpyro_diffusion_da.checksums import checksum
 from numpyro_diffusion_da.smc.correlations import Correlation, GaspariCohn
-from numpyro_diffusion_da.smc.distances import Distance
+from numpyro_diffusion_da.smc.distances import Distance, Numbers, array_module
 
 LARGEST_BLOCK = 2**22
 """Largest number of distances computed at a time: 32 MB."""
@@ -36,7 +42,7 @@ class Neighborhoods(NamedTuple):
     """
 
     which: Int[np.ndarray, "p k"]
-    weights: Float[np.ndarray, "p k"]
+    weights: Float[Numbers, "p k"]
 
 
 class Blocks(NamedTuple):
@@ -59,34 +65,66 @@ class PlacedTaper:
         radii: half-width c of each observation's taper, in the unit of the distance, shape (m,).
         distance: distance between two positions.
         points: positions of the state, one for each run of values at the same place, shape (p, k).
-        observations: positions of the whitened residuals, in their order, shape (m, k).
+        observations: positions of the whitened residuals, in their order, shape (m, k). JAX arrays may have positions
+            that are not finite; their taper is 0.
         correlation: correlation as a function of the distance over c.
     """
 
     radii: Float[np.ndarray, " m"]
     distance: Distance
     points: Float[np.ndarray, "p k"]
-    observations: Float[np.ndarray, "m k"]
+    observations: Float[Numbers, "m k"]
     correlation: Correlation = dataclasses.field(default_factory=GaspariCohn)
 
-    def taper(self, at: Float[np.ndarray, "n k"]) -> Float[np.ndarray, "n m"]:
-        """Correlation between given positions and the observations."""
-        return self.correlation(self.distance(at, self.observations) / self.radii[None])
+    def placed(self) -> Bool[Numbers, " m"]:
+        """Whether the position of each observation is finite."""
+        xp = array_module(self.observations)
+        return xp.all(xp.isfinite(self.observations), axis=-1)
 
-    def between_observations(self) -> Float[np.ndarray, "m m"]:
+    def taper(self, at: Float[np.ndarray, "n k"]) -> Float[Numbers, "n m"]:
+        """Correlation between given positions and the observations."""
+        if isinstance(self.observations, np.ndarray):
+            return self.correlation(self.distance(at, self.observations) / self.radii[None])
+        placed = self.placed()
+        found = self._moving(at, jnp.where(placed[:, None], self.observations, 0.0), self.radii[None])
+        return jnp.where(placed[None], found, 0.0)
+
+    def between_observations(self) -> Float[Numbers, "m m"]:
         """Correlation between the observations, from the smaller of the two radii."""
         radii = np.minimum(self.radii[:, None], self.radii[None, :])
-        return self.correlation(self.distance(self.observations, self.observations) / radii)
+        if isinstance(self.observations, np.ndarray):
+            return self.correlation(self.distance(self.observations, self.observations) / radii)
+        placed = self.placed()
+        rows = jnp.where(placed[:, None], self.observations, 0.0)
+        return jnp.where(placed[:, None] & placed[None, :], self._moving(rows, rows, radii), 0.0)
+
+    def _moving(self, a: Float[Numbers, "n k"], b: Float[Array, "m k"], radii: Float[np.ndarray, ...]) -> Array:
+        """Correlation between positions that are known only inside a compiled function.
+
+        Raises:
+            TypeError: the distance or the correlation takes numpy arrays only.
+        """
+        try:
+            return jnp.asarray(self.correlation(self.distance(a, b) / radii))
+        except (jax.errors.TracerArrayConversionError, jax.errors.ConcretizationTypeError) as error:
+            raise TypeError(
+                f"{type(self.distance).__name__} or {type(self.correlation).__name__} is written for numpy arrays and "
+                "cannot take places that move from step to step; write both with jax.numpy functions."
+            ) from error
 
     def neighborhoods(self, at: Float[np.ndarray, "p k"] | None = None) -> Neighborhoods:
         """Find the observations with a positive taper at each position.
 
-        All pairs are compared, in batches that bound the memory.
+        All pairs are compared, in batches that bound the memory. If places move, all observations are near each
+        position, with a taper of 0 where they are too far.
 
         Args:
             at: positions; by default the places of the state.
         """
         points = self.points if at is None else at
+        if not isinstance(self.observations, np.ndarray):
+            weights = self.taper(points).astype(jnp.float32)
+            return Neighborhoods(np.broadcast_to(np.arange(weights.shape[1], dtype=np.int32), weights.shape), weights)
         block = max(1, LARGEST_BLOCK // max(1, len(self.observations)))
         found = []
         for start in range(0, len(points), block):
@@ -136,12 +174,22 @@ class Taper:
     The errors of a `MultivariateNormal` site are correlated, and whitening mixes the values of an event. All values of
     such an event need the same place, so the site has one place per event.
 
+    Places that move, for example of ships, aircraft or satellites, are passed through the inputs of the program's scan,
+    and its body names them: ``numpyro.deterministic("y_place", at["place"])``. The taper gets this name in place of an
+    array, ``Taper(4.0, Ring(40), {"y": "y_place"})``. The positions of a step may depend on the scan's inputs and on
+    arguments of the program, but not on the state, the carry or random draws. They have the form of the array that they
+    replace, at one time. A missing value may have a position of NaN. A new position compiles nothing anew.
+
+    An array holds for all steps. A filter cannot notice that observations have moved away from the places in an array:
+    it then localizes around wrong places, without a warning. Name the site of a program whose observations move.
+
     Args:
         radius: half-width c of the taper, in the unit of the distance. The taper is 0 from 2 c on. One number for all
             observations, or one for each observed site by its name.
         distance: `Ring`, `Euclidean`, `GreatCircle`, or `WithHeight` of one of them. On a ring and on the sphere a
             taper is a covariance only if c is at most a quarter of the circle.
-        observations: positions of each observed site's values, by the name of the site.
+        observations: positions of each observed site's values, by the name of the site: an array, or the name of the
+            deterministic site in the scan's body that holds the positions of each step.
         state: positions of the state's values; by default the coordinates of the prior's layout.
         correlation: taper as a function of the distance over c: `GaspariCohn()`, which is 5/24 at c, or `Boxcar()`.
 
@@ -152,7 +200,7 @@ class Taper:
 
     radius: float | Mapping[str, float]
     distance: Distance
-    observations: Mapping[str, ArrayLike]
+    observations: Mapping[str, ArrayLike | str]
     state: ArrayLike | None = None
     correlation: Correlation = dataclasses.field(default_factory=GaspariCohn)
 
@@ -173,7 +221,10 @@ class Taper:
                 "ndda.GreatCircle()."
             )
         require(self.correlation, Correlation, self, "correlation", "ndda.smc.GaspariCohn()")
-        placed = {name: self._rows(value, f"site '{name}'") for name, value in self.observations.items()}
+        placed = {
+            name: value if isinstance(value, str) else self._rows(value, f"site '{name}'")
+            for name, value in self.observations.items()
+        }
         object.__setattr__(self, "observations", placed)
         if self.state is not None:
             object.__setattr__(self, "state", self._rows(self.state, "the state"))
@@ -185,26 +236,68 @@ class Taper:
         parts += [f"{name}={_described(value)}" for name, value in self.observations.items()]
         return f"Taper({', '.join(parts)}, state={'layout' if self.state is None else _described(self.state)})"
 
+    @property
+    def moving(self) -> dict[str, str]:
+        """Name of the deterministic site with the positions, for each observed site whose positions move."""
+        return {name: value for name, value in self.observations.items() if isinstance(value, str)}
+
     def _radius(self, site: str) -> float:
         return self.radius[site] if isinstance(self.radius, Mapping) else self.radius
 
     def _rows(self, values: ArrayLike, what: str) -> Float[np.ndarray, "n k"]:
-        rows = np.asarray(values, np.float64)
-        rows = rows.reshape(-1, 1) if rows.ndim < 2 else rows.reshape(-1, rows.shape[-1])
+        rows = self._as_rows(np.asarray(values, np.float64), what)
+        if not np.all(np.isfinite(rows)):
+            raise ValueError(f"Taper got a position of {what} that is not finite; give finite positions.")
+        return rows
+
+    def _as_rows(self, values: Any, what: str) -> Any:
+        """Reshape positions to one row of coordinates for each; they may be tracers.
+
+        Raises:
+            ValueError: the rows have a number of coordinates that the distance cannot take.
+        """
+        rows = values.reshape(-1, 1) if values.ndim < 2 else values.reshape(-1, values.shape[-1])
         if (needed := self.distance.check(rows.shape[1])) is not None:
+            if values.ndim == 1 and self.distance.check(len(values)) is None:
+                return values.reshape(1, -1)  # one position without an axis of positions
             raise ValueError(
                 f"Taper got positions of shape {np.shape(values)} for {what}; a position of "
                 f"{type(self.distance).__name__} is {needed}."
             )
-        if not np.all(np.isfinite(rows)):
-            raise ValueError(f"Taper got a position of {what} that is not finite; give finite positions.")
         return rows
+
+    def _moved(
+        self, site: str, shape: tuple[int, ...], event: int, places: Mapping[str, Numbers]
+    ) -> Float[Numbers, "m k"]:
+        """Positions of a site's values at one step, from the deterministic site that holds them.
+
+        Args:
+            site: name of the observed site.
+            shape: shape of its value.
+            event: number of consecutive values that share a correlated error.
+            places: value of each deterministic site at one step, by name.
+
+        Raises:
+            ValueError: the shape of the positions does not fit, or values at different places have correlated errors.
+        """
+        source = self.moving[site]
+        what = f"site '{site}' (from the deterministic site '{source}')"
+        xp = array_module(places[source])
+        rows = self._as_rows(xp.asarray(places[source], float), what)
+        at_each = _values_at_each(len(rows), shape, what)
+        if at_each % event:
+            raise ValueError(
+                f"site '{site}' has correlated errors between {event} values, but the deterministic site '{source}' "
+                "gives each of them a place of its own; give one place per event, or independent Normal errors."
+            )
+        return xp.repeat(rows, at_each, axis=0)
 
     def place(
         self,
         state_shape: tuple[int, ...],
         observed: Mapping[str, tuple[tuple[int, ...], int]],
         axes: Mapping[str, np.ndarray] | None = None,
+        places: Mapping[str, Numbers] | None = None,
     ) -> PlacedTaper:
         """Place the taper at the positions of one model's state and observations.
 
@@ -214,6 +307,8 @@ class Taper:
                 values that share a correlated error (1 if errors are independent).
             axes: coordinates of the leading dimensions of the state's grid, by name. They are the positions of the
                 state if the taper has none.
+            places: positions of observations that move, at one time, by the name of the deterministic site that holds
+                them (see `moving`); they may be tracers.
 
         Raises:
             ValueError: positions are missing, have a wrong number or belong to an unknown site, or values at different
@@ -223,13 +318,18 @@ class Taper:
         _values_at_each(len(rows), state_shape, "the state")
         if unknown := sorted(set(self.observations) - set(observed)):
             raise ValueError(f"Taper has positions of {unknown}, but the observed sites are {sorted(observed)}.")
-        placed, radii = [], []
+        placed: list[Any] = []
+        radii = []
         for name, (shape, event) in observed.items():
             if name not in self.observations:
                 raise ValueError(
                     f"Taper has no positions of the observed site '{name}'; give one for each of its values: "
                     f"Taper(observations={{'{name}': ...}}), shape {shape}."
                 )
+            if name in self.moving:
+                placed.append(self._moved(name, shape, event, places or {}))
+                radii.append(np.full(len(placed[-1]), self._radius(name)))
+                continue
             given = np.asarray(self.observations[name])
             at_each = _values_at_each(len(given), shape, f"site '{name}'")
             here = np.repeat(given, at_each, axis=0)
@@ -244,7 +344,8 @@ class Taper:
         if len({x.shape[1] for x in (rows, *placed)}) != 1:
             counts = {"the state": rows.shape[1]} | {n: x.shape[1] for n, x in zip(observed, placed, strict=True)}
             raise ValueError(f"Taper got positions of {counts} coordinates; give the same coordinates to all.")
-        return PlacedTaper(np.concatenate(radii), self.distance, rows, np.concatenate(placed), self.correlation)
+        observations = array_module(*placed).concatenate(placed)
+        return PlacedTaper(np.concatenate(radii), self.distance, rows, observations, self.correlation)
 
     def _grid_rows(self, axes: Mapping[str, np.ndarray] | None) -> Float[np.ndarray, "n k"]:
         if not axes:
@@ -273,4 +374,6 @@ def _values_at_each(positions: int, shape: tuple[int, ...], what: str) -> int:
 
 
 def _described(positions: Any) -> str:
+    if isinstance(positions, str):
+        return f"positions in the site '{positions}'"
     return f"[{len(positions)} positions, {checksum(positions)[:12]}]"
