@@ -69,6 +69,7 @@ def made(chains=2, draws=5, steps=3, seed=0, **changes):
         "network_passes": {"forward": np.full((chains, steps), 17.0), "vjp": np.zeros((chains, steps))},
         "latent_name": "x",
         "layout": ndda.Layout((2, 3), ("level", "cell"), (("level", (500.0, 850.0)),), "K"),
+        "metadata": {"places": rng.normal(size=(steps, 4, 2))},
         "attributes": {"model": "made", "algorithm": "FAAPF", "weight": "Moment()", "seed": "[0, 0]"},
     }
     return ndda.FilterResult(**{**parts, **changes})
@@ -103,6 +104,9 @@ def test_every_array_has_its_names():
     assert dict(tree["observed_data/y"].sizes) == {"time": 3, "y_dim_0": 4}
     assert dict(tree["constant_data/y_error"].sizes) == {"time": 3, "y_dim_0": 4}
     assert tree["constant_data/y_missing"].values.tolist() == (~result.observed_mask["y"]).tolist()
+    assert dict(tree["constant_data/places"].sizes) == {"time": 3, "places_dim_0": 4, "places_dim_1": 2}
+    named = ndda.results.to_datatree(result, dims={"places": ["station", "axis"], "y": ["station"]})
+    assert named["constant_data/places"].dims == ("time", "station", "axis")
     stats = tree["sample_stats"]
     assert dict(stats["log_weights"].sizes) == particle
     assert dict(stats["ess"].sizes) == {"chain": 2, "time": 3}
@@ -366,6 +370,7 @@ def test_arviz_is_given_its_own_type(filtered):
 def test_arviz_is_given_only_what_was_observed():
     result = made()
     data = ndda.results.to_arviz(result, time=[10, 20, 30], dims={"y": ["station"]}, coords={"station": list("abcd")})
+    assert data["constant_data"]["places"].dims == ("time", "places_dim_0", "places_dim_1")
     observed, predicted = dataset(data, "observed_data"), dataset(data, "posterior_predictive")
     kept = result.observed_mask["y"]
     at = list(zip(*np.nonzero(kept), strict=True))

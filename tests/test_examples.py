@@ -150,6 +150,18 @@ def test_local_ancestors_of_lorenz96(tmp_path):
 
 
 @pytest.mark.slow
+def test_moving_observations_runs(tmp_path):
+    """The benchmark, small: places of each step are near the exact filter; the first step's are worse than none."""
+    out, name = tmp_path / "table.json", "EnKF, square root"
+    load("moving_observations").main(30, 4, 3.0, 48, truths=1, steps=60, spin_up=10, only=[name], out=out)
+    exact, *found = json.loads(out.read_text())["rows"]
+    without, first, each = (row["RMSE"] / exact["RMSE"] for row in found)
+    assert 0.98 < each < 1.06 < without < first
+    with pytest.raises(typer.BadParameter, match="no filter called bootstrap"):
+        load("moving_observations").main(only=["bootstrap"])
+
+
+@pytest.mark.slow
 def test_localization_is_right_on_a_ring():
     """Linear-Gaussian: where what is far apart is nearly independent, local ancestors are as good as Kalman's mean."""
     benchmark = load("linear_gaussian")

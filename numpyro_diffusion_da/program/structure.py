@@ -316,8 +316,8 @@ def _examine(program: Callable[[], None], name: str, shapes: Shapes) -> Structur
         state_shape=tuple(shapes.state.shape),
         observed=found["observed"],
         deterministic={
-            n: found["deterministic"][n]._replace(depends_on=_causes(on, found["latent_name"]))
-            for n, on in depends["deterministic"].items()
+            n: form._replace(depends_on=_causes(depends["deterministic"][n], found["latent_name"]))
+            for n, form in found["deterministic"].items()
         },
         needed_names=tuple(used),
         global_names=global_names,
@@ -353,7 +353,9 @@ def _causes(provenance: PyTree, latent_name: str) -> tuple[str, ...]:
     said = {"state": f"the latent site '{latent_name}'", "carry": "the carry of the scan", "key": "random draws"}
     names = sorted(_names(provenance))
     # A latent site before the scan depends on the key too. Its own name says more.
-    outside = [f"the latent {name}" for name in names if name not in {*said, "direction"}]
+    outside = [
+        f"the latent site '{name.removeprefix(_argument(''))}'" for name in names if name.startswith(_argument(""))
+    ]
     inside = [said[name] for name in said if name in names and not (name == "key" and outside)]
     return (*inside, *outside)
 
