@@ -15,7 +15,7 @@ from conftest import compilations
 from numpyro.contrib.control_flow import scan
 
 import numpyro_diffusion_da as ndda
-from numpyro_diffusion_da.inference.records import Keep, check_metadata_names
+from numpyro_diffusion_da.inference import records
 from numpyro_diffusion_da.smc import Boxcar, Correlation, GaspariCohn
 
 D, T = 12, 3
@@ -92,7 +92,7 @@ def at_time(t, at=AT):
 @pytest.fixture(scope="module")
 def moved():
     """A filter that has run."""
-    return filtered("EnKF, square root, checked", keep=["x", "station"])
+    return filtered("EnKF, perturbed", keep=["x", "station"])
 
 
 # --- positions --------------------------------------------------------------------------------------------------------
@@ -178,7 +178,7 @@ def test_a_constant_taper_at_each_step_is_the_same(moved):
     place = np.nan_to_num(AT["place"], nan=2.0)
     _, run_key = jax.random.split(jax.random.fold_in(jax.random.key(0), 0))
     before = ndda.smc.init(jnp.asarray(moved.result.posterior["x"][0, :, 0]))
-    algorithm = FILTERS["EnKF, square root, checked"](taper(place[1], place[1, :1]))
+    algorithm = FILTERS["EnKF, perturbed"](taper(place[1], place[1, :1]))
     online = ndda.OnlineFilter(algorithm, num_particles=16)
     state, _ = online.step(jax.random.fold_in(run_key, 1), before, at_time(1))
     np.testing.assert_allclose(moved.result.posterior["x"][0, :, 1], state.particles, atol=1e-5)
@@ -349,7 +349,7 @@ def test_results_hold_metadata_and_errors_of_each_step(moved, tmp_path):
 
 
 def test_names_of_sites_to_keep_and_of_metadata_are_checked(structure):
-    keep = Keep(("good",), True, False, structure.structure.metadata_names)
+    keep = records.Keep(("good",), True, False, structure.structure.metadata_names)
     with pytest.raises(ValueError, match=r"keep names \['good'\] only, .* a site that particles have, one of \['x'\]"):
         keep.of({"posterior": {"x": jnp.zeros(2)}})
     with pytest.raises(ValueError, match=r"keep names \['bad'\], but .* sites are \['flags', 'good', 'pairs', "):
@@ -357,4 +357,4 @@ def test_names_of_sites_to_keep_and_of_metadata_are_checked(structure):
     form = structure.structure.deterministic["good"]
     taken = dataclasses.replace(structure.structure, deterministic={"pair_error": form})
     with pytest.raises(ValueError, match="'pair_error' has the name under which results hold the standard deviations"):
-        check_metadata_names(taken)
+        records.check_metadata_names(taken)
