@@ -202,7 +202,7 @@ def test_places_of_each_step_are_a_constant_taper_of_each_step(name):
         state, _ = online.step(jax.random.fold_in(run_key, t), state, at_time(t))
     np.testing.assert_allclose(run.result.posterior["x"][0, :, -1], state.particles, atol=2e-5)
     lost = at_time(0) | {"place": AT["place"][1:2]}
-    with pytest.raises(ValueError, match=r"site 'y' has 1 observed values whose place in the site 'y_place' is not"):
+    with pytest.raises(ValueError, match=r"site 'y' has 1 observed value whose place in the site 'y_place' is not"):
         online.step(jax.random.key(0), state, lost)
 
 
@@ -249,7 +249,7 @@ def test_an_observed_value_without_a_place_is_refused(moved):
     for step, place in ((0, np.nan), (1, np.inf)):
         other = {**AT, "place": AT["place"].copy()}
         other["place"][step, 1] = place
-        sentence = rf"site 'y' has 1 observed values at step {step} whose place in the site 'y_place' is not finite"
+        sentence = rf"site 'y' has 1 observed value at step {step} whose place in the site 'y_place' is not finite"
         with pytest.raises(ValueError, match=sentence):
             again.run(jax.random.key(0), other)
 

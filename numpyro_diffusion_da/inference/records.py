@@ -153,9 +153,11 @@ def check_places(unplaced: Mapping[str, Any], sources: Mapping[str, str], step: 
     """
     for name, count in unplaced.items():
         if count:
+            at = "" if step is None else f" at step {step}"
             raise ValueError(
-                f"site '{name}' has {count} observed values{'' if step is None else f' at step {step}'} whose place in "
-                f"the site '{sources[name]}' is not finite; give their places, or mark these values as missing by NaN."
+                f"site '{name}' has {count} observed {'value' if count == 1 else 'values'}{at} whose place in the site "
+                f"'{sources[name]}' is not finite; give a finite place, or mark what is missing by NaN in the "
+                "observation."
             )
 
 
