@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import numbers
 import reprlib
 import types
 from typing import Any
+
+import numpy as np
 
 
 def require(value: Any, kind: type | tuple[type, ...], owner: Any, name: str, example: str) -> None:
@@ -67,6 +70,55 @@ def require_fraction(value: Any, owner: Any, name: str, advice: str) -> None:
         raise TypeError(f"{_name(owner)} got {name}={shown(value)}; {advice}")
     if not 0.0 <= float(value) < 1.0:
         raise ValueError(f"{_name(owner)} got {name}={value}; {advice}")
+
+
+def real_array(value: Any, owner: Any, name: str, example: str) -> np.ndarray:
+    """Convert an argument to an array in double precision, of finite real numbers.
+
+    Args:
+        value: the argument.
+        owner: the object that got the argument, or the name of a function as a string.
+        name: name of the argument.
+        example: a correct argument for the message, as written in a program.
+
+    Raises:
+        TypeError: the argument is not an array of real numbers.
+        ValueError: a value is NaN or infinite.
+    """
+    try:
+        array = np.asarray(value)
+    except (TypeError, ValueError):
+        array = np.asarray(None)
+    if array.dtype.kind == "c":
+        raise TypeError(f"{_name(owner)} got {name} with complex numbers; give real numbers, as in {name}={example}.")
+    if array.dtype.kind in "SUmMO":
+        got = f"values of type {array.dtype}" if isinstance(value, np.ndarray) else shown(value)
+        raise TypeError(f"{_name(owner)} got {name}={got}; expected a ndarray of numbers: write {name}={example}.")
+    array = array.astype(np.float64)
+    if bad := int((~np.isfinite(array)).sum()):
+        raise ValueError(
+            f"{_name(owner)} got {name} with non-finite values, {bad} of {array.size}; give finite numbers."
+        )
+    return array
+
+
+def require_noise_range(value: Any, owner: Any) -> None:
+    """Raise an error if an argument is not a range of noise levels.
+
+    Args:
+        value: the argument `noise_range`.
+        owner: the object that got the argument, or the name of a function as a string.
+
+    Raises:
+        TypeError: `value` is not a tuple.
+        ValueError: `value` is not two levels with 0 < lowest < highest < infinity.
+    """
+    require(value, tuple, owner, "noise_range", "(0.02, 80.0)")
+    numeric = all(isinstance(level, numbers.Real) and not isinstance(level, bool) for level in value)
+    if len(value) != 2 or not numeric or not 0.0 < value[0] < value[1] < math.inf:
+        raise ValueError(
+            f"{_name(owner)} got noise_range={value}; give two levels, 0 < lowest < highest, as in (0.02, 80.0)."
+        )
 
 
 def require_program(value: Any, owner: Any) -> None:

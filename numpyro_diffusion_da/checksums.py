@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import numpy as np
 from jaxtyping import PyTree
 
 
+def named_leaves(tree: PyTree) -> dict[str, Any]:
+    """Leaves of a pytree by their path in it, for instance 'mean_network.encode'."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
+    return {jax.tree_util.keystr(path).lstrip("."): leaf for path, leaf in leaves}
+
+
 def named_arrays(tree: PyTree) -> dict[str, np.ndarray]:
     """Arrays of a pytree by their path in it, for instance 'mean_network.encode'."""
-    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
-    return {jax.tree_util.keystr(path).lstrip("."): np.asarray(leaf) for path, leaf in leaves}
+    return {name: np.asarray(leaf) for name, leaf in named_leaves(tree).items()}
 
 
 def arrays_checksum(arrays: Mapping[str, np.ndarray]) -> str:

@@ -4,6 +4,7 @@ import io
 
 import jax
 import numpy as np
+import pandas
 import pytest
 import xarray as xr
 
@@ -164,12 +165,36 @@ def test_the_user_names_axes_and_time():
     assert ndda.results.to_datatree(made(), time=steps)["posterior"].time.attrs["long_name"] == "hours since the start"
     dates = [datetime.datetime(2024, 1, day) for day in (1, 2, 3)]
     assert ndda.results.to_datatree(made(), time=dates)["posterior"].time.dtype.kind == "M"
+    labels = ["first", "second", "last"]
+    assert ndda.results.to_datatree(made(), time=labels)["posterior"].time.values.tolist() == labels
+
+
+def test_times_with_a_zone_become_utc():
+    days = np.array(["2024-01-01T23", "2024-01-02T23", "2024-01-03T23"], "datetime64[ns]")
+    oslo = pandas.date_range("2024-01-02", periods=3, tz="Europe/Oslo")
+    for time in (oslo, list(oslo), [day.isoformat() for day in oslo], [day.to_pydatetime() for day in oslo]):
+        tree = ndda.results.to_datatree(made(), time=time)
+        np.testing.assert_array_equal(tree["posterior"].time.values, days)
+        assert tree["posterior"].time.dtype == days.dtype  # which files take
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ({"time": [0, 1]}, "time has 2 values, but the filter made 3 steps"),
+        ({"time": 3}, "time is 3; give one value for each of the 3 steps"),
+        ({"time": "abc"}, "time is 'abc'; give one value"),
+        ({"time": [0, 2, 1]}, "time goes back from 2 to 1 at positions 1 and 2"),
+        ({"time": [0.0, np.nan, 2.0]}, "time has a missing value at position 1"),
+        ({"time": np.array([0, 12, 12], "m8[h]")}, "time repeats 12 hours"),
+        (
+            {"time": np.array(["2024-01-03", "2024-01-02", "2024-01-01"], "M8[ns]")},
+            "time goes back from 2024-01-03T00:00",
+        ),
+        ({"time": ["2024-01-03", "2024-01-02", "2024-01-01"]}, "time goes back from 2024-01-03T00:00"),
+        ({"time": ["2024-01-01", "2024-01-01", "2024-01-02"]}, "time repeats 2024-01-01T00:00"),
+        ({"time": ["a", "b", "a"]}, "time repeats 'a'"),
+        ({"time": [datetime.datetime(2024, 1, 1), None, None]}, "missing date"),
         ({"dims": {"y": ["time", "station"]}}, "dims names 2 axes .* of 'y', which has 1 after time"),
         ({"dims": {"z": ["station"]}}, r"dims has \['z'\], but the sites are"),
         ({"dims": {"y": ["draw"]}}, "'draw' cannot name an axis of 'y'"),

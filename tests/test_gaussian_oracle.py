@@ -584,8 +584,51 @@ def test_krylov_needs_a_product():
         ({"offset": ndda.Layout((2,), ("site",))}, r"GaussianPrior got offset=Layout.*write offset=np.zeros\(3\)"),
         ({"noise_covariance": ndda.diffusion.WhiteNoise()}, r"noise_covariance=WhiteNoise\(\); expected a ndarray"),
         ({"noise_range": 80.0}, r"noise_range=80.0; expected a tuple: write noise_range=\(0.02, 80.0\)"),
+        ({"noise_range": (0.02,)}, r"noise_range=\(0.02,\); give two levels"),
+        ({"noise_range": (80.0, 0.02)}, "give two levels, 0 < lowest < highest"),
+        ({"noise_range": (0.02, np.inf)}, "give two levels"),
+        ({"noise_range": (np.nan, 80.0)}, "give two levels"),
+        ({"noise_range": ("a", "b")}, "give two levels"),
+        *[({name: 1j * np.eye(2)}, f"{name} with complex numbers") for name in ("transition", "covariance")],
+        ({"offset": np.zeros(2) + 1j}, "offset with complex numbers"),
+        ({"noise_covariance": np.eye(2) + 0j}, "noise_covariance with complex numbers"),
+        *[
+            ({name: np.diag([bad, 1.0])}, f"{name} with non-finite values, . of 4")
+            for name in ("transition", "covariance", "noise_covariance")
+            for bad in (np.nan, np.inf)
+        ],
+        ({"offset": [np.nan, 0.0]}, "offset with non-finite values, 1 of 2"),
+        ({"offset": [None, 0.0]}, r"offset=\[None, 0.0\]; expected a ndarray of numbers"),
+        ({"transition": np.zeros((0, 0)), "covariance": np.zeros((0, 0))}, r"transition has shape \(0, 0\)"),
     ],
 )
 def test_arguments_of_the_wrong_kind_are_refused(change, match):
-    with pytest.raises(TypeError, match=match):
+    with pytest.raises((TypeError, ValueError), match=match):
         ndda.GaussianPrior(**({"transition": np.eye(2), "covariance": np.eye(2)} | change))
+
+
+@pytest.mark.parametrize(
+    ("make", "match"),
+    [
+        (lambda: ndda.diffusion.FactorNoise(jnp.full((2, 2), jnp.nan)), "factor with non-finite values"),
+        (lambda: ndda.diffusion.FactorNoise(jnp.eye(2) + 0j), "factor with complex numbers"),
+        (lambda: ndda.diffusion.FactorNoise(jnp.ones(2)), r"factor of shape \(2,\)"),
+        (lambda: ndda.diffusion.FactorNoise("L"), "factor='L'"),
+        (lambda: ndda.diffusion.SphericalNoise(3.0, 4), "num_latitudes=3.0"),
+        (lambda: denoiser_prior(scale=jnp.nan), "scale with non-finite values"),
+        (lambda: denoiser_prior(scale=-1.0), "negative scale"),
+        (lambda: denoiser_prior(location=[jnp.inf, 0.0]), "location with non-finite values"),
+        (lambda: denoiser_prior(location=1j), "location with complex numbers"),
+        (lambda: denoiser_prior(noise_range=(np.nan, 80.0)), "noise_range with non-finite values"),
+        (lambda: denoiser_prior(noise_range=("a", "b")), "noise_range="),
+        (lambda: denoiser_prior(parameters={"w": jnp.array([0.0, jnp.nan])}), r"parameters with NaN in '\['w'\]'"),
+        (lambda: denoiser_prior(conditioning_passes=0.5), "conditioning_passes=0.5"),
+    ],
+)
+def test_numbers_that_a_prior_cannot_have_are_refused(make, match):
+    with pytest.raises((TypeError, ValueError), match=match):
+        make()
+
+
+def denoiser_prior(**changes):
+    return ndda.DenoiserPrior(lambda *args: args[-3], layout=(2,), **({"noise_range": (0.02, 80.0)} | changes))

@@ -16,7 +16,12 @@ import pytest
 import numpyro_diffusion_da as ndda
 from numpyro_diffusion_da.demos import lorenz96_system as lorenz96
 from numpyro_diffusion_da.observation import GaussianLikelihood, GaussianObservation
-from numpyro_diffusion_da.priors import load_prior, read_ring_emulator, save_ring_emulator
+from numpyro_diffusion_da.priors import (
+    load_prior,
+    read_ring_emulator,
+    read_spherical_emulator,
+    save_ring_emulator,
+)
 from numpyro_diffusion_da.priors import ring as emulators
 from numpyro_diffusion_da.transition import DiffusionDynamics
 
@@ -78,6 +83,75 @@ def test_arrays_that_are_not_the_card_s_are_refused(tmp_path):
     np.savez(tmp_path / "lorenz96.npz", **arrays)
     with pytest.raises(ValueError, match="checksum"):
         read_ring_emulator(tmp_path, "lorenz96", 40)
+
+
+CARD, ARRAYS = ((DATA / f"lorenz96.{ending}").read_bytes() for ending in ("json", "npz"))
+
+
+def edited(**changes):
+    return json.dumps(json.loads(CARD) | changes).encode()
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({"npz": b""}, r"the file '.*lorenz96.npz' is damaged .*; install the package again, or run"),
+        ({"npz": ARRAYS[:-100]}, "lorenz96.npz' is damaged"),
+        ({"npz": ARRAYS[: len(ARRAYS) // 2]}, "lorenz96.npz' is damaged"),
+        ({"npz": ARRAYS[:5000] + bytes(200) + ARRAYS[5200:]}, "lorenz96.npz' is damaged"),
+        ({"npz": b"text"}, "lorenz96.npz' is damaged"),
+        ({"npz": CARD}, "lorenz96.npz' is damaged"),
+        ({"npz": None}, "there is no lorenz96.npz in"),
+        ({"json": None}, "there is no lorenz96.json in"),
+        ({"json": b""}, r"data card '.*lorenz96.json' is damaged .*; install"),
+        ({"json": CARD[:-20]}, "lorenz96.json' is damaged"),
+        ({"json": b"\xff\xfe"}, "lorenz96.json' is damaged"),
+        ({"json": b"{}"}, "lorenz96.json' is damaged"),
+        ({"json": b"[1, 2]"}, "lorenz96.json' is damaged"),
+        ({"json": edited(latent_scale=0.7)}, "one of them is damaged or was edited"),
+        ({"json": edited(noise_range=[0.1, 80.0])}, "one of them is damaged or was edited"),
+        ({"json": edited(note="mine")}, "one of them is damaged or was edited"),
+        ({"json": (DATA / "held_suarez.json").read_bytes()}, "belong to different priors"),
+    ],
+)
+def test_files_that_are_damaged_or_edited_are_refused(files, message, tmp_path):
+    for ending, content in ({"json": CARD, "npz": ARRAYS} | files).items():
+        if content is not None:
+            (tmp_path / f"lorenz96.{ending}").write_bytes(content)
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        read_ring_emulator(tmp_path, "lorenz96", 40)
+
+
+def test_files_of_another_kind_are_refused():
+    with pytest.raises(ValueError, match=r"files 'held_suarez' in .* are not those of a ring emulator"):
+        read_ring_emulator(DATA, "held_suarez", 40)
+    with pytest.raises(ValueError, match=r"files 'lorenz96' in .* are not those of a spherical emulator"):
+        read_spherical_emulator(DATA, "lorenz96")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"latent_scale": jnp.array(jnp.nan)}, "latent_scale with non-finite values"),
+        ({"latent_scale": jnp.array(0.0)}, "latent_scale=0.0; give positive numbers"),
+        ({"noise_range": (0.0, 80.0)}, r"noise_range=\(0.0, 80.0\)"),
+        ({"climatology_covariance": jnp.full(21, jnp.inf)}, "climatology_covariance with non-finite values, 21 of 21"),
+    ],
+)
+def test_numbers_that_an_emulator_cannot_have_are_refused(prior, changes, message):
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(prior, **changes)
+
+
+def test_the_checksum_of_a_prior_covers_what_changes_its_numbers(prior):
+    one = prior.provenance()["prior_checksum"]
+    assert load_prior("lorenz96").provenance()["prior_checksum"] == one
+    others = [
+        dataclasses.replace(prior, latent_scale=1.1 * prior.latent_scale),
+        dataclasses.replace(prior, noise_range=(0.05, 80.0)),
+        load_prior("lorenz96", num_sites=41),
+    ]
+    assert len({one, *(other.provenance()["prior_checksum"] for other in others)}) == 4
 
 
 def test_rings_that_are_too_small_and_wrong_states_are_refused(prior):

@@ -15,6 +15,8 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Float
 
+from numpyro_diffusion_da.priors import read_arrays
+
 STEP_HOURS = 12.0
 """Length of one step of the emulator, in hours."""
 
@@ -48,11 +50,11 @@ def truth(folder: Path | Traversable | None = None) -> Float[np.ndarray, "time l
 
     Raises:
         FileNotFoundError: the folder has no such file.
-        ValueError: the file does not contain packed fields with four axes.
+        ValueError: the file is damaged, or does not contain packed fields with four axes.
     """
     folder = importlib.resources.files("numpyro_diffusion_da").joinpath("data") if folder is None else folder
-    with folder.joinpath("held_suarez_truth.npz").open("rb") as file, np.load(file, allow_pickle=False) as stored:
-        states = unpacked(dict(stored))
+    file = folder.joinpath("held_suarez_truth.npz")
+    states = unpacked(read_arrays(file, "install the package again, or run the scripts of examples/mini_weather"))
     if states.ndim != 4:
         raise ValueError(f"the truth has shape {states.shape}; expected (time, latitude, longitude, channel).")
     return states

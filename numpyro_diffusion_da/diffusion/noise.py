@@ -22,6 +22,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from numpyro_diffusion_da.arguments import real_array, require
+
 
 class Noise(eqx.Module):
     """Abstract zero-mean Gaussian noise in the latent space, known by draws and by products with its covariance C.
@@ -86,9 +88,24 @@ class FactorNoise(Noise):
 
     Args:
         factor: L, shape (size of the latent, rank).
+
+    Raises:
+        TypeError: `factor` is not an array of real numbers.
+        ValueError: `factor` is not such a matrix, or a value is not finite.
     """
 
     factor: Float[Array, "size rank"]
+
+    def __check_init__(self) -> None:
+        example = "jnp.linalg.cholesky(covariance)"
+        require(self.factor, (jax.Array, np.ndarray), self, "factor", example)
+        if self.factor.ndim != 2 or self.factor.shape[1] > self.factor.shape[0]:
+            raise ValueError(
+                f"FactorNoise got a factor of shape {self.factor.shape}; give a matrix of shape (size of the latent, "
+                "rank), with no more columns than rows."
+            )
+        if not isinstance(self.factor, jax.core.Tracer):
+            real_array(self.factor, self, "factor", example)
 
     def sample(self, rng_key: PRNGKeyArray, shape: tuple[int, ...], dtype: jnp.dtype) -> Float[Array, ...]:
         """Draw e = L xi with white xi, of the given shape and dtype."""
@@ -128,6 +145,8 @@ def positive_semidefinite(matrix: np.ndarray, name: str, size: int) -> tuple[np.
     Raises:
         ValueError: the matrix has another shape, is not finite or not symmetric, or has a clearly negative eigenvalue.
     """
+    if np.iscomplexobj(matrix):
+        raise ValueError(f"{name} holds complex numbers; give a real covariance.")
     matrix = np.asarray(matrix, dtype=np.float64)
     if matrix.shape != (size, size):
         raise ValueError(f"{name} has shape {matrix.shape}, expected {(size, size)}; give a full matrix.")

@@ -20,9 +20,10 @@ from typing import TYPE_CHECKING, Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, PyTree
 
-from numpyro_diffusion_da.checksums import checksum
+from numpyro_diffusion_da.checksums import arrays_checksum, named_arrays
 from numpyro_diffusion_da.diffusion.noise import Noise
 from numpyro_diffusion_da.fields.layout import Layout
 
@@ -100,8 +101,13 @@ class DiffusionPrior(eqx.Module):
         )
 
     def provenance(self) -> dict[str, str]:
-        """Return what a result records of its prior: the class name, and a SHA-256 checksum of all its arrays."""
-        return {"prior": type(self).__name__, "prior_checksum": checksum(self)}
+        """Return what a result records of its prior: the class name, and a SHA-256 checksum.
+
+        The checksum covers all arrays, the noise range and the layout.
+        """
+        static = {"noise_range": np.asarray(self.noise_range), "layout": np.asarray(str(self.layout))}
+        named = {f"static {name}": value for name, value in static.items()}
+        return {"prior": type(self).__name__, "prior_checksum": arrays_checksum({**named_arrays(self), **named})}
 
     def check_state(self, state: PyTree) -> tuple[int, ...]:
         """Return the batch shape of a state, after checking that every leaf ends in the shape of the state.

@@ -26,6 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, Float, PRNGKeyArray
 
+from numpyro_diffusion_da.arguments import require_count
 from numpyro_diffusion_da.diffusion.noise import Noise, standard_normal
 
 
@@ -47,7 +48,9 @@ class SphericalNoise(Noise):
     factor: Float[Array, "zonal_wavenumber latitude total_wavenumber"]
 
     def __init__(self, num_latitudes: int, num_longitudes: int) -> None:
-        if num_latitudes < 2 or num_longitudes != 2 * (num_latitudes - 1):
+        require_count(num_latitudes, self, "num_latitudes", 2)
+        require_count(num_longitudes, self, "num_longitudes", 2)
+        if num_longitudes != 2 * (num_latitudes - 1):
             raise ValueError(
                 f"SphericalNoise got {num_latitudes} latitudes and {num_longitudes} longitudes, expected "
                 "num_longitudes = 2 (num_latitudes - 1), a regular grid with both poles; regrid the state, or write a "

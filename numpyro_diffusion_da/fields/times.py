@@ -63,8 +63,9 @@ def check_increasing(times: np.ndarray, what: str) -> None:
         ValueError: a time is missing, repeated, or before the time in front of it.
     """
     values = np.asarray(times)
-    steps = values[1:] - values[:-1]
-    bad = ~(steps > np.zeros(1, steps.dtype)[0]) if len(steps) else np.zeros(0, bool)
+    if values.dtype.kind in "fmM" and not np.isfinite(values).all():
+        raise ValueError(f"{what} has a missing value at position {np.flatnonzero(~np.isfinite(values))[0]}.")
+    bad = ~np.asarray(values[1:] > values[:-1], bool)
     if bad.any():
         at = int(np.flatnonzero(bad)[0])
         now, then = _word(values[at]), _word(values[at + 1])
@@ -73,6 +74,49 @@ def check_increasing(times: np.ndarray, what: str) -> None:
             f"{what} {how} {now}{'' if how == 'repeats' else f' to {then}'} at positions {at} and {at + 1}; give "
             "each time once, in increasing order."
         )
+
+
+def time_axis(times: Any, size: int) -> Any:
+    """Check the coordinate of a time axis, and convert dates to UTC.
+
+    Args:
+        times: one value for each step: dates of any kind, numbers, time differences, or labels that are no dates.
+        size: number of steps.
+
+    Returns:
+        The values as an array; with attributes, as an `xarray.Variable`, if `times` has attributes.
+
+    Raises:
+        ValueError: there is not one value for each step, a value is missing, or values do not increase.
+    """
+    import pandas
+    import xarray
+
+    attributes = dict(times.attrs) if isinstance(times, (xarray.DataArray, xarray.Variable)) else None
+    if isinstance(times, Iterator):
+        times = list(times)
+    if isinstance(times, (str, bytes)) or not hasattr(times, "__len__") or np.ndim(times) != 1:
+        raise ValueError(f"time is {times!r}; give one value for each of the {size} steps.")
+    if len(times) != size:
+        raise ValueError(f"time has {len(times)} values, but the filter made {size} steps; give one per step.")
+    aware = isinstance(getattr(times, "dtype", None), pandas.DatetimeTZDtype)
+    values = np.asarray(times, dtype=object) if aware else np.asarray(times)
+    if values.dtype.kind == "M" or isinstance(times, pandas.PeriodIndex):
+        values = utc_times(times, "time")
+    elif values.dtype.kind in "OU":
+        try:
+            values = utc_times(times, "time")
+        except ValueError:
+            if values.dtype.kind == "O" and any(value is None or value is pandas.NaT for value in values.tolist()):
+                raise
+    if values.dtype.kind == "U":
+        # Labels have no order, so that only a repeated one is wrong.
+        labels, counts = np.unique(values, return_counts=True)
+        if (counts > 1).any():
+            raise ValueError(f"time repeats '{labels[counts > 1][0]}'; give each time once.")
+    else:
+        check_increasing(values, "time")
+    return values if not attributes else xarray.Variable("time", values, attributes)
 
 
 def check_spacing(times: np.ndarray, step: np.timedelta64, what: str) -> None:

@@ -29,7 +29,7 @@ from numpyro_diffusion_da.priors.spherical.networks import (
     SphericalResidualNetwork,
     ZonalOperator,
 )
-from numpyro_diffusion_da.priors.stored import read_stored, write_stored
+from numpyro_diffusion_da.priors.stored import read_arrays, read_stored, write_stored
 
 __all__ = [
     "SHIPPED",
@@ -54,6 +54,7 @@ __all__ = [
     "load_prior",
     "package_settings",
     "parametrization",
+    "read_arrays",
     "read_gencast_statistics",
     "read_ring_emulator",
     "read_spherical_emulator",

@@ -16,13 +16,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import equinox as eqx
-import jax
 import jax.numpy as jnp
 import numpy as np
 import scipy.linalg
 from jaxtyping import Array, ArrayLike, Float, PyTree
 
-from numpyro_diffusion_da.arguments import require
+from numpyro_diffusion_da.arguments import real_array, require_noise_range
 from numpyro_diffusion_da.diffusion.noise import FactorNoise, Noise, WhiteNoise, positive_semidefinite
 from numpyro_diffusion_da.diffusion.prior import DiffusionPrior
 from numpyro_diffusion_da.fields.layout import Layout
@@ -54,8 +53,8 @@ class GaussianPrior(DiffusionPrior):
 
     Raises:
         TypeError: an argument is of the wrong kind.
-        ValueError: the shapes do not match, a covariance is not symmetric positive semi-definite, or Q has variance
-            outside the range of C.
+        ValueError: the shapes do not match, a value is not finite, a covariance is not symmetric positive
+            semi-definite, Q has variance outside the range of C, or `noise_range` is not two increasing levels.
     """
 
     transition: Float[Array, "d d"]
@@ -78,23 +77,23 @@ class GaussianPrior(DiffusionPrior):
         noise_covariance: ArrayLike | None = None,
         noise_range: tuple[float, float] = (2e-2, 80.0),
     ) -> None:
-        require(noise_range, tuple, self, "noise_range", "(0.02, 80.0)")
-        a = _array(transition, "transition", "0.9 * np.eye(3)")
-        if a.ndim != 2 or a.shape[0] != a.shape[1]:
+        require_noise_range(noise_range, self)
+        a = real_array(transition, self, "transition", "0.9 * np.eye(3)")
+        if a.ndim != 2 or a.shape[0] != a.shape[1] or a.size == 0:
             raise ValueError(f"transition has shape {a.shape}; give a square matrix of shape (d, d).")
         d = len(a)
-        b = np.zeros(d) if offset is None else _array(offset, "offset", "np.zeros(3)")
+        b = np.zeros(d) if offset is None else real_array(offset, self, "offset", "np.zeros(3)")
         if b.shape != (d,):
             raise ValueError(
                 f"offset has shape {b.shape}, but transition has shape {a.shape}; give a vector of length {d}."
             )
-        q = _array(covariance, "covariance", "0.1 * np.eye(3)")
+        q = real_array(covariance, self, "covariance", "0.1 * np.eye(3)")
         positive_semidefinite(q, "covariance", d)
         latent_scale = float(np.sqrt(np.trace(q) / d)) or 1.0
         if noise_covariance is None:
             values, vectors = np.ones(d), np.eye(d)
         else:
-            c = _array(noise_covariance, "noise_covariance", "np.eye(3)")
+            c = real_array(noise_covariance, self, "noise_covariance", "np.eye(3)")
             values, vectors = positive_semidefinite(c, "noise_covariance", d)
             outside = q - vectors @ (vectors.T @ q)
             if np.abs(outside).max() > 1e-5 * max(np.abs(q).max(), 1e-30):
@@ -111,7 +110,7 @@ class GaussianPrior(DiffusionPrior):
         self.variances = jnp.asarray(np.maximum(variances, 0.0))
         self.from_modes, self.to_modes = jnp.asarray(root @ rotation), jnp.asarray((inverse_root @ rotation).T)
         self.noise = WhiteNoise() if noise_covariance is None else FactorNoise(self.from_modes)
-        self.noise_range = noise_range
+        self.noise_range = (float(noise_range[0]), float(noise_range[1]))
         self.layout = Layout((d,), ("component",))
         self.conditioning_passes = 0
 
@@ -180,16 +179,3 @@ class GaussianPrior(DiffusionPrior):
         upper = np.linalg.qr((vectors * np.sqrt(np.maximum(values, 0.0))).T)[1]
         factor = upper.T * np.where(np.diag(upper) < 0, -1.0, 1.0)
         return dist.MultivariateNormal(jnp.asarray(mean), scale_tril=jnp.asarray(factor))
-
-
-def _array(value: ArrayLike, name: str, example: str) -> np.ndarray:
-    """Convert an argument to an array in double precision.
-
-    Raises:
-        TypeError: the argument is not an array of numbers.
-    """
-    try:
-        return np.asarray(value, dtype=np.float64)
-    except (TypeError, ValueError):
-        require(value, (np.ndarray, jax.Array), "GaussianPrior", name, example)
-        raise

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, Float, PyTree
 
-from numpyro_diffusion_da.arguments import require
+from numpyro_diffusion_da.arguments import real_array, require, require_count
 from numpyro_diffusion_da.diffusion.noise import Noise, WhiteNoise
 from numpyro_diffusion_da.diffusion.prior import DiffusionPrior
 from numpyro_diffusion_da.fields.layout import Layout
@@ -161,6 +161,14 @@ class DenoiserPrior(DiffusionPrior):
         self.network = _Function(network)
         self.parametrization = parametrization
         self.parameters = jax.tree.map(jnp.asarray, parameters)
+        for path, leaf in jax.tree_util.tree_flatten_with_path(self.parameters)[0]:
+            # Infinite numbers may be masks, but a NaN makes every draw NaN.
+            known = jnp.issubdtype(leaf.dtype, jnp.inexact) and not isinstance(leaf, jax.core.Tracer)
+            if known and bool(jnp.isnan(leaf).any()):
+                raise ValueError(
+                    f"DenoiserPrior got parameters with NaN in '{jax.tree_util.keystr(path)}'; give parameters of a "
+                    "training that converged."
+                )
         self.layout = _layout(layout)
         self.conditioner = None if condition is None else _Function(condition)
         if residual:
@@ -170,6 +178,7 @@ class DenoiserPrior(DiffusionPrior):
         self.to_scale = self._broadcast(scale, "scale")
         self.noise = noise
         self.noise_range = _noise_range(parametrization, noise_range)
+        require_count(conditioning_passes, self, "conditioning_passes", 0)
         self.conditioning_passes = conditioning_passes
         if climatology is not None:
             self._check_climatology(climatology)
@@ -197,6 +206,10 @@ class DenoiserPrior(DiffusionPrior):
         """Convert a location or a scale to a function, a scalar, or an array with all axes of the state."""
         if callable(value):
             return _Function(value)
+        if not isinstance(value, jax.core.Tracer):
+            given = real_array(value, self, name, "1.0")
+            if name == "scale" and (given < 0).any():
+                raise ValueError("DenoiserPrior got a negative scale; give the diagonal of S, positive numbers.")
         return _fit(jnp.asarray(value), self.layout.shape, name)
 
     def condition(self, state: PyTree, inputs: PyTree = None) -> NetworkConditioning:
@@ -360,7 +373,7 @@ def _noise_range(parametrization: Parametrization, given: tuple[float, float] | 
         require(given, (tuple, list, np.ndarray), "DenoiserPrior", "noise_range", "(0.02, 80.0)")
         if len(given) != 2:
             raise ValueError(f"noise_range has {len(given)} values; give two levels, (lowest, highest).")
-        lowest, highest = map(float, given)
+        lowest, highest = real_array(given, "DenoiserPrior", "noise_range", "(0.02, 80.0)").tolist()
         # Allow for rounding in limits that were copied from elsewhere.
         low, high = (0.0, math.inf) if limits is None else (limits[0] * (1 - 1e-5), limits[1] * (1 + 1e-5))
         if lowest < low or highest > high:

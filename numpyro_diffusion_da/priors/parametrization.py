@@ -37,7 +37,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, Float
 
-from numpyro_diffusion_da.arguments import require
+from numpyro_diffusion_da.arguments import real_array, require
 from numpyro_diffusion_da.diffusion.noise import Noise
 
 NetworkFunction = Callable[[Float[Array, "..."], Float[Array, ""]], Float[Array, "..."]]
@@ -116,7 +116,7 @@ class DiscreteTable(NoiseIndex):
     highest: float = eqx.field(static=True)
 
     def __init__(self, alphas_cumprod: ArrayLike) -> None:
-        table = np.asarray(alphas_cumprod, dtype=np.float64)
+        table = real_array(alphas_cumprod, self, "alphas_cumprod", "np.cumprod(1.0 - beta)")
         if table.ndim != 1 or len(table) < 2:
             raise ValueError(f"alphas_cumprod has shape {table.shape}; give a vector of two or more steps.")
         if not (np.all((table > 0) & (table < 1)) and np.all(np.diff(table) < 0)):
@@ -158,7 +158,7 @@ class LinearBeta(NoiseIndex):
     beta_max: float = eqx.field(static=True, default=20.0)
 
     def __check_init__(self) -> None:
-        if not 0.0 < self.beta_min < self.beta_max:
+        if not 0.0 < self.beta_min < self.beta_max < math.inf:
             raise ValueError(
                 f"LinearBeta got beta_min={self.beta_min} and beta_max={self.beta_max}; give 0 < beta_min < beta_max."
             )
@@ -508,7 +508,7 @@ class Preconditioned(Parametrization):
     noise_index: NoiseIndex = LogLevel(0.25)
 
     def __check_init__(self) -> None:
-        if not self.sigma_data > 0.0:
+        if not 0.0 < self.sigma_data < math.inf:
             raise ValueError(f"Preconditioned got sigma_data={self.sigma_data!r}; give a positive number.")
         require(self.noise_index, NoiseIndex, self, "noise_index", "LogLevel(0.25)")
 

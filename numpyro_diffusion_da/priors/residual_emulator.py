@@ -13,7 +13,9 @@ Jacobian $J$ is therefore symmetric, which it must be for $s^2 J$ to be a covari
 
 # Annotations are not postponed here: equinox recognizes an `AbstractVar` only if its annotation is not a string.
 import abc
+import contextlib
 import json
+from collections.abc import Iterator
 from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,6 +26,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
+from numpyro_diffusion_da.arguments import real_array
+from numpyro_diffusion_da.checksums import named_leaves
 from numpyro_diffusion_da.diffusion.prior import DiffusionPrior
 from numpyro_diffusion_da.priors.stored import read_stored, write_stored
 
@@ -169,6 +173,23 @@ def save_emulator(
     write_stored(arrays, {**card, "noise_range": list(emulator.noise_range)}, folder, name)
 
 
+def require_finite(emulator: ResidualEmulator) -> None:
+    """Raise a ValueError if an array of an emulator is not finite, or a scale is not positive.
+
+    Args:
+        emulator: the emulator. Arrays that are traced are not checked.
+
+    Raises:
+        ValueError: the message names the array.
+    """
+    for name, leaf in named_leaves(emulator).items():
+        if isinstance(leaf, jax.core.Tracer) or not jnp.issubdtype(jnp.result_type(leaf), jnp.number):
+            continue
+        values = real_array(leaf, emulator, name, "an array")
+        if name in ("state_scale", "increment_scale", "latent_scale") and not (values > 0).all():
+            raise ValueError(f"{type(emulator).__name__} got {name}={values.tolist()}; give positive numbers.")
+
+
 class StoredEmulator(NamedTuple):
     """Content of the files of an emulator.
 
@@ -176,7 +197,7 @@ class StoredEmulator(NamedTuple):
         arrays: arrays by their path in the emulator.
         card: data card.
         noise_range: (lowest, highest) noise level of the training.
-        checksum: SHA-256 of the arrays in hexadecimal.
+        checksum: SHA-256 of arrays and card in hexadecimal.
         card_text: data card, as JSON text.
     """
 
@@ -198,9 +219,34 @@ def read_emulator(folder: Path | Traversable, name: str, script: str) -> StoredE
     Raises:
         TypeError: `folder` is not a path.
         FileNotFoundError: the folder has no such files.
-        ValueError: the checksum of the arrays is not the one in the card.
+        ValueError: a file is damaged, or the checksum of arrays and card is not the one in the card.
     """
     arrays, card_text = read_stored(folder, name, script)
     card = json.loads(card_text)
+    if "noise_range" not in card:
+        raise ValueError(
+            f"the data card of '{name}' in '{folder}' has no noise_range, so it is not that of an emulator."
+        )
     lowest, highest = card["noise_range"]
     return StoredEmulator(arrays, card, (float(lowest), float(highest)), card["sha256"], card_text)
+
+
+@contextlib.contextmanager
+def of_kind(kind: str, folder: Path | Traversable, name: str) -> Iterator[None]:
+    """Context that builds an emulator from files, and refuses files of another kind of emulator.
+
+    Args:
+        kind: kind of the emulator, for the message.
+        folder: folder of the files.
+        name: name of the emulator.
+
+    Raises:
+        ValueError: an array or an entry of the card is missing, or there are others.
+    """
+    try:
+        yield
+    except (KeyError, TypeError) as error:
+        raise ValueError(
+            f"the files '{name}' in '{folder}' are not those of a {kind} ({error}); give the folder and the name of a "
+            f"{kind}."
+        ) from None

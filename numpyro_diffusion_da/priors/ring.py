@@ -39,7 +39,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from numpyro_diffusion_da.arguments import require, require_count
+from numpyro_diffusion_da.arguments import require, require_count, require_noise_range
 from numpyro_diffusion_da.checksums import named_arrays
 from numpyro_diffusion_da.diffusion.noise import Noise, WhiteNoise
 from numpyro_diffusion_da.fields.layout import Layout
@@ -50,7 +50,9 @@ from numpyro_diffusion_da.priors.residual_emulator import (
     gradient_layer,
     init_level_layer,
     level_layer,
+    of_kind,
     read_emulator,
+    require_finite,
     save_emulator,
 )
 from numpyro_diffusion_da.priors.stored import part
@@ -220,14 +222,15 @@ class RingEmulator(ResidualEmulator):
             unit of the system.
         layout: layout with one axis of 5 sites or more.
         noise_range: (lowest, highest) noise level of the training, relative to a latent of unit mean square.
-        checksum: SHA-256 of all stored arrays in hexadecimal; empty for an emulator that was not read from files.
+        checksum: SHA-256 of stored arrays and card in hexadecimal; empty for an emulator that was not read from files.
         card_text: data card, as JSON text.
         noise: white noise.
         conditioning_passes: 1, for the mean network.
 
     Raises:
         TypeError: an argument is of the wrong kind.
-        ValueError: the layout has more than one axis or fewer than 5 sites.
+        ValueError: the layout has more than one axis or fewer than 5 sites, an array is not finite, or a scale is not
+            positive.
     """
 
     mean_network: RingMeanNetwork
@@ -256,6 +259,8 @@ class RingEmulator(ResidualEmulator):
                 f"RingEmulator got a layout of shape {self.layout.shape}, but its networks need one axis of {WIDTH} "
                 "sites or more; give a larger ring."
             )
+        require_noise_range(self.noise_range, self)
+        require_finite(self)
 
     def mean_and_features(self, x: Float[Array, " sites"]) -> tuple[Float[Array, " sites"], Float[Array, ...]]:
         """Conditional mean of shape (sites,) and features of shape (sites, channels), by one pass of the mean network.
@@ -339,18 +344,19 @@ def read_ring_emulator(folder: Path | Traversable, name: str, num_sites: int) ->
     Raises:
         TypeError: an argument is of the wrong kind.
         FileNotFoundError: the folder has no such files.
-        ValueError: the checksum of the arrays is not the one in the card, or `num_sites` is too small.
+        ValueError: a file is damaged or belongs to another prior, or `num_sites` is too small.
     """
     require_count(num_sites, "read_ring_emulator", "num_sites", WIDTH)
     stored = read_emulator(folder, name, "examples/train_lorenz96.py")
     arrays = {key: jnp.asarray(value) for key, value in stored.arrays.items()}
     scalars = {key: value for key, value in arrays.items() if "." not in key}
-    return RingEmulator(
-        mean_network=RingMeanNetwork(**part(arrays, "mean_network.")),
-        residual_network=RingResidualNetwork(**part(arrays, "residual_network.")),
-        layout=Layout((num_sites,), ("site",), (("site", tuple(range(num_sites))),)),
-        noise_range=stored.noise_range,
-        checksum=stored.checksum,
-        card_text=stored.card_text,
-        **scalars,
-    )
+    with of_kind("ring emulator", folder, name):
+        return RingEmulator(
+            mean_network=RingMeanNetwork(**part(arrays, "mean_network.")),
+            residual_network=RingResidualNetwork(**part(arrays, "residual_network.")),
+            layout=Layout((num_sites,), ("site",), (("site", tuple(range(num_sites))),)),
+            noise_range=stored.noise_range,
+            checksum=stored.checksum,
+            card_text=stored.card_text,
+            **scalars,
+        )

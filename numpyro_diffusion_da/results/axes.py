@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from numpyro_diffusion_da.fields import datasets as gridded_data
+from numpyro_diffusion_da.fields.times import time_axis
 
 if TYPE_CHECKING:
     from numpyro_diffusion_da.results.result import FilterResult
@@ -38,7 +39,8 @@ class Axes:
         coords: coordinate values of dimensions.
 
     Raises:
-        ValueError: `coords` sets chain, draw or time, or the length of `time` is not the number of steps.
+        ValueError: `coords` sets chain, draw or time, the length of `time` is not the number of steps, or times do not
+            increase.
     """
 
     def __init__(self, result: FilterResult, time: Any, dims: Dims, coords: Coords) -> None:
@@ -51,12 +53,10 @@ class Axes:
         for name in SHARED & set(coords):
             instead = "give it as time=..." if name == "time" else "it counts chains or particles; leave it out"
             raise ValueError(f"coords cannot set '{name}': {instead}.")
-        if time is not None and len(time) != steps:
-            raise ValueError(f"time has {len(time)} values, but the filter made {steps} steps; give one per step.")
         self.values: dict[str, Any] = {
             "chain": np.arange(chains),
             "draw": np.arange(draws),
-            "time": np.arange(steps) if time is None else time,
+            "time": np.arange(steps) if time is None else time_axis(time, steps),
         }
         layout = result.layout
         self.layout_values: dict[str, Any] = {} if layout is None else layout.coords()

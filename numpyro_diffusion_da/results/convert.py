@@ -136,7 +136,8 @@ def to_datatree(
 
     Args:
         result: `Filter.result`, or a smoothed result.
-        time: coordinate of the time axis, one value per step (dates, hours, ...); by default 0, 1, ...
+        time: coordinate of the time axis, one value per step (dates, hours, ...), increasing; by default 0, 1, ...
+            Dates with a time zone are converted to UTC.
         dims: names of the axes of sites after `time`, in the form of ArviZ's converters: ``{"y": ["station"]}``.
         coords: coordinate values of dimensions, ``{"station": ["Oslo", "Bergen"]}``; they override those of the layout.
 

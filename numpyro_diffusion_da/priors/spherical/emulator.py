@@ -21,6 +21,8 @@ $Q$ replaces the number $\sigma_{data}^2$.
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,13 +33,15 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from numpyro_diffusion_da.arguments import require
+from numpyro_diffusion_da.arguments import require, require_noise_range
 from numpyro_diffusion_da.checksums import named_arrays
 from numpyro_diffusion_da.fields.layout import Layout, Variable
 from numpyro_diffusion_da.priors.residual_emulator import (
     EmulatorConditioning,
     ResidualEmulator,
+    of_kind,
     read_emulator,
+    require_finite,
     save_emulator,
 )
 from numpyro_diffusion_da.priors.spherical.harmonics import HarmonicNoise, SphericalHarmonics
@@ -69,12 +73,13 @@ class SphericalEmulator(ResidualEmulator):
         noise: noise that is isotropic on the sphere.
         layout: layout of a Gaussian grid with the variables as channels, as `spherical_layout` makes it.
         noise_range: (lowest, highest) noise level of the training, relative to a latent of unit mean square.
-        checksum: SHA-256 of all stored arrays in hexadecimal; empty for an emulator that was not read from files.
+        checksum: SHA-256 of stored arrays and card in hexadecimal; empty for an emulator that is not as it was read.
         card_text: data card, as JSON text.
         conditioning_passes: 1, for the mean network.
 
     Raises:
         TypeError: an argument is of the wrong kind.
+        ValueError: the layout is not that of the harmonics, an array is not finite, or a scale is not positive.
     """
 
     mean_network: SphericalMeanNetwork
@@ -102,6 +107,17 @@ class SphericalEmulator(ResidualEmulator):
         )
         for name in ("gaussian", "climate"):
             require(getattr(self, name), GaussianDenoiser, self, name, "GaussianDenoiser(vectors, values)")
+        require_noise_range(self.noise_range, self)
+        require_finite(self)
+        expected = spherical_layout(self.noise.harmonics, self.layout.variables)
+        places, given = expected.coords(), self.layout.coords()
+        if self.layout.shape != expected.shape or not all(
+            name in given and np.allclose(given[name], places[name], rtol=0.0, atol=1e-3) for name in places
+        ):
+            raise ValueError(
+                f"SphericalEmulator got a layout of shape {self.layout.shape} whose grid is not that of its harmonics, "
+                "with latitudes from south to north and longitudes from 0; give spherical_layout(harmonics, variables)."
+            )
 
     def mean_and_features(
         self, x: Float[Array, "latitude longitude channel"]
@@ -177,11 +193,12 @@ class SphericalEmulator(ResidualEmulator):
         Raises:
             ValueError: `factor` is not positive.
         """
-        if not factor > 0:
+        if not 0 < factor < math.inf:
             raise ValueError(
                 f"with_errors_times got factor={factor}; give a positive number, 1.0 for the errors of one step."
             )
-        return eqx.tree_at(lambda emulator: emulator.latent_scale, self, factor * self.latent_scale)
+        # The checksum is that of the stored emulator, which has other errors.
+        return dataclasses.replace(self, latent_scale=factor * self.latent_scale, checksum="")
 
     def climatology(self) -> dist.Distribution:
         """Gaussian distribution with the mean and the covariance of the training data, the same at every longitude.
@@ -235,31 +252,32 @@ def read_spherical_emulator(folder: Path | Traversable, name: str) -> SphericalE
     Raises:
         TypeError: `folder` is not a path.
         FileNotFoundError: the folder has no such files.
-        ValueError: the checksum of the arrays is not the one in the card.
+        ValueError: a file is damaged or belongs to another prior.
     """
     stored = read_emulator(folder, name, "the scripts of examples/mini_weather")
     arrays = {key: jnp.asarray(value, jnp.float32) for key, value in stored.arrays.items()}
-    harmonics = SphericalHarmonics(**stored.card["harmonics"])
+    with of_kind("spherical emulator", folder, name):
+        harmonics = SphericalHarmonics(**stored.card["harmonics"])
 
-    def gaussian(prefix: str) -> GaussianDenoiser:
-        """Gaussian denoiser whose arrays have a prefix."""
-        return GaussianDenoiser(ZonalOperator(**part(arrays, f"{prefix}.vectors.")), arrays[f"{prefix}.values"])
+        def gaussian(prefix: str) -> GaussianDenoiser:
+            """Gaussian denoiser whose arrays have a prefix."""
+            return GaussianDenoiser(ZonalOperator(**part(arrays, f"{prefix}.vectors.")), arrays[f"{prefix}.values"])
 
-    propagator = ZonalOperator(**part(arrays, "mean_network.propagator."))
-    weights = {key: value for key, value in part(arrays, "mean_network.").items() if "." not in key}
-    variables = tuple(Variable(v["name"], v["units"], tuple(v["levels"])) for v in stored.card["variables"])
-    return SphericalEmulator(
-        mean_network=SphericalMeanNetwork(propagator=propagator, **weights),
-        gaussian=gaussian("gaussian"),
-        residual_network=SphericalResidualNetwork(**part(arrays, "residual_network.")),
-        climate=gaussian("climate"),
-        noise=HarmonicNoise(harmonics),
-        layout=spherical_layout(harmonics, variables),
-        noise_range=stored.noise_range,
-        checksum=stored.checksum,
-        card_text=stored.card_text,
-        **{key: arrays[key] for key in ("state_mean", "state_scale", "latent_scale")},
-    )
+        propagator = ZonalOperator(**part(arrays, "mean_network.propagator."))
+        weights = {key: value for key, value in part(arrays, "mean_network.").items() if "." not in key}
+        variables = tuple(Variable(v["name"], v["units"], tuple(v["levels"])) for v in stored.card["variables"])
+        return SphericalEmulator(
+            mean_network=SphericalMeanNetwork(propagator=propagator, **weights),
+            gaussian=gaussian("gaussian"),
+            residual_network=SphericalResidualNetwork(**part(arrays, "residual_network.")),
+            climate=gaussian("climate"),
+            noise=HarmonicNoise(harmonics),
+            layout=spherical_layout(harmonics, variables),
+            noise_range=stored.noise_range,
+            checksum=stored.checksum,
+            card_text=stored.card_text,
+            **{key: arrays[key] for key in ("state_mean", "state_scale", "latent_scale")},
+        )
 
 
 def spherical_layout(harmonics: SphericalHarmonics, variables: tuple[Variable, ...]) -> Layout:
