@@ -1,6 +1,7 @@
 """The command `ndda`, as a user types it."""
 
 import json
+from pathlib import Path
 
 import pytest
 import xarray
@@ -42,6 +43,24 @@ def test_demo_refuses_what_leaves_nothing_to_score(tmp_path):
     result = CliRunner().invoke(cli.app, ["demo", "--out", str(tmp_path), "--cycles", "5", "--spin-up", "5"])
     assert result.exit_code == 2
     assert "more cycles" in result.output
+
+
+@pytest.mark.parametrize("which", ["lorenz96", "held_suarez"])
+def test_demo_refuses_at_once_a_folder_that_it_cannot_write_to(which, tmp_path, monkeypatch):
+    def computed(*args):
+        raise AssertionError("computed before the folder was checked")
+
+    monkeypatch.setattr(cli, "_lorenz96", computed)
+    monkeypatch.setattr(cli, "_held_suarez", computed)
+    (tmp_path / "file").write_text("")
+    (tmp_path / "nowhere").symlink_to(tmp_path / "gone")
+    outs = [tmp_path / "file", tmp_path / "file" / "below", tmp_path / "nowhere"]
+    for out in (*outs, *(Path(name) for name in ("/proc/demo",) if Path("/proc").is_dir())):
+        result = CliRunner().invoke(cli.app, ["demo", which, "--out", str(out)], env={"COLUMNS": "300"})
+        assert result.exit_code == 2, result.output
+        assert "cannot write to" in result.output
+        assert "give a folder" in result.output
+    assert not (tmp_path / "gone").exists()
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["demo", "--help"], ["info", "--help"]])

@@ -200,6 +200,12 @@ def test_settings_are_refused():
         ndda.Taper(1.0, ndda.Euclidean(), PLACES, state=np.zeros((12, 2))).place((12,), ONE_SITE)
     with pytest.raises(ValueError, match="without latitude and longitude"):
         ndda.Taper(1.0, ndda.GreatCircle(), {"y": [[0, 0]]}).place((2,), {"y": ((1,), 1)}, {"x": np.array([0, 1])})
+    swapped = {"y": [[45.0, 10.0], [120.0, 45.0]]}
+    with pytest.raises(ValueError, match=r"position \[120.0, 45.0\] of site 'y', number 1, which is beyond the poles"):
+        ndda.Taper(1.0, ndda.GreatCircle(), swapped)
+    high = {"y": np.pad(swapped["y"], ((0, 0), (0, 1)))}
+    with pytest.raises(ValueError, match="beyond the poles"):
+        ndda.Taper(1.0, ndda.smc.WithHeight(ndda.GreatCircle(), 1.0), high)
     for wrong in (0.0, np.inf):
         with pytest.raises(ValueError, match="give its circumference"):
             ndda.Ring(wrong)
@@ -217,3 +223,17 @@ def test_a_taper_in_a_results_attributes():
     assert texts[0].endswith("state=layout)")
     for correlation, text in ((Boxcar(), "Boxcar()"), (Askey(), "Askey(power=2.0)"), (Askey(3.0), "Askey(power=3.0)")):
         assert f"correlation={text}, " in repr(ndda.Taper(2.0, ndda.Ring(12), PLACES, correlation=correlation))
+
+
+@pytest.mark.parametrize("turn", [0.0, 360.0, -360.0])
+def test_great_circles_know_every_convention_of_longitudes(turn):
+    layout = ndda.Layout((3, 3), ("latitude", "longitude"), {"latitude": (80, 0, -80), "longitude": (-180, -10, 170)})
+    taper = ndda.Taper(1000.0, ndda.GreatCircle(), {"y": [[80.0, 179.0 + turn]]})
+    placed = taper.place((3, 3), {"y": ((1,), 1)}, layout.coords())
+    near = placed.taper(placed.points).reshape(3, 3)
+    one = ndda.Taper(1000.0, ndda.GreatCircle(), {"y": [[80.0, 179.0]]}).place(
+        (3, 3), {"y": ((1,), 1)}, layout.coords()
+    )
+    np.testing.assert_allclose(near, one.taper(one.points).reshape(3, 3), atol=1e-9)
+    assert near[0, 0] > 0.9  # across the date line
+    assert near[0, 1] == near[1, 0] == 0.0

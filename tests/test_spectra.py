@@ -126,3 +126,17 @@ def test_rings_that_do_not_fit_are_refused():
             function(named, axis="longitude", weights=xr.DataArray(np.ones(4), dims="longitude"))
         with pytest.raises(ValueError, match="align"):
             function(named, axis="longitude", weights=named.isel(longitude=0).assign_coords(latitude=[0.0, 1.0, 3.0]))
+
+
+def test_longitudes_that_are_no_ring_are_refused():
+    x, longitude = np.random.default_rng(0).normal(size=12), np.arange(12) * 30.0
+    expected = ndda.diagnostics.power_spectrum(x)
+    for values in (longitude, longitude[::-1], longitude - 180.0, np.roll(longitude, 5)):
+        field = xr.DataArray(x, dims="longitude", coords={"longitude": values})
+        np.testing.assert_array_equal(ndda.diagnostics.power_spectrum(field, axis="longitude"), expected)
+    closed = np.append(longitude[:-1], 360.0)
+    for values in (closed, longitude / 6.0, np.where(longitude == 30.0, np.nan, longitude)):
+        field = xr.DataArray(x, dims="longitude", coords={"longitude": values})
+        for function in (ndda.diagnostics.power_spectrum, ndda.diagnostics.roughness):
+            with pytest.raises(ValueError, match=r"equally spaced points that go around once"):
+                function(field, axis="longitude")

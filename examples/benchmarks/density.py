@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 import numpyro.distributions as dist
 import typer
-from report import print_table, write_json
+from report import json_file, print_table, write_json
 from rich.console import Console
 from rich.progress import track
 
@@ -163,7 +163,7 @@ def probe_rows(target: Target, probes: list[int], keys: int, x: jax.Array) -> li
 
 
 def main(
-    out: Annotated[Path | None, typer.Option(help="JSON file to write the tables to.")] = None,
+    out: Annotated[Path | None, typer.Option(callback=json_file, help="JSON file to write the tables to.")] = None,
     levels: Annotated[list[int] | None, typer.Option(help="Number of noise levels; may be repeated.")] = None,
     points: Annotated[int, typer.Option(min=1, help="Draws of each target to compare densities at.")] = 200,
     probes: Annotated[

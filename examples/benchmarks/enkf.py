@@ -17,7 +17,7 @@ from typing import Annotated, Any, NamedTuple
 import jax
 import numpy as np
 import typer
-from report import mean_and_error, print_table, write_json
+from report import json_file, mean_and_error, print_table, write_json
 from rich.console import Console
 from rich.progress import track
 
@@ -127,7 +127,7 @@ COLUMNS = {
 
 
 def main(
-    out: Annotated[Path | None, typer.Option(help="JSON file to write the table to.")] = None,
+    out: Annotated[Path | None, typer.Option(callback=json_file, help="JSON file to write the table to.")] = None,
     sites: Annotated[list[int] | None, typer.Option(help="Number of sites d; may be repeated.")] = None,
     members: Annotated[list[int] | None, typer.Option(help="Number of members, 32 or 256; may be repeated.")] = None,
     updates: Annotated[list[str] | None, typer.Option(help="Update to run; may be repeated; all by default.")] = None,

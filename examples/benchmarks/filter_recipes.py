@@ -17,7 +17,7 @@ from typing import Annotated, Any, NamedTuple
 import jax
 import numpy as np
 import typer
-from report import mean_and_error, print_table, write_json
+from report import json_file, mean_and_error, print_table, write_json
 from rich.console import Console
 from rich.progress import track
 
@@ -87,7 +87,7 @@ def main(
     cycles: Annotated[int, typer.Option(min=2, help="Filter steps on each truth.")] = 120,
     spin_up: Annotated[int, typer.Option(min=0, help="Filter steps at the start that are not scored.")] = 30,
     seed: Annotated[int, typer.Option(help="Seed of truths and filters.")] = 0,
-    out: Annotated[Path | None, typer.Option(help="JSON file to write the scores to.")] = None,
+    out: Annotated[Path | None, typer.Option(callback=json_file, help="JSON file to write the scores to.")] = None,
 ) -> None:
     """Print scores of one filter with different recipes for its draws."""
     console = Console(width=130)

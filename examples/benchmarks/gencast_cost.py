@@ -26,7 +26,7 @@ import numpyro.distributions as dist
 import typer
 import xarray
 from numpyro.contrib.control_flow import scan
-from report import print_table, write_json
+from report import json_file, print_table, write_json
 from rich.console import Console
 from rich.progress import track
 
@@ -133,7 +133,7 @@ def main(
     particles: Annotated[int, typer.Option(help="Number of particles.")] = 8,
     batch_size: Annotated[int | None, typer.Option(min=1, help="Particles to move at a time; all by default.")] = None,
     steps: Annotated[int, typer.Option(help="Filter steps; the first is not timed.")] = 4,
-    out: Annotated[Path | None, typer.Option(help="JSON file to write the table to.")] = None,
+    out: Annotated[Path | None, typer.Option(callback=json_file, help="JSON file to write the table to.")] = None,
 ) -> None:
     """Measure and print the cost of a filter step."""
     error, console = 0.1, Console()

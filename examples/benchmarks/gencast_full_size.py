@@ -24,7 +24,7 @@ import numpyro.distributions as dist
 import typer
 import xarray
 from numpyro.contrib.control_flow import scan
-from report import print_table, write_json
+from report import json_file, print_table, write_json
 from rich.console import Console
 
 import numpyro_diffusion_da as ndda
@@ -152,7 +152,7 @@ def filter_step(
 
 
 def main(
-    out: Annotated[Path | None, typer.Option(help="JSON file to write the numbers to.")] = None,
+    out: Annotated[Path | None, typer.Option(callback=json_file, help="JSON file to write the numbers to.")] = None,
     tiny: Annotated[bool, typer.Option(help="Use a tiny network, to try the script.")] = False,
     mesh: Annotated[int, typer.Option(help="Mesh size: 4 for the Mini model, 5 for the larger one.")] = 4,
     precisions: Annotated[str, typer.Option(help="Precisions, separated by commas.")] = (

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from report import print_table, write_json
+from report import json_file, print_table, write_json
 from rich.console import Console
 
 MODULES = ("numpyro", "numpyro_diffusion_da")
@@ -25,7 +25,7 @@ def seconds(module: str) -> float:
 
 def main(
     repeats: Annotated[int, typer.Option(min=1, help="Runs of each import, in alternation.")] = 9,
-    out: Annotated[Path | None, typer.Option(help="JSON file to write the medians to.")] = None,
+    out: Annotated[Path | None, typer.Option(callback=json_file, help="JSON file to write the medians to.")] = None,
 ) -> None:
     """Print the median import times and their ratio."""
     times: dict[str, list[float]] = {module: [] for module in MODULES}

@@ -24,7 +24,7 @@ import numpyro
 import numpyro.distributions as dist
 import typer
 from numpyro.contrib.control_flow import scan
-from report import mean_and_error, print_table, write_json
+from report import json_file, mean_and_error, print_table, write_json
 from rich.console import Console
 from rich.progress import track
 from scipy import stats
@@ -220,7 +220,7 @@ def filters(name: str, seeds: int, particles: int, reference: int, steps: int) -
 
 
 def main(
-    out: Annotated[Path | None, typer.Option(help="JSON file to write the tables to.")] = None,
+    out: Annotated[Path | None, typer.Option(callback=json_file, help="JSON file to write the tables to.")] = None,
     draws: Annotated[int, typer.Option(min=10, help="Guided draws of the first two tables.")] = 4000,
     seeds: Annotated[int, typer.Option(min=2, help="Data sets of the last two tables.")] = 6,
     particles: Annotated[int, typer.Option(min=2, help="Particles of each filter.")] = 256,

@@ -34,7 +34,7 @@ import numpyro.distributions as dist
 import scipy.linalg
 import typer
 from numpyro.contrib.control_flow import scan
-from report import mean_and_error, print_table, write_json
+from report import json_file, mean_and_error, print_table, write_json
 from rich.console import Console
 from rich.progress import track
 
@@ -203,7 +203,7 @@ COLUMNS = {
 
 
 def main(
-    out: Annotated[Path | None, typer.Option(help="JSON file to write the table to.")] = None,
+    out: Annotated[Path | None, typer.Option(callback=json_file, help="JSON file to write the table to.")] = None,
     dims: Annotated[
         list[int] | None,
         typer.Option(help="Dimension of the state; may be repeated; by default 4, 20 and 100, not 400."),

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from report import write_json
+from report import json_file, write_json
 from rich.console import Console
 from rich.progress import Progress
 
@@ -23,7 +23,7 @@ def main(
     spin_up: Annotated[int, typer.Option(min=0, help="Filter steps at the start that are not scored.")] = 30,
     particles: Annotated[int, typer.Option(min=2, help="Particles, or members, of each filter.")] = 256,
     seed: Annotated[int, typer.Option(help="Seed of truths and filters.")] = 1000,
-    out: Annotated[Path | None, typer.Option(help="JSON file to write the scores to.")] = None,
+    out: Annotated[Path | None, typer.Option(callback=json_file, help="JSON file to write the scores to.")] = None,
 ) -> None:
     """Run all filters on all truths and print their scores."""
     console = Console()

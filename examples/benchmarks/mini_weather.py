@@ -32,7 +32,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import typer
-from report import mean_and_error, print_table, write_json
+from report import json_file, mean_and_error, print_table, write_json
 from rich.console import Console
 from rich.progress import track
 
@@ -106,7 +106,9 @@ def main(
     only: Annotated[list[str] | None, typer.Option(help="Filter to run; may be repeated; all by default.")] = None,
     true_model: Annotated[bool, typer.Option(help="Also run the Kalman filter with the true model.")] = False,
     split: Annotated[str, typer.Option(help="Runs that the truths come from.")] = "test",
-    out: Annotated[Path, typer.Option(help="JSON file to write the scores to.")] = Path("mini_weather.json"),
+    out: Annotated[Path, typer.Option(callback=json_file, help="JSON file to write the scores to.")] = Path(
+        "mini_weather.json"
+    ),
 ) -> None:
     """Print scores of filters on several truths with one observing network."""
     prior = ndda.load_prior("held_suarez")

@@ -25,7 +25,7 @@ import numpyro
 import numpyro.distributions as dist
 import typer
 from numpyro.contrib.control_flow import scan
-from report import mean_and_error, print_table, write_json
+from report import json_file, mean_and_error, print_table, write_json
 from rich.console import Console
 from rich.progress import track
 
@@ -162,7 +162,7 @@ def main(
     spin_up: Annotated[int, typer.Option(min=0, help="Filter steps at the start that are not scored.")] = 20,
     only: Annotated[list[str] | None, typer.Option(help="Filter to run; may be repeated; all by default.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of the first truth.")] = 0,
-    out: Annotated[Path | None, typer.Option(help="JSON file to write the table to.")] = None,
+    out: Annotated[Path | None, typer.Option(callback=json_file, help="JSON file to write the table to.")] = None,
 ) -> None:
     """Print the errors of filters with places that are absent, fixed, or those of each step."""
     console = Console(width=120)

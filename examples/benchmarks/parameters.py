@@ -29,7 +29,7 @@ import numpyro.distributions as dist
 import typer
 from numpyro.contrib.control_flow import scan
 from numpyro.diagnostics import effective_sample_size
-from report import mean_and_error, print_table, write_json
+from report import json_file, mean_and_error, print_table, write_json
 from rich.console import Console
 from rich.progress import track
 
@@ -177,7 +177,7 @@ COLUMNS = {
 
 
 def main(
-    out: Annotated[Path | None, typer.Option(help="JSON file to write the table to.")] = None,
+    out: Annotated[Path | None, typer.Option(callback=json_file, help="JSON file to write the table to.")] = None,
     seeds: Annotated[int, typer.Option(help="Number of seeds, one series each.", min=1)] = 8,
     steps: Annotated[int, typer.Option(help="Steps of each series.", min=1)] = 40,
     d: Annotated[int, typer.Option(help="Dimension of the state.", min=1)] = 2,

@@ -35,7 +35,7 @@ import numpyro.distributions as dist
 import scipy.linalg
 import typer
 from numpyro.contrib.control_flow import scan
-from report import print_table, write_json
+from report import json_file, print_table, write_json
 from rich.console import Console
 
 import numpyro_diffusion_da as ndda
@@ -374,7 +374,7 @@ def learned_rows(draws: int) -> list[dict[str, Any]]:
 
 
 def main(
-    out: Annotated[Path | None, typer.Option(help="JSON file to write the tables to.")] = None,
+    out: Annotated[Path | None, typer.Option(callback=json_file, help="JSON file to write the tables to.")] = None,
     tables: Annotated[
         list[int] | None, typer.Option(help="Table to print, 1 to 5; may be repeated; all by default.")
     ] = None,

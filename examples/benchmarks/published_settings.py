@@ -31,7 +31,7 @@ import numpyro.distributions as dist
 import typer
 from jaxtyping import Array, ArrayLike, Float, PRNGKeyArray
 from numpyro.contrib.control_flow import scan
-from report import mean_and_error, print_table, write_json
+from report import json_file, mean_and_error, print_table, write_json
 from rich.console import Console
 from rich.progress import track
 
@@ -407,7 +407,7 @@ def shown(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def main(
-    out: Annotated[Path | None, typer.Option(help="JSON file to write the table to.")] = None,
+    out: Annotated[Path | None, typer.Option(callback=json_file, help="JSON file to write the table to.")] = None,
     settings: Annotated[list[str] | None, typer.Option(help="Setting to run; may be repeated; all by default.")] = None,
     filters: Annotated[list[str] | None, typer.Option(help="Filter to run; may be repeated; all by default.")] = None,
     members: Annotated[list[int] | None, typer.Option(help="Number of members to run; may be repeated.")] = None,

@@ -11,11 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import typer
 from rich.console import Console
 from rich.measure import Measurement
 from rich.table import Table
 
 import numpyro_diffusion_da as ndda
+from numpyro_diffusion_da.demos import cli
 
 
 def mean_and_error(name: str, values: Sequence[float] | np.ndarray) -> dict[str, float | None]:
@@ -83,8 +85,18 @@ def _cell(value: Any, error: float | None, form: str, default: str) -> str:
     return f"{value:{form}}" + ("" if error is None else f" ± {error:{form.lstrip('+')}}")
 
 
+def json_file(path: Path | None) -> Path | None:
+    """Check, before anything is computed, that a file can be written; the callback of an option."""
+    if path is not None:
+        if path.is_dir():
+            raise typer.BadParameter(f"'{path}' is a folder; give a file, such as {path / 'scores.json'}.")
+        cli.output_folder(path.parent)
+    return path
+
+
 def write_json(path: Path | None, settings: Mapping[str, Any], **contents: Any) -> None:
     """Write settings, results and the version of the package to a JSON file; do nothing if `path` is None."""
     if path is not None:
         found = {"version": ndda.__version__, "settings": settings, **contents}
+        path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(found, indent=1) + "\n")

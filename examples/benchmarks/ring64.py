@@ -31,7 +31,7 @@ import numpy as np
 import scipy.linalg
 import typer
 from jax.flatten_util import ravel_pytree
-from report import print_table, write_json
+from report import json_file, print_table, write_json
 from rich.console import Console
 
 import numpyro_diffusion_da as ndda
@@ -346,7 +346,7 @@ def guidance_rows(points: int, paths: int, reference_levels: int) -> list[dict[s
 
 
 def main(
-    out: Annotated[Path | None, typer.Option(help="JSON file to write the tables to.")] = None,
+    out: Annotated[Path | None, typer.Option(callback=json_file, help="JSON file to write the tables to.")] = None,
     points: Annotated[int, typer.Option(help="Points on the ring, 24 or more; 64 in the documentation.")] = 64,
     paths: Annotated[int, typer.Option(help="Paths of tables 2 and 3.")] = 256,
     reference_levels: Annotated[int, typer.Option(help="Noise levels of the exact flow.")] = 400,

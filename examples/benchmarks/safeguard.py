@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import typer
-from report import print_table, write_json
+from report import json_file, print_table, write_json
 from rich.console import Console
 
 import numpyro_diffusion_da as ndda
@@ -160,7 +160,7 @@ def cases() -> dict[str, Case]:
 
 
 def main(
-    out: Annotated[Path | None, typer.Option(help="JSON file to write the tables to.")] = None,
+    out: Annotated[Path | None, typer.Option(callback=json_file, help="JSON file to write the tables to.")] = None,
     draws: Annotated[int, typer.Option(help="Guided draws for each row.")] = 64,
 ) -> None:
     """Print accuracy of guided draws with and without the safeguard of the linear solve."""

@@ -31,7 +31,7 @@ import numpyro.distributions as dist
 import scipy.linalg
 import typer
 from numpyro.contrib.control_flow import scan
-from report import mean_and_error, print_table, write_json
+from report import json_file, mean_and_error, print_table, write_json
 from rich.console import Console
 from rich.progress import track
 
@@ -189,7 +189,7 @@ def show(console: Console, title: str, names: tuple[str, ...], rows: list[dict[s
 
 
 def main(
-    out: Annotated[Path | None, typer.Option(help="JSON file to write the tables to.")] = None,
+    out: Annotated[Path | None, typer.Option(callback=json_file, help="JSON file to write the tables to.")] = None,
     d: Annotated[int, typer.Option(help="Dimension of the state.", min=1)] = 4,
     lag: Annotated[list[int] | None, typer.Option(help="Fixed lag; may be repeated.", min=0)] = None,
     seeds: Annotated[int, typer.Option(help="Number of linear-Gaussian experiments.", min=1)] = 8,

@@ -31,7 +31,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import typer
-from report import print_table, write_json
+from report import json_file, print_table, write_json
 from rich.console import Console
 
 import numpyro_diffusion_da as ndda
@@ -260,7 +260,7 @@ def cost_rows(num_latitudes: int, num_longitudes: int, channels: int, repeats: i
 
 
 def main(
-    out: Annotated[Path | None, typer.Option(help="JSON file to write the tables to.")] = None,
+    out: Annotated[Path | None, typer.Option(callback=json_file, help="JSON file to write the tables to.")] = None,
     num_latitudes: Annotated[int, typer.Option(help="Latitudes n of tables 2 and 3, with 2 (n - 1) longitudes.")] = 13,
     observations: Annotated[int, typer.Option(help="Number of observed grid points.")] = 40,
     draws: Annotated[int, typer.Option(help="Draws of table 2.")] = 20,

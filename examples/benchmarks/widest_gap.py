@@ -28,7 +28,7 @@ import numpyro
 import numpyro.distributions as dist
 import typer
 from numpyro.contrib.control_flow import scan
-from report import mean_and_error, print_table, write_json
+from report import json_file, mean_and_error, print_table, write_json
 from rich.console import Console
 from rich.progress import track
 
@@ -221,7 +221,7 @@ def main(
     spin_up: Annotated[int, typer.Option(min=0, help="Filter steps at the start that are not scored.")] = 30,
     tune: Annotated[bool, typer.Option(help="Run the grid of settings on the tuning truths instead.")] = False,
     seed: Annotated[int, typer.Option(help="Seed of the truths reported.")] = 0,
-    out: Annotated[Path | None, typer.Option(help="JSON file to write the scores to.")] = None,
+    out: Annotated[Path | None, typer.Option(callback=json_file, help="JSON file to write the scores to.")] = None,
 ) -> None:
     """Print scores of particle filters and of an ensemble Kalman filter where its update is inadequate."""
     console = Console(width=140)

@@ -7,6 +7,7 @@ import enum
 import json
 import os
 import platform
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from importlib.metadata import PackageNotFoundError, version
@@ -26,6 +27,30 @@ app = typer.Typer(
 )
 
 
+def output_folder(path: Path) -> Path:
+    """Check, before anything is computed, that a folder for output can be made and written to.
+
+    Args:
+        path: the folder, which need not exist.
+
+    Returns:
+        The folder.
+
+    Raises:
+        typer.BadParameter: `path` is a file, or the folder cannot be written to.
+    """
+    existing = next(folder for folder in (path, *path.absolute().parents) if os.path.lexists(folder))
+    try:
+        if not existing.is_dir():
+            raise NotADirectoryError(f"'{existing}' is not a folder")
+        with tempfile.TemporaryFile(dir=existing):
+            pass
+    except OSError as error:
+        why = str(error) if isinstance(error, NotADirectoryError) else f"'{existing}': {error.strerror}"
+        raise typer.BadParameter(f"cannot write to '{path}': {why}; give a folder that can be written to.") from error
+    return path
+
+
 class Which(enum.Enum):
     """Systems that `ndda demo` can run."""
 
@@ -40,7 +65,9 @@ DEFAULTS = {Which.LORENZ96: (256, 5, 60), Which.HELD_SUAREZ: (64, 1, 30)}
 @app.command()
 def demo(
     which: Annotated[Which, typer.Argument(help="System to run.")] = Which.LORENZ96,
-    out: Annotated[Path, typer.Option(help="Folder to write demo.nc, demo.json and figures to.")] = Path("demo"),
+    out: Annotated[
+        Path, typer.Option(help="Folder to write demo.nc, demo.json and figures to.", callback=output_folder)
+    ] = Path("demo"),
     seed: Annotated[int, typer.Option(help="Seed of truths and filters.")] = 0,
     particles: Annotated[
         int | None, typer.Option(min=2, help="Particles of each filter [256; held_suarez 64].")

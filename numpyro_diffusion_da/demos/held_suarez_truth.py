@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Float
 
-from numpyro_diffusion_da.priors import read_arrays
+import numpyro_diffusion_da as ndda
 
 STEP_HOURS = 12.0
 """Length of one step of the emulator, in hours."""
@@ -54,7 +54,9 @@ def truth(folder: Path | Traversable | None = None) -> Float[np.ndarray, "time l
     """
     folder = importlib.resources.files("numpyro_diffusion_da").joinpath("data") if folder is None else folder
     file = folder.joinpath("held_suarez_truth.npz")
-    states = unpacked(read_arrays(file, "install the package again, or run the scripts of examples/mini_weather"))
+    states = unpacked(
+        ndda.priors.read_arrays(file, "install the package again, or run the scripts of examples/mini_weather")
+    )
     if states.ndim != 4:
         raise ValueError(f"the truth has shape {states.shape}; expected (time, latitude, longitude, channel).")
     return states

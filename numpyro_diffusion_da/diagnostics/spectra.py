@@ -88,6 +88,23 @@ def roughness(field: Any, *, axis: int | str = -1, average: Axis = (), weights: 
     return ring.answer(ring.mean((steps**2).mean(ring.axis, skipna=False)) / (2 * variance.where(variance > 0)))
 
 
+def _check_circle(longitude: np.ndarray, name: str) -> None:
+    """Check that longitudes are equally spaced and go around once.
+
+    Raises:
+        ValueError: they do not, as on the grid of a region, or with 360 degrees beside 0.
+    """
+    steps = np.diff(np.unwrap(np.append(longitude, longitude[0]), period=360.0))
+    even = np.all(np.abs(np.abs(steps) - 360.0 / longitude.size) <= 1e-3)
+    # Of two points, unwrapping goes there and back.
+    if not even or not (abs(abs(steps.sum()) - 360.0) < 1e-2 or longitude.size == 2):
+        raise ValueError(
+            f"'{name}' goes from {longitude[0]:g} to {longitude[-1]:g} degrees in {longitude.size} points, but a ring "
+            "has equally spaced points that go around once; leave out a repeated meridian, or give the field of a full "
+            "circle."
+        )
+
+
 class _Ring:
     """Field with the axis of its ring last, and weighted means over its other axes."""
 
@@ -106,6 +123,8 @@ class _Ring:
             raise ValueError(f"average contains {axis!r}, the axis of the ring; give other axes of the field, or none.")
         if field.sizes[self.axis] < 2:
             raise ValueError(f"a ring has 2 points or more; axis {axis!r} has {field.sizes[self.axis]}.")
+        if self.axis in ("longitude", "lon") and self.axis in field.coords:
+            _check_circle(np.asarray(field.coords[self.axis].values, float), self.axis)
         self.field = field.transpose(..., self.axis)
         at_a_point = self.field.isel({self.axis: 0}, drop=True)
         if weights is None:

@@ -47,6 +47,10 @@ class Distance(eqx.Module):
             coordinates: number of coordinates of a position.
         """
 
+    def outside(self, positions: Float[np.ndarray, "n k"]) -> np.ndarray:
+        """Mask of positions that do not exist, shape (n,); by default all finite positions exist."""
+        return np.zeros(len(positions), bool)
+
     def on_grid(self, grid: Mapping[str, np.ndarray]) -> Float[np.ndarray, "n k"]:
         """Positions of the points of a grid. By default their coordinates are all dimensions, in the grid's order.
 
@@ -127,6 +131,10 @@ class GreatCircle(Distance):
         """Return "(latitude, longitude) in degrees", or None if a position has two coordinates."""
         return None if coordinates == 2 else "(latitude, longitude) in degrees"
 
+    def outside(self, positions: Float[np.ndarray, "n k"]) -> np.ndarray:
+        """Mask of positions beyond the poles, such as (longitude, latitude) in the wrong order, shape (n,)."""
+        return np.abs(positions[:, 0]) > 90.0 + 1e-3
+
     def on_grid(self, grid: Mapping[str, np.ndarray]) -> Float[np.ndarray, "n k"]:
         """Positions of the points of a grid, from its dimensions latitude and longitude, or lat and lon.
 
@@ -177,6 +185,10 @@ class WithHeight(Distance):
         """Distances from horizontal distance and height together, in the unit of the horizontal distance."""
         height = self.scale * (a[:, None, -1] - b[None, :, -1])
         return array_module(height).sqrt(self.horizontal(a[:, :-1], b[:, :-1]) ** 2 + height**2)
+
+    def outside(self, positions: Float[np.ndarray, "n k"]) -> np.ndarray:
+        """Mask of positions whose horizontal position does not exist, shape (n,)."""
+        return self.horizontal.outside(positions[:, :-1])
 
     def check(self, coordinates: int) -> str | None:
         """Description of a horizontal position with a height; None if the number of coordinates is valid."""

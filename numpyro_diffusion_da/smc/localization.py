@@ -183,9 +183,20 @@ class Taper:
     An array holds for all steps. A filter cannot notice that observations have moved away from the places in an array:
     it then localizes around wrong places, without a warning. Name the site of a program whose observations move.
 
+    Others state the same taper of Gaspari and Cohn by another length. For a given taper with half-width c:
+
+    | software | setting | value | give here |
+    |---|---|---|---|
+    | this library | `radius` | c; the taper is 0 from 2 c on | |
+    | JEDI (SABER, UFO) | length scale, the distance where the taper is 0 | 2 c | half of it |
+    | DART | `cutoff`, the half-width | c | the same |
+    | DAPPER | `loc_rad` | c / 1.82 | 1.82 times it |
+
+    Check the documentation of the version that a setting comes from, because some have several conventions.
+
     Args:
-        radius: half-width c of the taper, in the unit of the distance. The taper is 0 from 2 c on. One number for all
-            observations, or one for each observed site by its name.
+        radius: half-width c of the taper, in the unit of the distance. The taper is 0 from 2 c on; see the table above
+            for settings of other software. One number for all observations, or one for each observed site by its name.
         distance: `Ring`, `Euclidean`, `GreatCircle`, or `WithHeight` of one of them. On a ring and on the sphere a
             taper is a covariance only if c is at most a quarter of the circle.
         observations: positions of each observed site's values, by the name of the site: an array, or the name of the
@@ -248,6 +259,12 @@ class Taper:
         rows = self._as_rows(np.asarray(values, np.float64), what)
         if not np.all(np.isfinite(rows)):
             raise ValueError(f"Taper got a position of {what} that is not finite; give finite positions.")
+        if (wrong := self.distance.outside(rows)).any():
+            at = int(np.flatnonzero(wrong)[0])
+            raise ValueError(
+                f"Taper got the position {rows[at].tolist()} of {what}, number {at}, which is beyond the poles; give "
+                "the latitude first, from -90 to 90 degrees."
+            )
         return rows
 
     def _as_rows(self, values: Any, what: str) -> Any:
