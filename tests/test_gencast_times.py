@@ -1,5 +1,7 @@
 """Times and values that GenCast's prior takes, without GenCast's package: the prior is made by hand."""
 
+from types import SimpleNamespace
+
 import jax.numpy as jnp
 import numpy as np
 import pandas
@@ -90,3 +92,38 @@ def test_values_far_from_the_training_are_refused(prior):
                 prior.frames(dataset(**{name: wrong}), H12)
     with pytest.raises(ValueError, match="'2m_temperature' has the mean 140, but 278 with a standard dev"):
         prior.frames(dataset(**{"2m_temperature": np.full((5, 4, 6), 140.0)}), H12)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda d: d.isel(level=[0]), r"'temperature' in mean_by_level.nc lack the levels \[850\] hPa"),
+        (lambda d: d.where(d.level > 500), r"'temperature' in mean_by_level.nc are \[nan, 1.0\]; expected finite"),
+        (lambda d: d.drop_vars("temperature"), "mean_by_level.nc have no variable 'temperature'"),
+    ],
+)
+def test_statistics_that_are_incomplete_are_refused(change, message):
+    layout = ndda.Layout((2,), ("channel",), variables=(Variable("temperature", "K", (500, 850)),))
+    whole = xr.Dataset({"temperature": ("level", [1.0, 1.0])}, {"level": [500, 850]})
+    whole_of_all = dict.fromkeys(("mean", "stddev", "diffs_stddev", "min"), whole)
+    channel_statistics = ndda.priors.gencast.statistics.channel_statistics
+    assert channel_statistics(layout, whole_of_all, ("temperature",)).mean.tolist() == [1.0, 1.0]
+    with pytest.raises(ValueError, match=message):
+        channel_statistics(layout, {**whole_of_all, "mean": change(whole)}, ("temperature",))
+
+
+def test_statistics_that_are_damaged_are_refused(tmp_path):
+    for name in ("mean_by_level.nc", "stddev_by_level.nc", "diffs_stddev_by_level.nc", "min_by_level.nc"):
+        (tmp_path / name).write_bytes(b"no netCDF")
+    with pytest.raises(ValueError, match=r"file '.*mean_by_level.nc' of stats= cannot be read as netCDF"):
+        ndda.priors.read_gencast_statistics(tmp_path)
+
+
+def test_a_checkpoint_that_is_damaged_is_refused(tmp_path, monkeypatch):
+    package = SimpleNamespace(
+        checkpoint=SimpleNamespace(load=lambda file, kind: np.load(file)), gencast=SimpleNamespace(CheckPoint=None)
+    )
+    monkeypatch.setattr(ndda.priors.gencast.prior, "import_weathernext", lambda: package)
+    (tmp_path / "gencast.npz").write_bytes(b"PK cut off")
+    with pytest.raises(ValueError, match=r"file '.*gencast.npz' cannot be read as a checkpoint of GenCast"):
+        ndda.GenCastPrior.from_checkpoint(tmp_path / "gencast.npz", stats=tmp_path, surface=dataset())

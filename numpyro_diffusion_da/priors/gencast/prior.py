@@ -48,6 +48,7 @@ from numpyro_diffusion_da.priors.gencast.package import (
     with_attention,
 )
 from numpyro_diffusion_da.priors.gencast.statistics import channel_statistics, read_gencast_statistics
+from numpyro_diffusion_da.priors.stored import DAMAGE
 
 if TYPE_CHECKING:
     import xarray
@@ -349,13 +350,20 @@ class GenCastPrior(DiffusionPrior):
         Raises:
             ImportError: the package is missing. The message says how to install it.
             FileNotFoundError: the checkpoint or a statistics file does not exist.
-            ValueError: the attention or precision is unknown, or the grid is not one of GenCast.
+            ValueError: the attention or precision is unknown, the grid is not one of GenCast, a file is damaged, or the
+                sea surface temperature of `surface` has values over land or none over sea.
         """
         _choose("attention", attention, (None, "mha", "triblockdiag_mha", "splash_mha"))
         _choose("precision", precision, ("float32", "tensorfloat32", "bfloat16"))
         wn = import_weathernext()
         with open(checkpoint, "rb") as file:
-            opened = wn.checkpoint.load(file, wn.gencast.CheckPoint)
+            try:
+                opened = wn.checkpoint.load(file, wn.gencast.CheckPoint)
+            except DAMAGE as error:
+                raise ValueError(
+                    f"the file '{os.fspath(checkpoint)}' cannot be read as a checkpoint of GenCast "
+                    f"({type(error).__name__}: {error}); download it again."
+                ) from error
         architecture = with_attention(opened.denoiser_architecture_config, attention)
         task = opened.task_config
         statistics = read_gencast_statistics(stats)

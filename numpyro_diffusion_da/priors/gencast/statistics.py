@@ -50,6 +50,7 @@ def read_gencast_statistics(directory: str | os.PathLike[str]) -> dict[str, xarr
 
     Raises:
         FileNotFoundError: one of the files is not in the directory.
+        ValueError: one of the files is damaged. The message names it.
     """
     import xarray
 
@@ -62,7 +63,13 @@ def read_gencast_statistics(directory: str | os.PathLike[str]) -> dict[str, xarr
                 f"there is no {names[0]} in {os.fspath(directory)!r}; give stats= the directory of the published "
                 "statistics."
             )
-        found[what] = xarray.load_dataset(existing[0], engine="h5netcdf")
+        try:
+            found[what] = xarray.load_dataset(existing[0], engine="h5netcdf")
+        except (OSError, ValueError) as error:
+            raise ValueError(
+                f"the file '{existing[0]}' of stats= cannot be read as netCDF ({str(error).splitlines()[0]}); download "
+                "the published statistics again."
+            ) from None
     return found
 
 
@@ -77,7 +84,7 @@ def channel_statistics(
         input_variables: names of the variables that are inputs of the network.
 
     Raises:
-        ValueError: a variable is missing in the statistics.
+        ValueError: a variable or a level is missing in the statistics, or a number is not finite or not positive.
     """
 
     def of(what: str, variable: Variable) -> np.ndarray:
@@ -89,7 +96,19 @@ def channel_statistics(
                 "published with the checkpoint."
             )
         values = dataset[variable.name]
-        return np.atleast_1d(values.sel(level=list(variable.levels)).values if variable.levels else values.values)
+        has = np.asarray(values.coords["level"].values).tolist() if "level" in values.coords else []
+        if lacking := [level for level in variable.levels if level not in has]:
+            raise ValueError(
+                f"the statistics of '{variable.name}' in {STATISTICS[what][0]} lack the levels {lacking} hPa; they "
+                f"have {has}: give the statistics published with the checkpoint."
+            )
+        found = np.atleast_1d(values.sel(level=list(variable.levels)).values if variable.levels else values.values)
+        if not np.isfinite(found).all() or (what != "mean" and what != "min" and not (found > 0).all()):
+            raise ValueError(
+                f"the statistics of '{variable.name}' in {STATISTICS[what][0]} are {found.tolist()}; expected finite "
+                "numbers, and positive standard deviations: give the statistics published with the checkpoint."
+            )
+        return found
 
     def stacked(parts: list[np.ndarray]) -> np.ndarray:
         """Values of all channels in single precision."""
