@@ -36,7 +36,8 @@ def place_taper(taper: Taper, program: StateSpaceModel, inputs: TimeInputs | Non
         places = empty if inputs is None else program.metadata(inputs)
     diffusion = program.structure.diffusion
     axes = None if taper.state is not None else grid_axes(None if diffusion is None else diffusion.prior.layout)
-    return taper.place(program.structure.state_shape, program.structure.observed, axes, places)
+    observed = {name: (site.shape, site.values_per_error) for name, site in program.structure.observed.items()}
+    return taper.place(program.structure.state_shape, observed, axes, places)
 
 
 def check_sources(taper: Taper, structure: Structure) -> None:

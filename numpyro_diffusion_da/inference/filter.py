@@ -121,7 +121,7 @@ class Filter:
             FloatingPointError: all weights or all particles of a step are non-finite; the message names the step.
         """
         program = self._prepared(args, kwargs)
-        given = (args, kwargs)
+        given = (program.args, program.kwargs)
         attributes = self._attributes(program, rng_key)
         store = self._store(attributes)
         taper = self.algorithm.moving_taper()

@@ -13,6 +13,7 @@ from numpyro_diffusion_da.filters.base import FilterAlgorithm, takes_algorithm
 from numpyro_diffusion_da.inference.batching import check_batch_size, particles_at_a_time
 from numpyro_diffusion_da.inference.compilation import Compiled
 from numpyro_diffusion_da.inference.records import check_places, unplaced_observations
+from numpyro_diffusion_da.program.arrays import as_arguments
 from numpyro_diffusion_da.program.scan import TimeInputs
 from numpyro_diffusion_da.program.state_space import StateSpaceModel
 from numpyro_diffusion_da.smc.base import Info, State, init, particle_keys
@@ -100,7 +101,7 @@ class OnlineFilter:
             program = StateSpaceModel(self.algorithm.model, args, kwargs)
             program.check(self.algorithm.needs_gaussian, self.algorithm.needs_gaussian_errors)
             self._program = program
-        return args, kwargs
+        return as_arguments(self.algorithm.model, args, kwargs, self._program.structure.name)
 
     def _at(self, given: Any) -> StateSpaceModel:
         """Build the model of the program at (args, kwargs), which may be tracers.

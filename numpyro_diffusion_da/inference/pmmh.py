@@ -89,8 +89,8 @@ class PMMH(ParameterInference):
                 does not estimate the evidence.
             FloatingPointError: none of the prior draws from which a chain may start has a finite log-evidence.
         """
-        _, attributes = self._begin(args, kwargs)
-        given = (args, kwargs)
+        parameters, attributes = self._begin(args, kwargs)
+        given = (parameters.program.args, parameters.program.kwargs)
         keys = jax.vmap(jax.random.fold_in, (None, 0))(rng_key, jnp.arange(self.num_chains))
         draws = self._chains(keys, *self._start(keys, given), given)
         positions = draws.pop("parameters")

@@ -260,7 +260,10 @@ def collect(
         posterior=groups["posterior"],
         posterior_predictive=groups.get("posterior_predictive", {}),
         log_likelihood=groups.get("log_likelihood", {}),
-        observed_data={n: np.where(s["observed"], s["value"], np.nan) for n, s in observations.items()},
+        observed_data={
+            n: _observed_data(s["value"], s["observed"], structure.observed[n].is_discrete)
+            for n, s in observations.items()
+        },
         observed_mask={n: s["observed"] for n, s in observations.items()},
         observed_error={n: s["error"] for n, s in observations.items()},
         forecast=by_draw(records["forecast"]) if "forecast" in records else None,
@@ -272,3 +275,10 @@ def collect(
         rejected=records.get("rejected", {}),
         metadata={n: x[0] for n, x in records.get("metadata", {}).items()},
     )
+
+
+def _observed_data(value: np.ndarray, observed: np.ndarray, is_discrete: bool) -> np.ndarray:
+    """Observed values of a site with NaN where missing; whole numbers if it is discrete and none is missing."""
+    if is_discrete and observed.all():
+        return value if value.dtype.kind in "iu" else value.astype(np.int32)
+    return np.where(observed, value, np.nan)

@@ -92,7 +92,8 @@ class SMC2(ParameterInference):
             FloatingPointError: no parameter particle has a finite log-evidence at a step; the message names the step.
         """
         parameters, attributes = self._begin(args, kwargs)
-        given, length = (args, kwargs), parameters.program.structure.length
+        program = parameters.program
+        given, length = (program.args, program.kwargs), program.structure.length
         chains = []
         with progress(self.progress_bar, "SMC^2", self.num_chains * length) as advance:
             for chain in range(self.num_chains):

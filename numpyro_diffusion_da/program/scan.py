@@ -7,17 +7,28 @@ contains the body, the first carry and the inputs, so a handler finds all of the
 
 from __future__ import annotations
 
+import copy
+import linecache
+import traceback
 from collections.abc import Callable
-from functools import partial
+from contextlib import ExitStack
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpyro
 import numpyro.distributions as dist
 from jaxtyping import Array, Int, PRNGKeyArray, PyTree
 from numpyro import handlers
-from numpyro.contrib.control_flow.scan import PytreeTrace, _subs_wrapper
-from numpyro.primitives import Messenger
+from numpyro.contrib.control_flow.cond import cond_wrapper
+from numpyro.contrib.control_flow.scan import PytreeTrace
+from numpyro.primitives import _PYRO_STACK, Messenger
+
+from numpyro_diffusion_da.program.arrays import as_array
+
+LatentValue = Callable[[str, dist.Distribution], Array]
+"""Value of a latent site of the body, from its name and distribution."""
 
 
 class TimeInputs(NamedTuple):
@@ -41,6 +52,7 @@ class ScanCall(NamedTuple):
         xs: inputs of all times, leading axis time.
         length: number of times.
         substitutions: pairs ("condition" or "substitute", values) of the handlers around the scan.
+        handlers: the handlers `scale` and `mask` around the scan, the outermost first.
     """
 
     body: Callable[[PyTree, PyTree], tuple[PyTree, PyTree]]
@@ -48,18 +60,27 @@ class ScanCall(NamedTuple):
     xs: PyTree
     length: int
     substitutions: list[tuple[str, Any]]
+    handlers: list[Any]
 
     def first_inputs(self) -> TimeInputs:
         """Inputs of the body at the first time."""
         return TimeInputs(jnp.asarray(0), jax.tree.map(lambda x: x[0], self.xs))
+
+    def with_carry_of(self, shapes: PyTree) -> ScanCall:
+        """Return the same call with its first carry converted to the dtypes of `shapes`."""
+        return self._replace(
+            init=jax.tree.map(
+                lambda leaf, s: leaf if leaf.dtype == s.dtype else leaf.astype(s.dtype), self.init, shapes
+            )
+        )
 
 
 class ObservedSite(NamedTuple):
     """Observed site of the scan's body at one time.
 
     Attributes:
-        fn: distribution of the site.
-        value: observed value, broadcast to the shape of the distribution; NaN where missing.
+        fn: distribution of the site; masked at times for which a handler around the scan has no value.
+        value: observed value, in the shape of the distribution; NaN where missing. It is empty for `numpyro.factor`.
         power: exponent of the likelihood, as set by `handlers.scale`; 1.0 without it.
     """
 
@@ -120,27 +141,92 @@ def abstractly(fn: Callable[..., Any], trace: Callable[..., Any] = jax.eval_shap
     return traced
 
 
-def _scan_call(msg: dict[str, Any]) -> ScanCall:
+def _scan_call(msg: dict[str, Any], around: Messenger) -> ScanCall:
     """Read the arguments of a scan from its message.
 
+    Args:
+        msg: message of the scan.
+        around: our own handler, outside which no handler matters.
+
     Raises:
-        ValueError: the scan runs backwards, has no length, or has inputs of different lengths.
+        ValueError: the scan runs backwards, has no length, has no times, has inputs that are no arrays or of different
+            lengths, or is inside a handler that a filter cannot apply.
     """
     body, init, xs, length, reverse = msg["args"]
     if reverse:
         raise ValueError(
             "the program's scan has reverse=True, but a filter runs forward in time; reverse the data instead."
         )
-    lengths = {jnp.shape(leaf)[:1] for leaf in jax.tree.leaves(xs)} | ({(length,)} if length is not None else set())
+
+    def converted(path: Any, leaf: Any) -> Any:
+        what = f"input xs{jax.tree_util.keystr(path)} of the program's scan"
+        leaf = as_array(leaf, what)
+        if not jnp.shape(leaf):
+            raise ValueError(
+                f"{what} is {leaf!r}, which has no time axis; give arrays with a leading axis of time (a list of "
+                "numbers becomes one by jnp.asarray)."
+            )
+        return leaf
+
+    xs = jax.tree_util.tree_map_with_path(converted, xs)
+    lengths = {jnp.shape(leaf)[0] for leaf in jax.tree.leaves(xs)} | ({length} if length is not None else set())
     if not lengths:
         raise ValueError("the program's scan has neither xs nor length; give it length=<number of times>.")
-    if len(lengths) > 1 or () in lengths:
+    if len(lengths) > 1:
         raise ValueError(
             f"the inputs of the program's scan have leading axes of lengths {sorted(lengths)}; "
             "give all of them a leading time axis of the same length."
         )
-    ((length,),) = lengths
-    return ScanCall(body, jax.tree.map(jnp.asarray, init), xs, length, list(msg["kwargs"]["substitute_stack"]))
+    (length,) = lengths
+    if length < 1:
+        raise ValueError("the program's scan runs over 0 times; give data of one time or more.")
+    return ScanCall(
+        body, jax.tree.map(jnp.asarray, init), xs, length, list(msg["kwargs"]["substitute_stack"]), _around(around)
+    )
+
+
+APPLIED = (handlers.scale, handlers.mask)
+"""Handlers around a scan that act on the sites of its body, and that a filter applies there."""
+
+HARMLESS = (handlers.condition, handlers.substitute, handlers.seed, handlers.trace, handlers.block)
+"""Handlers around a scan that change nothing in its body, or whose values come with the message of the scan."""
+
+
+def _around(own: Messenger) -> list[Any]:
+    """Handlers `scale` and `mask` around the scan and inside our own handler, the outermost first.
+
+    Raises:
+        ValueError: there is another handler, which a filter would leave out.
+    """
+    inside = _PYRO_STACK[_PYRO_STACK.index(own) + 1 :]
+    for handler in inside:
+        if not isinstance(handler, APPLIED + HARMLESS):
+            name = type(handler).__name__
+            where = "numpyro.plate" if isinstance(handler, numpyro.plate) else f"the handler {name}"
+            raise ValueError(
+                f"the program's scan is inside {where}, which a filter cannot apply to it; put it into the body of the "
+                "scan, or leave it out (handlers.condition, substitute, scale and mask may be around a scan)."
+            )
+    return [handler for handler in inside if isinstance(handler, APPLIED)]
+
+
+def _is_cond(msg: dict[str, Any]) -> bool:
+    """Whether a message of type "control_flow" comes from `numpyro.contrib.control_flow.cond`, and not from `scan`."""
+    return msg["fn"] is cond_wrapper
+
+
+def _check_cond(msg: dict[str, Any]) -> None:
+    """Check that no latent site is inside a `cond`, where a filter could not give it a value.
+
+    Raises:
+        ValueError: there is one; the message names it.
+    """
+    for name, site in msg["value"][1].trace.items():
+        if site["type"] == "sample" and not site["is_observed"]:
+            raise ValueError(
+                f"site '{name}' is inside numpyro.contrib.control_flow.cond, where a filter cannot give it a value; "
+                "draw it outside, and let cond choose its parameters."
+            )
 
 
 class _StopAtScan(Messenger):
@@ -148,8 +234,8 @@ class _StopAtScan(Messenger):
 
     def process_message(self, msg: dict[str, Any]) -> None:
         """Raise `_ReachedScan` at the message of the scan."""
-        if msg["type"] == "control_flow":
-            raise _ReachedScan(_scan_call(msg))
+        if msg["type"] == "control_flow" and not _is_cond(msg):
+            raise _ReachedScan(_scan_call(msg, self))
 
 
 def run_to_scan(program: Callable[[], Any], rng_key: PRNGKeyArray) -> ScanCall | None:
@@ -201,19 +287,22 @@ class SkipScan(Messenger):
         """
         if msg["type"] == "sample" and msg["value"] is not None and not msg["is_observed"]:
             self.given.add(msg["name"])  # handlers.substitute sets the value, but does not make the site observed
-        if msg["type"] != "control_flow":
+        if msg["type"] != "control_flow" or _is_cond(msg):
             return
-        call = _scan_call(msg)
-        self.scans.append(call)
-        key = jax.random.key(0)
         with handlers.block():
-            carry, output = abstractly(lambda: run_body(call, key, call.init, call.first_inputs())[1])
-        _check_carry(call.init, carry)
+            call, output = _with_promoted_carry(_scan_call(msg, self))
+        self.scans.append(call)
         stacked = jax.tree.map(lambda s: jnp.zeros((call.length, *s.shape), s.dtype), output)
         msg["value"] = ((call.length, None, call.init), (PytreeTrace({}), stacked))
 
     def postprocess_message(self, msg: dict[str, Any]) -> None:
-        """Record a site after it has its value."""
+        """Record a site after it has its value.
+
+        Raises:
+            ValueError: a latent site is inside a `cond`.
+        """
+        if msg["type"] == "control_flow" and _is_cond(msg):
+            _check_cond(msg)
         if msg["type"] == "sample":
             if self.scans:
                 self.after.append(msg["name"])
@@ -227,12 +316,15 @@ class _BodyRecorder(Messenger):
     """Handler that records the sites of one run of the body, and gives latent sites a value.
 
     Args:
-        latent_value: value of the latent site; None for zeros.
+        latent_value: function from name and distribution of a latent site to its value.
+        beyond: names of the observed sites for which a handler around the scan may have no value at this time, with
+            whether it has one.
     """
 
-    def __init__(self, latent_value: Array | None) -> None:
+    def __init__(self, latent_value: LatentValue, beyond: dict[str, Array]) -> None:
         super().__init__()
         self.latent_value = latent_value
+        self.beyond = beyond
         self.latent: dict[str, dist.Distribution] = {}
         self.observed: dict[str, ObservedSite] = {}
         self.scaled: list[str] = []
@@ -242,36 +334,135 @@ class _BodyRecorder(Messenger):
         """Record a sample site, and give it a value if it is latent.
 
         Raises:
-            ValueError: a scan inside the body, or an observed value whose shape does not fit its distribution.
+            ValueError: a scan inside the body, an observed value whose shape is not that of its distribution or that
+                holds no numbers, or an observed site with `obs_mask=`.
         """
-        if msg["type"] == "control_flow":
+        if msg["type"] == "control_flow" and not _is_cond(msg):
             raise ValueError(
                 "the program has a scan inside the body of its scan; a filter needs a single scan over time: "
                 "write an inner loop without sites as jax.lax.scan."
             )
+        if msg["type"] == "prng_key":
+            raise ValueError(
+                "the body of the program's scan takes numpyro.prng_key(), but a filter draws the latent sites only, so "
+                "this randomness would be the same at every step; draw it by numpyro.sample in the latent site."
+            )
         if msg["type"] != "sample":
             return
+        name, fn = msg["name"], msg["fn"]
         if msg["is_observed"]:
-            shape, value = msg["fn"].shape(), jnp.asarray(msg["value"])
-            pairs = zip(value.shape[::-1], shape[::-1], strict=False)
-            if value.ndim > len(shape) or any(got not in (1, expected) for got, expected in pairs):
-                raise ValueError(
-                    f"site '{msg['name']}' observes an array of shape {value.shape}, but its distribution has shape "
-                    f"{shape}; give obs= an array of the distribution's shape."
-                )
+            value = _observed_value(name, fn, msg["value"])
+            if name in self.beyond:
+                fn = fn.mask(self.beyond[name])
             power = 1.0 if msg["scale"] is None else msg["scale"]
-            self.observed[msg["name"]] = ObservedSite(msg["fn"], jnp.broadcast_to(value, shape), power)
-        else:
-            self.latent[msg["name"]] = msg["fn"]
-            # Zeros are a placeholder: a caller who gives no value reads nothing that depends on it.
-            msg["value"] = jnp.zeros(msg["fn"].shape()) if self.latent_value is None else self.latent_value
-            if msg["scale"] is not None:
-                self.scaled.append(msg["name"])
+            self.observed[name] = ObservedSite(fn, value, power)
+            return
+        if name.endswith("_unobserved") and name.removesuffix("_unobserved") + "_observed" in self.observed:
+            raise ValueError(
+                f"site '{name.removesuffix('_unobserved')}' has obs_mask=, for which NumPyro makes a latent site of "
+                "the missing values; mask the distribution instead, dist.Normal(...).mask(m), or give NaN in the "
+                "observation where it is missing."
+            )
+        if msg["value"] is not None:
+            raise ValueError(
+                f"site '{name}' of the scan's body gets its value from handlers.substitute, but a filter draws it; "
+                "leave it out of the handler, or observe it by handlers.condition."
+            )
+        self.latent[name] = fn
+        msg["value"] = self.latent_value(name, fn)
+        if msg["scale"] is not None:
+            self.scaled.append(name)
 
     def postprocess_message(self, msg: dict[str, Any]) -> None:
-        """Record the value of a deterministic site."""
+        """Record the value of a deterministic site.
+
+        Raises:
+            ValueError: a latent site is inside a `cond`.
+        """
+        if msg["type"] == "control_flow":
+            _check_cond(msg)
         if msg["type"] == "deterministic":
             self.deterministic[msg["name"]] = msg["value"]
+
+
+def is_factor(fn: dist.Distribution) -> bool:
+    """Whether the distribution of a site is that of `numpyro.factor`, which observes nothing."""
+    while isinstance(fn, (dist.MaskedDistribution, dist.ExpandedDistribution, dist.Independent)):
+        fn = fn.base_dist
+    return isinstance(fn, dist.Unit)
+
+
+def _observed_value(name: str, fn: dist.Distribution, value: Any) -> Array:
+    """Observed value of a site as an array of the distribution's shape.
+
+    Raises:
+        ValueError: the value has another shape, or holds no numbers. NumPyro would broadcast it, and so count an
+            observation twice.
+    """
+    value = as_array(value, f"the observation of site '{name}'")
+    try:
+        value = jnp.asarray(value)
+    except (TypeError, ValueError):
+        raise ValueError(
+            f"site '{name}' observes {value!r}, which is no array of numbers; give obs= numbers, NaN where missing."
+        ) from None
+    if value.shape != fn.shape():
+        raise ValueError(
+            f"site '{name}' observes an array of shape {value.shape} at one time, but its distribution has shape "
+            f"{fn.shape()}; give obs= an array of the distribution's shape (and data with a leading axis of time)."
+        )
+    return value
+
+
+def placeholder(name: str, fn: dist.Distribution) -> Array:
+    """Zeros of the shape and dtype of a site's draws; a caller who uses them reads nothing that depends on them."""
+    support = None if isinstance(fn, dist.Delta) else getattr(fn, "support", None)
+    if support is None or not support.is_discrete:
+        return jnp.zeros(fn.shape())
+    drawn = jax.eval_shape(fn.sample, jax.random.key(0))
+    return jnp.zeros(drawn.shape, drawn.dtype)
+
+
+def _with_promoted_carry(call: ScanCall) -> tuple[ScanCall, PyTree]:
+    """Give the first carry the dtypes that `jax.lax.scan` gives it: Python numbers take those of the next carry.
+
+    Returns:
+        (call with the converted first carry, shapes and dtypes of the body's output).
+
+    Raises:
+        ValueError: the body returns a carry of another structure, shape or dtype than it takes.
+    """
+    for promoted in (False, True):
+        carry, output = abstractly(
+            lambda call=call: run_body(call, jax.random.key(0), call.init, call.first_inputs())[1]
+        )
+        _check_carry(call.init, carry)
+        differ = [
+            (jax.tree_util.keystr(path), before, after)
+            for (path, before), after in zip(
+                jax.tree_util.tree_leaves_with_path(call.init), jax.tree.leaves(carry), strict=True
+            )
+            if before.dtype != after.dtype
+        ]
+        if not differ:
+            return call, output
+        if promoted or not any(before.weak_type for _, before, _ in differ):
+            break
+        call = call.with_carry_of(
+            jax.tree.map(
+                lambda old, new: jax.ShapeDtypeStruct(
+                    old.shape, jnp.promote_types(old.dtype, new.dtype) if old.weak_type else old.dtype
+                ),
+                call.init,
+                carry,
+            )
+        )
+    where, before, after = differ[0]
+    raise ValueError(
+        f"the body of the scan takes a carry{where} of type {before.dtype} and returns one of type {after.dtype}, "
+        "which jax.lax.scan refuses; give the first carry the type that the body returns: jnp.asarray(x0, "
+        f"jnp.{after.dtype})."
+    )
 
 
 def _check_carry(before: PyTree, after: PyTree) -> None:
@@ -288,8 +479,56 @@ def _check_carry(before: PyTree, after: PyTree) -> None:
         )
 
 
+class _Values:
+    """Values that a handler around the scan gives to the sites of its body at one time.
+
+    Args:
+        given: values by site, or a function of a site's message.
+        step: index of the time.
+        length: number of times.
+
+    Attributes:
+        beyond: for each site with fewer values than times, whether it has one at this time.
+    """
+
+    def __init__(self, given: Any, step: Int[Array, ""], length: int) -> None:
+        self.given, self.step, self.length = given, step, length
+        self.beyond: dict[str, Array] = {}
+
+    def __call__(self, site: dict[str, Any]) -> Any:
+        """Value of a site at this time; None if the handler has none.
+
+        Raises:
+            ValueError: there are more values than times.
+        """
+        if site["type"] != "sample":
+            return None
+        value = self.given.get(site["name"]) if isinstance(self.given, dict) else self.given(site)
+        if value is None:
+            return None
+        value = as_array(value, f"the value of site '{site['name']}' in a handler around the scan")
+        shape = (*site["kwargs"].get("sample_shape", ()), *site["fn"].shape())
+        if jnp.ndim(value) != len(shape) + 1:
+            return value  # one value for all times; the recorder checks its shape
+        value = jnp.asarray(value)
+        number = len(value)
+        if number > self.length:
+            raise ValueError(
+                f"site '{site['name']}' gets {number} values from a handler around the scan, which has {self.length} "
+                "times; give one value for each time or fewer."
+            )
+        if number < self.length:
+            # NumPyro draws the values of later times. For a filter they are missing, and the run is a forecast.
+            self.beyond[site["name"]] = self.step < number
+        return value[jnp.minimum(self.step, number - 1)]
+
+
 def run_body(
-    call: ScanCall, rng_key: PRNGKeyArray, carry: PyTree, inputs: TimeInputs, latent_value: Array | None = None
+    call: ScanCall,
+    rng_key: PRNGKeyArray,
+    carry: PyTree,
+    inputs: TimeInputs,
+    latent_value: PyTree | LatentValue = None,
 ) -> tuple[BodySites, tuple[PyTree, PyTree]]:
     """Run the scan's body once, as NumPyro's scan would run it at this time.
 
@@ -298,27 +537,74 @@ def run_body(
         rng_key: random key of the body's own draws.
         carry: carry that the body takes.
         inputs: inputs of the time.
-        latent_value: value of the latent site; None for zeros.
+        latent_value: value of the latent site, values of several latent sites by name, or a function from a site's name
+            and distribution to its value; None for zeros.
 
     Returns:
         (sites of the run, (next carry, output of the body)).
 
     Raises:
-        ValueError: the body contains a scan, an observed value does not fit its distribution, or a handler around the
-            scan is neither `handlers.condition` nor `handlers.substitute`.
+        ValueError: the body contains a scan, an observed value does not fit its distribution, a distribution gets an
+            invalid parameter, or a handler around the scan is neither `handlers.condition` nor `handlers.substitute`.
     """
     body = handlers.seed(call.body, rng_key)
+    beyond: dict[str, Array] = {}
     for kind, values in call.substitutions:
-        # Handlers around the scan hold values of all times; NumPyro's own function takes the slice of this time.
-        at_time = partial(_subs_wrapper, values, inputs.step, call.length)
+        at_time = _Values(values, inputs.step, call.length)
         if kind == "condition":
+            # Only observed sites may lack values: a site that is substituted stays latent.
+            at_time.beyond = beyond
             body = handlers.condition(body, condition_fn=at_time)
         elif kind == "substitute":
             body = handlers.substitute(body, substitute_fn=at_time)
         else:
             raise ValueError(f"a filter cannot run a scan inside handlers.{kind}; use handlers.condition instead.")
-    recorder = _BodyRecorder(latent_value)
-    with handlers.block(), recorder:
-        new_carry, output = body(carry, inputs.xs)
+    recorder = _BodyRecorder(_value_of(latent_value), beyond)
+    with ExitStack() as stack:
+        stack.enter_context(handlers.block())
+        stack.enter_context(recorder)
+        for handler in call.handlers:
+            stack.enter_context(copy.copy(handler))  # a handler that is active cannot be entered again
+        new_carry, output = with_place(body, carry, inputs.xs)
     sites = BodySites(recorder.latent, recorder.observed, recorder.scaled, recorder.deterministic, new_carry)
     return sites, (new_carry, output)
+
+
+def _value_of(latent_value: Any) -> LatentValue:
+    """Function from a latent site's name and distribution to its value."""
+    if latent_value is None:
+        return placeholder
+    if callable(latent_value):
+        return latent_value
+    if isinstance(latent_value, dict):
+        return lambda name, fn: latent_value[name]
+    return lambda name, fn: latent_value
+
+
+def with_place(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Call a function of the user, and name the line of the program where NumPyro refuses a distribution's parameter.
+
+    Raises:
+        ValueError: a distribution of the program gets an invalid parameter.
+    """
+    try:
+        return fn(*args, **kwargs)
+    except ValueError as error:
+        if "distribution got invalid" not in str(error):
+            raise
+        own = [f for f in traceback.extract_tb(error.__traceback__) if not _of_a_library(f.filename)]
+        if not own:
+            raise
+        where, line = own[-1].filename, own[-1].lineno or 0
+        source = linecache.getline(where, line).strip() or "its source is not available"
+        raise ValueError(
+            f"{str(error).rstrip('.')} at line {line} of {Path(where).name}: {source}. Give it a valid value: the "
+            "scale of an error, for example, is above zero."
+        ) from None
+
+
+def _of_a_library(filename: str) -> bool:
+    """Whether a file belongs to NumPyro, JAX, another installed library, or to this one."""
+    parts = Path(filename).parts
+    own = Path(__file__).parent.parent
+    return "site-packages" in parts or filename.startswith("<frozen") or own in Path(filename).parents

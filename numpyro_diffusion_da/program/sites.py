@@ -171,16 +171,16 @@ def observation_error(fn: dist.Distribution) -> Float[Array, ...]:
     return jnp.full(fn.shape(), jnp.nan)
 
 
-def non_positive_error(fn: dist.Distribution) -> Bool[Array, ""]:
-    """Whether a Gaussian site has a standard deviation that is zero, negative or not finite."""
+def non_positive_error(fn: dist.Distribution, value: Array) -> Bool[Array, ""]:
+    """Whether the error of any observed value of a Gaussian site is zero, negative or not finite."""
     base, _ = unmasked(fn)
     if isinstance(base, dist.Normal):
-        scale = jnp.asarray(base.scale)
+        scale = jnp.broadcast_to(base.scale, fn.shape())
     elif isinstance(base, dist.MultivariateNormal):
-        scale = jnp.diagonal(base.scale_tril, axis1=-2, axis2=-1)
+        scale = jnp.broadcast_to(jnp.diagonal(base.scale_tril, axis1=-2, axis2=-1), fn.shape())
     else:
         return jnp.asarray(False)
-    return ~jnp.all((scale > 0) & jnp.isfinite(scale))
+    return jnp.any(observed_elements(fn, value) & ~((scale > 0) & jnp.isfinite(scale)))
 
 
 def site_mean(fn: dist.Distribution) -> Float[Array, ...]:
@@ -223,7 +223,7 @@ def undefined_means(fn: dist.Distribution, value: Array) -> Int[Array, ""]:
     """Number of observed values of a Gaussian site whose mean is NaN; 0 for any other distribution."""
     if gaussian_parts(fn) is None:
         return jnp.asarray(0)
-    return jnp.sum(~jnp.isnan(value) & site_mask(fn) & jnp.isnan(site_mean(fn)))
+    return jnp.sum(~missing(value) & site_mask(fn) & jnp.isnan(site_mean(fn)))
 
 
 def elementwise(power: Array | float, fn: dist.Distribution, events: int = 0) -> Float[Array, ...]:
@@ -259,17 +259,23 @@ def gaussian_observations(
     parts = gaussian_parts(fn)
     if parts is None:
         raise ValueError(
-            f"site '{name}' has the likelihood {type(unmasked(fn)[0]).__name__}; this filter needs Normal or "
-            "MultivariateNormal observations (FAAPF and Bootstrap take other likelihoods)."
+            f"site '{name}' {_likelihood_of(fn)}; this filter needs Normal or MultivariateNormal observations (FAAPF "
+            "and Bootstrap take other likelihoods)."
         )
     values = value.reshape(len(parts), -1)
-    observed = (~jnp.isnan(value) & site_mask(fn)).reshape(len(parts), -1)
+    observed = (~missing(value) & site_mask(fn)).reshape(len(parts), -1)
     own = unmasked(fn)[0].event_dim
     powers = (
         elementwise(power, fn, own).reshape(len(parts), -1) if own == 0 else elementwise(power, fn, own).reshape(-1)
     )
     each = zip(parts, values, observed, powers, strict=True)
     return [GaussianObservation(m, f, v, o, p) for (m, f), v, o, p in each]
+
+
+def _likelihood_of(fn: dist.Distribution) -> str:
+    """Words for the likelihood of a site in a message."""
+    base, _ = unmasked(fn)
+    return "is a numpyro.factor" if isinstance(base, dist.Unit) else f"has the likelihood {type(base).__name__}"
 
 
 def general_observation(
@@ -293,6 +299,13 @@ def general_observation(
             or none of its parameters is continuous.
     """
     base, mask = unmasked(fn)
+    if isinstance(base, dist.Unit):
+        # The log-factor itself is the parameter: a coordinate t along which the log-likelihood is t.
+        shape = fn.batch_shape
+        parameters = jnp.broadcast_to(base.log_factor, shape).reshape(-1, 1)
+        powers = jnp.broadcast_to(jnp.asarray(power), shape).reshape(-1)
+        observed = observed_elements(fn, value).reshape(-1)
+        return GeneralObservation(parameters, lambda parameters: powers * parameters[:, 0], observed)
     if base.event_dim > 0:
         raise ValueError(
             f"site '{name}' has the likelihood {type(base).__name__}, whose elements are vectors; guidance needs a "
@@ -332,8 +345,14 @@ def predicted_observation(
     Returns:
         The m flattened elements, with the predictor as the only parameter of each.
     """
-    observed = (~missing(value) & site_mask(fn)).reshape(-1)
+    observed = observed_elements(fn, value).reshape(-1)
     return GeneralObservation(predictor[:, None], lambda parameters: link(parameters[:, 0]), observed, components)
+
+
+def is_discrete(fn: dist.Distribution) -> bool:
+    """Whether the values of a site are whole numbers, such as counts or classes."""
+    support: Any = getattr(unmasked(fn)[0], "support", None)
+    return bool(support is not None and support.is_discrete)
 
 
 def has_own_errors(fn: dist.Distribution) -> bool:
@@ -344,6 +363,16 @@ def has_own_errors(fn: dist.Distribution) -> bool:
 def missing(value: Array) -> Bool[Array, ...]:
     """Mask of the NaN values of an array, in its shape; False for integers."""
     return jnp.isnan(value) if jnp.issubdtype(value.dtype, jnp.inexact) else jnp.zeros(value.shape, bool)
+
+
+def observed_elements(fn: dist.Distribution, value: Array) -> Bool[Array, ...]:
+    """Mask of the observed elements of a site, in the shape of its value; one element for `numpyro.factor`."""
+    base, mask = unmasked(fn)
+    if isinstance(base, dist.Unit):
+        # The mask of a site has an axis for the event, and that of `numpyro.factor` has no values.
+        of_elements = jnp.asarray(mask)
+        return jnp.broadcast_to(of_elements[..., 0] if of_elements.ndim else of_elements, fn.batch_shape)
+    return ~missing(value) & jnp.broadcast_to(mask, fn.shape())
 
 
 def base_point(base: dist.Distribution, value: Array) -> Array:
@@ -371,8 +400,10 @@ def pointwise_log_likelihood(fn: dist.Distribution, value: Array, power: Array |
         event of a `MultivariateNormal` with missing components gives the log-likelihood of the observed ones. An event
         of any other distribution counts only if all its components are observed.
     """
-    base, mask = unmasked(fn)
-    observed = ~missing(value) & jnp.broadcast_to(mask, fn.shape())
+    base, _ = unmasked(fn)
+    observed = observed_elements(fn, value)
+    if isinstance(base, dist.Unit):
+        return jnp.where(observed, jnp.asarray(power) * jnp.broadcast_to(base.log_factor, fn.batch_shape), 0.0)
     if isinstance(base, dist.MultivariateNormal):
         # Gaussian observations can leave out single components of an event.
         events = gaussian_observations("", fn, value, power)

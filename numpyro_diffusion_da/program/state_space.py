@@ -16,6 +16,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpyro.distributions as dist
 from jaxtyping import Array, PRNGKeyArray, PyTree
 from numpyro import handlers
 
@@ -30,21 +31,30 @@ from numpyro_diffusion_da.observation.likelihood import (
     Likelihood,
 )
 from numpyro_diffusion_da.observation.linear_predictor import LinearPredictor, find_linear_predictor
+from numpyro_diffusion_da.program.arrays import as_arguments
 from numpyro_diffusion_da.program.distribution import DiffusionTransition
-from numpyro_diffusion_da.program.scan import BodySites, ScanCall, TimeInputs, abstractly, run_body, run_to_scan
+from numpyro_diffusion_da.program.scan import (
+    BodySites,
+    ScanCall,
+    TimeInputs,
+    abstractly,
+    is_factor,
+    run_body,
+    run_to_scan,
+)
 from numpyro_diffusion_da.program.sites import (
     dynamics_of,
     gaussian_observations,
     general_observation,
     non_positive_error,
     observation_error,
+    observed_elements,
     pointwise_log_likelihood,
     predicted_observation,
-    site_mask,
     site_mean,
     undefined_means,
 )
-from numpyro_diffusion_da.program.structure import Structure, trace_structure
+from numpyro_diffusion_da.program.structure import Structure, name_of, trace_structure
 from numpyro_diffusion_da.transition.base import DrawRecord, Dynamics
 
 
@@ -62,8 +72,8 @@ class StateSpaceModel:
 
     Attributes:
         model: the program.
-        args: positional arguments of the program.
-        kwargs: keyword arguments of the program.
+        args: positional arguments of the program, with arrays and tables as JAX arrays.
+        kwargs: keyword arguments of the program, likewise.
         structure: sites, shapes and dependencies found in the program, see `program.structure.Structure`.
 
     Raises:
@@ -80,7 +90,8 @@ class StateSpaceModel:
         *,
         like: Structure | None = None,
     ) -> None:
-        self.model, self.args, self.kwargs = model, args, kwargs or {}
+        self.model = model
+        self.args, self.kwargs = as_arguments(model, args, kwargs or {}, name_of(model))
         self.structure = trace_structure(self.model, self.args, self.kwargs, like)
         self._call: ScanCall | None = None
         self._left_out: dict[str, Array] = {}
@@ -144,7 +155,7 @@ class StateSpaceModel:
                 f"the program '{self.structure.name}' has no numpyro.contrib.control_flow.scan; "
                 "write its time loop as scan(step, x0, observations)."
             )
-        return call
+        return call.with_carry_of(self.structure.shapes.carry)
 
     def _scan(self) -> ScanCall:
         """Arguments of the scan, with an arbitrary draw of the first carry; from `at`, else from a new run."""
@@ -160,7 +171,7 @@ class StateSpaceModel:
 
     def time_inputs(self) -> TimeInputs:
         """Inputs of all times as `TimeInputs`, with a leading axis of time."""
-        return TimeInputs(jnp.arange(self.structure.length), jax.tree.map(jnp.asarray, self.inputs()))
+        return TimeInputs(jnp.arange(self.structure.length), self.inputs())
 
     def sites(self, carry: PyTree, inputs: TimeInputs, x: Array | None = None) -> BodySites:
         """Sites of the scan's body at one time.
@@ -197,7 +208,7 @@ class StateSpaceModel:
 
     def draw(
         self, rng_key: PRNGKeyArray, carry: PyTree, inputs: TimeInputs, sampler: Sampler | Step | None = None
-    ) -> tuple[Array, DrawRecord]:
+    ) -> tuple[Any, DrawRecord]:
         """Draw x' ~ p(x' | c), for any distribution that can be sampled.
 
         Args:
@@ -207,16 +218,36 @@ class StateSpaceModel:
             sampler: sampler, or a bare step, that replaces the sampler of a diffusion; None keeps it.
 
         Returns:
-            (x', in the shape of the state; record of the draw).
+            (x', in the shape of the state, or the values of several latent sites by name; record of the draw).
 
         Raises:
             ValueError: the latent site is a `DiffusionTransition` with batch axes.
             TypeError: `sampler` is neither a sampler nor a step.
         """
-        fn = self._latent(carry, inputs)
-        if isinstance(fn, DiffusionTransition):
-            return dynamics_of(self.structure.latent_name, fn, sampler).draw(rng_key)
-        return fn.sample(rng_key), DrawRecord(NetworkPasses.of(), jnp.zeros(()))
+        if len(self.structure.latent_names) == 1:
+            return _draw(rng_key, self.structure.latent_name, self._latent(carry, inputs), sampler)
+        values: dict[str, Array] = {}
+        records: list[DrawRecord] = []
+
+        def in_turn(name: str, fn: dist.Distribution) -> Array:
+            # A later site of the body may depend on an earlier one, so each gets its value before the next is reached.
+            key = jax.random.fold_in(rng_key, len(values))
+            values[name], record = _draw(key, name, fn, sampler)
+            records.append(record)
+            return values[name]
+
+        run_body(self._scan(), jax.random.key(0), carry, inputs, in_turn)
+        residual = jnp.max(jnp.stack([record.solver_residual for record in records]))
+        passes = jax.tree.map(lambda *each: sum(each), *[record.passes for record in records])
+        return values, DrawRecord(passes, residual)
+
+    def latent_values(self, x: PyTree) -> dict[str, Array]:
+        """Values of the latent sites by name.
+
+        Args:
+            x: value of the latent site, or values of several latent sites by name.
+        """
+        return x if len(self.structure.latent_names) > 1 else {self.structure.latent_name: x}
 
     def working_bytes(self) -> int:
         """Estimate how many bytes it takes to move one particle; 0 for a transition in closed form."""
@@ -252,6 +283,19 @@ class StateSpaceModel:
             raise ValueError(
                 f"site '{name}' is under handlers.scale, but a filter cannot scale a latent site; "
                 "scale observed sites only."
+            )
+
+        structure = self.structure
+        if (needs_dynamics or gaussian_errors) and len(structure.latent_names) > 1:
+            names = ", ".join(f"'{name}'" for name in structure.latent_names)
+            raise ValueError(
+                f"the body of the scan of '{structure.name}' has the latent sites {names}, and this filter takes one; "
+                "join them into one array, or use ndda.Bootstrap(model), which takes several."
+            )
+        if gaussian_errors and structure.is_discrete:
+            raise ValueError(
+                f"site '{structure.latent_name}' is discrete, and an ensemble update would give it values between its "
+                "classes; use ndda.Bootstrap(model)."
             )
 
         def look() -> None:
@@ -356,11 +400,12 @@ class StateSpaceModel:
         sites = self.sites(carry, inputs, x)
         predictive, log_likelihood = {}, {}
         for i, (name, site) in enumerate(sites.observed.items()):
-            predictive[name] = site.fn.sample(jax.random.fold_in(rng_key, i))
+            if not is_factor(site.fn):  # it observes nothing, so there is nothing to draw
+                predictive[name] = site.fn.sample(jax.random.fold_in(rng_key, i))
             log_likelihood[name] = pointwise_log_likelihood(*site)
         shared = self.structure.metadata_names
         own = {name: value for name, value in sites.deterministic.items() if name not in shared}
-        posterior = {self.structure.latent_name: x, **own}
+        posterior = {**self.latent_values(x), **own}
         return {"posterior": posterior, "posterior_predictive": predictive, "log_likelihood": log_likelihood}
 
     def metadata(self, inputs: TimeInputs) -> dict[str, Array]:
@@ -391,12 +436,13 @@ class StateSpaceModel:
         return {
             name: {
                 "value": value,
-                "observed": ~jnp.isnan(value) & site_mask(fn),
+                "observed": observed_elements(fn, value),
                 "error": observation_error(fn),
-                "bad_error": non_positive_error(fn),
+                "bad_error": non_positive_error(fn, value),
                 "undefined": undefined_means(fn, value),
             }
             for name, (fn, value, _) in sites.observed.items()
+            if not is_factor(fn)
         }
 
     def probe(self, inputs: TimeInputs) -> dict[str, Array]:
@@ -408,7 +454,10 @@ class StateSpaceModel:
             inputs: inputs of the time.
         """
         call = self._scan()
-        state = jax.random.normal(jax.random.key(0), self.structure.state_shape)
+        state = {
+            name: jax.random.normal(jax.random.key(0), s.shape).astype(s.dtype)
+            for name, s in self.structure.shapes.state.items()
+        }
         sites = run_body(call, jax.random.key(0), call.init, inputs, state)[0]
         means = {f"mean of {name}": site_mean(fn) for name, (fn, *_) in sites.observed.items()}
         errors = {f"error of {name}": observation_error(fn) for name, (fn, *_) in sites.observed.items()}
@@ -429,3 +478,12 @@ class StateSpaceModel:
             return at(self.sites(call.init, call.first_inputs()))
 
         return abstractly(sites)
+
+
+def _draw(
+    rng_key: PRNGKeyArray, name: str, fn: dist.Distribution, sampler: Sampler | Step | None
+) -> tuple[Array, DrawRecord]:
+    """Draw the value of one latent site, and record the draw."""
+    if isinstance(fn, DiffusionTransition):
+        return dynamics_of(name, fn, sampler).draw(rng_key)
+    return fn.sample(rng_key), DrawRecord(NetworkPasses.of(), jnp.zeros(()))

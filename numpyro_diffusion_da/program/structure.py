@@ -24,11 +24,20 @@ from numpyro_diffusion_da.diffusion.sampler import Sampler
 from numpyro_diffusion_da.observation.likelihood import GaussianLikelihood
 from numpyro_diffusion_da.observation.linear_predictor import find_linear_predictor
 from numpyro_diffusion_da.program.distribution import DiffusionTransition
-from numpyro_diffusion_da.program.scan import BodySites, ScanCall, SkipScan, abstractly, run_body
+from numpyro_diffusion_da.program.scan import (
+    BodySites,
+    ScanCall,
+    SkipScan,
+    abstractly,
+    placeholder,
+    run_body,
+    with_place,
+)
 from numpyro_diffusion_da.program.sites import (
     gaussian_observations,
     has_own_errors,
     independent_errors,
+    is_discrete,
     is_gaussian,
     pointwise_log_likelihood,
     unmasked,
@@ -42,10 +51,44 @@ class ObservedStructure(NamedTuple):
     Attributes:
         shape: shape of the site's value at one time.
         values_per_error: number of consecutive values that share a correlated error; 1 if errors are independent.
+        is_discrete: whether its values are whole numbers, such as counts.
     """
 
     shape: tuple[int, ...]
     values_per_error: int
+    is_discrete: bool = False
+
+
+class CarryLeaf(NamedTuple):
+    """One array of the scan's carry, and what a filter may do to it.
+
+    A filter draws the latent site, and the body makes the next carry from it and from the carry before. What else is in
+    a carry is resampled with its particle by every particle filter; an ensemble update and localized resampling treat
+    each array by its kind (docs/numpyro.md has the table).
+
+    Attributes:
+        name: path of the array in the carry, such as "[1]"; empty if the carry is one array.
+        is_real: whether it holds floating-point numbers. Integers, booleans and random keys are never averaged.
+        is_used: whether, at a given value of the latent site, the next carry, an observed site or a deterministic site
+            depends on it.
+        is_unchanged: whether the body returns it as it is, like a parameter of the particle.
+        is_shared: whether all particles have the same value, like a clock: it depends on no drawn value.
+        has_places: whether its last axes are those of the state.
+        sites: latent sites before the scan that its first value depends on.
+    """
+
+    name: str
+    is_real: bool
+    is_used: bool
+    is_unchanged: bool
+    is_shared: bool
+    has_places: bool
+    sites: tuple[str, ...]
+
+    @property
+    def moves_with_the_state(self) -> bool:
+        """Whether an update of the latent site has to move this array too, by its regression on the observations."""
+        return self.is_real and self.is_used and not self.is_shared
 
 
 class DeterministicStructure(NamedTuple):
@@ -88,8 +131,12 @@ class Structure:
     Attributes:
         name: name of the program.
         length: number of times that its scan runs over.
-        latent_name: name of the latent site of the scan's body.
-        state_shape: shape of the latent site's value.
+        latent_names: names of the latent sites of the scan's body, in the program's order. All filters but `Bootstrap`
+            need a single one.
+        latent_name: name of the latent site that is the state: the only one, or the first that is a diffusion, or the
+            first.
+        state_shape: shape of its value.
+        is_discrete: whether its values are whole numbers.
         observed: observed sites of the body, by name, in the program's order.
         deterministic: deterministic sites of the body, by name, in the program's order.
         needed_names: unobserved sites outside the scan that its body depends on.
@@ -102,6 +149,7 @@ class Structure:
         scaled_names: latent sites of the body under `handlers.scale`.
         observes_linearly: whether every observed site is Gaussian with a mean affine in the latent site and an error
             independent of it. False if this is not known.
+        carry: each array of the carry, in the order of its leaves.
         carry_remembers: whether the next carry depends on the carry before, for a given value of the latent site.
         observations_remember: whether the observed sites depend on the carry, for a given value of the latent site.
         diffusion: parts of the diffusion transition; None for any other transition.
@@ -110,8 +158,10 @@ class Structure:
 
     name: str
     length: int
+    latent_names: tuple[str, ...]
     latent_name: str
     state_shape: tuple[int, ...]
+    is_discrete: bool
     observed: dict[str, ObservedStructure]
     deterministic: dict[str, DeterministicStructure]
     needed_names: tuple[str, ...]
@@ -121,6 +171,7 @@ class Structure:
     general_names: frozenset[str]
     scaled_names: tuple[str, ...]
     observes_linearly: bool
+    carry: tuple[CarryLeaf, ...]
     carry_remembers: bool
     observations_remember: bool
     diffusion: Diffusion | None
@@ -153,12 +204,12 @@ class Shapes(NamedTuple):
     Attributes:
         outside: latent sites outside the scan whose value no handler sets, by name.
         carry: first carry of the scan.
-        state: value of the latent site.
+        state: value of each latent site, by name.
     """
 
     outside: dict[str, Any]
     carry: PyTree
-    state: Any
+    state: dict[str, Any]
 
 
 class _OtherShapesError(ValueError):
@@ -178,8 +229,7 @@ def trace_structure(
 
     Raises:
         ValueError: the program has no scan or several, the initial state is observed outside the scan, sites follow
-            after the scan, the body does not have exactly one latent site, or nothing is observed in it. The message
-            names the site.
+            after the scan, the body has no latent site, or nothing is observed in it. The message names the site.
     """
 
     def program() -> None:
@@ -212,7 +262,7 @@ def _run(program: Callable[[], None], rng_key: PRNGKeyArray | None = None, **set
     """
     skip = SkipScan(**settings)
     with skip, handlers.seed(rng_seed=jax.random.key(0) if rng_key is None else rng_key):
-        program()
+        with_place(program)
     return skip
 
 
@@ -236,15 +286,15 @@ def _probe(program: Callable[[], None], name: str) -> Shapes:
         call = skip.scans[0]
         sites = found["sites"] = run_body(call, jax.random.key(0), call.init, call.first_inputs())[0]
         outside = {n: s["value"] for n, s in _free(skip).items() if not s["is_observed"]}
-        return outside, call.init, [jnp.zeros(fn.shape()) for fn in sites.latent.values()]
+        return outside, call.init, {name: placeholder(name, fn) for name, fn in sites.latent.items()}
 
-    outside, carry, states = abstractly(run)
+    outside, carry, state = abstractly(run)
     _check_form(found["skip"], found.get("sites"), name)
-    return Shapes(outside, carry, states[0])
+    return Shapes(outside, carry, state)
 
 
 def _check_form(skip: SkipScan, sites: BodySites | None, name: str) -> None:
-    """Check that a program has one scan, no sites after it, one latent site and an observed site in its body.
+    """Check that a program has one scan, no sites after it, and a latent and an observed site in its body.
 
     Raises:
         ValueError: one of these does not hold.
@@ -259,11 +309,10 @@ def _check_form(skip: SkipScan, sites: BodySites | None, name: str) -> None:
             f"the program '{name}' has site '{skip.after[0]}' after its scan, where a filter does not see it; "
             "move the site into the scan's body."
         )
-    if len(sites.latent) != 1:
-        names = ", ".join(f"'{n}'" for n in sites.latent) or "none"
+    if not sites.latent:
         raise ValueError(
-            f"the body of the scan of '{name}' must have exactly one latent site, but has {names}; "
-            "join several states into one array."
+            f"the body of the scan of '{name}' has no latent site, so there is no state to filter; draw the next state "
+            "in the body by numpyro.sample."
         )
     if not sites.observed:
         raise ValueError(
@@ -280,40 +329,56 @@ def _examine(program: Callable[[], None], name: str, shapes: Shapes) -> Structur
         ValueError: a site before the scan observes a site that affects the first carry only.
     """
     found: dict[str, Any] = {}
+    leaves, form = jax.tree.flatten(shapes.carry)
+    real = all(jnp.issubdtype(s.dtype, jnp.inexact) for s in shapes.state.values()) and len(shapes.state) == 1
 
-    def look(state: Array, direction: Array, carry: PyTree, key: PRNGKeyArray, **outside: Array) -> dict[str, Any]:
+    def look(
+        state: dict[str, Array], direction: dict[str, Array], key: PRNGKeyArray, **inputs: Array
+    ) -> dict[str, Any]:
+        carry = jax.tree.unflatten(form, [inputs[_leaf(i)] for i in range(len(leaves))])
+
         def marked(site: str, value: Array) -> Array:
             if site not in shapes.outside or value.shape != shapes.outside[site].shape:
                 raise _OtherShapesError
             # The result depends on the site's own input and on the sites that it was drawn from. So a dependence on a
             # site that acts through another site is found too.
-            return jnp.where(True, value, outside[_argument(site)])
+            return jnp.where(True, value, inputs[_argument(site)])
 
         skip = found["skip"] = _run(program, key, mark=marked)
         call = _expected(skip, shapes)
         found.update(_facts(call, carry, state))
         return {
             **_outside_dependencies(skip, call, carry),
-            **_body_dependencies(call, carry, state, direction, key),
+            **_body_dependencies(call, carry, state, direction if real else None, key, found),
         }
 
     inputs = {_argument(n): s for n, s in shapes.outside.items()}
+    inputs |= {_leaf(i): leaf for i, leaf in enumerate(leaves)}
     key = jax.eval_shape(lambda: jax.random.key(0))
-    depends = abstractly(
-        look, eval_provenance, state=shapes.state, direction=shapes.state, carry=shapes.carry, key=key, **inputs
-    )
+    depends = abstractly(look, eval_provenance, state=shapes.state, direction=shapes.state, key=key, **inputs)
     skip: SkipScan = found["skip"]
+    names = _names(depends["body"])
+    if "key" in names and not any(_argument(n) in names for n in shapes.outside):
+        raise ValueError(
+            f"the body of the scan of '{name}' uses random numbers that are drawn before the scan and outside any site; "
+            "draw them by numpyro.sample, so that a filter can give them a value."
+        )
     used, measured = _globals(shapes, depends)
     global_names = tuple(n for n in skip.before if n in {*used, *measured})
     changing = {n for n, on in depends["errors"].items() if _depends(on, "state")}
     bent = {n for n, on in depends["slopes"].items() if _depends(on, "state")}
     general = {n for n, gaussian in found["gaussian"].items() if not gaussian} | changing
-    general |= _with_linear_predictor(program, shapes, bent - general)
+    if real:
+        general |= _with_linear_predictor(program, shapes, bent - general)
+    name_of_state, shape = found["latent_name"], tuple(shapes.state[found["latent_name"]].shape)
+    carry = _leaves(shapes, depends, found["unchanged"], shape)
     return Structure(
         name=name,
         length=found["length"],
-        latent_name=found["latent_name"],
-        state_shape=tuple(shapes.state.shape),
+        latent_names=found["latent_names"],
+        latent_name=name_of_state,
+        state_shape=shape,
+        is_discrete=not jnp.issubdtype(shapes.state[name_of_state].dtype, jnp.inexact),
         observed=found["observed"],
         deterministic={
             n: form._replace(depends_on=_causes(depends["deterministic"][n], found["latent_name"]))
@@ -325,12 +390,64 @@ def _examine(program: Callable[[], None], name: str, shapes: Shapes) -> Structur
         outside_names=tuple(n for n, s in skip.before.items() if s["is_observed"]),
         general_names=frozenset(general),
         scaled_names=found["scaled"],
-        observes_linearly=not general and not _depends(depends["linearity"], "state"),
-        carry_remembers=_depends(depends["next carry"], "carry"),
-        observations_remember=_depends(depends["observations"], "carry"),
+        observes_linearly=real and not general and not _depends(depends["linearity"], "state"),
+        carry=carry,
+        carry_remembers=any(_depends(depends["next carry"], _leaf(i)) for i in range(len(carry))),
+        observations_remember=any(_depends(depends["observations"], _leaf(i)) for i in range(len(carry))),
         diffusion=found["diffusion"],
         shapes=shapes,
     )
+
+
+_CARRY = "carry "
+"""Beginning of the names of the arguments that hold the arrays of the carry."""
+
+
+def _leaf(index: int) -> str:
+    """Name of the argument that holds one array of the carry."""
+    return f"{_CARRY}{index}"
+
+
+def _leaves(
+    shapes: Shapes, depends: dict[str, Any], unchanged: list[bool], state_shape: tuple[int, ...]
+) -> tuple[CarryLeaf, ...]:
+    """Find what each array of the carry is.
+
+    Args:
+        shapes: shapes of the program.
+        depends: provenance of the parts of the program.
+        unchanged: whether the body returns each array as it is.
+        state_shape: shape of the state.
+    """
+    given = jax.tree_util.tree_leaves_with_path(shapes.carry)
+    first = [{n for n in shapes.outside if _argument(n) in on} for on in depends["first carry"]]
+    own = [{i for i in range(len(given)) if _leaf(i) in on} for on in depends["next carry"]]
+    # An array differs between particles if its first value, its next value, or an array that it is made from does.
+    differs = {
+        i for i, on in enumerate(depends["next carry"]) if "key" in depends["first carry"][i] or {"key", "state"} & on
+    }
+    while more := {i for i in range(len(given)) if i not in differs and own[i] & differs}:
+        differs |= more
+    read = [*depends["next carry"], *jax.tree.leaves(depends["observations"], is_leaf=_is_provenance)]
+    read += jax.tree.leaves(depends["deterministic"], is_leaf=_is_provenance)
+    size = len(state_shape)
+    return tuple(
+        CarryLeaf(
+            name=jax.tree_util.keystr(path),
+            is_real=bool(jnp.issubdtype(leaf.dtype, jnp.inexact)),
+            is_used=any(_leaf(i) in on for on in read),
+            is_unchanged=unchanged[i],
+            is_shared=i not in differs,
+            has_places=len(leaf.shape) >= size and leaf.shape[len(leaf.shape) - size :] == state_shape,
+            sites=tuple(sorted(first[i])),
+        )
+        for i, (path, leaf) in enumerate(given)
+    )
+
+
+def _is_provenance(leaf: Any) -> bool:
+    """Whether a leaf is the set of names that an output depends on."""
+    return isinstance(leaf, frozenset)
 
 
 def _argument(site: str) -> str:
@@ -351,10 +468,12 @@ def _depends(provenance: PyTree, name: str) -> bool:
 def _causes(provenance: PyTree, latent_name: str) -> tuple[str, ...]:
     """What a value of the body depends on, apart from the scan's inputs and arguments of the program, for messages."""
     said = {"state": f"the latent site '{latent_name}'", "carry": "the carry of the scan", "key": "random draws"}
-    names = sorted(_names(provenance))
+    names = {"carry" if name.startswith(_CARRY) else name for name in _names(provenance)}
     # A latent site before the scan depends on the key too. Its own name says more.
     outside = [
-        f"the latent site '{name.removeprefix(_argument(''))}'" for name in names if name.startswith(_argument(""))
+        f"the latent site '{name.removeprefix(_argument(''))}'"
+        for name in sorted(names)
+        if name.startswith(_argument(""))
     ]
     inside = [said[name] for name in said if name in names and not (name == "key" and outside)]
     return (*inside, *outside)
@@ -381,29 +500,30 @@ def _described(tree: PyTree) -> tuple[str, list[Any]]:
     return str(form), [(leaf.shape, leaf.dtype) for leaf in leaves]
 
 
-def _facts(call: ScanCall, carry: PyTree, state: Array) -> dict[str, Any]:
+def _facts(call: ScanCall, carry: PyTree, state: dict[str, Array]) -> dict[str, Any]:
     """Names, shapes and kinds of the body's sites, for `Structure`.
 
     Raises:
         _OtherShapesError: the body has other sites, or the state has another shape.
     """
     sites = run_body(call, jax.random.key(0), carry, call.first_inputs(), state)[0]
-    if len(sites.latent) != 1 or not sites.observed:
+    if not sites.observed:
         raise _OtherShapesError
-    ((latent_name, fn),) = sites.latent.items()
-    if tuple(fn.shape()) != tuple(state.shape):
-        raise _OtherShapesError
-    diffusion = Diffusion(fn.prior, fn.sampler, fn.density) if isinstance(fn, DiffusionTransition) else None
+    diffusions = [n for n, fn in sites.latent.items() if isinstance(fn, DiffusionTransition)]
+    latent_name = next(iter([*diffusions, *sites.latent]))
+    fn = sites.latent[latent_name]
     return {
         "length": call.length,
+        "latent_names": tuple(sites.latent),
         "latent_name": latent_name,
         "observed": {
-            n: ObservedStructure(tuple(fn.shape()), values_per_error(fn)) for n, (fn, *_) in sites.observed.items()
+            n: ObservedStructure(tuple(fn.shape()), values_per_error(fn), is_discrete(fn))
+            for n, (fn, *_) in sites.observed.items()
         },
         "deterministic": {n: _form(value) for n, value in sites.deterministic.items()},
         "gaussian": {n: is_gaussian(fn) for n, (fn, *_) in sites.observed.items()},
         "scaled": tuple(sites.scaled),
-        "diffusion": diffusion,
+        "diffusion": Diffusion(fn.prior, fn.sampler, fn.density) if isinstance(fn, DiffusionTransition) else None,
     }
 
 
@@ -427,32 +547,54 @@ def _outside_dependencies(skip: SkipScan, call: ScanCall, carry: PyTree) -> dict
 
 
 def _body_dependencies(
-    call: ScanCall, carry: PyTree, state: Array, direction: Array, key: PRNGKeyArray
+    call: ScanCall,
+    carry: PyTree,
+    state: dict[str, Array],
+    direction: dict[str, Array] | None,
+    key: PRNGKeyArray,
+    found: dict[str, Any],
 ) -> dict[str, Any]:
-    """Values that may depend on the latent site's value, on the carry for a given value of it, or on a random key."""
+    """Values that may depend on the latent sites' values, on the carry for given values of them, or on a random key.
 
-    def at(x: Array) -> BodySites:
+    Args:
+        call: arguments of the scan.
+        carry: carry that the body takes.
+        state: value of each latent site.
+        direction: direction of the state, by name; None if the state is not a single array of real numbers.
+        key: random key of the body's own draws.
+        found: gets `unchanged`, whether the body returns each array of the carry as it is.
+
+    Raises:
+        _OtherShapesError: the latent sites have other names or shapes.
+    """
+
+    def at(x: dict[str, Array]) -> BodySites:
         return run_body(call, key, carry, call.first_inputs(), x)[0]
 
-    def means(x: Array) -> dict[str, Array]:
+    def means(x: dict[str, Array]) -> dict[str, Array]:
         return {n: unmasked(fn)[0].mean for n, (fn, *_) in at(x).observed.items() if has_own_errors(fn)}
 
     sites = at(state)
+    given, new = jax.tree.leaves(carry), jax.tree.leaves(sites.carry)
+    found["unchanged"] = [after is before for before, after in zip(given, new, strict=True)]
     linearity: list[Array] = []
-    if all(is_gaussian(fn) for fn, *_ in sites.observed.values()):
-        likelihood = GaussianLikelihood(
-            lambda x: [part for n, site in at(x).observed.items() for part in gaussian_observations(n, *site)]
-        )
-        # A residual that is affine in the state has a derivative that does not depend on it.
-        linearity = [
-            likelihood.log_normalizer(state),
-            jax.jvp(likelihood.residual, (state,), (direction,))[1],
-        ]
+    slopes: dict[str, Array] = {}
+    if direction is not None:
+        slopes = jax.jvp(means, (state,), (direction,))[1]
+        if all(is_gaussian(fn) for fn, *_ in sites.observed.values()):
+            likelihood = GaussianLikelihood(
+                lambda x: [part for n, site in at(x).observed.items() for part in gaussian_observations(n, *site)]  # type: ignore[arg-type]
+            )
+            # A residual that is affine in the state has a derivative that does not depend on it.
+            linearity = [
+                likelihood.log_normalizer(state),  # type: ignore[arg-type]
+                jax.jvp(likelihood.residual, (state,), (direction,))[1],
+            ]
     return {
         "errors": {n: independent_errors(fn) for n, (fn, *_) in sites.observed.items() if is_gaussian(fn)},
-        "slopes": jax.jvp(means, (state,), (direction,))[1],
+        "slopes": slopes,
         "linearity": linearity,
-        "next carry": [jnp.asarray(leaf) for leaf in jax.tree.leaves(sites.carry)],
+        "next carry": [jnp.asarray(leaf) for leaf in new],
         "observations": [jnp.asarray(leaf) for leaf in jax.tree.leaves(sites.observed)],
         "deterministic": {
             n: [jnp.asarray(leaf) for leaf in jax.tree.leaves(value)] for n, value in sites.deterministic.items()
@@ -489,6 +631,7 @@ def _globals(shapes: Shapes, depends: dict[str, Any]) -> tuple[list[str], list[s
 def _with_linear_predictor(program: Callable[[], None], shapes: Shapes, names: set[str]) -> set[str]:
     """Names of the sites whose log-likelihood is an elementwise function of a linear predictor."""
     found: set[str] = set()
+    (state,) = shapes.state.values()
 
     def take_apart() -> None:
         call = _run(program).scans[0]
@@ -497,7 +640,7 @@ def _with_linear_predictor(program: Callable[[], None], shapes: Shapes, names: s
             sites = run_body(call, jax.random.key(0), call.init, call.first_inputs(), x)[0]
             return pointwise_log_likelihood(*sites.observed[name]).reshape(-1)
 
-        found.update(n for n in names if find_linear_predictor(functools.partial(logs, n), shapes.state.shape))
+        found.update(n for n in names if find_linear_predictor(functools.partial(logs, n), state.shape))
 
     if names:
         abstractly(take_apart)

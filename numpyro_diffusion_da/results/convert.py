@@ -6,7 +6,7 @@ module imports ArviZ.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
@@ -237,8 +237,10 @@ def to_arviz(result: FilterResult, *, time: Any = None, dims: Dims | None = None
     groups = {name: group.to_dataset() for name, group in tree.children.items()}
     rejected = {site: values.any(0) for site, values in result.rejected.items()}
     used = {site: mask & ~rejected.get(site, np.False_) for site, mask in result.observed_mask.items()}
-    for name in {"log_likelihood", "posterior_predictive", "observed_data"} & set(groups):
-        groups[name] = _as_lists(groups[name], used)
+    # Missing values make an array of counts one of real numbers; without them it is whole again, as ArviZ's plots need.
+    whole = {site for site, draws in result.posterior_predictive.items() if draws.dtype.kind in "iu"}
+    for name in {"posterior_predictive", "observed_data", "log_likelihood"} & set(groups):
+        groups[name] = _as_lists(groups[name], used, whole)
     listed = xarray.DataTree.from_dict({name: group for name, group in groups.items() if group.data_vars})
     listed.attrs.update(tree.attrs)
     return _as_installed(listed)
@@ -379,8 +381,14 @@ def _plain(value: Any) -> str | int | float:
     return value
 
 
-def _as_lists(group: xarray.Dataset, masks: Mapping[str, np.ndarray]) -> xarray.Dataset:
-    """Reduce each site of a group to its observed values, along one dimension."""
+def _as_lists(group: xarray.Dataset, masks: Mapping[str, np.ndarray], whole: Container[str]) -> xarray.Dataset:
+    """Reduce each site of a group to its observed values, along one dimension.
+
+    Args:
+        group: a group of the tree.
+        masks: mask of the observed values of each site.
+        whole: names of the sites whose values are whole numbers.
+    """
     import xarray
 
     variables: dict[Any, Any] = {}
@@ -389,12 +397,17 @@ def _as_lists(group: xarray.Dataset, masks: Mapping[str, np.ndarray]) -> xarray.
         lead = [name for name in variable.dims if name in ("chain", "draw")]
         own = variable.dims[len(lead) :]
         # A multivariate site has one log-likelihood for several values; keep it if any of them is observed.
+        if str(site) not in masks:  # a term of the likelihood that observes nothing, `numpyro.factor`
+            continue
         kept = masks[str(site)].any(tuple(range(len(own), masks[str(site)].ndim)))
         if not kept.any():
             continue
         at: tuple[Any, ...] = np.nonzero(kept)
         dim = f"{site}_observed"
-        variables[site] = ((*lead, dim), variable.values[(..., *at)], variable.attrs)
+        values = variable.values[(..., *at)]
+        if str(site) in whole and np.issubdtype(values.dtype, np.floating) and not lead:
+            values = values.astype(np.int64)
+        variables[site] = ((*lead, dim), values, variable.attrs)
         coordinates[dim] = np.arange(len(at[0]))
         for name, index in zip(own, at, strict=True):
             coordinates[f"{site}_{name}"] = (dim, variable[name].values[index])

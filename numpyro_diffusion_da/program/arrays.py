@@ -1,0 +1,91 @@
+"""Conversion of what a user gives to JAX arrays: arguments of a program, inputs of its scan, and observed values.
+
+NumPyro's scan hands JAX arrays to its body, whatever the user gave. A filter does the same. Tables and labeled arrays
+(pandas, xarray) and masked arrays become arrays, with NaN for what is missing.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+
+NUMBERS = "biufc"
+"""NumPy's kinds of arrays that hold numbers."""
+
+
+def as_array(value: Any, what: str) -> Any:
+    """Convert one array, table or labeled array to a JAX array; return any other value unchanged.
+
+    Args:
+        value: NumPy array, masked array, pandas Series or DataFrame, `xarray.DataArray`, or anything else.
+        what: what the value is, for the message, such as "argument 'y' of the program 'model'".
+
+    Returns:
+        JAX array for arrays of numbers. Masked values and missing values of a table become NaN.
+
+    Raises:
+        ValueError: the value is an array of something else than numbers (text, dates, Python objects), or a Dataset.
+    """
+    library = type(value).__module__.split(".")[0]
+    if library == "xarray" and type(value).__name__ == "Dataset":
+        raise ValueError(f"{what} is an xarray.Dataset; give one of its variables, such as dataset['t2m'].")
+    if library in ("pandas", "xarray") and hasattr(value, "to_numpy"):
+        value = _of_table(value)
+    if isinstance(value, np.ma.MaskedArray):
+        filled = value.filled(0) if value.dtype.kind in NUMBERS else value.filled()
+        mask = np.ma.getmaskarray(value)
+        value = np.where(mask, np.nan, filled) if mask.any() else filled
+    if not isinstance(value, (np.ndarray, np.generic)):
+        return value
+    if value.dtype.kind not in NUMBERS:
+        kind = {"O": "Python objects", "M": "dates", "m": "time differences"}.get(value.dtype.kind, "text")
+        raise ValueError(
+            f"{what} is an array of {kind} ({value.dtype}), but a filter computes with numbers; convert it to an array "
+            "of numbers, with NaN for what is missing, before the program gets it."
+        )
+    return jax.device_put(value)  # unlike jnp.asarray, it compiles nothing
+
+
+def _of_table(value: Any) -> np.ndarray:
+    """Values of a pandas or xarray object; missing values of pandas' nullable numbers become NaN."""
+    array = value.to_numpy()
+    if array.dtype.kind != "O" or type(value).__module__.split(".")[0] != "pandas":
+        return np.asarray(array)
+    try:
+        return np.asarray(value.to_numpy(dtype=float, na_value=np.nan))
+    except (TypeError, ValueError):
+        return np.asarray(array)
+
+
+def as_arguments(
+    model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], program: str
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Convert the arrays among the arguments of a program, see `as_array`.
+
+    Args:
+        model: NumPyro program.
+        args: positional arguments of the program.
+        kwargs: keyword arguments of the program.
+        program: name of the program, for messages.
+
+    Raises:
+        ValueError: an argument is an array of something else than numbers; the message names the argument.
+    """
+    try:
+        names = list(inspect.signature(model).parameters)
+    except (TypeError, ValueError):  # a callable without a signature
+        names = []
+
+    def converted(key: Any, value: Any) -> Any:
+        name = names[key] if isinstance(key, int) and key < len(names) else key
+
+        def leaf(path: Any, item: Any) -> Any:
+            return as_array(item, f"argument {name!r}{jax.tree_util.keystr(path)} of the program '{program}'")
+
+        return jax.tree_util.tree_map_with_path(leaf, value)
+
+    return tuple(converted(i, value) for i, value in enumerate(args)), {n: converted(n, v) for n, v in kwargs.items()}
