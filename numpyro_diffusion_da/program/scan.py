@@ -268,6 +268,7 @@ class SkipScan(Messenger):
         before: message of each site before the scan, by name.
         after: names of the sites after the scan.
         given: names of the unobserved sites whose value another handler sets.
+        draws_keys: whether the program takes a random key outside its sites (`numpyro.prng_key`) before the scan.
     """
 
     def __init__(self, mark: Callable[[str, Array], Array] = lambda name, value: value) -> None:
@@ -277,6 +278,7 @@ class SkipScan(Messenger):
         self.before: dict[str, dict[str, Any]] = {}
         self.after: list[str] = []
         self.given: set[str] = set()
+        self.draws_keys = False
 
     def process_message(self, msg: dict[str, Any]) -> None:
         """Replace the scan, and note the sites whose value another handler sets.
@@ -287,6 +289,8 @@ class SkipScan(Messenger):
         """
         if msg["type"] == "sample" and msg["value"] is not None and not msg["is_observed"]:
             self.given.add(msg["name"])  # handlers.substitute sets the value, but does not make the site observed
+        if msg["type"] == "prng_key":
+            self.draws_keys = True
         if msg["type"] != "control_flow" or _is_cond(msg):
             return
         with handlers.block():

@@ -358,9 +358,9 @@ def _examine(program: Callable[[], None], name: str, shapes: Shapes) -> Structur
     depends = abstractly(look, eval_provenance, state=shapes.state, direction=shapes.state, key=key, **inputs)
     skip: SkipScan = found["skip"]
     names = _names(depends["body"])
-    if "key" in names and not any(_argument(n) in names for n in shapes.outside):
+    if skip.draws_keys and "key" in names and not any(_argument(n) in names for n in shapes.outside):
         raise ValueError(
-            f"the body of the scan of '{name}' uses random numbers that are drawn before the scan and outside any site; "
+            f"the body of the scan of '{name}' uses random numbers that are drawn before the scan outside any site; "
             "draw them by numpyro.sample, so that a filter can give them a value."
         )
     used, measured = _globals(shapes, depends)
