@@ -13,7 +13,7 @@ from numpyro import handlers
 from numpyro.contrib.control_flow import cond, scan
 
 import numpyro_diffusion_da as ndda
-from numpyro_diffusion_da.program.arrays import as_arguments
+from numpyro_diffusion_da.program import StateSpaceModel
 
 KEY = jax.random.key(0)
 Y = np.array([0.3, -0.2, 0.5, 0.1, -0.4], np.float32)
@@ -349,7 +349,7 @@ def _as_given():
 @pytest.mark.parametrize("kind", list(_as_given()))
 def test_an_array_of_any_type_becomes_one_of_numbers(kind):
     plain, given = _as_given()[kind]
-    (converted,), _ = as_arguments(linear, (given,), {}, "model")
+    (converted,) = StateSpaceModel(linear(0.0), (given,)).args
     assert isinstance(converted, jax.Array)
     np.testing.assert_array_equal(converted, plain.astype(np.float32))
 
