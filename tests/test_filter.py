@@ -56,9 +56,10 @@ def test_shapes_and_diagnostics(reference):
     assert not result.observed_mask["y"][2, 0]
     assert np.all(result.log_likelihood["y"][:, :, 2, 0] == 0)
     assert np.all((result.sample_stats["tempering"] > 0) & (result.sample_stats["tempering"] <= 1))
-    # Dirac: one pass. Guided draw, 16 levels: one forward and, for two observations, two vjps each.
-    assert np.all(result.network_passes["forward"] == 17)
-    assert np.all(result.network_passes["vjp"] == 32)
+    # Dirac: one pass. Guided draw, 16 levels: one forward and, for two observations, two vjps each. Background: one of
+    # each at up to 16 particles.
+    assert np.all(result.network_passes["forward"] == 17 + 1)
+    assert np.all(result.network_passes["vjp"] == 32 + 1)
     for needed in ("prior", "prior_checksum", "seed", "num_particles"):
         assert needed in result.attributes
     # Defaults are written out, so that a run can be repeated when they have changed.
@@ -130,7 +131,7 @@ def test_guided_without_weights_keeps_every_particle(program):
     filter = make(model, lambda m: ndda.FAAPF(m, weight=ndda.Equal()))
     filter.run(KEY, y)
     np.testing.assert_array_equal(filter.result.sample_stats["distinct_ancestors"], N)
-    assert np.all(filter.result.network_passes["forward"] == 16)
+    assert np.all(filter.result.network_passes["forward"] == 16 + 2)  # of the background, which has no weights to use
 
 
 def test_one_particle(program):

@@ -13,17 +13,29 @@ from typing import Any, ClassVar, NamedTuple, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, PRNGKeyArray, PyTree
+from jaxtyping import Array, PRNGKeyArray
 
 from numpyro_diffusion_da.arguments import shown
 from numpyro_diffusion_da.diffusion.denoiser import NetworkPasses
 from numpyro_diffusion_da.diffusion.sampler import Sampler
 from numpyro_diffusion_da.diffusion.steps import Step
+from numpyro_diffusion_da.filters.background import (
+    BackgroundRecord,
+    CheckRecord,
+    Screen,
+    background_of_draws,
+    evenly_spread,
+    no_passes,
+    per_particle,
+    rejected_by,
+    take,
+)
 from numpyro_diffusion_da.program.scan import TimeInputs
 from numpyro_diffusion_da.program.state_space import StateSpaceModel
 from numpyro_diffusion_da.smc.base import (
     Info,
     Kernel,
+    State,
     map_particles,
     num_particles,
     particle_keys,
@@ -64,16 +76,18 @@ class FilterAlgorithm(abc.ABC):
     """Sampler of the draws of a diffusion; None for the transition's own."""
 
     @abc.abstractmethod
-    def kernel(self, program: StateSpaceModel, batch_size: int | None = None) -> Kernel:
+    def kernel(self, program: StateSpaceModel, batch_size: int | None = None, screen: Screen | None = None) -> Kernel:
         """Build the kernel of the program.
 
         Args:
             program: state-space model at given arguments of the program.
             batch_size: number of particles moved at a time; None moves all at once.
+            screen: check of the observations against the background, before they are used; None for none.
 
         Returns:
             Pure function (rng_key, state, `TimeInputs`) -> (`State`, `Info`). `info.proposal` is a `Proposal` with a
-            leading axis of N.
+            leading axis of N, `info.background` a `BackgroundRecord`, and `info.check` a `CheckRecord` if there is a
+            `screen`.
 
         Raises:
             ValueError: the settings of the filter do not fit the program.
@@ -118,55 +132,31 @@ class FilterAlgorithm(abc.ABC):
         """
         return values[ancestors]
 
-    def forecasts(
-        self, program: StateSpaceModel, batch_size: int | None = None
-    ) -> Callable[[PRNGKeyArray, PyTree, TimeInputs], tuple[Array, DrawRecord]]:
-        """Build the function that draws the next state of each particle without its observations.
+    def screened_by_draws(self, program: StateSpaceModel, batch_size: int | None, screen: Screen) -> Kernel:
+        """Build a kernel that draws some particles without the observations, to screen these, and then runs the filter.
+
+        The draws are the background. For filters that draw particles with the observations only.
 
         Args:
             program: state-space model at given arguments of the program.
             batch_size: number of particles moved at a time; None moves all at once.
-
-        Returns:
-            Function (rng_key, particles, inputs) -> (states, records of the draws), each with a leading axis of N.
+            screen: check of the observations.
         """
+        draw = functools.partial(program.draw, sampler=self.sampler)
 
-        def forecasts(rng_key: PRNGKeyArray, particles: PyTree, inputs: TimeInputs) -> tuple[Array, DrawRecord]:
-            draw = map_particles(lambda key, carry: program.draw(key, carry, inputs, self.sampler), batch_size)
-            x, record = draw(particle_keys(rng_key, num_particles(particles)), particles)
-            return self.inflate_forecast(x), record
+        def kernel(rng_key: PRNGKeyArray, state: State, inputs: TimeInputs) -> tuple[State, Info]:
+            n = num_particles(state.particles)
+            some = take(state.particles, evenly_spread(n, screen.members))
+            # Kernels use up to four keys. A fifth one leaves their draws the same with and without a check.
+            keys = particle_keys(jax.random.split(rng_key, 5)[4], num_particles(some))
+            x, record = map_particles(lambda key, carry: draw(key, carry, inputs), batch_size)(keys, some)
+            sites = background_of_draws(program, x, some, inputs, batch_size)
+            rejected = rejected_by(screen, program, sites, state.particles, inputs)
+            new, info = self.kernel(program.without(rejected), batch_size)(rng_key, state, inputs)
+            check = CheckRecord(rejected, per_particle(record.passes, n))
+            return new, info._replace(check=check, background=BackgroundRecord(sites, no_passes()))
 
-        return forecasts
-
-    def background(
-        self, program: StateSpaceModel, batch_size: int | None = None
-    ) -> Callable[[PRNGKeyArray, PyTree, TimeInputs], dict[str, dict[str, Array]]]:
-        """Build the function that records the sites at `forecasts`, with predictive draws of the observations.
-
-        Args:
-            program: state-space model at given arguments of the program.
-            batch_size: number of particles moved at a time; None moves all at once.
-
-        Returns:
-            Function (rng_key, particles, inputs) -> values by group and site, with a leading axis of N; see
-            `StateSpaceModel.record`.
-        """
-
-        def background(rng_key: PRNGKeyArray, particles: PyTree, inputs: TimeInputs) -> dict[str, dict[str, Array]]:
-            draw_key, record_key = jax.random.split(rng_key)
-            record = map_particles(lambda key, x, carry: program.record(key, x, carry, inputs), batch_size)
-            x, _ = self.forecasts(program, batch_size)(draw_key, particles, inputs)
-            return record(particle_keys(record_key, num_particles(particles)), x, particles)
-
-        return background
-
-    def inflate_forecast(self, forecast: Array) -> Array:
-        """Apply the forecast inflation used by the update; by default, return the forecast unchanged.
-
-        Args:
-            forecast: states, shape (N, *state).
-        """
-        return forecast
+        return kernel
 
     def moving_taper(self) -> Taper | None:
         """Taper of the filter if places of observations move; None otherwise."""
@@ -183,7 +173,11 @@ class FilterAlgorithm(abc.ABC):
         for record in (info.weighing, info.forecast):
             if record != ():
                 total = jax.tree.map(jnp.add, total, record.passes)
-        return jax.tree.map(lambda n: jnp.mean(n.astype(float)), total)
+        mean = jax.tree.map(lambda n: jnp.mean(n.astype(float)), total)
+        for record in (info.background, info.check):
+            if record != ():
+                mean = mean.plus(record.passes)
+        return mean
 
 
 def check_algorithm(value: Any, owner: str, settings: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -13,6 +14,7 @@ from jaxtyping import Array, PRNGKeyArray, PyTree
 from numpyro_diffusion_da.arguments import require_program
 from numpyro_diffusion_da.diffusion.sampler import Sampler
 from numpyro_diffusion_da.diffusion.steps import Step
+from numpyro_diffusion_da.filters.background import Drawn, Screen, background_of_draws, screened
 from numpyro_diffusion_da.filters.base import FilterAlgorithm, Proposal
 from numpyro_diffusion_da.filters.checks import check_resampling, set_sampler
 from numpyro_diffusion_da.filters.settings import resampling_setting, sampler_setting
@@ -20,10 +22,16 @@ from numpyro_diffusion_da.program.scan import TimeInputs
 from numpyro_diffusion_da.program.state_space import StateSpaceModel
 from numpyro_diffusion_da.smc import bootstrap
 from numpyro_diffusion_da.smc.base import (
+    Info,
     Kernel,
     Resampling,
+    State,
     check_target_ess,
+    map_particles,
+    num_particles,
+    particle_keys,
 )
+from numpyro_diffusion_da.transition.base import DrawRecord
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -57,19 +65,37 @@ class Bootstrap(FilterAlgorithm):
         set_sampler(self)
         check_resampling(self.resampling, "Bootstrap")
 
-    def kernel(self, program: StateSpaceModel, batch_size: int | None = None) -> Kernel:
-        """Build the bootstrap kernel of the program; `FilterAlgorithm.kernel` explains arguments and return value."""
+    def kernel(self, program: StateSpaceModel, batch_size: int | None = None, screen: Screen | None = None) -> Kernel:
+        """Build the bootstrap kernel of the program; `FilterAlgorithm.kernel` explains arguments and return value.
 
-        def propose(rng_key: PRNGKeyArray, carry: PyTree, inputs: TimeInputs) -> tuple[PyTree, Proposal]:
-            draw_key, record_key = jax.random.split(rng_key)
-            x, draw = program.draw(draw_key, carry, inputs, self.sampler)
-            sites = program.record(record_key, x, carry, inputs)
-            return program.advance(x, carry, inputs), Proposal(draw, sites)
+        The background is made of the draws, before they are weighed.
+        """
+
+        def draw(rng_key: PRNGKeyArray, carry: PyTree, inputs: TimeInputs) -> tuple[Array, DrawRecord]:
+            return program.draw(jax.random.split(rng_key)[0], carry, inputs, self.sampler)
+
+        def propose(
+            used: StateSpaceModel, rng_key: PRNGKeyArray, particle: Drawn, inputs: TimeInputs
+        ) -> tuple[PyTree, Proposal]:
+            sites = used.record(jax.random.split(rng_key)[1], particle.x, particle.carry, inputs)
+            return used.advance(particle.x, particle.carry, inputs), Proposal(particle.record, sites)
 
         def log_likelihood(carry: PyTree, proposal: Proposal, inputs: TimeInputs) -> Array:
             return jnp.sum(jnp.stack([jnp.sum(v) for v in proposal.sites["log_likelihood"].values()]))
 
-        return bootstrap.build_kernel(propose, log_likelihood, self.resampling, self.target_ess, batch_size)
+        def kernel(rng_key: PRNGKeyArray, state: State, inputs: TimeInputs) -> tuple[State, Info]:
+            # The draws, with the keys that the kernel gives to `propose`.
+            keys = particle_keys(jax.random.split(rng_key)[1], num_particles(state.particles))
+            x, record = map_particles(lambda key, carry: draw(key, carry, inputs), batch_size)(keys, state.particles)
+            sites = background_of_draws(program, x, state.particles, inputs, batch_size)
+            used, said = screened(screen, program, sites, state.particles, inputs)
+            step = bootstrap.build_kernel(
+                functools.partial(propose, used), log_likelihood, self.resampling, self.target_ess, batch_size
+            )
+            new, info = step(rng_key, State(Drawn(state.particles, x, record), state.log_evidence), inputs)
+            return new, info._replace(**said)
+
+        return kernel
 
     def settings(self, program: StateSpaceModel) -> dict[str, str | float]:
         """Settings of the filter as plain values, for the attributes of a result."""

@@ -13,6 +13,7 @@ from jaxtyping import Array, PRNGKeyArray, PyTree
 from numpyro_diffusion_da.arguments import require, require_program
 from numpyro_diffusion_da.diffusion.sampler import Sampler
 from numpyro_diffusion_da.diffusion.steps import Step
+from numpyro_diffusion_da.filters.background import Drawn, Screen, background_of_draws, screened
 from numpyro_diffusion_da.filters.base import FilterAlgorithm, Proposal
 from numpyro_diffusion_da.filters.checks import check_taper, set_sampler
 from numpyro_diffusion_da.filters.placement import place_taper
@@ -20,9 +21,7 @@ from numpyro_diffusion_da.filters.settings import in_full, inflation_setting, sa
 from numpyro_diffusion_da.program.scan import TimeInputs
 from numpyro_diffusion_da.program.state_space import StateSpaceModel
 from numpyro_diffusion_da.smc import enkf
-from numpyro_diffusion_da.smc.base import (
-    Kernel,
-)
+from numpyro_diffusion_da.smc.base import Info, Kernel, State, map_particles, num_particles, particle_keys
 from numpyro_diffusion_da.smc.ensemble_update import EnsembleUpdate, PerturbedObservations
 from numpyro_diffusion_da.smc.inflation import Inflation, Multiplicative, check_inflation, forecast_factor
 from numpyro_diffusion_da.smc.localization import PlacedTaper, Taper
@@ -72,34 +71,37 @@ class EnKF(FilterAlgorithm):
         """Whether the filter estimates the evidence; False, because it has no weights."""
         return False
 
-    def kernel(self, program: StateSpaceModel, batch_size: int | None = None) -> Kernel:
+    def kernel(self, program: StateSpaceModel, batch_size: int | None = None, screen: Screen | None = None) -> Kernel:
         """Build the EnKF kernel of the program; `FilterAlgorithm.kernel` explains arguments and return value.
+
+        The background is the forecast ensemble, as the update takes it.
 
         Raises:
             ValueError: the positions of the taper do not fit the program.
         """
-
-        def forecast(rng_key: PRNGKeyArray, carry: PyTree, inputs: TimeInputs) -> tuple[Array, DrawRecord]:
-            return program.draw(rng_key, carry, inputs, self.sampler)
-
-        def residual(x: Array, carry: PyTree, inputs: TimeInputs) -> Array:
-            return program.gaussian_likelihood(carry, inputs).residual(x)
-
-        def advance(
-            rng_key: PRNGKeyArray, x: Array, carry: PyTree, inputs: TimeInputs, draw: DrawRecord
-        ) -> tuple[PyTree, Proposal]:
-            return program.advance(x, carry, inputs), Proposal(draw, program.record(rng_key, x, carry, inputs))
-
         taper: PlacedTaper | Callable[[TimeInputs], PlacedTaper] | None = None
         if self.taper is not None:
             taper = place_taper(self.taper, program)
             if self.taper.moving:
                 taper = functools.partial(place_taper, self.taper, program)
-        return enkf.build_kernel(forecast, residual, advance, self.update, taper, self.inflation, batch_size)
+        widened = Multiplicative(forecast_factor(self.inflation))
 
-    def inflate_forecast(self, forecast: Array) -> Array:
-        """Apply the forecast inflation used by the update, to states of shape (N, *state)."""
-        return Multiplicative(forecast_factor(self.inflation))(jax.random.key(0), forecast, None)
+        def kernel(rng_key: PRNGKeyArray, state: State, inputs: TimeInputs) -> tuple[State, Info]:
+            # The forecast, with the keys that the kernel would draw it with.
+            n = num_particles(state.particles)
+            keys = particle_keys(jax.random.split(rng_key, 3)[0], n)
+            draw = map_particles(lambda key, carry: program.draw(key, carry, inputs, self.sampler), batch_size)
+            x, record = draw(keys, state.particles)
+            forecast = widened(jax.random.key(0), x, None)
+            sites = background_of_draws(program, forecast, state.particles, inputs, batch_size)
+            used, said = screened(screen, program, sites, state.particles, inputs)
+            step = enkf.build_kernel(
+                _forecast_of, _residual_in(used), _advance_in(used), self.update, taper, self.inflation, batch_size
+            )
+            new, info = step(rng_key, State(Drawn(state.particles, x, record), state.log_evidence), inputs)
+            return new, info._replace(**said)
+
+        return kernel
 
     def settings(self, program: StateSpaceModel) -> dict[str, str | float]:
         """Settings of the filter as plain values, for the attributes of a result."""
@@ -110,3 +112,31 @@ class EnKF(FilterAlgorithm):
             "taper": taper_setting(self.taper),
             "sampler": sampler_setting(self.sampler, program),
         }
+
+
+def _forecast_of(rng_key: PRNGKeyArray, particle: Drawn, inputs: TimeInputs) -> tuple[Array, DrawRecord]:
+    """Forecast that a particle holds, and its record."""
+    return particle.x, particle.record
+
+
+def _residual_in(program: StateSpaceModel) -> Callable[[Array, Drawn, TimeInputs], Array]:
+    """Build the function (x, particle, inputs) -> whitened residual of a state."""
+
+    def residual(x: Array, particle: Drawn, inputs: TimeInputs) -> Array:
+        return program.gaussian_likelihood(particle.carry, inputs).residual(x)
+
+    return residual
+
+
+def _advance_in(
+    program: StateSpaceModel,
+) -> Callable[[PRNGKeyArray, Array, Drawn, TimeInputs, DrawRecord], tuple[PyTree, Proposal]]:
+    """Build the function (rng_key, x, particle, inputs, record) -> (next carry, record) of an analyzed state."""
+
+    def advance(
+        rng_key: PRNGKeyArray, x: Array, particle: Drawn, inputs: TimeInputs, draw: DrawRecord
+    ) -> tuple[PyTree, Proposal]:
+        sites = program.record(rng_key, x, particle.carry, inputs)
+        return program.advance(x, particle.carry, inputs), Proposal(draw, sites)
+
+    return advance

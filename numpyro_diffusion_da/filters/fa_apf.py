@@ -14,6 +14,7 @@ from numpyro_diffusion_da.arguments import require, require_program
 from numpyro_diffusion_da.diffusion.guidance import MMPS, Guidance
 from numpyro_diffusion_da.diffusion.sampler import Sampler
 from numpyro_diffusion_da.diffusion.steps import Step
+from numpyro_diffusion_da.filters.background import Screen, background_key, background_of_transition
 from numpyro_diffusion_da.filters.base import FilterAlgorithm, Proposal
 from numpyro_diffusion_da.filters.checks import check_resampling, check_taper, set_sampler
 from numpyro_diffusion_da.filters.placement import place_taper
@@ -28,8 +29,10 @@ from numpyro_diffusion_da.program.scan import TimeInputs
 from numpyro_diffusion_da.program.state_space import StateSpaceModel
 from numpyro_diffusion_da.smc import fa_apf
 from numpyro_diffusion_da.smc.base import (
+    Info,
     Kernel,
     Resampling,
+    State,
     check_target_ess,
 )
 from numpyro_diffusion_da.smc.inflation import Inflation, check_inflation
@@ -121,13 +124,18 @@ class FAAPF(FilterAlgorithm):
             return self.weight
         return Moment() if closed_form else Dirac()
 
-    def kernel(self, program: StateSpaceModel, batch_size: int | None = None) -> Kernel:
+    def kernel(self, program: StateSpaceModel, batch_size: int | None = None, screen: Screen | None = None) -> Kernel:
         """Build the FA-APF kernel of the program; `FilterAlgorithm.kernel` explains arguments and return value.
+
+        The background is that of the transition (see `filters/background.py`), around the forecasts that the weights
+        compute. With a `screen` it is made of unguided draws.
 
         Raises:
             ValueError: the positions of the taper do not fit the program, or `LikelihoodTempering` cannot temper a
                 site; the message names it.
         """
+        if screen is not None:
+            return self.screened_by_draws(program, batch_size, screen)
         local: LocalAncestors | Callable[[TimeInputs], LocalAncestors] | None = self._local(program)
         if self.taper is not None and self.taper.moving:
             local = functools.partial(self._at_places, self.taper, program)
@@ -166,7 +174,7 @@ class FAAPF(FilterAlgorithm):
             draw_key, _ = jax.random.split(rng_key)
             return program.draw(draw_key, carry, inputs, self.sampler)
 
-        return fa_apf.build_kernel(
+        step = fa_apf.build_kernel(
             log_predictive,
             draw if self.inflation else propose,
             self.resampling,
@@ -178,6 +186,21 @@ class FAAPF(FilterAlgorithm):
             forecast,
             self.tempering,
         )
+
+        def kernel(rng_key: PRNGKeyArray, state: State, inputs: TimeInputs) -> tuple[State, Info]:
+            new, info = step(rng_key, state, inputs)
+            background = background_of_transition(
+                program,
+                background_key(rng_key),
+                state.particles,
+                inputs,
+                forecast=getattr(info.weighing, "forecast", None),
+                noise_level=self.weight.noise_level if isinstance(self.weight, Moment) else None,
+                batch_size=batch_size,
+            )
+            return new, info._replace(background=background)
+
+        return kernel
 
     def _check_errors(self, program: StateSpaceModel) -> None:
         """Check that `LikelihoodTempering` can temper all sites.

@@ -1,7 +1,7 @@
 r"""Background check of a filter: observations too far from the forecast are rejected, as at weather centers.
 
-Before an observation y is used, it is compared with forecasts of it from M particles $x'_i$ that have not seen it. It
-is rejected if
+Before an observation y is used, it is compared with its background, the forecasts of it from M particles $x'_i$ that
+have not seen it. The background is that of the module `filters/background.py`, which a result holds. It is rejected if
 
 $$
 \Bigl| y - \operatorname*{mean}_i E[y \mid x'_i] \Bigr| > k s, \qquad
@@ -19,34 +19,20 @@ rejected, and the default threshold is large.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Mapping
 
-import jax
 import jax.numpy as jnp
-import numpy as np
-from jaxtyping import Array, Bool, PRNGKeyArray, PyTree
+from jaxtyping import Array, Bool, PRNGKeyArray
 
 from numpyro_diffusion_da.arguments import require_count
 from numpyro_diffusion_da.diffusion.denoiser import NetworkPasses
+from numpyro_diffusion_da.filters.background import Screen, SiteBackground
 from numpyro_diffusion_da.filters.base import FilterAlgorithm, check_algorithm
 from numpyro_diffusion_da.program.scan import ObservedSite, TimeInputs
 from numpyro_diffusion_da.program.sites import mean_and_variance, site_mask
 from numpyro_diffusion_da.program.state_space import StateSpaceModel
-from numpyro_diffusion_da.smc.base import Info, Kernel, State, map_particles, num_particles
+from numpyro_diffusion_da.smc.base import Info, Kernel, State, num_particles
 from numpyro_diffusion_da.smc.localization import Taper
-
-
-class CheckRecord(NamedTuple):
-    """Record of a gross-error check at one step.
-
-    Attributes:
-        rejected: for each checked site a mask in the shape of its value, True where an observation was rejected.
-        passes: network passes of the check, per particle of the filter.
-    """
-
-    rejected: dict[str, Bool[Array, ...]]
-    passes: NetworkPasses
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -57,9 +43,10 @@ class GrossErrorCheck(FilterAlgorithm):
     mean over M particles. The expected variance s^2 of the departure is (M + 1) / M times the variance of these
     forecasts plus the variance of the observation error (Lorenc & Hammon 1988, Q. J. R. Meteorol. Soc. 114, 515).
 
-    Each step draws forecasts of M particles for the comparison. This costs M / N of an unguided draw of all N
-    particles, and is included in the network passes. If nothing is rejected, all draws are those of the filter without
-    the check.
+    `Bootstrap` and `EnKF` draw their forecasts without the observations, so the check costs nothing and uses all
+    particles. `FAAPF` and `GuidedPF` draw the forecasts of M particles for the comparison. This costs M / N of an
+    unguided draw of all N particles, and is included in the network passes. If nothing is rejected, all draws are those
+    of the filter without the check. The numbers of the comparison are in ``result.background``.
 
     Rejected observations are marked in ``result.rejected``, in `sample_stats` as ``{site}_rejected``, in the printed
     summary, and for an `OnlineFilter` in ``info.check.rejected``. A run warns if more than a third of its observations
@@ -71,8 +58,8 @@ class GrossErrorCheck(FilterAlgorithm):
         threshold: k, in expected standard deviations of the departure. One number applies to all observed sites; a
             mapping from names to numbers checks these sites only. For Gaussian variables, a well calibrated filter
             rejects 6 of 10 million good observations at 5.0, and 3 of 1000 at 3.0.
-        members: M, the largest number of particles used, spread evenly over all; 2 or more. With 64, the standard
-            deviation of the departure is known to within 9 %.
+        members: largest number of particles that `FAAPF` and `GuidedPF` draw for the check, spread evenly over all; 2
+            or more. With 64, the standard deviation of the departure is known to within 9 %.
 
     Raises:
         TypeError: `algorithm` is not a filter, or has a check already; or `members` is not a whole number.
@@ -110,17 +97,13 @@ class GrossErrorCheck(FilterAlgorithm):
         """Select the value of each new particle's ancestor, as the wrapped filter does."""
         return self.algorithm.parents(program, ancestors, values)
 
-    def inflate_forecast(self, forecast: Array) -> Array:
-        """Apply the forecast inflation used by the wrapped filter, to states of shape (N, *state)."""
-        return self.algorithm.inflate_forecast(forecast)
-
     def moving_taper(self) -> Taper | None:
         """Taper of the wrapped filter if places of observations move; None otherwise."""
         return self.algorithm.moving_taper()
 
     def passes(self, info: Info) -> NetworkPasses:
         """Network passes of one step of the wrapped filter and of the check, per particle."""
-        return self.algorithm.passes(info).plus(info.check.passes)
+        return self.algorithm.passes(info)
 
     def settings(self, program: StateSpaceModel) -> dict[str, str | float]:
         """Settings of the wrapped filter and of the check as plain values, for the attributes of a result."""
@@ -146,66 +129,43 @@ class GrossErrorCheck(FilterAlgorithm):
             )
         return dict(self.threshold)
 
-    def kernel(self, program: StateSpaceModel, batch_size: int | None = None) -> Kernel:
+    def kernel(self, program: StateSpaceModel, batch_size: int | None = None, screen: Screen | None = None) -> Kernel:
         """Build the kernel of the wrapped filter, for which rejected observations are missing.
 
-        `FilterAlgorithm.kernel` explains arguments and return value.
+        `FilterAlgorithm.kernel` explains arguments and return value; there is no other `screen` than this one.
 
         Raises:
             ValueError: a threshold names a site that is not observed; when the kernel runs, a checked site has no mean
                 and variance, or there is one particle.
         """
         thresholds = self._thresholds(program)
-        forecasts = self.algorithm.forecasts(program, batch_size)
+
+        def reject(
+            background: Mapping[str, SiteBackground], sites: Mapping[str, ObservedSite]
+        ) -> dict[str, Bool[Array, ...]]:
+            for name in thresholds:
+                if name not in background:
+                    mean_and_variance(name, sites[name].fn)  # raises with the reason
+            return {name: _too_far(sites[name], background[name], k) for name, k in thresholds.items()}
+
+        step = self.algorithm.kernel(program, batch_size, Screen(reject, self.members))
 
         def kernel(rng_key: PRNGKeyArray, state: State, inputs: TimeInputs) -> tuple[State, Info]:
-            n = num_particles(state.particles)
-            if n < 2:
+            if num_particles(state.particles) < 2:
                 raise ValueError("GrossErrorCheck got one particle, which has no spread; give num_particles=2 or more.")
-            # Neighboring particles are often copies of one particle, so the members are spread evenly.
-            some = np.arange(min(self.members, n)) * n // min(self.members, n)
-            particles = jax.tree.map(lambda leaf: leaf[some], state.particles)
-            # Kernels use up to four keys. A fifth one leaves their draws the same with and without a check.
-            x, record = forecasts(jax.random.split(rng_key, 5)[4], particles, inputs)
-            seen = map_particles(_moments(program, thresholds, inputs), batch_size)(x, particles)
-            sites = program.sites(jax.tree.map(lambda leaf: leaf[0], particles), inputs, x[0]).observed
-            rejected = {name: _too_far(sites[name], seen[name], k) for name, k in thresholds.items()}
-            new, info = self.algorithm.kernel(program.without(rejected), batch_size)(rng_key, state, inputs)
-            passes = jax.tree.map(lambda count: jnp.sum(count.astype(float)) / n, record.passes)
-            return new, info._replace(check=CheckRecord(rejected, passes))
+            return step(rng_key, state, inputs)
 
         return kernel
 
 
-def _moments(
-    program: StateSpaceModel, names: Mapping[str, Any], inputs: TimeInputs
-) -> Callable[[Array, PyTree], dict[str, tuple[Array, Array]]]:
-    """Build the function (x', carry) -> (E[y | x'], Var[y | x']) of each site, by name.
-
-    Args:
-        program: state-space model at given arguments of the program.
-        names: names of the sites.
-        inputs: inputs of the time.
-    """
-
-    def moments(x: Array, carry: PyTree) -> dict[str, tuple[Array, Array]]:
-        sites = program.sites(carry, inputs, x).observed
-        return {name: mean_and_variance(name, sites[name].fn) for name in names}
-
-    return moments
-
-
-def _too_far(site: ObservedSite, forecast: tuple[Array, Array], threshold: float) -> Bool[Array, ...]:
-    """Whether each value of a site is too far from its forecast; False where nothing is observed.
+def _too_far(site: ObservedSite, background: SiteBackground, threshold: float) -> Bool[Array, ...]:
+    """Whether each value of a site is too far from its background; False where nothing is observed.
 
     Args:
         site: observed site.
-        forecast: E[y | x'] and Var[y | x'] of the M members, each of shape (M, *value). Non-finite members are ignored.
+        background: background of the site.
         threshold: k, in standard deviations.
     """
-    means, variances = forecast
-    members = jnp.sum(jnp.isfinite(means), axis=0)
-    means = jnp.where(jnp.isfinite(means), means, jnp.nan)
-    expected = (1.0 + 1.0 / members) * jnp.nanvar(means, axis=0, ddof=1) + jnp.nanmean(variances, axis=0)
-    departure = jnp.abs(site.value - jnp.nanmean(means, axis=0))
+    departure = jnp.abs(site.value - background.mean)
+    expected = background.variance + background.error_variance
     return (departure > threshold * jnp.sqrt(expected)) & site_mask(site.fn)

@@ -15,6 +15,7 @@ from numpyro_diffusion_da.diffusion.linear_solve import DirectSolve
 from numpyro_diffusion_da.diffusion.sampler import Sampler
 from numpyro_diffusion_da.diffusion.schedule import KarrasSchedule
 from numpyro_diffusion_da.diffusion.steps import SDEDPMSolverPP2M, Step
+from numpyro_diffusion_da.filters.background import Screen, background_key, background_of_transition
 from numpyro_diffusion_da.filters.base import FilterAlgorithm, Proposal
 from numpyro_diffusion_da.filters.checks import check_resampling, set_sampler
 from numpyro_diffusion_da.filters.settings import in_full, resampling_setting, sampler_setting
@@ -22,8 +23,10 @@ from numpyro_diffusion_da.program.scan import TimeInputs
 from numpyro_diffusion_da.program.state_space import StateSpaceModel
 from numpyro_diffusion_da.smc import guided_pf
 from numpyro_diffusion_da.smc.base import (
+    Info,
     Kernel,
     Resampling,
+    State,
     check_target_ess,
 )
 
@@ -79,8 +82,14 @@ class GuidedPF(FilterAlgorithm):
             return transition.sampler
         return self.sampler if isinstance(self.sampler, Sampler) else PATH_SAMPLER
 
-    def kernel(self, program: StateSpaceModel, batch_size: int | None = None) -> Kernel:
-        """Build the guided kernel of the program; `FilterAlgorithm.kernel` explains arguments and return value."""
+    def kernel(self, program: StateSpaceModel, batch_size: int | None = None, screen: Screen | None = None) -> Kernel:
+        """Build the guided kernel of the program; `FilterAlgorithm.kernel` explains arguments and return value.
+
+        The background is that of the transition (see `filters/background.py`). It costs network passes at some
+        particles; with a `screen` it is made of unguided draws.
+        """
+        if screen is not None:
+            return self.screened_by_draws(program, batch_size, screen)
         sampler = self._sampler(program)
 
         def propose(rng_key: PRNGKeyArray, carry: PyTree, inputs: TimeInputs) -> tuple[PyTree, Array, Proposal]:
@@ -90,7 +99,15 @@ class GuidedPF(FilterAlgorithm):
             sites = program.record(record_key, x, carry, inputs)
             return program.advance(x, carry, inputs), log_weight, Proposal(draw, sites)
 
-        return guided_pf.build_kernel(propose, self.resampling, self.target_ess, batch_size)
+        step = guided_pf.build_kernel(propose, self.resampling, self.target_ess, batch_size)
+
+        def kernel(rng_key: PRNGKeyArray, state: State, inputs: TimeInputs) -> tuple[State, Info]:
+            new, info = step(rng_key, state, inputs)
+            key = background_key(rng_key)
+            background = background_of_transition(program, key, state.particles, inputs, batch_size=batch_size)
+            return new, info._replace(background=background)
+
+        return kernel
 
     def settings(self, program: StateSpaceModel) -> dict[str, str | float]:
         """Settings of the filter as plain values, for the attributes of a result."""

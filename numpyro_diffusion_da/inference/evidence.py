@@ -69,7 +69,9 @@ class EvidenceEstimator(NamedTuple):
         state, info = self.algorithm.kernel(program, self.batch_size)(rng_key, evidence.state, inputs)
         increment = info.log_evidence_increment
         increment = jnp.where(jnp.isnan(increment), -jnp.inf, increment)
-        passes = jax.tree.map(lambda n: self.num_particles * n, self.algorithm.passes(info))
+        # Nothing here uses the background, so the compiler leaves its network passes out. They are not counted either.
+        made = self.algorithm.passes(info._replace(background=()))
+        passes = jax.tree.map(lambda n: self.num_particles * n, made)
         state = State(state.particles, evidence.state.log_evidence + increment)
         return FilterEvidence(state, NetworkPasses(*map(jnp.add, evidence.passes, passes))), increment
 

@@ -23,7 +23,7 @@ from numpyro_diffusion_da.inference.storage import RunStore
 from numpyro_diffusion_da.program.scan import TimeInputs
 from numpyro_diffusion_da.program.state_space import StateSpaceModel
 from numpyro_diffusion_da.results import smoothing
-from numpyro_diffusion_da.results.advice import rejection_advice, tempering_advice
+from numpyro_diffusion_da.results.advice import far_value_advice, lost_advice, rejection_advice, tempering_advice
 from numpyro_diffusion_da.results.result import FilterResult
 from numpyro_diffusion_da.smc.base import State, init
 
@@ -105,8 +105,9 @@ class Filter:
         """Filter the observations in the arguments of the program; `result` holds the result afterwards.
 
         The keys of chains, steps and particles are folded from `rng_key` by their indices, so neither `batch_size` nor
-        `num_chains` changes a draw. A run warns if the median tempering exponent alpha is below 0.1, or if a
-        gross-error check rejects more than a third of the observations.
+        `num_chains` changes a draw. A run warns if the median tempering exponent alpha is below 0.1, if a
+        gross-error check rejects more than a third of the observations, if an observation is impossibly far from its
+        forecast, or if observations are farther from the forecasts than the filter expects.
 
         Args:
             rng_key: random key, from `jax.random.key`.
@@ -156,8 +157,8 @@ class Filter:
         sizes = {"num_chains": self.num_chains, "batch_size": self._batch or self.num_particles}
         self._result = collect(program.structure, {**attributes, **sizes}, chains)
         self._given, self._inputs = given, xs
-        for advice in (rejection_advice(self._result), tempering_advice(self._result)):
-            if advice is not None:
+        for advises in (rejection_advice, tempering_advice, far_value_advice, lost_advice):
+            if (advice := advises(self._result)) is not None:
                 warnings.warn(advice, stacklevel=2)
 
     def _prepared(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> StateSpaceModel:

@@ -15,7 +15,7 @@ from numpyro_diffusion_da.filters.placement import place_taper
 from numpyro_diffusion_da.program.scan import TimeInputs
 from numpyro_diffusion_da.program.state_space import StateSpaceModel
 from numpyro_diffusion_da.program.structure import Structure
-from numpyro_diffusion_da.results.result import PER_PARTICLE, FilterResult
+from numpyro_diffusion_da.results.result import PER_PARTICLE, Background, FilterResult
 from numpyro_diffusion_da.smc.base import Info
 
 
@@ -87,7 +87,8 @@ def record_step(
     Returns:
         Nested dictionaries of arrays: `sites`, `stats`, `passes` and `observations`, the numbers of non-finite weights
         and particles, `metadata` if there are such sites, `unplaced` if places of observations move (see
-        `unplaced_observations`), `forecast` if it is kept, and `rejected` if the observations were checked.
+        `unplaced_observations`), `forecast` if it is kept, `background` if the filter records it, and `rejected` if the
+        observations were checked.
 
     Raises:
         ValueError: `keep` asks for forecasts and the filter computes none, or `keep` names an unknown site.
@@ -112,9 +113,16 @@ def record_step(
         "observations": program.observations(first, inputs),
         **({"unplaced": unplaced} if unplaced else {}),
         **({} if info.check == () else {"rejected": info.check.rejected}),
+        **_background(info),
         "nonfinite_weights": info.nonfinite_weights,
         "nonfinite_particles": info.nonfinite_particles,
     }
+
+
+def _background(info: Info) -> dict[str, Any]:
+    """Background of the observed sites as nested dictionaries; empty if the filter records none."""
+    sites = {} if info.background == () else info.background.sites
+    return {"background": {name: site._asdict() for name, site in sites.items()}} if sites else {}
 
 
 def unplaced_observations(
@@ -273,6 +281,7 @@ def collect(
         layout=diffusion.prior.layout if diffusion is not None and has_state else None,
         attributes=attributes,
         rejected=records.get("rejected", {}),
+        background={n: Background(**parts) for n, parts in records.get("background", {}).items()},
         metadata={n: x[0] for n, x in records.get("metadata", {}).items()},
     )
 

@@ -213,6 +213,16 @@ def mean_and_variance(name: str, fn: dist.Distribution) -> tuple[Float[Array, ..
     return mean, variance
 
 
+def has_mean_and_variance(fn: dist.Distribution) -> bool:
+    """Whether a site has values, and its distribution defines their mean and variance."""
+    base, _ = unmasked(fn)
+    try:
+        shapes = jnp.shape(base.mean), jnp.shape(base.variance)
+    except NotImplementedError:
+        return False
+    return 0 not in fn.shape() and all(len(shape) <= len(fn.shape()) for shape in shapes)
+
+
 def values_per_error(fn: dist.Distribution) -> int:
     """Number of consecutive values of a site that share a correlated Gaussian error; 1 if errors are independent."""
     parts = gaussian_parts(fn)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from numpyro_diffusion_da.results.background import Ratio, departure_ratio, first_far_value
 from numpyro_diffusion_da.results.result import FilterResult
 
 TOO_MANY = 1.0 / 3.0
@@ -11,6 +12,12 @@ TOO_MANY = 1.0 / 3.0
 
 TEMPERED = 0.1
 """Tempering exponent alpha below which resampling makes little use of the observations."""
+
+LOST = 1.25
+"""Squared departures divided by their expectation above which a filter is overconfident, apart from sampling error."""
+
+WIDE = 0.5
+"""Squared departures divided by their expectation below which a filter is far too wide, apart from sampling error."""
 
 
 def rejected_share(result: FilterResult) -> float:
@@ -50,4 +57,54 @@ def tempering_advice(result: FilterResult) -> str | None:
         f"weights are tempered to alpha = {alpha:.2g} (median), below {TEMPERED}: untempered weights would keep only a "
         "few particles, and tempered weights use less of the observations; "
         f"{'; '.join(instead)}; or take more particles."
+    )
+
+
+def is_lost(ratio: Ratio) -> bool:
+    """Whether departures are larger than a filter expects, by more than sampling error."""
+    return bool(ratio.value - ratio.margin > LOST)
+
+
+def is_wide(ratio: Ratio) -> bool:
+    """Whether departures are far smaller than a filter expects, by more than sampling error."""
+    return bool(ratio.value + ratio.margin < WIDE)
+
+
+def lost_advice(result: FilterResult) -> str | None:
+    """Advice if observations are farther from the forecast than the filter expects; None otherwise."""
+    ratios = {site: departure_ratio(result, site) for site in result.background}
+    lost = [f"{r.value:.3g} +- {r.standard_error:.2g} at site '{n}'" for n, r in ratios.items() if is_lost(r)]
+    if not lost:
+        return None
+    return (
+        "observations are farther from the forecast than the filter expects: (O - B)^2 / (P + R) is "
+        f"{', '.join(lost)}, and should be 1. The ensemble has lost the truth, or its spread or the given observation "
+        "errors are too small; increase the spread by inflation (ndda.inference.tune_spread finds the amount), "
+        "localize with taper=ndda.Taper(...), take more particles, or check the observation errors with "
+        "ndda.diagnostics.error_variances."
+    )
+
+
+def wide_advice(result: FilterResult) -> str | None:
+    """Advice if observations are far closer to the forecast than the filter expects; None otherwise."""
+    wide = [site for site in result.background if is_wide(departure_ratio(result, site))]
+    if not wide:
+        return None
+    return (
+        f"observations of {', '.join(wide)} are far closer to the forecast than the filter expects; use less "
+        "inflation, or check whether the observation errors or the noise of the transition are too large."
+    )
+
+
+def far_value_advice(result: FilterResult) -> str | None:
+    """Advice if a single observation is impossible for the filter; None otherwise."""
+    far = first_far_value(result)
+    if far is None:
+        return None
+    place = f"[{', '.join(map(str, far.index))}]" if far.index else ""
+    others = f" ({far.count} observations have this value)" if far.count > 1 else ""
+    return (
+        f"observation {far.value:.6g} of site '{far.site}{place}' at step {far.step} is {far.distance:.3g} predictive "
+        f"standard deviations from its forecast, {far.background:.4g}{others}. Mark a missing value by NaN; leave "
+        "gross errors out with ndda.GrossErrorCheck(...); check the unit if it is right."
     )

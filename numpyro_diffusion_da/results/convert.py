@@ -122,8 +122,9 @@ def to_datatree(
 
     The groups are `posterior`, `prior` if forecasts were kept, `posterior_predictive`, `log_likelihood`,
     `observed_data`, `constant_data` (``{site}_error`` and ``{site}_missing`` for each observed site, and the
-    deterministic sites of `FilterResult.metadata`) and `sample_stats` (with ``{site}_rejected`` for a gross-error
-    check). The attribute `description` of a group explains its contents.
+    deterministic sites of `FilterResult.metadata`) and `sample_stats` (with ``{site}_background``,
+    ``{site}_background_variance`` and ``{site}_departure`` for each observed site that has a mean and a variance, and
+    ``{site}_rejected`` for a gross-error check). The attribute `description` of a group explains its contents.
     Dimensions are `chain` (independent filters), `draw` (particles), `time`, and then those of the site: the dimensions
     of the layout for the state, ``{site}_dim_0``, ... for others.
 
@@ -175,6 +176,11 @@ def to_datatree(
         | {
             f"{site}_rejected": axes.variable(site, values, CHAIN, {"long_name": f"rejected values of {site}"})
             for site, values in result.rejected.items()
+        }
+        | {
+            f"{site}_{name}": axes.variable(site, values, CHAIN, {"long_name": long_name, "description": description})
+            for site in result.background
+            for name, values, long_name, description in _of_background(result, site)
         },
     }
     axes.check_all_used()
@@ -351,6 +357,32 @@ def _statistic(axes: Axes, name: str, values: np.ndarray) -> Any:
     own = block or tuple(f"{name}_dim_{i}" for i in range(values.ndim - len(leading)))
     axes.sizes.update(zip(own, values.shape[len(leading) :], strict=True))
     return (*leading, *own), values, {"long_name": long_name, "description": description}
+
+
+def _of_background(result: FilterResult, site: str) -> list[tuple[str, np.ndarray, str, str]]:
+    """Name, values, long name and description of each variable of a site's background."""
+    background = result.background[site]
+    return [
+        (
+            "background",
+            background.mean,
+            f"background mean of {site}",
+            "mean of the predicted observation, before the filter used the observation",
+        ),
+        (
+            "background_variance",
+            background.variance,
+            f"background variance of {site}",
+            "without the observation error; includes the sampling error of the background mean",
+        ),
+        (
+            "departure",
+            result.departure(site),
+            f"observation minus background mean of {site}",
+            "NaN where missing; if the filter is right, its square has the mean of background variance plus variance "
+            "of the observation error",
+        ),
+    ]
 
 
 def _description(group: str, result: FilterResult) -> dict[str, str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -14,6 +14,30 @@ PER_PARTICLE = frozenset({"log_weights", "ancestors", "solver_residual", "filter
 
 OF_WEIGHTS = frozenset({"log_weights", "ancestors", "ess", "tempering", "distinct_ancestors", "log_weight_std"})
 """Statistics of a step with one value for each block if resampling is localized."""
+
+
+class Background(NamedTuple):
+    """Prediction of one observed site before its observations were used, in the unit of the observation.
+
+    If the filter is right, the squared departure (O - B)^2 of the observation O has the mean P + R. The module
+    `diagnostics.innovations` compares them. Arrays are (chain, time, ...), with the axes of the site's value last.
+
+    Attributes:
+        mean: B, the mean of the predicted observation over the particles.
+        variance: P, the variance of the prediction without the observation error. It includes the sampling error of B.
+        error_variance: R, the variance of the observation error, a mean over the particles.
+        members: number of particles that B is a mean over, (chain, time).
+    """
+
+    mean: np.ndarray
+    variance: np.ndarray
+    error_variance: np.ndarray
+    members: np.ndarray
+
+    @property
+    def expected(self) -> np.ndarray:
+        """Expected squared departure P + R of each value, (chain, time, ...)."""
+        return self.variance + self.error_variance
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +61,8 @@ class FilterResult:
         layout: layout of the state, or None if the transition has none.
         attributes: settings that are needed to repeat the run.
         rejected: True where a gross-error check rejected an observation, for each checked site, (chain, time, ...).
+        background: prediction of each observed site before its observations were used, by name. Sites whose
+            distribution defines no mean and variance are left out.
         metadata: values of the deterministic sites that are the same for all particles, (time, ...): those that depend
             on the inputs of the scan and on arguments of the program only, such as places or numbers of stations.
     """
@@ -55,6 +81,15 @@ class FilterResult:
     attributes: dict[str, Any]
     rejected: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
     metadata: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
+    background: dict[str, Background] = dataclasses.field(default_factory=dict)
+
+    def departure(self, site: str) -> np.ndarray:
+        """Departure O - B of each value of a site, (chain, time, ...); NaN where missing.
+
+        Args:
+            site: name of an observed site in `background`.
+        """
+        return self.observed_data[site][None] - self.background[site].mean
 
     @property
     def is_local(self) -> bool:

@@ -7,7 +7,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from numpyro_diffusion_da.results import smoothing
-from numpyro_diffusion_da.results.advice import TEMPERED, rejected_share, tempering_advice
+from numpyro_diffusion_da.results.advice import (
+    TEMPERED,
+    far_value_advice,
+    lost_advice,
+    rejected_share,
+    tempering_advice,
+    wide_advice,
+)
+from numpyro_diffusion_da.results.background import departure_ratio
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -27,8 +35,8 @@ NOISY = 3.0
 def summary_table(result: FilterResult, max_rows: int = 8) -> Group:
     """Summary of a filter run as two `rich` tables.
 
-    The first table describes the filter: the health of the weights, the log-evidence and whether it is unbiased, and
-    the cost. The second table describes the state at the last time, with the R-hat of whole chains (see
+    The first table describes the filter: how well it predicted the observations, the health of the weights, the
+    log-evidence and whether it is unbiased, and the cost. The second table describes the state at the last time, with the R-hat of whole chains (see
     `convert.to_arviz`). If the state has more than `max_rows` values, those with the largest R-hat are shown.
 
     Args:
@@ -63,6 +71,16 @@ def _filter_table(result: FilterResult) -> Any:
     if result.rejected:
         share = rejected_share(result)
         table.add_row("rejected as gross errors", f"{share:.2%} of the checked observations" if share else "none")
+    for site in result.background:
+        ratio = departure_ratio(result, site)
+        if np.isfinite(ratio.value):
+            error = f" +- {ratio.standard_error:.2g}" if np.isfinite(ratio.standard_error) else ""
+            table.add_row(
+                escape(f"(O - B)^2 / (P + R) of {site}"), f"{ratio.value:.3g}{error} (1 if the filter is right)"
+            )
+    for advises in (far_value_advice, lost_advice, wide_advice):
+        if (advice := advises(result)) is not None:
+            table.add_row("", f"[yellow]{escape(advice)}[/yellow]")
     if result.is_local:
         table.add_row("resampling", f"localized, in {stats['log_weights'].shape[-1]} blocks")
     if _selects(result):
@@ -90,7 +108,8 @@ def _filter_table(result: FilterResult) -> Any:
             if reasons := evidence_bias_reasons(result):
                 table.add_row("", f"[yellow]not an unbiased estimate: {'; '.join(reasons)}[/yellow]")
     else:
-        table.add_row("weights", "equal: no selection, no log-evidence")
+        used = "equal: no selection, no log-evidence" if observed else "equal, because nothing was observed"
+        table.add_row("weights", used)
     worst = np.max(stats["solver_residual"])
     table.add_row("largest solver residual", "no linear solves" if worst == 0 else f"{worst:.1e}")
     if worst > UNSOLVED:

@@ -56,6 +56,8 @@ class Info(NamedTuple):
         proposal: records of the draw, by the new particle, leading axis N.
         forecast: records of the forecasts drawn for inflation, by the particle before resampling; () if there are none.
         check: record of a check of the observations before the step, one for all particles; () if there was none.
+        background: record of the prediction of the observations before the step, one for all particles; () if the
+            kernel makes none.
     """
 
     log_weights: Float[Array, " n"]
@@ -71,6 +73,7 @@ class Info(NamedTuple):
     proposal: PyTree
     forecast: PyTree = ()
     check: PyTree = ()
+    background: PyTree = ()
 
 
 def init(particles: PyTree) -> State:

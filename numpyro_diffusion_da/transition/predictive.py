@@ -13,7 +13,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jax.flatten_util import ravel_pytree
+from jaxtyping import Array, Float, PRNGKeyArray
 
 from numpyro_diffusion_da.observation.likelihood import (
     Coordinates,
@@ -68,6 +69,39 @@ def _observed_product(
         return v - push(moments.covariance_product(pull(v)))
 
     return residual, row, pull
+
+
+MOST_PRODUCTS = 256
+"""Number of observed values up to which `observed_variances` is exact, by one covariance product for each."""
+
+
+def observed_variances(
+    moments: Moments, observe: Callable[[Float[Array, ...]], dict[str, Array]], rng_key: PRNGKeyArray, exact: bool
+) -> tuple[dict[str, Array], int]:
+    """Return the diagonal of H V H^T in the unit of the observations, with H = d observe / dx at m.
+
+    Args:
+        moments: m and V.
+        observe: function from a state to the mean of each observed site, by name.
+        rng_key: random key of the signs v of one product, which estimates the diagonal by v (H V H^T v), without bias.
+        exact: whether to make one product for each observed value instead, without error. Above `MOST_PRODUCTS` values
+            there is one product with signs in any case.
+
+    Returns:
+        (variances of each site, in the shape of its value; number of covariance products made).
+    """
+    flat, restore = ravel_pytree(observe(moments.mean))
+    _, push = jax.linearize(lambda x: ravel_pytree(observe(x))[0], moments.mean)
+    transposed = jax.linear_transpose(push, moments.mean)
+
+    def product(v: Array) -> Array:
+        return push(moments.covariance_product(transposed(v)[0]))
+
+    if exact and len(flat) <= MOST_PRODUCTS:
+        found = jax.vmap(lambda v: jnp.vdot(v, product(v)))(jnp.eye(len(flat), dtype=flat.dtype))
+        return restore(found), len(flat)
+    signs = jax.random.rademacher(rng_key, flat.shape, flat.dtype)
+    return restore(signs * product(signs)), 1
 
 
 def matched_pointwise(
