@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
+import dataclasses
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +15,7 @@ from numpyro.contrib.control_flow import scan
 import numpyro_diffusion_da as ndda
 from numpyro_diffusion_da.filters import Proposal
 from numpyro_diffusion_da.inference import spread_tuning as tuning
+from numpyro_diffusion_da.results import Background
 from numpyro_diffusion_da.smc import fa_apf
 from numpyro_diffusion_da.smc import inflation as members
 
@@ -391,33 +392,21 @@ def test_runs_are_bounded():
 
 
 @pytest.mark.slow
-def test_a_background_is_as_inflated_as_the_update_takes_it_to_be():
-    model = ndda.program.StateSpaceModel(program, (Y,))
-    carry = jax.vmap(model.initial)(jax.random.split(KEY, 30))
-    inputs = jax.tree.map(lambda x: x[0], model.time_inputs())
-    plain, inflated = (
-        ndda.EnKF(program, inflation=(ndda.ForecastMultiplicative(factor),)).background(model)(KEY, carry, inputs)
-        for factor in (1.0, 1.5)
-    )
-    x, wide = plain["posterior"]["x"], inflated["posterior"]["x"]
-    np.testing.assert_allclose(anomalies(wide), 1.5 * anomalies(x), atol=1e-5)
-    noise = plain["posterior_predictive"]["y"] - x[:, ::2]
-    np.testing.assert_allclose(inflated["posterior_predictive"]["y"] - wide[:, ::2], noise, atol=1e-5)
-
-
-@pytest.mark.slow
 def test_units_of_observations_do_not_count():
     rng = np.random.default_rng(0)
-    o, b = rng.normal(size=(12, 4)), rng.normal(size=(1, 9, 12, 4))
+    o, mean, p, r = (rng.uniform(size=(12, 4)) for _ in range(4))
     o[3, 1] = np.nan
-    b[0, :, 3, 1] = np.nan
 
     def ratio(**sites):
-        observed, members = ({name: pair[i] for name, pair in sites.items()} for i in (0, 1))
-        return tuning._ratio(SimpleNamespace(observed_data=observed, posterior=members, rejected={}), 2, 1)
+        columns = {name: [factor * x[:, of] for x in (o, mean)] for name, (of, factor) in sites.items()}
+        errors = {name: [factor**2 * x[None, :, of] for x in (p, r)] for name, (of, factor) in sites.items()}
+        background = {n: Background(columns[n][1][None], *errors[n], np.full((1, 12), 9)) for n in sites}
+        observed = {n: columns[n][0] for n in sites}
+        empty = {field.name: {} for field in dataclasses.fields(ndda.FilterResult)}
+        return tuning._ratio(ndda.FilterResult(**{**empty, "observed_data": observed, "background": background}), 2, 1)
 
-    one = ratio(y=(o, b))
-    two = ratio(y=(o[:, :2], b[..., :2]), z=(1e4 * o[:, 2:], 1e4 * b[..., 2:]))
+    one = ratio(y=(slice(None), 1.0))
+    two = ratio(y=(slice(2), 1.0), z=(slice(2, None), 1e4))
     np.testing.assert_allclose(two, one, rtol=1e-9)
     assert np.isfinite(one).all()
 

@@ -15,10 +15,12 @@ and its innovations at different times are independent (Desroziers, Berre, Chapn
 All functions take either numpy arrays, with axes by position, or `xarray.DataArray`s, with axes by name. They return
 the same kind. A NaN observation is left out. A NaN member at a time with an observation makes the answer NaN.
 
-**The background is not in the result of a filter.** All particles of a result have seen the observation of their time:
+**The background is in the result of a filter.** `background_departures` and `background_consistency` read
+``result.background``, which every filter records. All particles of a result have seen the observation of their time:
 those of `posterior_predictive`, and also the forecasts of `keep_forecasts`, because the observation selected the
-ancestors that they start from. To get a background, run an `OnlineFilter` and give it NaN in place of the observation;
-docs/verification.md has the loop. `tune_spread` makes its own background, by one more unguided draw of each particle.
+ancestors that they start from. So `departures` and `consistency` are for backgrounds of your own, and for O - A. To get
+the members of a background, as `error_variances` needs for O - B, run an `OnlineFilter` and give it NaN in place of the
+observation; docs/verification.md has the loop.
 
 **Members with or without observation error.** Members of h(x) itself are best, for example from a
 `numpyro.deterministic` site of the program. Draws of `posterior_predictive`, which contain the error, also work: in
@@ -35,6 +37,8 @@ from numpyro_diffusion_da.diagnostics.labeling import Axis, EnsembleCase, is_lab
 
 if TYPE_CHECKING:
     import xarray
+
+    from numpyro_diffusion_da.results.result import FilterResult
 
 
 class Estimate(NamedTuple):
@@ -164,10 +168,85 @@ def consistency(
         ValueError: there are fewer than two members, shapes or axes do not fit, or `block` is out of range.
         TypeError: numpy arrays and xarray arrays are mixed.
     """
+    over = _OverTime(observations, background, member, time, axis, block)
+    return _consistency(over, over.case.variance() + over.broadcast(error, "error") ** 2)
+
+
+def background_departures(
+    result: FilterResult, *, discard: int = 0, block: int = 1, pooled: bool = True
+) -> dict[str, Departures]:
+    """Mean and RMS over time of the departures O - B of a filter run, for each observed site.
+
+    Observations that a gross-error check rejected are left out.
+
+    Args:
+        result: result of a run, `Filter.result`.
+        discard: number of steps at the start to leave out.
+        block: number of consecutive times that the standard errors treat as dependent, as in `departures`.
+        pooled: whether to average over the values of a site; False for one answer for each value. Chains are always
+            averaged over. Standard errors allow for dependence between the values and chains of one time.
+
+    Returns:
+        Mean, RMS and count for each site in ``result.background``.
+
+    Raises:
+        ValueError: `discard` or `block` is out of range.
+    """
+    return {
+        name: departures(*arrays[:2], axis=axis, block=block)
+        for name, (*arrays, axis) in _by_site(result, discard, pooled).items()
+    }
+
+
+def background_consistency(
+    result: FilterResult, *, discard: int = 0, block: int = 1, pooled: bool = True
+) -> dict[str, Consistency]:
+    """Compare squared departures (O - B)^2 of a filter run with their expectation P + R, for each observed site.
+
+    `consistency` explains the answer. The expectation is that of ``result.background``. Observations that a gross-error
+    check rejected are left out.
+
+    Args:
+        result: result of a run, `Filter.result`.
+        discard: number of steps at the start to leave out.
+        block: number of consecutive times that the standard error treats as dependent, as in `departures`.
+        pooled: whether to average over the values of a site, as in `background_departures`.
+
+    Returns:
+        Ratio, chi-square, p-value and count for each site in ``result.background``.
+
+    Raises:
+        ValueError: `discard` or `block` is out of range.
+    """
+    found = {}
+    for name, (observed, mean, expected, axis) in _by_site(result, discard, pooled).items():
+        over = _OverTime(observed, mean, 0, 0, axis, block)
+        found[name] = _consistency(over, over.broadcast(expected, "background"))
+    return found
+
+
+def _by_site(
+    result: FilterResult, discard: int, pooled: bool
+) -> dict[str, tuple[np.ndarray, np.ndarray, np.ndarray, tuple[int, ...]]]:
+    """Arrays of each site with a background, time first: observed, mean of one member, expected, axes to pool."""
+    found = {}
+    for name, background in result.background.items():
+        observed = np.broadcast_to(result.observed_data[name].astype(float)[None], background.mean.shape)
+        if name in result.rejected:
+            observed = np.where(result.rejected[name], np.nan, observed)
+        steps = observed.shape[1]
+        if not 0 <= discard < steps:
+            raise ValueError(f"discard={discard}; the run has {steps} steps: give a number from 0 to below that.")
+        arrays = [np.moveaxis(x, 1, 0)[discard:] for x in (observed, background.mean, background.expected)]
+        axis = tuple(range(1, observed.ndim)) if pooled else (1,)
+        found[name] = (arrays[0], arrays[1][None], arrays[2], axis)
+    return found
+
+
+def _consistency(over: _OverTime, expected: xarray.DataArray) -> Consistency:
+    """Compare squared departures with their expectation at each point."""
     import scipy.stats
 
-    over = _OverTime(observations, background, member, time, axis, block)
-    expected = over.case.variance() + over.broadcast(error, "error") ** 2
     squares = over.departure() ** 2
     size = over.mean(expected)
     ratio = over.mean(squares) / size

@@ -3,24 +3,25 @@
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Callable
 from typing import Any, ClassVar, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PRNGKeyArray
 
-from numpyro_diffusion_da.diagnostics.innovations import (
-    Estimate,
-    consistency,
-)
+from numpyro_diffusion_da.diagnostics.innovations import Estimate
+from numpyro_diffusion_da.diffusion.denoiser import NetworkPasses
+from numpyro_diffusion_da.filters.background import Screen
 from numpyro_diffusion_da.filters.base import FilterAlgorithm
 from numpyro_diffusion_da.inference.filter import Filter
-from numpyro_diffusion_da.program.scan import TimeInputs
 from numpyro_diffusion_da.program.state_space import StateSpaceModel
+from numpyro_diffusion_da.results.advice import LOST_WORDS
+from numpyro_diffusion_da.results.background import ratio_over_time, usable_squares
 from numpyro_diffusion_da.results.result import FilterResult
-from numpyro_diffusion_da.smc.base import Info, Kernel, State
+from numpyro_diffusion_da.smc.base import Info, Kernel
+from numpyro_diffusion_da.smc.localization import Taper
 
 
 class SpreadTrial(NamedTuple):
@@ -68,10 +69,9 @@ def tune_spread(
 
     The search is a bisection on the amount, until the ratio of squared innovations to their expectation
     (`diagnostics.consistency`) is 1. Each amount takes one run of the filter over the spin-up. All runs use the same
-    random numbers, and the filter is compiled once. The background is a draw of each observation from each particle
-    before the filter sees the observation, so any likelihood is possible. The ratio is over all observations, each
-    divided by its own predictive spread. In addition to the cost of the filter, a run makes one unguided draw per
-    particle and step.
+    random numbers, and the filter is compiled once. The background is that of the result (`FilterResult.background`),
+    so a run costs no more than the filter. Any observed site counts whose distribution defines a mean and a variance.
+    The ratio is over all observations, each divided by its own predictive spread.
 
     The ratio depends on the sum of forecast spread and observation error only. If the given observation error is too
     small, the amount found is therefore too large. The search corrects the spread of the *forecast*: if the transition
@@ -117,13 +117,19 @@ def tune_spread(
             "0 to below that."
         )
     runner = Filter(
-        _OfAmount(make_filter, first), num_particles=num_particles, batch_size=batch_size, progress_bar=False
+        _OfAmount(make_filter, first),
+        num_particles=num_particles,
+        batch_size=batch_size,
+        progress_bar=False,
+        keep_observed=False,
     )
     trail: list[SpreadTrial] = []
 
     def error_at(amount: float) -> float:
         """Run the filter with this amount, and return its ratio minus 1."""
-        runner.run(rng_key, jnp.asarray(amount, float), *args)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=LOST_WORDS)  # runs with too small an amount are expected
+            runner.run(rng_key, jnp.asarray(amount, float), *args)
         trail.append(SpreadTrial(amount, _ratio(runner.result, discard, block)))
         return trail[-1].ratio.value - 1.0
 
@@ -154,10 +160,9 @@ def tune_spread(
 
 
 class _OfAmount(FilterAlgorithm):
-    """Filter whose amount of inflation is the first argument of its program, and which records forecasts.
+    """Filter whose amount of inflation is the first argument of its program.
 
-    The amount is an argument and not a setting, so a run with another amount does not compile again. In the result, the
-    group `posterior` contains draws of the observations from the forecast in place of the sites of the particles.
+    The amount is an argument and not a setting, so a run with another amount does not compile again.
 
     Args:
         make_filter: function from an amount of inflation to the filter.
@@ -167,7 +172,7 @@ class _OfAmount(FilterAlgorithm):
     needs_gaussian: ClassVar[bool] = False  # `tune_spread` has checked the program already
 
     def __init__(self, make_filter: Callable[[Any], FilterAlgorithm], first: FilterAlgorithm) -> None:
-        self._make_filter = make_filter
+        self._make_filter, self._first = make_filter, first
 
         @functools.wraps(first.model)
         def model(amount: Any, *args: Any) -> Any:
@@ -175,19 +180,17 @@ class _OfAmount(FilterAlgorithm):
 
         self.model = model
 
-    def kernel(self, program: StateSpaceModel, batch_size: int | None = None) -> Kernel:
-        """Build the kernel of the filter, with draws of the observations in place of the sites of the particles."""
-        algorithm = self._make_filter(program.args[0])
-        step, background = algorithm.kernel(program, batch_size), algorithm.background(program, batch_size)
+    def kernel(self, program: StateSpaceModel, batch_size: int | None = None, screen: Screen | None = None) -> Kernel:
+        """Build the kernel of the filter with the amount that the program got."""
+        return self._make_filter(program.args[0]).kernel(program, batch_size, screen)
 
-        def kernel(rng_key: PRNGKeyArray, state: State, inputs: TimeInputs) -> tuple[State, Info]:
-            step_key, background_key = jax.random.split(rng_key)
-            new, info = step(step_key, state, inputs)
-            forecasts = background(background_key, state.particles, inputs)["posterior_predictive"]
-            sites = {"posterior": forecasts, "posterior_predictive": {}, "log_likelihood": {}}
-            return new, info._replace(proposal=info.proposal._replace(sites=sites))
+    def passes(self, info: Info) -> NetworkPasses:
+        """Network passes of one step of the filter, per particle."""
+        return self._first.passes(info)
 
-        return kernel
+    def moving_taper(self) -> Taper | None:
+        """Taper of the filter if places of observations move; None otherwise."""
+        return self._first.moving_taper()
 
     def settings(self, program: StateSpaceModel) -> dict[str, str | float]:
         """Empty settings, because users do not see the result of this filter."""
@@ -203,21 +206,25 @@ def _ratio(result: FilterResult, discard: int, block: int) -> Estimate:
         block: number of consecutive times that the standard error treats as dependent.
 
     Raises:
-        ValueError: nothing is observed in the remaining steps.
+        ValueError: nothing is observed in the remaining steps, or no site has a background.
     """
-    observations, members = [], []
-    for name, values in result.observed_data.items():
-        of_site = result.posterior[name][0, :, discard:]
-        if name in result.rejected:  # the spread of the filter cannot fit observations that it does not use
-            values = np.where(result.rejected[name][0], np.nan, values)
-        spread = np.sqrt(of_site.var(0, ddof=1).mean(0))
-        unit = np.where(spread > 0, spread, 1.0)
-        steps = of_site.shape[1]
-        observations.append((values[discard:] / unit).reshape(steps, -1))
-        members.append((of_site / unit).reshape(len(of_site), steps, -1))
-    joined = np.concatenate(observations, axis=-1)
-    if np.all(np.isnan(joined)):
+    if not result.background:
+        raise ValueError(
+            "no observed site has a distribution with a mean and a variance, so departures have no expectation; tune "
+            "the amount by an observation that has them."
+        )
+    squares, expected = [], []
+    for name in result.background:
+        # The spread of the filter cannot fit observations that it does not use, so rejected ones are left out.
+        pair = [x[0, discard:] for x in usable_squares(result, name)]
+        pair = [x.reshape(len(x), -1) for x in pair]
+        total, count = np.nansum(pair[1], axis=0), np.isfinite(pair[1]).sum(0)
+        unit = np.where(total > 0, total / np.maximum(count, 1), 1.0)
+        squares.append(pair[0] / unit)
+        expected.append(pair[1] / unit)
+    every, every_expected = (np.concatenate(x, axis=-1) for x in (squares, expected))
+    if np.all(np.isnan(every)):
         raise ValueError(
             f"nothing is observed after the first {discard} steps; give a spin-up with observations, or discard fewer."
         )
-    return consistency(joined, np.concatenate(members, axis=-1), 0.0, axis=1, block=block).ratio
+    return Estimate(*ratio_over_time(every, every_expected, block)[:2])

@@ -16,6 +16,9 @@ TEMPERED = 0.1
 LOST = 1.25
 """Squared departures divided by their expectation above which a filter is overconfident, apart from sampling error."""
 
+LOST_WORDS = "observations are farther from the forecast than the filter expects"
+"""Beginning of the advice of a filter that is overconfident."""
+
 WIDE = 0.5
 """Squared departures divided by their expectation below which a filter is far too wide, apart from sampling error."""
 
@@ -77,11 +80,10 @@ def lost_advice(result: FilterResult) -> str | None:
     if not lost:
         return None
     return (
-        "observations are farther from the forecast than the filter expects: (O - B)^2 / (P + R) is "
-        f"{', '.join(lost)}, and should be 1. The ensemble has lost the truth, or its spread or the given observation "
-        "errors are too small; increase the spread by inflation (ndda.inference.tune_spread finds the amount), "
-        "localize with taper=ndda.Taper(...), take more particles, or check the observation errors with "
-        "ndda.diagnostics.error_variances."
+        f"{LOST_WORDS}: (O - B)^2 / (P + R) is {', '.join(lost)}, and should be 1. The ensemble has lost the truth, or "
+        "its spread or the given observation errors are too small; increase the spread by inflation "
+        "(ndda.inference.tune_spread finds the amount), localize with taper=ndda.Taper(...), take more particles, or "
+        "check the observation errors with ndda.diagnostics.error_variances."
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import NamedTuple
 
 import numpy as np
@@ -77,7 +78,8 @@ def ratio_over_time(squares: np.ndarray, expected: np.ndarray, block: int = 1) -
     return float(ratio), float(spread), count
 
 
-class FarValue(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class FarValue:
     """Observation that is much farther from its background than any before it.
 
     Attributes:
@@ -128,7 +130,7 @@ def first_far_value(result: FilterResult) -> FarValue | None:
         at = (step, *index)
         background = np.take_along_axis(result.background[site].mean, chain, axis=0)[0][at]
         count = int(np.sum(values == values[at]))
-        found.append(FarValue(site, *at[:1], index, float(values[at]), float(background), float(nearest[at]), count))
+        found.append(FarValue(site, step, index, float(values[at]), float(background), float(nearest[at]), count))
     return min(found, key=lambda far: (far.step, -far.distance), default=None)
 
 

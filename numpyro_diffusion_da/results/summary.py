@@ -36,8 +36,9 @@ def summary_table(result: FilterResult, max_rows: int = 8) -> Group:
     """Summary of a filter run as two `rich` tables.
 
     The first table describes the filter: how well it predicted the observations, the health of the weights, the
-    log-evidence and whether it is unbiased, and the cost. The second table describes the state at the last time, with the R-hat of whole chains (see
-    `convert.to_arviz`). If the state has more than `max_rows` values, those with the largest R-hat are shown.
+    log-evidence and whether it is unbiased, and the cost. The second table describes the state at the last time, with
+    the R-hat of whole chains (see `convert.to_arviz`). If the state has more than `max_rows` values, those with the
+    largest R-hat are shown.
 
     Args:
         result: result of a run, `Filter.result`.
