@@ -16,6 +16,7 @@ from numpyro.contrib.control_flow import scan
 from rich.console import Console
 
 import numpyro_diffusion_da as ndda
+from numpyro_diffusion_da.filters import background as of_step
 from numpyro_diffusion_da.results import Background, summary_table
 
 KEY = jax.random.key(0)
@@ -157,18 +158,21 @@ def test_other_likelihoods_and_sites_without_moments():
         scan(step, jnp.zeros(()), (y, z))
 
     data = np.array([1]), np.array([0.5], np.float32)
+    found = run(ndda.Bootstrap(model), *data, n=4000)
+    assert set(found.result.background) == {"y", "z"}
+    program = ndda.program.StateSpaceModel(model, data)
+    inputs = jax.tree.map(lambda x: x[0], program.time_inputs())
+    linearized = of_step.background_of_transition(program, KEY, jnp.zeros(4), inputs).sites["y"]
     lognormal = np.exp(0.2**2 / 2), (np.exp(0.2**2) - 1) * np.exp(0.2**2)
-    for kind, (rate, variance), n in ((ndda.Bootstrap, lognormal, 4000), (ndda.FAAPF, (1.0, 0.2**2), 4)):
-        found = run(kind(model), *data, n=n)  # FAAPF linearizes the rate
-        assert set(found.result.background) == {"y", "z"}
-        background = found.result.background["y"]
-        np.testing.assert_allclose([background.mean[0, 0], background.error_variance[0, 0]], rate, rtol=0.02)
-        np.testing.assert_allclose(background.variance[0, 0], variance, rtol=0.1)
-        console = Console(width=150)
-        with console.capture() as printed:
-            console.print(summary_table(found.result))
-        assert "(P + R) of y" in printed.get()
-        assert "(P + R) of z" not in printed.get()  # its variance is infinite
+    for site, (rate, variance) in ((found.result.background["y"], lognormal), (linearized, (1.0, 0.2**2))):
+        np.testing.assert_allclose(site.mean, np.full_like(site.mean, rate), rtol=0.02)
+        np.testing.assert_allclose(site.error_variance, np.full_like(site.mean, rate), rtol=0.02)
+        np.testing.assert_allclose(site.variance, np.full_like(site.mean, variance), rtol=0.1)
+    console = Console(width=150)
+    with console.capture() as printed:
+        console.print(summary_table(found.result))
+    assert "(P + R) of y" in printed.get()
+    assert "(P + R) of z" not in printed.get()  # its variance is infinite
 
 
 def of_ratio(ratio, steps, **changes):

@@ -21,10 +21,10 @@ def test_demo_writes_table_figure_and_file(tmp_path):
     assert twin.ENKF in result.output
     scores = json.loads((tmp_path / "new" / "demo.json").read_text())["scores"]
     assert set(scores[twin.FREE]) == set(twin.COLUMNS)
-    # Weight: 2, of which one conditions; draw: 1 + 16 forward + 32 vjp.
-    assert scores[twin.GLOBAL]["passes"]["mean"] == 51
+    # Weight: 2, of which one conditions; draw: 1 + 16 forward + 32 vjp; background of 8 particles: 2 forward + 1 vjp.
+    assert scores[twin.GLOBAL]["passes"]["mean"] == 51 + 3
     # Its weight: 4, for mean and variance each at a level of its own, and 1 vjp.
-    assert scores[twin.MAIN]["passes"]["mean"] == 54
+    assert scores[twin.MAIN]["passes"]["mean"] == 54 + 3
     assert (tmp_path / "new" / "demo.png").stat().st_size > 10_000
     with xarray.open_datatree(tmp_path / "new" / "demo.nc", engine="h5netcdf") as tree:
         assert dict(tree["posterior/x"].sizes) == {"chain": 1, "draw": 8, "time": 3, "site": 40}

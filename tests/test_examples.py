@@ -63,7 +63,8 @@ def test_linear_gaussian_through_a_diffusion(tmp_path):
     done = run_program("linear_gaussian.py", *tiny, "--filters", "Dirac", "--out", str(out))
     assert done.returncode == 0, done.stderr
     (row,) = json.loads(out.read_text())["rows"]
-    assert row["passes"] == 1 + 16 * (1 + 2)  # the weight, then 16 levels of one forward pass and two products
+    # The weight, then 16 levels of one forward pass and two products; the background takes two at 16 of 32 particles.
+    assert row["passes"] == 1 + 16 * (1 + 2) + 2 * 16 / 32
     assert math.isfinite(row["mean error SE"])
 
 
@@ -178,10 +179,10 @@ def test_filter_recipes_run(tmp_path):
     load("filter_recipes").main(only=["8 levels, 1 product"], **tiny, out=out)
     found = json.loads(out.read_text())["by truth"]
     # Conditioning: one for the draw, two for the weight, which looks at two levels and makes one product; then what
-    # each evaluation of the guided denoiser costs.
+    # each evaluation of the guided denoiser costs; and three for the background of eight particles.
     assert {name: row["passes"] for name, row in found.items()} == {
-        "8 levels, 1 product": 6 + 8 * 2,
-        "published: Adams-Bashforth 3, 2 Langevin": 6 + 94 * 7,
+        "8 levels, 1 product": 6 + 8 * 2 + 3,
+        "published: Adams-Bashforth 3, 2 Langevin": 6 + 94 * 7 + 3,
     }
     assert all(0.0 < row["CRPS"][0] < 3.0 for row in found.values())
     with pytest.raises(typer.BadParameter, match="no recipe called magic"):
@@ -489,7 +490,7 @@ def test_gencast_assimilation_runs_dry(network, tmp_path, capsys):
     assert numbers["note"]
     levels, moves = (32, 2) if small["published"] else (16, 0)
     calls = levels + (levels - 1) * moves
-    passes = {"forward": calls + 1, "vjp": 4 * calls, "jvp": 0}
+    passes = {"forward": calls + 2, "vjp": 4 * calls + 1, "jvp": 0}  # draw, weight, background
     assert numbers["network_passes"] == {
         "FA-APF": passes,
         "free forecast": {"forward": calls, "vjp": 0, "jvp": 0},

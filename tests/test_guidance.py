@@ -360,8 +360,8 @@ def test_filter_takes_them(small):
     filtered.run(jax.random.key(0), jnp.asarray(y))
     guided = int(np.sum((levels <= 10.0) & (levels > 0.1)))
     passes = filtered.result.network_passes
-    np.testing.assert_allclose(passes["forward"], 6 + 1)  # the weight, then the levels
-    np.testing.assert_allclose(passes["vjp"], 2 * guided)
+    np.testing.assert_allclose(passes["forward"], 6 + 1 + 1)  # the levels, the weight, the background
+    np.testing.assert_allclose(passes["vjp"], 2 * guided + 1)
 
 
 # --- the safeguard of the solve ---------------------------------------------------------------------------------------
