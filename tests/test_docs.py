@@ -111,6 +111,7 @@ def says_of_verification(names):
         (names["found"]["O-B"].mean, 0.0),
         (names["found_too_sure"]["O-B"].mean, 0.0),
         (names["found"]["consistency"].ratio, 1.0),
+        (names["in_result"], 1.0),
         (names["found"]["variances"].observation, 0.25),
         (names["found"]["variances"].background, np.trace(p) / 6),
     ):

@@ -40,7 +40,7 @@ def test_benchmark_runs_small(tmp_path):
     jax.config.update("jax_disable_most_optimizations", True)  # so small, it compiles longer than it computes
     out = tmp_path / "twin.json"
     load("lorenz96_twin").main(truths=1, cycles=3, spin_up=1, particles=8, seed=0, out=out)
-    assert json.loads(out.read_text())["scores"][twin.MAIN]["passes"]["mean"] == 54 + 3  # of the background of 8 particles
+    assert json.loads(out.read_text())["scores"][twin.MAIN]["passes"]["mean"] == 54 + 3  # background
 
 
 @pytest.mark.slow  # tests/test_package.py holds what must not be imported
