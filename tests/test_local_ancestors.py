@@ -72,7 +72,7 @@ def test_a_block_selects_by_what_is_near_it():
 
 def test_states_are_glued_place_by_place():
     placed = ndda.Taper(1.0, ndda.Ring(4), {"y": [0]}, state=np.arange(4.0)).place((4, 2), {"y": ((1,), 1)})
-    blocks = LocalAncestors.at(placed, (4, 2), 0.0)
+    blocks = LocalAncestors.at(placed, (4, 2), 0.0, shared=(0,))  # dictionaries are in the order of their keys
     x = jnp.arange(3 * 8.0).reshape(3, 4, 2)
     ancestors = jnp.array([[0, 1, 2, 0], [1, 1, 1, 1], [2, 0, 0, 2]])
     carry = {"state": x, "frames": jnp.stack([x, -x], 1), "clock": jnp.arange(3)}
@@ -81,8 +81,8 @@ def test_states_are_glued_place_by_place():
     np.testing.assert_array_equal(glued["state"], expected)
     np.testing.assert_array_equal(glued["frames"], np.stack([expected, -expected], 1))
     np.testing.assert_array_equal(glued["clock"], np.arange(3))
-    with pytest.raises(ValueError, match=r"glue states of shape \(4, 2\), but the scan's carry has an array of shape"):
-        blocks.glue({"state": x, "factor": jnp.ones(3)}, ancestors)
+    with pytest.raises(ValueError, match=r"glue states of shape \(4, 2\), but a particle has an array of shape"):
+        blocks.glue({"clock": jnp.arange(3), "factor": jnp.ones(3)}, ancestors)
 
 
 def test_blocks_cover_the_state():

@@ -134,7 +134,7 @@ Y = ((6,), 1)
         ({"y": 1.3, "z": 2.1}, RING, Boxcar(), {"y": (SITES[::2], Y), "z": ([3, 5], ((2, 3), 3))}, SITES, ["z"]),
         ({"y": 1.3, "z": 9.0}, RING, GaspariCohn(), {"y": (25.0, ((), 1)), "z": ([2], ((3,), 3))}, SITES, ["z", "y"]),
         (0.7, ndda.Euclidean(), GaspariCohn(), {"y": (HIGH[:3] / 50, ((3, 2), 2))}, HIGH / 50, ["y"]),
-        (2500.0, ndda.GreatCircle(), GaspariCohn(), {"y": (GLOBE[::3] + 7, ((7,), 1))}, GLOBE, ["y"]),
+        (2500.0, ndda.GreatCircle(), GaspariCohn(), {"y": (GLOBE[::3] * 0.9 + 7, ((7,), 1))}, GLOBE, ["y"]),
         (2500.0, ndda.GreatCircle(), GaspariCohn(), {"y": ([44.0, 170.0], ((), 1))}, GLOBE, ["y"]),
         (3e3, ndda.smc.WithHeight(ndda.GreatCircle(), 900), GaspariCohn(), {"y": (HIGH[::3], ((7,), 1))}, HIGH, ["y"]),
     ],

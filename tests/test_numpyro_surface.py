@@ -14,9 +14,11 @@ import jax.numpy as jnp
 import numpy as np
 import numpyro
 import numpyro.distributions as dist
+import pandas as pd
 import pytest
+import xarray as xr
 from numpyro import handlers
-from numpyro.contrib.control_flow import scan
+from numpyro.contrib.control_flow import cond, scan
 
 import numpyro_diffusion_da as ndda
 
@@ -194,6 +196,73 @@ def student(y):
     scan(step, start(), y)
 
 
+def conditional(y):
+    def step(x, y_t):
+        x = transition(x)
+        error = cond(jnp.asarray(True), lambda _: 0.5, lambda _: 5.0, None)
+        observe(x, y_t, error)
+        return x, None
+
+    scan(step, start(), y)
+
+
+def unobserved():
+    def step(x, _):
+        x = transition(x)
+        numpyro.sample("y", dist.Normal(x, 0.5).to_event(1))
+        return x, None
+
+    scan(step, start(), None, length=STEPS + 2)
+
+
+def factor(y):
+    def step(x, y_t):
+        x = transition(x)
+        observe(x, y_t)
+        numpyro.factor("small", -0.1 * x[0])
+        return x, None
+
+    scan(step, start(), y)
+
+
+def classes(y):
+    def step(z, y_t):
+        z = numpyro.sample("x", dist.Categorical(jnp.array([[0.9, 0.1], [0.2, 0.8]])[z]))
+        observe(jnp.where(z == 0, -1.0, 1.0) * jnp.ones(D), y_t)
+        return z, None
+
+    scan(step, 0, y)
+
+
+def switching(y):
+    def step(carry, y_t):
+        z = numpyro.sample("z", dist.Bernoulli(0.2 + 0.6 * carry[0]))
+        x = numpyro.sample("x", dist.Normal(0.9 * carry[1], 0.5 + z).to_event(1))
+        observe(x, y_t)
+        return (z, x), None
+
+    scan(step, (0, start()), y)
+
+
+def with_obs_mask(y):
+    def step(x, y_t):
+        x = transition(x)
+        with numpyro.plate("sensors", D):
+            numpyro.sample("y", dist.Normal(x, 0.5), obs=y_t, obs_mask=jnp.arange(D) < D - 1)
+        return x, None
+
+    scan(step, start(), y)
+
+
+def own_key(y):
+    def step(x, y_t):
+        x = transition(x)
+        observe(x + jax.random.normal(numpyro.prng_key(), (D,)), y_t)
+        return x, None
+
+    scan(step, start(), y)
+
+
 NAN_LAST = Y.copy()
 NAN_LAST[:, -1] = np.nan
 NAN_TAIL = np.concatenate([Y, np.full((2, D), np.nan, np.float32)])
@@ -221,10 +290,21 @@ SAME = {
         (Y,),
     ),
     "`handlers.scale` around an observation": (scaled, (Y,), (Y,)),
+    "`cond` without latent sites": (conditional, (Y,), (Y,)),
+    "data by `handlers.condition`, of fewer times than the scan": (
+        handlers.condition(unobserved, {"y": jnp.asarray(Y)}),
+        (),
+        (NAN_TAIL,),
+    ),
+    "a pandas table as data": (plain, (pd.DataFrame(Y),), (Y,)),
+    "an `xarray.DataArray` as data": (plain, (xr.DataArray(Y, dims=("time", "place")),), (Y,)),
+    "a masked array as data": (plain, (np.ma.masked_invalid(NAN_LAST),), (NAN_LAST,)),
     "static fields as arguments": (static_field, (Y, SOME), (ONLY_SOME,)),
 }
 REFUSED = {
     "`handlers.scale` around the latent site": (scaled_latent, (Y,), "handlers.scale"),
+    "`obs_mask=` (mask the distribution, or give NaN)": (with_obs_mask, (Y,), r"obs_mask=.*\.mask\(m\)"),
+    "`numpyro.prng_key()` in the step": (own_key, (Y,), r"numpyro\.prng_key"),
     "an unobserved global site": (global_error, (Y,), "wrap the program in handlers.condition"),
 }
 COUNTS = np.abs(np.round(Y))
@@ -233,6 +313,18 @@ SHARES = np.exp(Y) / np.exp(Y).sum(1, keepdims=True)
 PARTLY = {
     "`StudentT` observations": (student, (Y,), {"EnKF": "StudentT"}),
     "`Poisson` counts": (counts, (COUNTS,), {"EnKF": "Poisson"}),
+    "counts as whole numbers": (counts, (COUNTS.astype(int),), {"EnKF": "Poisson"}),
+    "`numpyro.factor`": (factor, (Y,), {"EnKF": "'small' is a numpyro.factor"}),
+    "a discrete state": (
+        classes,
+        (Y,),
+        {"FAAPF": "Categorical", "GuidedPF": "Categorical", "EnKF": "'x' is discrete"},
+    ),
+    "several latent sites, discrete and continuous": (
+        switching,
+        (Y,),
+        dict.fromkeys(["FAAPF", "GuidedPF", "EnKF"], r"latent sites 'z', 'x'.*ndda\.Bootstrap"),
+    ),
     "`Dirichlet` observations, whose elements are vectors": (
         shares,
         (SHARES,),

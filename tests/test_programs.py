@@ -466,3 +466,51 @@ def test_an_invalid_parameter_is_named_with_its_line():
         ValueError, match=r'invalid scale.* of test_programs.py: numpyro.sample\("y", dist.Normal\(x, -0.3'
     ):
         run(ndda.Bootstrap(model), Y)
+
+
+# --- one cause, one sentence ---
+
+
+def carries_the_observation(y):
+    def step(carry, y_t):
+        x = numpyro.sample("x", dist.Normal(0.9 * carry[0], 0.5))
+        numpyro.sample("y", dist.Normal(x, 0.3), obs=y_t)
+        return (x, y_t), None
+
+    scan(step, (0.0, 0.0), y)
+
+
+def transition_with(mean):
+    def model(y):
+        def step(x, y_t):
+            x = numpyro.sample("x", dist.Normal(x * mean, 0.5))
+            numpyro.sample("y", dist.Normal(x, 0.3), obs=y_t)
+            return x, None
+
+        scan(step, 0.0, y)
+
+    return model
+
+
+def impossible_count(y):
+    def step(x, y_t):
+        x = numpyro.sample("x", dist.Normal(0.9 * x, 0.5))
+        numpyro.sample("n", dist.Binomial(4, logits=x), obs=y_t)
+        return x, None
+
+    scan(step, 0.0, y)
+
+
+@pytest.mark.parametrize(
+    ("model", "y", "message"),
+    [
+        (carries_the_observation, np.array([0.1, np.nan, 0.2]), r"at step 1.*carry\[1\].*an observation is missing"),
+        (transition_with(jnp.nan), Y, "at step 0, because no draw of site 'x' is finite; check the parameters"),
+        (impossible_count, np.array([1.0, 9.0]), "at step 1, because the likelihood of site 'n' is zero"),
+        (linear(jnp.nan), Y, "at step 0, because the initial state is not finite"),
+    ],
+)
+def test_the_cause_of_a_failure_is_named_and_no_other(model, y, message):
+    with pytest.raises(FloatingPointError, match=message) as failure:
+        run(ndda.Bootstrap(model), y.astype(np.float32))
+    assert "guidance" not in str(failure.value)

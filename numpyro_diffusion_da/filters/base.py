@@ -70,6 +70,8 @@ class FilterAlgorithm(abc.ABC):
     """Whether the transition must be a diffusion or Gaussian, and the likelihood of a kind that can guide a draw."""
     needs_gaussian_errors: ClassVar[bool] = False
     """Whether all observed sites must be Gaussian."""
+    moves_carry: ClassVar[bool] = False
+    """Whether an update moves the parameters in the carry, and not only the state."""
     target_ess: float = 0.0
     """Effective sample size to reach by tempering, as a fraction of the particles; 0 for no tempering."""
     sampler: Sampler | Step | None = None

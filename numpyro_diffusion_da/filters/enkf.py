@@ -16,7 +16,7 @@ from numpyro_diffusion_da.diffusion.steps import Step
 from numpyro_diffusion_da.filters.background import Drawn, Screen, background_of_draws, screened
 from numpyro_diffusion_da.filters.base import FilterAlgorithm, Proposal
 from numpyro_diffusion_da.filters.checks import check_taper, set_sampler
-from numpyro_diffusion_da.filters.placement import place_taper
+from numpyro_diffusion_da.filters.placement import carried_along, place_taper
 from numpyro_diffusion_da.filters.settings import in_full, inflation_setting, sampler_setting, taper_setting
 from numpyro_diffusion_da.program.scan import TimeInputs
 from numpyro_diffusion_da.program.state_space import StateSpaceModel
@@ -32,7 +32,8 @@ from numpyro_diffusion_da.transition.base import DrawRecord
 class EnKF(FilterAlgorithm):
     """Ensemble Kalman filter of a program (`smc.enkf`): a linear update with covariances of the ensemble.
 
-    It has no weights, and therefore no estimate of the evidence.
+    It has no weights, and therefore no estimate of the evidence. The update moves the state, and every other array of
+    real numbers in the carry that the next carry or an observation depends on: parameters, earlier states.
 
     Args:
         model: NumPyro program with one `scan`, any transition that can be sampled (also a `Delta`), and Gaussian
@@ -51,6 +52,7 @@ class EnKF(FilterAlgorithm):
 
     needs_gaussian: ClassVar[bool] = False
     needs_gaussian_errors: ClassVar[bool] = True
+    moves_carry: ClassVar[bool] = True
 
     model: Callable[..., Any]
     inflation: Sequence[Inflation] = ()
@@ -77,7 +79,7 @@ class EnKF(FilterAlgorithm):
         The background is the forecast ensemble, as the update takes it.
 
         Raises:
-            ValueError: the positions of the taper do not fit the program.
+            ValueError: the positions of the taper do not fit the program, or an array of its carry has no places.
         """
         taper: PlacedTaper | Callable[[TimeInputs], PlacedTaper] | None = None
         if self.taper is not None:
@@ -85,6 +87,7 @@ class EnKF(FilterAlgorithm):
             if self.taper.moving:
                 taper = functools.partial(place_taper, self.taper, program)
         widened = Multiplicative(forecast_factor(self.inflation))
+        carried = carried_along(program.structure, localized=self.taper is not None)
 
         def kernel(rng_key: PRNGKeyArray, state: State, inputs: TimeInputs) -> tuple[State, Info]:
             # The forecast, with the keys that the kernel would draw it with.
@@ -95,8 +98,16 @@ class EnKF(FilterAlgorithm):
             forecast = widened(jax.random.key(0), x, None)
             sites = background_of_draws(program, forecast, state.particles, inputs, batch_size)
             used, said = screened(screen, program, sites, state.particles, inputs)
+            # The carry is the first part of `Drawn`, so its arrays have the same indices in both.
             step = enkf.build_kernel(
-                _forecast_of, _residual_in(used), _advance_in(used), self.update, taper, self.inflation, batch_size
+                _forecast_of,
+                _residual_in(used),
+                _advance_in(used),
+                self.update,
+                taper,
+                self.inflation,
+                batch_size,
+                carried,
             )
             new, info = step(rng_key, State(Drawn(state.particles, x, record), state.log_evidence), inputs)
             return new, info._replace(**said)

@@ -17,7 +17,7 @@ from numpyro_diffusion_da.diffusion.steps import Step
 from numpyro_diffusion_da.filters.background import Screen, background_key, background_of_transition
 from numpyro_diffusion_da.filters.base import FilterAlgorithm, Proposal
 from numpyro_diffusion_da.filters.checks import check_resampling, check_taper, set_sampler
-from numpyro_diffusion_da.filters.placement import place_taper
+from numpyro_diffusion_da.filters.placement import place_taper, shared_arrays
 from numpyro_diffusion_da.filters.settings import (
     in_full,
     inflation_setting,
@@ -226,12 +226,15 @@ class FAAPF(FilterAlgorithm):
     def _at_places(self, taper: Taper, program: StateSpaceModel, inputs: TimeInputs | None) -> LocalAncestors:
         """Localized selection of ancestors by the places of one time; see `place_taper` for the arguments."""
         placed = place_taper(taper, program, inputs)
-        return LocalAncestors.at(placed, program.structure.state_shape, self.block_radius)
+        structure = program.structure
+        return LocalAncestors.at(placed, structure.state_shape, self.block_radius, shared_arrays(structure))
 
     def parents(self, program: StateSpaceModel, ancestors: Array, values: Array) -> Array:
         """Select the value of each new particle's ancestor, block by block if the filter has a taper."""
         local = self._local(program)
-        return super().parents(program, ancestors, values) if local is None else local.glue(values, ancestors)
+        if local is None:
+            return super().parents(program, ancestors, values)
+        return dataclasses.replace(local, shared=()).glue(values, ancestors)
 
     def settings(self, program: StateSpaceModel) -> dict[str, str | float]:
         """Settings of the filter as plain values, for the attributes of a result."""

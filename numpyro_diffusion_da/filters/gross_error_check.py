@@ -82,7 +82,7 @@ class GrossErrorCheck(FilterAlgorithm):
                 "or one for each site by name."
             )
         require_count(self.members, "GrossErrorCheck", "members", least=2)
-        for name in ("model", "needs_gaussian", "needs_gaussian_errors", "target_ess", "sampler"):
+        for name in ("model", "needs_gaussian", "needs_gaussian_errors", "moves_carry", "target_ess", "sampler"):
             object.__setattr__(self, name, getattr(self.algorithm, name))
 
     def has_evidence(self) -> bool:

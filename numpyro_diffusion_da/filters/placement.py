@@ -104,3 +104,53 @@ def grid_axes(layout: Layout | None) -> dict[str, np.ndarray]:
             "give Taper(..., state=...), one position for each value."
         )
     return axes
+
+
+def carried_along(structure: Structure, localized: bool) -> tuple[int, ...]:
+    """Indices of the arrays of the carry that an ensemble update moves along with the state.
+
+    Args:
+        structure: structure of the program.
+        localized: whether the update has a taper.
+
+    Raises:
+        ValueError: there is a taper, and such an array has no places of the state.
+    """
+    along = [i for i, leaf in enumerate(structure.carry) if leaf.moves_with_the_state]
+    if localized:
+        for i in along:
+            check_places_of(structure, i, "the update")
+    return tuple(along)
+
+
+def shared_arrays(structure: Structure) -> tuple[int, ...]:
+    """Indices of the arrays of the carry that localized resampling leaves as they are: clocks, counters and keys.
+
+    Args:
+        structure: structure of the program.
+
+    Raises:
+        ValueError: an array of real numbers that differs between particles has no places of the state.
+    """
+    stay = []
+    for i, leaf in enumerate(structure.carry):
+        if leaf.is_shared or (not leaf.is_real and not leaf.has_places):
+            stay.append(i)
+        else:
+            check_places_of(structure, i, "localized resampling")
+    return tuple(stay)
+
+
+def check_places_of(structure: Structure, index: int, what: str) -> None:
+    """Check that an array of the carry has the places of the state.
+
+    Raises:
+        ValueError: it has none. The message names the array.
+    """
+    leaf = structure.carry[index]
+    if not leaf.has_places:
+        raise ValueError(
+            f"with a taper, {what} has to move carry{leaf.name} of '{structure.name}' place by place, but it has no "
+            f"places of the state, whose shape is {structure.state_shape}; leave it out of the carry, or leave the "
+            "taper out of the filter."
+        )

@@ -125,6 +125,7 @@ class Filter:
         given = (program.args, program.kwargs)
         attributes = self._attributes(program, rng_key)
         store = self._store(attributes)
+        guided = self.algorithm.needs_gaussian and program.structure.diffusion is not None
         taper = self.algorithm.moving_taper()
         sources = {} if taper is None else taper.moving
         with step_progress(self.progress_bar, self.num_chains * program.structure.length) as advance:
@@ -148,7 +149,7 @@ class Filter:
                         step_key = jax.random.fold_in(run_key, t)
                         state, record = self._compiled["step"](step_key, state, inputs, given)
                         record = jax.device_get(record)
-                        check_record(record, t, self.num_particles, sources)
+                        check_record(record, t, self.num_particles, guided, sources)
                         if store is not None:
                             store.save(chain, t, inputs, record, state)
                     records.append(record)
@@ -170,6 +171,15 @@ class Filter:
         program = StateSpaceModel(self.algorithm.model, args, kwargs, like=before)
         if not program.structure.same_as(before):
             program.check(self.algorithm.needs_gaussian, self.algorithm.needs_gaussian_errors)
+            if not self.algorithm.moves_carry and (carried := program.structure.parameters_in_carry):
+                leaf, sites = next(iter(carried.items()))
+                warnings.warn(
+                    f"the scan of '{program.structure.name}' carries {sites} unchanged as carry{leaf}. This filter "
+                    "only selects among the first values, so after some steps few distinct ones are left. Use the "
+                    "value in the body as a variable of the program around it, and infer it with ndda.PMMH or "
+                    "ndda.SMC2, or use ndda.EnKF, which moves it.",
+                    stacklevel=3,
+                )
             check_metadata_names(program.structure)
             self._batch = particles_at_a_time(self.batch_size, self.num_particles, program)
             self._compiled = self._functions(program)
@@ -188,7 +198,7 @@ class Filter:
         def step(rng_key: PRNGKeyArray, state: State, inputs: TimeInputs, given: Any) -> Any:
             at = program.at(*given)
             new, info = self.algorithm.kernel(at, batch_size)(rng_key, state, inputs)
-            return new, record_step(self.algorithm, at, self._keep, info, state.particles, inputs)
+            return new, record_step(self.algorithm, at, self._keep, info, state.particles, new.particles, inputs)
 
         def back(given: Any, *of_step: Any) -> backward.Selection:
             return backward.select(program.at(*given), *of_step)

@@ -12,6 +12,7 @@ from jaxtyping import Array, Int, PyTree
 
 from numpyro_diffusion_da.filters.base import FilterAlgorithm
 from numpyro_diffusion_da.filters.placement import place_taper
+from numpyro_diffusion_da.inference.failures import count_failures, why
 from numpyro_diffusion_da.program.scan import TimeInputs
 from numpyro_diffusion_da.program.state_space import StateSpaceModel
 from numpyro_diffusion_da.program.structure import Structure
@@ -73,6 +74,7 @@ def record_step(
     keep: Keep,
     info: Info,
     particles: PyTree,
+    new: PyTree,
     inputs: TimeInputs,
 ) -> dict[str, Any]:
     """Make the record of one step.
@@ -83,13 +85,14 @@ def record_step(
         keep: parts of the particles to keep.
         info: diagnostics of the step.
         particles: carries of the particles before the step, a pytree with a leading axis of N.
+        new: carries of the particles after the step.
         inputs: inputs of the step.
 
     Returns:
         Nested dictionaries of arrays: `sites`, `stats`, `passes` and `observations`, the numbers of non-finite weights
-        and particles, `metadata` if there are such sites, `unplaced` if places of observations move (see
-        `unplaced_observations`), `forecast` if it is kept, `background` if the filter records it, and `rejected` if the
-        observations were checked.
+        and particles, `failures` (see `count_failures`), `metadata` if there are such sites, `unplaced` if places of
+        observations move (see `unplaced_observations`), `forecast` if it is kept, `background` if the filter records
+        it, and `rejected` if the observations were checked.
 
     Raises:
         ValueError: `keep` asks for forecasts and the filter computes none, or `keep` names an unknown site.
@@ -117,6 +120,7 @@ def record_step(
         **_background(info),
         "nonfinite_weights": info.nonfinite_weights,
         "nonfinite_particles": info.nonfinite_particles,
+        "failures": count_failures(program.structure, info, particles, new),
     }
 
 
@@ -203,21 +207,23 @@ def _forecast(algorithm: FilterAlgorithm, program: StateSpaceModel, info: Info) 
     return algorithm.parents(program, info.ancestors, forecast)
 
 
-def check_record(record: dict[str, Any], step: int, num_particles: int, sources: Mapping[str, str] = {}) -> None:
+def check_record(
+    record: dict[str, Any], step: int, num_particles: int, guided: bool, sources: Mapping[str, str] = {}
+) -> None:
     """Check that the observations of a step are valid, and that not all of its weights or particles are non-finite.
 
     Args:
         record: record of the step, as numpy arrays.
         step: index of the step, for messages.
         num_particles: number of particles N.
+        guided: whether the filter draws from a diffusion by guidance.
         sources: name of the deterministic site that holds the places, for each observed site whose places move.
 
     Raises:
         ValueError: an observation error is not positive and finite, an observation is infinite, an observed value has
-            no finite place, or all weights or
-            particles are non-finite because the state has no value where it is observed. The message names the site
-            and the step.
-        FloatingPointError: all weights or all particles are non-finite for another reason.
+            no finite place, or all weights or particles are non-finite because the state has no value where it is
+            observed. The message names the site and the step.
+        FloatingPointError: all weights or all particles are non-finite for another reason, which the message gives.
     """
     for name, site in record["observations"].items():
         if site["bad_error"]:
@@ -252,10 +258,7 @@ def check_record(record: dict[str, Any], step: int, num_particles: int, sources:
                     f"{background['mean'][at]:.4g}; mark a missing value by NaN, leave gross errors out with "
                     "ndda.GrossErrorCheck(...), or check the unit."
                 )
-        raise FloatingPointError(
-            f"all {num_particles} {what} are non-finite at step {step}; check the observations and their errors at "
-            "that step, or make the guidance more stable by fewer products of its solver or a larger observation error."
-        )
+        raise FloatingPointError(why(record["failures"], what, step, num_particles, guided))
 
 
 def collect(

@@ -187,6 +187,18 @@ class Structure:
         """Names of the deterministic sites that depend on neither the state, the carry nor random draws."""
         return tuple(name for name, site in self.deterministic.items() if site.is_metadata)
 
+    @property
+    def parameters_in_carry(self) -> dict[str, str]:
+        """Name of each array of the carry that the body returns as it is and that comes from latent sites, and these.
+
+        Such an array is a parameter. A particle filter selects among its first values and never makes new ones.
+        """
+        return {
+            leaf.name: ", ".join(f"'{site}'" for site in leaf.sites)
+            for leaf in self.carry
+            if leaf.is_unchanged and leaf.is_real and leaf.sites
+        }
+
     def same_as(self, other: Structure | None) -> bool:
         """Whether another structure has the same sites, shapes and dependencies; the priors may differ."""
         return other is not None and self._key() == other._key()

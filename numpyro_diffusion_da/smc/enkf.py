@@ -6,6 +6,10 @@ It is the standard filter of the field, for comparison. The kernel needs three f
 - ``residual_fn(x, particle, observation) -> R^{-1/2} (y - h(x))``, zero where missing,
 - ``advance_fn(rng_key, x, particle, observation, record) -> (particle, record)``: the particle of an analyzed state x.
 
+A particle may hold arrays besides x that the analysis has to change too: a parameter, or an earlier state that the next
+forecast starts from. The update moves those that `carried` names by their own regression on the observations, as it
+moves x.
+
 An `EnsembleUpdate` gives the increment of each member: with perturbed observations or by a square root, with a taper
 or without. Inflation widens the forecast before the update (`ForecastMultiplicative`) or the analysis after it (all
 others).
@@ -18,7 +22,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import PRNGKeyArray, PyTree
+import numpy as np
+from jaxtyping import Array, PRNGKeyArray, PyTree
 
 from numpyro_diffusion_da.smc.base import (
     Info,
@@ -46,6 +51,7 @@ def build_kernel(
     taper: PlacedTaper | Callable[[PyTree], PlacedTaper] | None = None,
     inflation: Sequence[Inflation] = (),
     batch_size: int | None = None,
+    carried: Sequence[int] = (),
 ) -> Kernel:
     """Build the kernel of the ensemble Kalman filter.
 
@@ -59,6 +65,8 @@ def build_kernel(
         inflation: sequence of inflations. `ForecastMultiplicative` acts on the forecast before the update, all others
             act on the analysis, in their order.
         batch_size: number of particles mapped at a time, which bounds the memory; None maps all at once.
+        carried: indices of the arrays of a particle, in the order of its leaves, that the update moves along with x.
+            With a taper, their last axes must be those of x. Inflation acts on x only.
 
     Returns:
         kernel(rng_key, state, observation) -> (State, Info), pure and jit-able.
@@ -86,7 +94,12 @@ def build_kernel(
         residual = jax.vmap(lambda x, particle: residual_fn(x, particle, observation))(x, state.particles)
         prior = x
         placed = taper(observation) if callable(taper) else taper
-        x = x + update(error_key, (x - mean).reshape(n, -1), residual, placed).reshape(x.shape)
+        leaves, form = jax.tree.flatten(state.particles)
+        moved = _moved(update, error_key, [x, *(leaves[i] for i in carried)], residual, placed)
+        x = moved[0]
+        for i, leaf in zip(carried, moved[1:], strict=True):
+            leaves[i] = leaf
+        analyzed = jax.tree.unflatten(form, leaves)
         # The key of the inflation is a fourth one, so that the other three are the same with and without inflation.
         x = inflated(after, jax.random.split(rng_key, 4)[3], x, prior)
 
@@ -94,12 +107,42 @@ def build_kernel(
         advance = map_particles(
             lambda key, x, particle, record: advance_fn(key, x, particle, observation, record), batch_size
         )
-        particles, record = advance(particle_keys(advance_key, n), x, state.particles, record)
+        particles, record = advance(particle_keys(advance_key, n), x, analyzed, record)
         zeros = jnp.zeros(n, residual.dtype)
         info = make_info(zeros, jnp.arange(n), jnp.ones(()), particles, (), record)
         return State(particles, state.log_evidence), info
 
     return kernel
+
+
+def _moved(
+    update: EnsembleUpdate, rng_key: PRNGKeyArray, arrays: list[Array], residual: Array, taper: PlacedTaper | None
+) -> list[Array]:
+    """Move several arrays of an ensemble by one update.
+
+    Args:
+        update: update of the ensemble.
+        rng_key: random key of the update.
+        arrays: the state and what moves along with it, each with a leading axis of N.
+        residual: whitened residual of each member.
+        taper: localization; None for none. Its points run over the last axes of every array.
+    """
+    n, places = len(residual), 1 if taper is None else len(taper.points)
+    size = arrays[0].size // n
+    parts = []
+    for array in arrays:
+        anomalies = (array - array.mean(0, keepdims=True)).reshape(n, -1)
+        if taper is not None:  # an array of several states has them side by side at each point
+            anomalies = jnp.moveaxis(anomalies.reshape(n, -1, places, size // places), 1, 2)
+        parts.append(anomalies.reshape(n, places, -1))
+    increments = update(rng_key, jnp.concatenate(parts, axis=2).reshape(n, -1), residual, taper)
+    ends = np.cumsum([part.shape[2] for part in parts])[:-1]
+    moved = []
+    for array, part in zip(arrays, jnp.split(increments.reshape(n, places, -1), ends, axis=2), strict=True):
+        if taper is not None:
+            part = jnp.moveaxis(part.reshape(n, places, -1, size // places), 2, 1)
+        moved.append(array + part.reshape(array.shape).astype(array.dtype))
+    return moved
 
 
 as_top_level_api = top_level_api(build_kernel)

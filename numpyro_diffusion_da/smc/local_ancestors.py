@@ -55,23 +55,29 @@ class LocalAncestors:
         neighborhoods: observations near each of the b blocks, with their taper.
         block_of_point: index of the block of each of the p places of the state, shape (p,).
         state_shape: shape of one state; places run over its leading axes.
+        shared: indices of the arrays of a particle, in the order of its leaves, that stay as they are: a clock that is
+            the same for all particles, a counter, a random key.
     """
 
     neighborhoods: Neighborhoods
     block_of_point: Int[np.ndarray, " p"]
     state_shape: tuple[int, ...]
+    shared: tuple[int, ...] = ()
 
     @staticmethod
-    def at(taper: PlacedTaper, state_shape: tuple[int, ...], block_radius: float) -> LocalAncestors:
+    def at(
+        taper: PlacedTaper, state_shape: tuple[int, ...], block_radius: float, shared: tuple[int, ...] = ()
+    ) -> LocalAncestors:
         """Localized resampling with blocks around centers.
 
         Args:
             taper: taper at the positions of the model's values.
             state_shape: shape of one state.
             block_radius: largest distance of a place from the center of its block; 0 makes each place a block.
+            shared: indices of the arrays of a particle that stay as they are.
         """
         blocks = taper.blocks(block_radius)
-        return LocalAncestors(taper.neighborhoods(blocks.centers), blocks.of_point, state_shape)
+        return LocalAncestors(taper.neighborhoods(blocks.centers), blocks.of_point, state_shape, shared)
 
     def select(
         self,
@@ -114,28 +120,27 @@ class LocalAncestors:
         """Glue new states together from the states of each block's ancestors.
 
         Args:
-            particles: arrays with a leading axis of N, whose last axes are those of a state. An array of integers or
-                typed keys without these axes (a clock, for example) is returned unchanged.
+            particles: arrays with a leading axis of N, whose last axes are those of a state. The arrays that `shared`
+                names are returned unchanged.
             ancestors: index of the ancestor of each particle in each block, shape (N, b).
 
         Raises:
-            ValueError: an array of real numbers does not end with the axes of a state.
+            ValueError: another array does not end with the axes of a state.
         """
         of_point = ancestors[:, self.block_of_point]
         size = len(self.state_shape)
 
         def glued(leaf: Array) -> Array:
-            lead = leaf.shape[1 : leaf.ndim - size]
             if leaf.ndim <= size or leaf.shape[leaf.ndim - size :] != self.state_shape:
-                if jnp.issubdtype(leaf.dtype, jnp.inexact):
-                    raise ValueError(
-                        f"localized resampling has to glue states of shape {self.state_shape}, but the scan's carry "
-                        f"has an array of shape {leaf.shape[1:]} without places of the state; leave it out of the "
-                        "carry, or leave the taper out of the filter."
-                    )
-                return leaf
+                raise ValueError(
+                    f"localized resampling has to glue states of shape {self.state_shape}, but a particle has an array "
+                    f"of shape {leaf.shape[1:]} without places of the state; leave it out of the particle, or name it "
+                    "in `shared` if it is the same for all particles."
+                )
+            lead = leaf.shape[1 : leaf.ndim - size]
             values = leaf.reshape(len(leaf), *lead, len(self.block_of_point), -1)
             index = of_point.reshape(len(leaf), *(1,) * len(lead), -1, 1)
             return jnp.take_along_axis(values, index, axis=0).reshape(leaf.shape)
 
-        return jax.tree.map(glued, particles)
+        leaves, form = jax.tree.flatten(particles)
+        return jax.tree.unflatten(form, [x if i in self.shared else glued(x) for i, x in enumerate(leaves)])
