@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import copy
+import pathlib
+import pickle
+import shutil
+import subprocess
+import sys
 
 import jax
 import numpy as np
@@ -160,3 +165,150 @@ def test_only_what_is_wanted_is_kept(program):
         make(model, keep=["z"]).run(KEY, y)
     with pytest.raises(ValueError, match="keep='x'"):
         make(model, keep="x")
+
+
+@pytest.fixture
+def copied(kept_run, tmp_path):
+    """A copy of the run of two steps, to be damaged."""
+    return pathlib.Path(shutil.copytree(kept_run, tmp_path / "copied"))
+
+
+def flip(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 0xFF
+    path.write_bytes(content)
+
+
+DAMAGES = {
+    "truncated": (lambda path: path.write_bytes(path.read_bytes()[: path.stat().st_size // 2]), "is damaged"),
+    "empty": (lambda path: path.write_bytes(b""), "is damaged"),
+    "no archive": (lambda path: path.write_text("text"), "is damaged"),
+    "flipped": (flip, "is damaged"),
+    "deleted": (lambda path: path.unlink(), "is missing"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_step_is_named_and_the_chain_is_computed_again_as_advised(program, whole, copied, damage):
+    act, message = DAMAGES[damage]
+    act(copied / "chain1" / "step00000.npz")
+    again = writing(whole, copied)
+    with pytest.raises(ValueError, match=rf"chain1/step00000.npz' {message}; delete the folder of the chain"):
+        again.run(KEY, program[1])
+    shutil.rmtree(copied / "chain1")
+    again.run(KEY, program[1])
+    assert_same(again.result, whole.result)
+
+
+@pytest.mark.parametrize("name", ["run.json", "program.npz", "chain0/state.npz"])
+def test_other_damaged_files_are_named(program, whole, copied, name):
+    (copied / name).write_bytes((copied / name).read_bytes()[:20])
+    with pytest.raises(ValueError, match=f"{name}' is damaged"):
+        writing(whole, copied).run(KEY, program[1])
+
+
+@pytest.mark.parametrize("name", ["step00000.npz", "state.npz"])
+def test_files_of_another_chain_are_refused(program, whole, copied, name):
+    shutil.copy(copied / "chain0" / name, copied / "chain1" / name)
+    with pytest.raises(ValueError, match=f"chain1/{name}' belongs to another run, chain or step"):
+        writing(whole, copied).run(KEY, program[1])
+
+
+def test_a_directory_has_one_owner(program, whole, copied):
+    owner = (
+        "import filelock, sys, time; lock = filelock.FileLock(sys.argv[1]); lock.acquire(); print('held', flush=True); "
+        "time.sleep(60)"
+    )
+    with subprocess.Popen([sys.executable, "-c", owner, str(copied / "lock")], stdout=subprocess.PIPE) as other:
+        assert other.stdout.readline() == b"held\n"
+        with pytest.raises(ValueError, match="copied' is in use by another run"):
+            writing(whole, copied).run(KEY, program[1])
+        other.kill()  # a process that is killed leaves nothing behind
+    writing(whole, copied).run(KEY, program[1])
+
+
+@pytest.mark.parametrize("settings", [{"keep_observed": False}, {"keep": ["mean:of both"], "keep_observed": False}])
+def test_what_is_not_kept_is_not_missed(program, tmp_path, settings):
+    model, y = program
+    filter = make(model, ndda.Bootstrap, directory=tmp_path, num_chains=1, **settings)
+    filter.run(KEY, y[:2])
+    filter.run(KEY, y)
+    fresh = make(model, ndda.Bootstrap, num_chains=1, **settings)
+    fresh.run(KEY, y)
+    assert_same(filter.result, fresh.result)
+    assert filter.result.posterior_predictive == {}
+
+
+def test_numbers_of_any_library_are_settings(program, tmp_path):
+    model, y = program
+    settings = {"num_particles": np.int64(8), "num_chains": 1, "directory": tmp_path, "progress_bar": False}
+    for _ in range(2):
+        ndda.Filter(ndda.Bootstrap(model, target_ess=np.float32(0.25)), **settings).run(KEY, y[:1])
+    plain = {**settings, "num_particles": 8}
+    ndda.Filter(ndda.Bootstrap(model, target_ess=0.25), **plain).run(KEY, y[:1])
+    with pytest.raises(TypeError, match="whole number"):
+        ndda.Filter(ndda.Bootstrap(model), num_particles=2.5)
+
+
+def test_a_carry_with_a_random_key_goes_on(tmp_path):
+    def model(y):
+        def step(carry, y_t):
+            x, key = carry
+            x = numpyro.sample("x", dist.Normal(x + 0.1 * jax.random.normal(key), 0.5))
+            numpyro.sample("y", dist.Normal(x, 0.3), obs=y_t)
+            return (x, jax.random.split(key)[0]), None
+
+        scan(step, (0.0, jax.random.key(1)), y)
+
+    y = np.array([0.1, 0.2, 0.3], np.float32)
+    filter = make(model, ndda.Bootstrap, directory=tmp_path, num_chains=1)
+    filter.run(KEY, y[:2])
+    filter.run(KEY, y)
+    fresh = make(model, ndda.Bootstrap, num_chains=1)
+    fresh.run(KEY, y)
+    assert_same(filter.result, fresh.result)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
+def test_a_run_that_ends_early_leaves_its_own_steps_and_no_older_result(program, whole, monkeypatch, error):
+    filter = writing(whole, None)
+    filter._result = whole.result
+    made = []
+
+    def stop(*args):
+        made.append(args)
+        if len(made) == 3:
+            raise error
+
+    monkeypatch.setattr("numpyro_diffusion_da.inference.filter.check_record", stop)
+    if error is KeyboardInterrupt:
+        with pytest.warns(UserWarning, match="interrupted; `result` holds 2 of 4 steps"), pytest.raises(error):
+            filter.run(KEY, program[1])
+        np.testing.assert_array_equal(filter.result.posterior["x"], whole.result.posterior["x"][:1, :, :2])
+    else:
+        with pytest.raises(error):
+            filter.run(KEY, program[1])
+        with pytest.raises(RuntimeError, match="its last run failed"):
+            _ = filter.result
+
+
+def test_a_filter_that_has_run_can_be_copied_and_pickled(program, whole):
+    linear = ndda.Filter(ndda.Bootstrap(_module_level), num_particles=8, progress_bar=False)
+    linear.run(KEY, np.zeros(2, np.float32))
+    for other in (copy.deepcopy(linear), pickle.loads(pickle.dumps(linear))):
+        assert_same(other.result, linear.result)
+        other.run(KEY, np.zeros(2, np.float32))
+        assert_same(other.result, linear.result)
+    online = ndda.OnlineFilter(ndda.Bootstrap(_module_level), num_particles=8)
+    state = online.init(KEY, np.zeros(1, np.float32))
+    again = pickle.loads(pickle.dumps(online)).init(KEY, np.zeros(1, np.float32))
+    jax.tree.map(np.testing.assert_array_equal, state, again)
+
+
+def _module_level(y):
+    def step(x, y_t):
+        x = numpyro.sample("x", dist.Normal(0.9 * x, 0.5))
+        numpyro.sample("y", dist.Normal(x, 0.3), obs=y_t)
+        return x, None
+
+    scan(step, 0.0, y)

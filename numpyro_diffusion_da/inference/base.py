@@ -70,6 +70,10 @@ class ParameterInference(abc.ABC):
         self._compiled: dict[str, Compiled] = {}
         self._result: ParameterResult | None = None
 
+    def __getstate__(self) -> dict[str, Any]:
+        """State for copies and pickles, without compiled functions: a copy compiles again at its next run."""
+        return {**self.__dict__, "_compiled": {}}
+
     def _begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[GlobalParameters, dict[str, Any]]:
         """Check the program at given arguments, and prepare the compiled functions.
 

@@ -29,6 +29,14 @@ class Compiled:
         self._traced: dict[Any, Any] = {}
         self._run: Any = eqx.filter_jit(_call)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """State for copies and pickles, without what has been traced and compiled."""
+        return {"_fn": self._fn}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restore the function, which is traced again at its next call."""
+        self.__init__(state["_fn"])  # type: ignore[misc]
+
     def _converted(self, args: tuple[Any, ...]) -> Any:
         """Function with its closure made explicit, traced for arguments of these shapes, dtypes and static values."""
         dynamic, static = eqx.partition(args, eqx.is_array)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -101,6 +102,10 @@ class Filter:
         self._batch: int | None = None
         self._compiled: dict[str, Compiled] = {}
 
+    def __getstate__(self) -> dict[str, Any]:
+        """State for copies and pickles, without compiled functions: a copy compiles again at its next run."""
+        return {**self.__dict__, "_program": None, "_compiled": {}}
+
     def run(self, rng_key: PRNGKeyArray, *args: Any, **kwargs: Any) -> None:
         """Filter the observations in the arguments of the program; `result` holds the result afterwards.
 
@@ -128,8 +133,14 @@ class Filter:
         guided = self.algorithm.needs_gaussian and program.structure.diffusion is not None
         taper = self.algorithm.moving_taper()
         sources = {} if taper is None else taper.moving
-        with step_progress(self.progress_bar, self.num_chains * program.structure.length) as advance:
-            chains = []
+        self._result = None  # a run that does not end must not leave the result of the one before
+        chains: list[list[Any]] = []
+        total = self.num_chains * program.structure.length
+        with ExitStack() as stack:
+            if store is not None:
+                stack.enter_context(store)
+            advance = stack.enter_context(step_progress(self.progress_bar, total))
+            stack.enter_context(self._kept_if_interrupted(program, attributes, chains))
             for chain in range(self.num_chains):
                 init_key, run_key = jax.random.split(jax.random.fold_in(rng_key, chain))
                 state, xs = self._compiled["start"](init_key, given)
@@ -138,7 +149,8 @@ class Filter:
                 if store is not None:
                     store.check_program(jax.device_get(program.probe(_at_time(xs, 0))))
                     done = min(store.steps_done(chain), program.structure.length)
-                records = []
+                records: list[Any] = []
+                chains.append(records)
                 for t in range(program.structure.length):
                     inputs = _at_time(xs, t)
                     if store is not None and t < done:
@@ -154,13 +166,35 @@ class Filter:
                             store.save(chain, t, inputs, record, state)
                     records.append(record)
                     advance(record["stats"])
-                chains.append(records)
         sizes = {"num_chains": self.num_chains, "batch_size": self._batch or self.num_particles}
         self._result = collect(program.structure, {**attributes, **sizes}, chains)
         self._given, self._inputs = given, xs
         for advises in (rejection_advice, tempering_advice, far_value_advice, lost_advice):
             if (advice := advises(self._result)) is not None:
                 warnings.warn(advice, stacklevel=2)
+
+    @contextmanager
+    def _kept_if_interrupted(
+        self, program: StateSpaceModel, attributes: dict[str, Any], chains: list[list[Any]]
+    ) -> Iterator[None]:
+        """Keep the steps of a run that is interrupted by Ctrl-C, and say which.
+
+        Args:
+            program: state-space model of the program.
+            attributes: attributes of the result.
+            chains: records of the steps made so far, of each chain that has begun.
+        """
+        try:
+            yield
+        except KeyboardInterrupt:
+            length = program.structure.length
+            whole = [records for records in chains if len(records) == length] or [r for r in chains[:1] if r]
+            if whole:
+                self._result = collect(program.structure, {**attributes, "interrupted": "True"}, whole)
+            kept = f"{len(whole[0])} of {length} steps of {len(whole)} of {self.num_chains} chains" if whole else "none"
+            again = "" if self.directory is None else " Run it again with the same key and arguments: it goes on."
+            warnings.warn(f"this run was interrupted; `result` holds {kept}.{again}", stacklevel=5)
+            raise
 
     def _prepared(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> StateSpaceModel:
         """Build the model of the program at these arguments, check it, and prepare the compiled functions.
@@ -238,7 +272,10 @@ class Filter:
             RuntimeError: `run` has not been called.
         """
         if self._result is None:
-            raise RuntimeError("this Filter has not run yet; call .run(jax.random.key(0), ...) first.")
+            raise RuntimeError(
+                "this Filter has no result: it has not run yet, or its last run failed; call "
+                ".run(jax.random.key(0), ...) first."
+            )
         return self._result
 
     def smoothed(self, lag: int | None = None) -> FilterResult:

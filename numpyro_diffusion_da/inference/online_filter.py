@@ -48,6 +48,10 @@ class OnlineFilter:
         self._compiled_init = Compiled(self._init)
         self._compiled_step = Compiled(self._step)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """State for copies and pickles, without what has been traced: a copy traces its program again."""
+        return {**self.__dict__, "_program": None}
+
     def init(self, rng_key: PRNGKeyArray, *args: Any, **kwargs: Any) -> State:
         """Draw N particles of the program's initial state.
 

@@ -4,6 +4,7 @@
     program.npz               means and errors of the program at an arbitrary state, see `StateSpaceModel.probe`
     chain0/step00012.npz      outputs of a step
     chain0/state.npz          particles after the last step, and the number of steps done
+    lock                      held by the process that writes; the system releases it when the process ends
 
 Every file is first written under another name and then renamed, so it is either complete or absent. The state is
 written after the outputs of its step. If a run is interrupted between the two, it repeats that step with the same
@@ -15,8 +16,12 @@ from __future__ import annotations
 import json
 import os
 import pathlib
+import zipfile
+from collections.abc import Callable
+from types import TracebackType
 from typing import Any
 
+import filelock
 import jax
 import numpy as np
 from jaxtyping import PyTree
@@ -31,23 +36,59 @@ class RunStore:
         directory: directory of the run; it is created if it does not exist.
         identity: settings that identify the run, as values that JSON can hold.
 
+    A store is a context manager. Inside it, no other store can write into the directory.
+
     Raises:
-        ValueError: the directory holds a run with other settings; the message names the first that differs.
+        ValueError: the directory holds a run with other settings (the message names the first that differs), is in use
+            by another run, or a file in it is damaged (the message names the file).
     """
 
     def __init__(self, directory: str | os.PathLike[str], identity: dict[str, Any]) -> None:
         self.path = pathlib.Path(directory)
         self.path.mkdir(parents=True, exist_ok=True)
-        described = self.path / "run.json"
-        identity = json.loads(json.dumps(identity))
+        self._lock = filelock.FileLock(self.path / "lock")
+        self._identity = json.loads(json.dumps(identity, default=_plain))
+
+    def __enter__(self) -> RunStore:
+        """Take the directory, and compare the settings of the run in it with those of this run."""
+        try:
+            self._lock.acquire(timeout=0)
+        except filelock.Timeout:
+            raise ValueError(
+                f"{os.fspath(self.path)!r} is in use by another run; wait until that one ends, or give another "
+                "directory."
+            ) from None
+        try:
+            self._check_identity()
+        except BaseException:
+            self._lock.release()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Release the directory."""
+        self._lock.release()
+
+    def _check_identity(self) -> None:
+        """Check that the run in the directory has the settings of this one; write them if it is the first.
+
+        Raises:
+            ValueError: a setting differs, or the file of the settings is damaged.
+        """
+        described, identity = self.path / "run.json", self._identity
         if not described.exists():
             _replace(described, json.dumps(identity, indent=1).encode())
             return
-        found = json.loads(described.read_text())
+        try:
+            found = dict(json.loads(described.read_text()))
+        except (ValueError, TypeError):
+            raise ValueError(f"{os.fspath(described)!r} is damaged; empty the directory and run again.") from None
         for name in sorted({*found, *identity}):
             if found.get(name) != identity.get(name):
                 raise ValueError(
-                    f"{os.fspath(directory)!r} holds a run with {name} = {found.get(name)!r}, but this run has "
+                    f"{os.fspath(self.path)!r} holds a run with {name} = {found.get(name)!r}, but this run has "
                     f"{identity.get(name)!r}; give another directory, or empty this one."
                 )
 
@@ -65,8 +106,7 @@ class RunStore:
         if not path.exists():
             _replace_arrays(path, _flat(probe))
             return
-        with np.load(path) as file:
-            found = _nested(file)
+        found = _read(path, _nested, "delete it")
         for name in sorted({*found, *probe}):
             before, now = found.get(name), probe.get(name)
             if before is None or now is None or before.shape != now.shape or not _same(before, now):
@@ -80,8 +120,7 @@ class RunStore:
         path = self._state(chain)
         if not path.exists():
             return 0
-        with np.load(path) as file:
-            return int(file["steps_done"])
+        return _read(path, lambda file: int(file["steps_done"]), _AGAIN)
 
     def save(self, chain: int, step: int, inputs: PyTree, outputs: dict[str, Any], state: PyTree) -> None:
         """Write the outputs of a step with a checksum of its inputs, and then the state after it.
@@ -94,15 +133,38 @@ class RunStore:
             state: state of the filter after the step, a pytree of arrays.
         """
         self._step(chain, step).parent.mkdir(exist_ok=True)
-        _replace_arrays(self._step(chain, step), {**_flat(outputs), "inputs": np.asarray(checksum(inputs))})
-        leaves = {f"leaf{i}": np.asarray(leaf) for i, leaf in enumerate(jax.tree.leaves(state))}
-        _replace_arrays(self._state(chain), {**leaves, "steps_done": np.asarray(step + 1)})
+        own = {"inputs": np.asarray(checksum(inputs)), "belongs": np.asarray(self._mark(chain, step))}
+        _replace_arrays(self._step(chain, step), {**_flat(outputs), **own})
+        leaves = {f"leaf{i}": _raw(leaf) for i, leaf in enumerate(jax.tree.leaves(state))}
+        own = {"steps_done": np.asarray(step + 1), "belongs": np.asarray(self._mark(chain, None))}
+        _replace_arrays(self._state(chain), {**leaves, **own})
+
+    def _mark(self, chain: int, step: int | None) -> str:
+        """Checksum of the run, chain and step that a file belongs to."""
+        whose = json.dumps([self._identity, chain, step], sort_keys=True)
+        return checksum({"whose": np.frombuffer(whose.encode(), np.uint8)})
+
+    def _check_owner(self, path: pathlib.Path, file: Any, chain: int, step: int | None) -> None:
+        """Check that a file was written by this run, for this chain and step.
+
+        Raises:
+            ValueError: it is a copy of a file of another run, chain or step.
+        """
+        if str(file["belongs"]) != self._mark(chain, step):
+            raise ValueError(
+                f"{os.fspath(path)!r} belongs to another run, chain or step; put the right file back, or {_AGAIN}."
+            )
 
     def state(self, chain: int, like: PyTree) -> PyTree:
         """Read the state of a chain after its last step, in the structure of `like`."""
-        with np.load(self._state(chain)) as file:
-            leaves = [file[f"leaf{i}"] for i in range(len(jax.tree.leaves(like)))]
-        return jax.tree.unflatten(jax.tree.structure(like), [jax.numpy.asarray(leaf) for leaf in leaves])
+        path = self._state(chain)
+        known, form = jax.tree.flatten(like)
+
+        def leaves(file: Any) -> list[Any]:
+            self._check_owner(path, file, chain, None)
+            return [_as(leaf, file[f"leaf{i}"]) for i, leaf in enumerate(known)]
+
+        return jax.tree.unflatten(form, _read(path, leaves, _AGAIN))
 
     def outputs(self, chain: int, step: int, inputs: PyTree) -> dict[str, Any]:
         """Read the outputs of a step.
@@ -118,13 +180,18 @@ class RunStore:
         Raises:
             ValueError: the step was run with other inputs.
         """
-        with np.load(self._step(chain, step)) as file:
+        path = self._step(chain, step)
+
+        def nested(file: Any) -> dict[str, Any]:
+            self._check_owner(path, file, chain, step)
             if str(file["inputs"]) != checksum(inputs):
                 raise ValueError(
                     f"step {step} in {os.fspath(self.path)!r} was run with other observations or inputs than those "
                     "given now; give another directory, or empty this one."
                 )
             return _nested(file)
+
+        return _read(path, nested, _AGAIN)
 
     def _step(self, chain: int, step: int) -> pathlib.Path:
         """Path of the outputs of a step."""
@@ -133,6 +200,56 @@ class RunStore:
     def _state(self, chain: int) -> pathlib.Path:
         """Path of the state of a chain."""
         return self.path / f"chain{chain}" / "state.npz"
+
+
+_AGAIN = "delete the folder of the chain, which is then computed again with the same result"
+"""What to do about a damaged file of a chain."""
+
+
+def _read(path: pathlib.Path, read: Callable[[Any], Any], advice: str) -> Any:
+    """Read an npz file.
+
+    Args:
+        path: path of the file.
+        read: function of the open file.
+        advice: what to do if it is damaged, for the message.
+
+    Raises:
+        ValueError: the file is missing or damaged. The message names it.
+    """
+    try:
+        # np.load leaves a damaged file open, so it gets an open one.
+        with open(path, "rb") as opened, np.load(opened) as file:
+            return read(file)
+    except FileNotFoundError:
+        raise ValueError(f"{os.fspath(path)!r} is missing; {advice}.") from None
+    except (zipfile.BadZipFile, EOFError, OSError, KeyError, json.JSONDecodeError):
+        raise ValueError(f"{os.fspath(path)!r} is damaged; {advice}.") from None
+    except ValueError as error:
+        if "pickle" in str(error) or "magic" in str(error) or "header" in str(error):
+            raise ValueError(f"{os.fspath(path)!r} is damaged; {advice}.") from None
+        raise
+
+
+def _plain(value: Any) -> Any:
+    """Convert a NumPy or JAX number to one that JSON can hold; text for anything else."""
+    return (
+        np.asarray(value).item()
+        if np.ndim(value) == 0 and isinstance(value, (np.generic, jax.Array, np.ndarray))
+        else str(value)
+    )
+
+
+def _raw(leaf: Any) -> np.ndarray:
+    """Array of a leaf; a random key by its numbers."""
+    return np.asarray(jax.random.key_data(leaf) if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf)
+
+
+def _as(like: Any, raw: np.ndarray) -> Any:
+    """Leaf of the kind of `like`, from an array that `_raw` made."""
+    if jax.dtypes.issubdtype(like.dtype, jax.dtypes.prng_key):
+        return jax.random.wrap_key_data(jax.numpy.asarray(raw), impl=jax.random.key_impl(like))
+    return jax.numpy.asarray(raw)
 
 
 def _same(a: np.ndarray, b: np.ndarray) -> bool:
@@ -167,12 +284,23 @@ def _flat(tree: dict[str, Any]) -> dict[str, np.ndarray]:
     """
     found = jax.tree_util.tree_flatten_with_path(tree)[0]
     paths = [[entry.key for entry in path] for path, _ in found]
-    return {"paths": np.asarray(json.dumps(paths)), **{str(i): np.asarray(x) for i, (_, x) in enumerate(found)}}
+    named = {"paths": np.asarray(json.dumps(paths)), "empty": np.asarray(json.dumps(_empty(tree)))}
+    return {**named, **{str(i): np.asarray(x) for i, (_, x) in enumerate(found)}}
+
+
+def _empty(tree: dict[str, Any], above: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
+    """Paths of the dictionaries in nested dictionaries that hold nothing."""
+    below = [path for name, part in tree.items() if isinstance(part, dict) for path in _empty(part, (*above, name))]
+    return below if tree else [above]
 
 
 def _nested(file: Any) -> dict[str, Any]:
     """Restore nested dictionaries from the arrays that `_flat` made."""
     tree: dict[str, Any] = {}
+    for path in json.loads(str(file["empty"])):
+        node = tree
+        for name in path:
+            node = node.setdefault(name, {})
     for i, (*parents, name) in enumerate(json.loads(str(file["paths"]))):
         node = tree
         for parent in parents:
