@@ -5,15 +5,18 @@ from __future__ import annotations
 import copy
 import pathlib
 import pickle
+import re
 import shutil
 import subprocess
 import sys
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import numpyro
 import numpyro.distributions as dist
 import pytest
+from numpyro import handlers
 from numpyro.contrib.control_flow import scan
 
 import numpyro_diffusion_da as ndda
@@ -135,7 +138,7 @@ def test_a_longer_series_goes_on_from_a_shorter(program, whole, tmp_path):
         ({"y": 1.0}, "step 0 in .* was run with other observations"),
         ({"keep": ["x"]}, "holds a run with keep = None"),
         ({"keep_observed": False}, "holds a run with keep_observed = True"),
-        ({"error": 0.4}, "another program: error of y has changed"),
+        ({"error": 0.4}, r"another program: constant \d+ of the step, of shape \(1,\), has changed"),
     ],
 )
 def test_another_run_is_refused(small, program, kept_run, change, message):
@@ -200,7 +203,7 @@ def test_a_damaged_step_is_named_and_the_chain_is_computed_again_as_advised(prog
     assert_same(again.result, whole.result)
 
 
-@pytest.mark.parametrize("name", ["run.json", "program.npz", "chain0/state.npz"])
+@pytest.mark.parametrize("name", ["run.json", "program.json", "chain0/state.npz"])
 def test_other_damaged_files_are_named(program, whole, copied, name):
     (copied / name).write_bytes((copied / name).read_bytes()[:20])
     with pytest.raises(ValueError, match=f"{name}' is damaged"):
@@ -312,3 +315,66 @@ def _module_level(y):
         return x, None
 
     scan(step, 0.0, y)
+
+
+def _computed(error=0.3, df=4.0, start=1.0, forcing=(0.0, 0.1), rho=0.5, power=1.0, mean=0.0, **filter):
+    """Identity of a small run, in which each argument changes one thing that a few probes would not see."""
+    forced = jnp.asarray(forcing)
+
+    def model(y, late, bias):
+        x0 = numpyro.sample("x0", dist.Normal(mean, start).expand([2]).to_event(1))
+        level = numpyro.sample("level", dist.Normal(0.0, 1.0))
+
+        def step(x, t):
+            x = numpyro.sample("x", dist.Normal(0.9 * x + forced[t] + level, 0.5).to_event(1))
+            numpyro.sample("y", dist.StudentT(df, x + bias, jnp.where(t > 0, late, error)).to_event(1), obs=y[t])
+            with handlers.scale(scale=power):
+                numpyro.sample("z", dist.MultivariateNormal(x, jnp.array([[1.0, rho], [rho, 1.0]])), obs=jnp.ones(2))
+            return x, None
+
+        scan(step, x0, jnp.arange(2))
+
+    late, bias, y = (filter.pop(name, default) for name, default in (("late", 0.3), ("bias", 0.0), ("y", 0.0)))
+    conditioned = handlers.condition(model, {"level": jnp.asarray(filter.pop("level", 0.0))})
+    run = ndda.Filter(ndda.Bootstrap(conditioned, **filter), num_particles=4, progress_bar=False)
+    program = run._prepared((jnp.full((2, 2), y), jnp.asarray(late), bias), {})
+    xs = jax.tree.map(lambda x: x[0], program.time_inputs())
+    return run._identity(program, ndda.smc.bootstrap.init(jnp.zeros((4, 2))), xs)
+
+
+def _last(key, weights, number):
+    return jnp.full(number, jnp.argmax(weights))
+
+
+def _first(key, weights, number):
+    return jnp.full(number, jnp.argmin(weights))
+
+
+_first.__name__ = "_last"
+
+CHANGES = {
+    "law of the initial state": ({"start": 2.0}, {}, "the initial state"),
+    "its mean": ({"mean": 1.0}, {}, "the initial state"),
+    "an error that matters later": ({"late": 0.5}, {}, "argument 'late'"),
+    "a plain argument": ({"bias": 0.5}, {}, "argument 'bias'"),
+    "observations taken by index": ({"y": 1.0}, {}, "argument 'y'"),
+    "a conditioned value": ({"level": 0.5}, {}, "of the step"),
+    "a forcing in the closure": ({"forcing": (0.0, 0.2)}, {}, "constant .* of the step"),
+    "degrees of freedom": ({"df": 5.0}, {}, "of the step"),
+    "a correlation of errors": ({"rho": 0.6}, {}, "of the step"),
+    "a power of the likelihood": ({"power": 0.5}, {}, "of the step"),
+    "another resampling of the same name": (
+        {"resampling": _first},
+        {"resampling": _last},
+        "the operations of the step",
+    ),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_run_is_known_by_what_it_computes(change):
+    new, old, where = CHANGES[change]
+    before, after = _computed(**old), _computed(**new)
+    assert before == _computed(**old)
+    changed = [name for name in {**before, **after} if before.get(name) != after.get(name)]
+    assert any(re.search(where, name) for name in changed), changed

@@ -16,7 +16,7 @@ from numpyro_diffusion_da.diffusion.sampler import Sampler
 from numpyro_diffusion_da.diffusion.steps import Step
 from numpyro_diffusion_da.filters.background import Drawn, Screen, background_of_draws, screened
 from numpyro_diffusion_da.filters.base import FilterAlgorithm, Proposal
-from numpyro_diffusion_da.filters.checks import check_resampling, set_sampler
+from numpyro_diffusion_da.filters.checks import check_resampling, set_sampler, set_target_ess
 from numpyro_diffusion_da.filters.settings import resampling_setting, sampler_setting
 from numpyro_diffusion_da.program.scan import TimeInputs
 from numpyro_diffusion_da.program.state_space import StateSpaceModel
@@ -26,7 +26,6 @@ from numpyro_diffusion_da.smc.base import (
     Kernel,
     Resampling,
     State,
-    check_target_ess,
     map_particles,
     num_particles,
     particle_keys,
@@ -61,7 +60,7 @@ class Bootstrap(FilterAlgorithm):
 
     def __post_init__(self) -> None:
         require_program(self.model, "Bootstrap")
-        check_target_ess(self.target_ess, "Bootstrap")
+        set_target_ess(self)
         set_sampler(self)
         check_resampling(self.resampling, "Bootstrap")
 

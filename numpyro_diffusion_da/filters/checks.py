@@ -6,6 +6,7 @@ from typing import Any
 
 from numpyro_diffusion_da.arguments import require, shown
 from numpyro_diffusion_da.diffusion.sampler import as_sampler
+from numpyro_diffusion_da.smc.base import check_target_ess
 from numpyro_diffusion_da.smc.localization import Taper
 
 
@@ -21,6 +22,22 @@ def set_sampler(algorithm: Any) -> None:
     if algorithm.sampler is not None:
         # Filters are frozen dataclasses, which forbid ordinary assignment.
         object.__setattr__(algorithm, "sampler", as_sampler(algorithm.sampler, type(algorithm).__name__))
+
+
+def set_target_ess(algorithm: Any) -> None:
+    """Check a filter's argument `target_ess`, and convert it to a Python number.
+
+    A NumPy number would be traced to other operations, and so be another run.
+
+    Args:
+        algorithm: filter, in its constructor.
+
+    Raises:
+        TypeError: the argument is not a number.
+        ValueError: it is outside [0, 1).
+    """
+    check_target_ess(algorithm.target_ess, type(algorithm).__name__)
+    object.__setattr__(algorithm, "target_ess", float(algorithm.target_ess))
 
 
 def check_resampling(resampling: Any, owner: str) -> None:

@@ -16,7 +16,7 @@ from numpyro_diffusion_da.diffusion.sampler import Sampler
 from numpyro_diffusion_da.diffusion.steps import Step
 from numpyro_diffusion_da.filters.background import Screen, background_key, background_of_transition
 from numpyro_diffusion_da.filters.base import FilterAlgorithm, Proposal
-from numpyro_diffusion_da.filters.checks import check_resampling, check_taper, set_sampler
+from numpyro_diffusion_da.filters.checks import check_resampling, check_taper, set_sampler, set_target_ess
 from numpyro_diffusion_da.filters.placement import place_taper, shared_arrays
 from numpyro_diffusion_da.filters.settings import (
     in_full,
@@ -33,7 +33,6 @@ from numpyro_diffusion_da.smc.base import (
     Kernel,
     Resampling,
     State,
-    check_target_ess,
 )
 from numpyro_diffusion_da.smc.inflation import Inflation, check_inflation
 from numpyro_diffusion_da.smc.local_ancestors import LocalAncestors
@@ -95,7 +94,7 @@ class FAAPF(FilterAlgorithm):
         require_program(self.model, "FAAPF")
         if self.weight is not None:
             require(self.weight, PredictiveWeight, "FAAPF", "weight", "ndda.Moment()")
-        check_target_ess(self.target_ess, "FAAPF")
+        set_target_ess(self)
         require(self.guidance, Guidance, "FAAPF", "guidance", "ndda.MMPS()")
         set_sampler(self)
         check_resampling(self.resampling, "FAAPF")

@@ -17,7 +17,7 @@ from numpyro_diffusion_da.diffusion.schedule import KarrasSchedule
 from numpyro_diffusion_da.diffusion.steps import SDEDPMSolverPP2M, Step
 from numpyro_diffusion_da.filters.background import Screen, background_key, background_of_transition
 from numpyro_diffusion_da.filters.base import FilterAlgorithm, Proposal
-from numpyro_diffusion_da.filters.checks import check_resampling, set_sampler
+from numpyro_diffusion_da.filters.checks import check_resampling, set_sampler, set_target_ess
 from numpyro_diffusion_da.filters.settings import in_full, resampling_setting, sampler_setting
 from numpyro_diffusion_da.program.scan import TimeInputs
 from numpyro_diffusion_da.program.state_space import StateSpaceModel
@@ -27,7 +27,6 @@ from numpyro_diffusion_da.smc.base import (
     Kernel,
     Resampling,
     State,
-    check_target_ess,
 )
 
 PATH_SAMPLER = Sampler(SDEDPMSolverPP2M(), KarrasSchedule(24, rho=20.0))
@@ -70,7 +69,7 @@ class GuidedPF(FilterAlgorithm):
         require_program(self.model, "GuidedPF")
         require(self.guidance, Guidance, "GuidedPF", "guidance", "ndda.MMPS()")
         set_sampler(self)
-        check_target_ess(self.target_ess, "GuidedPF")
+        set_target_ess(self)
         check_resampling(self.resampling, "GuidedPF")
         if isinstance(self.sampler, Sampler):
             self.sampler.stochastic_step()

@@ -8,19 +8,22 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PRNGKeyArray, PyTree
 
-from numpyro_diffusion_da.arguments import require_count
+from numpyro_diffusion_da.arguments import require_count, shown
 from numpyro_diffusion_da.filters.base import FilterAlgorithm, takes_algorithm
 from numpyro_diffusion_da.inference import backward_simulation as backward
 from numpyro_diffusion_da.inference.batching import batch_in_memory, check_batch_size, particles_at_a_time
 from numpyro_diffusion_da.inference.compilation import Compiled
+from numpyro_diffusion_da.inference.identity import computation, versions
 from numpyro_diffusion_da.inference.progress import step_progress
 from numpyro_diffusion_da.inference.records import Keep, check_metadata_names, check_record, collect, record_step
 from numpyro_diffusion_da.inference.storage import RunStore
+from numpyro_diffusion_da.program.arrays import argument_names
 from numpyro_diffusion_da.program.scan import TimeInputs
 from numpyro_diffusion_da.program.state_space import StateSpaceModel
 from numpyro_diffusion_da.results import smoothing
@@ -87,8 +90,8 @@ class Filter:
                 "for all."
             )
         self.algorithm = algorithm
-        self.num_particles = num_particles
-        self.num_chains = num_chains
+        self.num_particles = int(num_particles)
+        self.num_chains = int(num_chains)
         self.batch_size = batch_size
         self.progress_bar = progress_bar
         self.keep_forecasts = keep_forecasts
@@ -147,7 +150,7 @@ class Filter:
                 xs = jax.device_get(xs)  # slicing a numpy array does not compile anything
                 done = 0
                 if store is not None:
-                    store.check_program(jax.device_get(program.probe(_at_time(xs, 0))))
+                    store.check_computation(self._identity(program, state, _at_time(xs, 0)))
                     done = min(store.steps_done(chain), program.structure.length)
                 records: list[Any] = []
                 chains.append(records)
@@ -172,6 +175,38 @@ class Filter:
         for advises in (rejection_advice, tempering_advice, far_value_advice, lost_advice):
             if (advice := advises(self._result)) is not None:
                 warnings.warn(advice, stacklevel=2)
+
+    def _identity(self, program: StateSpaceModel, state: State, inputs: TimeInputs) -> dict[str, str]:
+        """Checksums of the computation of this run: its initial state, its step, and the arguments that they use.
+
+        Args:
+            program: state-space model of the program.
+            state: state before the first step, for its shapes.
+            inputs: inputs of a step, for their shapes.
+        """
+        names = argument_names(self.algorithm.model, program.args)
+        given = {**dict(zip(names, program.args, strict=True)), **program.kwargs}
+        arrays, fixed = eqx.partition(given, eqx.is_array)
+
+        def at(arrays: dict[str, Any]) -> StateSpaceModel:
+            whole = eqx.combine(arrays, fixed)
+            return program.at(tuple(whole[name] for name in names), {name: whole[name] for name in program.kwargs})
+
+        def start(key: PRNGKeyArray, arrays: dict[str, Any]) -> Any:
+            return at(arrays).initial(key)
+
+        def step(key: PRNGKeyArray, state: State, inputs: TimeInputs, arrays: dict[str, Any]) -> Any:
+            new, info = self.algorithm.kernel(at(arrays), None)(key, state, inputs)
+            return new, info.log_weights, info.proposal.sites
+
+        key = jax.random.key(0)
+        values = {f"argument '{name}'": shown(part) for name, part in fixed.items() if jax.tree.leaves(part)}
+        return {
+            **versions(),
+            **values,
+            **computation("the initial state", start, arrays, key),
+            **computation("the step", step, arrays, key, state, inputs),
+        }
 
     @contextmanager
     def _kept_if_interrupted(

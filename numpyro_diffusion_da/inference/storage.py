@@ -1,7 +1,7 @@
 """Storage of a run on disk, step by step, from which an interrupted run continues.
 
     run.json                  settings of the run; a directory holds one run
-    program.npz               means and errors of the program at an arbitrary state, see `StateSpaceModel.probe`
+    program.json              checksums of the computation, its constants and its arguments, see `identity`
     chain0/step00012.npz      outputs of a step
     chain0/state.npz          particles after the last step, and the number of steps done
     lock                      held by the process that writes; the system releases it when the process ends
@@ -92,24 +92,30 @@ class RunStore:
                     f"{identity.get(name)!r}; give another directory, or empty this one."
                 )
 
-    def check_program(self, probe: dict[str, np.ndarray]) -> None:
-        """Check that the program is the one with which the run began; the first call stores it.
+    def check_computation(self, found: dict[str, str]) -> None:
+        """Check that the computation is the one with which the run began; the first call stores it.
 
         Args:
-            probe: values that identify the program, by name, from `StateSpaceModel.probe`. They are compared up to
-                rounding errors.
+            found: checksums by name, from `identity.computation`.
 
         Raises:
-            ValueError: the program is another one; the message names the first value that differs.
+            ValueError: it is another one (the message names the first part that differs), or the file of the checksums
+                is damaged.
         """
-        path = self.path / "program.npz"
+        path = self.path / "program.json"
         if not path.exists():
-            _replace_arrays(path, _flat(probe))
+            _replace(path, json.dumps(found, indent=1).encode())
             return
-        found = _read(path, _nested, "delete it")
-        for name in sorted({*found, *probe}):
-            before, now = found.get(name), probe.get(name)
-            if before is None or now is None or before.shape != now.shape or not _same(before, now):
+        try:
+            before = dict(json.loads(path.read_text()))
+        except (ValueError, TypeError):
+            raise ValueError(f"{os.fspath(path)!r} is damaged; empty the directory and run again.") from None
+        # Versions and arguments come first: if one of them differs, the operations often do too.
+        names = sorted(
+            {*before, *found}, key=lambda name: (not name.startswith(("version", "the precision", "argument")), name)
+        )
+        for name in names:
+            if before.get(name) != found.get(name):
                 raise ValueError(
                     f"{os.fspath(self.path)!r} holds a run of another program: {name} has changed; "
                     "give another directory, or empty this one."
@@ -250,14 +256,6 @@ def _as(like: Any, raw: np.ndarray) -> Any:
     if jax.dtypes.issubdtype(like.dtype, jax.dtypes.prng_key):
         return jax.random.wrap_key_data(jax.numpy.asarray(raw), impl=jax.random.key_impl(like))
     return jax.numpy.asarray(raw)
-
-
-def _same(a: np.ndarray, b: np.ndarray) -> bool:
-    """Whether two arrays of the same shape are equal up to rounding errors."""
-    if not np.issubdtype(a.dtype, np.inexact):
-        return bool(np.array_equal(a, b))
-    size = np.nanmax(np.abs(a), initial=0.0)
-    return bool(np.allclose(a, b, rtol=1e-4, atol=1e-5 * size, equal_nan=True))
 
 
 def _replace(path: pathlib.Path, content: bytes) -> None:

@@ -75,17 +75,27 @@ def as_arguments(
     Raises:
         ValueError: an argument is an array of something else than numbers; the message names the argument.
     """
-    try:
-        names = list(inspect.signature(model).parameters)
-    except (TypeError, ValueError):  # a callable without a signature
-        names = []
 
-    def converted(key: Any, value: Any) -> Any:
-        name = names[key] if isinstance(key, int) and key < len(names) else key
-
+    def converted(name: str, value: Any) -> Any:
         def leaf(path: Any, item: Any) -> Any:
             return as_array(item, f"argument {name!r}{jax.tree_util.keystr(path)} of the program '{program}'")
 
         return jax.tree_util.tree_map_with_path(leaf, value)
 
-    return tuple(converted(i, value) for i, value in enumerate(args)), {n: converted(n, v) for n, v in kwargs.items()}
+    named = zip(argument_names(model, args), args, strict=True)
+    return tuple(converted(n, value) for n, value in named), {n: converted(n, v) for n, v in kwargs.items()}
+
+
+def argument_names(model: Callable[..., Any], args: tuple[Any, ...]) -> list[str]:
+    """Names of the positional arguments of a program; numbers in place of names that are not known.
+
+    Args:
+        model: NumPyro program.
+        args: positional arguments of the program.
+    """
+    try:
+        parameters = inspect.signature(model).parameters.values()
+    except (TypeError, ValueError):  # a callable without a signature
+        parameters = []  # type: ignore[assignment]
+    names = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    return [names[i] if i < len(names) else str(i) for i in range(len(args))]

@@ -51,7 +51,6 @@ from numpyro_diffusion_da.program.sites import (
     observed_elements,
     pointwise_log_likelihood,
     predicted_observation,
-    site_mean,
     undefined_means,
 )
 from numpyro_diffusion_da.program.structure import Structure, name_of, trace_structure
@@ -444,24 +443,6 @@ class StateSpaceModel:
             for name, (fn, value, _) in sites.observed.items()
             if not is_factor(fn)
         }
-
-    def probe(self, inputs: TimeInputs) -> dict[str, Array]:
-        """Means and errors of Gaussian sites, and values of deterministic sites, at one arbitrary state, by name.
-
-        These arrays identify a program: they change if its observed means, its errors or its deterministic sites do.
-
-        Args:
-            inputs: inputs of the time.
-        """
-        call = self._scan()
-        state = {
-            name: jax.random.normal(jax.random.key(0), s.shape).astype(s.dtype)
-            for name, s in self.structure.shapes.state.items()
-        }
-        sites = run_body(call, jax.random.key(0), call.init, inputs, state)[0]
-        means = {f"mean of {name}": site_mean(fn) for name, (fn, *_) in sites.observed.items()}
-        errors = {f"error of {name}": observation_error(fn) for name, (fn, *_) in sites.observed.items()}
-        return {**means, **errors, **{name: jnp.asarray(value) for name, value in sites.deterministic.items()}}
 
     def look(self, at: Callable[[BodySites], Any]) -> Any:
         """Return the shapes and dtypes of a function of the body's sites at the first time; nothing is computed.
