@@ -36,6 +36,12 @@ def place_taper(taper: Taper, program: StateSpaceModel, inputs: TimeInputs | Non
         places = empty if inputs is None else program.metadata(inputs)
     diffusion = program.structure.diffusion
     axes = None if taper.state is not None else grid_axes(None if diffusion is None else diffusion.prior.layout)
+    for name, site in program.structure.observed.items():
+        if site.shape[-1:] == (0,):
+            raise ValueError(
+                f"site '{name}' is a numpyro.factor, which has no place that a taper could use; leave the taper out of "
+                "the filter, or write the factor as an observation."
+            )
     observed = {name: (site.shape, site.values_per_error) for name, site in program.structure.observed.items()}
     return taper.place(program.structure.state_shape, observed, axes, places)
 

@@ -70,6 +70,12 @@ class ParameterInference(abc.ABC):
         self._compiled: dict[str, Compiled] = {}
         self._result: ParameterResult | None = None
 
+    def __copy__(self) -> Any:
+        """Shallow copy, which shares the compiled functions."""
+        other = object.__new__(type(self))
+        other.__dict__.update(self.__dict__)
+        return other
+
     def __getstate__(self) -> dict[str, Any]:
         """State for copies and pickles, without compiled functions: a copy compiles again at its next run."""
         return {**self.__dict__, "_compiled": {}}

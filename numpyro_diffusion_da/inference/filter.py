@@ -105,6 +105,12 @@ class Filter:
         self._batch: int | None = None
         self._compiled: dict[str, Compiled] = {}
 
+    def __copy__(self) -> Any:
+        """Shallow copy, which shares the compiled functions."""
+        other = object.__new__(type(self))
+        other.__dict__.update(self.__dict__)
+        return other
+
     def __getstate__(self) -> dict[str, Any]:
         """State for copies and pickles, without compiled functions: a copy compiles again at its next run."""
         return {**self.__dict__, "_program": None, "_compiled": {}}

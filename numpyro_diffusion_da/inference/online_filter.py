@@ -48,6 +48,12 @@ class OnlineFilter:
         self._compiled_init = Compiled(self._init)
         self._compiled_step = Compiled(self._step)
 
+    def __copy__(self) -> Any:
+        """Shallow copy, which shares the compiled functions."""
+        other = object.__new__(type(self))
+        other.__dict__.update(self.__dict__)
+        return other
+
     def __getstate__(self) -> dict[str, Any]:
         """State for copies and pickles, without what has been traced: a copy traces its program again."""
         return {**self.__dict__, "_program": None}

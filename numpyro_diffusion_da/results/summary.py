@@ -38,7 +38,7 @@ def summary_table(result: FilterResult, max_rows: int = 8) -> Group:
     The first table describes the filter: how well it predicted the observations, the health of the weights, the
     log-evidence and whether it is unbiased, and the cost. The second table describes the state at the last time, with
     the R-hat of whole chains (see `convert.to_arviz`). If the state has more than `max_rows` values, those with the
-    largest R-hat are shown.
+    largest R-hat are shown; with one chain, which has no R-hat, the first ones.
 
     Args:
         result: result of a run, `Filter.result`.
@@ -52,7 +52,9 @@ def summary_table(result: FilterResult, max_rows: int = 8) -> Group:
     settings = result.attributes
     title = f"{settings.get('algorithm', 'a filter')} on '{settings.get('model', 'a model')}'"
     size = int(_defined(result, result.posterior[result.latent_name].shape[3:]).sum())
-    some = f": the {max_rows} of {size} values with the largest r_hat" if size > max_rows else ""
+    chains = result.posterior[result.latent_name].shape[0]
+    which = f"the {max_rows} of {size} values with the largest r_hat" if chains > 1 else f"{max_rows} of {size} values"
+    some = f": {which}" if size > max_rows else ""
     state = f"{result.latent_name} at the last time{some}"
     return Group(title, _filter_table(result), state, _state_table(result, max_rows))
 
