@@ -1,14 +1,19 @@
-"""Checksums of arrays, which identify a prior, an input or a file of parameters."""
+"""Checksums of arrays, which identify a prior, an input or a file of parameters, and errors of damaged files."""
 
 from __future__ import annotations
 
 import hashlib
+import zipfile
+import zlib
 from collections.abc import Mapping
 from typing import Any
 
 import jax
 import numpy as np
 from jaxtyping import PyTree
+
+DAMAGE = (zipfile.BadZipFile, zlib.error, EOFError, OSError, ValueError, KeyError, TypeError, AttributeError)
+"""Errors of numpy and zipfile for files that are cut off, overwritten or no .npz files."""
 
 
 def named_leaves(tree: PyTree) -> dict[str, Any]:

@@ -74,6 +74,26 @@ def test_two_latent_sites():
         run(model, Y)
 
 
+def test_a_structure_that_does_not_fit_is_found_again():
+    """The latent site of a second run may have another name or shape, with the same carry."""
+
+    def program(name, shape):
+        def model(y):
+            def step(x, y_t):
+                z = numpyro.sample(name, dist.Normal(jnp.zeros(shape), 1.0))
+                numpyro.sample("y", dist.Normal(x + z.sum(), 1.0), obs=y_t)
+                return x, None
+
+            scan(step, 0.0, y)
+
+        return model
+
+    first = ndda.program.StateSpaceModel(program("x", (2,)), (np.zeros(3),)).structure
+    for name, shape in (("z", (2,)), ("x", (3,))):
+        found = ndda.program.StateSpaceModel(program(name, shape), (np.zeros(3),), like=first).structure
+        assert (found.latent_name, found.state_shape) == (name, shape)
+
+
 def test_no_latent_site_and_nothing_observed():
     def deterministic(y):
         def step(x, y_t):

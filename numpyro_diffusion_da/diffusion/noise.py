@@ -33,7 +33,7 @@ class Noise(eqx.Module):
 
     @abc.abstractmethod
     def sample(self, rng_key: PRNGKeyArray, shape: tuple[int, ...], dtype: jnp.dtype) -> Float[Array, ...]:
-        """Draw e ~ N(0, C).
+        """Draw noise e ~ N(0, C) of one latent.
 
         Args:
             rng_key: random key.

@@ -89,12 +89,12 @@ class SphericalNoise(Noise):
 
     @property
     def num_latitudes(self) -> int:
-        """Points from pole to pole."""
+        """Number of latitudes of the grid, both poles included."""
         return self.factor.shape[1]
 
     @property
     def num_longitudes(self) -> int:
-        """Points around."""
+        """Number of longitudes of the grid."""
         return 2 * self.factor.shape[0]
 
     @property

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from numpyro_diffusion_da.arguments import require_count
 from numpyro_diffusion_da.filters.base import FilterAlgorithm
 from numpyro_diffusion_da.inference.batching import check_batch_size, particles_at_a_time, split_batch
-from numpyro_diffusion_da.inference.compilation import Compiled
+from numpyro_diffusion_da.inference.compilation import Compiled, HoldsCompiled
 from numpyro_diffusion_da.inference.evidence import EvidenceEstimator, FilterEvidence, check_evidence
 from numpyro_diffusion_da.program.parameters import GlobalParameters
 from numpyro_diffusion_da.program.state_space import StateSpaceModel
@@ -31,7 +31,7 @@ REPEATS = 2
 """Number of such calls that estimate the standard deviation of log p^(y) at one position."""
 
 
-class ParameterInference(abc.ABC):
+class ParameterInference(HoldsCompiled, abc.ABC):
     """Base class of runs that draw the global parameters of a program, without the method that draws them.
 
     Args:
@@ -47,6 +47,8 @@ class ParameterInference(abc.ABC):
         ValueError: a number is too small.
         TypeError: a number is not a whole number.
     """
+
+    without_compiled: ClassVar[Mapping[str, Any]] = {"_compiled": {}}
 
     def __init__(
         self,
@@ -69,16 +71,6 @@ class ParameterInference(abc.ABC):
         self._filters_at_a_time: int | None = None
         self._compiled: dict[str, Compiled] = {}
         self._result: ParameterResult | None = None
-
-    def __copy__(self) -> Any:
-        """Shallow copy, which shares the compiled functions."""
-        other = object.__new__(type(self))
-        other.__dict__.update(self.__dict__)
-        return other
-
-    def __getstate__(self) -> dict[str, Any]:
-        """State for copies and pickles, without compiled functions: a copy compiles again at its next run."""
-        return {**self.__dict__, "_compiled": {}}
 
     def _begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[GlobalParameters, dict[str, Any]]:
         """Check the program at given arguments, and prepare the compiled functions.

@@ -7,11 +7,31 @@ become constants of the compiled program: it gets large and slow to compile, and
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
 
 import equinox as eqx
 import jax
+
+
+class HoldsCompiled:
+    """Base class of objects that hold compiled functions, which only shallow copies share.
+
+    Deep copies and pickles are made without them, and compile again when they are used.
+    """
+
+    without_compiled: ClassVar[Mapping[str, Any]] = {}
+    """Values of the attributes that depend on what has been traced or compiled, in an object that has not."""
+
+    def __copy__(self) -> Any:
+        """Shallow copy, which shares the compiled functions."""
+        other = object.__new__(type(self))
+        other.__dict__.update(self.__dict__)
+        return other
+
+    def __getstate__(self) -> dict[str, Any]:
+        """State for deep copies and pickles, without what has been traced or compiled."""
+        return {**self.__dict__, **self.without_compiled}
 
 
 class Compiled:

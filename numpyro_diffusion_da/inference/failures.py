@@ -6,9 +6,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, PyTree
 
 from numpyro_diffusion_da.program.structure import Structure
+from numpyro_diffusion_da.results.background import FAR
 from numpyro_diffusion_da.smc.base import Info
 
 
@@ -105,3 +107,28 @@ def why(failures: dict[str, Any], what: str, step: int, num_particles: int, guid
             "parameters of its distribution at that step."
         )
     return f"{beginning}; check the observations and their errors at that step."
+
+
+def far_observation(record: dict[str, Any]) -> str | None:
+    """Words for an observation of a failed step that is impossibly far from its background, with advice.
+
+    Args:
+        record: record of the step, as numpy arrays.
+
+    Returns:
+        The end of a sentence about the farthest observation of the first such site; None if there is none.
+    """
+    for name, background in record.get("background", {}).items():
+        observed = np.where(record["observations"][name]["observed"], record["observations"][name]["value"], np.nan)
+        with np.errstate(invalid="ignore", divide="ignore"):
+            expected = np.sqrt(background["variance"] + background["error_variance"], dtype=float)
+            distance = np.nan_to_num(np.abs(observed.astype(float) - background["mean"]) / expected, posinf=0.0)
+        if np.max(distance, initial=0.0) > FAR:
+            at = np.unravel_index(np.argmax(distance), distance.shape)
+            place = f"[{', '.join(map(str, at))}]" if at else ""
+            return (
+                f"observation {observed[at]:.6g} of site '{name}{place}' is {distance[at]:.3g} predictive standard "
+                f"deviations from its forecast, {background['mean'][at]:.4g}; mark a missing value by NaN, leave gross "
+                "errors out with ndda.GrossErrorCheck(...), or check the unit."
+            )
+    return None

@@ -6,7 +6,7 @@ import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import equinox as eqx
 import jax
@@ -18,7 +18,7 @@ from numpyro_diffusion_da.arguments import require_count, shown
 from numpyro_diffusion_da.filters.base import FilterAlgorithm, takes_algorithm
 from numpyro_diffusion_da.inference import backward_simulation as backward
 from numpyro_diffusion_da.inference.batching import batch_in_memory, check_batch_size, particles_at_a_time
-from numpyro_diffusion_da.inference.compilation import Compiled
+from numpyro_diffusion_da.inference.compilation import Compiled, HoldsCompiled
 from numpyro_diffusion_da.inference.identity import computation, versions
 from numpyro_diffusion_da.inference.progress import step_progress
 from numpyro_diffusion_da.inference.records import Keep, check_metadata_names, check_record, collect, record_step
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     import xarray
 
 
-class Filter:
+class Filter(HoldsCompiled):
     """Run of a filter over a NumPyro program, with the interface of `numpyro.infer.MCMC`.
 
     Call `run`, then read `result`, or convert it by `to_datatree` or `to_arviz`.
@@ -66,6 +66,8 @@ class Filter:
         ValueError: `num_particles`, `num_chains` or `batch_size` is below 1, or `keep` names no site.
         TypeError: `algorithm` is not a filter, or a number is not a whole number.
     """
+
+    without_compiled: ClassVar[Mapping[str, Any]] = {"_program": None, "_compiled": {}}
 
     @takes_algorithm("num_particles=256")
     def __init__(
@@ -104,16 +106,6 @@ class Filter:
         self._program: StateSpaceModel | None = None
         self._batch: int | None = None
         self._compiled: dict[str, Compiled] = {}
-
-    def __copy__(self) -> Any:
-        """Shallow copy, which shares the compiled functions."""
-        other = object.__new__(type(self))
-        other.__dict__.update(self.__dict__)
-        return other
-
-    def __getstate__(self) -> dict[str, Any]:
-        """State for copies and pickles, without compiled functions: a copy compiles again at its next run."""
-        return {**self.__dict__, "_program": None, "_compiled": {}}
 
     def run(self, rng_key: PRNGKeyArray, *args: Any, **kwargs: Any) -> None:
         """Filter the observations in the arguments of the program; `result` holds the result afterwards.
@@ -156,7 +148,8 @@ class Filter:
                 xs = jax.device_get(xs)  # slicing a numpy array does not compile anything
                 done = 0
                 if store is not None:
-                    store.check_computation(self._identity(program, state, _at_time(xs, 0)))
+                    if chain == 0:  # all chains compute the same
+                        store.check_computation(self._identity(program, state, _at_time(xs, 0)))
                     done = min(store.steps_done(chain), program.structure.length)
                 records: list[Any] = []
                 chains.append(records)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,7 @@ from jaxtyping import Array, PRNGKeyArray
 from numpyro_diffusion_da.arguments import require_count
 from numpyro_diffusion_da.filters.base import FilterAlgorithm, takes_algorithm
 from numpyro_diffusion_da.inference.batching import check_batch_size, particles_at_a_time
-from numpyro_diffusion_da.inference.compilation import Compiled
+from numpyro_diffusion_da.inference.compilation import Compiled, HoldsCompiled
 from numpyro_diffusion_da.inference.records import check_places, unplaced_observations
 from numpyro_diffusion_da.program.arrays import as_arguments
 from numpyro_diffusion_da.program.scan import TimeInputs
@@ -19,7 +20,7 @@ from numpyro_diffusion_da.program.state_space import StateSpaceModel
 from numpyro_diffusion_da.smc.base import Info, State, init, particle_keys
 
 
-class OnlineFilter:
+class OnlineFilter(HoldsCompiled):
     """Filter over a NumPyro program with the interface of BlackJAX: ``init``, then ``step`` as observations arrive.
 
     The program gets one time at a time, as series of length 1, whereas `Filter` gives it the whole series. The state is
@@ -37,6 +38,8 @@ class OnlineFilter:
         TypeError: `algorithm` is not a filter, or a number is not a whole number.
     """
 
+    without_compiled: ClassVar[Mapping[str, Any]] = {"_program": None}
+
     @takes_algorithm("num_particles=256")
     def __init__(self, algorithm: FilterAlgorithm, *, num_particles: int, batch_size: int | None = None) -> None:
         require_count(num_particles, "OnlineFilter", "num_particles")
@@ -47,16 +50,6 @@ class OnlineFilter:
         self._program: StateSpaceModel | None = None
         self._compiled_init = Compiled(self._init)
         self._compiled_step = Compiled(self._step)
-
-    def __copy__(self) -> Any:
-        """Shallow copy, which shares the compiled functions."""
-        other = object.__new__(type(self))
-        other.__dict__.update(self.__dict__)
-        return other
-
-    def __getstate__(self) -> dict[str, Any]:
-        """State for copies and pickles, without what has been traced: a copy traces its program again."""
-        return {**self.__dict__, "_program": None}
 
     def init(self, rng_key: PRNGKeyArray, *args: Any, **kwargs: Any) -> State:
         """Draw N particles of the program's initial state.

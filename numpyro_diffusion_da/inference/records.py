@@ -12,11 +12,10 @@ from jaxtyping import Array, Int, PyTree
 
 from numpyro_diffusion_da.filters.base import FilterAlgorithm
 from numpyro_diffusion_da.filters.placement import place_taper
-from numpyro_diffusion_da.inference.failures import count_failures, why
+from numpyro_diffusion_da.inference.failures import count_failures, far_observation, why
 from numpyro_diffusion_da.program.scan import TimeInputs
 from numpyro_diffusion_da.program.state_space import StateSpaceModel
 from numpyro_diffusion_da.program.structure import Structure
-from numpyro_diffusion_da.results.background import FAR
 from numpyro_diffusion_da.results.result import PER_PARTICLE, Background, FilterResult
 from numpyro_diffusion_da.smc.base import Info
 
@@ -244,20 +243,8 @@ def check_record(
                     "has no value there (sea surface temperature over land, for example); mark these observations "
                     "as missing by NaN, or leave them out."
                 )
-        for name, background in record.get("background", {}).items():
-            observed = np.where(record["observations"][name]["observed"], record["observations"][name]["value"], np.nan)
-            with np.errstate(invalid="ignore", divide="ignore"):
-                expected = np.sqrt(background["variance"] + background["error_variance"], dtype=float)
-                distance = np.nan_to_num(np.abs(observed.astype(float) - background["mean"]) / expected, posinf=0.0)
-            if np.max(distance, initial=0.0) > FAR:
-                at = np.unravel_index(np.argmax(distance), distance.shape)
-                place = f"[{', '.join(map(str, at))}]" if at else ""
-                raise FloatingPointError(
-                    f"all {num_particles} {what} are non-finite at step {step}, where observation {observed[at]:.6g} "
-                    f"of site '{name}{place}' is {distance[at]:.3g} predictive standard deviations from its forecast, "
-                    f"{background['mean'][at]:.4g}; mark a missing value by NaN, leave gross errors out with "
-                    "ndda.GrossErrorCheck(...), or check the unit."
-                )
+        if (far := far_observation(record)) is not None:
+            raise FloatingPointError(f"all {num_particles} {what} are non-finite at step {step}, where {far}")
         raise FloatingPointError(why(record["failures"], what, step, num_particles, guided))
 
 

@@ -16,8 +16,6 @@ from __future__ import annotations
 import json
 import os
 import pathlib
-import zipfile
-from collections.abc import Callable
 from types import TracebackType
 from typing import Any
 
@@ -26,7 +24,7 @@ import jax
 import numpy as np
 from jaxtyping import PyTree
 
-from numpyro_diffusion_da.checksums import checksum
+from numpyro_diffusion_da.checksums import DAMAGE, checksum
 
 
 class RunStore:
@@ -81,10 +79,7 @@ class RunStore:
         if not described.exists():
             _replace(described, json.dumps(identity, indent=1).encode())
             return
-        try:
-            found = dict(json.loads(described.read_text()))
-        except (ValueError, TypeError):
-            raise ValueError(f"{os.fspath(described)!r} is damaged; empty the directory and run again.") from None
+        found = _read_json(described)
         for name in sorted({*found, *identity}):
             if found.get(name) != identity.get(name):
                 raise ValueError(
@@ -106,10 +101,7 @@ class RunStore:
         if not path.exists():
             _replace(path, json.dumps(found, indent=1).encode())
             return
-        try:
-            before = dict(json.loads(path.read_text()))
-        except (ValueError, TypeError):
-            raise ValueError(f"{os.fspath(path)!r} is damaged; empty the directory and run again.") from None
+        before = _read_json(path)
         # Versions and arguments come first: if one of them differs, the operations often do too.
         names = sorted(
             {*before, *found}, key=lambda name: (not name.startswith(("version", "the precision", "argument")), name)
@@ -123,10 +115,7 @@ class RunStore:
 
     def steps_done(self, chain: int) -> int:
         """Number of steps of a chain that are on disk, 0 if there are none."""
-        path = self._state(chain)
-        if not path.exists():
-            return 0
-        return _read(path, lambda file: int(file["steps_done"]), _AGAIN)
+        return int(self._owned(self._state(chain), chain, None)["steps_done"]) if self._state(chain).exists() else 0
 
     def save(self, chain: int, step: int, inputs: PyTree, outputs: dict[str, Any], state: PyTree) -> None:
         """Write the outputs of a step with a checksum of its inputs, and then the state after it.
@@ -150,27 +139,29 @@ class RunStore:
         whose = json.dumps([self._identity, chain, step], sort_keys=True)
         return checksum({"whose": np.frombuffer(whose.encode(), np.uint8)})
 
-    def _check_owner(self, path: pathlib.Path, file: Any, chain: int, step: int | None) -> None:
-        """Check that a file was written by this run, for this chain and step.
+    def _owned(self, path: pathlib.Path, chain: int, step: int | None) -> dict[str, np.ndarray]:
+        """Read the arrays of a file, and check that this run wrote it for this chain and step.
+
+        Args:
+            path: path of the file.
+            chain: index of the chain.
+            step: index of the step; None for the state of the chain.
 
         Raises:
-            ValueError: it is a copy of a file of another run, chain or step.
+            ValueError: the file is missing, damaged, or a copy of a file of another run, chain or step.
         """
-        if str(file["belongs"]) != self._mark(chain, step):
+        arrays = _read_arrays(path)
+        if str(arrays.get("belongs")) != self._mark(chain, step):
             raise ValueError(
                 f"{os.fspath(path)!r} belongs to another run, chain or step; put the right file back, or {_AGAIN}."
             )
+        return arrays
 
     def state(self, chain: int, like: PyTree) -> PyTree:
         """Read the state of a chain after its last step, in the structure of `like`."""
-        path = self._state(chain)
+        arrays = self._owned(self._state(chain), chain, None)
         known, form = jax.tree.flatten(like)
-
-        def leaves(file: Any) -> list[Any]:
-            self._check_owner(path, file, chain, None)
-            return [_as(leaf, file[f"leaf{i}"]) for i, leaf in enumerate(known)]
-
-        return jax.tree.unflatten(form, _read(path, leaves, _AGAIN))
+        return jax.tree.unflatten(form, [_as(leaf, arrays[f"leaf{i}"]) for i, leaf in enumerate(known)])
 
     def outputs(self, chain: int, step: int, inputs: PyTree) -> dict[str, Any]:
         """Read the outputs of a step.
@@ -186,18 +177,13 @@ class RunStore:
         Raises:
             ValueError: the step was run with other inputs.
         """
-        path = self._step(chain, step)
-
-        def nested(file: Any) -> dict[str, Any]:
-            self._check_owner(path, file, chain, step)
-            if str(file["inputs"]) != checksum(inputs):
-                raise ValueError(
-                    f"step {step} in {os.fspath(self.path)!r} was run with other observations or inputs than those "
-                    "given now; give another directory, or empty this one."
-                )
-            return _nested(file)
-
-        return _read(path, nested, _AGAIN)
+        arrays = self._owned(self._step(chain, step), chain, step)
+        if str(arrays["inputs"]) != checksum(inputs):
+            raise ValueError(
+                f"step {step} in {os.fspath(self.path)!r} was run with other observations or inputs than those "
+                "given now; give another directory, or empty this one."
+            )
+        return _nested(arrays)
 
     def _step(self, chain: int, step: int) -> pathlib.Path:
         """Path of the outputs of a step."""
@@ -212,13 +198,8 @@ _AGAIN = "delete the folder of the chain, which is then computed again with the 
 """What to do about a damaged file of a chain."""
 
 
-def _read(path: pathlib.Path, read: Callable[[Any], Any], advice: str) -> Any:
-    """Read an npz file.
-
-    Args:
-        path: path of the file.
-        read: function of the open file.
-        advice: what to do if it is damaged, for the message.
+def _read_arrays(path: pathlib.Path) -> dict[str, np.ndarray]:
+    """Read all arrays of an npz file of a chain, by name.
 
     Raises:
         ValueError: the file is missing or damaged. The message names it.
@@ -226,24 +207,29 @@ def _read(path: pathlib.Path, read: Callable[[Any], Any], advice: str) -> Any:
     try:
         # np.load leaves a damaged file open, so it gets an open one.
         with open(path, "rb") as opened, np.load(opened) as file:
-            return read(file)
+            return dict(file)
     except FileNotFoundError:
-        raise ValueError(f"{os.fspath(path)!r} is missing; {advice}.") from None
-    except (zipfile.BadZipFile, EOFError, OSError, KeyError, json.JSONDecodeError):
-        raise ValueError(f"{os.fspath(path)!r} is damaged; {advice}.") from None
-    except ValueError as error:
-        if "pickle" in str(error) or "magic" in str(error) or "header" in str(error):
-            raise ValueError(f"{os.fspath(path)!r} is damaged; {advice}.") from None
-        raise
+        raise ValueError(f"{os.fspath(path)!r} is missing; {_AGAIN}.") from None
+    except DAMAGE:
+        raise ValueError(f"{os.fspath(path)!r} is damaged; {_AGAIN}.") from None
+
+
+def _read_json(path: pathlib.Path) -> dict[str, Any]:
+    """Read a JSON file that holds a dictionary.
+
+    Raises:
+        ValueError: the file is damaged. The message names it.
+    """
+    try:
+        return dict(json.loads(path.read_text()))
+    except (ValueError, TypeError):
+        raise ValueError(f"{os.fspath(path)!r} is damaged; empty the directory and run again.") from None
 
 
 def _plain(value: Any) -> Any:
     """Convert a NumPy or JAX number to one that JSON can hold; text for anything else."""
-    return (
-        np.asarray(value).item()
-        if np.ndim(value) == 0 and isinstance(value, (np.generic, jax.Array, np.ndarray))
-        else str(value)
-    )
+    is_number = isinstance(value, (np.generic, np.ndarray, jax.Array)) and np.ndim(value) == 0
+    return value.item() if is_number else str(value)
 
 
 def _raw(leaf: Any) -> np.ndarray:

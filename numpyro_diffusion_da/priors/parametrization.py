@@ -238,7 +238,7 @@ class VarianceExploding(Path):
         return self.noise_index.limits
 
     def alpha(self, noise_level: Float[Array, ""]) -> Float[Array, ""]:
-        """Factor alpha = 1."""
+        """Factor alpha of the clean state in the network's noisy input, which is 1 at every noise level."""
         return jnp.ones_like(noise_level)
 
     def index(self, noise_level: Float[Array, ""]) -> Float[Array, ""]:

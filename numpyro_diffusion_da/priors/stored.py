@@ -6,8 +6,6 @@ The checksum covers the whole card, because a card holds numbers too: the noise 
 from __future__ import annotations
 
 import json
-import zipfile
-import zlib
 from collections.abc import Mapping
 from importlib.resources.abc import Traversable
 from pathlib import Path
@@ -17,10 +15,7 @@ import numpy as np
 from jaxtyping import Array
 
 from numpyro_diffusion_da.arguments import require
-from numpyro_diffusion_da.checksums import arrays_checksum
-
-DAMAGE = (zipfile.BadZipFile, zlib.error, EOFError, OSError, ValueError, KeyError, TypeError, AttributeError)
-"""Errors of numpy and zipfile for files that are cut off, overwritten or no .npz files."""
+from numpyro_diffusion_da.checksums import DAMAGE, arrays_checksum
 
 
 def part(arrays: dict[str, Array], prefix: str) -> dict[str, Array]:
@@ -104,16 +99,7 @@ def read_arrays(file: Path | Traversable, again: str) -> dict[str, np.ndarray]:
             return dict(stored)
     except FileNotFoundError:
         raise FileNotFoundError(f"there is no file '{file}'; {again}.") from None
-    except (
-        zipfile.BadZipFile,
-        zlib.error,
-        EOFError,
-        ValueError,
-        KeyError,
-        TypeError,
-        AttributeError,
-        OSError,
-    ) as error:
+    except DAMAGE as error:
         raise ValueError(f"the file '{file}' is damaged ({_why(error)}); {again}.") from None
 
 

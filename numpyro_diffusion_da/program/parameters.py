@@ -38,14 +38,13 @@ class GlobalParameters:
     """
 
     def __init__(self, program: StateSpaceModel) -> None:
-        for leaf, sites in program.structure.parameters_in_carry.items():
-            if not program.structure.needed_names:
+        if not program.structure.needed_names:
+            for leaf, sites in program.structure.parameters_in_carry.items():
                 raise ValueError(
                     f"the scan of '{program.structure.name}' carries {sites} unchanged as carry{leaf}, and only values "
                     "that its body reads from outside can be inferred; leave it out of the carry, and use it in the "
                     "body as a variable of the program around it."
                 )
-        if not program.structure.needed_names:
             raise ValueError(
                 f"the scan of '{program.structure.name}' uses no unobserved site outside it, so there is no parameter "
                 "to infer; filter the program with ndda.Filter."

@@ -26,6 +26,7 @@ from numpyro.contrib.control_flow.scan import PytreeTrace
 from numpyro.primitives import _PYRO_STACK, Messenger
 
 from numpyro_diffusion_da.program.arrays import as_array
+from numpyro_diffusion_da.program.sites import is_discrete
 
 LatentValue = Callable[[str, dist.Distribution], Array]
 """Value of a latent site of the body, from its name and distribution."""
@@ -389,13 +390,6 @@ class _BodyRecorder(Messenger):
             self.deterministic[msg["name"]] = msg["value"]
 
 
-def is_factor(fn: dist.Distribution) -> bool:
-    """Whether the distribution of a site is that of `numpyro.factor`, which observes nothing."""
-    while isinstance(fn, (dist.MaskedDistribution, dist.ExpandedDistribution, dist.Independent)):
-        fn = fn.base_dist
-    return isinstance(fn, dist.Unit)
-
-
 def _observed_value(name: str, fn: dist.Distribution, value: Any) -> Array:
     """Observed value of a site as an array of the distribution's shape.
 
@@ -420,8 +414,7 @@ def _observed_value(name: str, fn: dist.Distribution, value: Any) -> Array:
 
 def placeholder(name: str, fn: dist.Distribution) -> Array:
     """Zeros of the shape and dtype of a site's draws; a caller who uses them reads nothing that depends on them."""
-    support = None if isinstance(fn, dist.Delta) else getattr(fn, "support", None)
-    if support is None or not support.is_discrete:
+    if not is_discrete(fn):
         return jnp.zeros(fn.shape())
     drawn = jax.eval_shape(fn.sample, jax.random.key(0))
     return jnp.zeros(drawn.shape, drawn.dtype)
@@ -490,14 +483,11 @@ class _Values:
         given: values by site, or a function of a site's message.
         step: index of the time.
         length: number of times.
-
-    Attributes:
-        beyond: for each site with fewer values than times, whether it has one at this time.
+        beyond: dictionary that gets, for each site with fewer values than times, whether it has one at this time.
     """
 
-    def __init__(self, given: Any, step: Int[Array, ""], length: int) -> None:
-        self.given, self.step, self.length = given, step, length
-        self.beyond: dict[str, Array] = {}
+    def __init__(self, given: Any, step: Int[Array, ""], length: int, beyond: dict[str, Array]) -> None:
+        self.given, self.step, self.length, self.beyond = given, step, length, beyond
 
     def __call__(self, site: dict[str, Any]) -> Any:
         """Value of a site at this time; None if the handler has none.
@@ -554,10 +544,8 @@ def run_body(
     body = handlers.seed(call.body, rng_key)
     beyond: dict[str, Array] = {}
     for kind, values in call.substitutions:
-        at_time = _Values(values, inputs.step, call.length)
+        at_time = _Values(values, inputs.step, call.length, beyond)
         if kind == "condition":
-            # Only observed sites may lack values: a site that is substituted stays latent.
-            at_time.beyond = beyond
             body = handlers.condition(body, condition_fn=at_time)
         elif kind == "substitute":
             body = handlers.substitute(body, substitute_fn=at_time)

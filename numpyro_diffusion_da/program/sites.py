@@ -233,7 +233,7 @@ def undefined_means(fn: dist.Distribution, value: Array) -> Int[Array, ""]:
     """Number of observed values of a Gaussian site whose mean is NaN; 0 for any other distribution."""
     if gaussian_parts(fn) is None:
         return jnp.asarray(0)
-    return jnp.sum(~missing(value) & site_mask(fn) & jnp.isnan(site_mean(fn)))
+    return jnp.sum(observed_elements(fn, value) & jnp.isnan(site_mean(fn)))
 
 
 def elementwise(power: Array | float, fn: dist.Distribution, events: int = 0) -> Float[Array, ...]:
@@ -273,7 +273,7 @@ def gaussian_observations(
             "and Bootstrap take other likelihoods)."
         )
     values = value.reshape(len(parts), -1)
-    observed = (~missing(value) & site_mask(fn)).reshape(len(parts), -1)
+    observed = observed_elements(fn, value).reshape(len(parts), -1)
     own = unmasked(fn)[0].event_dim
     powers = (
         elementwise(power, fn, own).reshape(len(parts), -1) if own == 0 else elementwise(power, fn, own).reshape(-1)
@@ -284,8 +284,7 @@ def gaussian_observations(
 
 def _likelihood_of(fn: dist.Distribution) -> str:
     """Words for the likelihood of a site in a message."""
-    base, _ = unmasked(fn)
-    return "is a numpyro.factor" if isinstance(base, dist.Unit) else f"has the likelihood {type(base).__name__}"
+    return "is a numpyro.factor" if is_factor(fn) else f"has the likelihood {type(unmasked(fn)[0]).__name__}"
 
 
 def general_observation(
@@ -308,7 +307,7 @@ def general_observation(
         ValueError: the elements are vectors, the distribution does not keep its constructor's arguments as attributes,
             or none of its parameters is continuous.
     """
-    base, mask = unmasked(fn)
+    base, _ = unmasked(fn)
     if isinstance(base, dist.Unit):
         # The log-factor itself is the parameter: a coordinate t along which the log-likelihood is t.
         shape = fn.batch_shape
@@ -324,7 +323,7 @@ def general_observation(
     shape = fn.shape()
     parameters, rebuild = free_parameters(name, base, shape)
     powers = elementwise(power, fn).reshape(-1)
-    observed = (~missing(value) & jnp.broadcast_to(mask, shape)).reshape(-1)
+    observed = observed_elements(fn, value).reshape(-1)
     filled = jnp.where(missing(value), base_point(base, value), value)
 
     def log_prob(parameters: Array) -> Array:
@@ -357,6 +356,11 @@ def predicted_observation(
     """
     observed = observed_elements(fn, value).reshape(-1)
     return GeneralObservation(predictor[:, None], lambda parameters: link(parameters[:, 0]), observed, components)
+
+
+def is_factor(fn: dist.Distribution) -> bool:
+    """Whether the distribution of a site is that of `numpyro.factor`, which observes nothing."""
+    return isinstance(unmasked(fn)[0], dist.Unit)
 
 
 def is_discrete(fn: dist.Distribution) -> bool:

@@ -38,7 +38,6 @@ from numpyro_diffusion_da.program.scan import (
     ScanCall,
     TimeInputs,
     abstractly,
-    is_factor,
     run_body,
     run_to_scan,
 )
@@ -46,6 +45,7 @@ from numpyro_diffusion_da.program.sites import (
     dynamics_of,
     gaussian_observations,
     general_observation,
+    is_factor,
     non_positive_error,
     observation_error,
     observed_elements,

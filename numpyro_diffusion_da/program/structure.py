@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpyro.distributions as dist
 from jaxtyping import Array, PRNGKeyArray, PyTree
 from numpyro import handlers
 from numpyro.ops.provenance import eval_provenance
@@ -26,6 +27,7 @@ from numpyro_diffusion_da.observation.linear_predictor import find_linear_predic
 from numpyro_diffusion_da.program.distribution import DiffusionTransition
 from numpyro_diffusion_da.program.scan import (
     BodySites,
+    LatentValue,
     ScanCall,
     SkipScan,
     abstractly,
@@ -469,7 +471,7 @@ def _argument(site: str) -> str:
 
 def _names(provenance: PyTree) -> frozenset[str]:
     """Names of the inputs in any leaf of a provenance."""
-    return frozenset().union(*jax.tree.leaves(provenance, is_leaf=lambda leaf: isinstance(leaf, frozenset)))
+    return frozenset().union(*jax.tree.leaves(provenance, is_leaf=_is_provenance))
 
 
 def _depends(provenance: PyTree, name: str) -> bool:
@@ -478,7 +480,10 @@ def _depends(provenance: PyTree, name: str) -> bool:
 
 
 def _causes(provenance: PyTree, latent_name: str) -> tuple[str, ...]:
-    """What a value of the body depends on, apart from the scan's inputs and arguments of the program, for messages."""
+    """Names of what a value of the body depends on, in words for messages.
+
+    Inputs of the scan and arguments of the program are left out.
+    """
     said = {"state": f"the latent site '{latent_name}'", "carry": "the carry of the scan", "key": "random draws"}
     names = {"carry" if name.startswith(_CARRY) else name for name in _names(provenance)}
     # A latent site before the scan depends on the key too. Its own name says more.
@@ -518,8 +523,8 @@ def _facts(call: ScanCall, carry: PyTree, state: dict[str, Array]) -> dict[str, 
     Raises:
         _OtherShapesError: the body has other sites, or the state has another shape.
     """
-    sites = run_body(call, jax.random.key(0), carry, call.first_inputs(), state)[0]
-    if not sites.observed:
+    sites = run_body(call, jax.random.key(0), carry, call.first_inputs(), _expected_values(state))[0]
+    if not sites.observed or set(sites.latent) != set(state):
         raise _OtherShapesError
     diffusions = [n for n, fn in sites.latent.items() if isinstance(fn, DiffusionTransition)]
     latent_name = next(iter([*diffusions, *sites.latent]))
@@ -537,6 +542,21 @@ def _facts(call: ScanCall, carry: PyTree, state: dict[str, Array]) -> dict[str, 
         "scaled": tuple(sites.scaled),
         "diffusion": Diffusion(fn.prior, fn.sampler, fn.density) if isinstance(fn, DiffusionTransition) else None,
     }
+
+
+def _expected_values(state: dict[str, Array]) -> LatentValue:
+    """Build the function that gives each latent site its value in `state`.
+
+    Returns:
+        Function (name, distribution) -> value, which raises `_OtherShapesError` for another site or another shape.
+    """
+
+    def value(name: str, fn: dist.Distribution) -> Array:
+        if name not in state or state[name].shape != tuple(fn.shape()):
+            raise _OtherShapesError
+        return state[name]
+
+    return value
 
 
 def _form(value: Any) -> DeterministicStructure:

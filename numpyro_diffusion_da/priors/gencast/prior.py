@@ -29,6 +29,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PyTree
 
+from numpyro_diffusion_da.checksums import DAMAGE
 from numpyro_diffusion_da.diffusion.memory import backward_bytes, device_memory
 from numpyro_diffusion_da.diffusion.noise import Noise
 from numpyro_diffusion_da.diffusion.prior import DiffusionPrior
@@ -48,7 +49,6 @@ from numpyro_diffusion_da.priors.gencast.package import (
     with_attention,
 )
 from numpyro_diffusion_da.priors.gencast.statistics import channel_statistics, read_gencast_statistics
-from numpyro_diffusion_da.priors.stored import DAMAGE
 
 if TYPE_CHECKING:
     import xarray
