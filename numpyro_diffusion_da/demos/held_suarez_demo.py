@@ -362,7 +362,9 @@ def _run_filter(
     for truth, (first_guess, y, rng_key) in zip(states, inputs, strict=True):
         seen = jax.tree.map(lambda v: np.full_like(v, np.nan), y) if name == FREE else y
         with warnings.catch_warnings():
+            # The table has columns for what these warn of.
             warnings.filterwarnings("ignore", message="weights are tempered")
+            warnings.filterwarnings("ignore", message="observations are farther from the forecast")
             filter.run(jax.random.fold_in(rng_key, FILTERS.index(name)), first_guess, seen)
         runs.append(summarize_run(filter.result, truth[1:], prior, network, experiment.spin_up))
     return runs
