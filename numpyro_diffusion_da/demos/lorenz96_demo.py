@@ -231,7 +231,7 @@ def run_twin(
         for i, (name, filter) in enumerate(filters.items()):
             on_step(name)
             with warnings.catch_warnings():
-                # The table has columns for what these warn of: tempering, and the spread of filters that lose the truth.
+                # The table has columns for what these warn of: tempering, and spread against error.
                 warnings.filterwarnings("ignore", message="weights are tempered")
                 warnings.filterwarnings("ignore", message="observations are farther from the forecast")
                 filter.run(jax.random.fold_in(filter_key, i), np.full_like(y, np.nan) if name == FREE else y)
