@@ -145,7 +145,7 @@ def test_times_in_any_form():
     with_zone = (oslo, list(oslo), oslo.to_series(), ["2019-03-29T01:00+01:00", "2019-03-29T06:00Z"])
     for times in (*with_zone, pandas.period_range("2019-03-29T00", periods=2, freq="6h")):
         np.testing.assert_array_equal(ndda.fields.read_states(dataset, one, times), states)
-    nat = [TIMES[0], np.datetime64("NaT")]
+    nat = [TIMES[0], np.datetime64("NaT", "ns")]
     for wrong in (
         ["yesterday"],
         "2019-03-29",

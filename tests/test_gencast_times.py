@@ -75,7 +75,7 @@ def test_frames_are_read(prior):
         (H12[[0, 0]], "2019-03-29T00:00 is followed by 2019-03-29T00:00, 0 h later"),
         (H12[[0, 2]], "24 h later"),
         ([0, 12], "give a list of dates"),
-        ([H12[0], np.datetime64("NaT")], "missing date"),
+        ([H12[0], np.datetime64("NaT", "ns")], "missing date"),
     ],
 )
 def test_times_of_another_spacing_are_refused(prior, times, message):
