@@ -183,7 +183,7 @@ def test_wrong_settings(program):
 @pytest.mark.parametrize(
     "algorithm", [ndda.Bootstrap, *(pytest.param(a, marks=pytest.mark.slow) for a in (ndda.FAAPF, ndda.EnKF))]
 )
-def test_a_second_run_calls_the_program_at_most_twice(algorithm):
+def test_a_second_run_calls_the_program_a_few_times(algorithm):
     """Also of a program whose structure takes a third look, for its mean is not linear."""
     calls = []
 
@@ -204,7 +204,7 @@ def test_a_second_run_calls_the_program_at_most_twice(algorithm):
     assert len(calls) <= 10
     calls.clear()
     filter.run(jax.random.key(1), y + 1.0)
-    assert len(calls) <= 2
+    assert len(calls) <= 5  # to find its structure, and to trace the first particles and the step anew
     calls.clear()
     filter.run(jax.random.key(1), y[:3])  # another length: another structure
     assert filter.result.posterior["x"].shape == (1, 8, 3, 3)

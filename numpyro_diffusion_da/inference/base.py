@@ -86,11 +86,11 @@ class ParameterInference(HoldsCompiled, abc.ABC):
         parameters = GlobalParameters(StateSpaceModel(self.algorithm.model, args, kwargs))
         known = parameters.placeholder()
         bias_reasons = check_evidence(self.algorithm, known, name)
-        if not self._compiled:
-            batch = particles_at_a_time(self.batch_size, self.num_particles * self._num_filters(), known)
-            self._filters_at_a_time, of_filter = split_batch(batch, self.num_particles)
-            self._estimator = EvidenceEstimator(self.algorithm, self.num_particles, of_filter)
-            self._compiled = {part: Compiled(fn) for part, fn in self._parts(parameters).items()}
+        batch = particles_at_a_time(self.batch_size, self.num_particles * self._num_filters(), known)
+        self._filters_at_a_time, of_filter = split_batch(batch, self.num_particles)
+        self._estimator = EvidenceEstimator(self.algorithm, self.num_particles, of_filter)
+        for part, fn in self._parts(parameters).items():
+            self._compiled.setdefault(part, Compiled(fn)).read_anew(fn)
         return parameters, {
             "inference": name,
             "model": parameters.program.structure.name,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -105,13 +105,21 @@ class Filter(HoldsCompiled):
         self._inputs: PyTree = None
         self._program: StateSpaceModel | None = None
         self._batch: int | None = None
+        self._sizes: tuple[Any, ...] = ()  # what `_batch` follows from, apart from the structure of the program
         self._compiled: dict[str, Compiled] = {}
 
     def run(self, rng_key: PRNGKeyArray, *args: Any, **kwargs: Any) -> None:
         """Filter the observations in the arguments of the program; `result` holds the result afterwards.
 
         The keys of chains, steps and particles are folded from `rng_key` by their indices, so neither `batch_size` nor
-        `num_chains` changes a draw. A run warns if the median tempering exponent alpha is below 0.1, if a
+        `num_chains` changes a draw.
+
+        Each run reads anew all that the program reads from outside its arguments: global variables, variables that it
+        closes over, and attributes, of a prior for example. It gives what a new `Filter` gives. New arguments and new
+        values of arrays compile nothing. A new Python number, function or shape compiles the step again, so give the
+        program an argument for a number that changes often. All steps of one run use the values at its start.
+
+        A run warns if the median tempering exponent alpha is below 0.1, if a
         gross-error check rejects more than a third of the observations, if an observation is impossibly far from its
         forecast, or if observations are farther from the forecasts than the filter expects.
 
@@ -233,11 +241,13 @@ class Filter(HoldsCompiled):
     def _prepared(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> StateSpaceModel:
         """Build the model of the program at these arguments, check it, and prepare the compiled functions.
 
-        A second run of a program with the same structure traces it once, skips the checks and does not compile again.
+        A second run of a program with the same structure skips the checks. It traces the program again, because what
+        the program reads from outside its arguments may have changed, and compiles only what has other operations.
         """
         before = None if self._program is None else self._program.structure
         program = StateSpaceModel(self.algorithm.model, args, kwargs, like=before)
-        if not program.structure.same_as(before):
+        is_new = not program.structure.same_as(before)
+        if is_new:
             program.check(self.algorithm.needs_gaussian, self.algorithm.needs_gaussian_errors)
             if not self.algorithm.moves_carry and (carried := program.structure.parameters_in_carry):
                 leaf, sites = next(iter(carried.items()))
@@ -249,14 +259,22 @@ class Filter(HoldsCompiled):
                     stacklevel=3,
                 )
             check_metadata_names(program.structure)
+        sizes = (self.batch_size, self.num_particles, *(program.structure.diffusion or ()))
+        if is_new or any(one is not other for one, other in zip(sizes, self._sizes, strict=True)):
             self._batch = particles_at_a_time(self.batch_size, self.num_particles, program)
-            self._compiled = self._functions(program)
+            self._sizes = sizes
         self._program = program
+        functions = self._functions(program)
+        if is_new or not self._compiled:
+            self._compiled = {name: Compiled(fn) for name, fn in functions.items()}
+        else:
+            for name, fn in functions.items():
+                self._compiled[name].read_anew(fn)
         return program
 
-    def _functions(self, program: StateSpaceModel) -> dict[str, Compiled]:
-        """Compiled functions of the program: draw of initial particles, filter step, and backward simulation step."""
-        batch_size = self._batch
+    def _functions(self, program: StateSpaceModel) -> dict[str, Callable[..., Any]]:
+        """Functions to compile: draw of initial particles, filter step, and backward simulation step."""
+        batch_size, keep = self._batch, self._keep
 
         def start(rng_key: PRNGKeyArray, given: Any) -> tuple[State, PyTree]:
             at = program.at(*given)
@@ -266,12 +284,12 @@ class Filter(HoldsCompiled):
         def step(rng_key: PRNGKeyArray, state: State, inputs: TimeInputs, given: Any) -> Any:
             at = program.at(*given)
             new, info = self.algorithm.kernel(at, batch_size)(rng_key, state, inputs)
-            return new, record_step(self.algorithm, at, self._keep, info, state.particles, new.particles, inputs)
+            return new, record_step(self.algorithm, at, keep, info, state.particles, new.particles, inputs)
 
         def back(given: Any, *of_step: Any) -> backward.Selection:
             return backward.select(program.at(*given), *of_step)
 
-        return {"start": Compiled(start), "step": Compiled(step), "back": Compiled(back)}
+        return {"start": start, "step": step, "back": back}
 
     @property
     def _keep(self) -> Keep:

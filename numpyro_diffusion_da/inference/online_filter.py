@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +16,7 @@ from numpyro_diffusion_da.inference.records import check_places, unplaced_observ
 from numpyro_diffusion_da.program.arrays import as_arguments
 from numpyro_diffusion_da.program.scan import TimeInputs
 from numpyro_diffusion_da.program.state_space import StateSpaceModel
+from numpyro_diffusion_da.program.structure import name_of
 from numpyro_diffusion_da.smc.base import Info, State, init, particle_keys
 
 
@@ -38,8 +38,6 @@ class OnlineFilter(HoldsCompiled):
         TypeError: `algorithm` is not a filter, or a number is not a whole number.
     """
 
-    without_compiled: ClassVar[Mapping[str, Any]] = {"_program": None}
-
     @takes_algorithm("num_particles=256")
     def __init__(self, algorithm: FilterAlgorithm, *, num_particles: int, batch_size: int | None = None) -> None:
         require_count(num_particles, "OnlineFilter", "num_particles")
@@ -47,12 +45,14 @@ class OnlineFilter(HoldsCompiled):
         self.algorithm = algorithm
         self.num_particles = num_particles
         self.batch_size = batch_size
-        self._program: StateSpaceModel | None = None
         self._compiled_init = Compiled(self._init)
         self._compiled_step = Compiled(self._step)
 
     def init(self, rng_key: PRNGKeyArray, *args: Any, **kwargs: Any) -> State:
         """Draw N particles of the program's initial state.
+
+        What the program reads from outside its arguments (global variables, closures, attributes) is read anew here and
+        at the first `step` after it. Give the program an argument for a value that changes between steps.
 
         Args:
             rng_key: random key, from `jax.random.key`.
@@ -66,7 +66,9 @@ class OnlineFilter(HoldsCompiled):
         Raises:
             ValueError: the filter cannot run the program, or series have another length than 1.
         """
-        return self._compiled_init(rng_key, self._checked(args, kwargs))
+        self._compiled_init.read_anew()
+        self._compiled_step.read_anew()
+        return self._compiled_init(rng_key, self._given(args, kwargs))
 
     def step(self, rng_key: PRNGKeyArray, state: State, *args: Any, **kwargs: Any) -> tuple[State, Info]:
         """Assimilate the observations of one time; a pure function that is compiled once.
@@ -88,39 +90,33 @@ class OnlineFilter(HoldsCompiled):
             ValueError: the filter cannot run the program, series have another length than 1, or an observed value has
                 no finite place.
         """
-        new, info, unplaced = self._compiled_step(rng_key, state, self._checked(args, kwargs))
+        new, info, unplaced = self._compiled_step(rng_key, state, self._given(args, kwargs))
         taper = self.algorithm.moving_taper()
         if taper is not None and not any(isinstance(count, jax.core.Tracer) for count in unplaced.values()):
             check_places(jax.device_get(unplaced), taper.moving, None)
         return new, info
 
-    def _checked(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Check the program once, at the first arguments, and return (args, kwargs).
-
-        Raises:
-            ValueError: the filter cannot run the program.
-        """
-        if self._program is None:
-            program = StateSpaceModel(self.algorithm.model, args, kwargs)
-            program.check(self.algorithm.needs_gaussian, self.algorithm.needs_gaussian_errors)
-            self._program = program
-        return as_arguments(self.algorithm.model, args, kwargs, self._program.structure.name)
+    def _given(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Arguments of the program, (args, kwargs), with arrays and tables as JAX arrays."""
+        return as_arguments(self.algorithm.model, args, kwargs, name_of(self.algorithm.model))
 
     def _at(self, given: Any) -> StateSpaceModel:
-        """Build the model of the program at (args, kwargs), which may be tracers.
+        """Build the model of the program at (args, kwargs), which may be tracers, and check it.
+
+        It is built whenever a function is traced, because other shapes may come with another structure.
 
         Raises:
-            ValueError: the scan runs over more than one time.
+            ValueError: the filter cannot run the program, or the scan runs over more than one time.
         """
-        assert self._program is not None
-        program = self._program.at(*given)
-        length = program.call(jax.random.key(0)).length
-        if length != 1:
+        args, kwargs = given
+        program = StateSpaceModel(self.algorithm.model, args, kwargs)
+        program.check(self.algorithm.needs_gaussian, self.algorithm.needs_gaussian_errors)
+        if (length := program.structure.length) != 1:
             raise ValueError(
                 f"the program scans over {length} times, but an OnlineFilter takes one time per call; give series of "
                 "length 1, such as y_t[None], or run the whole series with ndda.Filter."
             )
-        return program
+        return program.at(program.args, program.kwargs)
 
     def _init(self, rng_key: PRNGKeyArray, given: Any) -> State:
         """Draw the initial particles; the function that `init` compiles."""

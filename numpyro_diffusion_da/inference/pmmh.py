@@ -79,6 +79,8 @@ class PMMH(ParameterInference):
         of chains and iterations are folded from `rng_key` by their indices, so `num_chains` does not change the draws
         of a chain.
 
+        Each run reads anew what the program reads from outside its arguments, as `Filter.run` does.
+
         Args:
             rng_key: random key, from `jax.random.key`.
             *args: arguments of the program.

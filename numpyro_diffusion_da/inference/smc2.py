@@ -81,6 +81,8 @@ class SMC2(ParameterInference):
         `acceptance_rate` and `filter_steps` have the shape (num_chains, time). The keys of chains and steps are folded
         from `rng_key` by their indices, so `num_chains` does not change the draws of a chain.
 
+        Each run reads anew what the program reads from outside its arguments, as `Filter.run` does.
+
         Args:
             rng_key: random key, from `jax.random.key`.
             *args: arguments of the program.

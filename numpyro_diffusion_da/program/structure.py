@@ -352,7 +352,7 @@ def _examine(program: Callable[[], None], name: str, shapes: Shapes) -> Structur
         carry = jax.tree.unflatten(form, [inputs[_leaf(i)] for i in range(len(leaves))])
 
         def marked(site: str, value: Array) -> Array:
-            if site not in shapes.outside or value.shape != shapes.outside[site].shape:
+            if site not in shapes.outside or _described(value) != _described(shapes.outside[site]):
                 raise _OtherShapesError
             # The result depends on the site's own input and on the sites that it was drawn from. So a dependence on a
             # site that acts through another site is found too.
@@ -552,7 +552,7 @@ def _expected_values(state: dict[str, Array]) -> LatentValue:
     """
 
     def value(name: str, fn: dist.Distribution) -> Array:
-        if name not in state or state[name].shape != tuple(fn.shape()):
+        if name not in state or _described(state[name]) != _described(placeholder(name, fn)):
             raise _OtherShapesError
         return state[name]
 
