@@ -6,7 +6,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import equinox as eqx
 import jax
@@ -18,24 +18,28 @@ from numpyro_diffusion_da.arguments import require_count, shown
 from numpyro_diffusion_da.filters.base import FilterAlgorithm, takes_algorithm
 from numpyro_diffusion_da.inference import backward_simulation as backward
 from numpyro_diffusion_da.inference.batching import batch_in_memory, check_batch_size, particles_at_a_time
-from numpyro_diffusion_da.inference.compilation import Compiled, HoldsCompiled
+from numpyro_diffusion_da.inference.compilation import Compiled
+from numpyro_diffusion_da.inference.has_result import HasFilterResult
 from numpyro_diffusion_da.inference.identity import computation, versions
 from numpyro_diffusion_da.inference.progress import step_progress
-from numpyro_diffusion_da.inference.records import Keep, check_metadata_names, check_record, collect, record_step
+from numpyro_diffusion_da.inference.records import (
+    Keep,
+    attributes_of,
+    check_metadata_names,
+    check_record,
+    collect,
+    record_step,
+)
 from numpyro_diffusion_da.inference.storage import RunStore
 from numpyro_diffusion_da.program.arrays import argument_names
 from numpyro_diffusion_da.program.scan import TimeInputs
 from numpyro_diffusion_da.program.state_space import StateSpaceModel
-from numpyro_diffusion_da.results import smoothing
 from numpyro_diffusion_da.results.advice import far_value_advice, lost_advice, rejection_advice, tempering_advice
 from numpyro_diffusion_da.results.result import FilterResult
 from numpyro_diffusion_da.smc.base import State, init
 
-if TYPE_CHECKING:
-    import xarray
 
-
-class Filter(HoldsCompiled):
+class Filter(HasFilterResult):
     """Run of a filter over a NumPyro program, with the interface of `numpyro.infer.MCMC`.
 
     Call `run`, then read `result`, or convert it by `to_datatree` or `to_arviz`.
@@ -306,15 +310,8 @@ class Filter(HoldsCompiled):
 
     def _attributes(self, program: StateSpaceModel, rng_key: PRNGKeyArray) -> dict[str, Any]:
         """Attributes of the result that are enough to repeat the run."""
-        diffusion = program.structure.diffusion
-        return {
-            "model": program.structure.name,
-            "seed": str(np.asarray(jax.random.key_data(rng_key)).tolist()),
-            "num_particles": self.num_particles,
-            **({} if diffusion is None else diffusion.prior.provenance()),
-            **self.algorithm.settings(program),
-            "evidence_bias_reasons": "; ".join(self.algorithm.weight_bias_reasons(program)),
-        }
+        seed = {"seed": str(np.asarray(jax.random.key_data(rng_key)).tolist())}
+        return {**attributes_of(self.algorithm, program, self.num_particles), **seed}
 
     @property
     def result(self) -> FilterResult:
@@ -329,25 +326,6 @@ class Filter(HoldsCompiled):
                 ".run(jax.random.key(0), ...) first."
             )
         return self._result
-
-    def smoothed(self, lag: int | None = None) -> FilterResult:
-        """Result of the last run smoothed by the genealogy of its particles: states given later observations too.
-
-        The functions are `results.trajectories` and `results.fixed_lag`.
-
-        Args:
-            lag: number of later steps whose observations are used, 0 or more (`fixed_lag`); None for all observations,
-                so that draws are whole trajectories (`trajectories`).
-
-        Returns:
-            Smoothed result with arrays of the same shapes.
-
-        Raises:
-            RuntimeError: `run` has not been called.
-            ValueError: `lag` is negative, or the result has no genealogy: the filter is an ensemble Kalman filter or
-                has a taper.
-        """
-        return smoothing.trajectories(self.result) if lag is None else smoothing.fixed_lag(self.result, lag)
 
     def backward_simulation(
         self, rng_key: PRNGKeyArray, num_draws: int = 100, *, batch_size: int | None = None
@@ -403,76 +381,6 @@ class Filter(HoldsCompiled):
             return self._compiled["back"](self._given, *of_step, batch_size)
 
         return backward.simulate(rng_key, result, lambda t: _at_time(self._inputs, t), step, num_draws, self._keep.of)
-
-    def to_datatree(
-        self,
-        *,
-        lag: int | None = 0,
-        time: Any = None,
-        dims: Mapping[str, Sequence[str]] | None = None,
-        coords: Mapping[str, Any] | None = None,
-    ) -> xarray.DataTree:
-        """Result of the last run as an `xarray.DataTree`, made by `results.to_datatree`.
-
-        Args:
-            lag: number of later steps whose observations each draw has seen: 0 for the filter, more for fixed-lag
-                smoothing, None for whole trajectories given all observations (see `smoothed`).
-            time: coordinate of the time axis, one value per step; None for 0, 1, ...
-            dims: names of a site's axes after time: ``{"y": ["station"]}``.
-            coords: coordinates of dimensions: ``{"station": ["Oslo", "Bergen"]}``.
-
-        Raises:
-            RuntimeError: `run` has not been called.
-            ValueError: `time`, `dims` or `coords` do not fit the result, `lag` is negative, or `lag` is not 0 and the
-                result has no genealogy (the filter is an ensemble Kalman filter or has a taper).
-        """
-        from numpyro_diffusion_da.results import convert
-
-        result = self.result if lag == 0 else self.smoothed(lag)
-        return convert.to_datatree(result, time=time, dims=dims, coords=coords)
-
-    def to_arviz(
-        self,
-        *,
-        lag: int | None = 0,
-        time: Any = None,
-        dims: Mapping[str, Sequence[str]] | None = None,
-        coords: Mapping[str, Any] | None = None,
-    ) -> Any:
-        """Result of the last run in the form that the installed ArviZ takes, made by `results.to_arviz`.
-
-        `results.to_arviz` explains what ArviZ's diagnostics mean for particles.
-
-        Args:
-            lag: number of later steps whose observations each draw has seen: 0 for the filter, more for fixed-lag
-                smoothing, None for whole trajectories given all observations (see `smoothed`).
-            time: coordinate of the time axis, one value per step; None for 0, 1, ...
-            dims: names of a site's axes after time: ``{"y": ["station"]}``.
-            coords: coordinates of dimensions: ``{"station": ["Oslo", "Bergen"]}``.
-
-        Raises:
-            RuntimeError: `run` has not been called.
-            ValueError: `time`, `dims` or `coords` do not fit the result, `lag` is negative, or `lag` is not 0 and the
-                result has no genealogy (the filter is an ensemble Kalman filter or has a taper).
-        """
-        from numpyro_diffusion_da.results import convert
-
-        result = self.result if lag == 0 else self.smoothed(lag)
-        return convert.to_arviz(result, time=time, dims=dims, coords=coords)
-
-    def print_summary(self) -> None:
-        """Print a summary of the last run: weights, evidence, cost, and the state at the last time.
-
-        `results.summary_table` makes the tables.
-
-        Raises:
-            RuntimeError: `run` has not been called.
-        """
-        from rich.console import Console
-
-        from numpyro_diffusion_da.results.summary import summary_table
-
-        Console().print(summary_table(self.result))
 
 
 def _at_time(xs: PyTree, t: int) -> TimeInputs:

@@ -248,6 +248,24 @@ def check_record(
         raise FloatingPointError(why(record["failures"], what, step, num_particles, guided))
 
 
+def attributes_of(algorithm: FilterAlgorithm, program: StateSpaceModel, num_particles: int) -> dict[str, Any]:
+    """Attributes of a result that say how it was made, apart from random keys.
+
+    Args:
+        algorithm: filter of the program.
+        program: state-space model at the arguments of the run.
+        num_particles: number of particles N.
+    """
+    diffusion = program.structure.diffusion
+    return {
+        "model": program.structure.name,
+        "num_particles": num_particles,
+        **({} if diffusion is None else diffusion.prior.provenance()),
+        **algorithm.settings(program),
+        "evidence_bias_reasons": "; ".join(algorithm.weight_bias_reasons(program)),
+    }
+
+
 def collect(
     structure: Structure, attributes: dict[str, Any], chains: Sequence[Sequence[dict[str, Any]]]
 ) -> FilterResult:

@@ -1,0 +1,116 @@
+"""Base class of `Filter` and `OnlineFilter`: smoothing, conversion and summary of a result."""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from numpyro_diffusion_da.inference.compilation import HoldsCompiled
+from numpyro_diffusion_da.results import smoothing
+from numpyro_diffusion_da.results.result import FilterResult
+
+if TYPE_CHECKING:
+    import xarray
+
+
+class HasFilterResult(HoldsCompiled, abc.ABC):
+    """Base class of objects with a `FilterResult`, which they smooth, convert and summarize."""
+
+    @property
+    @abc.abstractmethod
+    def result(self) -> FilterResult:
+        """Result as numpy arrays: ``result.posterior[site]`` has the shape (chain, draw, time, ...).
+
+        Raises:
+            RuntimeError: there is no result yet.
+        """
+
+    def smoothed(self, lag: int | None = None) -> FilterResult:
+        """Result smoothed by the genealogy of its particles: states given later observations too.
+
+        The functions are `results.trajectories` and `results.fixed_lag`.
+
+        Args:
+            lag: number of later steps whose observations are used, 0 or more (`fixed_lag`); None for all observations,
+                so that draws are whole trajectories (`trajectories`).
+
+        Returns:
+            Smoothed result with arrays of the same shapes.
+
+        Raises:
+            RuntimeError: there is no result yet.
+            ValueError: `lag` is negative, or the result has no genealogy: the filter is an ensemble Kalman filter or
+                has a taper.
+        """
+        return smoothing.trajectories(self.result) if lag is None else smoothing.fixed_lag(self.result, lag)
+
+    def to_datatree(
+        self,
+        *,
+        lag: int | None = 0,
+        time: Any = None,
+        dims: Mapping[str, Sequence[str]] | None = None,
+        coords: Mapping[str, Any] | None = None,
+    ) -> xarray.DataTree:
+        """Result as an `xarray.DataTree`, made by `results.to_datatree`.
+
+        Args:
+            lag: number of later steps whose observations each draw has seen: 0 for the filter, more for fixed-lag
+                smoothing, None for whole trajectories given all observations (see `smoothed`).
+            time: coordinate of the time axis, one value per step; None for 0, 1, ...
+            dims: names of a site's axes after time: ``{"y": ["station"]}``.
+            coords: coordinates of dimensions: ``{"station": ["Oslo", "Bergen"]}``.
+
+        Raises:
+            RuntimeError: there is no result yet.
+            ValueError: `time`, `dims` or `coords` do not fit the result, `lag` is negative, or `lag` is not 0 and the
+                result has no genealogy (the filter is an ensemble Kalman filter or has a taper).
+        """
+        from numpyro_diffusion_da.results import convert
+
+        result = self.result if lag == 0 else self.smoothed(lag)
+        return convert.to_datatree(result, time=time, dims=dims, coords=coords)
+
+    def to_arviz(
+        self,
+        *,
+        lag: int | None = 0,
+        time: Any = None,
+        dims: Mapping[str, Sequence[str]] | None = None,
+        coords: Mapping[str, Any] | None = None,
+    ) -> Any:
+        """Result in the form that the installed ArviZ takes, made by `results.to_arviz`.
+
+        `results.to_arviz` explains what ArviZ's diagnostics mean for particles.
+
+        Args:
+            lag: number of later steps whose observations each draw has seen: 0 for the filter, more for fixed-lag
+                smoothing, None for whole trajectories given all observations (see `smoothed`).
+            time: coordinate of the time axis, one value per step; None for 0, 1, ...
+            dims: names of a site's axes after time: ``{"y": ["station"]}``.
+            coords: coordinates of dimensions: ``{"station": ["Oslo", "Bergen"]}``.
+
+        Raises:
+            RuntimeError: there is no result yet.
+            ValueError: `time`, `dims` or `coords` do not fit the result, `lag` is negative, or `lag` is not 0 and the
+                result has no genealogy (the filter is an ensemble Kalman filter or has a taper).
+        """
+        from numpyro_diffusion_da.results import convert
+
+        result = self.result if lag == 0 else self.smoothed(lag)
+        return convert.to_arviz(result, time=time, dims=dims, coords=coords)
+
+    def print_summary(self) -> None:
+        """Print a summary of the result: weights, evidence, cost, and the state at the last time.
+
+        `results.summary_table` makes the tables.
+
+        Raises:
+            RuntimeError: there is no result yet.
+        """
+        from rich.console import Console
+
+        from numpyro_diffusion_da.results.summary import summary_table
+
+        Console().print(summary_table(self.result))
