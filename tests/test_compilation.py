@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import compilations
 
 import numpyro_diffusion_da as ndda
 from numpyro_diffusion_da.diffusion import memory
@@ -46,6 +47,14 @@ def test_traced_once_for_each_shape_and_static_value():
     ours(jnp.ones(4), "a", None)
     np.testing.assert_array_equal(ours(one, "a", one), 2 * one)
     assert traces == ["a", "b", "a", "a"]
+
+
+def test_a_first_value_from_a_python_number_does_not_compile_the_next_step_again():
+    start, step = Compiled(lambda: jnp.asarray(0.0)), Compiled(lambda x: 0.5 * x + 1.0)
+    x = step(start())
+    with compilations() as found:
+        np.testing.assert_array_equal(step(x), 1.5)
+    assert not found
 
 
 def test_backward_bytes_counts_what_is_kept_and_not_what_is_there():

@@ -33,15 +33,16 @@ def linear(init, a=0.9, noise=0.5):
     return model
 
 
-def kalman(y, a=0.9, noise=0.5, error=0.3, m=0.0, p=0.0):
-    """Log-evidence, and mean and variance at the last time; NaN is missing."""
+def kalman(y, a=0.9, noise=0.5, errors=(0.3,), m=0.0, p=0.0):
+    """Log-evidence, and mean and variance at the last time; NaN is missing, columns of y are observations of a time."""
     total = 0.0
-    for value in np.asarray(y, float):
+    for values in np.asarray(y, float).reshape(len(y), -1):
         m, p = a * m, a * a * p + noise**2
-        if not np.isnan(value):
-            s = p + error**2
-            total += -0.5 * np.log(2 * np.pi * s) - 0.5 * (value - m) ** 2 / s
-            m, p = m + p / s * (value - m), p * error**2 / s
+        for value, error in zip(values, errors, strict=True):
+            if not np.isnan(value):
+                s = p + error**2
+                total += -0.5 * np.log(2 * np.pi * s) - 0.5 * (value - m) ** 2 / s
+                m, p = m + p / s * (value - m), p * error**2 / s
     return total, m, p
 
 
@@ -50,14 +51,38 @@ def exact(model):
     return ndda.FAAPF(model, weight=ndda.Moment(), target_ess=0.0)
 
 
-def run(algorithm, *args, n=64, **kwargs):
-    filter = ndda.Filter(algorithm, num_particles=n, progress_bar=False)
-    filter.run(KEY, *args, **kwargs)
+def filter_of(algorithm, n=64, keep_observed=False):
+    return ndda.Filter(algorithm, num_particles=n, progress_bar=False, keep_observed=keep_observed)
+
+
+def rerun(filter, *args):
+    """Result of a filter that may have run before, and is then compiled."""
+    filter.run(KEY, *args)
     return filter.result
+
+
+def run(algorithm, *args, **settings):
+    return rerun(filter_of(algorithm, **settings), *args)
 
 
 def evidence(result):
     return float(result.sample_stats["log_evidence_increment"].sum())
+
+
+# Series of 8 times, of which the last 3 are missing.
+PADDED = np.concatenate([Y, np.full(3, np.nan, np.float32)])
+
+
+@pytest.fixture(scope="module")
+def exactly():
+    """Compiled filter of the linear program, for `PADDED`; its weights and draws are exact."""
+    return filter_of(exact(linear(0.0)), n=256)
+
+
+@pytest.fixture(scope="module")
+def simply():
+    """Particles of the linear program, by a bootstrap filter of Y."""
+    return run(ndda.Bootstrap(linear(0.0)), Y).posterior["x"]
 
 
 # --- the type of a carry is what jax.lax.scan makes of it ---
@@ -65,15 +90,13 @@ def evidence(result):
 
 @pytest.mark.parametrize("init", [0, np.float64(0.0)], ids=["int", "float64"])
 def test_a_number_as_first_carry_takes_the_type_of_the_next(init):
-    assert evidence(run(exact(linear(init)), Y, n=512)) == pytest.approx(kalman(Y)[0], abs=0.1)
-
-
-def test_a_free_run_from_an_integer_spreads_as_from_a_number():
-    missing = np.full(30, np.nan, np.float32)
-    spread = {
-        init: run(ndda.Bootstrap(linear(init)), missing, n=256).posterior["x"][0, :, -1].std() for init in (0, 0.0)
-    }
-    assert spread[0] == spread[0.0] == pytest.approx(np.sqrt(kalman(missing)[2]), rel=0.15)
+    """Also in a free run, whose draws would stay whole numbers."""
+    missing = np.full(20, np.nan, np.float32)
+    y = np.concatenate([Y, missing])
+    result = run(ndda.Bootstrap(linear(init)), y, n=1024)
+    total, _, variance = kalman(y)
+    assert evidence(result) == pytest.approx(total, abs=0.1)
+    assert result.posterior["x"][0, :, -1].var() == pytest.approx(variance, rel=0.15)
 
 
 @pytest.mark.parametrize("init", [jnp.zeros((), int), False, jnp.zeros((), jnp.float16)], ids=["int", "bool", "half"])
@@ -128,9 +151,9 @@ def forecast(length):
 
 
 @pytest.mark.parametrize("make", [exact, pytest.param(ndda.EnKF, marks=pytest.mark.slow)])
-def test_conditioned_data_that_end_before_the_scan_are_missing_beyond(make):
-    result = run(make(handlers.condition(forecast(8), {"y": jnp.asarray(Y)})), n=512)
-    padded = run(make(linear(0.0)), np.concatenate([Y, np.full(3, np.nan, np.float32)]), n=512)
+def test_conditioned_data_that_end_before_the_scan_are_missing_beyond(make, exactly):
+    result = run(make(handlers.condition(forecast(8), {"y": jnp.asarray(Y)})), n=256)
+    padded = rerun(exactly if make is exact else filter_of(make(linear(0.0)), n=256), PADDED)
     np.testing.assert_allclose(result.posterior["x"], padded.posterior["x"], atol=1e-5)
     assert result.observed_mask["y"].tolist() == [True] * 5 + [False] * 3
     assert np.isnan(result.observed_data["y"][5:]).all()
@@ -231,19 +254,20 @@ def test_a_discrete_and_a_continuous_state():
 
         scan(step, (jnp.zeros((), jnp.int32), 0.0), y)
 
-    result = run(ndda.Bootstrap(switching), Y, jnp.array([0.5, 0.5]), n=4096)
+    filter = filter_of(ndda.Bootstrap(switching), n=2048)
+    result = rerun(filter, Y, jnp.array([0.5, 0.5]))
     total, mean, variance = kalman(Y)
     assert evidence(result) == pytest.approx(total, abs=0.1)
     assert result.posterior["x"][0, :, -1].mean() == pytest.approx(mean, abs=0.03)
     assert result.posterior["x"][0, :, -1].var() == pytest.approx(variance, rel=0.15)
     # With a quiet and a noisy class, the noisy one is likely after a jump.
-    jump = np.array([0.0, 0.0, 0.0, 3.0], np.float32)
-    assert run(ndda.Bootstrap(switching), jump, jnp.array([0.1, 2.0]), n=1024).posterior["z"][0, :, -1].mean() > 0.95
+    jump = np.array([0.0, 0.0, 0.0, 0.0, 3.0], np.float32)
+    assert rerun(filter, jump, jnp.array([0.1, 2.0])).posterior["z"][0, :, -1].mean() > 0.95
     with pytest.raises(ValueError, match=r"latent sites 'z', 'x'.*Bootstrap"):
         run(ndda.FAAPF(switching), Y, jnp.array([0.5, 0.5]))
 
 
-def test_cond_without_latent_sites_runs():
+def test_cond_without_latent_sites_runs(simply):
     def model(y):
         error = cond(jnp.asarray(True), lambda _: 0.3, lambda _: 3.0, None)
 
@@ -254,8 +278,7 @@ def test_cond_without_latent_sites_runs():
 
         scan(step, 0.0, y)
 
-    expected = run(ndda.Bootstrap(linear(0.0)), Y).posterior["x"]
-    np.testing.assert_allclose(run(ndda.Bootstrap(model), Y).posterior["x"], expected, atol=1e-6)
+    np.testing.assert_allclose(run(ndda.Bootstrap(model), Y).posterior["x"], simply, atol=1e-6)
 
 
 @pytest.mark.parametrize("where", ["body", "before"])
@@ -292,20 +315,12 @@ def test_a_factor_is_a_term_of_the_likelihood():
 
         scan(step, 0.0, y)
 
-    def written_out(y):
-        def step(x, y_t):
-            x = numpyro.sample("x", dist.Normal(0.9 * x, 0.5))
-            numpyro.sample("y", dist.Normal(x, 0.3), obs=y_t)
-            numpyro.sample("again", dist.Normal(x, 0.4), obs=0.2)
-            return x, None
-
-        scan(step, 0.0, y)
-
-    expected = run(exact(written_out), Y, n=1024)
-    result = run(exact(model), Y, n=1024)
-    assert evidence(result) == pytest.approx(evidence(expected), abs=0.15)
-    last = expected.posterior["x"][0, :, -1]
-    assert result.posterior["x"][0, :, -1].mean() == pytest.approx(last.mean(), abs=0.05)
+    result = run(exact(model), Y, n=256, keep_observed=True)
+    total, mean, variance = kalman(np.stack([Y, np.full(5, 0.2)], axis=1), errors=(0.3, 0.4))
+    assert evidence(result) == pytest.approx(total, abs=0.1)
+    last = result.posterior["x"][0, :, -1]
+    assert last.mean() == pytest.approx(mean, abs=0.05)
+    assert last.var() == pytest.approx(variance, rel=0.25)
     assert set(result.observed_data) == {"y"}
     assert set(result.log_likelihood) == {"y", "again"}
     with pytest.raises(ValueError, match=r"'again' is a numpyro.factor"):
@@ -358,8 +373,9 @@ def test_an_array_of_any_type_becomes_one_of_numbers(kind):
 def test_a_table_or_a_labeled_array_is_filtered_as_its_values():
     plain, series = _as_given()["pandas Series"]
     labeled = _as_given()["DataArray"][1]
-    expected = run(ndda.Bootstrap(linear(0.0)), plain).posterior["x"]
-    np.testing.assert_array_equal(run(ndda.Bootstrap(linear(0.0)), series).posterior["x"], expected)
+    filter = filter_of(ndda.Bootstrap(linear(0.0)))
+    expected = rerun(filter, plain).posterior["x"]
+    np.testing.assert_array_equal(rerun(filter, series).posterior["x"], expected)
     by_closure = run(ndda.Bootstrap(lambda: linear(0.0)(labeled)))
     np.testing.assert_allclose(by_closure.posterior["x"], expected, atol=1e-6)
 
@@ -380,7 +396,7 @@ def test_data_that_are_no_series_of_numbers_are_named(given, message):
         run(ndda.Bootstrap(linear(0.0)), given)
 
 
-def test_the_body_gets_jax_arrays():
+def test_the_body_gets_jax_arrays(simply):
     def model(y):
         def step(x, y_t):
             x = numpyro.sample("x", dist.Normal(0.9 * x, 0.5))
@@ -390,7 +406,7 @@ def test_the_body_gets_jax_arrays():
         scan(step, 0.0, y)
 
     result = run(ndda.Bootstrap(model), np.stack([Y + 9, Y], axis=1))
-    np.testing.assert_array_equal(result.posterior["x"], run(ndda.Bootstrap(linear(0.0)), Y).posterior["x"])
+    np.testing.assert_array_equal(result.posterior["x"], simply)
 
 
 def two_values(y):
@@ -418,13 +434,14 @@ def test_counts_stay_whole_numbers():
         scan(step, 0.0, y)
 
     counts = np.array([1, 0, 2, 1, 3])
-    whole = run(ndda.Bootstrap(model), counts)
+    whole = run(ndda.Bootstrap(model), counts, keep_observed=True)
     assert whole.observed_data["n"].dtype.kind == "i"
     np.testing.assert_array_equal(whole.observed_data["n"], counts)
-    as_floats = run(ndda.Bootstrap(model), counts.astype(float))
+    filter = filter_of(ndda.Bootstrap(model))
+    as_floats = rerun(filter, counts.astype(float))
     np.testing.assert_array_equal(as_floats.posterior["x"], whole.posterior["x"])
     assert as_floats.observed_data["n"].dtype.kind == "i"
-    missing = run(ndda.Bootstrap(model), np.where(counts == 2, np.nan, counts))
+    missing = rerun(filter, np.where(counts == 2, np.nan, counts))
     assert np.isnan(missing.observed_data["n"][2])
 
 
@@ -439,19 +456,21 @@ def with_error(y, error):
 
 
 @pytest.mark.parametrize("make", [exact, pytest.param(ndda.EnKF, marks=pytest.mark.slow)])
-def test_the_error_of_a_missing_value_does_not_matter(make):
+def test_the_error_of_a_missing_value_does_not_matter(make, exactly):
     """Tables have NaN for both, also at the first time."""
-    y = np.where(np.arange(5) % 3 == 0, np.nan, Y)
-    error = np.where(np.arange(5) % 3 == 0, np.nan, 0.3).astype(np.float32)
-    result = run(make(with_error), y, error)
-    np.testing.assert_allclose(result.posterior["x"], run(make(linear(0.0)), y).posterior["x"], atol=1e-5)
+    y = np.where(np.arange(8) % 3 == 0, np.nan, PADDED)
+    error = np.where(np.isnan(y), np.nan, 0.3).astype(np.float32)
+    result = run(make(with_error), y, error, n=256)
+    expected = rerun(exactly if make is exact else filter_of(make(linear(0.0)), n=256), y)
+    np.testing.assert_allclose(result.posterior["x"], expected.posterior["x"], atol=1e-5)
 
 
-@pytest.mark.parametrize("step", [0, 2])
-def test_the_error_of_an_observed_value_is_checked_at_every_step(step):
-    error = np.where(np.arange(5) == step, np.nan, 0.3).astype(np.float32)
-    with pytest.raises(ValueError, match=f"error of site 'y' at step {step}"):
-        run(ndda.Bootstrap(with_error), Y, error)
+def test_the_error_of_an_observed_value_is_checked_at_every_step():
+    filter = filter_of(ndda.Bootstrap(with_error))
+    for step in (0, 2):
+        error = np.where(np.arange(5) == step, np.nan, 0.3).astype(np.float32)
+        with pytest.raises(ValueError, match=f"error of site 'y' at step {step}"):
+            rerun(filter, Y, error)
 
 
 def test_an_invalid_parameter_is_named_with_its_line():
@@ -481,18 +500,6 @@ def carries_the_observation(y):
     scan(step, (0.0, 0.0), y)
 
 
-def transition_with(mean):
-    def model(y):
-        def step(x, y_t):
-            x = numpyro.sample("x", dist.Normal(x * mean, 0.5))
-            numpyro.sample("y", dist.Normal(x, 0.3), obs=y_t)
-            return x, None
-
-        scan(step, 0.0, y)
-
-    return model
-
-
 def impossible_count(y):
     def step(x, y_t):
         x = numpyro.sample("x", dist.Normal(0.9 * x, 0.5))
@@ -502,16 +509,24 @@ def impossible_count(y):
     scan(step, 0.0, y)
 
 
-@pytest.mark.parametrize(
-    ("model", "y", "message"),
-    [
-        (carries_the_observation, np.array([0.1, np.nan, 0.2]), r"at step 1.*carry\[1\].*an observation is missing"),
-        (transition_with(jnp.nan), Y, "at step 0, because no draw of site 'x' is finite; check the parameters"),
-        (impossible_count, np.array([1.0, 9.0]), "at step 1, because the likelihood of site 'n' is zero"),
-        (linear(jnp.nan), Y, "at step 0, because the initial state is not finite"),
+def parameters(y, init, mean):
+    linear(init, mean)(y)
+
+
+CAUSES = {
+    carries_the_observation: [((np.array([0.1, np.nan, 0.2]),), r"at step 1.*carry\[1\].*an observation is missing")],
+    impossible_count: [((np.array([1.0, 9.0]),), "at step 1, because the likelihood of site 'n' is zero")],
+    parameters: [
+        ((Y, jnp.zeros(()), jnp.asarray(jnp.nan)), "at step 0, because no draw of site 'x' is finite; check the param"),
+        ((Y, jnp.asarray(jnp.nan), jnp.ones(())), "at step 0, because the initial state is not finite"),
     ],
-)
-def test_the_cause_of_a_failure_is_named_and_no_other(model, y, message):
-    with pytest.raises(FloatingPointError, match=message) as failure:
-        run(ndda.Bootstrap(model), y.astype(np.float32))
-    assert "guidance" not in str(failure.value)
+}
+
+
+@pytest.mark.parametrize("model", list(CAUSES), ids=lambda model: model.__name__)
+def test_the_cause_of_a_failure_is_named_and_no_other(model):
+    filter = filter_of(ndda.Bootstrap(model))
+    for given, message in CAUSES[model]:
+        with pytest.raises(FloatingPointError, match=message) as failure:
+            rerun(filter, *given)
+        assert "guidance" not in str(failure.value)

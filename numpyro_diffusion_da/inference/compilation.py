@@ -122,7 +122,15 @@ class _Traced:
         values = [value for value, used in zip(closed.consts, consts, strict=True) if used]
         # NumPy arrays would be moved to the device at each call.
         self._consts = [v if isinstance(v, jax.core.Tracer) else jax.device_put(v) for v in values]
-        self._run = jax.jit(lambda consts, arrays: jax.core.eval_jaxpr(kept, consts, *arrays))
+        types: list[Any] = [out.aval for out in kept.outvars]
+
+        # A first state that comes from a Python number would have a weak type, and the next state none: the step would
+        # be compiled for both.
+        def without_weak_types(consts: list[Any], arrays: list[Any]) -> list[Any]:
+            outs = zip(jax.core.eval_jaxpr(kept, consts, *arrays), types, strict=True)
+            return [jax.lax.convert_element_type(x, t.dtype) if getattr(t, "weak_type", False) else x for x, t in outs]
+
+        self._run = jax.jit(without_weak_types)
 
     @property
     def belongs_to_a_trace(self) -> bool:
