@@ -198,7 +198,7 @@ FILTERS = {
 def test_the_state_is_inflated_before_it_is_advanced(name):
     """Record and carry hold the inflated state; all else is what it was without inflation. RTPS relaxes to the spread
     of the predictive distribution, 0.81 + 0.25 of each component before anything is observed."""
-    make, n = FILTERS[name], 4000
+    make, n = FILTERS[name], 1000
     (x, previous), info = stepped(make(program), n=n)
     (wide, same), wide_info = stepped(make(program, inflation=(ndda.Multiplicative(1.5),)), n=n)
     np.testing.assert_allclose(anomalies(wide), 1.5 * anomalies(x), atol=2e-5)

@@ -61,7 +61,7 @@ def tilted_by_quadrature(likelihood, mean, variance):
     return log_normalizer, at, weights @ (x - at) ** 2
 
 
-QUICK = ("Poisson", "volatility")
+QUICK = ("Poisson",)
 
 
 @pytest.mark.parametrize("kind", [k if k in QUICK else pytest.param(k, marks=pytest.mark.slow) for k in KINDS])

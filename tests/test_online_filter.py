@@ -30,7 +30,8 @@ def series(small):
     return small.diffusion_program(), small.simulate(3, 4)[1].astype(np.float32)
 
 
-@pytest.mark.parametrize("algorithm", [ndda.FAAPF, ndda.Bootstrap, ndda.EnKF])
+# test_background compares an ensemble Kalman filter online with a stored run.
+@pytest.mark.parametrize("algorithm", [ndda.FAAPF, pytest.param(ndda.EnKF, marks=pytest.mark.slow)])
 def test_online_is_the_whole_run_and_steps_after_the_first_compile_nothing(series, algorithm):
     model, y = series
     whole = ndda.Filter(algorithm(model), num_particles=6, progress_bar=False)
