@@ -7,11 +7,13 @@ become constants of the compiled program: it gets large and slow to compile, and
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 import equinox as eqx
 import jax
+import numpy as np
 from jax.interpreters import partial_eval
 
 from numpyro_diffusion_da.inference.identity import same_operations
@@ -114,7 +116,8 @@ class _Traced:
     """
 
     def __init__(self, fn: Callable[..., Any], args: tuple[Any, ...]) -> None:
-        closed, out, self._static = eqx.filter_make_jaxpr(fn)(*args)
+        with jax.debug_key_reuse(False):  # a filter repeats some draws on purpose
+            closed, out, self._static = eqx.filter_make_jaxpr(fn)(*args)
         self._out: Any = jax.tree.structure(out)
         # What no output depends on may differ between two traces of one function, and would be computed for nothing.
         kept, consts, inputs = partial_eval.dce_jaxpr_consts(closed.jaxpr, [True] * len(closed.jaxpr.outvars))
@@ -155,9 +158,21 @@ class _Traced:
 
     def __call__(self, arrays: list[Any]) -> Any:
         """Compute the function of these arrays of its arguments."""
-        found = jax.tree.unflatten(self._out, self._run(self._consts, self._used(arrays)))
-        return eqx.combine(found, self._static)
+        given = self._consts, self._used(arrays)
+        has_nan = jax.config.jax_debug_nans and _any_nan(given)  # type: ignore[attr-defined]
+        with jax.debug_key_reuse(False), jax.debug_nans(False) if has_nan else contextlib.nullcontext():
+            found = self._run(*given)
+        return eqx.combine(jax.tree.unflatten(self._out, found), self._static)
 
     def lower(self, arrays: list[Any]) -> Any:
         """Lower the function for these arrays of its arguments without compiling it."""
         return self._run.lower(self._consts, self._used(arrays))
+
+
+def _any_nan(given: Any) -> bool:
+    """Whether an array has a NaN, such as a missing observation, so that NaN in a result is not an error."""
+    return any(
+        bool(np.any(np.isnan(np.asarray(array))))
+        for array in jax.tree.leaves(given)
+        if not isinstance(array, jax.core.Tracer) and jax.numpy.issubdtype(array.dtype, jax.numpy.inexact)
+    )

@@ -136,7 +136,8 @@ def abstractly(fn: Callable[..., Any], trace: Callable[..., Any] = jax.eval_shap
             problems.append(error)
             return None
 
-    traced = trace(caught, **inputs)
+    with jax.debug_key_reuse(False):  # nothing is drawn here, so a key may serve several looks at the program
+        traced = trace(caught, **inputs)
     if problems:
         raise problems[0]
     return traced

@@ -291,19 +291,18 @@ def _probe(program: Callable[[], None], name: str) -> Shapes:
     Raises:
         ValueError: the program does not have the form of a state-space model.
     """
-    found: dict[str, Any] = {}
 
     def run() -> tuple[Any, Any, Any]:
-        skip = found["skip"] = _run(program)
-        if len(skip.scans) != 1:
-            return None, None, None
-        call = skip.scans[0]
-        sites = found["sites"] = run_body(call, jax.random.key(0), call.init, call.first_inputs())[0]
+        skip, sites = _run(program), None
+        if len(skip.scans) == 1:
+            call = skip.scans[0]
+            sites = run_body(call, jax.random.key(0), call.init, call.first_inputs())[0]
+        _check_form(skip, sites, name)
+        assert sites is not None
         outside = {n: s["value"] for n, s in _free(skip).items() if not s["is_observed"]}
         return outside, call.init, {name: placeholder(name, fn) for name, fn in sites.latent.items()}
 
     outside, carry, state = abstractly(run)
-    _check_form(found["skip"], found.get("sites"), name)
     return Shapes(outside, carry, state)
 
 
@@ -358,8 +357,11 @@ def _examine(program: Callable[[], None], name: str, shapes: Shapes) -> Structur
             # site that acts through another site is found too.
             return jnp.where(True, value, inputs[_argument(site)])
 
-        skip = found["skip"] = _run(program, key, mark=marked)
+        skip = _run(program, key, mark=marked)
         call = _expected(skip, shapes)
+        # No value of this trace may outlive it, so only names are taken out.
+        found["before"] = {n: s["is_observed"] for n, s in skip.before.items()}
+        found["draws_keys"] = skip.draws_keys
         found.update(_facts(call, carry, state))
         return {
             **_outside_dependencies(skip, call, carry),
@@ -370,15 +372,15 @@ def _examine(program: Callable[[], None], name: str, shapes: Shapes) -> Structur
     inputs |= {_leaf(i): leaf for i, leaf in enumerate(leaves)}
     key = jax.eval_shape(lambda: jax.random.key(0))
     depends = abstractly(look, eval_provenance, state=shapes.state, direction=shapes.state, key=key, **inputs)
-    skip: SkipScan = found["skip"]
+    before: dict[str, bool] = found["before"]
     names = _names(depends["body"])
-    if skip.draws_keys and "key" in names and not any(_argument(n) in names for n in shapes.outside):
+    if found["draws_keys"] and "key" in names and not any(_argument(n) in names for n in shapes.outside):
         raise ValueError(
             f"the body of the scan of '{name}' uses random numbers that are drawn before the scan outside any site; "
             "draw them by numpyro.sample, so that a filter can give them a value."
         )
     used, measured = _globals(shapes, depends)
-    global_names = tuple(n for n in skip.before if n in {*used, *measured})
+    global_names = tuple(n for n in before if n in {*used, *measured})
     changing = {n for n, on in depends["errors"].items() if _depends(on, "state")}
     bent = {n for n, on in depends["slopes"].items() if _depends(on, "state")}
     general = {n for n, gaussian in found["gaussian"].items() if not gaussian} | changing
@@ -400,8 +402,8 @@ def _examine(program: Callable[[], None], name: str, shapes: Shapes) -> Structur
         },
         needed_names=tuple(used),
         global_names=global_names,
-        initial_names=tuple(n for n, s in skip.before.items() if not s["is_observed"] and n not in global_names),
-        outside_names=tuple(n for n, s in skip.before.items() if s["is_observed"]),
+        initial_names=tuple(n for n, observed in before.items() if not observed and n not in global_names),
+        outside_names=tuple(n for n, observed in before.items() if observed),
         general_names=frozenset(general),
         scaled_names=found["scaled"],
         observes_linearly=real and not general and not _depends(depends["linearity"], "state"),

@@ -76,6 +76,12 @@ class Info(NamedTuple):
     background: PyTree = ()
 
 
+def load_blackjax() -> None:
+    """Import BlackJAX outside any JAX trace: its modules compute values at import, which must not belong to a trace."""
+    with jax.ensure_compile_time_eval():
+        import blackjax  # noqa: F401
+
+
 def init(particles: PyTree) -> State:
     """State before the first observation, from N equally weighted initial particles (leading axis N)."""
     return State(particles, jnp.zeros(()))
@@ -111,6 +117,7 @@ def map_particles(fn: Callable[..., Any], batch_size: int | None = None) -> Call
     Returns:
         Function of the same arguments, each with a leading axis of particles.
     """
+    load_blackjax()
     from blackjax.smc.base import map_kernel
 
     return map_kernel(fn, batch_size or 0)
@@ -160,6 +167,7 @@ def largest_alpha(
         spread: upper bound: log-weights at alpha differ by at most alpha times this value.
         target_ess: effective sample size to reach, as a fraction of N; 0 for no tempering.
     """
+    load_blackjax()
     from blackjax.smc.ess import log_ess
     from blackjax.smc.solver import dichotomy
 
@@ -185,6 +193,7 @@ def guarded(resampling_fn: Resampling | None) -> Resampling:
     Args:
         resampling_fn: resampling function to guard; None for systematic resampling.
     """
+    load_blackjax()
     from blackjax.smc.resampling import systematic
 
     draw = systematic if resampling_fn is None else resampling_fn
@@ -286,6 +295,7 @@ def _weight_diagnostics(
         (ESS, log mean weight, number of distinct ancestors, standard deviation of the finite log-weights, number of
         log-weights that are not finite).
     """
+    load_blackjax()
     from blackjax.smc.ess import ess
 
     n = len(log_weights)
@@ -333,6 +343,7 @@ def top_level_api(build_kernel: Callable[Arguments, Kernel]) -> Callable[Argumen
 
     @functools.wraps(build_kernel)
     def as_top_level_api(*args: Arguments.args, **kwargs: Arguments.kwargs) -> SamplingAlgorithm:
+        load_blackjax()
         from blackjax.base import SamplingAlgorithm
 
         return SamplingAlgorithm(init, build_kernel(*args, **kwargs))

@@ -26,6 +26,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, PRNGKeyArray, PyTree
 
+from numpyro_diffusion_da.smc.base import load_blackjax
+
 LogPrior = Callable[[Float[Array, " d"]], Float[Array, ""]]
 LogEvidence = Callable[[PRNGKeyArray, Float[Array, " d"]], tuple[Float[Array, ""], PyTree]]
 
@@ -78,6 +80,7 @@ def init(
 
 def at(position: Position) -> Any:
     """State of a chain at a position that has been evaluated, a `blackjax.mcmc.random_walk.RWState`."""
+    load_blackjax()
     from blackjax.mcmc.random_walk import RWState
 
     return RWState(position, _log_density(position))
@@ -94,6 +97,7 @@ def build_kernel(log_prior_fn: LogPrior, log_evidence_fn: LogEvidence) -> Callab
         kernel(rng_key, state, factor) -> (`RWState`, `RWInfo`). The factor F, shape (d, d), gives the covariance F F^T
         of the steps. Each step runs the filter once.
     """
+    load_blackjax()
     from blackjax.mcmc.random_walk import build_rmh
 
     step = build_rmh()
@@ -117,6 +121,7 @@ def as_top_level_api(log_prior_fn: LogPrior, log_evidence_fn: LogEvidence, facto
         log_evidence_fn: (rng_key, parameters) -> (log p^(y | theta), record).
         factor: F, where F F^T is the covariance of the steps.
     """
+    load_blackjax()
     from blackjax.base import SamplingAlgorithm
 
     kernel = build_kernel(log_prior_fn, log_evidence_fn)
@@ -148,6 +153,7 @@ class Adaptation(NamedTuple):
 
 
 def _welford() -> tuple[Any, Any, Any]:
+    load_blackjax()
     from blackjax.adaptation.mass_matrix import welford_algorithm
 
     return welford_algorithm(is_diagonal_matrix=False)

@@ -29,7 +29,14 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
 
 from numpyro_diffusion_da.smc import pmmh
-from numpyro_diffusion_da.smc.base import Resampling, guarded, map_particles, particle_keys, relative_to_highest
+from numpyro_diffusion_da.smc.base import (
+    Resampling,
+    guarded,
+    load_blackjax,
+    map_particles,
+    particle_keys,
+    relative_to_highest,
+)
 
 
 class SMC2State(NamedTuple):
@@ -103,6 +110,7 @@ def build_kernel(
     Returns:
         kernel(rng_key, state, step) -> (SMC2State, SMC2Info).
     """
+    load_blackjax()
     from blackjax.smc.ess import ess as effective_sample_size
 
     resample = guarded(resampling_fn)
