@@ -40,13 +40,3 @@ def test_a_filter_runs_under_all_switches(algorithm):
     plain = run(algorithm)
     with jax.debug_nans(True), jax.checking_leaks(), jax.debug_key_reuse(True), jax.numpy_rank_promotion("raise"):
         np.testing.assert_allclose(run(algorithm), plain, atol=1e-5)
-
-
-def test_a_nan_without_missing_values_is_found():
-    from numpyro_diffusion_da.inference import Compiled
-
-    ours = Compiled(lambda x: jnp.log(x))
-    with jax.debug_nans(True):
-        assert np.isnan(ours(np.array(np.nan, np.float32)))
-        with pytest.raises(FloatingPointError):
-            ours(jnp.array(-1.0))

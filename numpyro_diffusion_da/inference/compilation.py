@@ -7,13 +7,11 @@ become constants of the compiled program: it gets large and slow to compile, and
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 import equinox as eqx
 import jax
-import numpy as np
 from jax.interpreters import partial_eval
 
 from numpyro_diffusion_da.inference.identity import same_operations
@@ -159,20 +157,10 @@ class _Traced:
     def __call__(self, arrays: list[Any]) -> Any:
         """Compute the function of these arrays of its arguments."""
         given = self._consts, self._used(arrays)
-        has_nan = jax.config.jax_debug_nans and _any_nan(given)  # type: ignore[attr-defined]
-        with jax.debug_key_reuse(False), jax.debug_nans(False) if has_nan else contextlib.nullcontext():
+        with jax.debug_key_reuse(False), jax.debug_nans(False):  # NaN marks what is missing
             found = self._run(*given)
         return eqx.combine(jax.tree.unflatten(self._out, found), self._static)
 
     def lower(self, arrays: list[Any]) -> Any:
         """Lower the function for these arrays of its arguments without compiling it."""
         return self._run.lower(self._consts, self._used(arrays))
-
-
-def _any_nan(given: Any) -> bool:
-    """Whether an array has a NaN, such as a missing observation, so that NaN in a result is not an error."""
-    return any(
-        bool(np.any(np.isnan(np.asarray(array))))
-        for array in jax.tree.leaves(given)
-        if not isinstance(array, jax.core.Tracer) and jax.numpy.issubdtype(array.dtype, jax.numpy.inexact)
-    )
