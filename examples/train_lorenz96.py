@@ -35,7 +35,7 @@ from rich.table import Table
 
 from numpyro_diffusion_da.demos import cli
 from numpyro_diffusion_da.demos import lorenz96_system as lorenz96
-from numpyro_diffusion_da.diffusion import KarrasSchedule, Sampler
+from numpyro_diffusion_da.diffusion import DPMSolverPP2M, KarrasSchedule, Sampler
 from numpyro_diffusion_da.fields import Layout
 from numpyro_diffusion_da.priors import (
     RingEmulator,
@@ -181,7 +181,7 @@ def rms(values: jax.Array) -> jax.Array:
 
 def emulator_draw(emulator: RingEmulator, num_levels: int = 16) -> Transition:
     """Transition of the emulator with the default sampler and a given number of noise levels."""
-    sampler = Sampler(schedule=KarrasSchedule(num_levels))
+    sampler = Sampler(DPMSolverPP2M(), KarrasSchedule(num_levels))
 
     def one(rng_key: jax.Array, x: jax.Array) -> jax.Array:
         return DiffusionDynamics(emulator, emulator.condition(x), sampler).draw(rng_key)[0]

@@ -56,18 +56,19 @@ def test_shapes_and_diagnostics(reference):
     assert not result.observed_mask["y"][2, 0]
     assert np.all(result.log_likelihood["y"][:, :, 2, 0] == 0)
     assert np.all((result.sample_stats["tempering"] > 0) & (result.sample_stats["tempering"] <= 1))
-    # Dirac: one pass. Guided draw, 16 levels: one forward and, for two observations, two vjps each. Background: one of
-    # each at up to 16 particles.
+    # Dirac: one pass. Guided draw, 16 levels: one forward and, for two observations, at most two vjps each. Background:
+    # one of each at up to 16 particles.
     assert np.all(result.network_passes["forward"] == 17 + 1)
-    assert np.all(result.network_passes["vjp"] == 32 + 1)
+    assert np.all((result.network_passes["vjp"] > 1) & (result.network_passes["vjp"] <= 32 + 1))
     for needed in ("prior", "prior_checksum", "seed", "num_particles"):
         assert needed in result.attributes
     # Defaults are written out, so that a run can be repeated when they have changed.
     assert result.attributes["weight"] == "Dirac()"
-    assert result.attributes["guidance"] == "MMPS(solver=KrylovSolve(products=2, warm_start=True), noise=None)"
-    assert result.attributes["sampler"].startswith(
-        "Sampler(step=DPMSolverPP2M(), schedule=KarrasSchedule(num_levels=16"
+    assert result.attributes["guidance"] == (
+        "MMPS(solver=KrylovSolve(products=None, warm_start=True, tolerance=0.03, max_products=32), noise=None)"
     )
+    assert result.attributes["sampler"].startswith("Sampler(step=UniPC(), schedule=GeometricSchedule(factor=1.75")
+    assert 0 < result.attributes["sampler_variance_error"] < 0.03
 
 
 def test_second_step_and_second_run_compile_nothing(program, compiled):

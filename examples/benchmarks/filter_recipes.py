@@ -38,15 +38,19 @@ def products(number: int) -> ndda.MMPS:
 
 
 RECIPES = {
-    "48 levels, 4 products": Recipe(ndda.Sampler(schedule=ndda.KarrasSchedule(48)), products(4)),
-    "library default": Recipe(ndda.Sampler(), ndda.MMPS()),
-    "13 levels to 0.04": Recipe(ndda.Sampler(schedule=ndda.KarrasSchedule(13, 20.0, 0.04)), ndda.MMPS()),
+    "48 levels, 4 products": Recipe(ndda.Sampler(ndda.DPMSolverPP2M(), ndda.KarrasSchedule(48)), products(4)),
+    "library default": Recipe(ndda.Sampler.cheap(), ndda.MMPS.cheap()),
+    "13 levels to 0.04": Recipe(
+        ndda.Sampler(ndda.DPMSolverPP2M(), ndda.KarrasSchedule(13, 20.0, 0.04)), ndda.MMPS.cheap()
+    ),
     "13 levels, 1 product at the ends": Recipe(
-        ndda.Sampler(schedule=ndda.KarrasSchedule(13, 20.0, 0.04)),
+        ndda.Sampler(ndda.DPMSolverPP2M(), ndda.KarrasSchedule(13, 20.0, 0.04)),
         ndda.diffusion.Piecewise((products(1), products(2), products(1)), (40.0, 0.2)),
     ),
-    "13 levels, 1 product": Recipe(ndda.Sampler(schedule=ndda.KarrasSchedule(13, 20.0, 0.04)), products(1)),
-    "8 levels, 1 product": Recipe(ndda.Sampler(schedule=ndda.KarrasSchedule(8, 20.0, 0.04)), products(1)),
+    "13 levels, 1 product": Recipe(
+        ndda.Sampler(ndda.DPMSolverPP2M(), ndda.KarrasSchedule(13, 20.0, 0.04)), products(1)
+    ),
+    "8 levels, 1 product": Recipe(ndda.Sampler(ndda.DPMSolverPP2M(), ndda.KarrasSchedule(8, 20.0, 0.04)), products(1)),
     "published: Adams-Bashforth 3, 2 Langevin": Recipe(
         ndda.Sampler(
             ndda.diffusion.AdamsBashforth(3),

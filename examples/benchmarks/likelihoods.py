@@ -81,7 +81,7 @@ def guided(
     """Guided draws from the posterior with the prior N(0, covariance), and network passes per draw."""
     d = len(covariance)
     prior = ndda.GaussianPrior(np.eye(d), covariance)
-    step = DiffusionDynamics(prior, prior.condition(jnp.zeros(d)), ndda.Sampler())
+    step = DiffusionDynamics(prior, prior.condition(jnp.zeros(d)), ndda.Sampler.cheap())
     draw = jax.jit(jax.vmap(lambda key: step.conditional_draw(key, likelihood, guidance)))
     x, record = draw(jax.random.split(jax.random.key(1), draws))
     return np.asarray(x, float), int(record.passes.total()[0])
@@ -91,7 +91,7 @@ def one_observation(name: str, draws: int) -> dict[str, Any]:
     """Row of the first table."""
     kind, value = KINDS[name]
     likelihood = likelihood_of(kind, jnp.full(1, value), jnp.eye(1))
-    x, passes = guided(np.eye(1), likelihood, ndda.MMPS(), draws)
+    x, passes = guided(np.eye(1), likelihood, ndda.MMPS.cheap(), draws)
     grid = np.linspace(-9.0, 9.0, 20001)
     logs = np.asarray(jax.vmap(lambda x: likelihood.log_prob(x[None]))(jnp.asarray(grid, jnp.float32)), float)
     weights = np.exp(logs + stats.norm.logpdf(grid))
@@ -128,7 +128,7 @@ def four_observations(name: str, seeds: int, draws: int) -> list[dict[str, Any]]
         value = jnp.asarray(kind(jnp.asarray(look @ truth)).sample(jax.random.key(seed)), jnp.float32)
         likelihood = likelihood_of(kind, value, jnp.asarray(look))
         step = GaussianDynamics(jnp.zeros(8), jnp.asarray(root))
-        close = jax.jit(jax.vmap(lambda key, s=step, li=likelihood: s.conditional_draw(key, li, ndda.MMPS())[0]))
+        close = jax.jit(jax.vmap(lambda key, s=step, li=likelihood: s.conditional_draw(key, li, ndda.MMPS.cheap())[0]))
         near = np.asarray(close(jax.random.split(jax.random.key(2), 20_000)), float)
         wide = np.linalg.cholesky(1.7 * np.cov(near.T))
         noise = np.random.default_rng(seed).standard_t(5, size=(8, 100_000))
@@ -167,7 +167,9 @@ def program(kind: Kind, diffusion: bool) -> Callable[[jax.Array], None]:
     def model(y: jax.Array) -> None:
         def step(x: jax.Array, y_t: jax.Array) -> tuple[jax.Array, None]:
             moved = dist.MultivariateNormal(jnp.asarray(rotation) @ x, jnp.asarray(covariance))
-            x = numpyro.sample("x", ndda.DiffusionTransition(prior, x) if diffusion else moved)
+            x = numpyro.sample(
+                "x", ndda.DiffusionTransition(prior, x, sampler=ndda.Sampler.cheap()) if diffusion else moved
+            )
             numpyro.sample("y", kind(x).to_event(1), obs=y_t)
             return x, None
 
@@ -182,9 +184,9 @@ def filters(name: str, seeds: int, particles: int, reference: int, steps: int) -
     diffusion, closed = program(kind, True), program(kind, False)
     compared = {
         "bootstrap": ndda.Bootstrap(diffusion),
-        "guided, equal weights": ndda.FAAPF(diffusion, weight=ndda.Equal()),
-        "FA-APF, Dirac + tempering": ndda.FAAPF(diffusion),
-        "FA-APF, Moment": ndda.FAAPF(diffusion, weight=ndda.Moment(), target_ess=0.0),
+        "guided, equal weights": ndda.FAAPF(diffusion, weight=ndda.Equal(), guidance=ndda.MMPS.cheap()),
+        "FA-APF, Dirac + tempering": ndda.FAAPF(diffusion, guidance=ndda.MMPS.cheap()),
+        "FA-APF, Moment": ndda.FAAPF(diffusion, weight=ndda.Moment(), target_ess=0.0, guidance=ndda.MMPS.cheap()),
         "GuidedPF": ndda.GuidedPF(diffusion),
         "FA-APF, Moment, closed form": ndda.FAAPF(closed, target_ess=0.0),
     }

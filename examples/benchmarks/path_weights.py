@@ -51,7 +51,7 @@ STEPS: dict[str, ndda.diffusion.StochasticStep] = {
 GUIDANCE = {
     "exact": ndda.MMPS(ndda.diffusion.DirectSolve()),
     "4 products": ndda.MMPS(ndda.diffusion.KrylovSolve(4)),
-    "2 products": ndda.MMPS(),
+    "2 products": ndda.MMPS.cheap(),
 }
 GIRSANOV = "exact, Girsanov"
 
@@ -273,10 +273,10 @@ def kalman(y: np.ndarray, a: np.ndarray, q: np.ndarray, initial: np.ndarray, err
 
 FILTERS: dict[str, Callable[[Any], ndda.filters.FilterAlgorithm]] = {
     "GuidedPF": ndda.GuidedPF,
-    "GuidedPF, 2 products": lambda model: ndda.GuidedPF(model, guidance=ndda.MMPS()),
+    "GuidedPF, 2 products": lambda model: ndda.GuidedPF(model, guidance=ndda.MMPS.cheap()),
     "Bootstrap": lambda model: ndda.Bootstrap(model, sampler=PATH_SAMPLER),
-    "FAAPF, Moment": lambda model: ndda.FAAPF(model, weight=ndda.Moment(), target_ess=0.0),
-    "FAAPF, Dirac": lambda model: ndda.FAAPF(model, weight=ndda.Dirac(), target_ess=0.0),
+    "FAAPF, Moment": lambda model: ndda.FAAPF(model, weight=ndda.Moment(), target_ess=0.0, guidance=ndda.MMPS.cheap()),
+    "FAAPF, Dirac": lambda model: ndda.FAAPF(model, weight=ndda.Dirac(), target_ess=0.0, guidance=ndda.MMPS.cheap()),
 }
 
 
@@ -296,7 +296,9 @@ def filter_rows(
 
             def step(x: Any, y_t: Any) -> Any:
                 closed = dist.MultivariateNormal(jnp.asarray(a) @ x, scale_tril=jnp.asarray(root))
-                x = numpyro.sample("x", ndda.DiffusionTransition(prior, x) if diffusion else closed)
+                x = numpyro.sample(
+                    "x", ndda.DiffusionTransition(prior, x, sampler=ndda.Sampler.cheap()) if diffusion else closed
+                )
                 numpyro.sample("y", dist.Normal(x[::2], error).to_event(1), obs=y_t)
                 return x, None
 

@@ -223,7 +223,7 @@ def sampler_rows(ring: Ring) -> list[dict[str, Any]]:
         ("DPM-Solver++(2S)", ndda.Sampler(ndda.diffusion.DPMSolverPP2S(), edm(12))),
         ("Heun", ndda.Sampler(ndda.diffusion.Heun(), edm(12))),
         ("DDIM, deterministic", ndda.Sampler(ndda.diffusion.DDIM(), edm(32))),
-        ("library default: DPM-Solver++(2M)", ndda.Sampler(schedule=default)),
+        ("library default: DPM-Solver++(2M)", ndda.Sampler(ndda.DPMSolverPP2M(), default)),
     ]
     rows = []
     for name, sampler in entries:
@@ -338,7 +338,7 @@ def guidance_rows(points: int, paths: int, reference_levels: int) -> list[dict[s
     for name, schedule, guidance in entries:
         row: dict[str, Any] = {"guidance": name, "noise levels": describe(schedule), "passes": 0}
         for column, ring in rings.items():
-            error, memory = path_error(ring, ndda.Sampler(schedule=schedule), guidance, exact[column])
+            error, memory = path_error(ring, ndda.Sampler(ndda.DPMSolverPP2M(), schedule), guidance, exact[column])
             row["passes"] = int(memory.passes.total()[0])
             row[column] = error
         rows.append(row)

@@ -145,14 +145,14 @@ def lorenz96(lags: list[int | None], truths: int, cycles: int, particles: int, c
         x0 = numpyro.sample("x0", prior.climatology())
 
         def step(x: jax.Array, y_t: jax.Array) -> tuple[jax.Array, None]:
-            x = numpyro.sample("x", ndda.DiffusionTransition(prior, x))
+            x = numpyro.sample("x", ndda.DiffusionTransition(prior, x, sampler=ndda.Sampler.cheap()))
             error = twin.error_variance**0.5
             numpyro.sample("y", dist.Normal(x[:: twin.every], error).to_event(1), obs=y_t)
             return x, None
 
         scan(step, x0, y)
 
-    filter_ = ndda.Filter(ndda.FAAPF(model), num_particles=particles, progress_bar=False)
+    filter_ = ndda.Filter(ndda.FAAPF(model, guidance=ndda.MMPS.cheap()), num_particles=particles, progress_bar=False)
     scored = slice(SPIN_UP, cycles - BEFORE_END)
     found = []
     for truth in track(range(truths), "Lorenz-96", console=console, transient=True):

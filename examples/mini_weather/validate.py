@@ -28,7 +28,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from numpyro_diffusion_da.diffusion import KarrasSchedule, Sampler
+from numpyro_diffusion_da.diffusion import DPMSolverPP2M, KarrasSchedule, Sampler
 from numpyro_diffusion_da.observation import channel_names
 from numpyro_diffusion_da.priors import SphericalEmulator, read_spherical_emulator
 from numpyro_diffusion_da.transition import DiffusionDynamics
@@ -195,7 +195,7 @@ def main(
 ) -> None:
     """Measure the skill of the emulator, print it and write it to a file."""
     emulator = read_spherical_emulator(emulator_folder, NAME)
-    h, sampler = emulator.noise.harmonics, Sampler(schedule=KarrasSchedule(levels))
+    h, sampler = emulator.noise.harmonics, Sampler(DPMSolverPP2M(), KarrasSchedule(levels))
     truth = np.concatenate(list(data.shards(data_folder, split)), axis=1)
 
     def draw(rng_key: jax.Array, x: jax.Array) -> jax.Array:

@@ -51,7 +51,7 @@ COLUMNS = {
 }
 """Headings of the scores in the table."""
 
-SAMPLER = ndda.Sampler(schedule=ndda.KarrasSchedule(8, rho=20.0, lowest=0.1))
+SAMPLER = ndda.Sampler(ndda.DPMSolverPP2M(), ndda.KarrasSchedule(8, rho=20.0, lowest=0.1))
 """Sampler for observation errors near the one-step spread; docs/mini_weather.md has its error."""
 
 GUIDED_ERRORS = 1.6
@@ -165,9 +165,15 @@ class WeatherExperiment:
         taper = self.taper(prior, 2500.0)
         return {
             FREE: ndda.Bootstrap(plain),  # gets no observations, so that all weights are equal and it forecasts
-            GUIDED: ndda.FAAPF(guided, weight=ndda.Equal()),
-            GLOBAL: ndda.FAAPF(guided),
-            MAIN: ndda.FAAPF(guided, weight=ndda.Dirac(), target_ess=self.target_ess, taper=taper),
+            GUIDED: ndda.FAAPF(guided, weight=ndda.Equal(), guidance=ndda.MMPS.cheap()),
+            GLOBAL: ndda.FAAPF(guided, guidance=ndda.MMPS.cheap()),
+            MAIN: ndda.FAAPF(
+                guided,
+                weight=ndda.Dirac(),
+                target_ess=self.target_ess,
+                guidance=ndda.MMPS.cheap(),
+                taper=taper,
+            ),
             ENKF: ndda.EnKF(plain, taper=taper, inflation=(ndda.RTPS(0.5),)),
         }
 

@@ -93,7 +93,7 @@ class TwinExperiment:
             x0 = numpyro.sample("x0", prior.climatology())
 
             def step(x: Array, y_t: Array) -> tuple[Array, None]:
-                x = numpyro.sample("x", ndda.DiffusionTransition(prior, x))
+                x = numpyro.sample("x", ndda.DiffusionTransition(prior, x, sampler=ndda.Sampler.cheap()))
                 error = np.sqrt(self.error_variance)
                 numpyro.sample("y", dist.Normal(x[:: self.every], error).to_event(1), obs=y_t)
                 return x, None
@@ -106,7 +106,8 @@ class TwinExperiment:
         """FA-APF with localized resampling; settings were tuned by examples/benchmarks/local_ancestors.py."""
         taper = ndda.Taper(5.0, ndda.Ring(sites), {"y": np.arange(0, sites, self.every)}, state=np.arange(sites))
         # Errors of the emulator are nearly independent between sites, so one product with random signs is enough.
-        return ndda.FAAPF(model, weight=ndda.Moment(noise_level=10.0, probes=1), target_ess=0.1, taper=taper)
+        weight, guidance = ndda.Moment(noise_level=10.0, probes=1), ndda.MMPS.cheap()
+        return ndda.FAAPF(model, weight=weight, target_ess=0.1, guidance=guidance, taper=taper)
 
     def true_program(self, start: dist.Distribution) -> Callable[[Array], None]:
         """State-space model with the true dynamics as transition."""
@@ -215,8 +216,8 @@ def run_twin(
     filters = {
         FREE: blind,  # gets no observations, so that all weights are equal and it forecasts
         BOOTSTRAP: blind,
-        GUIDED: make(ndda.FAAPF(program, weight=ndda.Equal())),
-        GLOBAL: make(ndda.FAAPF(program)),
+        GUIDED: make(ndda.FAAPF(program, weight=ndda.Equal(), guidance=ndda.MMPS.cheap())),
+        GLOBAL: make(ndda.FAAPF(program, guidance=ndda.MMPS.cheap())),
         MAIN: make(experiment.local_filter(program, prior.layout.shape[0])),
         ENKF: make(ndda.EnKF(experiment.true_program(climate))),
     }

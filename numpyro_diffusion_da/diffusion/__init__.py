@@ -18,7 +18,7 @@ from numpyro_diffusion_da.diffusion.linear_solve import (
 from numpyro_diffusion_da.diffusion.noise import FactorNoise, Noise, WhiteNoise
 from numpyro_diffusion_da.diffusion.prior import Conditioning, DiffusionPrior
 from numpyro_diffusion_da.diffusion.sampler import Churn, LangevinCorrector, Sampler
-from numpyro_diffusion_da.diffusion.schedule import KarrasSchedule, Schedule
+from numpyro_diffusion_da.diffusion.schedule import GeometricSchedule, KarrasSchedule, Schedule
 from numpyro_diffusion_da.diffusion.spherical_noise import SphericalNoise
 from numpyro_diffusion_da.diffusion.steps import (
     DDIM,
@@ -30,6 +30,7 @@ from numpyro_diffusion_da.diffusion.steps import (
     Step,
     StepInputs,
     StochasticStep,
+    UniPC,
 )
 
 __all__ = [
@@ -49,6 +50,7 @@ __all__ = [
     "Directions",
     "ExactTrace",
     "FactorNoise",
+    "GeometricSchedule",
     "Guidance",
     "GuidanceDirections",
     "GuidanceState",
@@ -77,6 +79,7 @@ __all__ = [
     "StochasticStep",
     "Trace",
     "Unguided",
+    "UniPC",
     "WhiteNoise",
     "relative_residual",
 ]

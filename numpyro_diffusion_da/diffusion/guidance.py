@@ -121,6 +121,11 @@ class MMPS(Guidance):
     solver: LinearSolver = KrylovSolve()
     noise: Noise | None = None
 
+    @staticmethod
+    def cheap() -> MMPS:
+        """Return the earlier default: two products of the solver at every noise level, whether or not they suffice."""
+        return MMPS(KrylovSolve(products=2))
+
     def __check_init__(self) -> None:
         require(self.solver, LinearSolver, self, "solver", "ndda.diffusion.KrylovSolve(products=2)")
         if self.noise is not None:

@@ -162,73 +162,138 @@ class DirectSolve(LinearSolver):
 
 
 class KrylovSolve(LinearSolver):
-    """Galerkin solver with a fixed number of products, on a basis of the last answer and then the residuals.
+    r"""Galerkin solver on a basis of the last answer and then the residuals, stopped by the residual.
 
     From a zero start, and for a symmetric positive definite I + B, this is the method of conjugate gradients (in exact
     arithmetic).
 
+    By default it makes as many products as the system needs: it stops if the root mean square of the residual outside
+    the basis is at most `tolerance`, or 1e-5 of that of r, and never makes more products than there are unknowns. The
+    residual is in units of the observation errors, so a far observation is solved as accurately as a near one. The part
+    of the residual inside the basis is not counted, because for a non-symmetric B no further product removes it. The
+    reported residual is then relative to |r| or, if that is larger, to the observation errors: a residual that is small
+    against these needs no solve. Elements of r that are exactly 0 (missing observations) do not count.
+
+    `KrylovSolve(products=2)` makes two products at every level. With a warm start this loses little where observations
+    are few, or weak (docs/method.md, the ring-64 table).
+
     Args:
-        products: number of products per solve, hence of network passes. With a warm start, two lose little
-            (docs/method.md, the ring-64 table).
+        products: number of products per solve, hence of network passes; None for as many as the system needs.
         warm_start: whether the first direction is the answer at the noise level before. It is a direction only. A solve
-            with one product starts from the residual instead, because it has no other direction.
+            with `products=1` starts from the residual instead, because it has no other direction.
+        tolerance: root mean square of the residual at which to stop, in units of the observation errors; for
+            `products=None` only.
+        max_products: largest number of products per solve for `products=None`; memory for as many latents is kept.
 
     Raises:
-        ValueError: `products` is less than 1.
+        ValueError: `products` or `max_products` is less than 1, or `tolerance` is not positive.
     """
 
-    products: int = eqx.field(static=True, default=2)
+    products: int | None = eqx.field(static=True, default=None)
     warm_start: bool = eqx.field(static=True, default=True)
+    tolerance: float = eqx.field(static=True, default=0.03)
+    max_products: int = eqx.field(static=True, default=32)
 
     def __check_init__(self) -> None:
-        if self.products < 1:
-            raise ValueError(f"KrylovSolve got products={self.products}; give 1 or more.")
+        if self.products is not None and self.products < 1:
+            raise ValueError(
+                f"KrylovSolve got products={self.products}; give 1 or more, or None for as many as the system needs."
+            )
+        if self.max_products < 1:
+            raise ValueError(f"KrylovSolve got max_products={self.max_products}; give 1 or more.")
+        if not self.tolerance > 0:
+            raise ValueError(f"KrylovSolve got tolerance={self.tolerance}; give a positive number.")
 
     def init(self, size: int, dtype: jnp.dtype) -> PyTree:
         """Return the first warm start: zeros in place of an answer at the noise level before."""
         return jnp.zeros((size,), dtype)
 
     def __call__(self, product: Product, rhs: Float[Array, " m"], warm_start: PyTree) -> tuple[Solution, PyTree]:
-        """Solve one system with `products` products, and return the solution with its answer as the next warm start."""
-        m, k = len(rhs), min(self.products, len(rhs))
+        """Solve one system, and return the solution with its answer as the next warm start."""
+        m, k = len(rhs), min(self.max_products if self.products is None else self.products, len(rhs))
         # Arrays for the k directions and their products, filled row by row.
         image_shape = jax.eval_shape(product, rhs)[1]
-        basis = jnp.zeros((k, m), rhs.dtype)
-        columns = jnp.zeros((k, m), rhs.dtype)
-        images = jnp.zeros((k, *image_shape.shape), image_shape.dtype)
         first = jnp.where(jnp.any(warm_start != 0), warm_start, rhs) if self.warm_start and k > 1 else rhs
+        start = _Basis(
+            jnp.asarray(0),
+            jnp.zeros((k, m), rhs.dtype),
+            jnp.zeros((k, m), rhs.dtype),
+            jnp.zeros((k, *image_shape.shape), image_shape.dtype),
+            jnp.zeros((k,), rhs.dtype),
+            first,
+            jnp.linalg.norm(rhs),
+        )
 
-        def extend(i: Array, carry: tuple[Array, ...]) -> tuple[Array, ...]:
-            basis, columns, images, coefficients = carry
-            # Next direction: the warm start, then the residual of the answer so far.
-            direction = jnp.where(i == 0, first, rhs - coefficients @ columns)
-            # Orthogonalize against the basis. Once is not enough for a non-symmetric B; twice is (Kahan).
-            before = jnp.linalg.norm(direction)
-            for _ in range(2):
-                direction = direction - (basis @ direction) @ basis
+        def extend(at: _Basis) -> _Basis:
+            before = jnp.linalg.norm(at.direction)
+            direction = _orthogonalized(at.direction, at.basis)
             size = jnp.linalg.norm(direction)
             # After convergence only rounding errors are left. A zero direction then leaves the answer unchanged.
             useful = size > 1e-6 * before
             direction = jnp.where(useful, direction / jnp.where(useful, size, 1.0), 0.0)
             # The one product of this iteration, which costs a network pass.
             column, image = product(direction)
-            basis, columns, images = basis.at[i].set(direction), columns.at[i].set(column), images.at[i].set(image)
+            basis, columns = at.basis.at[at.made].set(direction), at.columns.at[at.made].set(column)
             # Solve on the basis. Rows not yet used are zero: lifting gives them eigenvalue 1 and so coefficient 0.
             coefficients = projected_solve(basis @ columns.T, basis @ rhs)
-            return basis, columns, images, coefficients
+            # The next direction is the residual of the answer so far.
+            residual = rhs - coefficients @ columns
+            outside = jnp.linalg.norm(_orthogonalized(residual, basis))
+            images = at.images.at[at.made].set(image)
+            return _Basis(at.made + 1, basis, columns, images, coefficients, residual, outside)
 
-        basis, columns, images, coefficients = jax.lax.fori_loop(
-            0, k, extend, (basis, columns, images, jnp.zeros((k,), rhs.dtype))
-        )
+        errors = jnp.sqrt(jnp.sum(rhs != 0).astype(rhs.dtype))
+        if self.products is None:
+            enough = jnp.maximum(self.tolerance * errors, 1e-5 * jnp.linalg.norm(rhs))
+            # Under `vmap` the loop runs until all particles have converged, and leaves those that have as they are.
+            end = jax.lax.while_loop(lambda at: (at.made < k) & (at.outside > enough), extend, start)
+        else:
+            end = jax.lax.fori_loop(0, k, lambda _, at: extend(at), start)
         # The image and the residual of the answer are combinations of products already made.
+        residual = relative_residual(rhs, end.coefficients @ end.columns)
+        if self.products is None:
+            size = jnp.linalg.norm(rhs)
+            residual = residual * size / jnp.maximum(jnp.maximum(size, errors), 1.0)
         solution = Solution(
-            coefficients @ basis,
-            jnp.tensordot(coefficients, images, 1),
-            relative_residual(rhs, coefficients @ columns),
-            jnp.asarray(k),
-            Directions(basis, columns, images),
+            end.coefficients @ end.basis,
+            jnp.tensordot(end.coefficients, end.images, 1),
+            residual,
+            end.made,
+            Directions(end.basis, end.columns, end.images),
         )
         return solution, solution.answer
+
+
+class _Basis(NamedTuple):
+    """State of `KrylovSolve`: the directions so far and the answer on them.
+
+    Attributes:
+        made: number of directions, and so of products.
+        basis: orthonormal directions, zero where not yet used, shape (k, m).
+        columns: products with the directions, shape (k, m).
+        images: images of the directions, leading axis k.
+        coefficients: answer along the directions, shape (k,).
+        direction: next direction, not yet orthogonal to the basis, shape (m,).
+        outside: norm of the residual outside the basis.
+    """
+
+    made: Int[Array, ""]
+    basis: Float[Array, "k m"]
+    columns: Float[Array, "k m"]
+    images: Float[Array, "k ..."]
+    coefficients: Float[Array, " k"]
+    direction: Float[Array, " m"]
+    outside: Float[Array, ""]
+
+
+def _orthogonalized(direction: Float[Array, " m"], basis: Float[Array, "k m"]) -> Float[Array, " m"]:
+    """Return the part of a direction that is orthogonal to the basis.
+
+    Once is not enough for a non-symmetric B; twice is (Kahan).
+    """
+    for _ in range(2):
+        direction = direction - (basis @ direction) @ basis
+    return direction
 
 
 class RowSumSolve(LinearSolver):

@@ -76,3 +76,39 @@ class KarrasSchedule(Schedule):
         """
         lowest, highest = range_of_levels(self.lowest, self.highest, noise_range)
         return np.linspace(highest ** (1 / self.rho), lowest ** (1 / self.rho), self.num_levels) ** self.rho
+
+
+class GeometricSchedule(Schedule):
+    """Noise levels in geometric progression, as many as keep the ratio of consecutive levels at most `factor`.
+
+    Such a schedule resolves narrow and wide modes of a distribution alike. Its number of levels grows with the range:
+    with the default factor there are 16 from 80 down to 0.02, and 20 from 80 down to 0.002.
+
+    Args:
+        factor: largest ratio of consecutive levels, above 1.
+        lowest: smallest noise level; None takes the prior's.
+        highest: largest noise level; None takes the prior's.
+
+    Raises:
+        ValueError: `factor` is not above 1.
+    """
+
+    factor: float = eqx.field(static=True, default=1.75)
+    lowest: float | None = eqx.field(static=True, default=None)
+    highest: float | None = eqx.field(static=True, default=None)
+
+    def __check_init__(self) -> None:
+        if not self.factor > 1:
+            raise ValueError(
+                f"GeometricSchedule got factor={self.factor}; give a number above 1 (the default is 1.75)."
+            )
+
+    def levels(self, noise_range: tuple[float, float]) -> np.ndarray:
+        """Return the noise levels, highest first, for a prior with this (lowest, highest) range.
+
+        Raises:
+            ValueError: the range is not 0 < lowest < highest.
+        """
+        lowest, highest = range_of_levels(self.lowest, self.highest, noise_range)
+        steps = int(np.ceil(np.log(highest / lowest) / np.log(self.factor) - 1e-9))
+        return np.geomspace(highest, lowest, max(steps, 1) + 1)

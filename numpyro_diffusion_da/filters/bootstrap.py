@@ -17,7 +17,7 @@ from numpyro_diffusion_da.diffusion.steps import Step
 from numpyro_diffusion_da.filters.background import Drawn, Screen, background_of_draws, screened
 from numpyro_diffusion_da.filters.base import FilterAlgorithm, Proposal
 from numpyro_diffusion_da.filters.checks import check_resampling, set_sampler, set_target_ess
-from numpyro_diffusion_da.filters.settings import resampling_setting, sampler_setting
+from numpyro_diffusion_da.filters.settings import resampling_setting, sampler_settings
 from numpyro_diffusion_da.program.scan import TimeInputs
 from numpyro_diffusion_da.program.state_space import StateSpaceModel
 from numpyro_diffusion_da.smc import bootstrap
@@ -101,6 +101,6 @@ class Bootstrap(FilterAlgorithm):
         return {
             "algorithm": "Bootstrap",
             "target_ess": self.target_ess,
-            "sampler": sampler_setting(self.sampler, program),
+            **sampler_settings(self.sampler, program),
             "resampling": resampling_setting(self.resampling),
         }

@@ -17,7 +17,7 @@ from numpyro_diffusion_da.filters.background import Drawn, Screen, background_of
 from numpyro_diffusion_da.filters.base import FilterAlgorithm, Proposal
 from numpyro_diffusion_da.filters.checks import check_taper, set_sampler
 from numpyro_diffusion_da.filters.placement import carried_along, place_taper
-from numpyro_diffusion_da.filters.settings import in_full, inflation_setting, sampler_setting, taper_setting
+from numpyro_diffusion_da.filters.settings import in_full, inflation_setting, sampler_settings, taper_setting
 from numpyro_diffusion_da.program.scan import TimeInputs
 from numpyro_diffusion_da.program.state_space import StateSpaceModel
 from numpyro_diffusion_da.smc import enkf
@@ -121,7 +121,7 @@ class EnKF(FilterAlgorithm):
             "update": in_full(self.update),
             "inflation": inflation_setting(self.inflation),
             "taper": taper_setting(self.taper),
-            "sampler": sampler_setting(self.sampler, program),
+            **sampler_settings(self.sampler, program),
         }
 
 

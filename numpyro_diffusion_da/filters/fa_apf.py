@@ -22,7 +22,7 @@ from numpyro_diffusion_da.filters.settings import (
     in_full,
     inflation_setting,
     resampling_setting,
-    sampler_setting,
+    sampler_settings,
     taper_setting,
 )
 from numpyro_diffusion_da.program.scan import TimeInputs
@@ -243,7 +243,7 @@ class FAAPF(FilterAlgorithm):
             "target_ess": self.target_ess,
             "tempering": in_full(self.tempering),
             "guidance": in_full(self.guidance),
-            "sampler": sampler_setting(self.sampler, program),
+            **sampler_settings(self.sampler, program),
             "resampling": resampling_setting(self.resampling),
             "taper": taper_setting(self.taper),
             "block_radius": self.block_radius,

@@ -18,7 +18,7 @@ from numpyro_diffusion_da.diffusion.steps import SDEDPMSolverPP2M, Step
 from numpyro_diffusion_da.filters.background import Screen, background_key, background_of_transition
 from numpyro_diffusion_da.filters.base import FilterAlgorithm, Proposal
 from numpyro_diffusion_da.filters.checks import check_resampling, set_sampler, set_target_ess
-from numpyro_diffusion_da.filters.settings import in_full, resampling_setting, sampler_setting
+from numpyro_diffusion_da.filters.settings import in_full, resampling_setting, sampler_settings
 from numpyro_diffusion_da.program.scan import TimeInputs
 from numpyro_diffusion_da.program.state_space import StateSpaceModel
 from numpyro_diffusion_da.smc import guided_pf
@@ -114,6 +114,6 @@ class GuidedPF(FilterAlgorithm):
             "algorithm": "GuidedPF",
             "target_ess": self.target_ess,
             "guidance": in_full(self.guidance),
-            "sampler": sampler_setting(self._sampler(program), program),
+            **sampler_settings(self._sampler(program), program),
             "resampling": resampling_setting(self.resampling),
         }

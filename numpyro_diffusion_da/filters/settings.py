@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Any
 
 import equinox as eqx
+import numpy as np
 
-from numpyro_diffusion_da.diffusion.sampler import Sampler
+from numpyro_diffusion_da.diffusion.sampler import DEFAULT_VARIANCE_ERROR, Sampler, as_sampler
 from numpyro_diffusion_da.diffusion.steps import Step
 from numpyro_diffusion_da.program.state_space import StateSpaceModel
 from numpyro_diffusion_da.smc.base import (
@@ -27,6 +29,40 @@ def in_full(value: Any) -> str:
         return repr(value)
     settings = ", ".join(f"{f.name}={in_full(getattr(value, f.name))}" for f in dataclasses.fields(value) if f.init)
     return f"{type(value).__name__}({settings})"
+
+
+def sampler_settings(sampler: Sampler | Step | None, program: StateSpaceModel) -> dict[str, str | float]:
+    """Return the attributes of a result that describe the sampler of a filter.
+
+    Args:
+        sampler: sampler of the filter; None for the transition's own.
+        program: state-space model of the filter.
+
+    Returns:
+        `sampler`, its text; and `sampler_variance_error`, the largest relative error of the variance of a Gaussian mode
+        (`Sampler.variance_error`), if the sampler is deterministic.
+    """
+    found: dict[str, str | float] = {"sampler": sampler_setting(sampler, program)}
+    transition = program.structure.diffusion
+    if transition is not None:
+        used = transition.sampler if sampler is None else as_sampler(sampler, "sampler")
+        noise_range = tuple(transition.prior.noise_range)
+        try:
+            error = _variance_error(used, noise_range)
+        except TypeError:  # a sampler with a step or a schedule that holds arrays has no hash
+            error = _variance_error.__wrapped__(used, noise_range)
+        if error is not None:
+            found["sampler_variance_error"] = error
+    return found
+
+
+@functools.lru_cache(maxsize=64)
+def _variance_error(sampler: Sampler, noise_range: tuple[float, float]) -> float | None:
+    """Return the largest relative error of the variance of a mode, rounded up to a thousandth."""
+    if repr(sampler) == repr(Sampler()):
+        return DEFAULT_VARIANCE_ERROR  # for any range of noise levels, so that a run with the default computes nothing
+    error = sampler.variance_error(noise_range)
+    return None if error is None else float(np.ceil(1e3 * error[0]) / 1e3)
 
 
 def sampler_setting(sampler: Sampler | Step | None, program: StateSpaceModel) -> str:

@@ -40,7 +40,9 @@ class GaussianPrior(DiffusionPrior):
         noise_covariance: covariance C of the diffusion noise in the latent, shape (d, d), symmetric positive
             semi-definite and possibly singular; the identity by default. The range of C must contain the range of Q,
             because the diffusion generates no variance outside the range of C.
-        noise_range: (lowest, highest) noise level, relative to a latent of unit mean variance.
+        noise_range: (lowest, highest) noise level, relative to a latent of unit mean variance; None for 0.02 to 80, and
+            wider if Q has modes, relative to C, with a standard deviation below 0.04 or above 5.3. Modes below 0.002
+            are not resolved.
 
     Attributes:
         noise: diffusion noise N(0, C).
@@ -75,9 +77,10 @@ class GaussianPrior(DiffusionPrior):
         covariance: ArrayLike,
         offset: ArrayLike | None = None,
         noise_covariance: ArrayLike | None = None,
-        noise_range: tuple[float, float] = (2e-2, 80.0),
+        noise_range: tuple[float, float] | None = None,
     ) -> None:
-        require_noise_range(noise_range, self)
+        if noise_range is not None:
+            require_noise_range(noise_range, self)
         a = real_array(transition, self, "transition", "0.9 * np.eye(3)")
         if a.ndim != 2 or a.shape[0] != a.shape[1] or a.size == 0:
             raise ValueError(f"transition has shape {a.shape}; give a square matrix of shape (d, d).")
@@ -110,7 +113,10 @@ class GaussianPrior(DiffusionPrior):
         self.variances = jnp.asarray(np.maximum(variances, 0.0))
         self.from_modes, self.to_modes = jnp.asarray(root @ rotation), jnp.asarray((inverse_root @ rotation).T)
         self.noise = WhiteNoise() if noise_covariance is None else FactorNoise(self.from_modes)
-        self.noise_range = (float(noise_range[0]), float(noise_range[1]))
+        if noise_range is None:
+            self.noise_range = _resolving(variances)
+        else:
+            self.noise_range = (float(noise_range[0]), float(noise_range[1]))
         self.layout = Layout((d,), ("component",))
         self.conditioning_passes = 0
 
@@ -179,3 +185,10 @@ class GaussianPrior(DiffusionPrior):
         upper = np.linalg.qr((vectors * np.sqrt(np.maximum(values, 0.0))).T)[1]
         factor = upper.T * np.where(np.diag(upper) < 0, -1.0, 1.0)
         return dist.MultivariateNormal(jnp.asarray(mean), scale_tril=jnp.asarray(factor))
+
+
+def _resolving(variances: np.ndarray) -> tuple[float, float]:
+    """Return the (lowest, highest) noise level at which the default sampler resolves modes with these variances."""
+    spread = np.sqrt(variances[variances > 1e-8 * np.max(variances, initial=1e-30)])
+    narrowest, widest = (float(spread.min()), float(spread.max())) if len(spread) else (1.0, 1.0)
+    return min(2e-2, max(0.5 * narrowest, 1e-3)), max(80.0, 15.0 * widest)

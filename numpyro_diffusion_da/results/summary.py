@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 LAG = 5
 """Number of steps after which distinct lines are counted, in addition to those of the last step."""
 
+ACCURATE = 0.03
+"""Error of the sampler's variances above which a summary says what to do."""
+
 UNSOLVED = 0.5
 """Relative residual of the linear solve of a guidance above which the summary warns."""
 
@@ -117,7 +120,13 @@ def _filter_table(result: FilterResult) -> Any:
     table.add_row("largest solver residual", "no linear solves" if worst == 0 else f"{worst:.1e}")
     if worst > UNSOLVED:
         table.add_row("", "The solve of the guidance is far from converged: draws may miss accurate observations")
-        table.add_row("", "by several errors. Compare with guidance=ndda.MMPS(ndda.diffusion.KrylovSolve(products=4)).")
+        table.add_row("", "by several errors. Compare with guidance=ndda.MMPS(), which makes more products if needed.")
+    if (off := result.attributes.get("sampler_variance_error")) is not None:
+        table.add_row("sampler's variance error", f"at most {float(off):.1%} for a Gaussian mode")
+        if float(off) > ACCURATE:
+            table.add_row(
+                "", "The default of ndda.Sampler() has at most 3%; give the sampler more levels, or that step."
+            )
     passes = {name: values.mean(dtype=float) for name, values in result.network_passes.items() if np.any(values)}
     each = ", ".join(f"{mean:.4g} {name}" for name, mean in passes.items())
     table.add_row("network passes", f"{each} per particle and step" if passes else "none")

@@ -75,9 +75,9 @@ class DiffusionDynamics(Dynamics):
 
     def _run(self, rng_key: PRNGKeyArray, denoiser: Denoiser) -> tuple[Array, DrawRecord]:
         """Draw a state by reverse diffusion with this denoiser, and return it with its record."""
-        start_key, loop_key = jax.random.split(rng_key)
+        location = self.prior.location(self.conditioning)
         noise, noise_range = self.prior.noise, self.prior.noise_range
-        z, guidance_state = self.sampler(loop_key, denoiser, noise, noise_range, self._start(start_key))
+        z, guidance_state = self.sampler.draw(rng_key, denoiser, noise, noise_range, location.shape, location.dtype)
         return self._to_state(z), self._record(guidance_state)
 
     def draw(self, rng_key: PRNGKeyArray) -> tuple[Float[Array, ...], DrawRecord]:
