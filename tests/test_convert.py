@@ -1,6 +1,7 @@
 import datetime
 import importlib.metadata
 import io
+import re
 
 import jax
 import numpy as np
@@ -550,10 +551,24 @@ def test_summary_of_a_run(filtered, capsys):
         assert words in text
     assert "not an unbiased estimate" in text
     assert "Dirac" in text
+    assert re.search(r"sampler's variance error\s+at most 2.5% for a Gaussian mode", text)
     worst = filtered.result.sample_stats["solver_residual"].max()
     assert f"{worst:.1e}" in text
     total = filtered.result.sample_stats["log_evidence_increment"].sum(1, dtype=float)
     assert f"{total.mean():.2f} (sd {total.std(ddof=1):.2f} over chains)" in text
+
+
+@pytest.mark.parametrize(
+    ("attributes", "said"),
+    [
+        ({"sampler_variance_error": 0.255}, "25.5% .*default, has at most 3%"),
+        ({"sampler_variance_error": 0.41, "unresolved_modes": "0.014 to 1.4, resolved 0.04 to 5.3"},
+         "41.0% .*deviations 0.014 to 1.4, resolved 0.04 to 5.3 .*wider noise_range"),
+    ],
+)  # fmt: skip
+def test_summary_says_what_to_do_about_inaccurate_draws(attributes, said):
+    text = printed(made(attributes={"algorithm": "FAAPF", **attributes}))
+    assert re.search(said, " ".join(text.split()))
 
 
 def test_summary_shows_the_worst_of_a_large_state():

@@ -39,7 +39,7 @@ def products(number: int) -> ndda.MMPS:
 
 RECIPES = {
     "48 levels, 4 products": Recipe(ndda.Sampler(ndda.DPMSolverPP2M(), ndda.KarrasSchedule(48)), products(4)),
-    "library default": Recipe(ndda.Sampler.cheap(), ndda.MMPS.cheap()),
+    "cheap recipe": Recipe(ndda.Sampler.cheap(), ndda.MMPS.cheap()),
     "13 levels to 0.04": Recipe(
         ndda.Sampler(ndda.DPMSolverPP2M(), ndda.KarrasSchedule(13, 20.0, 0.04)), ndda.MMPS.cheap()
     ),

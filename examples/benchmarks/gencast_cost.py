@@ -63,7 +63,7 @@ def published(products: int) -> Recipe:
 RECIPES = {
     "published settings, 6 products": published(6),
     "published settings, 4 products": published(4),
-    "default": Recipe(ndda.Sampler.cheap(), ndda.MMPS.cheap()),
+    "cheap recipe": Recipe(ndda.Sampler.cheap(), ndda.MMPS.cheap()),
 }
 
 

@@ -116,14 +116,15 @@ def filter_step(
     def model(y: jax.Array, frames: jax.Array, forcings: Any) -> None:
         def step(carry: Any, at: Any) -> Any:
             y_t, forcings_t = at
-            x = numpyro.sample("x", ndda.DiffusionTransition(prior, carry, forcings_t))
+            x = numpyro.sample("x", ndda.DiffusionTransition(prior, carry, forcings_t, sampler=ndda.Sampler.cheap()))
             t2m = layout.select(x, "2m_temperature")[rows, columns]
             numpyro.sample("y", dist.Normal(t2m, 1.0).to_event(1), obs=y_t)
             return (carry[1], x), None
 
         scan(step, (frames[0], frames[1]), (y, forcings))
 
-    algorithm = ndda.FAAPF(model)
+    # Two products a level, because the number of passes is then known before the run.
+    algorithm = ndda.FAAPF(model, guidance=ndda.MMPS.cheap())
     program = ndda.program.StateSpaceModel(model, (truth, frames, prior.forcings(times)))
     kernel = Compiled(
         lambda key, state, inputs, given: algorithm.kernel(program.at(*given), batch_size)(key, state, inputs)

@@ -223,7 +223,7 @@ def sampler_rows(ring: Ring) -> list[dict[str, Any]]:
         ("DPM-Solver++(2S)", ndda.Sampler(ndda.diffusion.DPMSolverPP2S(), edm(12))),
         ("Heun", ndda.Sampler(ndda.diffusion.Heun(), edm(12))),
         ("DDIM, deterministic", ndda.Sampler(ndda.diffusion.DDIM(), edm(32))),
-        ("library default: DPM-Solver++(2M)", ndda.Sampler(ndda.DPMSolverPP2M(), default)),
+        ("cheap recipe: DPM-Solver++(2M)", ndda.Sampler(ndda.DPMSolverPP2M(), default)),
     ]
     rows = []
     for name, sampler in entries:
@@ -276,8 +276,8 @@ def solve_rows(ring: Ring, paths: int, reference_levels: int) -> list[dict[str, 
         *[(f"{k} from zero", edm(20), ndda.diffusion.KrylovSolve(k, warm_start=False)) for k in (1, 2, 3)],
         *[(f"{k - 1}, warm-started", edm(20), ndda.diffusion.KrylovSolve(k)) for k in (2, 3)],
         *[("1, warm-started", edm(levels), ndda.diffusion.KrylovSolve(2)) for levels in (16, 24)],
-        ("library default: 1, warm-started", default, ndda.diffusion.KrylovSolve(2)),
-        ("library default, exact", default, ndda.diffusion.DirectSolve()),
+        ("cheap recipe: 1, warm-started", default, ndda.diffusion.KrylovSolve(2)),
+        ("cheap sampler, exact", default, ndda.diffusion.DirectSolve()),
     ]
     rows = []
     for name, schedule, solver in entries:
@@ -314,7 +314,7 @@ def guidance_rows(points: int, paths: int, reference_levels: int) -> list[dict[s
 
     one, two, three = (ndda.MMPS(ndda.diffusion.KrylovSolve(k)) for k in (1, 2, 3))
     entries = [
-        ("library default: MMPS, 2 products", default(), two),
+        ("cheap recipe: MMPS, 2 products", default(), two),
         ("MMPS, 2 products", default(15), two),
         ("MMPS, 2 products", default(14), two),
         ("none above 40", default(), ndda.diffusion.Piecewise((ndda.diffusion.Unguided(), two), (40.0,))),

@@ -234,7 +234,14 @@ def algorithm(treatment: Treatment, bias: float, emulator: bool, amount: Any = N
     else:
         probes = None if wide else 1
         weight = ndda.Moment(noise_level=10.0, probes=probes) if emulator else ndda.Moment()
-        made = ndda.FAAPF(model, weight=weight, taper=taper(5.0), target_ess=0.2 if wide else 0.1, inflation=inflation)
+        made = ndda.FAAPF(
+            model,
+            weight=weight,
+            taper=taper(5.0),
+            target_ess=0.2 if wide else 0.1,
+            inflation=inflation,
+            guidance=ndda.MMPS.cheap(),
+        )
     return made if treatment.threshold is None else ndda.GrossErrorCheck(made, treatment.threshold)
 
 

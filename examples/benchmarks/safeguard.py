@@ -100,7 +100,7 @@ class Case:
 
     def __init__(self, prior: ndda.DiffusionPrior, state: jax.Array, error: float) -> None:
         self.prior, self.conditioning = prior, prior.condition(state)
-        self.step = ndda.DiffusionTransition(prior, state).dynamics()
+        self.step = ndda.DiffusionTransition(prior, state, sampler=ndda.Sampler.cheap()).dynamics()
         self.spread = float(jnp.mean(prior.scale(self.conditioning)))
         self.error = error * self.spread
         self.unguided = jax.jit(jax.vmap(lambda key: self.step.draw(key)[0]))(jax.random.split(jax.random.key(1), 64))

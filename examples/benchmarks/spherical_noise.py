@@ -191,7 +191,7 @@ def sampler_rows(sphere: Sphere) -> list[dict[str, Any]]:
     covariance = (sphere.synthesis * sphere.spectrum) @ sphere.synthesis.T - explained
     prior, rank = sphere.prior, len(sphere.spectrum)
     samplers = {
-        "library default": ndda.Sampler(ndda.DPMSolverPP2M(), ndda.KarrasSchedule(lowest=2e-2, highest=80.0)),
+        "cheap recipe": ndda.Sampler(ndda.DPMSolverPP2M(), ndda.KarrasSchedule(lowest=2e-2, highest=80.0)),
         "Adams-Bashforth 3": ndda.Sampler(ndda.diffusion.AdamsBashforth(3), ndda.KarrasSchedule(32, 6.0, 2e-5, 80.0)),
     }
     rows = []

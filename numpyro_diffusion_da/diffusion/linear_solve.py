@@ -174,6 +174,10 @@ class KrylovSolve(LinearSolver):
     reported residual is then relative to |r| or, if that is larger, to the observation errors: a residual that is small
     against these needs no solve. Elements of r that are exactly 0 (missing observations) do not count.
 
+    Under `jax.vmap` the solver makes products until every element of the batch has converged. An element that has
+    converged keeps its answer, so a draw does not depend on its batch. `Solution.products` is the number made for the
+    batch, which is what ran.
+
     `KrylovSolve(products=2)` makes two products at every level. With a warm start this loses little where observations
     are few, or weak (docs/method.md, the ring-64 table).
 
@@ -258,7 +262,7 @@ class KrylovSolve(LinearSolver):
             end.coefficients @ end.basis,
             jnp.tensordot(end.coefficients, end.images, 1),
             residual,
-            end.made,
+            _largest_of_batch(end.made),
             Directions(end.basis, end.columns, end.images),
         )
         return solution, solution.answer
@@ -284,6 +288,18 @@ class _Basis(NamedTuple):
     coefficients: Float[Array, " k"]
     direction: Float[Array, " m"]
     outside: Float[Array, ""]
+
+
+@jax.custom_batching.custom_vmap
+def _largest_of_batch(count: Int[Array, ""]) -> Int[Array, ""]:
+    """Return the largest of the counts of a batch, for each element of the batch; the count itself without a batch."""
+    return count
+
+
+@_largest_of_batch.def_vmap
+def _largest_over_axis(axis_size: int, in_batched: list[bool], count: Array) -> tuple[Array, bool]:
+    """Reduce one batch axis of `_largest_of_batch`."""
+    return _largest_of_batch(jnp.max(count, axis=0) if in_batched[0] else count), False
 
 
 def _orthogonalized(direction: Float[Array, " m"], basis: Float[Array, "k m"]) -> Float[Array, " m"]:

@@ -100,6 +100,14 @@ class DiffusionPrior(eqx.Module):
             "for example dist.MultivariateNormal around a known state."
         )
 
+    def spreads(self) -> tuple[float, float] | None:
+        """Return (smallest, largest) standard deviation of the modes of z given c, in units of the noise N(0, C).
+
+        A sampler resolves modes that are neither narrower than twice its lowest noise level nor wider than a fifteenth
+        of its highest. By default None: the covariance of a network's z is not known.
+        """
+        return None
+
     def provenance(self) -> dict[str, str]:
         """Return what a result records of its prior: the class name, and a SHA-256 checksum.
 

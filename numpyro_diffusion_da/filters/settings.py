@@ -39,29 +39,48 @@ def sampler_settings(sampler: Sampler | Step | None, program: StateSpaceModel) -
         program: state-space model of the filter.
 
     Returns:
-        `sampler`, its text; and `sampler_variance_error`, the largest relative error of the variance of a Gaussian mode
-        (`Sampler.variance_error`), if the sampler is deterministic.
+        `sampler`, its text; `sampler_variance_error`, the largest relative error of the variance of a Gaussian mode
+        (`Sampler.variance_error`), if the sampler is deterministic; and `unresolved_modes`, in words, if the covariance
+        of the prior is known and has modes outside the range for which that error is usually stated. The error then
+        covers them.
     """
     found: dict[str, str | float] = {"sampler": sampler_setting(sampler, program)}
     transition = program.structure.diffusion
-    if transition is not None:
-        used = transition.sampler if sampler is None else as_sampler(sampler, "sampler")
-        noise_range = tuple(transition.prior.noise_range)
-        try:
-            error = _variance_error(used, noise_range)
-        except TypeError:  # a sampler with a step or a schedule that holds arrays has no hash
-            error = _variance_error.__wrapped__(used, noise_range)
-        if error is not None:
-            found["sampler_variance_error"] = error
+    if transition is None:
+        return found
+    used = transition.sampler if sampler is None else as_sampler(sampler, "sampler")
+    lowest, highest = transition.prior.noise_range
+    noise_range = (lowest, highest)
+    known = transition.prior.spreads()
+    spreads = _beyond(known, used.resolved(noise_range))
+    try:
+        error = _variance_error(used, noise_range, spreads)
+    except TypeError:  # a sampler with a step or a schedule that holds arrays has no hash
+        error = _variance_error.__wrapped__(used, noise_range, spreads)
+    if error is None:
+        return found
+    found["sampler_variance_error"] = error
+    if known is not None and spreads is not None:
+        resolved = "{:.2g} to {:.2g}".format(*used.resolved(noise_range))
+        found["unresolved_modes"] = f"{known[0]:.2g} to {known[1]:.2g}, resolved {resolved}"
     return found
 
 
+def _beyond(spreads: tuple[float, float] | None, resolved: tuple[float, float]) -> tuple[float, float] | None:
+    """Return the range that covers both, if known standard deviations of modes leave the resolved ones; else None."""
+    if spreads is None or (spreads[0] > 0.99 * resolved[0] and spreads[1] < 1.01 * resolved[1]):
+        return None
+    return min(spreads[0], resolved[0]), max(spreads[1], resolved[1])
+
+
 @functools.lru_cache(maxsize=64)
-def _variance_error(sampler: Sampler, noise_range: tuple[float, float]) -> float | None:
+def _variance_error(
+    sampler: Sampler, noise_range: tuple[float, float], spreads: tuple[float, float] | None
+) -> float | None:
     """Return the largest relative error of the variance of a mode, rounded up to a thousandth."""
-    if repr(sampler) == repr(Sampler()):
-        return DEFAULT_VARIANCE_ERROR  # for any range of noise levels, so that a run with the default computes nothing
-    error = sampler.variance_error(noise_range)
+    if spreads is None and noise_range[1] >= 100 * noise_range[0] and repr(sampler) == repr(Sampler()):
+        return DEFAULT_VARIANCE_ERROR  # so that a run with the default computes nothing
+    error = sampler.variance_error(noise_range, spreads)
     return None if error is None else float(np.ceil(1e3 * error[0]) / 1e3)
 
 

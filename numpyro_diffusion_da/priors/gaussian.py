@@ -16,6 +16,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 import numpy as np
 import scipy.linalg
@@ -161,6 +162,15 @@ class GaussianPrior(DiffusionPrior):
         """Root of the mean variance of Q, in the unit of the state, the same for every component."""
         return self.latent_scale
 
+    def spreads(self) -> tuple[float, float] | None:
+        """Return (smallest, largest) standard deviation of the modes of z, relative to C; None while JAX traces Q.
+
+        Modes without variance do not count.
+        """
+        if isinstance(self.variances, jax.core.Tracer):
+            return None
+        return _spreads(np.asarray(self.variances, float))
+
     def climatology(self) -> dist.Distribution:
         """Stationary distribution of the process x' = A x + b + N(0, Q).
 
@@ -187,8 +197,13 @@ class GaussianPrior(DiffusionPrior):
         return dist.MultivariateNormal(jnp.asarray(mean), scale_tril=jnp.asarray(factor))
 
 
+def _spreads(variances: np.ndarray) -> tuple[float, float]:
+    """Return (smallest, largest) standard deviation of modes with these variances, without those of no variance."""
+    spread = np.sqrt(variances[variances > 1e-8 * np.max(variances, initial=1e-30)])
+    return (float(spread.min()), float(spread.max())) if len(spread) else (1.0, 1.0)
+
+
 def _resolving(variances: np.ndarray) -> tuple[float, float]:
     """Return the (lowest, highest) noise level at which the default sampler resolves modes with these variances."""
-    spread = np.sqrt(variances[variances > 1e-8 * np.max(variances, initial=1e-30)])
-    narrowest, widest = (float(spread.min()), float(spread.max())) if len(spread) else (1.0, 1.0)
+    narrowest, widest = _spreads(variances)
     return min(2e-2, max(0.5 * narrowest, 1e-3)), max(80.0, 15.0 * widest)

@@ -254,9 +254,11 @@ class StateSpaceModel:
 
         def look() -> None:
             call = self._scan()
-            fn = self._latent(call.init, call.first_inputs())
+            sites = self.sites(call.init, call.first_inputs())
+            fn = sites.latent[self.structure.latent_name]
             if isinstance(fn, DiffusionTransition):
-                found.append(fn.dynamics().working_bytes())
+                observations = sum(jnp.size(site.value) for site in sites.observed.values())
+                found.append(fn.dynamics().working_bytes(observations))
 
         jax.eval_shape(look)
         return sum(found)

@@ -123,10 +123,11 @@ def _filter_table(result: FilterResult) -> Any:
         table.add_row("", "by several errors. Compare with guidance=ndda.MMPS(), which makes more products if needed.")
     if (off := result.attributes.get("sampler_variance_error")) is not None:
         table.add_row("sampler's variance error", f"at most {float(off):.1%} for a Gaussian mode")
-        if float(off) > ACCURATE:
-            table.add_row(
-                "", "The default of ndda.Sampler() has at most 3%; give the sampler more levels, or that step."
-            )
+        if (modes := result.attributes.get("unresolved_modes")) is not None:
+            table.add_row("", f"[yellow]The prior has modes with standard deviations {escape(str(modes))}[/yellow]")
+            table.add_row("", "[yellow](unit of the latent): give the prior a wider noise_range.[/yellow]")
+        elif float(off) > ACCURATE:
+            table.add_row("", "ndda.Sampler(), the default, has at most 3%, ndda.Sampler.cheap() up to 26%.")
     passes = {name: values.mean(dtype=float) for name, values in result.network_passes.items() if np.any(values)}
     each = ", ".join(f"{mean:.4g} {name}" for name, mean in passes.items())
     table.add_row("network passes", f"{each} per particle and step" if passes else "none")

@@ -8,6 +8,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from numpyro_diffusion_da.diffusion.denoiser import Denoiser, GuidanceState, NetworkPasses, PriorDenoiser
 from numpyro_diffusion_da.diffusion.guidance import Guidance, ObservingDenoiser
+from numpyro_diffusion_da.diffusion.linear_solve import KrylovSolve
 from numpyro_diffusion_da.diffusion.memory import backward_bytes
 from numpyro_diffusion_da.diffusion.path_weights import weighted_path
 from numpyro_diffusion_da.diffusion.prior import Conditioning, DiffusionPrior
@@ -118,13 +119,19 @@ class DiffusionDynamics(Dynamics):
         x = self._to_state(z)
         return x, likelihood.log_prob(x) + log_ratio, self._record(guidance_state)
 
-    def working_bytes(self) -> int:
+    def working_bytes(self, observations: int = 0) -> int:
         """Estimate how many bytes one `conditional_draw` needs.
 
-        The estimate is what the network's backward pass keeps, and ten latents.
+        The estimate is what the network's backward pass keeps, ten latents, and what the default solver of a guidance
+        keeps: for each of its products a latent and two vectors in the space of the observations.
+
+        Args:
+            observations: number of observed values m.
         """
         location = self.prior.location(self.conditioning)
         level = jnp.ones((), location.dtype)
         at = jax.ShapeDtypeStruct(location.shape, location.dtype)
         kept = backward_bytes(lambda z: self.prior.denoise(z, level, self.conditioning), at)
-        return kept + 10 * location.size * location.dtype.itemsize
+        products = min(KrylovSolve().max_products, observations)
+        numbers = (10 + products) * location.size + 2 * products * observations
+        return kept + numbers * location.dtype.itemsize
