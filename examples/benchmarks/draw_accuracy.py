@@ -33,7 +33,7 @@ from report import json_file, print_table, write_json
 from rich.console import Console
 
 import numpyro_diffusion_da as ndda
-from numpyro_diffusion_da.demos.held_suarez_demo import GUIDED_ERRORS, WeatherExperiment
+from numpyro_diffusion_da.demos import held_suarez_demo
 from numpyro_diffusion_da.diffusion import DirectSolve, GeometricSchedule, KrylovSolve, UniPC
 from numpyro_diffusion_da.observation import GaussianLikelihood, GaussianObservation
 from numpyro_diffusion_da.transition import DiffusionDynamics
@@ -158,8 +158,8 @@ def lorenz96() -> Case:
 
 def weather() -> Case:
     """Atmosphere with its learned emulator and the stations of the demonstration, at one time."""
-    experiment, emulator = WeatherExperiment(), ndda.load_prior("held_suarez")
-    prior = emulator.with_errors_times(GUIDED_ERRORS)
+    experiment, emulator = held_suarez_demo.WeatherExperiment(), ndda.load_prior("held_suarez")
+    prior = emulator.with_errors_times(held_suarez_demo.GUIDED_ERRORS)
     (network,) = experiment.observing(prior).values()
     state = prior.climatology().sample(jax.random.key(0))
     shape = jax.eval_shape(lambda x: network.observe(x, prior.layout), state).shape
