@@ -6,9 +6,14 @@ import math
 import numbers
 import reprlib
 import types
+from collections.abc import Callable, Mapping
 from typing import Any
 
+import jax
 import numpy as np
+
+MOST = 2**31 - 1
+"""Largest count, because JAX counts in 32 bits."""
 
 
 def require(value: Any, kind: type | tuple[type, ...], owner: Any, name: str, example: str) -> None:
@@ -45,16 +50,158 @@ def require_count(value: Any, owner: Any, name: str, least: int = 1) -> None:
 
     Raises:
         TypeError: `value` is not a whole number.
-        ValueError: `value` is below `least`.
+        ValueError: `value` is below `least`, or above 2^31 - 1.
     """
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise TypeError(f"{_name(owner)} got {name}={shown(value)}; give a whole number of {least} or more.")
-    if value < least:
+    if int(value) < least:
         raise ValueError(f"{_name(owner)} got {name}={value}; give {least} or more.")
+    if int(value) > MOST:
+        raise ValueError(f"{_name(owner)} got {name}={shown(int(value))}; give {MOST} at most.")
 
 
-def require_fraction(value: Any, owner: Any, name: str, advice: str) -> None:
-    """Raise an error if an argument is not a number from 0 to below 1.
+def require_number(
+    value: Any,
+    owner: Any,
+    name: str,
+    advice: str,
+    *,
+    least: float = -math.inf,
+    above: float = -math.inf,
+    most: float = math.inf,
+    below: float = math.inf,
+    finite: bool = True,
+) -> float:
+    """Return an argument as a Python number, and raise an error if it is none or outside its range.
+
+    A NumPy or JAX array without axes counts as a number. It becomes a Python number, because settings are compared and
+    hashed, which arrays are not made for.
+
+    Args:
+        value: the argument.
+        owner: the object that got the argument, or the name of a function as a string.
+        name: name of the argument.
+        advice: what to give, for the message.
+        least: the smallest number that is accepted.
+        above: the number must be larger than this one.
+        most: the largest number that is accepted.
+        below: the number must be smaller than this one.
+        finite: whether infinite numbers are refused. NaN always is.
+
+    Raises:
+        TypeError: `value` is not a real number; True and False are not.
+        ValueError: it is NaN or outside the range.
+    """
+    if not is_number(value):
+        raise TypeError(f"{_name(owner)} got {name}={shown(value)}; {advice}")
+    try:
+        number = float(value)
+    except OverflowError:  # a whole number of more than 308 digits
+        number = math.nan
+    inside = least <= number <= most and (above < number or above == -math.inf)
+    if not inside or not (number < below or below == math.inf) or (finite and math.isinf(number)):
+        raise ValueError(f"{_name(owner)} got {name}={shown(value)}; {advice}")
+    return number
+
+
+def numbers_by_name(value: Any, owner: Any, name: str, advice: str) -> float | dict[str, float]:
+    """Return an argument that is a positive number, or a mapping from names of sites to positive numbers.
+
+    Args:
+        value: the argument; infinity is accepted.
+        owner: the object that got the argument, or the name of a function as a string.
+        name: name of the argument.
+        advice: what to give, for the message.
+
+    Raises:
+        TypeError: a number or a name is of another kind.
+        ValueError: a number is not positive, or the mapping is empty.
+    """
+    if not isinstance(value, Mapping):
+        return require_number(value, owner, name, advice, above=0.0, finite=False)
+    if not value or not all(isinstance(site, str) for site in value):
+        raise (TypeError if value else ValueError)(f"{_name(owner)} got {name}={shown(value)}; {advice}")
+    return {
+        site: require_number(number, owner, f"{name}[{site!r}]", advice, above=0.0, finite=False)
+        for site, number in value.items()
+    }
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value is one real number: of Python, NumPy or JAX, but neither True nor False."""
+    if isinstance(value, (bool, np.bool_, np.ma.MaskedArray)):
+        return False
+    if isinstance(value, numbers.Real):
+        return True
+    if not isinstance(value, (np.ndarray, jax.Array)) or isinstance(value, jax.core.Tracer) or value.ndim > 0:
+        return False
+    return any(jax.dtypes.issubdtype(value.dtype, kind) for kind in (np.integer, np.floating))
+
+
+def number(owner: str, name: str, advice: str, optional: bool = False, **limits: Any) -> Callable[[Any], float | None]:
+    """Make the converter of a field that holds a number, see `require_number`.
+
+    Args:
+        owner: name of the class.
+        name: name of the field.
+        advice: what to give, for the message.
+        optional: whether None is accepted.
+        **limits: range of the number.
+    """
+
+    def converter(value: Any) -> float | None:
+        return None if optional and value is None else require_number(value, owner, name, advice, **limits)
+
+    return converter
+
+
+def count(owner: str, name: str, least: int = 1, optional: bool = False) -> Callable[[Any], int | None]:
+    """Make the converter of a field that holds a whole number, see `require_count`.
+
+    Args:
+        owner: name of the class.
+        name: name of the field.
+        least: the smallest number that is accepted.
+        optional: whether None is accepted.
+    """
+
+    def converter(value: Any) -> int | None:
+        if optional and value is None:
+            return None
+        require_count(value, owner, name, least)
+        return int(value)
+
+    return converter
+
+
+def flag(owner: str, name: str) -> Callable[[Any], bool]:
+    """Make the converter of a field that is True or False, see `require_flag`.
+
+    Args:
+        owner: name of the class.
+        name: name of the field.
+    """
+    return lambda value: require_flag(value, owner, name)
+
+
+def require_flag(value: Any, owner: Any, name: str) -> bool:
+    """Return an argument that is True or False, and raise an error if it is something else.
+
+    Args:
+        value: the argument.
+        owner: the object that got the argument, or the name of a function as a string.
+        name: name of the argument.
+
+    Raises:
+        TypeError: `value` is neither True nor False.
+    """
+    if not isinstance(value, (bool, np.bool_)):
+        raise TypeError(f"{_name(owner)} got {name}={shown(value)}; give True or False.")
+    return bool(value)
+
+
+def require_fraction(value: Any, owner: Any, name: str, advice: str) -> float:
+    """Return an argument as a Python number, and raise an error if it is not one from 0 to below 1.
 
     Args:
         value: the argument.
@@ -66,10 +213,7 @@ def require_fraction(value: Any, owner: Any, name: str, advice: str) -> None:
         TypeError: `value` is not a number.
         ValueError: `value` is outside [0, 1).
     """
-    if not isinstance(value, numbers.Real):
-        raise TypeError(f"{_name(owner)} got {name}={shown(value)}; {advice}")
-    if not 0.0 <= float(value) < 1.0:
-        raise ValueError(f"{_name(owner)} got {name}={value}; {advice}")
+    return require_number(value, owner, name, advice, least=0.0, below=1.0)
 
 
 def real_array(value: Any, owner: Any, name: str, example: str) -> np.ndarray:
@@ -87,8 +231,10 @@ def real_array(value: Any, owner: Any, name: str, example: str) -> np.ndarray:
     """
     try:
         array = np.asarray(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError):  # lists of different lengths, for example
         array = np.asarray(None)
+    if isinstance(value, np.ma.MaskedArray) and np.ma.getmaskarray(value).any():
+        raise ValueError(f"{_name(owner)} got {name} with masked values; give finite numbers.")
     if array.dtype.kind == "c":
         raise TypeError(f"{_name(owner)} got {name} with complex numbers; give real numbers, as in {name}={example}.")
     if array.dtype.kind in "SUmMO":
@@ -100,6 +246,18 @@ def real_array(value: Any, owner: Any, name: str, example: str) -> np.ndarray:
             f"{_name(owner)} got {name} with non-finite values, {bad} of {array.size}; give finite numbers."
         )
     return array
+
+
+def broadcasts(shape: tuple[int, ...], to: tuple[int, ...]) -> bool:
+    """Whether an array of one shape broadcasts to another shape, without an axis more.
+
+    Args:
+        shape: shape of the array.
+        to: shape that the result would have.
+    """
+    if len(shape) > len(to):
+        return False
+    return all(size in (1, other) for size, other in zip(shape[::-1], to[::-1], strict=False))
 
 
 def require_noise_range(value: Any, owner: Any) -> None:
@@ -158,7 +316,7 @@ def shown(value: Any, kinds: tuple[type, ...] = ()) -> str:
         shorten = reprlib.Repr()
         shorten.maxstring = 80
         return shorten.repr(value)
-    return text if len(text) <= 80 else f"a {type(value).__name__}"
+    return text if len(text) <= 80 and "\n" not in text else f"a {type(value).__name__}"
 
 
 def _name(owner: Any) -> str:

@@ -1,6 +1,8 @@
 """Arguments of the wrong kind get one sentence where they are given: what was got, and what to write instead."""
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 import numpyro_diffusion_da as ndda
@@ -62,6 +64,38 @@ def model(y):
             lambda: ndda.Sampler("/data/" + 99 * "x" + "/heun"),
             r"Sampler got step='/data/x+\.\.\.x+/heun'; expected a Step",
         ),
+        (
+            lambda: ndda.Filter(ndda.FAAPF(model), num_particles=8, progress_bar="no"),
+            r"progress_bar='no'; give True or F",
+        ),
+        (
+            lambda: ndda.Filter(ndda.FAAPF(model), num_particles=8, directory=3),
+            r'directory=3; .* write directory="my_run"',
+        ),
+        (lambda: ndda.FAAPF(model, block_radius="5"), r"FAAPF got block_radius='5'; give 0 or more"),
+        (lambda: ndda.GrossErrorCheck(ndda.FAAPF(model), threshold="5"), r"threshold='5'; give a positive number"),
+        (lambda: ndda.GrossErrorCheck(ndda.FAAPF(model), threshold={"y": None}), r"threshold\['y'\]=None; give a posi"),
+        (lambda: ndda.RTPS(None), r"RTPS got alpha=None; give 0.0 \(none\) to 1.0"),
+        (
+            lambda: ndda.Multiplicative(np.array([1.0, 1.1])),
+            r"Multiplicative got factor=array.*; give 1.0 \(none\) or",
+        ),
+        (lambda: ndda.smc.Jitter("a lot"), r"Jitter got scale='a lot'; give 0.0 \(none\) or more"),
+        (lambda: ndda.Ring(None), r"Ring got length=None; give its circumference"),
+        (lambda: ndda.smc.WithHeight(ndda.Ring(4), "1"), r"WithHeight got scale='1'; give the horizontal distance"),
+        (lambda: ndda.Taper("wide", ndda.Ring(4), {}), r"Taper got radius='wide'; give a positive half-width"),
+        (lambda: ndda.Taper(1.0, ndda.Ring(4), [0, 1]), r"Taper got observations=\[0, 1\]; expected a Mapping"),
+        (lambda: ndda.Taper(1.0, ndda.Ring(4), {"y": ["a"]}), r"Taper got observations\['y'\]=\['a'\]"),
+        (lambda: ndda.Taper(1.0, jax.random.key(0), {}), r"Taper got the distance a PRNGKeyArray"),
+        (lambda: ndda.Moment(probes=2.5), r"Moment got probes=2.5; give a whole number of 1 or more"),
+        (
+            lambda: ndda.SMC2(ndda.FAAPF(model), num_particles=4, num_parameter_particles=4, target_ess=None),
+            r"=None; gi",
+        ),
+        (
+            lambda: ndda.inference.tune_spread(ndda.EnKF, None, between=1.0, num_particles=4),
+            r"between=1.0; give two amou",
+        ),
         (lambda: ndda.PMMH(model), r"PMMH got the function model; expected a filter of your program"),
         (lambda: ndda.SMC2(model), r"SMC2 got the function model; expected a filter of your program"),
         (lambda: ndda.Filter(ndda.FAAPF(model), num_particles="many"), r"num_particles='many'; give a whole number"),
@@ -106,3 +140,26 @@ def test_a_bare_step_is_a_sampler():
     assert ndda.FAAPF(model, sampler=DDIM()).sampler == ndda.Sampler(DDIM())
     assert ndda.DiffusionTransition(prior, jnp.zeros(40), sampler=Heun()).sampler == ndda.Sampler(Heun())
     assert ndda.OnlineFilter(ndda.FAAPF(model), num_particles=8, batch_size=None).batch_size is None
+
+
+@pytest.mark.parametrize("number", [np.float32(0.5), np.array(0.5), jnp.asarray(0.5)])
+def test_settings_become_python_numbers(number):
+    """Settings are compared and hashed, which arrays are not made for."""
+    settings = (
+        ndda.FAAPF(model, target_ess=number).target_ess,
+        ndda.RTPS(number).alpha,
+        ndda.Ring(number).length,
+        ndda.Moment(number).noise_level,
+        ndda.smc.Jitter(number).scale,
+        ndda.Taper(number, ndda.Ring(4), {}).radius,
+        ndda.GrossErrorCheck(ndda.FAAPF(model), number).threshold,
+    )
+    assert all(type(setting) is float and setting == 0.5 for setting in settings)
+
+
+def test_numbers_that_are_none():
+    for wrong in (np.nan, 10**400, np.ma.masked, True, np.bool_(True), 1j):
+        with pytest.raises((TypeError, ValueError), match="Ring got length="):
+            ndda.Ring(wrong)
+    with pytest.raises(ValueError, match="give 2147483647 at most"):
+        ndda.Filter(ndda.FAAPF(model), num_particles=10**400)

@@ -194,7 +194,7 @@ def test_settings_are_refused():
         ndda.Taper(1.0, ndda.GreatCircle(), PLACES)
     with pytest.raises(ValueError, match="a position of Ring is one number"):
         ndda.Taper(1.0, ndda.Ring(12), {"y": np.zeros((3, 2))})
-    with pytest.raises(ValueError, match="position of the state that is not finite"):
+    with pytest.raises(ValueError, match="Taper got state with non-finite values, 1 of 1"):
         ndda.Taper(1.0, ndda.Ring(12), PLACES, state=[np.nan])
     with pytest.raises(ValueError, match="the same coordinates to all"):
         ndda.Taper(1.0, ndda.Euclidean(), PLACES, state=np.zeros((12, 2))).place((12,), ONE_SITE)

@@ -167,7 +167,7 @@ def test_errors_are_those_of_the_channels():
         (lambda: channel(Layout((3,), ("i",)), "t"), "its layout has no variables"),
         (lambda: Swath({"surface_pressure": 0.0}), "positive standard deviation"),
         (lambda: Stations({"surface_pressure": np.nan}), "positive standard deviation"),
-        (lambda: Stations({"surface_pressure": "1"}), "got the error '1' of 'surface_pressure'; give one number"),
+        (lambda: Stations({"surface_pressure": "1"}), r"got errors\['surface_pressure'\]='1'; give one number"),
         (lambda: Stations({"surface_pressure": [1.0, 2.0]}), "give one number for the name"),
         (lambda: Stations(["surface_pressure"]), "write errors="),
         (lambda: BlockMeans({}), "one channel or more"),

@@ -13,7 +13,7 @@ from numpyro import handlers
 from numpyro.contrib.control_flow import cond, scan
 
 import numpyro_diffusion_da as ndda
-from numpyro_diffusion_da.program import StateSpaceModel
+from numpyro_diffusion_da.program import StateSpaceModel, pointwise_log_likelihood
 
 KEY = jax.random.key(0)
 Y = np.array([0.3, -0.2, 0.5, 0.1, -0.4], np.float32)
@@ -105,6 +105,34 @@ def test_a_first_carry_of_another_type_is_refused_as_numpyro_refuses_it(init):
         run(ndda.Bootstrap(linear(init)), Y)
     with pytest.raises(TypeError):
         handlers.seed(linear(init), KEY)(Y)
+
+
+def test_what_is_no_number_is_refused_by_name():
+    """JAX's own words name neither the carry nor the site."""
+
+    def named(tag):
+        def model(y):
+            def step(carry, y_t):
+                numpyro.sample("y", dist.Normal(numpyro.sample("x", dist.Normal(carry[0], 1.0)), 1.0), obs=y_t)
+                return carry, None
+
+            scan(step, (0.0, tag), y)
+
+        return model
+
+    with pytest.raises(ValueError, match=r"the first carry\[1\] of the program's scan is 'a', which is no array"):
+        StateSpaceModel(named("a"), (Y,))
+    with pytest.raises(ValueError, match=r"the first carry\[1\] of the program's scan is an array of dates"):
+        StateSpaceModel(named(np.datetime64("2020")), (Y,))
+    with pytest.raises(ValueError, match="the observation of site 'y' is complex; give real numbers"):
+        StateSpaceModel(named(0.0), (Y + 1j,))
+
+
+def test_classes_with_missing_values_are_floating_point_numbers():
+    """NumPyro takes the value of a categorical distribution as an index, and NaN makes data floating point."""
+    logits = jnp.log(jnp.array([[0.2, 0.3, 0.5]] * 4))
+    got = pointwise_log_likelihood(dist.Categorical(logits=logits), jnp.array([2.0, jnp.nan, 0.0, 1.5]))
+    np.testing.assert_allclose(got, [np.log(0.5), 0.0, np.log(0.2), -np.inf], rtol=1e-6)
 
 
 def test_an_array_of_a_carry_keeps_its_type():

@@ -533,7 +533,10 @@ def _axis_values(data: xarray.Dataset | xarray.DataArray, name: str) -> np.ndarr
             f"the dataset has the dimensions {tuple(data.dims)}, expected one of {spellings} with values; "
             "rename or add it."
         )
-    return np.asarray(data.coords[name].values, float)
+    values = np.asarray(data.coords[name].values)
+    if values.dtype.kind not in "iuf":
+        raise ValueError(f"the dataset's {name} is of type {values.dtype}, expected numbers; convert it.")
+    return values.astype(float)
 
 
 def _grid_of(layout: Layout) -> tuple[np.ndarray, np.ndarray]:

@@ -185,7 +185,7 @@ def check_places(places: Any, owner: str) -> tuple[Float[np.ndarray, "place 2"],
     names = tuple(map(str, places)) if isinstance(places, Mapping) else None
     try:
         found = np.asarray(list(places.values()) if isinstance(places, Mapping) else places, float)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise ValueError(f"{owner} got places that are not pairs of numbers; {rule}.") from None
     if found.ndim != 2 or found.shape[1] != 2 or len(found) == 0:
         raise ValueError(f"{owner} got places of shape {found.shape}; {rule}, one place or more.")

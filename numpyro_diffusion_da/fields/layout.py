@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
-from numpyro_diffusion_da.arguments import require, shown
+from numpyro_diffusion_da.arguments import require, require_number, shown
 from numpyro_diffusion_da.fields.interpolation import check_axis
 
 SPHERE = {"latitude": "latitude", "longitude": "longitude", "lat": "latitude", "lon": "longitude"}
@@ -55,12 +55,13 @@ class Undefined(eqx.Module):
 def _levels(levels: Any) -> tuple[int, ...]:
     """Pressure levels as a tuple, with whole numbers as integers."""
     advice = "in hPa, as in (500, 850)"
-    if isinstance(levels, str) or not isinstance(levels, (Sequence, np.ndarray)):
+    if isinstance(levels, (str, bytes)) or not isinstance(levels, (Sequence, np.ndarray)) or np.ndim(levels) == 0:
         raise TypeError(f"Variable got levels={shown(levels)}; give a tuple of pressure levels {advice}.")
-    found: list[Any] = [_plain(level) for level in levels]
-    if not all(isinstance(level, numbers.Real) and 0 < float(level) < math.inf for level in found):
-        raise ValueError(f"Variable got levels={found}; give positive pressure levels {advice}.")
-    return tuple(int(level) if level == int(level) else level for level in found)
+    found = [
+        require_number(level, "Variable", f"levels[{i}]", f"give positive pressure levels {advice}.", above=0)
+        for i, level in enumerate(levels)
+    ]
+    return tuple(int(level) if level == int(level) else level for level in found)  # type: ignore[misc]
 
 
 def _mask(undefined: Any) -> Any:
@@ -111,7 +112,7 @@ def _plain(value: Any) -> Any:
 
 def _shape(shape: Any) -> tuple[int, ...]:
     """Shape as a tuple of integers."""
-    if not isinstance(shape, Sequence) or isinstance(shape, str):
+    if not isinstance(shape, Sequence) or isinstance(shape, (str, bytes)):
         raise TypeError(f"Layout got shape={shown(shape)}; give one positive whole number for each axis, as in (40,).")
     for size in shape:
         if isinstance(size, bool) or not isinstance(size, numbers.Integral) or size < 1:

@@ -27,8 +27,6 @@ def set_sampler(algorithm: Any) -> None:
 def set_target_ess(algorithm: Any) -> None:
     """Check a filter's argument `target_ess`, and convert it to a Python number.
 
-    A NumPy number would be traced to other operations, and so be another run.
-
     Args:
         algorithm: filter, in its constructor.
 
@@ -36,8 +34,7 @@ def set_target_ess(algorithm: Any) -> None:
         TypeError: the argument is not a number.
         ValueError: it is outside [0, 1).
     """
-    check_target_ess(algorithm.target_ess, type(algorithm).__name__)
-    object.__setattr__(algorithm, "target_ess", float(algorithm.target_ess))
+    object.__setattr__(algorithm, "target_ess", check_target_ess(algorithm.target_ess, type(algorithm).__name__))
 
 
 def check_resampling(resampling: Any, owner: str) -> None:

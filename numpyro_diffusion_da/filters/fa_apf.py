@@ -10,7 +10,7 @@ from typing import Any
 import jax
 from jaxtyping import Array, PRNGKeyArray, PyTree
 
-from numpyro_diffusion_da.arguments import require, require_program
+from numpyro_diffusion_da.arguments import require, require_number, require_program
 from numpyro_diffusion_da.diffusion.guidance import MMPS, Guidance
 from numpyro_diffusion_da.diffusion.sampler import Sampler
 from numpyro_diffusion_da.diffusion.steps import Step
@@ -101,8 +101,8 @@ class FAAPF(FilterAlgorithm):
         check_taper(self.taper, "FAAPF")
         check_inflation(self.inflation, "FAAPF", paired=False)
         require(self.tempering, Tempering, "FAAPF", "tempering", "ndda.smc.WeightTempering()")
-        if not self.block_radius >= 0.0:
-            raise ValueError(f"FAAPF got block_radius={self.block_radius}; give 0 or more.")
+        block_radius = require_number(self.block_radius, "FAAPF", "block_radius", "give 0 or more.", least=0.0)
+        object.__setattr__(self, "block_radius", block_radius)
         if self.block_radius and self.taper is None:
             raise ValueError(f"FAAPF got block_radius={self.block_radius} and no taper; give both, or neither.")
 

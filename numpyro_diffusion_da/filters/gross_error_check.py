@@ -24,7 +24,7 @@ from collections.abc import Mapping
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, PRNGKeyArray
 
-from numpyro_diffusion_da.arguments import require_count
+from numpyro_diffusion_da.arguments import numbers_by_name, require_count
 from numpyro_diffusion_da.diffusion.denoiser import NetworkPasses
 from numpyro_diffusion_da.filters.background import Screen, SiteBackground
 from numpyro_diffusion_da.filters.base import FilterAlgorithm, check_algorithm
@@ -75,12 +75,9 @@ class GrossErrorCheck(FilterAlgorithm):
         check_algorithm(self.algorithm, "GrossErrorCheck", "threshold=5.0")
         if isinstance(self.algorithm, GrossErrorCheck):
             raise TypeError("GrossErrorCheck got a GrossErrorCheck; give a filter without a check.")
-        thresholds = self.threshold.values() if isinstance(self.threshold, Mapping) else [self.threshold]
-        if not all(k > 0.0 for k in thresholds):
-            raise ValueError(
-                f"GrossErrorCheck got threshold={self.threshold}; give a positive number of standard deviations, "
-                "or one for each site by name."
-            )
+        advice = "give a positive number of standard deviations, or one for each site by name."
+        threshold = numbers_by_name(self.threshold, "GrossErrorCheck", "threshold", advice)
+        object.__setattr__(self, "threshold", threshold)
         require_count(self.members, "GrossErrorCheck", "members", least=2)
         for name in ("model", "needs_gaussian", "needs_gaussian_errors", "moves_carry", "target_ess", "sampler"):
             object.__setattr__(self, name, getattr(self.algorithm, name))

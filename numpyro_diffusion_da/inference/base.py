@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from numpyro_diffusion_da.arguments import require_count
+from numpyro_diffusion_da.arguments import require_count, require_flag
 from numpyro_diffusion_da.filters.base import FilterAlgorithm
 from numpyro_diffusion_da.inference.batching import check_batch_size, particles_at_a_time, split_batch
 from numpyro_diffusion_da.inference.compilation import Compiled, HoldsCompiled
@@ -63,10 +63,10 @@ class ParameterInference(HoldsCompiled, abc.ABC):
         for name, value in {"num_particles": num_particles, "num_chains": num_chains, **numbers}.items():
             require_count(value, self, name, least=0 if name == "num_warmup" else 1)
         self.algorithm = algorithm
-        self.num_particles = num_particles
-        self.num_chains = num_chains
+        self.num_particles = int(num_particles)
+        self.num_chains = int(num_chains)
         self.batch_size = batch_size
-        self.progress_bar = progress_bar
+        self.progress_bar = require_flag(progress_bar, self, "progress_bar")
         self._estimator = EvidenceEstimator(algorithm, num_particles)
         self._filters_at_a_time: int | None = None
         self._compiled: dict[str, Compiled] = {}

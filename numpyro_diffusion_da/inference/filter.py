@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import ExitStack, contextmanager
 from typing import Any, ClassVar
 
@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PRNGKeyArray, PyTree
 
-from numpyro_diffusion_da.arguments import require_count, shown
+from numpyro_diffusion_da.arguments import require, require_count, require_flag, shown
 from numpyro_diffusion_da.filters.base import FilterAlgorithm, takes_algorithm
 from numpyro_diffusion_da.inference import backward_simulation as backward
 from numpyro_diffusion_da.inference.batching import batch_in_memory, check_batch_size, particles_at_a_time
@@ -90,11 +90,17 @@ class Filter(HasFilterResult):
         require_count(num_particles, "Filter", "num_particles")
         require_count(num_chains, "Filter", "num_chains")
         check_batch_size(batch_size, "Filter")
-        if keep is not None and (isinstance(keep, str) or not keep):
+        is_list = isinstance(keep, Sequence | Set) and not isinstance(keep, str)
+        if keep is not None and not (is_list and keep and all(isinstance(site, str) for site in keep)):
             raise ValueError(
-                f"Filter got keep={keep!r}; give a list of one or more names of latent or deterministic sites, or None "
-                "for all."
+                f"Filter got keep={shown(keep)}; give a list of one or more names of latent or deterministic sites, or "
+                "None for all."
             )
+        if directory is not None:
+            require(directory, (str, os.PathLike), "Filter", "directory", '"my_run"')
+        progress_bar = require_flag(progress_bar, "Filter", "progress_bar")
+        keep_forecasts = require_flag(keep_forecasts, "Filter", "keep_forecasts")
+        keep_observed = require_flag(keep_observed, "Filter", "keep_observed")
         self.algorithm = algorithm
         self.num_particles = int(num_particles)
         self.num_chains = int(num_chains)

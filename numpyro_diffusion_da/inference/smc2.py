@@ -9,6 +9,7 @@ import jax
 import numpy as np
 from jaxtyping import Array, PRNGKeyArray
 
+from numpyro_diffusion_da.arguments import require_number
 from numpyro_diffusion_da.filters.base import FilterAlgorithm, takes_algorithm
 from numpyro_diffusion_da.inference.base import BATCH, ParameterInference
 from numpyro_diffusion_da.inference.evidence import FilterEvidence
@@ -63,10 +64,8 @@ class SMC2(ParameterInference):
         batch_size: int | None = None,
         progress_bar: bool = True,
     ) -> None:
-        if not 0.0 <= target_ess <= 1.0:
-            raise ValueError(
-                f"SMC2 got target_ess={target_ess}; give a fraction of the parameter particles, from 0 to 1."
-            )
+        advice = "give a fraction of the parameter particles, from 0 to 1."
+        target_ess = require_number(target_ess, "SMC2", "target_ess", advice, least=0.0, most=1.0)
         numbers = {"num_parameter_particles": num_parameter_particles, "num_moves": num_moves}
         super().__init__(algorithm, num_particles, num_chains, batch_size, progress_bar, **numbers)
         self.num_parameter_particles = num_parameter_particles

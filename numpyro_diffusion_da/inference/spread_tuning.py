@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import functools
+import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PRNGKeyArray
 
+from numpyro_diffusion_da.arguments import is_number, require_count, require_number, shown
 from numpyro_diffusion_da.diagnostics.innovations import Estimate
 from numpyro_diffusion_da.diffusion.denoiser import NetworkPasses
 from numpyro_diffusion_da.filters.background import Screen
 from numpyro_diffusion_da.filters.base import FilterAlgorithm
+from numpyro_diffusion_da.inference.batching import check_batch_size
 from numpyro_diffusion_da.inference.filter import Filter
 from numpyro_diffusion_da.program.state_space import StateSpaceModel
 from numpyro_diffusion_da.results.advice import LOST_WORDS
@@ -101,12 +104,17 @@ def tune_spread(
         TypeError: `num_particles` or `batch_size` is not a whole number.
         FloatingPointError: all weights or all particles of a step are non-finite; the message names the step.
     """
-    least, most = between
-    if not least < most or not tolerance > 0 or max_runs < 2:
-        raise ValueError(
-            f"tune_spread got between={between}, tolerance={tolerance}, max_runs={max_runs}; give two amounts in "
-            "increasing order, a positive tolerance, and 2 or more runs."
-        )
+    if not isinstance(between, Sequence) or len(between) != 2 or not all(map(is_number, between)):
+        raise TypeError(f"tune_spread got between={shown(between)}; give two amounts, as in (0.0, 1.0).")
+    least, most = map(float, between)
+    if not -math.inf < least < most < math.inf:
+        raise ValueError(f"tune_spread got between={between}; give two amounts in increasing order.")
+    tolerance = require_number(tolerance, "tune_spread", "tolerance", "give a positive number.", above=0.0)
+    require_count(max_runs, "tune_spread", "max_runs", 2)
+    require_count(num_particles, "tune_spread", "num_particles")
+    require_count(discard, "tune_spread", "discard", 0)
+    require_count(block, "tune_spread", "block")
+    check_batch_size(batch_size, "tune_spread")
     make_filter(most)  # raises here if the amount is not allowed, before it becomes a tracer
     first = make_filter(least)
     program = StateSpaceModel(first.model, args)

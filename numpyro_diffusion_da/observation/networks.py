@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-import numbers
 from collections.abc import Mapping, Sequence
 
 import jax
@@ -17,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, Bool, Float
 
-from numpyro_diffusion_da.arguments import require, require_count, shown
+from numpyro_diffusion_da.arguments import require, require_count, require_number, shown
 from numpyro_diffusion_da.fields.grids import Grid, check_places
 from numpyro_diffusion_da.fields.layout import Layout
 
@@ -169,17 +168,15 @@ def _check_errors(network: ObservingNetwork) -> None:
         ValueError: there are none, or one is not positive and finite.
     """
     require(network.errors, Mapping, network, "errors", '{"temperature_850": 0.5}')
-    for name, error in network.errors.items():
-        if not isinstance(name, str) or np.ndim(error) or np.asarray(error).dtype.kind not in "fiu":
-            raise TypeError(
-                f"{type(network).__name__} got the error {shown(error)} of {shown(name)}; give one number for the "
-                'name of each observed channel, as in {"temperature_850": 0.5}.'
-            )
-    if not network.errors or not all(0 < float(error) < np.inf for error in network.errors.values()):
+    advice = 'give one number for the name of each observed channel, a positive standard deviation: {"t2m": 0.5}.'
+    if not network.errors:
         raise ValueError(
-            f"{type(network).__name__} got errors={network.errors}; give a positive standard deviation for each "
-            "observed channel, one channel or more."
+            f"{type(network).__name__} got errors={network.errors}, but observes one channel or more; {advice}"
         )
+    for name, error in network.errors.items():
+        if not isinstance(name, str):
+            raise TypeError(f"{type(network).__name__} got errors={shown(network.errors)}; {advice}")
+        require_number(error, network, f"errors[{name!r}]", advice, above=0.0)
 
 
 class Stations(ObservingNetwork):
@@ -282,13 +279,10 @@ class Swath(ObservingNetwork):
     def __post_init__(self) -> None:
         _check_errors(self)
         require_count(self.thinning, self, "thinning")
-        for name in ("width", "advance"):
-            require(getattr(self, name), numbers.Real, self, name, "60.0")
-        if not 0 < self.width <= 360 or not np.isfinite(self.advance):
-            raise ValueError(
-                f"Swath got width={self.width}, advance={self.advance}; give a width above 0 and up to 360 degrees, "
-                "and a finite advance in degrees."
-            )
+        width = require_number(self.width, self, "width", "give 0 to 360 degrees, and not 0.", above=0.0, most=360.0)
+        advance = require_number(self.advance, self, "advance", "give a finite number of degrees.")
+        object.__setattr__(self, "width", width)  # a frozen dataclass forbids ordinary assignment
+        object.__setattr__(self, "advance", advance)
 
     def places(self, layout: Layout) -> Float[np.ndarray, "place 2"]:
         """Latitude and longitude in degrees of all thinned grid points, inside and outside the band."""
@@ -386,7 +380,7 @@ def fraction_of(
         ValueError: the state has no channel of a given name.
     """
     if isinstance(names, str):
-        raise TypeError(f"fraction_of got names={names!r}; give a list of names of channels, [{names!r}].")
+        raise TypeError(f"fraction_of got names={shown(names)}; give a list of names of channels, [{shown(names)}].")
     if np.shape(scales) != layout.shape[-1:]:
         raise ValueError(
             f"fraction_of got scales of shape {np.shape(scales)}, but the state has {layout.shape[-1]} channels; give "

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, Float, PyTree
 
-from numpyro_diffusion_da.arguments import real_array, require, require_count
+from numpyro_diffusion_da.arguments import real_array, require, require_count, shown
 from numpyro_diffusion_da.diffusion.noise import Noise, WhiteNoise
 from numpyro_diffusion_da.diffusion.prior import DiffusionPrior
 from numpyro_diffusion_da.fields.layout import Layout
@@ -348,7 +348,8 @@ def _layout(layout: Any) -> Layout:
     shape = (layout,) if isinstance(layout, int) else tuple(layout)
     if not all(isinstance(n, int) and n > 0 for n in shape):
         raise TypeError(
-            f"DenoiserPrior got layout={layout!r}; give an ndda.Layout, or the shape of a state as positive integers."
+            f"DenoiserPrior got layout={shown(layout)}; give an ndda.Layout, or the shape of a state as positive "
+            "integers."
         )
     return Layout(shape, ("component",) if len(shape) == 1 else tuple(f"axis_{i}" for i in range(len(shape))))
 

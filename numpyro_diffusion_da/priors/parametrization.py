@@ -37,7 +37,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, Float
 
-from numpyro_diffusion_da.arguments import real_array, require
+from numpyro_diffusion_da.arguments import real_array, require, shown
 from numpyro_diffusion_da.diffusion.noise import Noise
 
 NetworkFunction = Callable[[Float[Array, "..."], Float[Array, ""]], Float[Array, "..."]]
@@ -291,7 +291,7 @@ class FlowMatching(Path):
 
     def __check_init__(self) -> None:
         if self.data_at not in (0, 1):
-            raise ValueError(f"FlowMatching got data_at={self.data_at!r}; give the time of pure data, 0 or 1.")
+            raise ValueError(f"FlowMatching got data_at={shown(self.data_at)}; give the time of pure data, 0 or 1.")
 
     @property
     def limits(self) -> tuple[float, float]:
@@ -509,7 +509,7 @@ class Preconditioned(Parametrization):
 
     def __check_init__(self) -> None:
         if not 0.0 < self.sigma_data < math.inf:
-            raise ValueError(f"Preconditioned got sigma_data={self.sigma_data!r}; give a positive number.")
+            raise ValueError(f"Preconditioned got sigma_data={shown(self.sigma_data)}; give a positive number.")
         require(self.noise_index, NoiseIndex, self, "noise_index", "LogLevel(0.25)")
 
     @property

@@ -11,7 +11,10 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+
+from numpyro_diffusion_da.arguments import shown
 
 NUMBERS = "biufc"
 """NumPy's kinds of arrays that hold numbers."""
@@ -48,6 +51,25 @@ def as_array(value: Any, what: str) -> Any:
             "of numbers, with NaN for what is missing, before the program gets it."
         )
     return jax.device_put(value)  # unlike jnp.asarray, it compiles nothing
+
+
+def number_array(value: Any, what: str) -> jax.Array:
+    """Convert a value to a JAX array of numbers, see `as_array`; numbers and lists of numbers become arrays too.
+
+    Args:
+        value: the value.
+        what: what the value is, for the message.
+
+    Raises:
+        ValueError: the value is no array of numbers.
+    """
+    value = as_array(value, what)
+    try:
+        if isinstance(value, (str, bytes)):  # JAX would take it for the name of a dtype
+            raise TypeError
+        return jnp.asarray(value)
+    except (TypeError, ValueError, OverflowError):
+        raise ValueError(f"{what} is {shown(value)}, which is no array of numbers; give numbers.") from None
 
 
 def _of_table(value: Any) -> np.ndarray:

@@ -25,7 +25,7 @@ from numpyro.contrib.control_flow.cond import cond_wrapper
 from numpyro.contrib.control_flow.scan import PytreeTrace
 from numpyro.primitives import _PYRO_STACK, Messenger
 
-from numpyro_diffusion_da.program.arrays import as_array
+from numpyro_diffusion_da.program.arrays import as_array, number_array
 from numpyro_diffusion_da.program.sites import is_discrete
 
 LatentValue = Callable[[str, dist.Distribution], Array]
@@ -182,9 +182,11 @@ def _scan_call(msg: dict[str, Any], around: Messenger) -> ScanCall:
     (length,) = lengths
     if length < 1:
         raise ValueError("the program's scan runs over 0 times; give data of one time or more.")
-    return ScanCall(
-        body, jax.tree.map(jnp.asarray, init), xs, length, list(msg["kwargs"]["substitute_stack"]), _around(around)
+    init = jax.tree_util.tree_map_with_path(
+        lambda path, leaf: number_array(leaf, f"the first carry{jax.tree_util.keystr(path)} of the program's scan"),
+        init,
     )
+    return ScanCall(body, init, xs, length, list(msg["kwargs"]["substitute_stack"]), _around(around))
 
 
 APPLIED = (handlers.scale, handlers.mask)
@@ -398,13 +400,9 @@ def _observed_value(name: str, fn: dist.Distribution, value: Any) -> Array:
         ValueError: the value has another shape, or holds no numbers. NumPyro would broadcast it, and so count an
             observation twice.
     """
-    value = as_array(value, f"the observation of site '{name}'")
-    try:
-        value = jnp.asarray(value)
-    except (TypeError, ValueError):
-        raise ValueError(
-            f"site '{name}' observes {value!r}, which is no array of numbers; give obs= numbers, NaN where missing."
-        ) from None
+    value = number_array(value, f"the observation of site '{name}'")
+    if jnp.iscomplexobj(value):
+        raise ValueError(f"the observation of site '{name}' is complex; give real numbers, such as its two parts.")
     if value.shape != fn.shape():
         raise ValueError(
             f"site '{name}' observes an array of shape {value.shape} at one time, but its distribution has shape "

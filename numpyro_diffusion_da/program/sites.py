@@ -327,7 +327,7 @@ def general_observation(
     filled = jnp.where(missing(value), base_point(base, value), value)
 
     def log_prob(parameters: Array) -> Array:
-        return powers * rebuild(parameters).log_prob(filled).reshape(-1)
+        return powers * log_prob_of(rebuild(parameters), filled).reshape(-1)
 
     return GeneralObservation(parameters, log_prob, observed)
 
@@ -401,6 +401,21 @@ def base_point(base: dist.Distribution, value: Array) -> Array:
     return jnp.asarray(point, value.dtype)
 
 
+def log_prob_of(base: dist.Distribution, value: Array) -> Float[Array, ...]:
+    """Log-density of values; classes may be given as floating-point numbers, as data with NaN are.
+
+    NumPyro uses the value of a categorical distribution as an index, which must be of integer type.
+
+    Args:
+        base: distribution without wrappers.
+        value: values, NaN nowhere.
+    """
+    if not isinstance(base.support, dist.constraints.integer_interval) or not jnp.issubdtype(value.dtype, jnp.inexact):
+        return base.log_prob(value)
+    whole = jnp.round(value)
+    return jnp.where(value == whole, base.log_prob(whole.astype(int)), -jnp.inf)
+
+
 def pointwise_log_likelihood(fn: dist.Distribution, value: Array, power: Array | float = 1.0) -> Float[Array, ...]:
     """Log-likelihood power * log p(y | x) of each element of an observed site, or of each event; 0 where missing.
 
@@ -426,6 +441,6 @@ def pointwise_log_likelihood(fn: dist.Distribution, value: Array, power: Array |
         return jnp.stack(logs).reshape(value.shape[:-1])
     filled = jnp.where(observed, value, base_point(base, value))
     if base.event_dim == 0:
-        return jnp.where(observed, elementwise(power, fn) * base.log_prob(filled), 0.0)
+        return jnp.where(observed, elementwise(power, fn) * log_prob_of(base, filled), 0.0)
     whole = jnp.all(observed, axis=tuple(range(-base.event_dim, 0)))
     return jnp.where(whole, elementwise(power, fn, base.event_dim) * base.log_prob(filled), 0.0)

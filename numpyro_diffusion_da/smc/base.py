@@ -313,8 +313,10 @@ def _weight_diagnostics(
     )
 
 
-def check_target_ess(target_ess: Any, owner: str) -> None:
-    """Check that a target of the effective sample size is a fraction of the particles.
+def check_target_ess(target_ess: Any, owner: str) -> float:
+    """Return a target of the effective sample size as a Python number, after a check that it is a fraction.
+
+    A NumPy number would be traced to other operations, and so be another run.
 
     Args:
         target_ess: the argument.
@@ -327,7 +329,7 @@ def check_target_ess(target_ess: Any, owner: str) -> None:
     advice = (
         "give a fraction of the particles from 0 (no tempering) to below 1: 0.2 is an ESS of 51 among 256 particles."
     )
-    require_fraction(target_ess, owner, "target_ess", advice)
+    return require_fraction(target_ess, owner, "target_ess", advice)
 
 
 def top_level_api(build_kernel: Callable[Arguments, Kernel]) -> Callable[Arguments, SamplingAlgorithm]:

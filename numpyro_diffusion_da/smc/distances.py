@@ -7,7 +7,6 @@ functions take both, and compute with the array module of what they get.
 from __future__ import annotations
 
 import abc
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from numpyro_diffusion_da.arguments import require
+from numpyro_diffusion_da.arguments import number, require
 
 Numbers = np.ndarray | Array
 """Array of numpy, or of JAX where it is known only inside a compiled function."""
@@ -67,14 +66,14 @@ class Ring(Distance):
         length: circumference, in the unit of the positions: 40 for 40 sites at 0, 1, ..., 39.
 
     Raises:
+        TypeError: `length` is not a number.
         ValueError: `length` is not positive and finite.
     """
 
-    length: float = eqx.field(static=True, converter=float)
-
-    def __check_init__(self) -> None:
-        if not 0 < self.length < math.inf:
-            raise ValueError(f"Ring got length={self.length}; give its circumference in the unit of the positions.")
+    length: float = eqx.field(
+        static=True,
+        converter=number("Ring", "length", "give its circumference in the unit of the positions.", above=0),
+    )
 
     def __call__(self, a: Float[Numbers, "n k"], b: Float[Numbers, "m k"]) -> Float[Numbers, "n m"]:
         """Distances along the shorter arc, in the unit of the positions."""
@@ -107,16 +106,15 @@ class GreatCircle(Distance):
         sphere_radius: radius of the sphere, in the unit of the distances; by default the Earth's in kilometers.
 
     Raises:
+        TypeError: `sphere_radius` is not a number.
         ValueError: `sphere_radius` is not positive and finite.
     """
 
-    sphere_radius: float = eqx.field(static=True, default=6371.0, converter=float)
-
-    def __check_init__(self) -> None:
-        if not 0 < self.sphere_radius < math.inf:
-            raise ValueError(
-                f"GreatCircle got sphere_radius={self.sphere_radius}; give a positive radius in the unit of distances."
-            )
+    sphere_radius: float = eqx.field(
+        static=True,
+        default=6371.0,
+        converter=number("GreatCircle", "sphere_radius", "give a positive radius in the unit of distances.", above=0),
+    )
 
     def __call__(self, a: Float[Numbers, "n k"], b: Float[Numbers, "m k"]) -> Float[Numbers, "n m"]:
         """Great-circle distances, in the unit of the sphere's radius.
@@ -168,18 +166,20 @@ class WithHeight(Distance):
         scale: horizontal distance that counts as much as one unit of height.
 
     Raises:
+        TypeError: `scale` is not a number.
         ValueError: `scale` is not positive and finite.
     """
 
     horizontal: Distance
-    scale: float = eqx.field(static=True, converter=float)
+    scale: float = eqx.field(
+        static=True,
+        converter=number(
+            "WithHeight", "scale", "give the horizontal distance that equals one unit of height.", above=0
+        ),
+    )
 
     def __check_init__(self) -> None:
         require(self.horizontal, Distance, self, "horizontal", "ndda.GreatCircle()")
-        if not 0 < self.scale < math.inf:
-            raise ValueError(
-                f"WithHeight got scale={self.scale}; give the horizontal distance that equals one unit of height."
-            )
 
     def __call__(self, a: Float[Numbers, "n k"], b: Float[Numbers, "m k"]) -> Float[Numbers, "n m"]:
         """Distances from horizontal distance and height together, in the unit of the horizontal distance."""

@@ -104,7 +104,7 @@ def build_kernel(
         TypeError: `inflation` is not a sequence of inflations.
         ValueError: `target_ess` is outside [0, 1), or an inflation pairs members or lacks a function that it needs.
     """
-    check_target_ess(target_ess, "fa_apf.build_kernel")
+    target_ess = check_target_ess(target_ess, "fa_apf.build_kernel")
     check_inflation(inflation, "FAAPF", paired=False)
     look_ahead = need_forecast(inflation)
     if inflation and (advance_fn is None or (look_ahead and forecast_fn is None)):

@@ -61,7 +61,7 @@ def build_kernel(
     Raises:
         ValueError: `target_ess` is outside [0, 1).
     """
-    check_target_ess(target_ess, "guided_pf.build_kernel")
+    target_ess = check_target_ess(target_ess, "guided_pf.build_kernel")
 
     def kernel(rng_key: PRNGKeyArray, state: State, observation: PyTree) -> tuple[State, Info]:
         n = num_particles(state.particles)

@@ -20,7 +20,7 @@ a value that is not finite is left out of means and spreads.
 from __future__ import annotations
 
 import abc
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import equinox as eqx
@@ -29,8 +29,51 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from numpyro_diffusion_da.arguments import shown
+from numpyro_diffusion_da.arguments import broadcasts, is_number, real_array, require_number, shown
 from numpyro_diffusion_da.smc.base import particle_keys
+
+
+def is_traced(value: Any) -> bool:
+    """Whether a value is traced by JAX, such as the amount that `tune_spread` searches for, and cannot be checked."""
+    return isinstance(value, jax.core.Tracer)
+
+
+def _amount(owner: str, name: str, advice: str, **limits: Any) -> Callable[[Any], Any]:
+    """Make the converter of a field that holds one number, which may be traced.
+
+    Args:
+        owner: name of the class.
+        name: name of the field.
+        advice: what to give, for the message.
+        **limits: range of the number.
+    """
+
+    def converter(value: Any) -> Any:
+        if is_traced(value):
+            if jnp.ndim(value):
+                raise ValueError(f"{owner} got {name} of shape {jnp.shape(value)}; {advice}")
+            return value
+        return require_number(value, owner, name, advice, **limits)
+
+    return converter
+
+
+def _noise_scale(value: Any) -> Any:
+    """Scale of `Jitter`, a number or an array of numbers.
+
+    Raises:
+        TypeError: the scale is neither.
+        ValueError: a value is negative or not finite, or there is none.
+    """
+    advice = "give 0.0 (none) or more, in the unit of the state."
+    if is_traced(value):
+        return value
+    if is_number(value) or np.ndim(value) == 0:
+        return require_number(value, "Jitter", "scale", advice, least=0.0)
+    scale = real_array(value, "Jitter", "scale", "0.1")
+    if scale.size == 0 or (scale < 0.0).any():
+        raise ValueError(f"Jitter got scale={shown(value)}; {advice}")
+    return scale
 
 
 class Inflation(eqx.Module):
@@ -69,15 +112,15 @@ class RTPS(Inflation):
         alpha: amount, from 0 (the spread of the analysis) to 1 (the spread of the forecast).
 
     Raises:
+        TypeError: `alpha` is not a number.
         ValueError: `alpha` is outside [0, 1].
     """
 
     needs_forecast: ClassVar[bool] = True
 
-    alpha: float | Float[Array, ""]
-
-    def __check_init__(self) -> None:
-        _check("RTPS", "alpha", self.alpha, 0.0, 1.0, "0.0 (none) to 1.0 (the forecast's whole spread)")
+    alpha: float | Float[Array, ""] = eqx.field(
+        converter=_amount("RTPS", "alpha", "give 0.0 (none) to 1.0 (the forecast's whole spread).", least=0.0, most=1.0)
+    )
 
     def __call__(
         self, rng_key: PRNGKeyArray, analysis: Float[Array, "n ..."], forecast: Float[Array, "n ..."] | None
@@ -102,16 +145,18 @@ class RTPP(Inflation):
         alpha: amount, from 0 (anomalies of the analysis) to 1 (anomalies of the forecast).
 
     Raises:
+        TypeError: `alpha` is not a number.
         ValueError: `alpha` is outside [0, 1].
     """
 
     needs_forecast: ClassVar[bool] = True
     pairs_members: ClassVar[bool] = True
 
-    alpha: float | Float[Array, ""]
-
-    def __check_init__(self) -> None:
-        _check("RTPP", "alpha", self.alpha, 0.0, 1.0, "0.0 (none) to 1.0 (the forecast's whole anomalies)")
+    alpha: float | Float[Array, ""] = eqx.field(
+        converter=_amount(
+            "RTPP", "alpha", "give 0.0 (none) to 1.0 (the forecast's whole anomalies).", least=0.0, most=1.0
+        )
+    )
 
     def __call__(
         self, rng_key: PRNGKeyArray, analysis: Float[Array, "n ..."], forecast: Float[Array, "n ..."] | None
@@ -129,13 +174,13 @@ class Multiplicative(Inflation):
         factor: factor of the anomalies, 1 for no inflation.
 
     Raises:
-        ValueError: `factor` is below 1.
+        TypeError: `factor` is not a number.
+        ValueError: `factor` is below 1 or infinite.
     """
 
-    factor: float | Float[Array, ""]
-
-    def __check_init__(self) -> None:
-        _check("Multiplicative", "factor", self.factor, 1.0, np.inf, "1.0 (none) or more")
+    factor: float | Float[Array, ""] = eqx.field(
+        converter=_amount("Multiplicative", "factor", "give 1.0 (none) or more.", least=1.0)
+    )
 
     def __call__(
         self, rng_key: PRNGKeyArray, analysis: Float[Array, "n ..."], forecast: Float[Array, "n ..."] | None
@@ -154,15 +199,15 @@ class ForecastMultiplicative(Inflation):
         factor: factor of the anomalies, 1 for no inflation.
 
     Raises:
-        ValueError: `factor` is below 1.
+        TypeError: `factor` is not a number.
+        ValueError: `factor` is below 1 or infinite.
     """
 
     acts_on_forecast: ClassVar[bool] = True
 
-    factor: float | Float[Array, ""]
-
-    def __check_init__(self) -> None:
-        _check("ForecastMultiplicative", "factor", self.factor, 1.0, np.inf, "1.0 (none) or more")
+    factor: float | Float[Array, ""] = eqx.field(
+        converter=_amount("ForecastMultiplicative", "factor", "give 1.0 (none) or more.", least=1.0)
+    )
 
     def __call__(
         self, rng_key: PRNGKeyArray, analysis: Float[Array, "n ..."], forecast: Float[Array, "n ..."] | None
@@ -184,13 +229,11 @@ class Jitter(Inflation):
             state, for instance with one value for each variable.
 
     Raises:
+        TypeError: `scale` holds no real numbers.
         ValueError: `scale` is negative or, when called, does not broadcast to one state.
     """
 
-    scale: float | Float[Array, ...] | np.ndarray
-
-    def __check_init__(self) -> None:
-        _check("Jitter", "scale", self.scale, 0.0, np.inf, "0.0 (none) or more, in the unit of the state")
+    scale: float | Float[Array, ...] | np.ndarray = eqx.field(converter=_noise_scale)
 
     def __call__(
         self, rng_key: PRNGKeyArray, analysis: Float[Array, "n ..."], forecast: Float[Array, "n ..."] | None
@@ -199,8 +242,13 @@ class Jitter(Inflation):
         n, shape = len(analysis), analysis.shape[1:]
         draw = jax.vmap(lambda key: jax.random.normal(key, shape, analysis.dtype))
         noise = draw(particle_keys(rng_key, n))
-        scale = jnp.broadcast_to(jnp.asarray(self.scale, analysis.dtype), shape)
-        return analysis + scale[None] * (noise - noise.mean(0, keepdims=True))
+        scale = jnp.asarray(self.scale, analysis.dtype)
+        if not broadcasts(scale.shape, shape):
+            raise ValueError(
+                f"Jitter got scale of shape {scale.shape}, but a state has shape {shape}; give one number, or an array "
+                "that broadcasts to one state."
+            )
+        return analysis + jnp.broadcast_to(scale, shape)[None] * (noise - noise.mean(0, keepdims=True))
 
 
 def inflated(
@@ -261,8 +309,8 @@ def check_inflation(inflations: Any, owner: str, paired: bool) -> None:
     for inflation in inflations:
         if not isinstance(inflation, Inflation):
             raise TypeError(
-                f"{owner} got {inflation!r} in the sequence `inflation`; give instances of ndda.RTPS, ndda.smc.RTPP, "
-                "ndda.Multiplicative, ndda.ForecastMultiplicative or ndda.smc.Jitter."
+                f"{owner} got {shown(inflation)} in the sequence `inflation`; give instances of ndda.RTPS, "
+                "ndda.smc.RTPP, ndda.Multiplicative, ndda.ForecastMultiplicative or ndda.smc.Jitter."
             )
         if inflation.pairs_members and not paired:
             raise ValueError(
@@ -274,17 +322,6 @@ def check_inflation(inflations: Any, owner: str, paired: bool) -> None:
                 f"{owner} got inflation={inflation}, which widens the forecast before an ensemble update, and {owner} "
                 "makes none; use ndda.Multiplicative, which widens the analysis."
             )
-
-
-def is_traced(value: Any) -> bool:
-    """Whether a value is traced by JAX, such as the amount that `tune_spread` searches for, and cannot be checked."""
-    return isinstance(value, jax.core.Tracer)
-
-
-def _check(owner: str, name: str, value: Any, lowest: float, highest: float, instead: str) -> None:
-    if is_traced(value) or np.all((np.asarray(value) >= lowest) & (np.asarray(value) <= highest)):
-        return
-    raise ValueError(f"{owner} got {name}={value}; give {instead}.")
 
 
 def _given(inflation: Inflation, forecast: Array | None) -> Array:

@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, Bool, Float, Int
 
-from numpyro_diffusion_da.arguments import require
+from numpyro_diffusion_da.arguments import numbers_by_name, real_array, require, shown
 from numpyro_diffusion_da.checksums import checksum
 from numpyro_diffusion_da.smc.correlations import Correlation, GaspariCohn
 from numpyro_diffusion_da.smc.distances import Distance, Numbers, array_module
@@ -216,29 +216,33 @@ class Taper:
     correlation: Correlation = dataclasses.field(default_factory=GaspariCohn)
 
     def __post_init__(self) -> None:
+        example = '{"y": np.arange(0, 40, 4)}'
+        require(self.observations, Mapping, self, "observations", example)
+        if not all(isinstance(site, str) for site in self.observations):
+            raise ValueError(
+                f"Taper got observations={shown(self.observations)}; give positions by the name of each observed "
+                f"site: write observations={example}."
+            )
+        advice = "give a positive half-width, in the unit of the distance."
+        object.__setattr__(self, "radius", numbers_by_name(self.radius, "Taper", "radius", advice))
         if isinstance(self.radius, Mapping) and set(self.radius) != set(self.observations):
             raise ValueError(
                 f"Taper got radii of {sorted(self.radius)} and positions of {sorted(self.observations)}; give a radius "
                 "and positions for every observed site."
             )
-        radii = self.radius.values() if isinstance(self.radius, Mapping) else [self.radius]
-        if not all(radius > 0.0 for radius in radii):
-            raise ValueError(
-                f"Taper got radius={self.radius}; give a positive half-width, in the unit of the distance."
-            )
         if not isinstance(self.distance, Distance):
             raise TypeError(
-                f"Taper got the distance {self.distance!r}; give ndda.Ring(length), ndda.Euclidean() or "
+                f"Taper got the distance {shown(self.distance)}; give ndda.Ring(length), ndda.Euclidean() or "
                 "ndda.GreatCircle()."
             )
         require(self.correlation, Correlation, self, "correlation", "ndda.smc.GaspariCohn()")
         placed = {
-            name: value if isinstance(value, str) else self._rows(value, f"site '{name}'")
+            name: value if isinstance(value, str) else self._rows(value, f"site '{name}'", f"observations[{name!r}]")
             for name, value in self.observations.items()
         }
         object.__setattr__(self, "observations", placed)
         if self.state is not None:
-            object.__setattr__(self, "state", self._rows(self.state, "the state"))
+            object.__setattr__(self, "state", self._rows(self.state, "the state", "state"))
 
     def __repr__(self) -> str:
         """Text with all settings, stored with results. Positions appear as their number and a checksum."""
@@ -255,10 +259,8 @@ class Taper:
     def _radius(self, site: str) -> float:
         return self.radius[site] if isinstance(self.radius, Mapping) else self.radius
 
-    def _rows(self, values: ArrayLike, what: str) -> Float[np.ndarray, "n k"]:
-        rows = self._as_rows(np.asarray(values, np.float64), what)
-        if not np.all(np.isfinite(rows)):
-            raise ValueError(f"Taper got a position of {what} that is not finite; give finite positions.")
+    def _rows(self, values: ArrayLike, what: str, argument: str) -> Float[np.ndarray, "n k"]:
+        rows = self._as_rows(real_array(values, self, argument, "np.arange(0, 40, 4)"), what)
         if (wrong := self.distance.outside(rows)).any():
             at = int(np.flatnonzero(wrong)[0])
             raise ValueError(
@@ -372,7 +374,7 @@ class Taper:
             )
         mesh = np.meshgrid(*axes.values(), indexing="ij")
         grid = {name: values.reshape(-1).astype(np.float64) for name, values in zip(axes, mesh, strict=True)}
-        return self._rows(self.distance.on_grid(grid), "the state (its layout's coordinates)")
+        return self._rows(self.distance.on_grid(grid), "the state (its layout's coordinates)", "state")
 
 
 def _values_at_each(positions: int, shape: tuple[int, ...], what: str) -> int:

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from numpyro_diffusion_da.arguments import count, number
 from numpyro_diffusion_da.diffusion.denoiser import NetworkPasses
 from numpyro_diffusion_da.observation.likelihood import GaussianLikelihood, Likelihood
 from numpyro_diffusion_da.smc.tempering import TemperableLogWeight
@@ -223,20 +224,18 @@ class Moment(PredictiveWeight):
             resampling.
     """
 
-    noise_level: float | None = eqx.field(static=True, default=None)
-    probes: int | None = eqx.field(static=True, default=None)
+    noise_level: float | None = eqx.field(
+        static=True,
+        default=None,
+        converter=number("Moment", "noise_level", "give a positive number, or None.", optional=True, above=0),
+    )
+    probes: int | None = eqx.field(static=True, default=None, converter=count("Moment", "probes", optional=True))
 
     def bias_reasons(self, closed_form: bool, linear: bool) -> list[str]:
         """Return the reasons why moment weights are biased; none for a Gaussian transition and a linear h."""
         transition = [] if closed_form else ["Moment weights are exact for Gaussian transitions only"]
         observation = [] if linear else ["Moment weights are exact for observations linear in the state only"]
         return transition + observation
-
-    def __check_init__(self) -> None:
-        if self.noise_level is not None and not self.noise_level > 0:
-            raise ValueError(f"Moment got noise_level={self.noise_level}; give a positive number, or None.")
-        if self.probes is not None and self.probes < 1:
-            raise ValueError(f"Moment got probes={self.probes}; give 1 or more, or None.")
 
     def __call__(self, dynamics: Dynamics, likelihood: Likelihood) -> tuple[Float[Array, ""], WeightRecord]:
         """Return the log-likelihood of the forecast mean under forecast and observation error together, and the record.
