@@ -437,7 +437,7 @@ def written(likelihood, y, how, carry, extra):
 
 
 @pytest.mark.slow
-@fuzz(60)
+@fuzz(40)
 @given(programs())
 def test_programs(drawn):
     with jax.numpy_rank_promotion("allow"):  # NumPyro's mixtures promote ranks
@@ -509,7 +509,7 @@ def ran(algorithm, *data, particles=2000):
 
 
 @pytest.mark.slow
-@fuzz(6)
+@fuzz(4)
 @given(st.sampled_from(sorted(RUNS)), st.sampled_from(["Normal", "Poisson", "Categorical", "StudentT"]), st.data())
 def test_runs(name, likelihood, data):
     y = data.draw(st.lists(st.sampled_from([0.0, 1.0, math.nan]), min_size=2, max_size=2))
@@ -540,13 +540,17 @@ def nullable(values):
     return [None if math.isnan(v) else v for v in values]
 
 
+def small(values):
+    return np.abs(values) < 1e6
+
+
 CONTAINERS = {
     "float64": lambda v: np.array(v),
     "float32": lambda v: np.array(v, np.float32),
     "float16": lambda v: np.array(v, np.float16),
     "JAX": lambda v: jnp.asarray(v, jnp.float32),
     "masked": lambda v: np.ma.masked_invalid(np.array(v)),
-    "masked integers": lambda v: np.ma.array(np.where(np.isfinite(v), v, 0).astype(int), mask=~np.isfinite(v)),
+    "masked integers": lambda v: np.ma.array(np.where(small(v), v, 0).astype(int), mask=~small(v)),
     "Series": lambda v: pandas.Series(v),
     "dates": lambda v: pandas.Series(v, pandas.date_range("2020", periods=len(v))),
     "nullable": lambda v: pandas.Series(nullable(v), dtype="Float64"),
@@ -597,10 +601,10 @@ def evidence_of(y):
 
 
 @pytest.mark.slow
-@fuzz(60)
+@fuzz(40)
 @given(st.sampled_from(sorted(CONTAINERS)), st.lists(NUMBERS, min_size=3, max_size=3))
 def test_observations(name, values):
-    names = ("argument 'y'", "site 'y'", "input xs", "step")
+    names = ("argument 'y'", "site 'y'", "input xs", "step", "the program's scan")
     data = CONTAINERS[name](values)
     found = outcome("observations", lambda: evidence_of(data), names)
     if name in REFUSED_CONTAINERS:
@@ -612,7 +616,7 @@ def test_observations(name, values):
     assert not any(math.isinf(v) for v in values) or name in ("masked", "masked integers"), (name, values)
     plain = [math.nan if math.isinf(v) else v for v in values]
     if name == "masked integers":
-        plain = [v if math.isnan(v) else float(int(v)) for v in plain]
+        plain = [float(int(v)) if small(v) else math.nan for v in plain]
     if all(abs(v) < 1.5 or math.isnan(v) for v in plain):
         assert abs(found - kalman(plain)) < 0.5, (name, values)
     assert found == evidence_of(np.array(plain, np.float16 if name == "float16" else np.float32)), (name, values)
@@ -682,7 +686,7 @@ Y = np.array([0.3, -0.2, 0.5], np.float32)
 
 
 @pytest.mark.slow
-@fuzz(40)
+@fuzz(30)
 @given(st.data())
 def test_stores_of_runs(stored_run, data):
     runner, whole_run, result = stored_run

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import numpyro
 import numpyro.distributions as dist
 from jaxtyping import Array, Int, PRNGKeyArray, PyTree
@@ -25,6 +26,7 @@ from numpyro.contrib.control_flow.cond import cond_wrapper
 from numpyro.contrib.control_flow.scan import PytreeTrace
 from numpyro.primitives import _PYRO_STACK, Messenger
 
+from numpyro_diffusion_da.arguments import shown
 from numpyro_diffusion_da.program.arrays import as_array, number_array
 from numpyro_diffusion_da.program.sites import is_discrete
 
@@ -163,9 +165,9 @@ def _scan_call(msg: dict[str, Any], around: Messenger) -> ScanCall:
     def converted(path: Any, leaf: Any) -> Any:
         what = f"input xs{jax.tree_util.keystr(path)} of the program's scan"
         leaf = as_array(leaf, what)
-        if not jnp.shape(leaf):
+        if not (leaf.shape if isinstance(leaf, jax.Array) else np.shape(leaf)):
             raise ValueError(
-                f"{what} is {leaf!r}, which has no time axis; give arrays with a leading axis of time (a list of "
+                f"{what} is {shown(leaf)}, which has no time axis; give arrays with a leading axis of time (a list of "
                 "numbers becomes one by jnp.asarray)."
             )
         return leaf
