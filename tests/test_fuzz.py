@@ -31,7 +31,7 @@ from numpyro.contrib.control_flow import scan
 from scipy import special, stats
 
 import numpyro_diffusion_da as ndda
-from numpyro_diffusion_da import fields, inference, observation, smc, transition
+from numpyro_diffusion_da import diffusion, fields, inference, observation, smc, transition
 from numpyro_diffusion_da.priors import read_stored, write_stored
 from numpyro_diffusion_da.program import StateSpaceModel
 
@@ -258,6 +258,49 @@ SETTINGS = {
     ),
     **each("Stations", observation.Stations, {"errors": {"a": 1.0}}, count=either(whole(1)), seed=whole(0)),
     **each("BlockMeans", observation.BlockMeans, {"errors": {"a": 1.0}}, size=whole(1)),
+    **each(
+        "KarrasSchedule",
+        diffusion.KarrasSchedule,
+        {},
+        num_levels=whole(2),
+        rho=POSITIVE,
+        lowest=either(POSITIVE),
+        highest=either(POSITIVE),
+    ),
+    **each("GeometricSchedule", diffusion.GeometricSchedule, {}, factor=real(1, INF, open_low=True)),
+    **each(
+        "Churn",
+        diffusion.Churn,
+        {},
+        rate=real(0, INF),
+        lowest=real(0, INF),
+        highest=real(0, INF, infinite=True),
+        noise_scale=real(0, INF),
+    ),
+    **each(
+        "LangevinCorrector",
+        diffusion.LangevinCorrector,
+        {},
+        steps=whole(1),
+        tau=real(0, 1, open_low=True, open_high=True),
+    ),
+    **each("DDIM", diffusion.DDIM, {}, eta=real(0, 1)),
+    **each("AdamsBashforth", diffusion.AdamsBashforth, {}, order=whole(1, 4)),
+    **each("DPS", diffusion.DPS, {}, zeta=either(POSITIVE)),
+    **each("JFPS", diffusion.JFPS, {}, solver=never),
+    **each("Piecewise", diffusion.Piecewise, {"guidance": (), "levels": (1.0,)}, guidance=never),
+    **each(
+        "KrylovSolve",
+        diffusion.KrylovSolve,
+        {},
+        products=either(whole(1)),
+        warm_start=flag,
+        tolerance=POSITIVE,
+        max_products=whole(1),
+    ),
+    **each("Hutchinson", diffusion.Hutchinson, {"rng_key": KEY}, probes=whole(1)),
+    **each("ProbabilityFlow", diffusion.ProbabilityFlow, {}, num_levels=whole(2), trace=never),
+    **each("Sampler", ndda.Sampler, {}, step=never, schedule=never, churn=nothing, corrector=nothing),
     **each("load_prior", ndda.load_prior, {"name": "lorenz96"}, name=never),
     **each("Variable", ndda.Variable, {"name": "a"}, name=lambda v: isinstance(v, str) and v != ""),
 }

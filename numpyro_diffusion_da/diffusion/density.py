@@ -39,7 +39,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from numpyro_diffusion_da.arguments import require, require_count
+from numpyro_diffusion_da.arguments import count, require, require_count
 from numpyro_diffusion_da.diffusion.denoiser import NetworkPasses
 from numpyro_diffusion_da.diffusion.prior import Conditioning, DiffusionPrior
 from numpyro_diffusion_da.diffusion.schedule import range_of_levels
@@ -95,11 +95,7 @@ class Hutchinson(Trace):
     """
 
     rng_key: PRNGKeyArray
-    probes: int = eqx.field(static=True, default=8)
-
-    def __check_init__(self) -> None:
-        if self.probes < 1:
-            raise ValueError(f"Hutchinson got probes={self.probes}; give at least 1.")
+    probes: int = eqx.field(static=True, default=8, converter=count("Hutchinson", "probes"))
 
     def products(self, size: int) -> int:
         """Return `probes`, the number of products for a J of any size."""

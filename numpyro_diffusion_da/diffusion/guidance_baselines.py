@@ -27,13 +27,16 @@ A likelihood that is not Gaussian is replaced by a Gaussian one as in `diffusion
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, ArrayLike, Float
+from jaxtyping import Array, Float
 
-from numpyro_diffusion_da.arguments import require
+from numpyro_diffusion_da.arguments import number, real_array, require, shown
 from numpyro_diffusion_da.diffusion.denoiser import Denoiser, GuidanceState, NetworkPasses, PriorDenoiser
 from numpyro_diffusion_da.diffusion.guidance import (
     Guidance,
@@ -44,6 +47,20 @@ from numpyro_diffusion_da.diffusion.guidance import (
 )
 from numpyro_diffusion_da.diffusion.linear_solve import KrylovSolve, LinearSolver, RowSumSolve
 from numpyro_diffusion_da.observation.likelihood import GaussianLikelihood, Likelihood
+
+
+def _deviations(owner: str) -> Callable[[Any], Array]:
+    """Converter of a field that holds positive standard deviations of the latent, which may be traced."""
+
+    def converter(value: Any) -> Array:
+        if isinstance(value, jax.core.Tracer):
+            return value
+        found = real_array(value, owner, "sigma_data", "1.0")
+        if found.size == 0 or not np.all(found > 0.0):
+            raise ValueError(f"{owner} got sigma_data={shown(value)}; give positive standard deviations of the latent.")
+        return jnp.asarray(value)
+
+    return converter
 
 
 class DPS(Guidance):
@@ -76,11 +93,13 @@ class DPS(Guidance):
         ValueError: zeta is not positive.
     """
 
-    zeta: float | None = eqx.field(static=True, default=None)
-
-    def __check_init__(self) -> None:
-        if self.zeta is not None and not self.zeta > 0.0:
-            raise ValueError(f"DPS got zeta={self.zeta}; give a positive number, or None for the likelihood's score.")
+    zeta: float | None = eqx.field(
+        static=True,
+        default=None,
+        converter=number(
+            "DPS", "zeta", "give a positive number, or None for the likelihood's score.", optional=True, above=0
+        ),
+    )
 
     def __call__(self, denoiser: PriorDenoiser, likelihood: Likelihood) -> Denoiser:
         """Build the denoiser that is guided by the score of the likelihood at D.
@@ -167,11 +186,10 @@ class PiGDM(Guidance):
         ValueError: sigma_data is not positive.
     """
 
-    sigma_data: Float[Array, ...] = eqx.field(converter=jnp.asarray, default=1.0)
+    sigma_data: Float[Array, ...] = eqx.field(converter=_deviations("PiGDM"), default=1.0)
     solver: LinearSolver = KrylovSolve(products=8)
 
     def __check_init__(self) -> None:
-        check_positive(type(self).__name__, self.sigma_data)
         require(self.solver, LinearSolver, self, "solver", "ndda.diffusion.KrylovSolve(products=8)")
 
     def __call__(self, denoiser: PriorDenoiser, likelihood: Likelihood) -> Denoiser:
@@ -201,11 +219,10 @@ class JFPS(Guidance):
         ValueError: sigma_data is not positive.
     """
 
-    sigma_data: Float[Array, ...] = eqx.field(converter=jnp.asarray, default=1.0)
+    sigma_data: Float[Array, ...] = eqx.field(converter=_deviations("JFPS"), default=1.0)
     solver: LinearSolver = KrylovSolve(products=8)
 
     def __check_init__(self) -> None:
-        check_positive(type(self).__name__, self.sigma_data)
         require(self.solver, LinearSolver, self, "solver", "ndda.diffusion.KrylovSolve(products=8)")
 
     def __call__(self, denoiser: PriorDenoiser, likelihood: Likelihood) -> Denoiser:
@@ -260,17 +277,3 @@ class ConstantVarianceDenoiser(Denoiser):
             correction = times_variance(solution.image)
         passes = NetworkPasses.of(forward=1, vjp=int(self.through_jacobian))
         return denoised + correction, guidance_state.plus(passes)
-
-
-def check_positive(name: str, sigma_data: ArrayLike) -> None:
-    """Check that all standard deviations are positive, unless they are traced and have no value yet.
-
-    Args:
-        name: name of the guidance, for the message.
-        sigma_data: standard deviations of the latent.
-
-    Raises:
-        ValueError: a standard deviation is zero or negative.
-    """
-    if not isinstance(sigma_data, jax.core.Tracer) and not np.all(np.asarray(sigma_data) > 0.0):
-        raise ValueError(f"{name} got sigma_data={sigma_data}; give positive standard deviations of the latent.")

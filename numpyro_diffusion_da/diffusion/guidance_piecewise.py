@@ -8,14 +8,15 @@ does that.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
-from numpyro_diffusion_da.arguments import require
+from numpyro_diffusion_da.arguments import require, require_number
 from numpyro_diffusion_da.diffusion.denoiser import Denoiser, GuidanceState, PriorDenoiser
 from numpyro_diffusion_da.diffusion.guidance import Guidance, GuidanceDirections, ObservingDenoiser
 from numpyro_diffusion_da.observation.likelihood import Likelihood
@@ -32,6 +33,16 @@ class Unguided(Guidance):
         return denoiser
 
 
+def _several(name: str, example: str) -> Callable[[Any], tuple[Any, ...]]:
+    """Converter of a field of `Piecewise` that holds a tuple."""
+
+    def converter(values: Any) -> tuple[Any, ...]:
+        require(values, Sequence, "Piecewise", name, example)
+        return tuple(values)
+
+    return converter
+
+
 class Piecewise(Guidance):
     """Guidance that uses another guidance in each range of noise levels.
 
@@ -46,8 +57,10 @@ class Piecewise(Guidance):
         ValueError: the numbers of guidances and levels do not match, or the levels are not positive and decreasing.
     """
 
-    guidance: tuple[Guidance, ...] = eqx.field(converter=tuple)
-    levels: tuple[float, ...] = eqx.field(static=True, converter=tuple)
+    guidance: tuple[Guidance, ...] = eqx.field(
+        converter=_several("guidance", "(ndda.diffusion.Unguided(), ndda.MMPS())")
+    )
+    levels: tuple[float, ...] = eqx.field(static=True, converter=_several("levels", "(40.0,)"))
 
     def __check_init__(self) -> None:
         for i, part in enumerate(self.guidance):
@@ -57,9 +70,10 @@ class Piecewise(Guidance):
                 f"Piecewise got {len(self.guidance)} guidances and {len(self.levels)} levels between them; "
                 "give one level fewer than guidances."
             )
-        if any(level <= 0 for level in self.levels) or any(
-            low >= high for high, low in zip(self.levels, self.levels[1:], strict=False)
-        ):
+        advice = "give positive levels, the highest first."
+        for i, level in enumerate(self.levels):
+            require_number(level, self, f"levels[{i}]", advice, above=0.0)
+        if any(low >= high for high, low in zip(self.levels, self.levels[1:], strict=False)):
             raise ValueError(f"Piecewise got levels={self.levels}; give positive levels, the highest first.")
 
     def __call__(self, denoiser: PriorDenoiser, likelihood: Likelihood) -> Denoiser:

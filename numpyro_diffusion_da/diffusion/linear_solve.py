@@ -28,6 +28,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PyTree
 
+from numpyro_diffusion_da.arguments import count, flag, number
+
 Product = Callable[[Float[Array, " m"]], tuple[Float[Array, " m"], Float[Array, "..."]]]
 """Function v -> ((I + B) v, image g(v)) with a linear g; for guidance, g(v) = J^T S H^T v."""
 
@@ -193,20 +195,14 @@ class KrylovSolve(LinearSolver):
         ValueError: `products` or `max_products` is less than 1, or `tolerance` is not positive.
     """
 
-    products: int | None = eqx.field(static=True, default=None)
-    warm_start: bool = eqx.field(static=True, default=True)
-    tolerance: float = eqx.field(static=True, default=0.03)
-    max_products: int = eqx.field(static=True, default=32)
-
-    def __check_init__(self) -> None:
-        if self.products is not None and self.products < 1:
-            raise ValueError(
-                f"KrylovSolve got products={self.products}; give 1 or more, or None for as many as the system needs."
-            )
-        if self.max_products < 1:
-            raise ValueError(f"KrylovSolve got max_products={self.max_products}; give 1 or more.")
-        if not self.tolerance > 0:
-            raise ValueError(f"KrylovSolve got tolerance={self.tolerance}; give a positive number.")
+    products: int | None = eqx.field(
+        static=True, default=None, converter=count("KrylovSolve", "products", optional=True)
+    )
+    warm_start: bool = eqx.field(static=True, default=True, converter=flag("KrylovSolve", "warm_start"))
+    tolerance: float = eqx.field(
+        static=True, default=0.03, converter=number("KrylovSolve", "tolerance", "give a positive number.", above=0)
+    )
+    max_products: int = eqx.field(static=True, default=32, converter=count("KrylovSolve", "max_products"))
 
     def init(self, size: int, dtype: jnp.dtype) -> PyTree:
         """Return the first warm start: zeros in place of an answer at the noise level before."""

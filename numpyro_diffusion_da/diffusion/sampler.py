@@ -22,6 +22,7 @@ forgets its start, and starts from T e.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
@@ -30,7 +31,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
-from numpyro_diffusion_da.arguments import require
+from numpyro_diffusion_da.arguments import count, number, require
 from numpyro_diffusion_da.diffusion.denoiser import Denoiser, GuidanceState, NetworkPasses
 from numpyro_diffusion_da.diffusion.noise import Noise, WhiteNoise
 from numpyro_diffusion_da.diffusion.schedule import GeometricSchedule, KarrasSchedule, Schedule
@@ -48,6 +49,11 @@ DEFAULT_VARIANCE_ERROR = 0.025
 """Bound on `Sampler().variance_error` for every range of noise levels of two decades or more."""
 
 
+def _churn(name: str, finite: bool = True) -> Callable[[Any], float | None]:
+    """Converter of a setting of `Churn`."""
+    return number("Churn", name, "give a number that is not negative.", least=0, finite=finite)
+
+
 class Churn(eqx.Module):
     r"""Noise added before each step (EDM, Karras et al. 2022, Algorithm 2), to raise the level s to (1 + gamma) s.
 
@@ -59,19 +65,14 @@ class Churn(eqx.Module):
         noise_scale: factor on the added noise (EDM's S_noise); GenCast uses 1.05.
 
     Raises:
-        ValueError: `rate` or `noise_scale` is negative.
+        TypeError: a setting is not a number.
+        ValueError: a setting is negative or NaN.
     """
 
-    rate: float = eqx.field(static=True, default=2.5)
-    lowest: float = eqx.field(static=True, default=0.75)
-    highest: float = eqx.field(static=True, default=float("inf"))
-    noise_scale: float = eqx.field(static=True, default=1.05)
-
-    def __check_init__(self) -> None:
-        if self.rate < 0 or self.noise_scale < 0:
-            raise ValueError(
-                f"Churn got rate={self.rate}, noise_scale={self.noise_scale}; give numbers that are not negative."
-            )
+    rate: float = eqx.field(static=True, default=2.5, converter=_churn("rate"))
+    lowest: float = eqx.field(static=True, default=0.75, converter=_churn("lowest"))
+    highest: float = eqx.field(static=True, default=float("inf"), converter=_churn("highest", finite=False))
+    noise_scale: float = eqx.field(static=True, default=1.05, converter=_churn("noise_scale"))
 
     def raised(self, levels: np.ndarray) -> np.ndarray:
         """Return the noise level from which each step starts after churning, shape of `levels`."""
@@ -100,14 +101,12 @@ class LangevinCorrector(eqx.Module):
         ValueError: `steps` is less than 1, or tau is outside (0, 1).
     """
 
-    steps: int = eqx.field(static=True, default=2)
-    tau: float = eqx.field(static=True, default=0.3)
-
-    def __check_init__(self) -> None:
-        if self.steps < 1:
-            raise ValueError(f"LangevinCorrector got steps={self.steps}; give 1 or more, or leave the corrector out.")
-        if not 0.0 < self.tau < 1.0:
-            raise ValueError(f"LangevinCorrector got tau={self.tau}; give a number between 0 and 1.")
+    steps: int = eqx.field(static=True, default=2, converter=count("LangevinCorrector", "steps"))
+    tau: float = eqx.field(
+        static=True,
+        default=0.3,
+        converter=number("LangevinCorrector", "tau", "give a number between 0 and 1.", above=0, below=1),
+    )
 
     def __call__(
         self,

@@ -7,11 +7,13 @@ coefficients once, in double precision.
 from __future__ import annotations
 
 import abc
+from collections.abc import Callable
+from typing import Any
 
 import equinox as eqx
 import numpy as np
 
-from numpyro_diffusion_da.arguments import require_count
+from numpyro_diffusion_da.arguments import count, number
 
 
 def range_of_levels(
@@ -30,6 +32,16 @@ def range_of_levels(
             "change lowest= or highest=, or the prior's noise_range."
         )
     return lowest, highest
+
+
+def level(owner: str, name: str) -> Callable[[Any], float | None]:
+    """Make the converter of a field that holds a noise level or None.
+
+    Args:
+        owner: name of the class.
+        name: name of the field.
+    """
+    return number(owner, name, "give a positive noise level, or None for the prior's.", optional=True, above=0)
 
 
 class Schedule(eqx.Module):
@@ -58,15 +70,14 @@ class KarrasSchedule(Schedule):
         ValueError: there are fewer than two levels, rho is not positive, or the range is not 0 < lowest < highest.
     """
 
-    num_levels: int = eqx.field(static=True, default=16)
-    rho: float = eqx.field(static=True, default=9.0)
-    lowest: float | None = eqx.field(static=True, default=None)
-    highest: float | None = eqx.field(static=True, default=None)
-
-    def __check_init__(self) -> None:
-        require_count(self.num_levels, self, "num_levels", least=2)
-        if not self.rho > 0:
-            raise ValueError(f"KarrasSchedule got rho={self.rho}; give a positive number (EDM uses 7).")
+    num_levels: int = eqx.field(static=True, default=16, converter=count("KarrasSchedule", "num_levels", 2))
+    rho: float = eqx.field(
+        static=True,
+        default=9.0,
+        converter=number("KarrasSchedule", "rho", "give a positive number (EDM uses 7).", above=0),
+    )
+    lowest: float | None = eqx.field(static=True, default=None, converter=level("KarrasSchedule", "lowest"))
+    highest: float | None = eqx.field(static=True, default=None, converter=level("KarrasSchedule", "highest"))
 
     def levels(self, noise_range: tuple[float, float]) -> np.ndarray:
         """Return the noise levels, highest first, shape (num_levels,), for a prior with this (lowest, highest) range.
@@ -93,15 +104,13 @@ class GeometricSchedule(Schedule):
         ValueError: `factor` is not above 1.
     """
 
-    factor: float = eqx.field(static=True, default=1.75)
-    lowest: float | None = eqx.field(static=True, default=None)
-    highest: float | None = eqx.field(static=True, default=None)
-
-    def __check_init__(self) -> None:
-        if not self.factor > 1:
-            raise ValueError(
-                f"GeometricSchedule got factor={self.factor}; give a number above 1 (the default is 1.75)."
-            )
+    factor: float = eqx.field(
+        static=True,
+        default=1.75,
+        converter=number("GeometricSchedule", "factor", "give a number above 1 (the default is 1.75).", above=1),
+    )
+    lowest: float | None = eqx.field(static=True, default=None, converter=level("GeometricSchedule", "lowest"))
+    highest: float | None = eqx.field(static=True, default=None, converter=level("GeometricSchedule", "highest"))
 
     def levels(self, noise_range: tuple[float, float]) -> np.ndarray:
         """Return the noise levels, highest first, for a prior with this (lowest, highest) range.

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
+from numpyro_diffusion_da.arguments import count, number
 from numpyro_diffusion_da.diffusion.denoiser import GuidanceState
 from numpyro_diffusion_da.diffusion.noise import Noise
 
@@ -146,13 +147,13 @@ class DDIM(StochasticStep):
         ValueError: eta is outside [0, 1].
     """
 
-    eta: float = eqx.field(static=True, default=0.0)
+    eta: float = eqx.field(
+        static=True,
+        default=0.0,
+        converter=number("DDIM", "eta", "give a number from 0 (deterministic) to 1 (ancestral).", least=0, most=1),
+    )
     order: int = eqx.field(static=True, default=1, init=False)
     evaluations: int = eqx.field(static=True, default=1, init=False)
-
-    def __check_init__(self) -> None:
-        if not 0.0 <= self.eta <= 1.0:
-            raise ValueError(f"DDIM got eta={self.eta}; give a number from 0 (deterministic) to 1 (ancestral).")
 
     @property
     def noisy(self) -> bool:
@@ -181,7 +182,7 @@ class AdamsBashforth(Step):
         ValueError: order is another number.
     """
 
-    order: int = eqx.field(static=True, default=3)
+    order: int = eqx.field(static=True, default=3, converter=count("AdamsBashforth", "order"))
     evaluations: int = eqx.field(static=True, default=1, init=False)
 
     def __check_init__(self) -> None:
