@@ -80,10 +80,15 @@ def find_linear_predictor(fn: Callable[[Array], Array], shape: tuple[int, ...]) 
     def predictor(x: Array) -> Array:
         return _evaluate(flat, {flat.argument: x}, base).reshape(-1)[index]
 
+    size = flat.shapes[base]
+    # For each element of the base, where it is in b. The others may have any value, because no result depends on them.
+    place = np.zeros(int(np.prod(size)), int)
+    place[index] = np.arange(len(index))
+    in_order = np.array_equal(place, np.arange(len(index)))
+
     def link(b: Array) -> Array:
-        # The other elements of the base may have any value, because no element of the result depends on them.
-        size = flat.shapes[base]
-        whole = jnp.zeros(int(np.prod(size)), b.dtype).at[index].set(b).reshape(size)
+        # A quadrature calls this many times, so a base in the same order is not copied element by element.
+        whole = (b if in_order else b[place]).reshape(size)
         return _evaluate(flat, {flat.argument: jnp.zeros(shape, b.dtype), base: whole}, flat.result)
 
     return LinearPredictor(predictor, link, index if base == flat.argument else None)

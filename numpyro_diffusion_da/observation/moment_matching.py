@@ -24,6 +24,7 @@ ElementwiseLogProb = Callable[[Float[Array, " m"]], Float[Array, " m"]]
 
 NODES = 65
 ROUNDS = 5
+RESOLVED = 0.25  # smallest ratio of the half-widths of two grids at which the second needs no further refinement
 REACH = 6.0  # half-width of the first grid, in standard deviations
 LEAST_VARIANCE = 1e-10  # variance of a coordinate
 LEAST_PRECISION = 1e-3  # precision of a pseudo observation, relative to the precision of its coordinate
@@ -71,46 +72,56 @@ def tilted_quantiles(
     """
     _, nodes, weights = _tilted(log_prob, center, variance)
     # The density is taken to be constant on the interval around each node.
-    below = jnp.cumsum(weights, axis=0)
-    at = jnp.clip(jnp.sum(below < levels[None], axis=0), 0, NODES - 1)[None]
-    share, until = jnp.take_along_axis(weights, at, axis=0)[0], jnp.take_along_axis(below, at, axis=0)[0]
+    below = jnp.cumsum(weights, axis=1)
+    at = jnp.clip(jnp.sum(below < levels[:, None], axis=1), 0, NODES - 1)[:, None]
+    share, until = jnp.take_along_axis(weights, at, axis=1)[:, 0], jnp.take_along_axis(below, at, axis=1)[:, 0]
     inside = jnp.where(share > 0, 0.5 - (until - levels) / jnp.where(share > 0, share, 1.0), 0.0)
-    return jnp.take_along_axis(nodes, at, axis=0)[0] + jnp.clip(inside, -0.5, 0.5) * (nodes[1] - nodes[0])
+    return jnp.take_along_axis(nodes, at, axis=1)[:, 0] + jnp.clip(inside, -0.5, 0.5) * (nodes[:, 1] - nodes[:, 0])
 
 
 def _tilted(
     log_prob: ElementwiseLogProb, center: Float[Array, " m"], variance: Float[Array, " m"]
-) -> tuple[TiltedMoments, Float[Array, "k m"], Float[Array, "k m"]]:
-    """Moments of the tilted densities, and the nodes and weights of the last grid, each of shape (k, m)."""
+) -> tuple[TiltedMoments, Float[Array, "m k"], Float[Array, "m k"]]:
+    """Moments of the tilted densities, and the nodes and weights of the last grid, each of shape (m, k)."""
     spread = jnp.sqrt(variance)
     steps = jnp.linspace(-1.0, 1.0, NODES, dtype=center.dtype)
 
-    def on_grid(middle: Array, half: Array) -> tuple[TiltedMoments, Array, Array, Array]:
-        t = middle[None] + half[None] * steps[:, None]
-        logs = jax.vmap(log_prob)(t)
-        exponent = -0.5 * ((t - center[None]) / spread[None]) ** 2
-        logs = jnp.where(jnp.isnan(logs), -jnp.inf, logs) + exponent
-        possible = jnp.isfinite(jnp.max(logs, axis=0))
-        logs = jnp.where(possible[None], logs, exponent)
-        total = jax.nn.logsumexp(logs, axis=0)
-        weights = jnp.exp(logs - total[None])
-        mean = jnp.sum(weights * t, axis=0)
-        second = jnp.sum(weights * (t - mean[None]) ** 2, axis=0)
+    # Nodes are the last axis, which is the longest: with one short array per particle, sums over it are the fastest.
+    def on_grid(middle: Array, half: Array) -> tuple[TiltedMoments, Array, Array]:
+        t = middle[:, None] + half[:, None] * steps[None]
+        logs = jax.vmap(log_prob, in_axes=1, out_axes=1)(t)
+        exponent = -0.5 * ((t - center[:, None]) / spread[:, None]) ** 2
+        logs = jax.lax.optimization_barrier(jnp.where(jnp.isnan(logs), -jnp.inf, logs) + exponent)
+        possible = jnp.isfinite(jnp.max(logs, axis=1))
+        # Without the barriers, each sum below would evaluate the likelihood again.
+        logs = jax.lax.optimization_barrier(jnp.where(possible[:, None], logs, exponent))
+        largest = jax.lax.stop_gradient(jnp.max(logs, axis=1))
+        density = jax.lax.optimization_barrier(jnp.exp(logs - largest[:, None]))
+        total = jnp.sum(density, axis=1)
+        weights = density / total[:, None]
+        mean = jnp.sum(weights * t, axis=1)
+        second = jnp.sum(weights * (t - mean[:, None]) ** 2, axis=1)
         spacing = 2.0 * half / (NODES - 1)
-        log_normalizer = total + jnp.log(spacing / spread) - 0.5 * jnp.log(2.0 * jnp.pi)
-        return TiltedMoments(jnp.where(possible, log_normalizer, -jnp.inf), mean, second), spacing, t, weights
+        log_normalizer = largest + jnp.log(total * spacing / spread) - 0.5 * jnp.log(2.0 * jnp.pi)
+        return TiltedMoments(jnp.where(possible, log_normalizer, -jnp.inf), mean, second), t, weights
 
-    def refine(_: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
-        moments, spacing = on_grid(*carry)[:2]
-        _, half = carry
+    def refine(carry: tuple[Array, Array, Array, Array]) -> tuple[Array, Array, Array, Array]:
+        round_, middle, half, done = carry
+        moments = jax.lax.stop_gradient(on_grid(middle, half)[0])
         # If the mean is near the edge, the mass may lie beyond it: recenter the grid and widen it.
-        inside = jnp.abs(moments.mean - carry[0]) < 0.8 * half
-        narrower = jnp.clip(REACH * jnp.sqrt(moments.variance), 2.0 * spacing, half)
-        return moments.mean, jnp.where(inside, narrower, 2.0 * half)
+        inside = jnp.abs(moments.mean - middle) < 0.8 * half
+        narrower = jnp.clip(REACH * jnp.sqrt(moments.variance), 4.0 * half / (NODES - 1), half)
+        new = moments.mean, jnp.where(inside, narrower, 2.0 * half)
+        # The next grid is the last one if the density was resolved well enough to place it.
+        resolved = (inside & (narrower >= RESOLVED * half)) | ~jnp.isfinite(moments.mean)
+        return round_ + 1, jnp.where(done, middle, new[0]), jnp.where(done, half, new[1]), done | resolved
 
-    grid = jax.lax.fori_loop(0, ROUNDS - 1, refine, (center, REACH * spread))
-    found, _, nodes, weights = on_grid(*grid)
-    return found, nodes, weights
+    # Where the nodes lie does not change the integral, so the search for them has no gradient. A loop without gradients
+    # may end early, which saves most evaluations of the likelihood.
+    first = jnp.zeros((), int), center, REACH * spread, jnp.zeros(center.shape, bool)
+    start = jax.lax.stop_gradient(first)
+    grid = jax.lax.while_loop(lambda carry: (carry[0] < ROUNDS - 1) & ~jnp.all(carry[3]), refine, start)
+    return on_grid(grid[1], grid[2])
 
 
 class PseudoObservations(NamedTuple):
