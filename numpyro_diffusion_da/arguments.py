@@ -6,7 +6,7 @@ import math
 import numbers
 import reprlib
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Set
 from typing import Any
 
 import jax
@@ -248,6 +248,50 @@ def real_array(value: Any, owner: Any, name: str, example: str) -> np.ndarray:
     return array
 
 
+def real_values(value: Any, what: str) -> np.ndarray:
+    """Convert an array of real numbers to double precision; NaN stays, and masked values become NaN.
+
+    Args:
+        value: anything that NumPy makes an array of.
+        what: what the value is, for the message, such as "the truth".
+
+    Raises:
+        TypeError: the value is no array of real numbers.
+    """
+    try:
+        array = np.asarray(value)
+    except (TypeError, ValueError):  # lists of different lengths, for example
+        array = np.asarray(None)
+    if array.dtype.kind != "b" and not any(jax.dtypes.issubdtype(array.dtype, k) for k in (np.integer, np.floating)):
+        kinds = {"c": "complex numbers", "M": "dates", "m": "time differences", "U": "text", "S": "text"}
+        is_array = isinstance(value, np.ndarray) or hasattr(value, "dtype")
+        got = f"holds {kinds.get(array.dtype.kind, 'Python objects')}" if is_array else f"is {shown(value)}"
+        raise TypeError(f"{what} {got}; give an array of real numbers, with NaN for what is missing.")
+    values = array.astype(float)
+    return np.where(np.ma.getmaskarray(value), np.nan, values) if isinstance(value, np.ma.MaskedArray) else values
+
+
+def values_along_axis(values: Any, what: str) -> Any:
+    """Coordinate values after a check that they are a sequence along one axis; an iterator becomes a list.
+
+    Args:
+        values: the values, of any kind.
+        what: what the axis is called in the message.
+
+    Raises:
+        TypeError: the values are something else.
+    """
+    if isinstance(values, Iterator):
+        values = list(values)
+    try:
+        along_one = not isinstance(values, (str, bytes, Mapping, Set)) and np.ndim(values) == 1
+    except ValueError:  # lists of different lengths
+        along_one = False
+    if not along_one:
+        raise TypeError(f"{what} got {shown(values)}; give a list of values, one for each index.")
+    return values
+
+
 def broadcasts(shape: tuple[int, ...], to: tuple[int, ...]) -> bool:
     """Whether an array of one shape broadcasts to another shape, without an axis more.
 
@@ -277,6 +321,35 @@ def require_noise_range(value: Any, owner: Any) -> None:
         raise ValueError(
             f"{_name(owner)} got noise_range={value}; give two levels, 0 < lowest < highest, as in (0.02, 80.0)."
         )
+
+
+def require_key(value: Any, owner: Any, name: str = "rng_key") -> None:
+    """Raise an error if an argument is not a single random key of JAX, of either style.
+
+    Args:
+        value: the argument.
+        owner: the object that got the argument, or the name of a function as a string.
+        name: name of the argument.
+
+    Raises:
+        TypeError: `value` is not a random key.
+        ValueError: `value` holds several keys, or none.
+    """
+    advice = "give one random key, jax.random.key(0)"
+    if isinstance(value, (jax.Array, np.ndarray)):
+        new = jax.dtypes.issubdtype(value.dtype, jax.dtypes.prng_key)
+        size = jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0))).shape
+        if new or (value.dtype == np.uint32 and value.shape[-1:] == size):
+            shape = value.shape if new else value.shape[:-1]
+            if shape:
+                raise ValueError(
+                    f"{_name(owner)} got {name} with random keys of shape {shape}; {advice} (of several keys, keys[i])."
+                )
+            return
+        got = f"an array of shape {value.shape} and type {value.dtype}"
+    else:
+        got = shown(value)
+    raise TypeError(f"{_name(owner)} got {name}={got}; {advice}.")
 
 
 def require_program(value: Any, owner: Any) -> None:
@@ -311,7 +384,11 @@ def shown(value: Any, kinds: tuple[type, ...] = ()) -> str:
         return f"the class {value.__name__}{meant}"
     if isinstance(value, types.FunctionType):
         return f"the function {value.__name__}"
+    if isinstance(value, jax.core.Tracer):
+        return f"an array of shape {value.shape} and type {value.dtype}"
     text = repr(value)
+    if "Tracer(" in text and not isinstance(value, str):  # a container of arrays of a trace
+        return f"a {type(value).__name__}"
     if isinstance(value, str) and len(text) > 80:
         shorten = reprlib.Repr()
         shorten.maxstring = 80

@@ -31,8 +31,9 @@ from numpyro.contrib.control_flow import scan
 from scipy import special, stats
 
 import numpyro_diffusion_da as ndda
-from numpyro_diffusion_da import diffusion, fields, inference, observation, smc, transition
-from numpyro_diffusion_da.priors import read_stored, write_stored
+from numpyro_diffusion_da import diagnostics, diffusion, fields, inference, observation, results, smc, transition
+from numpyro_diffusion_da.arguments import require_key
+from numpyro_diffusion_da.priors import parametrization, read_stored, write_stored
 from numpyro_diffusion_da.program import StateSpaceModel
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
@@ -301,6 +302,19 @@ SETTINGS = {
     **each("Hutchinson", diffusion.Hutchinson, {"rng_key": KEY}, probes=whole(1)),
     **each("ProbabilityFlow", diffusion.ProbabilityFlow, {}, num_levels=whole(2), trace=never),
     **each("Sampler", ndda.Sampler, {}, step=never, schedule=never, churn=nothing, corrector=nothing),
+    **each("ProbabilityFlow levels", diffusion.ProbabilityFlow, {}, lowest=either(POSITIVE), highest=either(POSITIVE)),
+    **each(
+        "Preconditioned", parametrization.Preconditioned, {"sigma_data": 1.0}, sigma_data=POSITIVE, noise_index=never
+    ),
+    **each("LogLevel", parametrization.LogLevel, {}, factor=lambda v: real(-INF, INF)(v) and float(v) != 0),
+    **each(
+        "LinearBeta",
+        parametrization.LinearBeta,
+        {},
+        beta_min=real(0, 20, open_low=True, open_high=True),
+        beta_max=real(0.1, INF, open_low=True),
+    ),
+    **each("FlowMatching", parametrization.FlowMatching, {}, data_at=whole(0, 1)),
     **each("load_prior", ndda.load_prior, {"name": "lorenz96"}, name=never),
     **each("Variable", ndda.Variable, {"name": "a"}, name=lambda v: isinstance(v, str) and v != ""),
 }
@@ -869,3 +883,201 @@ def test_datasets(same, broken):
     assert (found is None) == (broken is not None), (same, broken)
     if found is not None:
         np.testing.assert_array_equal(found, right, err_msg=str(same))
+
+
+# --- diagnostics: the same score for every container of the same numbers, or a sentence -----------------------------
+
+ENSEMBLE = np.array([[1.0, 2.0, 4.0], [2.0, 2.5, 1.0], [0.5, 3.0, 2.0], [1.5, 0.0, 3.0]])
+TRUTH = np.array([1.0, 2.0, 3.0])
+SAME_ARRAYS = [np.array, jnp.asarray, pandas.DataFrame, np.ndarray.tolist, np.asfortranarray, np.ma.array]
+ODD_ARRAYS = [
+    *(None, "a", object(), {}, {"a": 1}, [[1], [1, 2]], [None], ["a"], np.zeros((4, 3)) + 1j, np.zeros((4, 3), str)),
+    *(np.zeros((4, 3), object), np.zeros(3, "M8[D]"), xarray.Dataset(), xarray.DataArray(TRUTH), np.zeros((2, 2, 2))),
+    *(np.zeros((0, 3)), np.zeros(5), 1j, b"a", pandas.Series(["a", "b"])),
+]
+ODD_AXES = [7, -5, "x", 1.5, (0, 0), [None], [[0]], True, object(), {0: 1}]
+ODD_WEIGHTS = [*ODD_ARRAYS[1:], -np.ones(3), np.array([1.0, math.nan, 1.0]), np.ones(2)]
+SCORES = {
+    "rmse": lambda e, t, **k: diagnostics.rmse(e, t, **k),
+    "spread": lambda e, t, **k: diagnostics.spread(e, **k),
+    "spread_skill": lambda e, t, **k: diagnostics.spread_skill(e, t, **k),
+    "crps": lambda e, t, **k: diagnostics.crps(e, t, **k),
+    "energy_score": lambda e, t, **k: diagnostics.energy_score(e, t, vector=0, **{**k, "axis": k.get("axis", ())}),
+    "power_spectrum": lambda e, t, member=0, axis=0, weights=None: diagnostics.power_spectrum(
+        e, axis=member, average=axis if axis != 0 else 1, weights=weights
+    ),
+    "consistency": lambda e, t, member=0, axis=(), weights=1.0: diagnostics.consistency(
+        t, e, weights, member=member, axis=axis
+    ),
+}
+
+
+@pytest.mark.slow
+@fuzz(300)
+@given(st.sampled_from(sorted(SCORES)), st.sampled_from(SAME_ARRAYS), st.data())
+def test_diagnostics(name, same, data):
+    wrong = data.draw(st.sampled_from([None, "ensemble", "truth", "member", "axis", "weights"]))
+    arrays, settings_given = [same(ENSEMBLE), TRUTH], {}
+    if wrong == "ensemble":
+        arrays[0] = data.draw(st.sampled_from(ODD_ARRAYS))
+    elif wrong == "truth":
+        arrays[1] = data.draw(st.sampled_from(ODD_ARRAYS))
+    elif wrong is not None:
+        odd = {"member": [None, *ODD_AXES], "axis": ODD_AXES, "weights": ODD_WEIGHTS}[wrong]
+        settings_given[wrong] = data.draw(st.sampled_from(odd))
+    names = ("ensemble", "truth", "observations", "members", "member", "axis", "weights", "field", "error", "vector")
+    found = outcome("diagnostics", lambda: SCORES[name](*arrays, **settings_given), names)
+    if wrong is None:
+        parts = zip(jax.tree.leaves(found), jax.tree.leaves(SCORES[name](ENSEMBLE, TRUTH)), strict=True)
+        for part, right in parts:
+            np.testing.assert_allclose(part, right, rtol=1e-6)
+    elif wrong == "truth":
+        assert (found is not None) == (name in ("spread", "power_spectrum")), arrays
+    elif wrong == "axis" and name == "energy_score":
+        assert found is None
+    elif wrong == "member":
+        assert found is None, settings_given
+
+
+# --- keys, and arguments of conversions -----------------------------------------------------------------------------
+
+KEYS = {
+    "new": (lambda: jax.random.key(0), True),
+    "old": (lambda: jax.random.PRNGKey(0), True),
+    "NumPy": (lambda: np.array([0, 0], np.uint32), True),
+    "number": (lambda: 0, False),
+    "NumPy number": (lambda: np.int64(0), False),
+    "none": (lambda: None, False),
+    "text": (lambda: "a", False),
+    "flag": (lambda: True, False),
+    "list": (lambda: [0, 0], False),
+    "integers": (lambda: jnp.zeros(2, int), False),
+    "three": (lambda: np.zeros(3, np.uint32), False),
+    "several": (lambda: jax.random.split(jax.random.key(0)), False),
+    "several old": (lambda: jax.random.split(jax.random.PRNGKey(0)), False),
+    "function": (lambda: jax.random.key, False),
+    "observations": (lambda: Y, False),
+}
+
+
+@pytest.mark.parametrize("name", KEYS)
+def test_keys(name):
+    make, right = KEYS[name]
+    found = outcome("keys", lambda: require_key(make(), "Filter") is None, ("rng_key",))
+    assert (found is not None) == right
+
+
+ONLINE = ndda.OnlineFilter(ndda.Bootstrap(linear), num_particles=4)
+HELD = ndda.SMC2(ndda.Bootstrap(linear), num_particles=4, num_parameter_particles=4)
+CHAIN = ndda.PMMH(ndda.Bootstrap(linear), num_particles=4, num_warmup=1, num_samples=1)
+RUNNERS = {
+    "Filter": lambda *a, **k: LINEAR.run(*a, **k),
+    "OnlineFilter.init": lambda *a, **k: ONLINE.init(*a, **k),
+    "OnlineFilter.step": lambda key, *a, **k: ONLINE.step(key, None, *a, **k),
+    "PMMH": lambda *a, **k: CHAIN.run(*a, **k),
+    "SMC2": lambda *a, **k: HELD.run(*a, **k),
+}
+
+
+@pytest.mark.parametrize("name", RUNNERS)
+def test_runs_name_the_argument_that_is_wrong(name):
+    """A key, a state, or arguments that the program does not take; nothing is compiled."""
+    first = Y[:1]
+    for args, kwargs, words in [((0, first), {}, "rng_key=0"), ((first, KEY), {}, "rng_key=an array of shape")]:
+        with pytest.raises(TypeError, match=words):
+            RUNNERS[name](*args, **kwargs)
+    if name == "OnlineFilter.step":
+        with pytest.raises(TypeError, match="state=None"):
+            RUNNERS[name](KEY, first)
+        return
+    for args, kwargs in [((KEY,), {}), ((KEY, first, first), {}), ((KEY, first), {"z": 1})]:
+        with pytest.raises(ValueError, match=r"the program 'linear' takes the arguments \(y\) and got"):
+            RUNNERS[name](*args, **kwargs)
+
+
+ODD_COORDINATES = [None, 3, "ab", b"ab", {1, 2}, {1: 2}, [[1], [1, 2]], np.zeros((2, 2)), len, np.array(1), [1], 1.5]
+STATES_OF_FIELDS = np.zeros((3, 3, 4, 3), np.float32)
+
+
+@pytest.mark.parametrize("values", ODD_COORDINATES, ids=lambda v: repr(v)[:20].replace("\n", ""))
+def test_values_of_an_axis(values):
+    """Coordinates of a result and of a dataset are values along one axis, of the right number."""
+    names = ("'station'", "'number'")
+    result = results.FilterResult(
+        {"x": np.zeros((1, 4, 3, 2))}, {}, {}, {}, {}, {}, None, {}, {}, "x", None, {"algorithm": "a"}
+    )
+    given = {"dims": {"x": ["station"]}, "coords": {"station": values}}
+    assert outcome("axes", lambda: results.to_datatree(result, **given), names) is None
+    assert outcome("axes", lambda: fields.to_dataset(STATES_OF_FIELDS, LAYOUT, {"number": values}), names) is None
+    assert outcome("axes", lambda: results.to_datatree(result, dims={"x": values}), ("dims",)) is None
+
+
+# --- cases that fuzzing found ----------------------------------------------------------------------------------------
+
+
+def by_callback(y):
+    def step(x, y_t):
+        x = numpyro.sample("x", dist.Normal(0.9 * x, 0.5))
+        mean = jax.pure_callback(np.asarray, jax.ShapeDtypeStruct((), jnp.float32), x, vmap_method="sequential")
+        numpyro.sample("y", dist.Normal(mean, 0.3), obs=y_t)
+        return x, None
+
+    scan(step, 0.0, y)
+
+
+def with_factor(y):
+    def step(x, y_t):
+        x = numpyro.sample("x", dist.Normal(0.9 * x, 0.5))
+        numpyro.sample("y", dist.Normal(x, 0.3), obs=y_t)
+        numpyro.factor("f", -(x**2))
+        return x, None
+
+    scan(step, 0.0, y)
+
+
+def with_parameter(y):
+    a = numpyro.sample("a", dist.Normal())
+    linear(a * jnp.asarray(y))
+
+
+def test_observations_without_a_derivative():
+    """A callback from the state to an observation runs where no derivative is needed, and is named elsewhere."""
+    for algorithm, runs in ((ndda.Bootstrap, True), (ndda.EnKF, True), (ndda.FAAPF, False), (ndda.GuidedPF, False)):
+        made = algorithm(by_callback)
+        program = StateSpaceModel(by_callback, (Y,))
+        names = ("Pure callbacks do not support JVP",)
+        check = lambda made=made, p=program: p.check(made.needs_gaussian, made.needs_gaussian_errors) is None  # noqa: E731
+        assert (outcome("callbacks", check, names) is not None) == runs
+    inputs = jax.tree.map(lambda leaf: leaf[0], program.time_inputs())
+    log = program.record(KEY, jnp.float32(0.1), program.initial(KEY), inputs)["log_likelihood"]["y"]
+    np.testing.assert_allclose(log, stats.norm.logpdf(Y[0], 0.1, 0.3), rtol=1e-5)
+
+
+def test_a_check_with_one_threshold_leaves_a_factor_out():
+    program = StateSpaceModel(with_factor, (Y,))
+    assert ndda.GrossErrorCheck(ndda.Bootstrap(with_factor), threshold=4.0)._thresholds(program) == {"y": 4.0}
+
+
+REFUSED_PROGRAMS = {
+    "block": (lambda: handlers.block(linear), Y, r"no .*scan that it can see \(handlers.block hides"),
+    "list": (lambda: linear, [0.1, 0.2, 0.3], "inputs xs of the program's scan are a list of 3 numbers"),
+    "tuple": (lambda: linear, (np.float32(0.1), 0.2), "inputs xs of the program's scan are a tuple of 2 numbers"),
+    "scale": (lambda: handlers.scale(linear, np.ones(3)), Y, r"site 'y' powers of shape \(3,\)"),
+    "text": (lambda: handlers.condition(with_parameter, {"a": "b"}), Y, "the value of site 'a' is 'b'"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED_PROGRAMS)
+def test_refused_programs(name):
+    make, y, words = REFUSED_PROGRAMS[name]
+    with pytest.raises(ValueError, match=words):
+        StateSpaceModel(make(), (y,))
+
+
+def test_levels_that_coincide_and_thresholds_that_are_none():
+    for rho in (1e30, 1e-30, 1e300, 1e-3):
+        assert outcome("levels", lambda: diffusion.KarrasSchedule(rho=rho).levels((0.02, 80.0)), ("rho",)) is None  # noqa: B023
+    levels = diffusion.KarrasSchedule(3, rho=2.0).levels((1.0, 4.0))
+    np.testing.assert_allclose(levels, [4.0, 2.25, 1.0])
+    for name, value in (("threshold", 0), ("scale", -1.0), ("threshold", [1.0, math.nan]), ("loc", "a")):
+        assert outcome("Huber", lambda: ndda.Huber(**{name: value}), (name,)) is None  # noqa: B023

@@ -216,7 +216,7 @@ def test_what_does_not_fit_is_refused():
         ndda.diagnostics.departures(o, b, time=2)
     with pytest.raises(TypeError, match="observations and error"):
         ndda.diagnostics.consistency(o, b, xr.DataArray(np.ones(2), dims="y"))
-    with pytest.raises(TypeError, match="ensemble and truth"):
+    with pytest.raises(TypeError, match="ensemble and observations"):
         ndda.diagnostics.departures(xr.DataArray(o, dims=("time", "y")), b)
     with pytest.raises(ValueError, match="'axis_1': 2"):
         ndda.diagnostics.error_variances(o, b, np.zeros((4, 3, 5)))

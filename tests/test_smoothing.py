@@ -98,7 +98,7 @@ def test_one_step_and_one_particle():
 
 def test_what_is_refused():
     result = by_hand()
-    with pytest.raises(ValueError, match="lag=-1; give a number of steps, 0 or more"):
+    with pytest.raises(ValueError, match="lag=-1; give 0 or more"):
         ndda.results.fixed_lag(result, -1)
     with pytest.raises(TypeError):
         ndda.results.fixed_lag(result, 1.5)

@@ -124,7 +124,7 @@ def test_rings_that_do_not_fit_are_refused():
             function(named, axis="longitude", weights=np.ones(3))
         with pytest.raises(ValueError, match=r"\['longitude'\], which are not"):
             function(named, axis="longitude", weights=xr.DataArray(np.ones(4), dims="longitude"))
-        with pytest.raises(ValueError, match="align"):
+        with pytest.raises(ValueError, match="other points along"):
             function(named, axis="longitude", weights=named.isel(longitude=0).assign_coords(latitude=[0.0, 1.0, 3.0]))
 
 

@@ -192,7 +192,7 @@ def test_arrays_that_do_not_fit_are_refused():
         ndda.diagnostics.rmse(named, truth, member="draw")
     with pytest.raises(TypeError, match="ensemble and weights"):
         ndda.diagnostics.spread(named, member="draw", weights=truth)
-    with pytest.raises(ValueError, match="align"):
+    with pytest.raises(ValueError, match="other points along"):
         ndda.diagnostics.rmse(named, named[0].assign_coords(x=range(1, 5)), member="draw")
     for score in (ndda.diagnostics.spread_skill, ndda.diagnostics.crps):
         with pytest.raises(ValueError, match="two members"):

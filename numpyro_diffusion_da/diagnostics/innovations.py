@@ -29,16 +29,25 @@ observation; docs/verification.md has the loop.
 
 from __future__ import annotations
 
+import numbers
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from numpyro_diffusion_da.diagnostics.labeling import Axis, EnsembleCase, is_labeled
+from numpyro_diffusion_da.arguments import is_number, require, require_flag, shown
+from numpyro_diffusion_da.diagnostics.labeling import (
+    Axis,
+    EnsembleCase,
+    broadcast,
+    is_labeled,
+    one_axis,
+    real,
+    require_same_labels,
+)
+from numpyro_diffusion_da.results.result import FilterResult
 
 if TYPE_CHECKING:
     import xarray
-
-    from numpyro_diffusion_da.results.result import FilterResult
 
 
 class Estimate(NamedTuple):
@@ -229,14 +238,18 @@ def _by_site(
     result: FilterResult, discard: int, pooled: bool
 ) -> dict[str, tuple[np.ndarray, np.ndarray, np.ndarray, tuple[int, ...]]]:
     """Arrays of each site with a background, time first: observed, mean of one member, expected, axes to pool."""
-    found = {}
+    require(result, FilterResult, "background_departures and background_consistency", "result", "filter.result")
+    require_flag(pooled, "background_departures and background_consistency", "pooled")
+    found: dict[str, tuple[np.ndarray, np.ndarray, np.ndarray, tuple[int, ...]]] = {}
     for name, background in result.background.items():
         observed = np.broadcast_to(result.observed_data[name].astype(float)[None], background.mean.shape)
         if name in result.rejected:
             observed = np.where(result.rejected[name], np.nan, observed)
         steps = observed.shape[1]
-        if not 0 <= discard < steps:
-            raise ValueError(f"discard={discard}; the run has {steps} steps: give a number from 0 to below that.")
+        if isinstance(discard, bool) or not isinstance(discard, numbers.Integral) or not 0 <= int(discard) < steps:
+            raise ValueError(
+                f"discard={shown(discard)}; the run has {steps} steps: give a number from 0 to below that."
+            )
         arrays = [np.moveaxis(x, 1, 0)[discard:] for x in (observed, background.mean, background.expected)]
         axis = tuple(range(1, observed.ndim)) if pooled else (1,)
         found[name] = (arrays[0], arrays[1][None], arrays[2], axis)
@@ -319,14 +332,15 @@ class _OverTime:
     def __init__(
         self, observations: Any, members: Any, member: int | str, time: int | str, axis: Axis, block: int
     ) -> None:
-        self.case = EnsembleCase(members, observations, member, None)
-        (self.time,) = self.case.axes(time)
+        self.case = EnsembleCase(members, observations, member, None, whose="observations")
+        dims = [str(name) for name in self.case.truth.dims]
+        self.time = one_axis(time, "time", dims, self.case.labeled, "the observations")
         self.others = [name for name in self.case.axes(axis) if name != self.time]
         steps = self.case.truth.sizes[self.time]
-        if not 1 <= block <= steps:
-            raise ValueError(f"block={block}; give a number of consecutive times, from 1 to {steps}.")
-        self.starts = np.arange(0, steps, block)
-        self.count = self.case.valid.sum([self.time, *self.others])
+        if isinstance(block, bool) or not isinstance(block, numbers.Integral) or not 1 <= int(block) <= steps:
+            raise ValueError(f"block={shown(block)}; give a number of consecutive times, from 1 to {steps}.")
+        self.starts: np.ndarray = np.arange(0, steps, block)
+        self.count: xarray.DataArray = self.case.valid.sum([self.time, *self.others])
 
     def departure(self) -> xarray.DataArray:
         """Observation minus ensemble mean."""
@@ -337,14 +351,17 @@ class _OverTime:
         import xarray
 
         truth = self.case.truth
-        if np.ndim(values) == 0:
+        if is_number(values):
             return xarray.full_like(truth, float(values))
         if is_labeled(values) != self.case.labeled:
             raise TypeError(f"observations and {name}: give both as numpy arrays or both as xarray.DataArray.")
         if self.case.labeled:
-            xarray.align(truth, values, join="exact")
-            return values.astype(float).broadcast_like(truth)
-        return truth.copy(data=np.broadcast_to(np.asarray(values, float), truth.shape))
+            if extra := sorted(str(axis) for axis in set(values.dims) - set(truth.dims)):
+                raise ValueError(f"{name} has axes {extra}, which are not among those of the observations.")
+            values = real(values, f"the {name}")
+            require_same_labels(observations=truth, **{name: values})
+            return values.broadcast_like(truth)
+        return truth.copy(data=broadcast(values, truth.shape, f"the {name}"))
 
     def mean(self, values: xarray.DataArray) -> xarray.DataArray:
         """Mean of `values` over time and the further axes, at observed points; NaN where nothing is observed."""

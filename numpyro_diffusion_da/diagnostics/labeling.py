@@ -5,10 +5,13 @@ Diagnostics convert their arguments to `xarray.DataArray`s, compute by name, and
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import numbers
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+from numpyro_diffusion_da.arguments import broadcasts, real_values, shown
 
 if TYPE_CHECKING:
     import xarray
@@ -17,14 +20,25 @@ Axis = int | str | Sequence[int | str] | None
 """Axes of the truth, which has no axis of members: positions for numpy, names for xarray, None for all axes."""
 
 
-def position(axis: int | str) -> int:
+def position(axis: Any, name: str, count: int) -> int:
     """Check that `axis` is a position, as an axis of a numpy array must be, and return it.
 
+    Args:
+        axis: the argument.
+        name: name of the argument.
+        count: number of axes of the array.
+
     Raises:
-        ValueError: `axis` is a name.
+        TypeError: `axis` is neither a whole number nor a name.
+        ValueError: `axis` is a name, or the array has no such axis.
     """
     if isinstance(axis, str):
         raise ValueError(f"'{axis}' is the name of an axis, but axes of numpy arrays have no names; give an integer.")
+    if isinstance(axis, bool) or not isinstance(axis, numbers.Integral):
+        raise TypeError(f"{name}={shown(axis)} is no axis; give the position of one axis, a whole number.")
+    axis = int(axis)
+    if not -count <= axis < count:
+        raise ValueError(f"{name}={axis} is not among the {count} axes of the array; give a position that it has.")
     return axis
 
 
@@ -35,17 +49,38 @@ def is_labeled(value: Any) -> bool:
     return isinstance(value, xarray.DataArray)
 
 
-def named(values: Any) -> xarray.DataArray:
-    """Convert to a `DataArray` in double precision; the axes of a numpy array get the names axis_0, axis_1, ..."""
+def real(values: xarray.DataArray, what: str) -> xarray.DataArray:
+    """Convert a `DataArray` to double precision.
+
+    Args:
+        values: the array.
+        what: what it is, for the message.
+
+    Raises:
+        TypeError: it holds no real numbers.
+    """
+    return values.copy(data=real_values(values.values, what))
+
+
+def named(values: Any, what: str) -> xarray.DataArray:
+    """Convert to a `DataArray` in double precision; the axes of a numpy array get the names axis_0, axis_1, ...
+
+    Args:
+        values: the array.
+        what: what it is, for the message.
+
+    Raises:
+        TypeError: it is no array of real numbers.
+    """
     import xarray
 
     if is_labeled(values):
-        return values.astype(float)
-    values = np.asarray(values, float)
+        return real(values, what)
+    values = real_values(values, what)
     return xarray.DataArray(values, dims=[f"axis_{i}" for i in range(values.ndim)])
 
 
-def axis_names(axis: Axis, dims: Sequence[str], labeled: bool, whose: str = "the truth") -> list[str]:
+def axis_names(axis: Any, dims: Sequence[str], labeled: bool, whose: str = "the truth") -> list[str]:
     """Names of the axes `axis` among `dims`.
 
     Args:
@@ -55,17 +90,106 @@ def axis_names(axis: Axis, dims: Sequence[str], labeled: bool, whose: str = "the
         whose: name of the array in the error message.
 
     Raises:
-        ValueError: an axis is not among `dims`.
+        TypeError: `axis` is neither a name, a position nor several of these.
+        ValueError: an axis is not among `dims`, or is given twice.
     """
     if axis is None:
         return list(dims)
-    axes = [axis] if isinstance(axis, (int, str)) else list(axis)
-    known: dict[int | str, str] = {name: name for name in dims}
+    axes = [axis] if isinstance(axis, (numbers.Integral, str)) else axis
+    if not isinstance(axes, Iterable) or isinstance(axes, Mapping):
+        raise TypeError(f"axis {shown(axis)} is neither a position nor a name; give an axis of {whose}, or several.")
+    axes = list(axes)
+    known: dict[Any, str] = {name: name for name in dims}
     if not labeled:
         known = {i: name for k, name in enumerate(dims) for i in (k, k - len(dims))}
-    if wrong := [i for i in axes if i not in known]:
+
+    def fits(i: Any) -> bool:
+        return isinstance(i, (numbers.Integral, str)) and not isinstance(i, bool) and i in known
+
+    if wrong := [i for i in axes if not fits(i)]:
         raise ValueError(f"axis {wrong} is not among those of {whose}: {list(known)}.")
-    return [known[i] for i in axes]
+    found = [known[i] for i in axes]
+    if len(set(found)) < len(found):
+        raise ValueError(f"axis {shown(axis)} names an axis of {whose} twice; give each one once.")
+    return found
+
+
+def one_axis(axis: Any, name: str, dims: Sequence[str], labeled: bool, whose: str) -> str:
+    """Name of the single axis `axis` among `dims`; arguments as those of `axis_names`.
+
+    Args:
+        axis: the argument.
+        name: name of the argument.
+        dims: names of all axes.
+        labeled: whether the caller's array is an `xarray.DataArray`.
+        whose: name of the array in the error message.
+
+    Raises:
+        TypeError: `axis` is neither a name nor a position.
+        ValueError: there is no such axis, or `axis` is not one axis.
+    """
+    found = [] if axis is None else axis_names(axis, dims, labeled, whose)
+    if len(found) != 1:
+        raise ValueError(f"{name}={shown(axis)} is not one axis; give a single axis of {whose}.")
+    return found[0]
+
+
+def broadcast(values: Any, shape: tuple[int, ...], what: str) -> np.ndarray:
+    """Broadcast a numpy array of real numbers to a shape.
+
+    Args:
+        values: the array.
+        shape: shape of the result.
+        what: what the array is, for the message.
+
+    Raises:
+        TypeError: the values are no real numbers.
+        ValueError: the array does not broadcast to the shape.
+    """
+    array = real_values(values, what)
+    if not broadcasts(array.shape, shape):
+        raise ValueError(f"{what} has the shape {array.shape}, which does not broadcast to {shape}; give that shape.")
+    return np.broadcast_to(array, shape)
+
+
+def require_same_labels(**arrays: xarray.DataArray) -> None:
+    """Raise an error if labeled arrays differ in their coordinates or sizes along an axis that they share.
+
+    xarray by itself would keep only the points in common.
+
+    Args:
+        **arrays: arrays by what they are called in the message.
+
+    Raises:
+        ValueError: they differ; the message names the axis.
+    """
+    import xarray
+
+    (first, of_first), *others = arrays.items()
+    for name, of_other in others:
+        for axis in of_first.dims:
+            if axis not in of_other.dims:
+                continue
+            pair = [a.indexes.get(axis) for a in (of_first, of_other)]
+            same = of_first.sizes[axis] == of_other.sizes[axis]
+            if same and pair[0] is not None and pair[1] is not None:
+                same = pair[0].equals(pair[1])
+            if not same:
+                raise ValueError(
+                    f"the {first} and the {name} have other points along '{axis}'; select the points in common, or "
+                    "correct the coordinate."
+                )
+    xarray.align(*arrays.values(), join="exact")
+
+
+def check_weights(weights: np.ndarray) -> None:
+    """Check that weights of a mean are finite and not negative.
+
+    Raises:
+        ValueError: one is negative, NaN or infinite.
+    """
+    if not np.all((weights >= 0) & np.isfinite(weights)):
+        raise ValueError("the weights hold negative or non-finite numbers; give weights of 0 or more.")
 
 
 def answer(score: xarray.DataArray, labeled: bool) -> Any:
@@ -86,49 +210,60 @@ class EnsembleCase:
         truth: values that the members are scored against, NaN where missing. None to use the ensemble alone.
         member: axis of the members: its position in `ensemble` for numpy, its name for xarray.
         weights: weights of means over the axes of the truth; None for equal weights.
+        whose: what the truth is called in messages.
+        alone: whether the truth may be None.
 
     Raises:
-        ValueError: axes or shapes do not fit.
-        TypeError: numpy arrays and xarray arrays are mixed.
+        ValueError: axes, shapes or coordinates do not fit, a weight is negative or not finite, or there are no members.
+        TypeError: numpy arrays and xarray arrays are mixed, or an argument is no array of real numbers.
     """
 
-    def __init__(self, ensemble: Any, truth: Any, member: int | str, weights: Any) -> None:
+    def __init__(
+        self, ensemble: Any, truth: Any, member: int | str, weights: Any, *, whose: str = "truth", alone: bool = False
+    ) -> None:
         import xarray
 
         self.labeled = is_labeled(ensemble)
-        for name, other in (("truth", truth), ("weights", weights)):
+        self.whose = f"the {whose}"
+        if truth is None and not alone:
+            raise TypeError(f"{self.whose} is None; give an array of real numbers, with NaN for what is missing.")
+        for name, other in ((whose, truth), ("weights", weights)):
             if other is not None and is_labeled(other) != self.labeled:
                 raise TypeError(f"ensemble and {name}: give both as numpy arrays or both as xarray.DataArray.")
         if self.labeled:
-            if member not in ensemble.dims:
+            if not isinstance(member, str) or member not in ensemble.dims:
                 raise ValueError(f"member={member!r} is not a dimension of the ensemble, which has {ensemble.dims}.")
             # Coordinates along the axis of members are not needed, and could clash with its new name.
-            numbers = [name for name, coordinate in ensemble.coords.items() if member in coordinate.dims]
-            self.members = ensemble.drop_vars(numbers).rename({member: "member"}).astype(float)
+            extra = [name for name, coordinate in ensemble.coords.items() if member in coordinate.dims]
+            self.members = real(ensemble.drop_vars(extra).rename({member: "member"}), "the ensemble")
         else:
-            values = np.moveaxis(np.asarray(ensemble, float), position(member), 0)
+            values = real_values(ensemble, "the ensemble")
+            values = np.moveaxis(values, position(member, "member", values.ndim), 0)
             names = [f"axis_{i}" for i in range(values.ndim - 1)]
             self.members = xarray.DataArray(values, dims=["member", *names])
+        if self.members.sizes["member"] < 1:
+            raise ValueError("the ensemble has no members; give one or more.")
         dims = [str(name) for name in self.members.dims if name != "member"]
         if truth is None:
             # Where all members are NaN the field is undefined, such as sea surface temperature on land.
             self.truth = self.members.isel(member=0)
             self.valid = self.members.notnull().any("member")
         else:
-            self.truth = truth.astype(float) if self.labeled else self._given(truth, dims)
+            self.truth = real(truth, self.whose) if self.labeled else self._given(truth, dims)
             self.valid = self.truth.notnull()
         sizes = {name: self.members.sizes[name] for name in dims}
         if dict(self.truth.sizes) != sizes:
-            raise ValueError(f"the members have the axes {sizes}, but the truth has {dict(self.truth.sizes)}.")
+            raise ValueError(f"the members have the axes {sizes}, but {self.whose} has {dict(self.truth.sizes)}.")
         if weights is None:
             self.weights = xarray.ones_like(self.truth)
         elif self.labeled:
-            self.weights = weights.astype(float)
+            self.weights = real(weights, "the array of weights")
+            if extra := sorted(str(name) for name in set(weights.dims) - set(dims)):
+                raise ValueError(f"weights have axes {extra}, which are not among those of {self.whose}, {dims}.")
         else:
-            self.weights = self._given(np.broadcast_to(np.asarray(weights, float), self.truth.shape), dims)
-        # Without join="exact" xarray would silently keep only the points in common.
-        aligned = xarray.align(self.members, self.truth, self.valid, self.weights, join="exact")
-        self.members, self.truth, self.valid, self.weights = aligned
+            self.weights = self.truth.copy(data=broadcast(weights, self.truth.shape, "the array of weights"))
+        check_weights(self.weights.values)
+        require_same_labels(ensemble=self.members, **{whose: self.truth}, weights=self.weights)
         self.members, self.truth = self.members.transpose("member", *dims), self.truth.transpose(*dims)
         self.valid = self.valid.transpose(*dims)
 
@@ -136,9 +271,9 @@ class EnsembleCase:
         """Give a numpy array the names of the truth's axes."""
         import xarray
 
-        values = np.asarray(values, float)
+        values = real_values(values, self.whose)
         if values.ndim != len(dims):
-            raise ValueError(f"the members have {len(dims)} axes each, but the truth has {values.ndim}.")
+            raise ValueError(f"the members have {len(dims)} axes each, but {self.whose} has {values.ndim}.")
         return xarray.DataArray(values, dims=dims)
 
     def require_two_members(self) -> None:
@@ -174,7 +309,7 @@ class EnsembleCase:
 
     def axes(self, axis: Axis) -> list[str]:
         """Names of the axes `axis` of the truth; None for all axes."""
-        return axis_names(axis, [str(name) for name in self.truth.dims], self.labeled)
+        return axis_names(axis, [str(name) for name in self.truth.dims], self.labeled, self.whose)
 
     def answer(self, score: xarray.DataArray) -> Any:
         """Convert a score to the kind of array that the ensemble was given as."""

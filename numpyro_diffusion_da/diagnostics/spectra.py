@@ -13,7 +13,18 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from numpyro_diffusion_da.diagnostics.labeling import Axis, answer, axis_names, is_labeled, named
+from numpyro_diffusion_da.diagnostics.labeling import (
+    Axis,
+    answer,
+    axis_names,
+    broadcast,
+    check_weights,
+    is_labeled,
+    named,
+    one_axis,
+    real,
+    require_same_labels,
+)
 
 if TYPE_CHECKING:
     import xarray
@@ -114,9 +125,9 @@ class _Ring:
         self.labeled = is_labeled(field)
         if weights is not None and is_labeled(weights) != self.labeled:
             raise TypeError("field and weights: give both as numpy arrays or both as xarray.DataArray.")
-        field = named(field)
+        field = named(field, "the field")
         self.dims = [str(name) for name in field.dims]
-        (self.axis,) = axis_names(axis, self.dims, self.labeled, "the field")
+        self.axis = one_axis(axis, "axis", self.dims, self.labeled, "the field")
         others = [name for name in self.dims if name != self.axis]
         self.averaged = others if average is None else axis_names(average, self.dims, self.labeled, "the field")
         if self.axis in self.averaged:
@@ -130,13 +141,13 @@ class _Ring:
         if weights is None:
             self.weights = xarray.ones_like(at_a_point)
         elif not self.labeled:
-            self.weights = at_a_point.copy(data=np.broadcast_to(np.asarray(weights, float), at_a_point.shape))
+            self.weights = at_a_point.copy(data=broadcast(weights, at_a_point.shape, "the array of weights"))
         elif extra := set(weights.dims) - set(others):
             raise ValueError(f"weights have axes {sorted(extra)}, which are not among the field's other axes {others}.")
         else:
-            self.weights = weights.astype(float)
-            # Without join="exact" xarray would silently keep only the points in common.
-            xarray.align(self.field, self.weights, join="exact")
+            self.weights = real(weights, "the array of weights")
+            require_same_labels(field=self.field, weights=self.weights)
+        check_weights(self.weights.values)
 
     def mean(self, values: xarray.DataArray) -> xarray.DataArray:
         """Weighted mean of `values` over the axes to average over; NaN if any of them is NaN."""

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from numpyro_diffusion_da.arguments import real_values, require_number
 from numpyro_diffusion_da.diagnostics.labeling import Axis, EnsembleCase, is_labeled
 
 
@@ -62,7 +63,7 @@ def spread(ensemble: Any, *, member: int | str = 0, axis: Axis = None, weights: 
         ValueError: there are fewer than two members, or shapes or axes do not fit.
         TypeError: numpy arrays and xarray arrays are mixed.
     """
-    case = EnsembleCase(ensemble, None, member, weights)
+    case = EnsembleCase(ensemble, None, member, weights, alone=True)
     return case.answer(case.mean(case.variance(), axis) ** 0.5)
 
 
@@ -281,12 +282,14 @@ def flatness(counts: Any, *, effective: float | None = None) -> Flatness:
     """
     import scipy.stats
 
-    n = np.asarray(counts, float)
+    n = real_values(counts, "the array of counts")
     if n.ndim != 1 or n.size < 3 or not np.all(n >= 0) or not n.sum() > 0:
         raise ValueError(
             f"flatness takes counts of three ranks or more, not negative and not all 0; got counts of shape {n.shape}."
         )
     if effective is not None:
+        advice = "give the number of independent points, or None for all."
+        effective = require_number(effective, "flatness", "effective", advice)
         # The tolerance allows for rounding of counts whose ties were divided.
         if not 0 < effective <= n.sum() * (1 + 1e-9):
             raise ValueError(f"effective={effective}; give a number above 0 and up to the {n.sum():g} points counted.")
@@ -330,7 +333,7 @@ def area_weights(latitude: Any) -> Any:
     Raises:
         ValueError: latitudes are not one axis with at least one value, not monotonic, or not within -90 to 90 degrees.
     """
-    values = np.asarray(latitude, float)
+    values = real_values(latitude, "the array of latitudes")
     if values.ndim != 1 or values.size == 0:
         raise ValueError(f"area_weights takes latitudes along one axis, one or more; got shape {values.shape}.")
     if not np.all(np.abs(values) <= 90.0):

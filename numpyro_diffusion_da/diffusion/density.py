@@ -39,10 +39,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from numpyro_diffusion_da.arguments import count, require, require_count
+from numpyro_diffusion_da.arguments import count, require, require_count, require_key
 from numpyro_diffusion_da.diffusion.denoiser import NetworkPasses
 from numpyro_diffusion_da.diffusion.prior import Conditioning, DiffusionPrior
-from numpyro_diffusion_da.diffusion.schedule import range_of_levels
+from numpyro_diffusion_da.diffusion.schedule import level, range_of_levels
 
 
 class Trace(eqx.Module):
@@ -97,6 +97,9 @@ class Hutchinson(Trace):
     rng_key: PRNGKeyArray
     probes: int = eqx.field(static=True, default=8, converter=count("Hutchinson", "probes"))
 
+    def __check_init__(self) -> None:
+        require_key(self.rng_key, self)
+
     def products(self, size: int) -> int:
         """Return `probes`, the number of products for a J of any size."""
         return self.probes
@@ -136,8 +139,8 @@ class ProbabilityFlow(eqx.Module):
 
     num_levels: int = eqx.field(static=True, default=24)
     trace: Trace = ExactTrace()
-    lowest: float | None = eqx.field(static=True, default=None)
-    highest: float | None = eqx.field(static=True, default=None)
+    lowest: float | None = eqx.field(static=True, default=None, converter=level("ProbabilityFlow", "lowest"))
+    highest: float | None = eqx.field(static=True, default=None, converter=level("ProbabilityFlow", "highest"))
 
     def __check_init__(self) -> None:
         require_count(self.num_levels, self, "num_levels", least=2)

@@ -83,10 +83,18 @@ class KarrasSchedule(Schedule):
         """Return the noise levels, highest first, shape (num_levels,), for a prior with this (lowest, highest) range.
 
         Raises:
-            ValueError: the range is not 0 < lowest < highest.
+            ValueError: the range is not 0 < lowest < highest, or rho is so small or large that levels coincide.
         """
         lowest, highest = range_of_levels(self.lowest, self.highest, noise_range)
-        return np.linspace(highest ** (1 / self.rho), lowest ** (1 / self.rho), self.num_levels) ** self.rho
+        with np.errstate(over="ignore", divide="ignore", invalid="ignore"):
+            first, last = (np.float64(level) ** (1 / self.rho) for level in (highest, lowest))
+            levels = np.linspace(first, last, self.num_levels) ** self.rho
+        if not (np.all(np.diff(levels) < 0) and levels[-1] > 0 and np.allclose(levels[[0, -1]], (highest, lowest))):
+            raise ValueError(
+                f"KarrasSchedule got rho={self.rho:g}, for which {self.num_levels} levels from {highest:g} down to "
+                f"{lowest:g} are not distinct in double precision; give a rho between 1 and 100 (EDM uses 7)."
+            )
+        return levels
 
 
 class GeometricSchedule(Schedule):

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from jaxtyping import Bool, Float
 
-from numpyro_diffusion_da.arguments import require, shown
+from numpyro_diffusion_da.arguments import real_values, require, require_flag, shown, values_along_axis
 from numpyro_diffusion_da.fields.grids import Grid
 from numpyro_diffusion_da.fields.interpolation import SAME_POINT, as_slice, check_axis, locate, positions, words
 from numpyro_diffusion_da.fields.layout import Layout, Variable
@@ -120,6 +120,7 @@ def read_states(
     """
     latitude, longitude = _grid_of(layout)
     fill = _checked_fill(fill, layout)
+    require_flag(without_precipitation, "read_states", "without_precipitation")
     source = _Source(dataset, latitude, longitude, interpolate)
     wanted = utc_times(times)
     states = np.empty((len(wanted), *layout.shape), np.float32)
@@ -171,7 +172,13 @@ def to_dataset(states: Any, layout: Layout, axes: Mapping[str, Any]) -> xarray.D
     import xarray
 
     latitude, longitude = _grid_of(layout)
-    states = np.asarray(states, np.float32)
+    states = real_values(states, "the array of states").astype(np.float32)
+    require(axes, Mapping, "to_dataset", "axes", '{"time": times}')
+    if unnamed := [name for name in axes if not isinstance(name, str) or not name]:
+        raise TypeError(
+            f"to_dataset got axes with the name {shown(unnamed[0])}; give text, as in axes={{'time': times}}."
+        )
+    axes = {name: values_along_axis(values, f"the axis '{name}' of to_dataset") for name, values in axes.items()}
     lead = states.shape[: states.ndim - len(layout.shape)]
     if states.shape[len(lead) :] != layout.shape or len(lead) != len(axes):
         raise ValueError(
@@ -181,6 +188,8 @@ def to_dataset(states: Any, layout: Layout, axes: Mapping[str, Any]) -> xarray.D
     for (name, values), size in zip(axes.items(), lead, strict=True):
         if name in ("level", "latitude", "longitude"):
             raise ValueError(f"'{name}' is an axis of the state itself; give the leading axis another name.")
+        if name in {variable.name for variable in layout.variables}:
+            raise ValueError(f"'{name}' is a variable of the layout; give the leading axis another name.")
         if len(values) != size:
             raise ValueError(f"'{name}' has {len(values)} values, but the axis has {size}; give one value for each.")
     levels = sorted({level for variable in layout.variables for level in variable.levels})
@@ -227,6 +236,9 @@ def grid(dataset: xarray.Dataset) -> tuple[Float[np.ndarray, " latitude"], Float
     Raises:
         ValueError: the dataset has no latitude or no longitude, or their values are not finite degrees in order.
     """
+    import xarray
+
+    require(dataset, (xarray.Dataset, xarray.DataArray), "grid", "dataset", "xarray.open_dataset(path)")
     dataset = _renamed(dataset)
     latitude, longitude = (
         check_axis(_axis_values(dataset, name), name, "dataset's ") for name in ("latitude", "longitude")
@@ -252,6 +264,9 @@ def dataset_times(dataset: xarray.Dataset) -> np.ndarray:
     Raises:
         ValueError: the dataset has no times, its times are not dates, or it has the times of several batches.
     """
+    import xarray
+
+    require(dataset, (xarray.Dataset, xarray.DataArray), "dataset_times", "dataset", "xarray.open_dataset(path)")
     coords = dataset.coords
     name = "datetime" if "datetime" in coords else "time"
     if name not in coords:
@@ -344,6 +359,22 @@ def static_field(
     return values
 
 
+def _points(values: Any, name: str) -> Float[np.ndarray, " n"]:
+    """Latitudes or longitudes of a grid, after a check.
+
+    Raises:
+        TypeError: they are no numbers.
+        ValueError: they are not finite, or not one or more along one axis.
+    """
+    points = real_values(values, f"the {name} of the grid")
+    if points.ndim != 1 or not points.size or not np.isfinite(points).all():
+        raise ValueError(
+            f"the {name} of the grid has the shape {points.shape} and {int(np.sum(~np.isfinite(points)))} non-finite "
+            "values; give degrees along one axis, one or more."
+        )
+    return points
+
+
 # --- one dataset on one grid ----------------------------------------------------------------------------------------
 
 
@@ -355,7 +386,8 @@ class _Source:
 
         require(dataset, xarray.Dataset, "read_states", "dataset", "xarray.open_dataset(path)")
         self.dataset = _renamed(dataset)
-        self.latitude, self.longitude = np.asarray(latitude, float), np.asarray(longitude, float)
+        self.latitude, self.longitude = _points(latitude, "latitude"), _points(longitude, "longitude")
+        require_flag(interpolate, "read_states", "interpolate")
         self.points = {
             name: locate(_axis_values(self.dataset, name), name, target, interpolate)
             for name, target in (("latitude", self.latitude), ("longitude", self.longitude))
@@ -379,7 +411,10 @@ class _Source:
 
     def read_static(self, name: str) -> Float[np.ndarray, "latitude longitude"]:
         """Values of a surface variable, at the first time if it has times."""
+        require(name, str, "the dataset", "name", '"land_sea_mask"')
         own = self.find(name)
+        if own is not None and self.dataset[own].sizes.get("time", 1) == 0:
+            raise ValueError(f"'{own}' has no times; give a dataset with one time or more.")
         with_time = own is not None and "time" in self.dataset[own].dims
         units = {"geopotential_at_surface": "m2 s-2", "land_sea_mask": "1"}.get(name)
         array = self._array(name, units, ("time",) if with_time else ())

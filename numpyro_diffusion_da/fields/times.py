@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from numpyro_diffusion_da.arguments import shown
+
 
 def utc_times(times: Any, what: str = "times") -> np.ndarray:
     """Convert dates to datetime64 in UTC.
@@ -30,7 +32,10 @@ def utc_times(times: Any, what: str = "times") -> np.ndarray:
     if isinstance(times, pandas.PeriodIndex):
         times = times.to_timestamp()
     aware = isinstance(getattr(times, "dtype", None), pandas.DatetimeTZDtype)
-    values = np.asarray(times) if not aware else np.asarray(times, dtype=object)
+    try:
+        values = np.asarray(times) if not aware else np.asarray(times, dtype=object)
+    except ValueError:  # lists of different lengths
+        raise ValueError(f"{what} got {shown(times)}; {advice}.") from None
     if values.ndim != 1 or values.dtype.kind not in "MOU":
         raise ValueError(f"{what} have shape {values.shape} and type {values.dtype}; {advice}.")
     if values.dtype.kind == "O" and any(isinstance(value, (int, float)) for value in values.tolist()):
@@ -65,7 +70,10 @@ def check_increasing(times: np.ndarray, what: str) -> None:
     values = np.asarray(times)
     if values.dtype.kind in "fmM" and not np.isfinite(values).all():
         raise ValueError(f"{what} has a missing value at position {np.flatnonzero(~np.isfinite(values))[0]}.")
-    bad = ~np.asarray(values[1:] > values[:-1], bool)
+    try:
+        bad = ~np.asarray(values[1:] > values[:-1], bool)
+    except TypeError:
+        raise ValueError(f"{what} has values without an order; give dates, numbers or time differences.") from None
     if bad.any():
         at = int(np.flatnonzero(bad)[0])
         now, then = _word(values[at]), _word(values[at + 1])
@@ -96,7 +104,7 @@ def time_axis(times: Any, size: int) -> Any:
     if isinstance(times, Iterator):
         times = list(times)
     if isinstance(times, (str, bytes)) or not hasattr(times, "__len__") or np.ndim(times) != 1:
-        raise ValueError(f"time is {times!r}; give one value for each of the {size} steps.")
+        raise ValueError(f"time is {shown(times)}; give one value for each of the {size} steps.")
     if len(times) != size:
         raise ValueError(f"time has {len(times)} values, but the filter made {size} steps; give one per step.")
     aware = isinstance(getattr(times, "dtype", None), pandas.DatetimeTZDtype)
@@ -109,6 +117,10 @@ def time_axis(times: Any, size: int) -> Any:
         except ValueError:
             if values.dtype.kind == "O" and any(value is None or value is pandas.NaT for value in values.tolist()):
                 raise
+    is_masked = isinstance(times, np.ma.MaskedArray) and np.ma.getmaskarray(times).any()
+    if values.dtype.kind not in "MiufmUO" or is_masked:
+        what = "masked values" if is_masked else f"values of type {values.dtype}"
+        raise ValueError(f"time has {what}; give dates, numbers, time differences or labels.")
     if values.dtype.kind == "U":
         # Labels have no order, so that only a repeated one is wrong.
         labels, counts = np.unique(values, return_counts=True)

@@ -55,9 +55,10 @@ class GrossErrorCheck(FilterAlgorithm):
 
     Args:
         algorithm: filter to wrap.
-        threshold: k, in expected standard deviations of the departure. One number applies to all observed sites; a
-            mapping from names to numbers checks these sites only. For Gaussian variables, a well calibrated filter
-            rejects 6 of 10 million good observations at 5.0, and 3 of 1000 at 3.0.
+        threshold: k, in expected standard deviations of the departure. One number applies to all observed sites, apart
+            from each `numpyro.factor`, which has no values; a mapping from names to numbers checks these sites only.
+            For Gaussian variables, a well calibrated filter rejects 6 of 10 million good observations at 5.0, and 3 of
+            1000 at 3.0.
         members: largest number of particles that `FAAPF` and `GuidedPF` draw for the check, spread evenly over all; 2
             or more. With 64, the standard deviation of the departure is known to within 9 %.
 
@@ -118,7 +119,9 @@ class GrossErrorCheck(FilterAlgorithm):
             ValueError: a threshold names a site that is not observed.
         """
         if not isinstance(self.threshold, Mapping):
-            return dict.fromkeys(program.structure.observed_names, self.threshold)
+            # A numpyro.factor observes nothing: its value has no elements.
+            names = [name for name, site in program.structure.observed.items() if 0 not in site.shape]
+            return dict.fromkeys(names, self.threshold)
         if unknown := sorted(set(self.threshold) - set(program.structure.observed_names)):
             raise ValueError(
                 f"GrossErrorCheck got thresholds for {unknown}, but the observed sites are "

@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Array, Bool, PyTree
 
 from numpyro_diffusion_da.program.structure import Structure
-from numpyro_diffusion_da.results.background import FAR
+from numpyro_diffusion_da.results.background import FAR, FarValue
 from numpyro_diffusion_da.smc.base import Info
 
 
@@ -109,14 +109,15 @@ def why(failures: dict[str, Any], what: str, step: int, num_particles: int, guid
     return f"{beginning}; check the observations and their errors at that step."
 
 
-def far_observation(record: dict[str, Any]) -> str | None:
-    """Words for an observation of a failed step that is impossibly far from its background, with advice.
+def far_observation(record: dict[str, Any], step: int) -> FarValue | None:
+    """Observation of a failed step that is impossibly far from its background.
 
     Args:
         record: record of the step, as numpy arrays.
+        step: index of the step.
 
     Returns:
-        The end of a sentence about the farthest observation of the first such site; None if there is none.
+        The farthest observation of the first such site; None if there is none.
     """
     for name, background in record.get("background", {}).items():
         observed = np.where(record["observations"][name]["observed"], record["observations"][name]["value"], np.nan)
@@ -124,11 +125,7 @@ def far_observation(record: dict[str, Any]) -> str | None:
             expected = np.sqrt(background["variance"] + background["error_variance"], dtype=float)
             distance = np.nan_to_num(np.abs(observed.astype(float) - background["mean"]) / expected, posinf=0.0)
         if np.max(distance, initial=0.0) > FAR:
-            at = np.unravel_index(np.argmax(distance), distance.shape)
-            place = f"[{', '.join(map(str, at))}]" if at else ""
-            return (
-                f"observation {observed[at]:.6g} of site '{name}{place}' is {distance[at]:.3g} predictive standard "
-                f"deviations from its forecast, {background['mean'][at]:.4g}; mark a missing value by NaN, leave gross "
-                "errors out with ndda.GrossErrorCheck(...), or check the unit."
-            )
+            at = tuple(int(i) for i in np.unravel_index(np.argmax(distance), distance.shape))
+            value, mean, far = (float(values[at]) for values in (observed, background["mean"], distance))
+            return FarValue(name, step, at, value, mean, far, count=1)
     return None

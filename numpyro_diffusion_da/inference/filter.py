@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PRNGKeyArray, PyTree
 
-from numpyro_diffusion_da.arguments import require, require_count, require_flag, shown
+from numpyro_diffusion_da.arguments import require, require_count, require_flag, require_key, shown
 from numpyro_diffusion_da.filters.base import FilterAlgorithm, takes_algorithm
 from numpyro_diffusion_da.inference import backward_simulation as backward
 from numpyro_diffusion_da.inference.batching import batch_in_memory, check_batch_size, particles_at_a_time
@@ -35,6 +35,7 @@ from numpyro_diffusion_da.program.arrays import argument_names
 from numpyro_diffusion_da.program.scan import TimeInputs
 from numpyro_diffusion_da.program.state_space import StateSpaceModel
 from numpyro_diffusion_da.results.advice import far_value_advice, lost_advice, rejection_advice, tempering_advice
+from numpyro_diffusion_da.results.background import departure_ratios
 from numpyro_diffusion_da.results.result import FilterResult
 from numpyro_diffusion_da.smc.base import State, init
 
@@ -145,6 +146,7 @@ class Filter(HasFilterResult):
                 forecasts for `keep_forecasts`; or `directory` holds another run.
             FloatingPointError: all weights or all particles of a step are non-finite; the message names the step.
         """
+        require_key(rng_key, self)
         program = self._prepared(args, kwargs)
         given = (program.args, program.kwargs)
         attributes = self._attributes(program, rng_key)
@@ -189,8 +191,10 @@ class Filter(HasFilterResult):
         sizes = {"num_chains": self.num_chains, "batch_size": self._batch or self.num_particles}
         self._result = collect(program.structure, {**attributes, **sizes}, chains)
         self._given, self._inputs = given, xs
-        for advises in (rejection_advice, tempering_advice, far_value_advice, lost_advice):
-            if (advice := advises(self._result)) is not None:
+        found = self._result
+        advices = [advises(found) for advises in (rejection_advice, tempering_advice, far_value_advice)]
+        for advice in (*advices, lost_advice(departure_ratios(found))):
+            if advice is not None:
                 warnings.warn(advice, stacklevel=2)
 
     def _identity(self, program: StateSpaceModel, state: State, inputs: TimeInputs) -> dict[str, str]:
@@ -373,6 +377,7 @@ class Filter(HasFilterResult):
             FloatingPointError: no particle of a step can have led to the particle of the next; the message names the
                 step.
         """
+        require_key(rng_key, "backward_simulation")
         result = self.result
         args, kwargs = self._given
         program = self._prepared(args, kwargs)

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PRNGKeyArray
 
-from numpyro_diffusion_da.arguments import require_count, shown
+from numpyro_diffusion_da.arguments import require, require_count, require_key, shown
 from numpyro_diffusion_da.filters.base import FilterAlgorithm, takes_algorithm
 from numpyro_diffusion_da.inference.batching import check_batch_size, particles_at_a_time
 from numpyro_diffusion_da.inference.compilation import Compiled
@@ -111,6 +111,7 @@ class OnlineFilter(HasFilterResult):
         Raises:
             ValueError: the filter cannot run the program, or series have another length than 1.
         """
+        require_key(rng_key, self)
         self._compiled_init.read_anew()
         self._compiled_step.read_anew()
         state: State = self._compiled_init(rng_key, self._given(args, kwargs))
@@ -141,6 +142,8 @@ class OnlineFilter(HasFilterResult):
             ValueError: the filter cannot run the program, series have another length than 1, or an observed value has
                 no finite place.
         """
+        require_key(rng_key, self)
+        require(state, State, self, "state", "online.init(rng_key, y[:1])")
         given = self._given(args, kwargs)
         self._warn_of_another_form(given)
         new, info, unplaced, record = self._compiled_step(rng_key, state, given)

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from numpyro_diffusion_da.arguments import require_key
 from numpyro_diffusion_da.filters.base import FilterAlgorithm, takes_algorithm
 from numpyro_diffusion_da.inference.base import BATCH, ParameterInference
 from numpyro_diffusion_da.inference.progress import progress
@@ -91,6 +92,7 @@ class PMMH(ParameterInference):
                 does not estimate the evidence.
             FloatingPointError: none of the prior draws from which a chain may start has a finite log-evidence.
         """
+        require_key(rng_key, self)
         parameters, attributes = self._begin(args, kwargs)
         given = (parameters.program.args, parameters.program.kwargs)
         keys = jax.vmap(jax.random.fold_in, (None, 0))(rng_key, jnp.arange(self.num_chains))

@@ -243,8 +243,9 @@ def check_record(
                     "has no value there (sea surface temperature over land, for example); mark these observations "
                     "as missing by NaN, or leave them out."
                 )
-        if (far := far_observation(record)) is not None:
-            raise FloatingPointError(f"all {num_particles} {what} are non-finite at step {step}, where {far}")
+        if (far := far_observation(record, step)) is not None:
+            words = far.words(with_step=False)
+            raise FloatingPointError(f"all {num_particles} {what} are non-finite at step {step}, where {words}")
         raise FloatingPointError(why(record["failures"], what, step, num_particles, guided))
 
 

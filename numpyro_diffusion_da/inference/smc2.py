@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from jaxtyping import Array, PRNGKeyArray
 
-from numpyro_diffusion_da.arguments import require_number
+from numpyro_diffusion_da.arguments import require_key, require_number
 from numpyro_diffusion_da.filters.base import FilterAlgorithm, takes_algorithm
 from numpyro_diffusion_da.inference.base import BATCH, ParameterInference
 from numpyro_diffusion_da.inference.evidence import FilterEvidence
@@ -92,6 +92,7 @@ class SMC2(ParameterInference):
                 does not estimate the evidence.
             FloatingPointError: no parameter particle has a finite log-evidence at a step; the message names the step.
         """
+        require_key(rng_key, self)
         parameters, attributes = self._begin(args, kwargs)
         program = parameters.program
         given, length = (program.args, program.kwargs), program.structure.length

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PRNGKeyArray
 
-from numpyro_diffusion_da.arguments import is_number, require_count, require_number, shown
+from numpyro_diffusion_da.arguments import is_number, require_count, require_key, require_number, shown
 from numpyro_diffusion_da.diagnostics.innovations import Estimate
 from numpyro_diffusion_da.diffusion.denoiser import NetworkPasses
 from numpyro_diffusion_da.filters.background import Screen
@@ -115,6 +115,7 @@ def tune_spread(
     require_count(discard, "tune_spread", "discard", 0)
     require_count(block, "tune_spread", "block")
     check_batch_size(batch_size, "tune_spread")
+    require_key(rng_key, "tune_spread")
     make_filter(most)  # raises here if the amount is not allowed, before it becomes a tracer
     first = make_filter(least)
     program = StateSpaceModel(first.model, args)

@@ -37,7 +37,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, Float
 
-from numpyro_diffusion_da.arguments import real_array, require, shown
+from numpyro_diffusion_da.arguments import number, real_array, require, require_count, shown
 from numpyro_diffusion_da.diffusion.noise import Noise
 
 NetworkFunction = Callable[[Float[Array, "..."], Float[Array, ""]], Float[Array, "..."]]
@@ -81,7 +81,13 @@ class LogLevel(NoiseIndex):
         factor: factor of log(s).
     """
 
-    factor: float = eqx.field(static=True, default=1.0)
+    factor: float = eqx.field(
+        static=True, default=1.0, converter=number("LogLevel", "factor", "give a number that is not 0.")
+    )
+
+    def __check_init__(self) -> None:
+        if self.factor == 0.0:
+            raise ValueError("LogLevel got factor=0.0, which tells the network nothing; give a number that is not 0.")
 
     @property
     def limits(self) -> None:
@@ -139,6 +145,11 @@ class DiscreteTable(NoiseIndex):
         return jnp.interp(jnp.log(noise_level), self.log_levels, steps)
 
 
+def _beta(name: str) -> Callable[[float], float | None]:
+    """Make the converter of one end of the range of beta."""
+    return number("LinearBeta", name, "give 0 < beta_min < beta_max.", above=0)
+
+
 class LinearBeta(NoiseIndex):
     r"""Time t in (0, 1] of the variance preserving SDE with a linear beta(t) as the index.
 
@@ -154,8 +165,8 @@ class LinearBeta(NoiseIndex):
         ValueError: 0 < beta_min < beta_max does not hold.
     """
 
-    beta_min: float = eqx.field(static=True, default=0.1)
-    beta_max: float = eqx.field(static=True, default=20.0)
+    beta_min: float = eqx.field(static=True, default=0.1, converter=_beta("beta_min"))
+    beta_max: float = eqx.field(static=True, default=20.0, converter=_beta("beta_max"))
 
     def __check_init__(self) -> None:
         if not 0.0 < self.beta_min < self.beta_max < math.inf:
@@ -290,7 +301,8 @@ class FlowMatching(Path):
     data_at: int = eqx.field(static=True, default=0)
 
     def __check_init__(self) -> None:
-        if self.data_at not in (0, 1):
+        require_count(self.data_at, self, "data_at", least=0)
+        if self.data_at > 1:
             raise ValueError(f"FlowMatching got data_at={shown(self.data_at)}; give the time of pure data, 0 or 1.")
 
     @property
@@ -504,12 +516,12 @@ class Preconditioned(Parametrization):
         TypeError: `noise_index` is not a `NoiseIndex`.
     """
 
-    sigma_data: float = eqx.field(static=True)
+    sigma_data: float = eqx.field(
+        static=True, converter=number("Preconditioned", "sigma_data", "give a positive number.", above=0)
+    )
     noise_index: NoiseIndex = LogLevel(0.25)
 
     def __check_init__(self) -> None:
-        if not 0.0 < self.sigma_data < math.inf:
-            raise ValueError(f"Preconditioned got sigma_data={shown(self.sigma_data)}; give a positive number.")
         require(self.noise_index, NoiseIndex, self, "noise_index", "LogLevel(0.25)")
 
     @property

@@ -108,6 +108,35 @@ def as_arguments(
     return tuple(converted(n, value) for n, value in named), {n: converted(n, v) for n, v in kwargs.items()}
 
 
+def check_binds(
+    model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], program: str, error: TypeError
+) -> None:
+    """Raise an error in plain words if a program has refused the number or the names of its arguments.
+
+    Args:
+        model: NumPyro program.
+        args: positional arguments of the program.
+        kwargs: keyword arguments of the program.
+        program: name of the program, for messages.
+        error: error that a call of the program has raised.
+
+    Raises:
+        ValueError: the arguments are not those of the program.
+    """
+    try:
+        signature = inspect.signature(model)
+    except (TypeError, ValueError):  # a callable without a signature
+        return
+    try:
+        signature.bind(*args, **kwargs)
+    except TypeError as why:
+        given = ", ".join([f"{len(args)} without a name", *(f"{name}=" for name in kwargs)])
+        raise ValueError(
+            f"the program '{program}' takes the arguments {signature} and got {given}: {why}; give it these "
+            "arguments, after the random key."
+        ) from error
+
+
 def argument_names(model: Callable[..., Any], args: tuple[Any, ...]) -> list[str]:
     """Names of the positional arguments of a program; numbers in place of names that are not known.
 

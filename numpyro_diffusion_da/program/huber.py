@@ -18,10 +18,14 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.scipy.special import ndtr, ndtri
 from jaxtyping import Array, ArrayLike, Float, PRNGKeyArray
 from numpyro.distributions import Distribution, constraints
 from numpyro.distributions.util import promote_shapes, validate_sample
+
+from numpyro_diffusion_da.arguments import shown
+from numpyro_diffusion_da.program.arrays import number_array
 
 ROOT_TWO_PI = 2.5066282746310002
 """Square root of 2 pi, the integral of exp(-r^2 / 2)."""
@@ -43,7 +47,7 @@ class Huber(Distribution):
         validate_args: whether NumPyro checks the arguments and values; None for NumPyro's default.
 
     Raises:
-        ValueError: with `validate_args`, a `scale` or `threshold` that is not positive.
+        ValueError: an argument holds no numbers; or, with `validate_args`, a `scale` or `threshold` is not positive.
     """
 
     arg_constraints = {  # noqa: RUF012 - as in NumPyro
@@ -62,6 +66,17 @@ class Huber(Distribution):
         *,
         validate_args: bool | None = None,
     ) -> None:
+        given = {"loc": loc, "scale": scale, "threshold": threshold}
+        checks = Distribution._validate_args if validate_args is None else validate_args
+        for name, value in given.items():
+            array = number_array(value, f"{name} of Huber")
+            wrong = not np.all(np.asarray(array) > 0) if not isinstance(array, jax.core.Tracer) else False
+            if checks and name != "loc" and wrong:
+                # The words of NumPyro, by which the line of a program is found.
+                raise ValueError(
+                    f"Huber distribution got invalid {name} parameter: {shown(value)}, which is not positive; give a "
+                    f"{name} above zero."
+                )
         self.loc, self.scale, self.threshold = promote_shapes(loc, scale, threshold)
         batch_shape = jax.lax.broadcast_shapes(jnp.shape(loc), jnp.shape(scale), jnp.shape(threshold))
         super().__init__(batch_shape=batch_shape, validate_args=validate_args)

@@ -26,7 +26,7 @@ from numpyro.contrib.control_flow.cond import cond_wrapper
 from numpyro.contrib.control_flow.scan import PytreeTrace
 from numpyro.primitives import _PYRO_STACK, Messenger
 
-from numpyro_diffusion_da.arguments import shown
+from numpyro_diffusion_da.arguments import broadcasts, is_number, shown
 from numpyro_diffusion_da.program.arrays import as_array, number_array
 from numpyro_diffusion_da.program.sites import is_discrete
 
@@ -172,6 +172,11 @@ def _scan_call(msg: dict[str, Any], around: Messenger) -> ScanCall:
             )
         return leaf
 
+    if isinstance(xs, (list, tuple)) and xs and all(map(is_number, xs)):
+        raise ValueError(
+            f"the inputs xs of the program's scan are a {type(xs).__name__} of {len(xs)} numbers; give an array with a "
+            "leading axis of time, jnp.asarray(xs)."
+        )
     xs = jax.tree_util.tree_map_with_path(converted, xs)
     lengths = {jnp.shape(leaf)[0] for leaf in jax.tree.leaves(xs)} | ({length} if length is not None else set())
     if not lengths:
@@ -235,11 +240,22 @@ def _check_cond(msg: dict[str, Any]) -> None:
             )
 
 
+def _as_numbers(msg: dict[str, Any]) -> None:
+    """Convert the value that a handler or `obs=` gives to a site before the scan to an array.
+
+    Raises:
+        ValueError: the value holds no numbers; the message names the site.
+    """
+    if msg["type"] == "sample" and msg["value"] is not None:
+        msg["value"] = number_array(msg["value"], f"the value of site '{msg['name']}'")
+
+
 class _StopAtScan(Messenger):
     """Handler that stops the program at its scan."""
 
     def process_message(self, msg: dict[str, Any]) -> None:
         """Raise `_ReachedScan` at the message of the scan."""
+        _as_numbers(msg)
         if msg["type"] == "control_flow" and not _is_cond(msg):
             raise _ReachedScan(_scan_call(msg, self))
 
@@ -295,6 +311,7 @@ class SkipScan(Messenger):
         """
         if msg["type"] == "sample" and msg["value"] is not None and not msg["is_observed"]:
             self.given.add(msg["name"])  # handlers.substitute sets the value, but does not make the site observed
+        _as_numbers(msg)
         if msg["type"] == "prng_key":
             self.draws_keys = True
         if msg["type"] != "control_flow" or _is_cond(msg):
@@ -365,6 +382,12 @@ class _BodyRecorder(Messenger):
             if name in self.beyond:
                 fn = fn.mask(self.beyond[name])
             power = 1.0 if msg["scale"] is None else msg["scale"]
+            if not broadcasts(jnp.shape(power), fn.batch_shape):
+                raise ValueError(
+                    f"handlers.scale gives site '{name}' powers of shape {jnp.shape(power)}, but the site has the "
+                    f"batch shape {fn.batch_shape} at one time; put powers that change over time "
+                    "into the inputs of the scan."
+                )
             self.observed[name] = ObservedSite(fn, value, power)
             return
         if name.endswith("_unobserved") and name.removesuffix("_unobserved") + "_observed" in self.observed:

@@ -299,6 +299,13 @@ class StateSpaceModel:
                 "classes; use ndda.Bootstrap(model)."
             )
 
+        if needs_dynamics and structure.no_derivative is not None:
+            raise ValueError(
+                f"the observed sites of '{structure.name}' have no derivative in site '{structure.latent_name}' "
+                f"({structure.no_derivative}), and this filter needs it; write them with jax.numpy, or use "
+                "ndda.Bootstrap(model), which needs none."
+            )
+
         def look() -> None:
             # The arguments of the scan belong to one JAX trace, so this trace runs the program again.
             here = copy.copy(self)._run()

@@ -24,6 +24,7 @@ from numpyro_diffusion_da.diffusion.prior import DiffusionPrior
 from numpyro_diffusion_da.diffusion.sampler import Sampler
 from numpyro_diffusion_da.observation.likelihood import GaussianLikelihood
 from numpyro_diffusion_da.observation.linear_predictor import find_linear_predictor
+from numpyro_diffusion_da.program.arrays import check_binds
 from numpyro_diffusion_da.program.distribution import DiffusionTransition
 from numpyro_diffusion_da.program.scan import (
     BodySites,
@@ -149,6 +150,8 @@ class Structure:
         general_names: observed sites that are not Gaussian, whose error changes with the state, or whose mean is a
             nonlinear function of a linear predictor.
         scaled_names: latent sites of the body under `handlers.scale`.
+        no_derivative: why JAX cannot differentiate the means of the observed sites, such as for a callback; None if it
+            can.
         observes_linearly: whether every observed site is Gaussian with a mean affine in the latent site and an error
             independent of it. False if this is not known.
         carry: each array of the carry, in the order of its leaves.
@@ -172,6 +175,7 @@ class Structure:
     outside_names: tuple[str, ...]
     general_names: frozenset[str]
     scaled_names: tuple[str, ...]
+    no_derivative: str | None
     observes_linearly: bool
     carry: tuple[CarryLeaf, ...]
     carry_remembers: bool
@@ -245,11 +249,15 @@ def trace_structure(
         ValueError: the program has no scan or several, the initial state is observed outside the scan, sites follow
             after the scan, the body has no latent site, or nothing is observed in it. The message names the site.
     """
+    name = name_of(model)
 
     def program() -> None:
-        model(*args, **kwargs)
+        try:
+            model(*args, **kwargs)
+        except TypeError as error:
+            check_binds(model, args, kwargs, name, error)
+            raise
 
-    name = name_of(model)
     if like is not None:
         try:
             return _examine(program, name, like.shapes)
@@ -313,8 +321,9 @@ def _check_form(skip: SkipScan, sites: BodySites | None, name: str) -> None:
         ValueError: one of these does not hold.
     """
     if len(skip.scans) != 1 or sites is None:
+        hidden = "" if skip.scans else " that it can see (handlers.block hides what is inside it)"
         raise ValueError(
-            f"the program '{name}' has {len(skip.scans) or 'no'} numpyro.contrib.control_flow.scan; "
+            f"the program '{name}' has {len(skip.scans) or 'no'} numpyro.contrib.control_flow.scan{hidden}; "
             "a filter needs exactly one: write the time loop as scan(step, x0, observations)."
         )
     if skip.after:
@@ -406,7 +415,11 @@ def _examine(program: Callable[[], None], name: str, shapes: Shapes) -> Structur
         outside_names=tuple(n for n, observed in before.items() if observed),
         general_names=frozenset(general),
         scaled_names=found["scaled"],
-        observes_linearly=real and not general and not _depends(depends["linearity"], "state"),
+        no_derivative=found["derivative"],
+        observes_linearly=real
+        and found["derivative"] is None
+        and not general
+        and not _depends(depends["linearity"], "state"),
         carry=carry,
         carry_remembers=any(_depends(depends["next carry"], _leaf(i)) for i in range(len(carry))),
         observations_remember=any(_depends(depends["observations"], _leaf(i)) for i in range(len(carry))),
@@ -613,17 +626,24 @@ def _body_dependencies(
     found["unchanged"] = [after is before for before, after in zip(given, new, strict=True)]
     linearity: list[Array] = []
     slopes: dict[str, Array] = {}
+    found["derivative"] = None
     if direction is not None:
-        slopes = jax.jvp(means, (state,), (direction,))[1]
-        if all(is_gaussian(fn) for fn, *_ in sites.observed.values()):
-            likelihood = GaussianLikelihood(
-                lambda x: [part for n, site in at(x).observed.items() for part in gaussian_observations(n, *site)]  # type: ignore[arg-type]
-            )
-            # A residual that is affine in the state has a derivative that does not depend on it.
-            linearity = [
-                likelihood.log_normalizer(state),  # type: ignore[arg-type]
-                jax.jvp(likelihood.residual, (state,), (direction,))[1],
-            ]
+        try:
+            slopes = jax.jvp(means, (state,), (direction,))[1]
+        except _OtherShapesError:
+            raise
+        except Exception as error:  # the means alone could be traced: a callback, or a derivative of the user's own
+            found["derivative"] = str(error).splitlines()[0].split(". ")[0].rstrip(".")
+            direction = None
+    if direction is not None and all(is_gaussian(fn) for fn, *_ in sites.observed.values()):
+        likelihood = GaussianLikelihood(
+            lambda x: [part for n, site in at(x).observed.items() for part in gaussian_observations(n, *site)]  # type: ignore[arg-type]
+        )
+        # A residual that is affine in the state has a derivative that does not depend on it.
+        linearity = [
+            likelihood.log_normalizer(state),  # type: ignore[arg-type]
+            jax.jvp(likelihood.residual, (state,), (direction,))[1],
+        ]
     return {
         "errors": {n: independent_errors(fn) for n, (fn, *_) in sites.observed.items() if is_gaussian(fn)},
         "slopes": slopes,

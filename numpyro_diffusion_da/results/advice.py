@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 
-from numpyro_diffusion_da.results.background import Ratio, departure_ratio, first_far_value
+from numpyro_diffusion_da.results.background import Ratio, first_far_value
 from numpyro_diffusion_da.results.result import FilterResult
 
 TOO_MANY = 1.0 / 3.0
@@ -73,9 +75,12 @@ def is_wide(ratio: Ratio) -> bool:
     return bool(ratio.value + ratio.margin < WIDE)
 
 
-def lost_advice(result: FilterResult) -> str | None:
-    """Advice if observations are farther from the forecast than the filter expects; None otherwise."""
-    ratios = {site: departure_ratio(result, site) for site in result.background}
+def lost_advice(ratios: Mapping[str, Ratio]) -> str | None:
+    """Advice if observations are farther from the forecast than the filter expects; None otherwise.
+
+    Args:
+        ratios: result of `departure_ratios`.
+    """
     lost = [f"{r.value:.3g} +- {r.standard_error:.2g} at site '{n}'" for n, r in ratios.items() if is_lost(r)]
     if not lost:
         return None
@@ -87,9 +92,13 @@ def lost_advice(result: FilterResult) -> str | None:
     )
 
 
-def wide_advice(result: FilterResult) -> str | None:
-    """Advice if observations are far closer to the forecast than the filter expects; None otherwise."""
-    wide = [site for site in result.background if is_wide(departure_ratio(result, site))]
+def wide_advice(ratios: Mapping[str, Ratio]) -> str | None:
+    """Advice if observations are far closer to the forecast than the filter expects; None otherwise.
+
+    Args:
+        ratios: result of `departure_ratios`.
+    """
+    wide = [site for site, ratio in ratios.items() if is_wide(ratio)]
     if not wide:
         return None
     return (
@@ -103,10 +112,4 @@ def far_value_advice(result: FilterResult) -> str | None:
     far = first_far_value(result)
     if far is None:
         return None
-    place = f"[{', '.join(map(str, far.index))}]" if far.index else ""
-    others = f" ({far.count} observations have this value)" if far.count > 1 else ""
-    return (
-        f"observation {far.value:.6g} of site '{far.site}{place}' at step {far.step} is {far.distance:.3g} predictive "
-        f"standard deviations from its forecast, {far.background:.4g}{others}. Mark a missing value by NaN; leave "
-        "gross errors out with ndda.GrossErrorCheck(...); check the unit if it is right."
-    )
+    return far.words(with_step=True)

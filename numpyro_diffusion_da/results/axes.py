@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from numpyro_diffusion_da.arguments import require, shown, values_along_axis
 from numpyro_diffusion_da.fields import datasets as gridded_data
 from numpyro_diffusion_da.fields.times import time_axis
 
@@ -39,17 +40,20 @@ class Axes:
         coords: coordinate values of dimensions.
 
     Raises:
+        TypeError: `dims` or `coords` is not a mapping from names to lists.
         ValueError: `coords` sets chain, draw or time, the length of `time` is not the number of steps, or times do not
             increase.
     """
 
     def __init__(self, result: FilterResult, time: Any, dims: Dims, coords: Coords) -> None:
+        for name, value in (("dims", dims), ("coords", coords)):
+            require(value, Mapping, "the conversion of a result", name, '{"station": ["Oslo", "Bergen"]}')
         chains, draws, steps = result.posterior[result.latent_name].shape[:3]
         self.result = result
-        self.dims = {site: tuple(names) for site, names in dims.items()}
+        self.dims = {site: names_of_axes(site, names) for site, names in dims.items()}
         self.sizes: dict[str, int] = {}
         self.site_names = {*result.posterior, *result.observed_data, *result.metadata}
-        self.given = dict(coords)
+        self.given = {name: coordinate_values(name, values) for name, values in coords.items()}
         for name in SHARED & set(coords):
             instead = "give it as time=..." if name == "time" else "it counts chains or particles; leave it out"
             raise ValueError(f"coords cannot set '{name}': {instead}.")
@@ -181,6 +185,36 @@ class Axes:
             raise ValueError(f"dims has {sorted(unknown)}, but the sites are {sorted(self.site_names)}.")
         if unknown := set(self.given) - set(self.sizes):
             raise ValueError(f"coords has {sorted(unknown)}, but the dimensions are {sorted(self.sizes)}.")
+
+
+def names_of_axes(site: str, names: Any) -> tuple[str, ...]:
+    """Names of the axes of a site, as a tuple.
+
+    Args:
+        site: name of the site.
+        names: its names in `dims`.
+
+    Raises:
+        TypeError: the names are no sequence of text.
+    """
+    if not isinstance(names, (str, bytes, Mapping, Set)) and isinstance(names, Iterable):
+        found = tuple(names) if getattr(names, "ndim", 1) == 1 else (None,)
+        if all(isinstance(name, str) and name for name in found):
+            return tuple(map(str, found))
+    raise TypeError(f"dims gives '{site}' {shown(names)}; give a list of names, as in dims={{'{site}': ['station']}}.")
+
+
+def coordinate_values(name: str, values: Any) -> Any:
+    """Coordinate values of a dimension, after a check that they are values along one axis.
+
+    Args:
+        name: name of the dimension.
+        values: its values in `coords`.
+
+    Raises:
+        TypeError: they are not.
+    """
+    return values_along_axis(values, f"the dimension '{name}' in coords")
 
 
 def _coordinate(name: str, values: Any, known: Mapping[str, str]) -> tuple[str, Any, dict[Any, Any]]:

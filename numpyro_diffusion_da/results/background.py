@@ -15,6 +15,9 @@ BLOCKS = 20
 FAR = 30.0
 """Distance from the background, in expected standard deviations, that no filter explains by chance."""
 
+FAR_ADVICE = "mark a missing value by NaN, leave gross errors out with ndda.GrossErrorCheck(...), or check the unit."
+"""What to do about a far value."""
+
 JUMP = 10.0
 """How many times farther than all earlier values a far value is, if it is wrong and not the filter."""
 
@@ -100,6 +103,20 @@ class FarValue:
     distance: float
     count: int
 
+    def words(self, with_step: bool) -> str:
+        """Sentence about the observation and what to do, without a capital letter at its beginning.
+
+        Args:
+            with_step: whether the sentence names the step.
+        """
+        place = f"[{', '.join(map(str, self.index))}]" if self.index else ""
+        step = f" at step {self.step}" if with_step else ""
+        others = f" ({self.count} observations have this value)" if self.count > 1 else ""
+        return (
+            f"observation {self.value:.6g} of site '{self.site}{place}'{step} is {self.distance:.3g} predictive "
+            f"standard deviations from its forecast, {self.background:.4g}{others}; {FAR_ADVICE}"
+        )
+
 
 def first_far_value(result: FilterResult) -> FarValue | None:
     """First observation that is `FAR` expected deviations from its background, and no others before it nearly so.
@@ -132,6 +149,15 @@ def first_far_value(result: FilterResult) -> FarValue | None:
         count = int(np.sum(values == values[at]))
         found.append(FarValue(site, step, index, float(values[at]), float(background), float(nearest[at]), count))
     return min(found, key=lambda far: (far.step, -far.distance), default=None)
+
+
+def departure_ratios(result: FilterResult) -> dict[str, Ratio]:
+    """Ratio of the squared departures to their expectation for each site with a background, see `departure_ratio`.
+
+    Args:
+        result: result of a filter run.
+    """
+    return {site: departure_ratio(result, site) for site in result.background}
 
 
 def departure_ratio(result: FilterResult, site: str) -> Ratio:

@@ -12,13 +12,21 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from numpyro_diffusion_da.results.axes import CHAIN, PARTICLE, SHARED, Axes, Coords, Dims
-from numpyro_diffusion_da.results.result import OF_WEIGHTS
+from numpyro_diffusion_da.arguments import require
+from numpyro_diffusion_da.results.axes import (
+    CHAIN,
+    PARTICLE,
+    SHARED,
+    Axes,
+    Coords,
+    Dims,
+    coordinate_values,
+    names_of_axes,
+)
+from numpyro_diffusion_da.results.result import OF_WEIGHTS, FilterResult, ParameterResult
 
 if TYPE_CHECKING:
     import xarray
-
-    from numpyro_diffusion_da.results.result import FilterResult, ParameterResult
 
 GROUPS = {
     "posterior": "Analysis particles, equally weighted: draws of the state at each time given observations up to it.",
@@ -150,7 +158,8 @@ def to_datatree(
     """
     import xarray
 
-    axes = Axes(result, time, dims or {}, coords or {})
+    require(result, FilterResult, "to_datatree", "result", "filter.result")
+    axes = Axes(result, time, {} if dims is None else dims, {} if coords is None else coords)
     latent = {result.latent_name: result.posterior[result.latent_name]}  # the state comes first
     stats = {
         **result.sample_stats,
@@ -274,7 +283,11 @@ def parameters_to_datatree(
     """
     import xarray
 
-    given, named = dict(coords or {}), dict(dims or {})
+    require(result, ParameterResult, "parameters_to_datatree", "result", "pmmh.result")
+    for name, value in (("dims", dims), ("coords", coords)):
+        require(value, (Mapping, type(None)), "parameters_to_datatree", name, '{"bias": ["station"]}')
+    given = {name: coordinate_values(name, values) for name, values in (coords or {}).items()}
+    named = {site: names_of_axes(site, names) for site, names in (dims or {}).items()}
     if unknown := set(named) - set(result.posterior):
         raise ValueError(f"dims has {sorted(unknown)}, but the parameters are {sorted(result.posterior)}.")
     axes: dict[str, tuple[str, ...]] = {}

@@ -19,10 +19,10 @@ of time e is b_e = i, b_{k-1} = a_k(b_k). Smoothed results are `FilterResult`s, 
 from __future__ import annotations
 
 import dataclasses
-import operator
 
 import numpy as np
 
+from numpyro_diffusion_da.arguments import require, require_count
 from numpyro_diffusion_da.results.result import FilterResult
 
 WITHOUT_ANCESTORS = ("EnKF",)
@@ -76,7 +76,7 @@ def fixed_lag(result: FilterResult, lag: int) -> FilterResult:
         ValueError: `lag` is negative, or the result has no genealogy: it comes from an ensemble Kalman filter or from
             localized resampling, or is already smoothed.
     """
-    return along(result, _lines(result, lag), {"smoothing": "fixed lag", "smoothing_lag": operator.index(lag)})
+    return along(result, _lines(result, lag), {"smoothing": "fixed lag", "smoothing_lag": int(lag)})
 
 
 def distinct_ancestors_at(result: FilterResult, lag: int | None = None) -> np.ndarray:
@@ -106,6 +106,9 @@ def _lines(result: FilterResult, lag: int | None) -> np.ndarray:
     Raises:
         ValueError: `lag` is negative, or the result has no genealogy.
     """
+    require(result, FilterResult, "smoothing", "result", "filter.result")
+    if lag is not None:
+        require_count(lag, "smoothing", "lag", least=0)
     algorithm = result.attributes.get("algorithm")
     if algorithm in WITHOUT_ANCESTORS:
         raise ValueError(
@@ -122,9 +125,7 @@ def _lines(result: FilterResult, lag: int | None) -> np.ndarray:
             "ancestors; smooth a result without a taper, or use Filter.backward_simulation."
         )
     chains, draws, steps = ancestors.shape
-    if lag is not None and operator.index(lag) < 0:
-        raise ValueError(f"lag={lag}; give a number of steps, 0 or more, or None for all of them.")
-    reach = steps - 1 if lag is None else min(operator.index(lag), steps - 1)
+    reach = steps - 1 if lag is None else min(int(lag), steps - 1)
     lines = np.empty_like(ancestors)
     own = np.broadcast_to(np.arange(draws, dtype=ancestors.dtype), (chains, draws))
     for end in range(reach, steps):

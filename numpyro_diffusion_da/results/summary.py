@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from numpyro_diffusion_da.arguments import require, require_count
 from numpyro_diffusion_da.results import smoothing
 from numpyro_diffusion_da.results.advice import (
     TEMPERED,
@@ -15,12 +16,12 @@ from numpyro_diffusion_da.results.advice import (
     tempering_advice,
     wide_advice,
 )
-from numpyro_diffusion_da.results.background import departure_ratio
+from numpyro_diffusion_da.results.background import departure_ratios
+from numpyro_diffusion_da.results.result import FilterResult, ParameterResult
 
 if TYPE_CHECKING:
     from rich.console import Group
 
-    from numpyro_diffusion_da.results.result import FilterResult, ParameterResult
 
 LAG = 5
 """Number of steps after which distinct lines are counted, in addition to those of the last step."""
@@ -52,6 +53,8 @@ def summary_table(result: FilterResult, max_rows: int = 8) -> Group:
     """
     from rich.console import Group
 
+    require(result, FilterResult, "summary_table", "result", "filter.result")
+    require_count(max_rows, "summary_table", "max_rows")
     settings = result.attributes
     title = f"{settings.get('algorithm', 'a filter')} on '{settings.get('model', 'a model')}'"
     size = int(_defined(result, result.posterior[result.latent_name].shape[3:]).sum())
@@ -77,15 +80,15 @@ def _filter_table(result: FilterResult) -> Any:
     if result.rejected:
         share = rejected_share(result)
         table.add_row("rejected as gross errors", f"{share:.2%} of the checked observations" if share else "none")
-    for site in result.background:
-        ratio = departure_ratio(result, site)
+    ratios = departure_ratios(result)
+    for site, ratio in ratios.items():
         if np.isfinite(ratio.value):
             error = f" +- {ratio.standard_error:.2g}" if np.isfinite(ratio.standard_error) else ""
             table.add_row(
                 escape(f"(O - B)^2 / (P + R) of {site}"), f"{ratio.value:.3g}{error} (1 if the filter is right)"
             )
-    for advises in (far_value_advice, lost_advice, wide_advice):
-        if (advice := advises(result)) is not None:
+    for advice in (far_value_advice(result), lost_advice(ratios), wide_advice(ratios)):
+        if advice is not None:
             table.add_row("", f"[yellow]{escape(advice)}[/yellow]")
     if result.is_local:
         table.add_row("resampling", f"localized, in {stats['log_weights'].shape[-1]} blocks")
@@ -255,6 +258,7 @@ def parameter_summary_table(result: ParameterResult) -> Group:
     """
     from rich.console import Group
 
+    require(result, ParameterResult, "parameter_summary_table", "result", "pmmh.result")
     found = result.attributes
     title = f"{found['inference']} with {found['algorithm']} on '{found['model']}'"
     return Group(title, _inference_table(result), _parameter_table(result))
