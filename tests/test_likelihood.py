@@ -129,6 +129,24 @@ def test_expectation_propagation_is_exact_for_gaussians_and_leaves_out_what_is_m
     np.testing.assert_allclose(got.pseudo.scale[:2], 0.3, atol=1e-3)
 
 
+def test_independent_components_need_no_expectation_propagation():
+    """The weight is the sum over components, which propagation finds too, with eigenvalues in each of its rounds."""
+    y, seen = jnp.array([0.9, -0.4, 1.3]), jnp.ones(3, bool)
+
+    def weight(mean, components):
+        def log_prob(parameters):
+            return -0.5 * ((y - jnp.arctan(parameters[:, 0])) / 0.3) ** 2
+
+        likelihood = GeneralLikelihood(lambda x: [GeneralObservation(x[:, None], log_prob, seen, components)])
+        return ndda.Moment()(GaussianDynamics(mean, jnp.array([0.5, 1.0, 2.0])), likelihood)[0]
+
+    mean = jnp.array([0.3, -1.0, 2.0])
+    each, together = (lambda m: weight(m, np.arange(3))), (lambda m: weight(m, None))
+    np.testing.assert_allclose(jax.jit(each)(mean), jax.jit(together)(mean), rtol=1e-4)
+    assert "eigh" not in str(jax.make_jaxpr(each)(mean))
+    assert "eigh" in str(jax.make_jaxpr(together)(mean))
+
+
 def test_tilted_moments_far_out_narrow_and_impossible():
     def log_prob(t):
         return jnp.stack([-0.5 * ((20.0 - t[0]) / 0.1) ** 2, -0.5 * (t[1] / 1e-3) ** 2, jnp.nan])

@@ -57,6 +57,12 @@ class GaussianDynamics(Dynamics):
         """Return F e for random signs e, leading axis k."""
         return jax.vmap(self._apply)(probe_signs(self.mean.shape, self.mean.dtype))
 
+    def is_separate(self, likelihood: Likelihood) -> bool:
+        """Return whether each observation depends on one component of the state, and components are independent."""
+        if not isinstance(likelihood, GeneralLikelihood) or self.factor.shape != self.mean.shape:
+            return False
+        return likelihood.are_separate(self.mean)
+
     def draw(self, rng_key: PRNGKeyArray) -> tuple[Float[Array, ...], DrawRecord]:
         """Draw x' = mean + F xi with white xi, and return it with its record."""
         white = jax.random.normal(rng_key, self.mean.shape, self.mean.dtype)
@@ -78,7 +84,7 @@ class GaussianDynamics(Dynamics):
         """
         if not isinstance(likelihood, GeneralLikelihood):
             return self._matheron(rng_key, matched(self.moments(), self.tangents(), likelihood)[0])[:2]
-        if self.factor.shape == self.mean.shape and likelihood.are_separate(self.mean):
+        if self.is_separate(likelihood):
             x, record = self.draw(rng_key)
             return x + self._towards_separate(x, likelihood), record
         found = _by_coordinates(self.moments(), self.tangents(), likelihood)

@@ -19,6 +19,7 @@ from numpyro_diffusion_da.diffusion.denoiser import NetworkPasses
 from numpyro_diffusion_da.observation.likelihood import GaussianLikelihood, Likelihood
 from numpyro_diffusion_da.smc.tempering import TemperableLogWeight
 from numpyro_diffusion_da.transition.base import Dynamics, Moments
+from numpyro_diffusion_da.transition.gaussian import GaussianDynamics
 from numpyro_diffusion_da.transition.predictive import matched, matched_pointwise, temperable, temperable_pointwise
 
 
@@ -245,6 +246,10 @@ class Moment(PredictiveWeight):
         """
         self._check_whole()
         moments, passes = self._moments(dynamics)
+        if isinstance(dynamics, GaussianDynamics) and dynamics.is_separate(likelihood):
+            # Independent components are integrated each by itself, without expectation propagation.
+            logs = matched_pointwise(moments, dynamics.tangents(), likelihood, None)
+            return jnp.sum(logs), _record(moments, passes, len(logs))
         local, log_weight = matched(moments, dynamics.tangents(), likelihood)
         observations = jax.eval_shape(local.residual, moments.mean).shape[0]
         return log_weight, _record(moments, passes, observations)
