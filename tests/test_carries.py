@@ -123,6 +123,7 @@ def cells():
     return found
 
 
+@pytest.mark.slow
 def test_the_page_holds_this_table(cells):
     rows = ["| in the carry | " + " | ".join(FILTERS) + " |", "|---|" + "---|" * len(FILTERS)]
     rows += [f"| {title} | " + " | ".join(cells[f][part] for f in FILTERS) + " |" for part, (title, _) in PARTS.items()]
