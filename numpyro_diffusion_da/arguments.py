@@ -229,10 +229,7 @@ def real_array(value: Any, owner: Any, name: str, example: str) -> np.ndarray:
         TypeError: the argument is not an array of real numbers.
         ValueError: a value is NaN or infinite.
     """
-    try:
-        array = np.asarray(value)
-    except (TypeError, ValueError):  # lists of different lengths, for example
-        array = np.asarray(None)
+    array = _as_numpy(value)
     if isinstance(value, np.ma.MaskedArray) and np.ma.getmaskarray(value).any():
         raise ValueError(f"{_name(owner)} got {name} with masked values; give finite numbers.")
     if array.dtype.kind == "c":
@@ -248,6 +245,14 @@ def real_array(value: Any, owner: Any, name: str, example: str) -> np.ndarray:
     return array
 
 
+def _as_numpy(value: Any) -> np.ndarray:
+    """NumPy array of a value; an array of one Python object if there is none, as for lists of different lengths."""
+    try:
+        return np.asarray(value)
+    except (TypeError, ValueError):
+        return np.asarray(None)
+
+
 def real_values(value: Any, what: str) -> np.ndarray:
     """Convert an array of real numbers to double precision; NaN stays, and masked values become NaN.
 
@@ -258,10 +263,7 @@ def real_values(value: Any, what: str) -> np.ndarray:
     Raises:
         TypeError: the value is no array of real numbers.
     """
-    try:
-        array = np.asarray(value)
-    except (TypeError, ValueError):  # lists of different lengths, for example
-        array = np.asarray(None)
+    array = _as_numpy(value)
     if array.dtype.kind != "b" and not any(jax.dtypes.issubdtype(array.dtype, k) for k in (np.integer, np.floating)):
         kinds = {"c": "complex numbers", "M": "dates", "m": "time differences", "U": "text", "S": "text"}
         is_array = isinstance(value, np.ndarray) or hasattr(value, "dtype")

@@ -130,9 +130,9 @@ class Filter(HasFilterResult):
         values of arrays compile nothing. A new Python number, function or shape compiles the step again, so give the
         program an argument for a number that changes often. All steps of one run use the values at its start.
 
-        A run warns if the median tempering exponent alpha is below 0.1, if a
-        gross-error check rejects more than a third of the observations, if an observation is impossibly far from its
-        forecast, or if observations are farther from the forecasts than the filter expects.
+        A run warns if the median tempering exponent alpha is below 0.1, if a gross-error check rejects more than a
+        third of the observations, if an observation is impossibly far from its forecast, or if observations are farther
+        from the forecasts than the filter expects.
 
         Args:
             rng_key: random key, from `jax.random.key`.

@@ -45,6 +45,10 @@ class HasFilterResult(HoldsCompiled, abc.ABC):
         """
         return smoothing.trajectories(self.result) if lag is None else smoothing.fixed_lag(self.result, lag)
 
+    def _at_lag(self, lag: int | None) -> FilterResult:
+        """Result of the filter for a lag of 0, and the smoothed one for any other lag."""
+        return self.result if lag == 0 else self.smoothed(lag)
+
     def to_datatree(
         self,
         *,
@@ -69,8 +73,7 @@ class HasFilterResult(HoldsCompiled, abc.ABC):
         """
         from numpyro_diffusion_da.results import convert
 
-        result = self.result if lag == 0 else self.smoothed(lag)
-        return convert.to_datatree(result, time=time, dims=dims, coords=coords)
+        return convert.to_datatree(self._at_lag(lag), time=time, dims=dims, coords=coords)
 
     def to_arviz(
         self,
@@ -98,8 +101,7 @@ class HasFilterResult(HoldsCompiled, abc.ABC):
         """
         from numpyro_diffusion_da.results import convert
 
-        result = self.result if lag == 0 else self.smoothed(lag)
-        return convert.to_arviz(result, time=time, dims=dims, coords=coords)
+        return convert.to_arviz(self._at_lag(lag), time=time, dims=dims, coords=coords)
 
     def print_summary(self) -> None:
         """Print a summary of the result: weights, evidence, cost, and the state at the last time.

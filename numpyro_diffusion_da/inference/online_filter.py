@@ -75,9 +75,9 @@ class OnlineFilter(HasFilterResult):
         require_count(keep_steps, "OnlineFilter", "keep_steps", least=0)
         check_batch_size(batch_size, "OnlineFilter")
         self.algorithm = algorithm
-        self.num_particles = num_particles
+        self.num_particles = int(num_particles)
         self.batch_size = batch_size
-        self.keep_steps = keep_steps
+        self.keep_steps = int(keep_steps)
         # The state from `init` takes a place too.
         self._kept: collections.deque[KeptStep] = collections.deque(maxlen=keep_steps + 1)
         self._calls = 0

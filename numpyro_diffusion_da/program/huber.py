@@ -70,8 +70,8 @@ class Huber(Distribution):
         checks = Distribution._validate_args if validate_args is None else validate_args
         for name, value in given.items():
             array = number_array(value, f"{name} of Huber")
-            wrong = not np.all(np.asarray(array) > 0) if not isinstance(array, jax.core.Tracer) else False
-            if checks and name != "loc" and wrong:
+            known = checks and name != "loc" and not isinstance(array, jax.core.Tracer)
+            if known and not np.all(np.asarray(array) > 0):
                 # The words of NumPyro, by which the line of a program is found.
                 raise ValueError(
                     f"Huber distribution got invalid {name} parameter: {shown(value)}, which is not positive; give a "

@@ -245,11 +245,11 @@ class Moment(PredictiveWeight):
             ValueError: `probes` is given, which estimates no covariance between observations.
         """
         self._check_whole()
-        moments, passes = self._moments(dynamics)
         if isinstance(dynamics, GaussianDynamics) and dynamics.is_separate(likelihood):
             # Independent components are integrated each by itself, without expectation propagation.
-            logs = matched_pointwise(moments, dynamics.tangents(), likelihood, None)
-            return jnp.sum(logs), _record(moments, passes, len(logs))
+            logs, record = self.pointwise(dynamics, likelihood)
+            return jnp.sum(logs), record
+        moments, passes = self._moments(dynamics)
         local, log_weight = matched(moments, dynamics.tangents(), likelihood)
         observations = jax.eval_shape(local.residual, moments.mean).shape[0]
         return log_weight, _record(moments, passes, observations)
