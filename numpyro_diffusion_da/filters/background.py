@@ -149,8 +149,16 @@ def background_key(rng_key: PRNGKeyArray) -> PRNGKeyArray:
 
 
 def per_particle(passes: NetworkPasses, n: int) -> NetworkPasses:
-    """Network passes per particle of a filter with n particles, from the counts of those that were used."""
-    return jax.tree.map(lambda count: jnp.sum(count.astype(float)) / n, passes)
+    """Network passes per particle of a filter with n particles, from the counts of those that were used.
+
+    A whole number comes out whole: the compiler may multiply by 1 / n, and 15 times 1 / 15 is not 1.
+    """
+
+    def shared(count: Int[Array, " m"]) -> Float[Array, ""]:
+        whole, rest = jnp.divmod(jnp.sum(count), n)
+        return whole + rest / n
+
+    return jax.tree.map(shared, passes)
 
 
 def rejected_by(

@@ -175,7 +175,7 @@ class FilterAlgorithm(abc.ABC):
         for record in (info.weighing, info.forecast):
             if record != ():
                 total = jax.tree.map(jnp.add, total, record.passes)
-        mean = jax.tree.map(lambda n: jnp.mean(n.astype(float)), total)
+        mean = per_particle(total, total.forward.size)
         for record in (info.background, info.check):
             if record != ():
                 mean = mean.plus(record.passes)
