@@ -127,5 +127,11 @@ def test_wrong_use_is_refused(small):
     state = online.init(KEY, y[:1])
     with pytest.raises(ValueError, match="scans over 2 times"):
         online.step(KEY, state, y[:2])
+    seven = ndda.OnlineFilter(ndda.FAAPF(small.diffusion_program()), num_particles=7)
+    with pytest.raises(ValueError, match=r"'particles.*' is an array of shape \(6, .*and 7 particles .*shape \(7, "):
+        seven.step(KEY, state, y[:1])
+    of_another_program = ndda.OnlineFilter(ndda.Bootstrap(walk), num_particles=6)
+    with pytest.raises(ValueError, match=r"'particles.*' is an array of shape .*it is an array of shape \(6,\); give"):
+        of_another_program.step(KEY, state, y[:1])
     with pytest.raises(ValueError, match="num_particles=0"):
         ndda.OnlineFilter(ndda.FAAPF(small.diffusion_program()), num_particles=0)

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, PRNGKeyArray
 
 from numpyro_diffusion_da.arguments import require, require_count, require_key, shown
+from numpyro_diffusion_da.checksums import named_leaves
 from numpyro_diffusion_da.filters.base import FilterAlgorithm, takes_algorithm
 from numpyro_diffusion_da.inference.batching import check_batch_size, particles_at_a_time
 from numpyro_diffusion_da.inference.compilation import Compiled
@@ -139,8 +140,8 @@ class OnlineFilter(HasFilterResult):
                 that is not an array, compiles the step again.
 
         Raises:
-            ValueError: the filter cannot run the program, series have another length than 1, or an observed value has
-                no finite place.
+            ValueError: the filter cannot run the program, `state` is that of another program or number of particles,
+                series have another length than 1, or an observed value has no finite place.
         """
         require_key(rng_key, self)
         require(state, State, self, "state", "online.init(rng_key, y[:1])")
@@ -247,14 +248,40 @@ class OnlineFilter(HasFilterResult):
         """Draw the initial particles; the function that `init` compiles."""
         return init(jax.vmap(self._at(given).initial)(particle_keys(rng_key, self.num_particles)))
 
+    def _check_state(self, state: State, expected: State) -> None:
+        """Check that a state is one of this filter.
+
+        Args:
+            state: state before a step.
+            expected: state as `init` makes it, or its shapes.
+
+        Raises:
+            ValueError: an array of the state is missing, too much, or of another shape.
+        """
+        got, wanted = (
+            {name: f"an array of shape {jnp.shape(leaf)}" for name, leaf in named_leaves(tree).items()}
+            for tree in (state, expected)
+        )
+        for name in (*wanted, *got):
+            if got.get(name) != wanted.get(name):
+                raise ValueError(
+                    f"{type(self).__name__}.step got a state whose '{name}' is {got.get(name, 'missing')}, but for this "
+                    f"program and {self.num_particles} particles it is {wanted.get(name, 'missing')}; give a state from "
+                    "`init` or `step` of a filter of the same program and number of particles."
+                )
+
     def _step(self, rng_key: PRNGKeyArray, state: State, given: Any) -> tuple[State, Info, dict[str, Array], Any]:
         """Run the kernel at one time; the function that `step` compiles.
 
         Returns:
             (state; diagnostics; numbers of observed values without a place; record of the step without its sites, empty
             if no steps are kept).
+
+        Raises:
+            ValueError: the state is that of another program or number of particles.
         """
         program = self._at(given)
+        self._check_state(state, jax.eval_shape(self._init, rng_key, given))
         inputs = TimeInputs(jnp.asarray(0), jax.tree.map(lambda x: x[0], program.inputs()))
         batch_size = particles_at_a_time(self.batch_size, self.num_particles, program)
         first = jax.tree.map(lambda x: x[0], state.particles)
