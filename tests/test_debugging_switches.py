@@ -40,3 +40,19 @@ def test_a_filter_runs_under_all_switches(algorithm):
     plain = run(algorithm)
     with jax.debug_nans(True), jax.checking_leaks(), jax.debug_key_reuse(True), jax.numpy_rank_promotion("raise"):
         np.testing.assert_allclose(run(algorithm), plain, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("switch", ["jax_disable_jit", "jax_enable_checks", "jax_enable_x64"])
+def test_a_filter_runs_uncompiled_checked_and_in_double_precision(switch):
+    plain = run(ndda.FAAPF)
+    try:
+        jax.config.update(switch, True)
+        x = run(ndda.FAAPF)
+    finally:
+        jax.config.update(switch, False)
+    if switch == "jax_enable_x64":  # other random numbers
+        assert x.dtype == np.float64
+        assert np.isfinite(x).all()
+    else:
+        np.testing.assert_allclose(x, plain, atol=1e-5)

@@ -265,9 +265,9 @@ class OnlineFilter(HasFilterResult):
         for name in (*wanted, *got):
             if got.get(name) != wanted.get(name):
                 raise ValueError(
-                    f"{type(self).__name__}.step got a state whose '{name}' is {got.get(name, 'missing')}, but for this "
-                    f"program and {self.num_particles} particles it is {wanted.get(name, 'missing')}; give a state from "
-                    "`init` or `step` of a filter of the same program and number of particles."
+                    f"{type(self).__name__}.step got a state whose '{name}' is {got.get(name, 'missing')}, but for "
+                    f"this program and {self.num_particles} particles it is {wanted.get(name, 'missing')}; give a "
+                    "state from `init` or `step` of a filter of the same program and number of particles."
                 )
 
     def _step(self, rng_key: PRNGKeyArray, state: State, given: Any) -> tuple[State, Info, dict[str, Array], Any]:
