@@ -17,7 +17,12 @@ ROOT = Path(__file__).parent.parent
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
 WITHOUT_EXAMPLES = [ROOT / "examples" / "README.md", *sorted((ROOT / "docs" / "reference").glob("*.md"))]
 FOLDERS = ["numpyro_diffusion_da", "tests", "examples", "examples/benchmarks", "examples/mini_weather"]
-SMALLER = {"num_particles=256": "num_particles=16", "num_chains=4": "num_chains=2", "(30, 10)": "(4, 10)"}
+SMALLER = {
+    "num_particles=256": "num_particles=16",
+    "num_chains=4": "num_chains=2",
+    "(30, 10)": "(4, 10)",
+    "discard=10,": "discard=10, tolerance=0.4,",
+}
 
 
 def examples(page):

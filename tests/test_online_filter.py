@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -30,14 +32,20 @@ def series(small):
     return small.diffusion_program(), small.simulate(3, 4)[1].astype(np.float32)
 
 
+@pytest.fixture(scope="module")
+def online_filters(series):
+    """Online filter of the program by each algorithm, made once."""
+    return functools.cache(lambda algorithm: ndda.OnlineFilter(algorithm(series[0]), num_particles=6, keep_steps=10))
+
+
 # test_background compares an ensemble Kalman filter online with a stored run.
 @pytest.mark.parametrize("algorithm", [ndda.FAAPF, pytest.param(ndda.EnKF, marks=pytest.mark.slow)])
-def test_online_is_the_whole_run_and_steps_after_the_first_compile_nothing(series, algorithm):
+def test_online_is_the_whole_run_and_steps_after_the_first_compile_nothing(series, online_filters, algorithm):
     model, y = series
     whole = ndda.Filter(algorithm(model), num_particles=6, progress_bar=False)
     whole.run(KEY, y)
     init_key, run_key = jax.random.split(jax.random.fold_in(KEY, 0))
-    online = ndda.OnlineFilter(algorithm(model), num_particles=6, keep_steps=10)
+    online = online_filters(algorithm)
     state, first = loop(online, y[:1], online.init(init_key, y[:1]), run_key)
     keys = [jax.random.fold_in(run_key, t) for t in range(4)]
     infos = [*first]
@@ -63,9 +71,9 @@ def test_online_is_the_whole_run_and_steps_after_the_first_compile_nothing(serie
             np.testing.assert_allclose(ours[name], theirs[name], atol=1e-4, rtol=1e-4)
 
 
-def test_kept_on_disk_after_two_steps_and_taken_up_by_another_filter(series, tmp_path):
+def test_kept_on_disk_after_two_steps_and_taken_up_by_another_filter(series, online_filters, tmp_path):
     model, y = series
-    online, other = (ndda.OnlineFilter(ndda.FAAPF(model), num_particles=6) for _ in range(2))
+    online, other = online_filters(ndda.FAAPF), ndda.OnlineFilter(ndda.FAAPF(model), num_particles=6)
     first = online.init(KEY, y[:1])
     _, whole = loop(online, y, first, KEY)
     state, _ = loop(online, y[:2], first, KEY)

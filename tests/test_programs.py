@@ -178,14 +178,14 @@ def forecast(length):
     return model
 
 
-@pytest.mark.parametrize("make", [exact, pytest.param(ndda.EnKF, marks=pytest.mark.slow)])
-def test_conditioned_data_that_end_before_the_scan_are_missing_beyond(make, exactly):
-    result = run(make(handlers.condition(forecast(8), {"y": jnp.asarray(Y)})), n=256)
-    padded = rerun(exactly if make is exact else filter_of(make(linear(0.0)), n=256), PADDED)
+@pytest.mark.parametrize("make", [ndda.Bootstrap, pytest.param(ndda.EnKF, marks=pytest.mark.slow)])
+def test_conditioned_data_that_end_before_the_scan_are_missing_beyond(make):
+    result = run(make(handlers.condition(forecast(8), {"y": jnp.asarray(Y)})), n=1024)
+    padded = run(make(linear(0.0)), PADDED, n=1024)
     np.testing.assert_allclose(result.posterior["x"], padded.posterior["x"], atol=1e-5)
     assert result.observed_mask["y"].tolist() == [True] * 5 + [False] * 3
     assert np.isnan(result.observed_data["y"][5:]).all()
-    if make is exact:
+    if make is ndda.Bootstrap:
         assert evidence(result) == pytest.approx(kalman(Y)[0], abs=0.1)
 
 
