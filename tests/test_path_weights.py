@@ -107,7 +107,7 @@ def test_path_weights_are_unbiased(noise, sampler, guidance, spread):
     x, log_weights, record = draw(step, guidance, n)
     assert_unbiased(x, log_weights, MEAN, law(step.prior, sampler))
     assert np.std(log_weights) < spread
-    levels = sampler.schedule.num_levels
+    levels = len(sampler.schedule.levels(step.prior.noise_range))
     products = getattr(guidance.solver, "products", 2)
     assert [int(v[0]) for v in record.passes] == [levels, 0, (levels - 1) * products]
 
