@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import xarray
+from conftest import BENCHMARKS, load_program
 from typer.testing import CliRunner
 
 import numpyro_diffusion_da as ndda
@@ -13,7 +14,18 @@ from numpyro_diffusion_da.demos import lorenz96_demo as twin
 
 
 @pytest.mark.slow
-def test_demo_writes_table_figure_and_file(tmp_path):
+def test_demo_and_benchmark_write_table_figure_and_files(tmp_path, monkeypatch):
+    """The benchmark makes the same run, which is not made anew."""
+    runs, run_twin = [], twin.run_twin
+
+    def recorded(*args, on_step, **settings):
+        if not runs:
+            runs.append((args, settings, run_twin(*args, on_step=on_step, **settings)))
+        (experiment, _), before, result = runs[0]
+        assert (args[0], settings) == (experiment, before)
+        return result
+
+    monkeypatch.setattr(twin, "run_twin", recorded)
     arguments = ["demo", "--out", str(tmp_path / "new"), "--truths", "2", "--cycles", "3", "--spin-up", "1"]
     result = CliRunner().invoke(cli.app, [*arguments, "--particles", "8"], catch_exceptions=False)
     assert result.exit_code == 0
@@ -30,6 +42,9 @@ def test_demo_writes_table_figure_and_file(tmp_path):
         assert dict(tree["posterior/x"].sizes) == {"chain": 1, "draw": 8, "time": 3, "site": 40}
         assert tree["constant_data/x_true"].dims == ("time", "site")
         assert tree["observed_data/y"].dims == ("time", "observed_site")
+    benchmark, out = load_program(BENCHMARKS / "lorenz96_twin.py"), tmp_path / "twin.json"
+    benchmark.main(truths=2, cycles=3, spin_up=1, particles=8, seed=0, out=out)
+    assert json.loads(out.read_text())["scores"] == scores
 
 
 def test_demo_of_an_unknown_system_is_refused(tmp_path):

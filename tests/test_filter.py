@@ -112,8 +112,9 @@ def test_same_key_same_result_and_chains_are_independent(program, reference, com
 @pytest.mark.slow  # test_smc asks the same of a kernel
 def test_jit_and_no_jit_agree(program):
     model, y = program
-    few_levels = ndda.Sampler(schedule=ndda.KarrasSchedule(3))  # without jit every operation is dispatched by itself
-    jitted, plain = (make(model, lambda m: ndda.FAAPF(m, sampler=few_levels)) for _ in range(2))
+    # Without jit every operation is dispatched by itself.
+    few = {"sampler": ndda.Sampler(schedule=ndda.KarrasSchedule(3)), "guidance": ndda.MMPS.cheap()}
+    jitted, plain = (make(model, lambda m: ndda.FAAPF(m, **few)) for _ in range(2))
     jitted.run(KEY, y[:1])
     with jax.disable_jit():
         plain.run(KEY, y[:1])

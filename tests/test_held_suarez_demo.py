@@ -104,7 +104,11 @@ def test_what_falls_short_is_said():
 
 
 @pytest.mark.slow
-def test_processes_do_not_change_a_run():
+def test_processes_do_not_change_a_run(monkeypatch):
+    # Processes read what is compiled here, and write nothing: two would write the same entries.
+    monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", jax.config.jax_compilation_cache_dir)
+    monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "1e9")
     prior = small_emulator()
     networks = {"stations": Stations({"surface_pressure": 1.0}, count=5)}
     experiment = twin.WeatherExperiment(networks, cycles=2, spin_up=1)

@@ -331,8 +331,7 @@ REPAIRS = {"multiplicative": (ndda.Multiplicative, (1.0, 3.0)), "jitter": (ndda.
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["jitter", "multiplicative"])
-@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize(("kind", "seed"), [("jitter", 0), ("multiplicative", 1)])
 def test_the_amount_that_makes_up_for_a_noise_given_too_small(kind, seed):
     """Within its own statistical error of the exact one; steps that were not tuned on have the right spread then."""
     (inflation, between), (truth, y) = REPAIRS[kind], truth_and_observations(seed)
@@ -358,9 +357,9 @@ def test_the_amount_that_makes_up_for_a_noise_given_too_small(kind, seed):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", [0, 1])
-def test_the_amount_for_few_members(seed):
+def test_the_amount_for_few_members():
     """Eight members of an ensemble Kalman filter with the right model."""
+    seed = 0
     truth, y = truth_and_observations(seed)
 
     def make(alpha):

@@ -297,13 +297,18 @@ def solve_rows(ring: Ring, paths: int, reference_levels: int) -> list[dict[str, 
     return rows
 
 
-def guidance_rows(points: int, paths: int, reference_levels: int) -> list[dict[str, Any]]:
-    """Rows of table 3: guidance, on two rings of their own and on the ring of the other tables."""
-    rings = {
+def guidance_rings(points: int) -> dict[str, Ring]:
+    """Two rings of their own and the ring of the other tables, by the name of their column in table 3."""
+    return {
         "error, length 6, every 4th, 0.15": Ring(points, 6.0, 4, 0.15),
         "error, length 3, every 3rd, 0.2": Ring(points, 3.0, 3, 0.2),
         "error": Ring(points),
     }
+
+
+def guidance_rows(points: int, paths: int, reference_levels: int) -> list[dict[str, Any]]:
+    """Rows of table 3: guidance, on the rings of `guidance_rings`."""
+    rings = guidance_rings(points)
     exact = {name: exact_flow(ring, paths, reference_levels) for name, ring in rings.items()}
 
     def default(levels: int = 16) -> ndda.KarrasSchedule:
