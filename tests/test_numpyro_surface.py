@@ -1,4 +1,6 @@
-"""Features of NumPyro programs x filters: every cell of the table in docs/numpyro.md is run here.
+"""Features of NumPyro programs x filters: every row of the table in docs/numpyro.md is run here.
+
+By each filter, unless it is about data, which are converted before any filter sees them.
 
 Each feature is a program beside a plain one that says the same; the filter must give the same particles for both. A
 feature that a filter refuses must be refused with a sentence. The table is generated: the test fails where the page
