@@ -269,7 +269,8 @@ def test_the_benchmarks_evidence_is_the_kalman_filters(benchmark):
 @pytest.mark.parametrize("name", ["PMMH, bootstrap", "SMC^2, bootstrap", "PMMH, FA-APF, Dirac + tempering"])
 def test_posteriors_are_exact_where_the_evidence_is_unbiased(benchmark, name):
     """Means within Monte Carlo error of the exact ones, on a short series; the control is far off."""
-    method = benchmark.methods(benchmark.program(1, False), 60, 500, 200)[name]
+    samples = 150 if "tempering" in name else 500  # a bias of twice the posterior's spread shows in few
+    method = benchmark.methods(benchmark.program(1, False), 60, samples, 200)[name]
     found = benchmark.score(method, benchmark.simulate(1, 1, 30), 0)
     if "tempering" in name:
         assert found["bias sigma"] > 1.0
