@@ -58,6 +58,7 @@ class Info(NamedTuple):
         check: record of a check of the observations before the step, one for all particles; () if there was none.
         background: record of the prediction of the observations before the step, one for all particles; () if the
             kernel makes none.
+        move: record of the moves of the ancestors; () if there were none.
     """
 
     log_weights: Float[Array, " n"]
@@ -74,6 +75,7 @@ class Info(NamedTuple):
     forecast: PyTree = ()
     check: PyTree = ()
     background: PyTree = ()
+    move: PyTree = ()
 
 
 def load_blackjax() -> None:
@@ -217,24 +219,21 @@ def select(
         (ancestors, tempering exponent alpha). If all weights are equal, every particle is its own ancestor.
     """
     alpha = tempering_exponent(log_weights, target_ess)
-    return resampled(rng_key, log_weights, alpha * relative_to_highest(log_weights), resampling_fn), alpha
+    return resampled(rng_key, alpha * relative_to_highest(log_weights), resampling_fn), alpha
 
 
 def resampled(
-    rng_key: PRNGKeyArray,
-    log_weights: Float[Array, " n"],
-    tempered: Float[Array, " n"],
-    resampling_fn: Resampling | None,
+    rng_key: PRNGKeyArray, tempered: Float[Array, " n"], resampling_fn: Resampling | None
 ) -> Int[Array, " n"]:
     """Ancestors drawn by tempered log-weights.
 
-    Every particle is its own ancestor if the log-weights before tempering are all equal or none is finite.
+    Every particle is its own ancestor if the log-weights are all equal or none is finite.
     """
-    n = len(log_weights)
-    usable = jnp.any(jnp.isfinite(log_weights))
+    n = len(tempered)
+    usable = jnp.any(jnp.isfinite(tempered))
     weights = jax.nn.softmax(jnp.where(usable, tempered, 0.0))
     chosen = guarded(resampling_fn)(rng_key, weights, n)
-    equal = jnp.all(log_weights == log_weights[0])
+    equal = jnp.all(tempered == tempered[0])
     return jnp.where(equal | ~usable, jnp.arange(n), chosen)
 
 

@@ -54,6 +54,7 @@ from numpyro_diffusion_da.smc.base import (
     top_level_api,
 )
 from numpyro_diffusion_da.smc.inflation import Inflation, check_inflation, inflated, need_forecast
+from numpyro_diffusion_da.smc.kalman_move import KalmanMove, Predicted
 from numpyro_diffusion_da.smc.local_ancestors import LocalAncestors
 from numpyro_diffusion_da.smc.tempering import Tempering, WeightTempering
 
@@ -77,6 +78,7 @@ def build_kernel(
     advance_fn: Advance | None = None,
     forecast_fn: Draw | None = None,
     tempering: Tempering = WeightTempering(),
+    move: KalmanMove | Callable[[PyTree], KalmanMove] | None = None,
 ) -> Kernel:
     """Build the kernel of the fully adapted auxiliary particle filter.
 
@@ -117,10 +119,21 @@ def build_kernel(
         # Weigh every particle.
         weigh = map_particles(lambda particle: log_predictive_fn(particle, observation), batch_size)
         predictive, weighing = weigh(state.particles)
+        departure = None
+        if move is not None:
+            predictive, departure = predictive
         predictive = jax.tree.map(lambda x: jnp.where(jnp.isfinite(x), x, -jnp.inf), predictive)
-        # Temper and select.
+        # Temper and select, and move what is selected.
         here = local(observation) if callable(local) else local
-        if here is None:
+        moving: PyTree = ()
+        if move is not None:
+            moves = move(observation) if callable(move) else move
+            # The key of the move is a fourth one, so that the others are the same with and without a move.
+            keys = resampling_key, jax.random.split(rng_key, 4)[3]
+            log_weights, ancestors, alpha, parents, moving = moves.select_and_move(
+                keys, Predicted(predictive, departure), state.particles, resampling_fn, target_ess, tempering
+            )
+        elif here is None:
             chosen = tempering.select(resampling_key, predictive, None, resampling_fn, target_ess)
             log_weights, ancestors, alpha = chosen
             parents = jax.tree.map(lambda x: x[ancestors], state.particles)
@@ -147,6 +160,7 @@ def build_kernel(
             )
             particles, proposal = advance(keys, x, parents, proposal)
         info = make_info(log_weights, ancestors, alpha, particles, weighing, proposal, forecasting)
+        info = info._replace(move=moving)
         return State(particles, state.log_evidence + info.log_evidence_increment), info
 
     return kernel

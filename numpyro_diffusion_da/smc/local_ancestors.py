@@ -52,14 +52,16 @@ class LocalAncestors:
     """Localized resampling of one model: its blocks and the observations near each of them.
 
     Attributes:
-        neighborhoods: observations near each of the b blocks, with their taper.
+        taper: taper at the positions of the model's values.
+        centers: positions of the centers of the b blocks, shape (b, k).
         block_of_point: index of the block of each of the p places of the state, shape (p,).
         state_shape: shape of one state; places run over its leading axes.
         shared: indices of the arrays of a particle, in the order of its leaves, that stay as they are: a clock that is
             the same for all particles, a counter, a random key.
     """
 
-    neighborhoods: Neighborhoods
+    taper: PlacedTaper
+    centers: Float[np.ndarray, "b k"]
     block_of_point: Int[np.ndarray, " p"]
     state_shape: tuple[int, ...]
     shared: tuple[int, ...] = ()
@@ -77,7 +79,12 @@ class LocalAncestors:
             shared: indices of the arrays of a particle that stay as they are.
         """
         blocks = taper.blocks(block_radius)
-        return LocalAncestors(taper.neighborhoods(blocks.centers), blocks.of_point, state_shape, shared)
+        return LocalAncestors(taper, blocks.centers, blocks.of_point, state_shape, shared)
+
+    @property
+    def neighborhoods(self) -> Neighborhoods:
+        """Observations near each of the b blocks, with their taper."""
+        return self.taper.neighborhoods(self.centers)
 
     def select(
         self,

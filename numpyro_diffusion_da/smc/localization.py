@@ -139,6 +139,40 @@ class PlacedTaper:
         index, weights = (np.concatenate(parts) for parts in zip(*padded, strict=True))
         return Neighborhoods(index.astype(np.int32), weights.astype(np.float32))
 
+    def neighborhoods_with(
+        self, at: Float[np.ndarray, "p k"], other: PlacedTaper
+    ) -> tuple[Int[Numbers, "p k"], Float[Numbers, "p k"], Float[Numbers, "p k"]]:
+        """Observations with a positive taper at each position, and another taper of the same observations at them.
+
+        Args:
+            at: positions.
+            other: another taper of the same observations.
+
+        Returns:
+            (indices, this taper, the other taper), each of shape (p, k).
+        """
+        index, weights = self.neighborhoods(at)
+        if not isinstance(weights, np.ndarray):
+            return index, weights, other.taper(at).astype(jnp.float32)
+        block = max(1, LARGEST_BLOCK // max(1, len(self.observations)))
+        others = [
+            np.take_along_axis(other.taper(at[start : start + block]), index[start : start + block], axis=1)
+            for start in range(0, len(at), block)
+        ]
+        return index, weights, np.where(weights > 0.0, np.concatenate(others), 0.0).astype(np.float32)
+
+    def between_some(self, which: Int[Array, " k"]) -> Float[Array, "k k"]:
+        """Correlation between some of the observations, from the smaller of the two radii.
+
+        Args:
+            which: indices of the observations.
+        """
+        rows, radii = jnp.asarray(self.observations)[which], jnp.asarray(self.radii)[which]
+        placed = jnp.all(jnp.isfinite(rows), axis=-1)
+        rows = jnp.where(placed[:, None], rows, 0.0)
+        found = self.correlation(self.distance(rows, rows) / jnp.minimum(radii[:, None], radii[None, :]))
+        return jnp.where(placed[:, None] & placed[None, :], found, 0.0)
+
     def blocks(self, radius: float) -> Blocks:
         """Partition the places of the state into blocks no larger than a radius around their centers.
 

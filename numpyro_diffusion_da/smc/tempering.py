@@ -22,7 +22,13 @@ import equinox as eqx
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from numpyro_diffusion_da.smc.base import Resampling, largest_alpha, relative_to_highest, resampled, select
+from numpyro_diffusion_da.smc.base import (
+    Resampling,
+    largest_alpha,
+    relative_to_highest,
+    resampled,
+    tempering_exponent,
+)
 
 
 class TemperableLogWeight(NamedTuple):
@@ -58,6 +64,53 @@ class Tempering(eqx.Module):
     """Whether the tempering needs a `TemperableLogWeight` of each particle instead of log p(y | c)."""
 
     @abc.abstractmethod
+    def exponent(
+        self, predictive: Any, taper: Float[Array, " m"] | None, target_ess: float
+    ) -> tuple[Float[Array, " n"], Float[Array, ""]]:
+        """Weigh, and find the tempering exponent.
+
+        Args:
+            predictive: log p(y | c_i), shape (N,), or with a taper log p(y_j | c_i), shape (N, m). If the tempering
+                needs it, a `TemperableLogWeight` with arrays of shape (N, m). -inf where particle i cannot be selected.
+            taper: factor of each observation's term log p(y_j | c_i) in the weight, from 0 to 1; None selects whole
+                particles by all observations.
+            target_ess: effective sample size that tempering aims at, as a fraction of N; 0 for no tempering.
+
+        Returns:
+            (log-weights before tempering, tempering exponent alpha).
+        """
+
+    @abc.abstractmethod
+    def tempered(
+        self, predictive: Any, taper: Float[Array, " m"] | None, alpha: Float[Array, ""]
+    ) -> Float[Array, " n"]:
+        """Log-weights at a tempering exponent from 0 to 1, relative to the highest; -inf where not finite.
+
+        Args:
+            predictive: log-weights as for `exponent`.
+            taper: factor of each observation's term, as for `exponent`.
+            alpha: tempering exponent.
+        """
+
+    def resample(
+        self,
+        rng_key: PRNGKeyArray,
+        predictive: Any,
+        taper: Float[Array, " m"] | None,
+        alpha: Float[Array, ""],
+        resampling_fn: Resampling | None,
+    ) -> Int[Array, " n"]:
+        """Ancestors drawn at a tempering exponent. If all weights are equal, every particle is its own ancestor.
+
+        Args:
+            rng_key: random key of the resampling.
+            predictive: log-weights as for `exponent`.
+            taper: factor of each observation's term, as for `exponent`.
+            alpha: tempering exponent.
+            resampling_fn: resampling function from `blackjax.smc.resampling`; None for systematic resampling.
+        """
+        return resampled(rng_key, self.tempered(predictive, taper, alpha), resampling_fn)
+
     def select(
         self,
         rng_key: PRNGKeyArray,
@@ -70,10 +123,8 @@ class Tempering(eqx.Module):
 
         Args:
             rng_key: random key of the resampling.
-            predictive: log p(y | c_i), shape (N,), or with a taper log p(y_j | c_i), shape (N, m). If the tempering
-                needs it, a `TemperableLogWeight` with arrays of shape (N, m). -inf where particle i cannot be selected.
-            taper: factor of each observation's term log p(y_j | c_i) in the weight, from 0 to 1; None selects whole
-                particles by all observations.
+            predictive: log-weights as for `exponent`.
+            taper: factor of each observation's term, as for `exponent`.
             resampling_fn: resampling function from `blackjax.smc.resampling`; None for systematic resampling.
             target_ess: effective sample size that tempering aims at, as a fraction of N; 0 for no tempering.
 
@@ -81,6 +132,8 @@ class Tempering(eqx.Module):
             (log-weights before tempering, ancestors, tempering exponent alpha). If all weights are equal, every
             particle is its own ancestor.
         """
+        log_weights, alpha = self.exponent(predictive, taper, target_ess)
+        return log_weights, self.resample(rng_key, predictive, taper, alpha, resampling_fn), alpha
 
 
 class WeightTempering(Tempering):
@@ -88,17 +141,19 @@ class WeightTempering(Tempering):
 
     needs_likelihood_tempering: ClassVar[bool] = False
 
-    def select(
-        self,
-        rng_key: PRNGKeyArray,
-        predictive: Any,
-        taper: Float[Array, " m"] | None,
-        resampling_fn: Resampling | None,
-        target_ess: float,
-    ) -> tuple[Float[Array, " n"], Int[Array, " n"], Float[Array, ""]]:
-        """Weigh, temper and resample from log p(y | c_i), or with a taper from log p(y_j | c_i)."""
+    def exponent(
+        self, predictive: Any, taper: Float[Array, " m"] | None, target_ess: float
+    ) -> tuple[Float[Array, " n"], Float[Array, ""]]:
+        """Weigh from log p(y | c_i), or with a taper from log p(y_j | c_i), and find the exponent of these weights."""
         log_weights = predictive if taper is None else _total(predictive, taper)
-        return log_weights, *select(rng_key, log_weights, resampling_fn, target_ess)
+        return log_weights, tempering_exponent(log_weights, target_ess)
+
+    def tempered(
+        self, predictive: Any, taper: Float[Array, " m"] | None, alpha: Float[Array, ""]
+    ) -> Float[Array, " n"]:
+        """Log-weights times alpha, relative to the highest; -inf where not finite."""
+        shifted = relative_to_highest(predictive if taper is None else _total(predictive, taper))
+        return jnp.where(jnp.isfinite(shifted), alpha * shifted, -jnp.inf)
 
 
 class LikelihoodTempering(Tempering):
@@ -111,21 +166,12 @@ class LikelihoodTempering(Tempering):
 
     needs_likelihood_tempering: ClassVar[bool] = True
 
-    def select(
-        self,
-        rng_key: PRNGKeyArray,
-        predictive: TemperableLogWeight,
-        taper: Float[Array, " m"] | None,
-        resampling_fn: Resampling | None,
-        target_ess: float,
-    ) -> tuple[Float[Array, " n"], Int[Array, " n"], Float[Array, ""]]:
-        """Weigh, temper and resample from log-weights that are known at any alpha."""
+    def exponent(
+        self, predictive: TemperableLogWeight, taper: Float[Array, " m"] | None, target_ess: float
+    ) -> tuple[Float[Array, " n"], Float[Array, ""]]:
+        """Weigh, and find the exponent, from log-weights that are known at any alpha."""
         log_weights = _total(predictive.terms(1.0), taper)
         finite = jnp.isfinite(log_weights)
-        log_weights = jnp.where(finite, log_weights, -jnp.inf)
-
-        def log_weights_at(alpha: Array) -> Array:
-            return relative_to_highest(jnp.where(finite, _total(predictive.terms(alpha), taper), -jnp.inf))
 
         def largest(of_particles: Array) -> Array:
             return jnp.maximum(jnp.max(jnp.where(finite, of_particles, -jnp.inf)), 0.0)
@@ -135,8 +181,15 @@ class LikelihoodTempering(Tempering):
         # log(1 + alpha v) + alpha r^2 / (1 + alpha v) is at most alpha (v + r^2).
         rest = _total(0.5 * (predictive.variances + predictive.squared_residuals), taper)
         spread = largest(normalizers - some) + largest(some - normalizers) + largest(rest)
-        alpha = largest_alpha(log_weights_at, finite, spread, target_ess)
-        return log_weights, resampled(rng_key, log_weights, log_weights_at(alpha), resampling_fn), alpha
+        alpha = largest_alpha(lambda alpha: self.tempered(predictive, taper, alpha), finite, spread, target_ess)
+        return jnp.where(finite, log_weights, -jnp.inf), alpha
+
+    def tempered(
+        self, predictive: TemperableLogWeight, taper: Float[Array, " m"] | None, alpha: Float[Array, ""]
+    ) -> Float[Array, " n"]:
+        """Log-weights with R / alpha in place of R, relative to the highest; -inf where not finite."""
+        finite = jnp.isfinite(_total(predictive.terms(1.0), taper))
+        return relative_to_highest(jnp.where(finite, _total(predictive.terms(alpha), taper), -jnp.inf))
 
 
 def _total(terms: Float[Array, "n m"], taper: Float[Array, " m"] | None) -> Float[Array, " n"]:

@@ -1,0 +1,405 @@
+r"""Kalman move: an ensemble Kalman smoother step that moves selected ancestors under the predictive likelihood.
+
+Selection alone takes a particle's ancestor as it is. With many observations no ancestor fits them all, and weights that
+are tempered leave most of the observations unused. The Kalman move uses what selection leaves. Let c be what a particle
+is conditioned on, $g_i = E[h(x') | c_i]$ its prediction of the observations, and
+
+$$S = R + \operatorname*{mean}_i \operatorname{Cov}[h(x') \mid c_i]$$
+
+the covariance of the observations around it. Selection uses the predictive likelihood $N(y; g, S)$ to the power
+$\alpha$ (all of it if $\alpha = 1$), and the move uses the rest:
+
+$$
+c_i^* = c_i + P_{cg} \Big(P_{gg} + \frac{S}{1 - \alpha}\Big)^{-1} (y - g_i - e_i),
+\qquad e_i \sim N\Big(0, \frac{S}{1 - \alpha}\Big),
+$$
+
+with the covariances $P$ of the selected ensemble. The guided draw $x' \sim p(x' | c^*, y)$ follows. As
+$p(c, x' | y) = p(c | y) \, p(x' | c, y)$ with $p(c | y) \propto p(c) \, p(y | c)$, each observation is used once.
+
+How much selection is needed is a matter of how far the ensemble is from Gaussian. A test of this gives selection the
+share $\lambda$ of the power that its effective sample size allows. The test compares means $\mu$ and variances $v$ of c
+under the weights, with their sampling variances $s$, to those of a Kalman step at the same power:
+
+$$
+D = \operatorname{mean} \frac12 \Big[\frac{(\mu_w - \mu_K)^2}{s_\mu} + \frac{(v_w - v_K)^2}{s_v}\Big],
+\qquad \lambda = \max(0, 1 - 1 / D).
+$$
+
+The mean is over components and blocks. The share $\lambda$ minimizes $(1 - \lambda)^2 b^2 + \lambda^2 s$ for a squared
+bias $b^2$ that is estimated by $(D - 1) s$ (positive-part James-Stein estimate).
+
+With a taper each block of the state is selected and moved by the observations near it. An observation j with the taper
+$\rho_j$ is used to the power $\rho_j$: its residual is multiplied by $\rho_j^{1/2}$ and gets independent noise of
+variance $(1 - \rho_j) S_{jj}$ in addition to the scaled covariance. All blocks share the normals of the perturbations.
+
+With a Gaussian ensemble, a linear prediction and $\lambda = 0$ the moved ensemble has the mean and covariance of
+$p(c | y)$ as N grows. With $\lambda = \alpha = 1$ there is no move, and the filter is the FA-APF.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
+
+from numpyro_diffusion_da.smc.base import Resampling, particle_keys
+from numpyro_diffusion_da.smc.local_ancestors import LARGEST_BATCH, LocalAncestors, keep_places
+from numpyro_diffusion_da.smc.localization import PlacedTaper
+from numpyro_diffusion_da.smc.tempering import Tempering
+
+
+class Departure(NamedTuple):
+    """Departure of the observations from the prediction of one particle, for m observed values.
+
+    Attributes:
+        residual: y - g with g = E[h(x') | c], shape (m,); 0 where missing.
+        error: variance of the observation given the state, diagonal of R, shape (m,).
+        weight_spread: variance of h(x') given c that the weights take into account, shape (m,); 0 with Dirac weights.
+        signs: random signs, shape (m,); () if `product` is a whole covariance.
+        product: Cov[h(x') | c] times the signs, shape (m,); or Cov[h(x') | c], shape (m, m).
+    """
+
+    residual: Float[Array, " m"]
+    error: Float[Array, " m"]
+    weight_spread: Float[Array, " m"]
+    signs: Any
+    product: Float[Array, ...]
+
+
+class Predicted(NamedTuple):
+    """What a particle predicts of the observations: its log-weight, and its departure from them."""
+
+    log_weight: Any
+    departure: Departure
+
+
+class MoveRecord(NamedTuple):
+    """Record of the moves of one step.
+
+    Attributes:
+        non_gaussianity: D of each block, shape (b,); 0 where no observation is near.
+        selection_share: lambda, the share of its power that selection uses.
+        moved_share: mean share of the observations near a block that the move uses, shape (b,).
+    """
+
+    non_gaussianity: Float[Array, " b"]
+    selection_share: Float[Array, ""]
+    moved_share: Float[Array, " b"]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class KalmanMove:
+    """Kalman move of one model: which arrays move, by which observations, and how much selection there is.
+
+    Attributes:
+        local: blocks of the state with the observations whose weights select their ancestors; None for one block.
+        taper: taper of the move at the positions of the model's values; None without localization.
+        carried: indices of the arrays of a particle, in the order of its leaves, that move. With a taper their last
+            axes must be those of a state.
+        selection_share: share lambda of its power that selection uses, from 0 (no selection) to 1; None finds it by the
+            test of Gaussianity at each step.
+    """
+
+    local: LocalAncestors | None
+    taper: PlacedTaper | None
+    carried: tuple[int, ...]
+    selection_share: float | None = None
+
+    def select_and_move(
+        self,
+        rng_keys: tuple[PRNGKeyArray, PRNGKeyArray],
+        predicted: Predicted,
+        particles: PyTree,
+        resampling_fn: Resampling | None,
+        target_ess: float,
+        tempering: Tempering,
+    ) -> tuple[Array, Array, Array, PyTree, MoveRecord]:
+        """Select ancestors and move them.
+
+        Args:
+            rng_keys: random keys of the resampling and of the perturbed observations.
+            predicted: prediction of each particle, leading axis N.
+            particles: particles, leading axis N.
+            resampling_fn: resampling function from `blackjax.smc.resampling`; None for systematic resampling.
+            target_ess: effective sample size that tempering aims at, as a fraction of N; 0 for no tempering.
+            tempering: kind of tempering.
+
+        Returns:
+            (log-weights before tempering, ancestors, exponents of the selection, moved particles, record of the move),
+            the first three as from `LocalAncestors.select`, or without blocks from `Tempering.select`.
+        """
+        weights, (residual, error, spread, signs, product) = predicted
+        n, m = residual.shape
+        usable = jnp.all(jnp.isfinite(residual), axis=1)
+        residual = jnp.where(usable[:, None], residual, 0.0)
+        observed = jnp.any(residual != 0.0, axis=0)  # a missing value has a residual of zero in every particle
+        error = _mean(error, usable)
+        observed = observed & jnp.isfinite(error) & (error > 0.0)
+        scale = jnp.where(observed, jnp.sqrt(jnp.where(observed, error, 1.0)), 1.0)
+        residual = jnp.where(observed, residual / scale, 0.0)
+        weight_error = 1.0 + jnp.where(observed, jnp.maximum(_mean(spread, usable), 0.0) / scale**2, 0.0)
+        noise = jax.vmap(lambda key: jax.random.normal(key, (m,), residual.dtype))(particle_keys(rng_keys[1], n))
+        noise = (noise - noise.mean(0, keepdims=True)) * (n / max(n - 1, 1)) ** 0.5
+        whole = not isinstance(signs, jax.Array)
+        product = jnp.where(jnp.isfinite(product), product, 0.0)
+        if whole:
+            product = jnp.mean(product, axis=0) / scale[:, None] / scale[None, :]
+
+        def spread_between(which: Array, apart: Array | None) -> Array:
+            """Covariance of the predictions of some observations around the particles' own, in units of R."""
+            if whole:
+                found = product[which][:, which]
+            else:
+                rows = (product / scale[None])[:, which]
+                found = rows.T @ (signs / scale[None])[:, which] / n
+                if apart is None:
+                    found = jnp.diag(jnp.diagonal(found))
+                else:
+                    found = apart * found
+            found = 0.5 * (found + found.T)
+            keep = observed[which]
+            return jnp.where(keep[:, None] & keep[None, :], found, 0.0)
+
+        blocks = _Blocks.of(self.local, self.taper, m)
+        leaves, form = jax.tree.flatten(particles)
+        columns = blocks.columns([leaves[i] for i in self.carried])
+
+        def weigh(block: Array) -> tuple[Array, Array, Array, Array]:
+            which, rho, _ = blocks.observations(block, residual.dtype)
+            nearby, taper = _near(weights, which, rho, blocks.whole)
+            log_weights, alpha = tempering.exponent(nearby, taper, target_ess)
+            tempered = tempering.tempered(nearby, taper, alpha)
+            power = alpha * rho * observed[which]
+            d = _non_gaussianity(
+                tempered, columns(block), residual[:, which], weight_error[which] / jnp.maximum(power, 1e-30), power > 0
+            )
+            return log_weights, alpha, d, jnp.any(power > 0)
+
+        log_weights, alpha, d, seen = blocks.map(weigh, n)
+        if self.selection_share is None:
+            mean = jnp.sum(jnp.where(seen, d, 0.0)) / jnp.maximum(jnp.sum(seen), 1)
+            share = jnp.maximum(0.0, 1.0 - 1.0 / jnp.maximum(mean, 1.0))
+        else:
+            share = jnp.asarray(self.selection_share, residual.dtype)
+        alpha = share * alpha
+
+        def select(block: Array) -> Array:
+            which, rho, _ = blocks.observations(block, residual.dtype)
+            nearby, taper = _near(weights, which, rho, blocks.whole)
+            return keep_places(tempering.resample(rng_keys[0], nearby, taper, alpha[block], resampling_fn))
+
+        ancestors = blocks.map(select, n)
+
+        def move(block: Array) -> tuple[Array, Array]:
+            which, rho, wide = blocks.observations(block, residual.dtype)
+            keep = observed[which]
+            power = jnp.where(keep, jnp.maximum(wide - alpha[block] * rho, 0.0), 0.0)
+            of = ancestors[block]
+            between = spread_between(which, blocks.between(which))
+            moved = _move(columns(block)[of], residual[of][:, which], noise[:, which], between, power)
+            total = jnp.sum(jnp.where(keep, wide, 0.0))
+            return moved, jnp.where(total > 0, jnp.sum(power) / jnp.where(total > 0, total, 1.0), 0.0)
+
+        moved, used = blocks.map(move, n)
+        arrays = blocks.restore(moved, [leaves[i] for i in self.carried])
+        ancestors = ancestors.T
+        if self.local is None:
+            log_weights, alpha, ancestors = log_weights[0], alpha[0], ancestors[:, 0]
+            parents = jax.tree.leaves(jax.tree.map(lambda x: x[ancestors], particles))
+        else:
+            log_weights = log_weights.T
+            parents = jax.tree.leaves(self.local.glue(particles, ancestors))
+        for i, array in zip(self.carried, arrays, strict=True):
+            parents[i] = array
+        return log_weights, ancestors, alpha, jax.tree.unflatten(form, parents), MoveRecord(d, share, used)
+
+
+def _mean(values: Float[Array, "n m"], usable: Bool[Array, " n"]) -> Float[Array, " m"]:
+    """Mean over the usable particles."""
+    return jnp.sum(jnp.where(usable[:, None], values, 0.0), axis=0) / jnp.maximum(jnp.sum(usable), 1)
+
+
+def _near(weights: PyTree, which: Array, rho: Array, whole: bool) -> tuple[PyTree, Array | None]:
+    """Log-weights of the observations near a block with their taper; without a taper the log-weights as they are."""
+    if whole:
+        return weights, None
+    return jax.tree.map(lambda x: x[:, which], weights), rho
+
+
+def _covariances(c: Float[Array, "n c"], predicted: Float[Array, "n k"]) -> tuple[Array, Array]:
+    """Covariances (P_cg, P_gg) of an ensemble."""
+    anomalies, g = c - c.mean(0, keepdims=True), predicted - predicted.mean(0, keepdims=True)
+    return anomalies.T @ g / (len(c) - 1), g.T @ g / (len(c) - 1)
+
+
+def _non_gaussianity(
+    tempered: Float[Array, " n"],
+    c: Float[Array, "n c"],
+    residual: Float[Array, "n k"],
+    error: Float[Array, " k"],
+    used: Bool[Array, " k"],
+) -> Float[Array, ""]:
+    """Statistic D of one block: weighted moments of c against those of a Kalman step with the same errors.
+
+    Args:
+        tempered: tempered log-weights.
+        c: values of the block.
+        residual: residuals of the observations near the block, in units of R.
+        error: error variances of these observations at the power of the weights.
+        used: whether an observation has a part in the weights.
+    """
+    n = len(c)
+    w = jax.nn.softmax(tempered)[:, None]
+    mean = jnp.sum(w * c, axis=0)
+    squares = (c - mean[None]) ** 2
+    variance = jnp.sum(w * squares, axis=0)
+    of_mean = jnp.sum(w**2 * squares, axis=0)
+    of_variance = jnp.sum(w**2 * (squares - variance[None]) ** 2, axis=0)
+    # An observation that is not used has no covariance with anything.
+    seen = jnp.where(used[None], residual, 0.0)
+    p_cg, p_gg = _covariances(c, -seen)
+    factor = jnp.linalg.cholesky(p_gg + jnp.diag(jnp.where(used, error, 1.0)))
+    gain = jax.scipy.linalg.cho_solve((factor, True), p_cg.T).T
+    kalman_mean = c.mean(0) + gain @ seen.mean(0)
+    prior = jnp.sum((c - c.mean(0, keepdims=True)) ** 2, axis=0) / (n - 1)
+    kalman_variance = prior - jnp.sum(gain * p_cg, axis=1)
+    terms = 0.5 * (
+        (mean - kalman_mean) ** 2 / jnp.where(of_mean > 0, of_mean, jnp.inf)
+        + (variance - kalman_variance) ** 2 / jnp.where(of_variance > 0, of_variance, jnp.inf)
+    )
+    valid = jnp.isfinite(terms) & (of_mean > 0)
+    return jnp.sum(jnp.where(valid, terms, 0.0)) / jnp.maximum(jnp.sum(valid), 1)
+
+
+def _move(
+    c: Float[Array, "n c"],
+    residual: Float[Array, "n k"],
+    noise: Float[Array, "n k"],
+    between: Float[Array, "k k"],
+    power: Float[Array, " k"],
+) -> Float[Array, "n c"]:
+    """Move the values of one block by the observations near it.
+
+    Args:
+        c: values of the block, of selected ancestors.
+        residual: residuals of the observations near the block for the same ancestors, in units of R.
+        noise: standard normals, centered over the particles.
+        between: covariance of the predictions around the particles' own.
+        power: power to which each observation is used, from 0 to 1.
+    """
+    root = jnp.sqrt(power)
+    spread = jnp.maximum(jnp.diagonal(between), 0.0)
+    coupled = between - jnp.diag(jnp.diagonal(between))
+    own = jnp.diag(1.0 + spread)
+    factors = [jnp.linalg.cholesky(own + root[:, None] * share * coupled * root[None, :]) for share in (1.0, 0.5, 0.0)]
+    factor = factors[-1]
+    for better in factors[-2::-1]:  # a covariance that was estimated by probes may not be positive definite
+        factor = jnp.where(jnp.all(jnp.isfinite(better)), better, factor)
+    scaled = residual * root[None]
+    innovation = scaled - noise @ factor.T
+    p_cg, p_gg = _covariances(c, -scaled)
+    total = jnp.linalg.cholesky(p_gg + factor @ factor.T)
+    return c + (p_cg @ jax.scipy.linalg.cho_solve((total, True), innovation.T)).T
+
+
+@dataclasses.dataclass(frozen=True)
+class _Blocks:
+    """Blocks of the state, the observations near each, and the places of each.
+
+    Attributes:
+        which: indices of the observations near each block, shape (b, k).
+        rho: taper of the selection at these observations, shape (b, k).
+        wide: taper of the move at these observations, shape (b, k).
+        points: indices of the places in each block, padded by its first one, shape (b, q).
+        slot: place of each point in its block, shape (p,).
+        of_point: block of each point, shape (p,).
+        state_size: number of axes of a state; 0 without blocks.
+        whole: whether there is no localization.
+        positions: taper with the positions of the observations; None without localization.
+    """
+
+    which: Any
+    rho: Any
+    wide: Any
+    points: Int[np.ndarray, "b q"]
+    slot: Int[np.ndarray, " p"]
+    of_point: Int[np.ndarray, " p"]
+    state_size: int
+    whole: bool
+    positions: PlacedTaper | None
+
+    @staticmethod
+    def of(local: LocalAncestors | None, taper: PlacedTaper | None, m: int) -> _Blocks:
+        """Blocks of a localized move, or one block."""
+        if local is None or taper is None:
+            one = np.ones((1, m), np.float32)
+            zero = np.zeros(1, np.int32)
+            return _Blocks(np.arange(m)[None], one, one, zero[None], zero, zero, 0, True, None)
+        of_point = np.asarray(local.block_of_point)
+        count = int(of_point.max()) + 1
+        order = np.argsort(of_point, kind="stable")
+        sizes = np.bincount(of_point, minlength=count)
+        starts = np.concatenate([[0], np.cumsum(sizes)[:-1]])
+        slot = np.empty(len(of_point), np.int32)
+        slot[order] = np.arange(len(of_point)) - np.repeat(starts, sizes)
+        points = np.tile(order[starts][:, None], (1, int(sizes.max())))
+        points[of_point, slot] = np.arange(len(of_point))
+        which, wide, rho = taper.neighborhoods_with(local.centers, local.taper)
+        return _Blocks(which, rho, wide, points, slot, of_point, len(local.state_shape), False, taper)
+
+    def map(self, fn: Any, n: int) -> Any:
+        """Map a function of the index of a block over all blocks, in batches that bound the memory."""
+        b, k = self.which.shape
+        batch = max(1, LARGEST_BATCH // (n * (4 * k + 8) + 6 * k * k))
+        return jax.lax.map(fn, jnp.arange(b), batch_size=min(batch, b))
+
+    def observations(self, block: Array, dtype: Any) -> tuple[Array, Array, Array]:
+        """Indices of the observations near a block, and their tapers in the selection and in the move."""
+        which, rho, wide = (jnp.asarray(x)[block] for x in (self.which, self.rho, self.wide))
+        return which, rho.astype(dtype), wide.astype(dtype)
+
+    def between(self, which: Array) -> Array | None:
+        """Taper between some observations; None without localization."""
+        if self.positions is None:
+            return None
+        return self.positions.between_some(which)
+
+    def columns(self, arrays: list[Array]) -> Any:
+        """Build the function from a block to the values of several arrays in it, shape (N, values)."""
+        n = len(arrays[0])
+        if self.whole:
+            flat = jnp.concatenate([x.reshape(n, -1) for x in arrays], axis=1)
+            return lambda block: flat
+        places = len(self.of_point)
+        by_point = jnp.concatenate([self._by_point(x, places) for x in arrays], axis=2)
+        points = jnp.asarray(self.points)
+        return lambda block: by_point[:, points[block]].reshape(n, -1)
+
+    def _by_point(self, array: Array, places: int) -> Array:
+        """Values of an array of one or more states, by place: shape (N, places, values)."""
+        lead = array.shape[1 : array.ndim - self.state_size]
+        values = array.reshape(len(array), int(np.prod(lead, dtype=int)), places, -1)
+        return jnp.moveaxis(values, 1, 2).reshape(len(array), places, -1)
+
+    def restore(self, moved: Array, arrays: list[Array]) -> list[Array]:
+        """Turn the moved values of all blocks, shape (b, N, values), back into arrays."""
+        n = len(arrays[0])
+        if self.whole:
+            ends = np.cumsum([x.size // n for x in arrays])[:-1]
+            parts = jnp.split(moved[0], ends, axis=1)
+            return [part.reshape(x.shape).astype(x.dtype) for part, x in zip(parts, arrays, strict=True)]
+        places = len(self.of_point)
+        by_block = moved.reshape(len(moved), n, self.points.shape[1], -1)
+        by_point = jnp.moveaxis(by_block[self.of_point, :, self.slot], 0, 1)  # (n, places, values)
+        ends = np.cumsum([x.size // n // places for x in arrays])[:-1]
+        found = []
+        for part, x in zip(jnp.split(by_point, ends, axis=2), arrays, strict=True):
+            lead = x.shape[1 : x.ndim - self.state_size]
+            values = part.reshape(n, places, int(np.prod(lead, dtype=int)), -1)
+            found.append(jnp.moveaxis(values, 2, 1).reshape(x.shape).astype(x.dtype))
+        return found
