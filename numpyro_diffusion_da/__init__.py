@@ -34,7 +34,16 @@ from numpyro_diffusion_da.inference import PMMH, SMC2, Filter, OnlineFilter
 from numpyro_diffusion_da.priors import DenoiserPrior, GaussianPrior, GenCastPrior, load_prior
 from numpyro_diffusion_da.program import DiffusionTransition, Huber
 from numpyro_diffusion_da.results import FilterResult
-from numpyro_diffusion_da.smc import RTPS, Euclidean, ForecastMultiplicative, GreatCircle, Multiplicative, Ring, Taper
+from numpyro_diffusion_da.smc import (
+    RTPS,
+    Euclidean,
+    ForecastMultiplicative,
+    GreatCircle,
+    KalmanMove,
+    Multiplicative,
+    Ring,
+    Taper,
+)
 from numpyro_diffusion_da.transition import Dirac, Equal, Moment
 
 __version__ = version("numpyro-diffusion-da")
@@ -63,6 +72,7 @@ __all__ = [
     "GrossErrorCheck",
     "GuidedPF",
     "Huber",
+    "KalmanMove",
     "KarrasSchedule",
     "Layout",
     "Moment",

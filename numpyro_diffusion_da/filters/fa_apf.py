@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from jaxtyping import Array, PRNGKeyArray, PyTree
@@ -14,10 +14,10 @@ from numpyro_diffusion_da.arguments import require, require_number, require_prog
 from numpyro_diffusion_da.diffusion.guidance import MMPS, Guidance
 from numpyro_diffusion_da.diffusion.sampler import Sampler
 from numpyro_diffusion_da.diffusion.steps import Step
-from numpyro_diffusion_da.filters.background import Screen, background_key, background_of_transition
+from numpyro_diffusion_da.filters.background import PROBE_LEVEL, Screen, background_key, background_of_transition
 from numpyro_diffusion_da.filters.base import FilterAlgorithm, Proposal
 from numpyro_diffusion_da.filters.checks import check_resampling, check_taper, set_sampler, set_target_ess
-from numpyro_diffusion_da.filters.placement import place_taper, shared_arrays
+from numpyro_diffusion_da.filters.placement import moved_ancestors, place_taper, shared_arrays
 from numpyro_diffusion_da.filters.settings import (
     in_full,
     inflation_setting,
@@ -33,14 +33,30 @@ from numpyro_diffusion_da.smc.base import (
     Kernel,
     Resampling,
     State,
+    num_particles,
+    particle_keys,
 )
 from numpyro_diffusion_da.smc.inflation import Inflation, check_inflation
+from numpyro_diffusion_da.smc.kalman_move import KalmanMove, PlacedMove
 from numpyro_diffusion_da.smc.local_ancestors import LocalAncestors
 from numpyro_diffusion_da.smc.localization import Taper
 from numpyro_diffusion_da.smc.tempering import Tempering, WeightTempering
 from numpyro_diffusion_da.transition.base import DrawRecord
+from numpyro_diffusion_da.transition.departure import predict
 from numpyro_diffusion_da.transition.gaussian import GaussianDynamics
 from numpyro_diffusion_da.transition.weights import Dirac, Equal, Moment, PredictiveWeight
+
+
+class Keyed(NamedTuple):
+    """Particle of a kernel, with the key of its products with random signs.
+
+    Attributes:
+        carry: carry of the particle.
+        key: random key; () if no products are made.
+    """
+
+    carry: PyTree
+    key: Any
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -72,6 +88,9 @@ class FAAPF(FilterAlgorithm):
             needs the spread of the forecast, which costs one more, unguided draw of each particle.
         tempering: tempering of the weights if their effective sample size is below its target:
             `smc.WeightTempering()` or `smc.LikelihoodTempering()`. Both are the same with Dirac weights.
+        move: move of the selected ancestors by the part of the likelihood that selection leaves, `ndda.KalmanMove()`;
+            True is the same with its defaults, and False makes no move. None moves if there is a taper: without one the
+            filter is the published one, which selects only.
 
     Raises:
         TypeError: an argument is of the wrong kind; the message names it.
@@ -89,6 +108,7 @@ class FAAPF(FilterAlgorithm):
     block_radius: float = 0.0
     inflation: Sequence[Inflation] = ()
     tempering: Tempering = dataclasses.field(default_factory=WeightTempering)
+    move: KalmanMove | bool | None = None
 
     def __post_init__(self) -> None:
         require_program(self.model, "FAAPF")
@@ -103,6 +123,10 @@ class FAAPF(FilterAlgorithm):
         require(self.tempering, Tempering, "FAAPF", "tempering", "ndda.smc.WeightTempering()")
         block_radius = require_number(self.block_radius, "FAAPF", "block_radius", "give 0 or more.", least=0.0)
         object.__setattr__(self, "block_radius", block_radius)
+        if self.move is not None and not isinstance(self.move, bool):
+            require(self.move, KalmanMove, "FAAPF", "move", "ndda.KalmanMove()")
+        if isinstance(self.move, KalmanMove) and self.move.radius is not None and self.taper is None:
+            raise ValueError(f"FAAPF got {self.move} and no taper, which the radius needs; give both, or no radius.")
         if self.block_radius and self.taper is None:
             raise ValueError(f"FAAPF got block_radius={self.block_radius} and no taper; give both, or neither.")
 
@@ -110,10 +134,23 @@ class FAAPF(FilterAlgorithm):
         """Whether the filter estimates the evidence; False with equal weights or with a taper."""
         return not isinstance(self.weight, Equal) and self.taper is None
 
+    @property
+    def moves(self) -> KalmanMove | None:
+        """Move of the ancestors, with its default filled in; None if ancestors do not move."""
+        if isinstance(self.move, KalmanMove):
+            return self.move
+        moves = self.taper is not None if self.move is None else self.move
+        return KalmanMove() if moves else None
+
     def weight_bias_reasons(self, program: StateSpaceModel) -> list[str]:
         """Reasons why the weights are not exact: those of `weight`, and inflation."""
         closed_form = program.structure.diffusion is None
         bias_reasons = self._weight(closed_form).bias_reasons(closed_form, program.structure.observes_linearly)
+        if self.moves is not None:
+            bias_reasons = [
+                *bias_reasons,
+                "ancestors are moved by a regression, which is exact for Gaussian ensembles only",
+            ]
         inflations = inflation_setting(self.inflation)
         return bias_reasons + ([f"the particles' spread is inflated: {inflations}"] if self.inflation else [])
 
@@ -121,7 +158,10 @@ class FAAPF(FilterAlgorithm):
         """Predictive weight, with its default filled in; `closed_form` says whether the transition is Gaussian."""
         if self.weight is not None:
             return self.weight
-        return Moment() if closed_form else Dirac()
+        if closed_form:
+            return Moment()
+        # The move makes the product with V in any case.
+        return Dirac() if self.moves is None or self.taper is None else Moment(noise_level=PROBE_LEVEL, probes=1)
 
     def kernel(self, program: StateSpaceModel, batch_size: int | None = None, screen: Screen | None = None) -> Kernel:
         """Build the FA-APF kernel of the program; `FilterAlgorithm.kernel` explains arguments and return value.
@@ -141,9 +181,25 @@ class FAAPF(FilterAlgorithm):
         if self.tempering.needs_likelihood_tempering and not isinstance(self.weight, Equal):
             self._check_errors(program)
 
-        def log_predictive(carry: PyTree, inputs: TimeInputs) -> tuple[Any, PyTree]:
+        moves = self.moves
+        diffusion = program.structure.diffusion
+
+        def log_predictive(particle: Keyed, inputs: TimeInputs) -> tuple[Any, PyTree]:
+            carry = particle.carry
             dynamics = program.transition(carry, inputs, self.sampler)
             weight = self._weight(closed_form=isinstance(dynamics, GaussianDynamics))
+            if moves is not None:
+                level = None if diffusion is None else min(PROBE_LEVEL, diffusion.prior.noise_range[1])
+                return predict(
+                    weight,
+                    dynamics,
+                    program.likelihood(carry, inputs),
+                    particle.key,
+                    localized=local is not None,
+                    tempered=self.tempering.needs_likelihood_tempering,
+                    noise_level=level if moves.noise_level is None else moves.noise_level,
+                    most_products=moves.most_products,
+                )
             weigh: Callable[..., tuple[Any, PyTree]]
             if self.tempering.needs_likelihood_tempering:
                 weigh = weight.temperable if local is None else weight.temperable_pointwise
@@ -153,25 +209,27 @@ class FAAPF(FilterAlgorithm):
 
         # With inflation, the kernel calls `draw` and `advance` with the same key, and inflates the states in between.
         # They split it alike, so the draws are those of `propose`.
-        def draw(rng_key: PRNGKeyArray, carry: PyTree, inputs: TimeInputs) -> tuple[Array, DrawRecord]:
+        def draw(rng_key: PRNGKeyArray, particle: Keyed, inputs: TimeInputs) -> tuple[Array, DrawRecord]:
+            carry = particle.carry
             draw_key, _ = jax.random.split(rng_key)
             dynamics = program.transition(carry, inputs, self.sampler)
             return dynamics.conditional_draw(draw_key, program.likelihood(carry, inputs), self.guidance)
 
         def advance(
-            rng_key: PRNGKeyArray, x: Array, carry: PyTree, inputs: TimeInputs, record: DrawRecord
+            rng_key: PRNGKeyArray, x: Array, particle: Keyed, inputs: TimeInputs, record: DrawRecord
         ) -> tuple[PyTree, Proposal]:
+            carry = particle.carry
             _, record_key = jax.random.split(rng_key)
             sites = program.record(record_key, x, carry, inputs)
             return program.advance(x, carry, inputs), Proposal(record, sites)
 
-        def propose(rng_key: PRNGKeyArray, carry: PyTree, inputs: TimeInputs) -> tuple[PyTree, Proposal]:
-            x, record = draw(rng_key, carry, inputs)
-            return advance(rng_key, x, carry, inputs, record)
+        def propose(rng_key: PRNGKeyArray, particle: Keyed, inputs: TimeInputs) -> tuple[PyTree, Proposal]:
+            x, record = draw(rng_key, particle, inputs)
+            return advance(rng_key, x, particle, inputs, record)
 
-        def forecast(rng_key: PRNGKeyArray, carry: PyTree, inputs: TimeInputs) -> tuple[Array, DrawRecord]:
+        def forecast(rng_key: PRNGKeyArray, particle: Keyed, inputs: TimeInputs) -> tuple[Array, DrawRecord]:
             draw_key, _ = jax.random.split(rng_key)
-            return program.draw(draw_key, carry, inputs, self.sampler)
+            return program.draw(draw_key, particle.carry, inputs, self.sampler)
 
         step = fa_apf.build_kernel(
             log_predictive,
@@ -184,10 +242,15 @@ class FAAPF(FilterAlgorithm):
             advance,
             forecast,
             self.tempering,
+            None if moves is None else self._placed(moves, program),
         )
 
         def kernel(rng_key: PRNGKeyArray, state: State, inputs: TimeInputs) -> tuple[State, Info]:
-            new, info = step(rng_key, state, inputs)
+            # A seventh key leaves the others the same with and without a move.
+            keys = (
+                () if moves is None else particle_keys(jax.random.split(rng_key, 7)[6], num_particles(state.particles))
+            )
+            new, info = step(rng_key, state._replace(particles=Keyed(state.particles, keys)), inputs)
             background = background_of_transition(
                 program,
                 background_key(rng_key),
@@ -226,7 +289,24 @@ class FAAPF(FilterAlgorithm):
         """Localized selection of ancestors by the places of one time; see `place_taper` for the arguments."""
         placed = place_taper(taper, program, inputs)
         structure = program.structure
-        return LocalAncestors.at(placed, structure.state_shape, self.block_radius, shared_arrays(structure))
+        shared = shared_arrays(structure)
+        if self.moves is not None:
+            shared = (*shared, len(structure.carry))  # the key of a `Keyed` particle
+        return LocalAncestors.at(placed, structure.state_shape, self.block_radius, shared)
+
+    def _placed(self, move: KalmanMove, program: StateSpaceModel) -> PlacedMove | Callable[[TimeInputs], PlacedMove]:
+        """Move of the ancestors placed on the program; a function of the inputs if places of observations move."""
+        carried = moved_ancestors(program.structure, localized=self.taper is not None)
+        taper = self.taper
+        if taper is None:
+            return PlacedMove(None, None, carried, move.selection_share)
+        wide = taper if move.radius is None else dataclasses.replace(taper, radius=move.radius)
+
+        def at(inputs: TimeInputs | None) -> PlacedMove:
+            local = self._at_places(taper, program, inputs)
+            return PlacedMove(local, place_taper(wide, program, inputs), carried, move.selection_share)
+
+        return at if taper.moving else at(None)
 
     def parents(self, program: StateSpaceModel, ancestors: Array, values: Array) -> Array:
         """Select the value of each new particle's ancestor, block by block if the filter has a taper."""
@@ -248,4 +328,5 @@ class FAAPF(FilterAlgorithm):
             "taper": taper_setting(self.taper),
             "block_radius": self.block_radius,
             "inflation": inflation_setting(self.inflation),
+            "move": "none" if self.moves is None else repr(self.moves),
         }

@@ -129,6 +129,23 @@ def carried_along(structure: Structure, localized: bool) -> tuple[int, ...]:
     return tuple(along)
 
 
+def moved_ancestors(structure: Structure, localized: bool) -> tuple[int, ...]:
+    """Indices of the arrays of the carry that a move of the ancestors moves: all real ones that particles do not share.
+
+    Args:
+        structure: structure of the program.
+        localized: whether the move has a taper.
+
+    Raises:
+        ValueError: there is a taper, and such an array has no places of the state; or there is no such array.
+    """
+    moved = [i for i, leaf in enumerate(structure.carry) if leaf.is_real and not leaf.is_shared]
+    if localized:
+        for i in moved:
+            check_places_of(structure, i, "a move of the ancestors")
+    return tuple(moved)
+
+
 def shared_arrays(structure: Structure) -> tuple[int, ...]:
     """Indices of the arrays of the carry that localized resampling leaves as they are: clocks, counters and keys.
 

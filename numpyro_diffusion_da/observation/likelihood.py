@@ -92,12 +92,15 @@ class GeneralObservation(NamedTuple):
         observed: False where the value is missing, shape (m,).
         components: index of the single component of the flattened state that each element depends on, shape (m,). None
             if the elements depend on other linear functionals, or if this is not known.
+        moments: value, mean and variance of each element at the state, each of shape (m,), the value arbitrary where
+            missing; None if the distribution defines no mean and variance. A power divides the variance.
     """
 
     parameters: Float[Array, "m p"]
     log_prob: Callable[[Float[Array, "m p"]], Float[Array, " m"]]
     observed: Bool[Array, " m"]
     components: Int[np.ndarray, " m"] | None = None
+    moments: tuple[Float[Array, " m"], Float[Array, " m"], Float[Array, " m"]] | None = None
 
 
 class Likelihood(eqx.Module):

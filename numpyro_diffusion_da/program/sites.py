@@ -329,7 +329,7 @@ def general_observation(
     def log_prob(parameters: Array) -> Array:
         return powers * log_prob_of(rebuild(parameters), filled).reshape(-1)
 
-    return GeneralObservation(parameters, log_prob, observed)
+    return GeneralObservation(parameters, log_prob, observed, moments=_moments(fn, value, powers))
 
 
 def predicted_observation(
@@ -338,6 +338,7 @@ def predicted_observation(
     predictor: Float[Array, " m"],
     link: Callable[[Float[Array, " m"]], Float[Array, " m"]],
     components: Int[np.ndarray, " m"] | None,
+    power: Array | float = 1.0,
 ) -> GeneralObservation:
     """Convert an observed site, each element of which depends on the state through one linear predictor.
 
@@ -350,12 +351,26 @@ def predicted_observation(
         link: function from the predictors to log p(y_i | x) of each element, shape (m,); 0 where missing.
         components: index of the component of the flattened state that each predictor is, shape (m,); None if
             predictors are other linear functions of the state.
+        power: exponent of the likelihood, as set by `handlers.scale`; `link` includes it.
 
     Returns:
         The m flattened elements, with the predictor as the only parameter of each.
     """
     observed = observed_elements(fn, value).reshape(-1)
-    return GeneralObservation(predictor[:, None], lambda parameters: link(parameters[:, 0]), observed, components)
+    moments = _moments(fn, value, elementwise(power, fn).reshape(-1))
+    return GeneralObservation(
+        predictor[:, None], lambda parameters: link(parameters[:, 0]), observed, components, moments
+    )
+
+
+def _moments(
+    fn: dist.Distribution, value: Array, powers: Float[Array, " m"]
+) -> tuple[Float[Array, " m"], Float[Array, " m"], Float[Array, " m"]] | None:
+    """Value, mean and variance of each element of a site, as `GeneralObservation` has them."""
+    if not has_mean_and_variance(fn):
+        return None
+    mean, variance = (moment.reshape(-1) for moment in mean_and_variance("", fn))
+    return jnp.where(missing(value), 0, value).reshape(-1).astype(mean.dtype), mean, variance / powers
 
 
 def is_factor(fn: dist.Distribution) -> bool:

@@ -342,7 +342,9 @@ class StateSpaceModel:
             for name, site in self.sites(carry, inputs, x).observed.items():
                 if (parts := taken_apart.get(name)) is not None:
                     found.append(
-                        predicted_observation(site.fn, site.value, parts.predictor(x), parts.link, parts.components)
+                        predicted_observation(
+                            site.fn, site.value, parts.predictor(x), parts.link, parts.components, site.power
+                        )
                     )
                 elif name in self.structure.general_names:
                     found.append(general_observation(name, *site))

@@ -21,6 +21,7 @@ from numpyro_diffusion_da.smc.correlations import Boxcar, Correlation, GaspariCo
 from numpyro_diffusion_da.smc.distances import Distance, Euclidean, GreatCircle, Ring, WithHeight
 from numpyro_diffusion_da.smc.ensemble_update import EnsembleUpdate, PerturbedObservations, SquareRoot
 from numpyro_diffusion_da.smc.inflation import RTPP, RTPS, ForecastMultiplicative, Inflation, Jitter, Multiplicative
+from numpyro_diffusion_da.smc.kalman_move import Departure, KalmanMove, MoveRecord, PlacedMove, Predicted
 from numpyro_diffusion_da.smc.local_ancestors import LocalAncestors
 from numpyro_diffusion_da.smc.localization import PlacedTaper, Taper
 from numpyro_diffusion_da.smc.tempering import LikelihoodTempering, TemperableLogWeight, Tempering, WeightTempering
@@ -30,6 +31,7 @@ __all__ = [
     "RTPS",
     "Boxcar",
     "Correlation",
+    "Departure",
     "Distance",
     "EnsembleUpdate",
     "Euclidean",
@@ -39,12 +41,16 @@ __all__ = [
     "Inflation",
     "Info",
     "Jitter",
+    "KalmanMove",
     "Kernel",
     "LikelihoodTempering",
     "LocalAncestors",
+    "MoveRecord",
     "Multiplicative",
     "PerturbedObservations",
+    "PlacedMove",
     "PlacedTaper",
+    "Predicted",
     "Resampling",
     "Ring",
     "SquareRoot",

@@ -54,7 +54,7 @@ from numpyro_diffusion_da.smc.base import (
     top_level_api,
 )
 from numpyro_diffusion_da.smc.inflation import Inflation, check_inflation, inflated, need_forecast
-from numpyro_diffusion_da.smc.kalman_move import KalmanMove, Predicted
+from numpyro_diffusion_da.smc.kalman_move import PlacedMove, Predicted
 from numpyro_diffusion_da.smc.local_ancestors import LocalAncestors
 from numpyro_diffusion_da.smc.tempering import Tempering, WeightTempering
 
@@ -78,7 +78,7 @@ def build_kernel(
     advance_fn: Advance | None = None,
     forecast_fn: Draw | None = None,
     tempering: Tempering = WeightTempering(),
-    move: KalmanMove | Callable[[PyTree], KalmanMove] | None = None,
+    move: PlacedMove | Callable[[PyTree], PlacedMove] | None = None,
 ) -> Kernel:
     """Build the kernel of the fully adapted auxiliary particle filter.
 
@@ -98,6 +98,9 @@ def build_kernel(
         forecast_fn: (rng_key, particle, observation) -> (x, record), a draw of p(x' | c). Needed with an inflation that
             uses the forecast.
         tempering: kind of tempering, `WeightTempering()` or `LikelihoodTempering()`.
+        move: move of the selected ancestors; a function (observation) -> `PlacedMove` if observations move from step to
+            step; None moves no ancestors. With it, `log_predictive_fn` returns (`Predicted`, record), and the blocks of
+            the move take the place of `local`.
 
     Returns:
         kernel(rng_key, state, observation) -> (State, Info), pure and jit-able.
@@ -119,7 +122,7 @@ def build_kernel(
         # Weigh every particle.
         weigh = map_particles(lambda particle: log_predictive_fn(particle, observation), batch_size)
         predictive, weighing = weigh(state.particles)
-        departure = None
+        departure: Any = None
         if move is not None:
             predictive, departure = predictive
         predictive = jax.tree.map(lambda x: jnp.where(jnp.isfinite(x), x, -jnp.inf), predictive)
@@ -129,9 +132,9 @@ def build_kernel(
         if move is not None:
             moves = move(observation) if callable(move) else move
             # The key of the move is a fourth one, so that the others are the same with and without a move.
-            keys = resampling_key, jax.random.split(rng_key, 4)[3]
+            move_keys = resampling_key, jax.random.split(rng_key, 4)[3]
             log_weights, ancestors, alpha, parents, moving = moves.select_and_move(
-                keys, Predicted(predictive, departure), state.particles, resampling_fn, target_ess, tempering
+                move_keys, Predicted(predictive, departure), state.particles, resampling_fn, target_ess, tempering
             )
         elif here is None:
             chosen = tempering.select(resampling_key, predictive, None, resampling_fn, target_ess)

@@ -40,6 +40,7 @@ $p(c | y)$ as N grows. With $\lambda = \alpha = 1$ there is no move, and the fil
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -47,6 +48,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
 
+from numpyro_diffusion_da.arguments import require_count
 from numpyro_diffusion_da.smc.base import Resampling, particle_keys
 from numpyro_diffusion_da.smc.local_ancestors import LARGEST_BATCH, LocalAncestors, keep_places
 from numpyro_diffusion_da.smc.localization import PlacedTaper
@@ -60,15 +62,14 @@ class Departure(NamedTuple):
         residual: y - g with g = E[h(x') | c], shape (m,); 0 where missing.
         error: variance of the observation given the state, diagonal of R, shape (m,).
         weight_spread: variance of h(x') given c that the weights take into account, shape (m,); 0 with Dirac weights.
-        signs: random signs, shape (m,); () if `product` is a whole covariance.
-        product: Cov[h(x') | c] times the signs, shape (m,); or Cov[h(x') | c], shape (m, m).
+        spread: Cov[h(x') | c], shape (m, m); or a pair (a, b) of arrays of shape (q, m), of which a^T b / q estimates
+            it: products of it with random signs, and the signs.
     """
 
     residual: Float[Array, " m"]
     error: Float[Array, " m"]
     weight_spread: Float[Array, " m"]
-    signs: Any
-    product: Float[Array, ...]
+    spread: Any
 
 
 class Predicted(NamedTuple):
@@ -92,9 +93,53 @@ class MoveRecord(NamedTuple):
     moved_share: Float[Array, " b"]
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True)
 class KalmanMove:
-    """Kalman move of one model: which arrays move, by which observations, and how much selection there is.
+    """Settings of the Kalman move of ancestors; see the module `smc.kalman_move`.
+
+    Args:
+        selection_share: share lambda, from 0 to 1, of the power that the effective sample size allows which selection
+            uses; the move uses the rest. None finds it at each step by a test of how Gaussian the ensemble is. 0
+            selects nothing, and is exact for Gaussian ensembles as N grows.
+        radius: half-width of the taper by which observations move the state, in the unit of the distance; one number,
+            or one for each observed site by its name. None takes that of the filter's taper, by which observations
+            select. The move is less noisy than selection, so its taper may be wider.
+        noise_level: noise level at which a diffusion's covariance V is computed, as for `Moment`; None takes 10, or the
+            prior's highest level if that is lower. `Moment` weights have their own.
+        most_products: number of observed values up to which a diffusion makes a product with V for each of them, which
+            is exact. With more of them each particle makes one product with random signs, and the particles pool them.
+
+    Raises:
+        ValueError: a number is out of its range.
+        TypeError: a number is of the wrong type.
+    """
+
+    selection_share: float | None = None
+    radius: float | Mapping[str, float] | None = None
+    noise_level: float | None = None
+    most_products: int = 4
+
+    def __post_init__(self) -> None:
+        if self.selection_share is not None:
+            share = self.selection_share
+            if isinstance(share, bool) or not isinstance(share, (int, float, np.number)) or not 0.0 <= share <= 1.0:
+                raise ValueError(
+                    f"KalmanMove got selection_share={share!r}; give a number from 0 (no selection) to 1, or None for "
+                    "a share found at each step."
+                )
+        radii = self.radius.values() if isinstance(self.radius, Mapping) else [self.radius]
+        if not all(radius is None or radius > 0.0 for radius in radii):
+            raise ValueError(
+                f"KalmanMove got radius={self.radius}; give a positive half-width, in the unit of the taper's distance."
+            )
+        if self.noise_level is not None and not self.noise_level > 0.0:
+            raise ValueError(f"KalmanMove got noise_level={self.noise_level}; give a positive number, or None.")
+        require_count(self.most_products, "KalmanMove", "most_products", least=0)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class PlacedMove:
+    """Kalman move placed on one model: which arrays move, by which observations, and how much selection there is.
 
     Attributes:
         local: blocks of the state with the observations whose weights select their ancestors; None for one block.
@@ -130,10 +175,11 @@ class KalmanMove:
             tempering: kind of tempering.
 
         Returns:
-            (log-weights before tempering, ancestors, exponents of the selection, moved particles, record of the move),
-            the first three as from `LocalAncestors.select`, or without blocks from `Tempering.select`.
+            (log-weights before tempering, ancestors, tempering exponents of which selection uses its share, moved
+            particles, record of the move), the first three as from `LocalAncestors.select`, or without blocks from
+            `Tempering.select`.
         """
-        weights, (residual, error, spread, signs, product) = predicted
+        weights, (residual, error, of_weight, spread) = predicted
         n, m = residual.shape
         usable = jnp.all(jnp.isfinite(residual), axis=1)
         residual = jnp.where(usable[:, None], residual, 0.0)
@@ -142,29 +188,10 @@ class KalmanMove:
         observed = observed & jnp.isfinite(error) & (error > 0.0)
         scale = jnp.where(observed, jnp.sqrt(jnp.where(observed, error, 1.0)), 1.0)
         residual = jnp.where(observed, residual / scale, 0.0)
-        weight_error = 1.0 + jnp.where(observed, jnp.maximum(_mean(spread, usable), 0.0) / scale**2, 0.0)
+        weight_error = 1.0 + jnp.where(observed, jnp.maximum(_mean(of_weight, usable), 0.0) / scale**2, 0.0)
         noise = jax.vmap(lambda key: jax.random.normal(key, (m,), residual.dtype))(particle_keys(rng_keys[1], n))
         noise = (noise - noise.mean(0, keepdims=True)) * (n / max(n - 1, 1)) ** 0.5
-        whole = not isinstance(signs, jax.Array)
-        product = jnp.where(jnp.isfinite(product), product, 0.0)
-        if whole:
-            product = jnp.mean(product, axis=0) / scale[:, None] / scale[None, :]
-
-        def spread_between(which: Array, apart: Array | None) -> Array:
-            """Covariance of the predictions of some observations around the particles' own, in units of R."""
-            if whole:
-                found = product[which][:, which]
-            else:
-                rows = (product / scale[None])[:, which]
-                found = rows.T @ (signs / scale[None])[:, which] / n
-                if apart is None:
-                    found = jnp.diag(jnp.diagonal(found))
-                else:
-                    found = apart * found
-            found = 0.5 * (found + found.T)
-            keep = observed[which]
-            return jnp.where(keep[:, None] & keep[None, :], found, 0.0)
-
+        spread_between = _pooled(spread, usable, observed, scale)
         blocks = _Blocks.of(self.local, self.taper, m)
         leaves, form = jax.tree.flatten(particles)
         columns = blocks.columns([leaves[i] for i in self.carried])
@@ -186,19 +213,19 @@ class KalmanMove:
             share = jnp.maximum(0.0, 1.0 - 1.0 / jnp.maximum(mean, 1.0))
         else:
             share = jnp.asarray(self.selection_share, residual.dtype)
-        alpha = share * alpha
+        used_alpha = share * alpha
 
         def select(block: Array) -> Array:
             which, rho, _ = blocks.observations(block, residual.dtype)
             nearby, taper = _near(weights, which, rho, blocks.whole)
-            return keep_places(tempering.resample(rng_keys[0], nearby, taper, alpha[block], resampling_fn))
+            return keep_places(tempering.resample(rng_keys[0], nearby, taper, used_alpha[block], resampling_fn))
 
         ancestors = blocks.map(select, n)
 
         def move(block: Array) -> tuple[Array, Array]:
             which, rho, wide = blocks.observations(block, residual.dtype)
             keep = observed[which]
-            power = jnp.where(keep, jnp.maximum(wide - alpha[block] * rho, 0.0), 0.0)
+            power = jnp.where(keep, jnp.maximum(wide - used_alpha[block] * rho, 0.0), 0.0)
             of = ancestors[block]
             between = spread_between(which, blocks.between(which))
             moved = _move(columns(block)[of], residual[of][:, which], noise[:, which], between, power)
@@ -222,6 +249,37 @@ class KalmanMove:
 def _mean(values: Float[Array, "n m"], usable: Bool[Array, " n"]) -> Float[Array, " m"]:
     """Mean over the usable particles."""
     return jnp.sum(jnp.where(usable[:, None], values, 0.0), axis=0) / jnp.maximum(jnp.sum(usable), 1)
+
+
+def _pooled(
+    spread: Any, usable: Bool[Array, " n"], observed: Bool[Array, " m"], scale: Float[Array, " m"]
+) -> Callable[[Array, Array | None], Array]:
+    """Build the function from some observations to the mean of Cov[h(x') | c] between them, in units of R.
+
+    Products with random signs estimate this mean only when many of them are averaged. Their errors off the diagonal are
+    damped by a taper, or without a taper what is off the diagonal is left out.
+
+    Args:
+        spread: spread of each particle as in `Departure`, leading axis N.
+        usable: particles to use.
+        observed: False where an observation is missing.
+        scale: unit of each observation.
+    """
+    count = jnp.maximum(jnp.sum(usable), 1)
+    parts = jax.tree.map(lambda x: jnp.where(usable[:, None, None] & jnp.isfinite(x), x / scale, 0.0), spread)
+    whole = None if isinstance(parts, tuple) else jnp.sum(parts, axis=0) / count / scale[:, None]
+
+    def between(which: Array, taper: Array | None) -> Array:
+        if whole is not None:
+            found = whole[which][:, which]
+        else:
+            left, right = (x[:, :, which].reshape(-1, len(which)) for x in parts)
+            found = jnp.diag(jnp.sum(left * right, axis=0)) if taper is None else taper * (left.T @ right)
+            found = found / (count * parts[0].shape[1])
+        keep = observed[which]
+        return jnp.where(keep[:, None] & keep[None, :], 0.5 * (found + found.T), 0.0)
+
+    return between
 
 
 def _near(weights: PyTree, which: Array, rho: Array, whole: bool) -> tuple[PyTree, Array | None]:

@@ -8,7 +8,7 @@ for each observation by itself.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -104,17 +104,73 @@ def observed_variances(
     return restore(signs * product(signs)), 1
 
 
-def matched_pointwise(
-    moments: Moments, tangents: Float[Array, "k ..."], likelihood: Likelihood, probes: int | None
-) -> Float[Array, " m"]:
-    """Return the log of int p(y_j | x) N(x; m, V) dx for each observation by itself, site by site; 0 where missing.
+class ObservedSpread(NamedTuple):
+    """Observations around the mean of one transition, in the order: Gaussian ones first, then the n others.
+
+    Gaussian observations are whitened, and the others are replaced by their coordinates.
+
+    Attributes:
+        residual: whitened residual at the mean, shape (m,); 0 for coordinates.
+        spread: H V H^T, shape (m, m); or a pair (a, b) of arrays of shape (q, m) of which a^T b / q estimates it, from
+            q products with random signs.
+        variances: its diagonal, or the estimate of it, shape (m,); at least 0.
+        coordinates: coordinates of the observations that are not Gaussian; None if all are.
+        products: number of covariance products made.
+    """
+
+    residual: Float[Array, " m"]
+    spread: Any
+    variances: Float[Array, " m"]
+    coordinates: Coordinates | None
+    products: int
+
+
+def observed_spread(
+    moments: Moments,
+    tangents: Float[Array, "k ..."],
+    likelihood: Likelihood,
+    probes: int | None,
+    rng_key: PRNGKeyArray,
+) -> ObservedSpread:
+    """Compute the spread of the observations around the mean of one transition.
 
     Args:
         moments: m and V.
         tangents: directions in which the state may vary, from `Dynamics.tangents`.
         likelihood: likelihood of all observations.
-        probes: number of products with random signs that estimate the diagonal of H V H^T (Bekas, Kokiopoulou & Saad
-            2007, Appl. Numer. Math. 57, 1214); None makes one product for each observation, without error.
+        probes: number of products with random signs that estimate H V H^T (Bekas, Kokiopoulou & Saad 2007, Appl. Numer.
+            Math. 57, 1214); None makes one product for each observation, without error.
+        rng_key: random key of the signs.
+    """
+    coordinates, local = None, likelihood
+    if not isinstance(likelihood, GaussianLikelihood):
+        assert isinstance(likelihood, GeneralLikelihood)
+        coordinates = likelihood.coordinates(moments.mean, tangents)
+        n = len(coordinates.observed)
+        unit = PseudoObservations(jnp.zeros(n, moments.mean.dtype), jnp.ones(n, moments.mean.dtype))
+        local = likelihood.with_pseudo(coordinates, unit)
+    assert isinstance(local, GaussianLikelihood)
+    residual, row, _ = _observed_product(moments, local)
+    m = len(residual)
+    spread: Any
+    if probes is None:
+        unit_rows = jnp.eye(m, dtype=residual.dtype)
+        spread = jax.vmap(row)(unit_rows) - unit_rows
+        variances = spread.diagonal()
+    else:
+        signs = jax.random.rademacher(rng_key, (probes, m), residual.dtype)
+        spread = jax.vmap(row)(signs) - signs, signs
+        variances = jnp.mean(spread[0] * signs, axis=0)
+    return ObservedSpread(residual, spread, jnp.maximum(variances, 0.0), coordinates, m if probes is None else probes)
+
+
+def matched_pointwise(moments: Moments, likelihood: Likelihood, observed: ObservedSpread) -> Float[Array, " m"]:
+    """Return the log of int p(y_j | x) N(x; m, V) dx for each observation by itself, site by site; 0 where missing.
+
+    Args:
+        moments: m and V.
+        likelihood: likelihood of all observations.
+        observed: spread of the observations.
 
     Returns:
         Log predictive likelihoods, shape (m,).
@@ -125,14 +181,12 @@ def matched_pointwise(
         return logs + 0.5 * residual**2 * variance / (1.0 + variance) - 0.5 * jnp.log1p(variance)
 
     if isinstance(likelihood, GaussianLikelihood):
-        return widened(likelihood.pointwise(moments.mean), *_own_variances(moments, likelihood, probes))
+        return widened(likelihood.pointwise(moments.mean), observed.residual, observed.variances)
     assert isinstance(likelihood, GeneralLikelihood)
-    coordinates = likelihood.coordinates(moments.mean, tangents)
-    n = len(coordinates.observed)
-    unit = PseudoObservations(jnp.zeros(n, moments.mean.dtype), jnp.ones(n, moments.mean.dtype))
-    _, variance = _own_variances(moments, likelihood.with_pseudo(coordinates, unit), probes)
+    coordinates, variance = observed.coordinates, observed.variances
+    assert coordinates is not None
     # Observations that are not Gaussian: integrate over their coordinate by quadrature.
-    spread = jnp.maximum(variance[-n:], LEAST_VARIANCE)
+    spread = jnp.maximum(variance[-len(coordinates.observed) :], LEAST_VARIANCE)
     tilted = tilted_moments(coordinates.log_prob, jnp.zeros_like(spread), spread)
     general = jnp.split(tilted.log_normalizer, np.cumsum(coordinates.sizes)[:-1])
     gaussian, start = [], 0
@@ -142,35 +196,17 @@ def matched_pointwise(
     return likelihood.in_order(moments.mean, [*gaussian, *general])
 
 
-def _own_variances(
-    moments: Moments, likelihood: GaussianLikelihood, probes: int | None
-) -> tuple[Float[Array, " m"], Float[Array, " m"]]:
-    """Return the whitened residual r at the mean, and the diagonal of H V H^T, each of shape (m,).
-
-    Args:
-        moments: m and V.
-        likelihood: Gaussian likelihood of the observations.
-        probes: number of products with random signs, or None, as for `matched_pointwise`.
-    """
-    residual, row, _ = _observed_product(moments, likelihood)
-    if probes is None:
-        found = jax.vmap(row, out_axes=1)(jnp.eye(len(residual), dtype=residual.dtype)).diagonal()
-    else:
-        signs = jax.random.rademacher(jax.random.key(0), (probes, len(residual)), residual.dtype)
-        found = jnp.mean(signs * jax.vmap(row)(signs), axis=0)
-    return residual, jnp.maximum(found - 1.0, 0.0)
-
-
-def temperable_pointwise(moments: Moments, likelihood: GaussianLikelihood, probes: int | None) -> TemperableLogWeight:
+def temperable_pointwise(
+    likelihood: GaussianLikelihood, moments: Moments, observed: ObservedSpread
+) -> TemperableLogWeight:
     """Return the log of int p(y_j | x)^alpha N(x; m, V) dx for any alpha, for each observation by itself.
 
     Args:
-        moments: m and V.
         likelihood: Gaussian likelihood of all observations.
-        probes: number of products with random signs, or None, as for `matched_pointwise`.
+        moments: m and V.
+        observed: spread of the observations.
     """
-    residual, variances = _own_variances(moments, likelihood, probes)
-    return TemperableLogWeight(likelihood.log_normalizers(moments.mean), residual**2, variances)
+    return TemperableLogWeight(likelihood.log_normalizers(moments.mean), observed.residual**2, observed.variances)
 
 
 def temperable(moments: Moments, likelihood: GaussianLikelihood) -> TemperableLogWeight:

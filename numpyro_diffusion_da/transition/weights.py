@@ -20,7 +20,14 @@ from numpyro_diffusion_da.observation.likelihood import GaussianLikelihood, Like
 from numpyro_diffusion_da.smc.tempering import TemperableLogWeight
 from numpyro_diffusion_da.transition.base import Dynamics, Moments
 from numpyro_diffusion_da.transition.gaussian import GaussianDynamics
-from numpyro_diffusion_da.transition.predictive import matched, matched_pointwise, temperable, temperable_pointwise
+from numpyro_diffusion_da.transition.predictive import (
+    ObservedSpread,
+    matched,
+    matched_pointwise,
+    observed_spread,
+    temperable,
+    temperable_pointwise,
+)
 
 
 class WeightRecord(NamedTuple):
@@ -249,7 +256,7 @@ class Moment(PredictiveWeight):
             # Independent components are integrated each by itself, without expectation propagation.
             logs, record = self.pointwise(dynamics, likelihood)
             return jnp.sum(logs), record
-        moments, passes = self._moments(dynamics)
+        moments, passes = self.spread_moments(dynamics)
         local, log_weight = matched(moments, dynamics.tangents(), likelihood)
         observations = jax.eval_shape(local.residual, moments.mean).shape[0]
         return log_weight, _record(moments, passes, observations)
@@ -259,9 +266,9 @@ class Moment(PredictiveWeight):
 
         The variance of an observation is the sum of its forecast variance (H V H^T)_jj and its observation error R_jj.
         """
-        moments, passes = self._moments(dynamics)
-        logs = matched_pointwise(moments, dynamics.tangents(), likelihood, self.probes)
-        return logs, _record(moments, passes, len(logs) if self.probes is None else self.probes)
+        moments, passes = self.spread_moments(dynamics)
+        observed = self._observed(moments, dynamics, likelihood)
+        return matched_pointwise(moments, likelihood, observed), _record(moments, passes, observed.products)
 
     def temperable(self, dynamics: Dynamics, likelihood: Likelihood) -> tuple[TemperableLogWeight, WeightRecord]:
         """Return log N(y; h(m), R / alpha + H V H^T) as a function of alpha, and the record.
@@ -274,7 +281,7 @@ class Moment(PredictiveWeight):
             TypeError: the likelihood is not Gaussian.
         """
         self._check_whole()
-        moments, passes = self._moments(dynamics)
+        moments, passes = self.spread_moments(dynamics)
         curve = temperable(moments, _gaussian(likelihood))
         return curve, _record(moments, passes, len(curve.variances))
 
@@ -288,9 +295,14 @@ class Moment(PredictiveWeight):
         Raises:
             TypeError: the likelihood is not Gaussian.
         """
-        moments, passes = self._moments(dynamics)
-        curve = temperable_pointwise(moments, _gaussian(likelihood), self.probes)
-        return curve, _record(moments, passes, len(curve.variances) if self.probes is None else self.probes)
+        moments, passes = self.spread_moments(dynamics)
+        observed = self._observed(moments, dynamics, _gaussian(likelihood))
+        curve = temperable_pointwise(_gaussian(likelihood), moments, observed)
+        return curve, _record(moments, passes, observed.products)
+
+    def _observed(self, moments: Moments, dynamics: Dynamics, likelihood: Likelihood) -> ObservedSpread:
+        """Return the spread of the observations, with the same random signs for all particles."""
+        return observed_spread(moments, dynamics.tangents(), likelihood, self.probes, jax.random.key(0))
 
     def _check_whole(self) -> None:
         """Raise a ValueError if `probes` is given, because a weight of whole particles needs the full covariance."""
@@ -300,7 +312,7 @@ class Moment(PredictiveWeight):
                 "localization need the full covariance; leave probes out, or give the filter a taper."
             )
 
-    def _moments(self, dynamics: Dynamics) -> tuple[Moments, NetworkPasses]:
+    def spread_moments(self, dynamics: Dynamics) -> tuple[Moments, NetworkPasses]:
         """Return the mean and covariance of the transition, and the network passes they cost.
 
         The mean always comes from the highest level, where it is exact.

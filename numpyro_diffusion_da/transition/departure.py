@@ -1,0 +1,193 @@
+"""Prediction of the observations by one particle, for moves of the ancestors: its log-weight and its departure.
+
+The departure of an observation is y - E[y | c], with the expectation over the transition p(x' | c). The covariance of
+the predictions comes from the transition's covariance V by products, which the weight shares if it makes them too.
+Observations that are Gaussian and linear enough for `GaussianLikelihood` are whitened and linearized at the mean m of
+the transition. For all others, mean and variance of the observation as functions of the state are integrated over the
+one coordinate on which the observation depends (statistical linearization).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from numpyro_diffusion_da.observation.likelihood import GaussianLikelihood, GeneralLikelihood, Likelihood, whiten
+from numpyro_diffusion_da.observation.moment_matching import LEAST_VARIANCE
+from numpyro_diffusion_da.smc.kalman_move import Departure, Predicted
+from numpyro_diffusion_da.transition.base import Dynamics, Moments
+from numpyro_diffusion_da.transition.gaussian import GaussianDynamics
+from numpyro_diffusion_da.transition.predictive import (
+    MOST_PRODUCTS,
+    ObservedSpread,
+    matched_pointwise,
+    observed_spread,
+    temperable_pointwise,
+)
+from numpyro_diffusion_da.transition.weights import Moment, PredictiveWeight, WeightRecord
+
+NODES = np.linspace(-4.0, 4.0, 33)
+"""Nodes of the integration over an observation's coordinate, in standard deviations."""
+
+TANGENTS = 4
+"""Largest number of directions along which an observation is followed; the one that moves it most is used."""
+
+
+def predict(
+    weight: PredictiveWeight,
+    dynamics: Dynamics,
+    likelihood: Likelihood,
+    rng_key: PRNGKeyArray,
+    *,
+    localized: bool,
+    tempered: bool,
+    noise_level: float | None,
+    most_products: int,
+) -> tuple[Predicted, WeightRecord]:
+    """Compute the log-weight of one particle, and its departure from the observations.
+
+    Args:
+        weight: estimate of log p(y | c).
+        dynamics: transition p(x' | c) of the particle.
+        likelihood: likelihood of the step's observations y.
+        rng_key: random key of the signs of products; it should differ between particles.
+        localized: whether the weight takes each observation by itself.
+        tempered: whether the weight has to be known for any tempering of the observation errors.
+        noise_level: noise level of a diffusion's covariance; `Moment` weights have their own.
+        most_products: number of observations up to which a diffusion makes a product for each.
+
+    Returns:
+        (log-weight and departure; record of the weight, with the passes of both).
+    """
+    moment = weight if isinstance(weight, Moment) else None
+    if moment is not None:
+        moments, passes = moment.spread_moments(dynamics)
+    else:
+        moments = dynamics.moments(noise_level)
+        passes = moments.passes
+    m = _count(moments, likelihood)
+    limit = MOST_PRODUCTS if isinstance(dynamics, GaussianDynamics) else most_products
+    exact = m <= limit or (moment is not None and (moment.probes is None or not localized))
+    probes = None if exact else 1 if moment is None else moment.probes
+    observed = observed_spread(moments, dynamics.tangents(), likelihood, probes, rng_key)
+    made = jax.tree.map(lambda n: n * observed.products, moments.passes_per_product)
+    log_weight: Any
+    if moment is not None and localized:
+        if tempered:
+            assert isinstance(likelihood, GaussianLikelihood)
+            log_weight = temperable_pointwise(likelihood, moments, observed)
+        else:
+            log_weight = matched_pointwise(moments, likelihood, observed)
+        record = WeightRecord(passes.plus(made), moments.mean)
+    else:
+        weigh: Callable[..., tuple[Any, WeightRecord]]
+        if tempered:
+            weigh = weight.temperable_pointwise if localized else weight.temperable
+        else:
+            weigh = weight.pointwise if localized else weight
+        log_weight, own = weigh(dynamics, likelihood)
+        if own.forecast is not None:
+            moments = moments._replace(mean=own.forecast)
+        record = WeightRecord(own.passes.plus(passes).plus(made), moments.mean)
+    return Predicted(log_weight, departure(moments, dynamics, likelihood, observed, moment is not None)), record
+
+
+def departure(
+    moments: Moments, dynamics: Dynamics, likelihood: Likelihood, observed: ObservedSpread, in_weight: bool
+) -> Departure:
+    """Departure of the observations from the prediction of one particle, in the program's order of sites.
+
+    Args:
+        moments: mean and covariance of the transition.
+        dynamics: the transition.
+        likelihood: likelihood of the observations.
+        observed: spread of the observations around the mean.
+        in_weight: whether the weight takes the spread into account.
+    """
+    if isinstance(likelihood, GaussianLikelihood):
+        residual = likelihood.residual(moments.mean)
+        spread = observed.variances if in_weight else jnp.zeros_like(residual)
+        return Departure(residual, jnp.ones_like(residual), spread, observed.spread)
+    assert isinstance(likelihood, GeneralLikelihood)
+    own = [whiten(site)[0] for site in likelihood.gaussian(moments.mean)]
+    sizes = [len(r) for r in own]
+    known = sum(sizes)
+    residual, error, slope = _expected(moments, dynamics, likelihood, observed.variances[known:])
+    residual = jnp.concatenate([*own, residual])
+    error = jnp.concatenate([jnp.ones(known, residual.dtype), error])
+    slope = jnp.concatenate([jnp.ones(known, residual.dtype), slope])
+    spread = jax.tree.map(lambda x: x * slope, observed.spread)
+    if not isinstance(spread, tuple):
+        spread = spread * slope[:, None]
+    # From the order of `ObservedSpread` to that of the program.
+    general = [len(site.observed) for site in likelihood.general(moments.mean)]
+    ends = np.cumsum([*sizes, *general])[:-1]
+    order = likelihood.in_order(moments.mean, jnp.split(jnp.arange(len(residual)), ends))
+    spread = jax.tree.map(lambda x: x[:, order], spread)
+    if not isinstance(spread, tuple):
+        spread = spread[order]
+    of_weight = slope**2 * observed.variances if in_weight else jnp.zeros_like(residual)
+    return Departure(residual[order], error[order], of_weight[order], spread)
+
+
+def _count(moments: Moments, likelihood: Likelihood) -> int:
+    """Number of observed values."""
+    return int(jax.eval_shape(likelihood.pointwise, moments.mean).shape[0])
+
+
+def _expected(
+    moments: Moments, dynamics: Dynamics, likelihood: GeneralLikelihood, variances: Float[Array, " n"]
+) -> tuple[Float[Array, " n"], Float[Array, " n"], Float[Array, " n"]]:
+    """Residual, error variance and slope of each observation that is not Gaussian, integrated over its coordinate.
+
+    Args:
+        moments: mean and covariance of the transition.
+        dynamics: the transition.
+        likelihood: likelihood of the observations.
+        variances: variance of each observation's coordinate.
+
+    Returns:
+        (y - E[y | c], 0 where missing; variance of y that is not explained by a linear function of the coordinate;
+        slope of that function). An observation whose distribution has no variance has an infinite one, and one that
+        does not depend on the state a slope of 0.
+    """
+    mean = moments.mean
+    tangents = dynamics.tangents()
+    coordinates = likelihood.coordinates(mean, tangents)
+    directions = tangents[:TANGENTS]
+    _, push = jax.linearize(coordinates, mean)
+    along = jax.vmap(push)(directions)  # (k, n)
+    best = jnp.argmax(jnp.abs(along), axis=0)
+    unit = jnp.take_along_axis(along, best[None], axis=0)[0]
+    safe = jnp.where(unit != 0.0, unit, 1.0)
+    variance = jnp.maximum(variances, LEAST_VARIANCE)
+    # Nodes reach as far as the widest of the coordinates.
+    reach = jnp.max(jnp.where(coordinates.observed & (unit != 0.0), jnp.sqrt(variance) / jnp.abs(safe), 0.0))
+    nodes = jnp.asarray(NODES, mean.dtype) * jnp.maximum(reach, 1e-6)
+
+    def at(node: Array, direction: Array) -> tuple[Array, Array]:
+        sites = likelihood.general(mean + node * direction)
+        unknown = [(jnp.zeros(len(s.observed)), jnp.full(len(s.observed), jnp.inf)) for s in sites]
+        found = [u if s.moments is None else s.moments[1:] for s, u in zip(sites, unknown, strict=True)]
+        means, errors = zip(*found, strict=True)
+        return jnp.concatenate(means), jnp.concatenate(errors)
+
+    means, errors = jax.vmap(jax.vmap(at, (None, 0)), (0, None))(nodes, directions)  # (nodes, k, n)
+    means, errors = (jnp.take_along_axis(x, best[None, None], axis=1)[:, 0] for x in (means, errors))
+    t = nodes[:, None] * unit[None]
+    weights = jax.nn.softmax(-0.5 * t**2 / variance[None], axis=0)
+    expected = jnp.sum(weights * means, axis=0)
+    second = jnp.sum(weights * t**2, axis=0)
+    slope = jnp.sum(weights * means * t, axis=0) / jnp.where(second > 0, second, 1.0)
+    unexplained = jnp.sum(weights * (means - expected[None] - slope[None] * t) ** 2, axis=0)
+    error = jnp.sum(weights * errors, axis=0) + unexplained
+    sites = likelihood.general(mean)
+    value = jnp.concatenate([jnp.zeros(len(s.observed)) if s.moments is None else s.moments[0] for s in sites])
+    observed = jnp.concatenate([s.observed for s in sites])
+    residual = jnp.where(observed, value - expected, 0.0)
+    return residual, error, jnp.where(unit != 0.0, slope, 0.0)
