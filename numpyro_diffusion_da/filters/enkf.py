@@ -13,7 +13,7 @@ from jaxtyping import Array, PRNGKeyArray, PyTree
 from numpyro_diffusion_da.arguments import require, require_program
 from numpyro_diffusion_da.diffusion.sampler import Sampler
 from numpyro_diffusion_da.diffusion.steps import Step
-from numpyro_diffusion_da.filters.background import Drawn, Screen, background_of_draws, screened
+from numpyro_diffusion_da.filters.background import PROBE_LEVEL, Drawn, Screen, background_of_draws, screened
 from numpyro_diffusion_da.filters.base import FilterAlgorithm, Proposal
 from numpyro_diffusion_da.filters.checks import check_taper, set_sampler
 from numpyro_diffusion_da.filters.placement import carried_along, place_taper
@@ -22,10 +22,12 @@ from numpyro_diffusion_da.program.scan import TimeInputs
 from numpyro_diffusion_da.program.state_space import StateSpaceModel
 from numpyro_diffusion_da.smc import enkf
 from numpyro_diffusion_da.smc.base import Info, Kernel, State, map_particles, num_particles, particle_keys
-from numpyro_diffusion_da.smc.ensemble_update import EnsembleUpdate, PerturbedObservations
+from numpyro_diffusion_da.smc.ensemble_update import EnsembleUpdate, PerturbedObservations, TransitionSpread
 from numpyro_diffusion_da.smc.inflation import Inflation, Multiplicative, check_inflation, forecast_factor
 from numpyro_diffusion_da.smc.localization import PlacedTaper, Taper
 from numpyro_diffusion_da.transition.base import DrawRecord
+from numpyro_diffusion_da.transition.departure import transition_spread
+from numpyro_diffusion_da.transition.weights import WeightRecord
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -44,10 +46,15 @@ class EnKF(FilterAlgorithm):
             transition's own.
         update: update of the ensemble, `ndda.smc.PerturbedObservations()` or `ndda.smc.SquareRoot()`.
         taper: localization, `Taper(radius, distance, observations)`; None for none.
+        transition_covariance: whether the covariance of the transition is computed by products with it, and not sampled
+            (`smc.ensemble_update`). The covariance of the forecast is then that of the means E[x' | c] over the
+            members, with the taper, and the mean covariance of the transition. This costs two forward passes and a
+            product per member, and it needs a transition that is a diffusion or Gaussian.
 
     Raises:
         TypeError: an argument is of the wrong kind; the message names it.
-        ValueError: the update cannot use the taper's correlation function.
+        ValueError: the update cannot use the taper's correlation function, or `transition_covariance` is combined with
+            an update that samples none.
     """
 
     needs_gaussian: ClassVar[bool] = False
@@ -59,6 +66,7 @@ class EnKF(FilterAlgorithm):
     sampler: Sampler | Step | None = None
     update: EnsembleUpdate = dataclasses.field(default_factory=PerturbedObservations)
     taper: Taper | None = None
+    transition_covariance: bool = False
 
     def __post_init__(self) -> None:
         require_program(self.model, "EnKF")
@@ -68,6 +76,11 @@ class EnKF(FilterAlgorithm):
         check_taper(self.taper, "EnKF")
         if self.taper is not None:
             self.update.check_correlation(self.taper.correlation)
+        if self.transition_covariance and not isinstance(self.update, PerturbedObservations):
+            raise ValueError(
+                f"EnKF got transition_covariance=True and update={self.update}; this covariance is defined for "
+                "update=ndda.smc.PerturbedObservations(), which is the default."
+            )
 
     def has_evidence(self) -> bool:
         """Whether the filter estimates the evidence; False, because it has no weights."""
@@ -86,6 +99,8 @@ class EnKF(FilterAlgorithm):
             taper = place_taper(self.taper, program)
             if self.taper.moving:
                 taper = functools.partial(place_taper, self.taper, program)
+        if self.transition_covariance:
+            program.check(needs_dynamics=True, gaussian_errors=True)
         widened = Multiplicative(forecast_factor(self.inflation))
         carried = carried_along(program.structure, localized=self.taper is not None)
 
@@ -108,6 +123,7 @@ class EnKF(FilterAlgorithm):
                 self.inflation,
                 batch_size,
                 carried,
+                _spread_in(used, self.sampler) if self.transition_covariance else None,
             )
             new, info = step(rng_key, State(Drawn(state.particles, x, record), state.log_evidence), inputs)
             return new, info._replace(**said)
@@ -121,6 +137,7 @@ class EnKF(FilterAlgorithm):
             "update": in_full(self.update),
             "inflation": inflation_setting(self.inflation),
             "taper": taper_setting(self.taper),
+            "transition_covariance": str(self.transition_covariance),
             **sampler_settings(self.sampler, program),
         }
 
@@ -137,6 +154,21 @@ def _residual_in(program: StateSpaceModel) -> Callable[[Array, Drawn, TimeInputs
         return program.gaussian_likelihood(particle.carry, inputs).residual(x)
 
     return residual
+
+
+def _spread_in(
+    program: StateSpaceModel, sampler: Sampler | Step | None
+) -> Callable[[PRNGKeyArray, Drawn, TimeInputs], tuple[TransitionSpread, WeightRecord]]:
+    """Build the function (rng_key, particle, inputs) -> (spread of the transition, record)."""
+    diffusion = program.structure.diffusion
+    level = None if diffusion is None else min(PROBE_LEVEL, diffusion.prior.noise_range[1])
+
+    def spread(rng_key: PRNGKeyArray, particle: Drawn, inputs: TimeInputs) -> tuple[TransitionSpread, WeightRecord]:
+        dynamics = program.transition(particle.carry, inputs, sampler)
+        likelihood = program.gaussian_likelihood(particle.carry, inputs)
+        return transition_spread(dynamics, likelihood, rng_key, level)
+
+    return spread
 
 
 def _advance_in(

@@ -36,7 +36,12 @@ from numpyro_diffusion_da.smc.base import (
     particle_keys,
     top_level_api,
 )
-from numpyro_diffusion_da.smc.ensemble_update import EnsembleUpdate, PerturbedObservations
+from numpyro_diffusion_da.smc.ensemble_update import (
+    EnsembleUpdate,
+    PerturbedObservations,
+    TransitionSpread,
+    with_transition_spread,
+)
 from numpyro_diffusion_da.smc.inflation import Inflation, check_inflation, forecast_factor, inflated
 from numpyro_diffusion_da.smc.localization import PlacedTaper
 
@@ -52,6 +57,7 @@ def build_kernel(
     inflation: Sequence[Inflation] = (),
     batch_size: int | None = None,
     carried: Sequence[int] = (),
+    spread_fn: Callable[[PRNGKeyArray, PyTree, PyTree], tuple[TransitionSpread, PyTree]] | None = None,
 ) -> Kernel:
     """Build the kernel of the ensemble Kalman filter.
 
@@ -67,6 +73,9 @@ def build_kernel(
         batch_size: number of particles mapped at a time, which bounds the memory; None maps all at once.
         carried: indices of the arrays of a particle, in the order of its leaves, that the update moves along with x.
             With a taper, their last axes must be those of x. Inflation acts on x only.
+        spread_fn: (rng_key, particle, observation) -> (`TransitionSpread`, record), for one particle. With it, the
+            covariance of the transition is taken from it and not sampled, and `update` is not used (see
+            `ensemble_update.with_transition_spread`); None samples it.
 
     Returns:
         kernel(rng_key, state, observation) -> (State, Info), pure and jit-able.
@@ -95,7 +104,25 @@ def build_kernel(
         prior = x
         placed = taper(observation) if callable(taper) else taper
         leaves, form = jax.tree.flatten(state.particles)
-        moved = _moved(update, error_key, [x, *(leaves[i] for i in carried)], residual, placed)
+        moving = [x, *(leaves[i] for i in carried)]
+        spreading: PyTree = ()
+        if spread_fn is None:
+            moved = _moved(lambda anomalies: update(error_key, anomalies, residual, placed), moving, moving, placed)
+        else:
+            of = map_particles(lambda key, particle: spread_fn(key, particle, observation), batch_size)
+            # A fifth key leaves the others the same with and without the transition's covariance.
+            spread, spreading = of(particle_keys(jax.random.split(rng_key, 5)[4], n), state.particles)
+            spread = _widened(spread, factor)
+            none = [jnp.zeros((n * spread.signs.shape[1], *a.shape[1:]), a.dtype) for a in moving[1:]]
+            products = spread.state_products.reshape(-1, *x.shape[1:])
+            columns = _columns([products, *none], placed).reshape(n, -1, sum(a[0].size for a in moving))
+            spread = spread._replace(state_products=columns)
+            moved = _moved(
+                lambda anomalies: with_transition_spread(error_key, anomalies, residual, spread, placed),
+                moving,
+                [spread.mean, *moving[1:]],
+                placed,
+            )
         x = moved[0]
         for i, leaf in zip(carried, moved[1:], strict=True):
             leaves[i] = leaf
@@ -109,40 +136,62 @@ def build_kernel(
         )
         particles, record = advance(particle_keys(advance_key, n), x, analyzed, record)
         zeros = jnp.zeros(n, residual.dtype)
-        info = make_info(zeros, jnp.arange(n), jnp.ones(()), particles, (), record)
+        info = make_info(zeros, jnp.arange(n), jnp.ones(()), particles, spreading, record)
         return State(particles, state.log_evidence), info
 
     return kernel
 
 
+def _columns(arrays: list[Array], taper: PlacedTaper | None) -> Array:
+    """Join arrays with a leading axis of N to one of shape (N, values), place by place if there is a taper.
+
+    Args:
+        arrays: the state and what moves along with it.
+        taper: localization; None for none. Its points run over the last axes of every array.
+    """
+    n, places = len(arrays[0]), 1 if taper is None else len(taper.points)
+    size = arrays[0][0].size
+    parts = []
+    for array in arrays:
+        values = array.reshape(n, -1)
+        if taper is not None:  # an array of several states has them side by side at each point
+            values = jnp.moveaxis(values.reshape(n, -1, places, size // places), 1, 2)
+        parts.append(values.reshape(n, places, -1))
+    return jnp.concatenate(parts, axis=2).reshape(n, -1)
+
+
 def _moved(
-    update: EnsembleUpdate, rng_key: PRNGKeyArray, arrays: list[Array], residual: Array, taper: PlacedTaper | None
+    increments_of: Callable[[Array], Array], arrays: list[Array], around: list[Array], taper: PlacedTaper | None
 ) -> list[Array]:
     """Move several arrays of an ensemble by one update.
 
     Args:
-        update: update of the ensemble.
-        rng_key: random key of the update.
+        increments_of: function from anomalies to increments, both of shape (N, values).
         arrays: the state and what moves along with it, each with a leading axis of N.
-        residual: whitened residual of each member.
+        around: arrays of the same shapes whose anomalies the update takes.
         taper: localization; None for none. Its points run over the last axes of every array.
     """
-    n, places = len(residual), 1 if taper is None else len(taper.points)
+    n, places = len(arrays[0]), 1 if taper is None else len(taper.points)
     size = arrays[0].size // n
-    parts = []
-    for array in arrays:
-        anomalies = (array - array.mean(0, keepdims=True)).reshape(n, -1)
-        if taper is not None:  # an array of several states has them side by side at each point
-            anomalies = jnp.moveaxis(anomalies.reshape(n, -1, places, size // places), 1, 2)
-        parts.append(anomalies.reshape(n, places, -1))
-    increments = update(rng_key, jnp.concatenate(parts, axis=2).reshape(n, -1), residual, taper)
-    ends = np.cumsum([part.shape[2] for part in parts])[:-1]
+    increments = increments_of(_columns([x - x.mean(0, keepdims=True) for x in around], taper))
+    ends = np.cumsum([x.size // n // places for x in arrays])[:-1]
     moved = []
     for array, part in zip(arrays, jnp.split(increments.reshape(n, places, -1), ends, axis=2), strict=True):
         if taper is not None:
             part = jnp.moveaxis(part.reshape(n, places, -1, size // places), 2, 1)
         moved.append(array + part.reshape(array.shape).astype(array.dtype))
     return moved
+
+
+def _widened(spread: TransitionSpread, factor: Array | float) -> TransitionSpread:
+    """Spread of an ensemble whose forecast is widened by a factor around its mean."""
+    mean, residual = spread.mean.mean(0, keepdims=True), spread.residual.mean(0, keepdims=True)
+    return spread._replace(
+        mean=mean + factor * (spread.mean - mean),
+        residual=residual + factor * (spread.residual - residual),
+        state_products=factor**2 * spread.state_products,
+        products=factor**2 * spread.products,
+    )
 
 
 as_top_level_api = top_level_api(build_kernel)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Callable
+from typing import NamedTuple
 
 import equinox as eqx
 import jax
@@ -154,6 +155,93 @@ class SquareRoot(EnsembleUpdate):
             return _square_root_increments(x, nearby * root[None], innovation[which] * root)
 
         return _at_each_point(at_point, anomalies, predicted, taper)
+
+
+class TransitionSpread(NamedTuple):
+    """Mean and covariance V of the transition from one particle, as an ensemble Kalman filter uses them.
+
+    Attributes:
+        mean: E[x' | c], shape of the state.
+        residual: whitened residual R^{-1/2} (y - h(E[x' | c])), shape (m,); zero where missing.
+        signs: unit vectors or random signs v, shape (q, m).
+        state_products: V H^T v, shape (q, *state).
+        products: H V H^T v, shape (q, m).
+        share: weight of each v, such that the sum of share v v^T is the identity, or estimates it: 1 for unit vectors
+            and 1 / q for random signs.
+    """
+
+    mean: Float[Array, ...]
+    residual: Float[Array, " m"]
+    signs: Float[Array, "q m"]
+    state_products: Float[Array, "q ..."]
+    products: Float[Array, "q m"]
+    share: Float[Array, ""]
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether the v are unit vectors, one for each observation."""
+        return self.signs.shape[-2] == self.signs.shape[-1] > 1
+
+
+def with_transition_spread(
+    rng_key: PRNGKeyArray,
+    arrays: Float[Array, "n d"],
+    residual: Float[Array, "n m"],
+    spread: TransitionSpread,
+    taper: PlacedTaper | None = None,
+) -> Float[Array, "n d"]:
+    r"""Increments of a stochastic update whose covariances are those of the means plus the transition's own.
+
+    Let A and Y be the anomalies of the means $m_i = E[x' | c_i]$ and of $h(m_i)$, and V the mean covariance of the
+    transition over the members. The gain is
+
+    $$K = (\rho \circ A^T Y / (N - 1) + V H^T) \, (\rho \circ Y^T Y / (N - 1) + H V H^T + I)^{-1}.$$
+
+    Only the covariance of the means is sampled. V that is pooled from products with random signs is noisy far from the
+    diagonal, so the taper damps it too.
+
+    Args:
+        rng_key: random key of the perturbations.
+        arrays: anomalies of the means, with those of arrays that move along, flattened; what V adds is zero for these.
+        residual: whitened residual of each member, zero where missing.
+        spread: spread of each member, leading axis N, with `state_products` of shape (N, q, d).
+        taper: localization; None for none.
+    """
+    n, m = residual.shape
+    observed = jnp.any(residual != 0.0, axis=0)
+    errors = jax.vmap(lambda key: jax.random.normal(key, (m,), residual.dtype))(particle_keys(rng_key, n))
+    errors = errors - errors.mean(0, keepdims=True)
+    innovation = jnp.where(observed[None], residual + errors, 0.0)
+    predicted = spread.residual.mean(0, keepdims=True) - spread.residual
+    q = spread.signs.shape[1]
+    signs = (spread.signs * spread.share[:, None, None] / n).reshape(n * q, m)
+    between = spread.products.reshape(n * q, m).T @ signs
+    between = 0.5 * (between + between.T)
+    sampled = predicted.T @ predicted / (n - 1)
+    state = spread.state_products.reshape(n * q, -1)
+    if taper is None:
+        solved = jnp.linalg.solve(sampled + between + jnp.eye(m), innovation.T)
+        gain = arrays.T @ predicted / (n - 1) + state.T @ signs
+        return (gain @ solved).T
+    rho = jnp.asarray(taper.between_observations(), residual.dtype)
+    between = between if spread.is_exact else rho * between
+    solved = jnp.linalg.solve(rho * sampled + between + jnp.eye(m), innovation.T)
+    points = len(taper.points)
+    by_point = state.reshape(n * q, points, -1)
+    which, weights = taper.neighborhoods()
+
+    def at_point(inputs: tuple[Array, Array, Array, Array]) -> Array:
+        x, v, which, weights = inputs
+        own = v.T @ signs[:, which]
+        rho = weights[None].astype(x.dtype)
+        gain = rho * (x.T @ predicted[:, which] / (n - 1)) + (own if spread.is_exact else rho * own)
+        return (gain @ solved[which]).T
+
+    x = jnp.moveaxis(arrays.reshape(n, points, -1), 1, 0)
+    inputs = (x, jnp.moveaxis(by_point, 1, 0), jnp.asarray(which), jnp.asarray(weights))
+    batch = LARGEST_BLOCK // (n * (1 + q) * (2 * which.shape[1] + x.shape[2]))
+    moved = jax.lax.map(at_point, inputs, batch_size=min(max(batch, 1), points))
+    return jnp.moveaxis(moved, 0, 1).reshape(n, -1)
 
 
 def _square_root_increments(

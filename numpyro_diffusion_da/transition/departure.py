@@ -19,6 +19,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from numpyro_diffusion_da.observation.likelihood import GaussianLikelihood, GeneralLikelihood, Likelihood, whiten
 from numpyro_diffusion_da.observation.moment_matching import LEAST_VARIANCE
+from numpyro_diffusion_da.smc.ensemble_update import TransitionSpread
 from numpyro_diffusion_da.smc.kalman_move import Departure, Predicted
 from numpyro_diffusion_da.transition.base import Dynamics, Moments
 from numpyro_diffusion_da.transition.gaussian import GaussianDynamics
@@ -33,6 +34,9 @@ from numpyro_diffusion_da.transition.weights import Moment, PredictiveWeight, We
 
 NODES = np.linspace(-4.0, 4.0, 33)
 """Nodes of the integration over an observation's coordinate, in standard deviations."""
+
+FEW_PRODUCTS = 4
+"""Number of observed values up to which a diffusion makes a product with its covariance for each of them."""
 
 TANGENTS = 4
 """Largest number of directions along which an observation is followed; the one that moves it most is used."""
@@ -95,6 +99,43 @@ def predict(
             moments = moments._replace(mean=own.forecast)
         record = WeightRecord(own.passes.plus(passes).plus(made), moments.mean)
     return Predicted(log_weight, departure(moments, dynamics, likelihood, observed, moment is not None)), record
+
+
+def transition_spread(
+    dynamics: Dynamics,
+    likelihood: GaussianLikelihood,
+    rng_key: PRNGKeyArray,
+    noise_level: float | None,
+    most_products: int = FEW_PRODUCTS,
+) -> tuple[TransitionSpread, WeightRecord]:
+    """Mean and covariance of one transition, as an ensemble Kalman filter uses them.
+
+    Args:
+        dynamics: transition p(x' | c) of the particle.
+        likelihood: Gaussian likelihood of the step's observations.
+        rng_key: random key of the signs of the product; it should differ between particles.
+        noise_level: noise level of a diffusion's covariance; None takes the highest.
+        most_products: number of observations up to which a diffusion makes a product for each.
+
+    Returns:
+        (mean and products with the covariance; record with the network passes).
+    """
+    moments, spread = dynamics.moments(), dynamics.moments(noise_level)
+    residual, push = jax.linearize(likelihood.residual, moments.mean)
+    transposed = jax.linear_transpose(push, moments.mean)
+    m = len(residual)
+    is_exact = m <= (MOST_PRODUCTS if isinstance(dynamics, GaussianDynamics) else most_products)
+    signs = jnp.eye(m, dtype=residual.dtype) if is_exact else jax.random.rademacher(rng_key, (1, m), residual.dtype)
+
+    def product(v: Array) -> tuple[Array, Array]:
+        state = spread.covariance_product(-transposed(v)[0])  # H = -dr/dx
+        return state, -push(state)
+
+    states, products = jax.vmap(product)(signs)
+    made = jax.tree.map(lambda count: count * len(signs), spread.passes_per_product)
+    record = WeightRecord(moments.passes.plus(spread.passes).plus(made), moments.mean)
+    share = jnp.ones((), residual.dtype) if is_exact else jnp.asarray(1.0 / len(signs), residual.dtype)
+    return TransitionSpread(moments.mean, residual, signs, states, products, share), record
 
 
 def departure(
