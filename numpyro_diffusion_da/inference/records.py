@@ -111,6 +111,7 @@ def record_step(
             "distinct_ancestors": info.distinct_ancestors,
             "log_weight_std": info.log_weight_std,
             "solver_residual": info.proposal.draw.solver_residual,
+            **({} if info.move == () else info.move._asdict()),
         },
         "passes": algorithm.passes(info)._asdict(),
         "observations": program.observations(first, inputs),

@@ -110,6 +110,19 @@ STATS = {
         "standard deviation of the finite log-weights",
         "weights collapse near sqrt(2 log N) for N particles",
     ),
+    "non_gaussianity": (
+        "non-Gaussianity D of the ensemble before the step",
+        "squared differences of weighted means and variances from those of a Kalman step, in their sampling variances; "
+        "about 1 or less if the ensemble is Gaussian, 0 where there is no observation",
+    ),
+    "selection_share": (
+        "share of its power that selection uses",
+        "lambda = max(0, 1 - 1 / mean D) unless it is fixed; the move of the ancestors uses the rest",
+    ),
+    "moved_share": (
+        "share of the observations that the move of the ancestors uses",
+        "from 0 (selection uses all of them) to 1 (no selection)",
+    ),
     "solver_residual": ("largest relative residual of the linear solves of a draw", "0 without linear solves"),
     "acceptance_rate": ("acceptance probability of proposals", "NaN if none was made"),
     "is_accepted": ("whether the proposal was accepted", ""),

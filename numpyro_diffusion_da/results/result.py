@@ -12,7 +12,12 @@ from numpyro_diffusion_da.fields.layout import Layout
 PER_PARTICLE = frozenset({"log_weights", "ancestors", "solver_residual", "filter_draw"})
 """Statistics of a step with one value for each particle."""
 
-OF_WEIGHTS = frozenset({"log_weights", "ancestors", "ess", "tempering", "distinct_ancestors", "log_weight_std"})
+OF_WEIGHTS = frozenset(
+    {
+        *{"log_weights", "ancestors", "ess", "tempering", "distinct_ancestors", "log_weight_std"},
+        *{"non_gaussianity", "moved_share"},
+    }
+)
 """Statistics of a step with one value for each block if resampling is localized."""
 
 

@@ -47,8 +47,8 @@ def trajectories(result: FilterResult) -> FilterResult:
         Smoothed result of the same shapes; `fixed_lag` lists what changes.
 
     Raises:
-        ValueError: the result has no genealogy: it comes from an ensemble Kalman filter or from localized resampling,
-            or is already smoothed.
+        ValueError: the result has no genealogy: it comes from an ensemble Kalman filter, from localized resampling, or
+            from a filter that moves ancestors, or is already smoothed.
     """
     return along(result, _lines(result, None), {"smoothing": "genealogy"})
 
@@ -123,6 +123,11 @@ def _lines(result: FilterResult, lag: int | None) -> np.ndarray:
         raise ValueError(
             "with localized resampling a particle has a parent for each block of the state, and so no line of "
             "ancestors; smooth a result without a taper, or use Filter.backward_simulation."
+        )
+    if "selection_share" in result.sample_stats:
+        raise ValueError(
+            "the ancestors of this result were moved after they were selected, and so a particle continues no earlier "
+            "one; smooth a result of FAAPF(model, move=False), or use Filter.backward_simulation."
         )
     chains, draws, steps = ancestors.shape
     reach = steps - 1 if lag is None else min(int(lag), steps - 1)

@@ -83,14 +83,14 @@ class MoveRecord(NamedTuple):
     """Record of the moves of one step.
 
     Attributes:
-        non_gaussianity: D of each block, shape (b,); 0 where no observation is near.
+        non_gaussianity: D of each block, shape (b,), or () without blocks; 0 where no observation is near.
         selection_share: lambda, the share of its power that selection uses.
-        moved_share: mean share of the observations near a block that the move uses, shape (b,).
+        moved_share: share of the observations near a block that the move uses, of the shape of D; 0 where there is none.
     """
 
-    non_gaussianity: Float[Array, " b"]
+    non_gaussianity: Float[Array, " b"] | Float[Array, ""]
     selection_share: Float[Array, ""]
-    moved_share: Float[Array, " b"]
+    moved_share: Float[Array, " b"] | Float[Array, ""]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -237,6 +237,7 @@ class PlacedMove:
         ancestors = ancestors.T
         if self.local is None:
             log_weights, alpha, ancestors = log_weights[0], alpha[0], ancestors[:, 0]
+            d, used = d[0], used[0]
             parents = jax.tree.leaves(jax.tree.map(lambda x: x[ancestors], particles))
         else:
             log_weights = log_weights.T
