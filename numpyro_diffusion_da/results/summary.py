@@ -104,11 +104,9 @@ def _filter_table(result: FilterResult) -> Any:
         if (advice := tempering_advice(result)) is not None:
             table.add_row("", f"[yellow]{escape(advice)}[/yellow]")
         if "selection_share" in stats:
-            share, used = stats["selection_share"], stats["moved_share"]
+            selection, moved = np.mean(stats["selection_share"]), np.mean(stats["moved_share"])
             table.add_row("non-Gaussianity D", f"{np.mean(stats['non_gaussianity']):.2f} (1 or less if Gaussian)")
-            table.add_row(
-                "likelihood used by", f"the move {np.mean(used):.0%} (selection's share lambda {np.mean(share):.2f})"
-            )
+            table.add_row("likelihood used by moves", f"{moved:.0%} (selection's share lambda {selection:.2f})")
         table.add_row("distinct ancestors", _middle_and_least(stats["distinct_ancestors"], ".0f"))
         if _has_genealogy(result):
             lagged, whole = (np.median(smoothing.distinct_ancestors_at(result, lag)[:, 0]) for lag in (LAG, None))

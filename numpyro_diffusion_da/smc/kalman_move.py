@@ -85,7 +85,7 @@ class MoveRecord(NamedTuple):
     Attributes:
         non_gaussianity: D of each block, shape (b,), or () without blocks; 0 where no observation is near.
         selection_share: lambda, the share of its power that selection uses.
-        moved_share: share of the observations near a block that the move uses, of the shape of D; 0 where there is none.
+        moved_share: share of the observations near a block that the move uses, of the shape of D; 0 without any.
     """
 
     non_gaussianity: Float[Array, " b"] | Float[Array, ""]
@@ -187,7 +187,7 @@ class PlacedMove:
         error = _mean(error, usable)
         observed = observed & jnp.isfinite(error) & (error > 0.0)
         scale = jnp.where(observed, jnp.sqrt(jnp.where(observed, error, 1.0)), 1.0)
-        residual = jnp.where(observed, residual / scale, 0.0)
+        residual = jnp.where(observed[None], residual / scale[None], 0.0)
         weight_error = 1.0 + jnp.where(observed, jnp.maximum(_mean(of_weight, usable), 0.0) / scale**2, 0.0)
         noise = jax.vmap(lambda key: jax.random.normal(key, (m,), residual.dtype))(particle_keys(rng_keys[1], n))
         noise = (noise - noise.mean(0, keepdims=True)) * (n / max(n - 1, 1)) ** 0.5
@@ -267,7 +267,9 @@ def _pooled(
         scale: unit of each observation.
     """
     count = jnp.maximum(jnp.sum(usable), 1)
-    parts = jax.tree.map(lambda x: jnp.where(usable[:, None, None] & jnp.isfinite(x), x / scale, 0.0), spread)
+    parts = jax.tree.map(
+        lambda x: jnp.where(usable[:, None, None] & jnp.isfinite(x), x / scale[None, None], 0.0), spread
+    )
     whole = None if isinstance(parts, tuple) else jnp.sum(parts, axis=0) / count / scale[:, None]
 
     def between(which: Array, taper: Array | None) -> Array:

@@ -162,7 +162,7 @@ def departure(
     residual = jnp.concatenate([*own, residual])
     error = jnp.concatenate([jnp.ones(known, residual.dtype), error])
     slope = jnp.concatenate([jnp.ones(known, residual.dtype), slope])
-    spread = jax.tree.map(lambda x: x * slope, observed.spread)
+    spread = jax.tree.map(lambda x: x * slope[None], observed.spread)
     if not isinstance(spread, tuple):
         spread = spread * slope[:, None]
     # From the order of `ObservedSpread` to that of the program.
