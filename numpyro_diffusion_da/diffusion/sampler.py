@@ -294,6 +294,7 @@ class Sampler(eqx.Module):
         noise_range: tuple[float, float],
         shape: tuple[int, ...],
         dtype: Any = float,
+        start: Float[Array, ...] | None = None,
     ) -> tuple[Float[Array, ...], GuidanceState]:
         """Draw a latent: choose the starting point around the mean, and run the denoiser to the lowest noise level.
 
@@ -304,12 +305,13 @@ class Sampler(eqx.Module):
             noise_range: (lowest, highest) noise level of the prior.
             shape: shape of the latent.
             dtype: dtype of the latent.
+            start: noise s_max e to start from; None draws it by `initial` with the first key of a split of `rng_key`.
 
         Returns:
             (the denoised latent; guidance state after the last level).
         """
         start_key, loop_key = jax.random.split(rng_key)
-        z = self.initial(start_key, noise, noise_range, shape, dtype)
+        z = self.initial(start_key, noise, noise_range, shape, dtype) if start is None else start
         if self.forgets_start:
             return self(loop_key, denoiser, noise, noise_range, z)
         highest, second = self.schedule.levels(noise_range)[:2]

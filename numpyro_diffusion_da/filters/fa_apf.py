@@ -41,7 +41,7 @@ from numpyro_diffusion_da.smc.kalman_move import KalmanMove, PlacedMove
 from numpyro_diffusion_da.smc.local_ancestors import LocalAncestors
 from numpyro_diffusion_da.smc.localization import Taper
 from numpyro_diffusion_da.smc.tempering import Tempering, WeightTempering
-from numpyro_diffusion_da.transition.base import DrawRecord
+from numpyro_diffusion_da.transition.base import Centering, DrawRecord
 from numpyro_diffusion_da.transition.departure import predict
 from numpyro_diffusion_da.transition.gaussian import GaussianDynamics
 from numpyro_diffusion_da.transition.weights import Dirac, Equal, Moment, PredictiveWeight
@@ -209,11 +209,13 @@ class FAAPF(FilterAlgorithm):
 
         # With inflation, the kernel calls `draw` and `advance` with the same key, and inflates the states in between.
         # They split it alike, so the draws are those of `propose`.
-        def draw(rng_key: PRNGKeyArray, particle: Keyed, inputs: TimeInputs) -> tuple[Array, DrawRecord]:
+        def draw(
+            rng_key: PRNGKeyArray, particle: Keyed, inputs: TimeInputs, centering: Centering | None
+        ) -> tuple[Array, DrawRecord]:
             carry = particle.carry
             draw_key, _ = jax.random.split(rng_key)
             dynamics = program.transition(carry, inputs, self.sampler)
-            return dynamics.conditional_draw(draw_key, program.likelihood(carry, inputs), self.guidance)
+            return dynamics.conditional_draw(draw_key, program.likelihood(carry, inputs), self.guidance, centering)
 
         def advance(
             rng_key: PRNGKeyArray, x: Array, particle: Keyed, inputs: TimeInputs, record: DrawRecord
@@ -223,33 +225,36 @@ class FAAPF(FilterAlgorithm):
             sites = program.record(record_key, x, carry, inputs)
             return program.advance(x, carry, inputs), Proposal(record, sites)
 
-        def propose(rng_key: PRNGKeyArray, particle: Keyed, inputs: TimeInputs) -> tuple[PyTree, Proposal]:
-            x, record = draw(rng_key, particle, inputs)
+        def propose(
+            rng_key: PRNGKeyArray, particle: Keyed, inputs: TimeInputs, centering: Centering | None
+        ) -> tuple[PyTree, Proposal]:
+            x, record = draw(rng_key, particle, inputs, centering)
             return advance(rng_key, x, particle, inputs, record)
 
         def forecast(rng_key: PRNGKeyArray, particle: Keyed, inputs: TimeInputs) -> tuple[Array, DrawRecord]:
             draw_key, _ = jax.random.split(rng_key)
             return program.draw(draw_key, particle.carry, inputs, self.sampler)
 
-        step = fa_apf.build_kernel(
-            log_predictive,
-            draw if self.inflation else propose,
-            self.resampling,
-            self.target_ess,
-            batch_size,
-            local,
-            self.inflation,
-            advance,
-            forecast,
-            self.tempering,
-            None if moves is None else self._placed(moves, program),
-        )
+        placed = None if moves is None else self._placed(moves, program)
 
         def kernel(rng_key: PRNGKeyArray, state: State, inputs: TimeInputs) -> tuple[State, Info]:
-            # A seventh key leaves the others the same with and without a move.
-            keys = (
-                () if moves is None else particle_keys(jax.random.split(rng_key, 7)[6], num_particles(state.particles))
+            n = num_particles(state.particles)
+            centering = self._centering(program, rng_key, state.particles, inputs)
+            step = fa_apf.build_kernel(
+                log_predictive,
+                functools.partial(draw if self.inflation else propose, centering=centering),
+                self.resampling,
+                self.target_ess,
+                batch_size,
+                local,
+                self.inflation,
+                advance,
+                forecast,
+                self.tempering,
+                placed,
             )
+            # A seventh key leaves the others the same with and without a move.
+            keys = () if moves is None else particle_keys(jax.random.split(rng_key, 7)[6], n)
             new, info = step(rng_key, state._replace(particles=Keyed(state.particles, keys)), inputs)
             background = background_of_transition(
                 program,
@@ -263,6 +268,30 @@ class FAAPF(FilterAlgorithm):
             return new, info._replace(background=background)
 
         return kernel
+
+    def _centering(
+        self, program: StateSpaceModel, rng_key: PRNGKeyArray, particles: PyTree, inputs: TimeInputs
+    ) -> Centering | None:
+        """Centering of the random numbers of a step's draws; None where independent draws give the evidence no bias.
+
+        Args:
+            program: state-space model at given arguments of the program.
+            rng_key: random key of the step.
+            particles: carries before the step, leading axis N.
+            inputs: inputs of the time.
+        """
+        n = num_particles(particles)
+        if (self.has_evidence() and self.moves is None) or n < 2:
+            return None
+        first = jax.tree.map(lambda leaf: leaf[0], particles)
+
+        def numbers(key: PRNGKeyArray) -> PyTree:
+            # The key of the draw is the first of those into which `draw` splits that of the particle.
+            draw_key, _ = jax.random.split(key)
+            return program.random_numbers(draw_key, first, inputs, self.sampler, conditional=True)
+
+        # The kernel draws with the second key of the step.
+        return Centering.over(numbers, particle_keys(jax.random.split(rng_key)[1], n))
 
     def _check_errors(self, program: StateSpaceModel) -> None:
         """Check that `LikelihoodTempering` can temper all sites.

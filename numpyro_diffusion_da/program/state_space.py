@@ -54,7 +54,7 @@ from numpyro_diffusion_da.program.sites import (
     undefined_means,
 )
 from numpyro_diffusion_da.program.structure import Structure, name_of, trace_structure
-from numpyro_diffusion_da.transition.base import DrawRecord, Dynamics
+from numpyro_diffusion_da.transition.base import Centering, DrawRecord, Dynamics
 
 
 class StateSpaceModel:
@@ -206,7 +206,12 @@ class StateSpaceModel:
         return dynamics_of(self.structure.latent_name, self._latent(carry, inputs), sampler)
 
     def draw(
-        self, rng_key: PRNGKeyArray, carry: PyTree, inputs: TimeInputs, sampler: Sampler | Step | None = None
+        self,
+        rng_key: PRNGKeyArray,
+        carry: PyTree,
+        inputs: TimeInputs,
+        sampler: Sampler | Step | None = None,
+        centering: Centering | None = None,
     ) -> tuple[Any, DrawRecord]:
         """Draw x' ~ p(x' | c), for any distribution that can be sampled.
 
@@ -215,6 +220,7 @@ class StateSpaceModel:
             carry: carry c that the body takes.
             inputs: inputs of the time.
             sampler: sampler, or a bare step, that replaces the sampler of a diffusion; None keeps it.
+            centering: change of the random numbers, see `random_numbers`; None for none.
 
         Returns:
             (x', in the shape of the state, or the values of several latent sites by name; record of the draw).
@@ -223,6 +229,8 @@ class StateSpaceModel:
             ValueError: the latent site is a `DiffusionTransition` with batch axes.
             TypeError: `sampler` is neither a sampler nor a step.
         """
+        if centering is not None:
+            return self.transition(carry, inputs, sampler).draw(rng_key, centering)
         if len(self.structure.latent_names) == 1:
             return _draw(rng_key, self.structure.latent_name, self._latent(carry, inputs), sampler)
         values: dict[str, Array] = {}
@@ -239,6 +247,34 @@ class StateSpaceModel:
         residual = jnp.max(jnp.stack([record.solver_residual for record in records]))
         passes = jax.tree.map(lambda *each: sum(each), *[record.passes for record in records])
         return values, DrawRecord(passes, residual)
+
+    def random_numbers(
+        self,
+        rng_key: PRNGKeyArray,
+        carry: PyTree,
+        inputs: TimeInputs,
+        sampler: Sampler | Step | None = None,
+        conditional: bool = False,
+    ) -> PyTree | None:
+        """Normal random numbers of a draw of the latent site with this key, which `Centering` centers.
+
+        Args:
+            rng_key: random key of the draw.
+            carry: carry that the body takes; the numbers do not depend on it.
+            inputs: inputs of the time.
+            sampler: sampler, or a bare step, that replaces the sampler of a diffusion; None keeps it.
+            conditional: whether the draw is one given the observations.
+
+        Returns:
+            The numbers; None if the latent site is neither a diffusion nor Gaussian, or if there are several.
+        """
+        if len(self.structure.latent_names) != 1:
+            return None
+        try:
+            dynamics = self.transition(carry, inputs, sampler)
+        except ValueError:
+            return None
+        return dynamics.random_numbers(rng_key, self.likelihood(carry, inputs) if conditional else None)
 
     def latent_values(self, x: PyTree) -> dict[str, Array]:
         """Values of the latent sites by name.

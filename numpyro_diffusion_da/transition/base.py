@@ -11,7 +11,9 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import equinox as eqx
-from jaxtyping import Array, Float, PRNGKeyArray
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Key, PRNGKeyArray, PyTree
 
 from numpyro_diffusion_da.diffusion.denoiser import NetworkPasses
 from numpyro_diffusion_da.diffusion.guidance import Guidance
@@ -46,6 +48,46 @@ class Moments(NamedTuple):
     passes_per_product: NetworkPasses
 
 
+class Centering(NamedTuple):
+    """Change of the random numbers of a draw that centers them over an ensemble.
+
+    The numbers z of N members become (z - mean z) (N / (N - 1))^(1/2). Each of them has the same distribution as
+    before, and their mean over the ensemble is 0, so that the mean of the draws has less sampling noise. The draws of
+    different members are no longer independent.
+
+    Attributes:
+        mean: mean over the ensemble, in the form of `Dynamics.random_numbers`.
+        factor: (N / (N - 1))^(1/2).
+    """
+
+    mean: PyTree
+    factor: float
+
+    @staticmethod
+    def over(numbers: Callable[[PRNGKeyArray], PyTree], rng_keys: Key[Array, " n"]) -> Centering:
+        """Centering of the random numbers of n members, 2 or more.
+
+        The numbers are added one member after the other, so that they are never in memory together, and the result does
+        not depend on batches.
+
+        Args:
+            numbers: function from the key of a member's draw to its numbers.
+            rng_keys: keys of the members.
+        """
+        n = len(rng_keys)
+        zeros = jax.tree.map(lambda z: jnp.zeros(z.shape, z.dtype), jax.eval_shape(numbers, rng_keys[0]))
+
+        def add(total: PyTree, rng_key: PRNGKeyArray) -> tuple[PyTree, None]:
+            return jax.tree.map(jnp.add, total, numbers(rng_key)), None
+
+        total, _ = jax.lax.scan(add, zeros, rng_keys)
+        return Centering(jax.tree.map(lambda z: z / n, total), (n / (n - 1)) ** 0.5)
+
+    def __call__(self, numbers: PyTree) -> PyTree:
+        """Center the numbers of one member."""
+        return jax.tree.map(lambda z, mean: (z - mean) * self.factor, numbers, self.mean)
+
+
 class Dynamics(eqx.Module):
     """Abstract transition p(x' | c) of the state, for one given c."""
 
@@ -66,8 +108,23 @@ class Dynamics(eqx.Module):
         """
 
     @abc.abstractmethod
-    def draw(self, rng_key: PRNGKeyArray) -> tuple[Float[Array, ...], DrawRecord]:
+    def random_numbers(self, rng_key: PRNGKeyArray, likelihood: Likelihood | None = None) -> PyTree:
+        """Return the normal random numbers of a draw with this key, which `Centering` centers, without network passes.
+
+        They are those that a diffusion starts from, or all of a closed form. None depends on c.
+
+        Args:
+            rng_key: random key of the draw.
+            likelihood: likelihood of the step's observations, for a `conditional_draw`; None for a `draw`.
+        """
+
+    @abc.abstractmethod
+    def draw(self, rng_key: PRNGKeyArray, centering: Centering | None = None) -> tuple[Float[Array, ...], DrawRecord]:
         """Draw x' ~ p(x' | c).
+
+        Args:
+            rng_key: random key.
+            centering: change of the random numbers; None for none.
 
         Returns:
             (x', shape of the state; record of the draw).
@@ -75,7 +132,11 @@ class Dynamics(eqx.Module):
 
     @abc.abstractmethod
     def conditional_draw(
-        self, rng_key: PRNGKeyArray, likelihood: Likelihood, guidance: Guidance
+        self,
+        rng_key: PRNGKeyArray,
+        likelihood: Likelihood,
+        guidance: Guidance,
+        centering: Centering | None = None,
     ) -> tuple[Float[Array, ...], DrawRecord]:
         """Draw x' ~ p(x' | c, y), the optimal proposal.
 
@@ -83,6 +144,7 @@ class Dynamics(eqx.Module):
             rng_key: random key.
             likelihood: likelihood of the step's observations y.
             guidance: guidance of a diffusion; closed forms ignore it.
+            centering: change of the random numbers; None for none.
 
         Returns:
             (x', shape of the state; record of the draw).

@@ -14,7 +14,7 @@ from numpyro_diffusion_da.diffusion.path_weights import weighted_path
 from numpyro_diffusion_da.diffusion.prior import Conditioning, DiffusionPrior
 from numpyro_diffusion_da.diffusion.sampler import Sampler
 from numpyro_diffusion_da.observation.likelihood import Likelihood, probe_signs
-from numpyro_diffusion_da.transition.base import DrawRecord, Dynamics, Moments
+from numpyro_diffusion_da.transition.base import Centering, DrawRecord, Dynamics, Moments
 
 
 class DiffusionDynamics(Dynamics):
@@ -74,22 +74,33 @@ class DiffusionDynamics(Dynamics):
         passes = guidance_state.passes.plus(NetworkPasses.of(forward=self.prior.conditioning_passes))
         return DrawRecord(passes, guidance_state.solver_residual)
 
-    def _run(self, rng_key: PRNGKeyArray, denoiser: Denoiser) -> tuple[Array, DrawRecord]:
+    def random_numbers(self, rng_key: PRNGKeyArray, likelihood: Likelihood | None = None) -> Array:
+        """Return the noise at the highest level, from which reverse diffusion starts."""
+        return self._start(jax.random.split(rng_key)[0])
+
+    def _run(self, rng_key: PRNGKeyArray, denoiser: Denoiser, centering: Centering | None) -> tuple[Array, DrawRecord]:
         """Draw a state by reverse diffusion with this denoiser, and return it with its record."""
         location = self.prior.location(self.conditioning)
         noise, noise_range = self.prior.noise, self.prior.noise_range
-        z, guidance_state = self.sampler.draw(rng_key, denoiser, noise, noise_range, location.shape, location.dtype)
+        start = None if centering is None else centering(self.random_numbers(rng_key))
+        z, guidance_state = self.sampler.draw(
+            rng_key, denoiser, noise, noise_range, location.shape, location.dtype, start
+        )
         return self._to_state(z), self._record(guidance_state)
 
-    def draw(self, rng_key: PRNGKeyArray) -> tuple[Float[Array, ...], DrawRecord]:
+    def draw(self, rng_key: PRNGKeyArray, centering: Centering | None = None) -> tuple[Float[Array, ...], DrawRecord]:
         """Draw x' ~ p(x' | c) by reverse diffusion with the prior's denoiser, and return it with its record."""
-        return self._run(rng_key, PriorDenoiser(self.prior, self.conditioning))
+        return self._run(rng_key, PriorDenoiser(self.prior, self.conditioning), centering)
 
     def conditional_draw(
-        self, rng_key: PRNGKeyArray, likelihood: Likelihood, guidance: Guidance
+        self,
+        rng_key: PRNGKeyArray,
+        likelihood: Likelihood,
+        guidance: Guidance,
+        centering: Centering | None = None,
     ) -> tuple[Float[Array, ...], DrawRecord]:
         """Draw x' ~ p(x' | c, y) by reverse diffusion with the guided denoiser, and return it with its record."""
-        return self._run(rng_key, guidance(PriorDenoiser(self.prior, self.conditioning), likelihood))
+        return self._run(rng_key, guidance(PriorDenoiser(self.prior, self.conditioning), likelihood), centering)
 
     def weighted_draw(
         self, rng_key: PRNGKeyArray, likelihood: Likelihood, guidance: Guidance

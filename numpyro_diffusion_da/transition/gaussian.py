@@ -16,7 +16,7 @@ from numpyro_diffusion_da.observation.likelihood import (
     probe_signs,
 )
 from numpyro_diffusion_da.observation.moment_matching import LEAST_VARIANCE, tilted_quantiles
-from numpyro_diffusion_da.transition.base import DrawRecord, Dynamics, Moments
+from numpyro_diffusion_da.transition.base import Centering, DrawRecord, Dynamics, Moments
 from numpyro_diffusion_da.transition.predictive import (
     _by_coordinates,
     _ByCoordinates,
@@ -57,20 +57,40 @@ class GaussianDynamics(Dynamics):
         """Return F e for random signs e, leading axis k."""
         return jax.vmap(self._apply)(probe_signs(self.mean.shape, self.mean.dtype))
 
+    def random_numbers(self, rng_key: PRNGKeyArray, likelihood: Likelihood | None = None) -> tuple[Array, ...]:
+        """Return the white noise of the state, and that of the perturbed observations if the draw has them."""
+        if likelihood is None or self.is_separate(likelihood):
+            return (self._white(rng_key),)
+        draw_key, error_key = jax.random.split(rng_key)
+        m = jax.eval_shape(likelihood.pointwise, self.mean).shape
+        return self._white(draw_key), jax.random.normal(error_key, m, self.mean.dtype)
+
+    def _white(self, rng_key: PRNGKeyArray) -> Array:
+        """Return white noise of the shape of the state."""
+        return jax.random.normal(rng_key, self.mean.shape, self.mean.dtype)
+
     def is_separate(self, likelihood: Likelihood) -> bool:
         """Return whether each observation depends on one component of the state, and components are independent."""
         if not isinstance(likelihood, GeneralLikelihood) or self.factor.shape != self.mean.shape:
             return False
         return likelihood.are_separate(self.mean)
 
-    def draw(self, rng_key: PRNGKeyArray) -> tuple[Float[Array, ...], DrawRecord]:
+    def draw(self, rng_key: PRNGKeyArray, centering: Centering | None = None) -> tuple[Float[Array, ...], DrawRecord]:
         """Draw x' = mean + F xi with white xi, and return it with its record."""
-        white = jax.random.normal(rng_key, self.mean.shape, self.mean.dtype)
+        (white,) = _centered(self.random_numbers(rng_key), centering)
+        return self._moved_by(white)
+
+    def _moved_by(self, white: Array) -> tuple[Float[Array, ...], DrawRecord]:
+        """Return mean + F xi for white xi, and the record of a draw."""
         record = DrawRecord(NetworkPasses.of(), jnp.zeros((), self.mean.dtype))
         return self.mean + self._apply(white), record
 
     def conditional_draw(
-        self, rng_key: PRNGKeyArray, likelihood: Likelihood, guidance: Guidance
+        self,
+        rng_key: PRNGKeyArray,
+        likelihood: Likelihood,
+        guidance: Guidance,
+        centering: Centering | None = None,
     ) -> tuple[Float[Array, ...], DrawRecord]:
         """Draw x' ~ p(x' | c, y), by moving an unguided draw towards the observations.
 
@@ -82,13 +102,14 @@ class GaussianDynamics(Dynamics):
         Returns:
             (x', shape of the state; record of the draw).
         """
+        numbers = _centered(self.random_numbers(rng_key, likelihood), centering)
         if not isinstance(likelihood, GeneralLikelihood):
-            return self._matheron(rng_key, matched(self.moments(), self.tangents(), likelihood)[0])[:2]
+            return self._matheron(numbers, matched(self.moments(), self.tangents(), likelihood)[0])[:2]
         if self.is_separate(likelihood):
-            x, record = self.draw(rng_key)
+            x, record = self._moved_by(numbers[0])
             return x + self._towards_separate(x, likelihood), record
         found = _by_coordinates(self.moments(), self.tangents(), likelihood)
-        x, record, _ = self._matheron(rng_key, found.local)
+        x, record, _ = self._matheron(numbers, found.local)
         return x + self._towards_tilted(x, found), record
 
     def _towards_separate(self, x: Float[Array, ...], likelihood: GeneralLikelihood) -> Float[Array, ...]:
@@ -146,22 +167,25 @@ class GaussianDynamics(Dynamics):
             (x', shape of the state; log w, a scalar; record of the draw).
         """
         local, _ = matched(self.moments(), self.tangents(), likelihood)
-        x, record, ratio = self._matheron(rng_key, local)
+        x, record, ratio = self._matheron(self.random_numbers(rng_key, local), local)
         return x, likelihood.log_prob(x) + ratio, record
 
     def _matheron(
-        self, rng_key: PRNGKeyArray, likelihood: GaussianLikelihood
+        self, numbers: tuple[Array, ...], likelihood: GaussianLikelihood
     ) -> tuple[Array, DrawRecord, Float[Array, ""]]:
         """Draw x from the posterior q for Gaussian observations, by Matheron's rule.
+
+        Args:
+            numbers: white noise of the state, and that of the perturbed observations.
+            likelihood: Gaussian likelihood of the observations.
 
         Returns:
             (x; its record; log p(x | c) - log q(x)).
         """
         # Unguided draw, and its innovation with a perturbed observation.
-        draw_key, error_key = jax.random.split(rng_key)
-        x, record = self.draw(draw_key)
+        white, error = numbers
+        x, record = self._moved_by(white)
         residual, covariance, pull = observed_covariance(self.moments(), likelihood)
-        error = jax.random.normal(error_key, residual.shape, residual.dtype)
         innovation = residual - (jax.jvp(likelihood.residual, (self.mean,), (self.mean - x,))[1] + error)
         # Weights of the columns of V H^T that move the draw.
         gain = projected_solve(covariance, innovation)
@@ -172,3 +196,8 @@ class GaussianDynamics(Dynamics):
         ratio = -0.5 * jnp.sum((vectors.T @ residual) ** 2 / values) - 0.5 * jnp.sum(jnp.log(values))
         moved = x + self.moments().covariance_product(pull(gain))
         return moved, record, ratio + 0.5 * jnp.vdot(left, left)
+
+
+def _centered(numbers: tuple[Array, ...], centering: Centering | None) -> tuple[Array, ...]:
+    """Center the random numbers of a draw; None leaves them as they are."""
+    return numbers if centering is None else centering(numbers)
