@@ -180,7 +180,8 @@ def test_results_of_moved_ancestors_are_not_smoothed_by_genealogy() -> None:
     ("wrong", "message"),
     [
         ({"selection_share": 1.5}, "selection_share=1.5; give a number from 0"),
-        ({"selection_share": True}, "selection_share=True"),
+        ({"lowest": 1.0, "highest": (2.0, 0.0)}, "lowest=1.0 and highest=.*each lowest value must be below"),
+        ({"lowest": float("nan")}, "NaN in lowest"),
         ({"radius": 0.0}, "radius=0.0; give a positive half-width"),
         ({"noise_level": -1.0}, "noise_level=-1.0"),
         ({"most_products": -1}, "most_products=-1"),
@@ -194,5 +195,43 @@ def test_wrong_settings_are_named(wrong: dict, message: str) -> None:
 def test_a_radius_needs_a_taper() -> None:
     with pytest.raises(ValueError, match="no taper, which the radius needs"):
         ndda.FAAPF(ring, move=KalmanMove(radius=2.0))
-    with pytest.raises(TypeError, match="move"):
-        ndda.FAAPF(ring, move="yes")  # type: ignore[arg-type]
+    for wrong in ({"move": "yes"}, {"move": KalmanMove}):
+        with pytest.raises(TypeError, match="move"):
+            ndda.FAAPF(ring, **wrong)
+    with pytest.raises(TypeError, match="selection_share=True; give a number"):
+        KalmanMove(selection_share=True)
+
+
+def test_bounds_hold_for_moved_states_and_have_to_fit() -> None:
+    c = draw(200, 5)
+    found = predicted(c, np.array([9.0, -9.0, 9.0]))
+    whole = found._replace(log_weight=jnp.sum(found.log_weight, axis=1))
+    free = select_and_move(PlacedMove(None, None, (0,), 0.0), whole, c)[3]
+    bounds = KalmanMove(lowest=[-np.inf, -1.0, -np.inf, -np.inf], highest=2.0).bounds((D,))
+    held = select_and_move(PlacedMove(None, None, (0,), 0.0, bounds, (0,)), whole, c)[3]
+    assert np.any(np.asarray(free) > 2.0)
+    np.testing.assert_allclose(held, np.clip(free, [-np.inf, -1.0, -np.inf, -np.inf], 2.0))
+    with pytest.raises(ValueError, match=r"3 values of lowest for a state of shape \(7, 4\); give one number, or 4"):
+        KalmanMove(lowest=(0.0, 0.0, 0.0)).bounds((7, 4))
+
+
+def test_an_observation_without_a_variance_selects_with_all_its_power() -> None:
+    c = draw(100, 6)
+    found = predicted(c)
+    departure = found.departure._replace(
+        error=found.departure.error.at[:, 1].set(jnp.inf), residual=found.departure.residual.at[:, 1].set(0.0)
+    )
+    weights = jnp.sum(0.02 * found.log_weight, axis=1)  # weak enough for alpha = 1
+    _, _, alpha, _, record = select_and_move(PlacedMove(None, None, (0,)), Predicted(weights, departure), c)
+    assert float(alpha) == 1.0
+    assert float(record.moved_share) == 0.0
+    one = found._replace(log_weight=weights, departure=departure)
+    none = select_and_move(PlacedMove(None, None, (0,), 0.0), one, c)
+    assert float(none[4].moved_share) == 1.0
+
+
+def test_equal_weights_leave_everything_to_the_move() -> None:
+    run = ndda.Filter(ndda.FAAPF(ring, weight=ndda.Equal(), move=True), num_particles=16, progress_bar=False)
+    run.run(jax.random.key(1), jnp.ones((2, 6)))
+    np.testing.assert_array_equal(run.result.sample_stats["selection_share"], 0.0)
+    np.testing.assert_array_equal(run.result.sample_stats["moved_share"], 1.0)

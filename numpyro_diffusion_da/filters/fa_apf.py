@@ -46,6 +46,10 @@ from numpyro_diffusion_da.transition.departure import predict
 from numpyro_diffusion_da.transition.gaussian import GaussianDynamics
 from numpyro_diffusion_da.transition.weights import Dirac, Equal, Moment, PredictiveWeight
 
+TARGET_ESS, TARGET_ESS_OF_MOVES = 0.2, 0.5
+"""Default target of the effective sample size, as a fraction of the particles: without and with a move. With a move
+little is lost by selecting less, and the test of Gaussianity is more reliable at a higher effective sample size."""
+
 
 class Keyed(NamedTuple):
     """Particle of a kernel, with the key of its products with random signs.
@@ -75,7 +79,7 @@ class FAAPF(FilterAlgorithm):
         weight: estimate of log p(y | c); None for `Dirac()` with a diffusion, and the exact `Moment()` with a
             transition in closed form.
         target_ess: effective sample size to reach by tempering, as a fraction of the particles in [0, 1); 0 for no
-            tempering.
+            tempering. None is 0.2, or 0.5 with a `move`, which uses what tempering leaves of the observations.
         guidance: guidance of the draws by the observations.
         sampler: sampler of the guided draws, or a bare step such as `ndda.diffusion.DDIM()`; None for the transition's
             own.
@@ -100,7 +104,7 @@ class FAAPF(FilterAlgorithm):
 
     model: Callable[..., Any]
     weight: PredictiveWeight | None = None
-    target_ess: float = 0.2
+    target_ess: float = None  # type: ignore[assignment]  # a number as soon as the filter is made
     guidance: Guidance = dataclasses.field(default_factory=MMPS)
     sampler: Sampler | Step | None = None
     resampling: Resampling | None = None
@@ -114,7 +118,6 @@ class FAAPF(FilterAlgorithm):
         require_program(self.model, "FAAPF")
         if self.weight is not None:
             require(self.weight, PredictiveWeight, "FAAPF", "weight", "ndda.Moment()")
-        set_target_ess(self)
         require(self.guidance, Guidance, "FAAPF", "guidance", "ndda.MMPS()")
         set_sampler(self)
         check_resampling(self.resampling, "FAAPF")
@@ -127,6 +130,9 @@ class FAAPF(FilterAlgorithm):
             require(self.move, KalmanMove, "FAAPF", "move", "ndda.KalmanMove()")
         if isinstance(self.move, KalmanMove) and self.move.radius is not None and self.taper is None:
             raise ValueError(f"FAAPF got {self.move} and no taper, which the radius needs; give both, or no radius.")
+        if self.target_ess is None:
+            object.__setattr__(self, "target_ess", TARGET_ESS if self.moves is None else TARGET_ESS_OF_MOVES)
+        set_target_ess(self)
         if self.block_radius and self.taper is None:
             raise ValueError(f"FAAPF got block_radius={self.block_radius} and no taper; give both, or neither.")
 
@@ -326,14 +332,18 @@ class FAAPF(FilterAlgorithm):
     def _placed(self, move: KalmanMove, program: StateSpaceModel) -> PlacedMove | Callable[[TimeInputs], PlacedMove]:
         """Move of the ancestors placed on the program; a function of the inputs if places of observations move."""
         carried = moved_ancestors(program.structure, localized=self.taper is not None)
+        bounds = move.bounds(program.structure.state_shape)
+        bounded = tuple(i for i in carried if program.structure.carry[i].has_places)
+        # Equal weights select nothing.
+        share = 0.0 if isinstance(self.weight, Equal) else move.selection_share
         taper = self.taper
         if taper is None:
-            return PlacedMove(None, None, carried, move.selection_share)
+            return PlacedMove(None, None, carried, share, bounds, bounded)
         wide = taper if move.radius is None else dataclasses.replace(taper, radius=move.radius)
 
         def at(inputs: TimeInputs | None) -> PlacedMove:
             local = self._at_places(taper, program, inputs)
-            return PlacedMove(local, place_taper(wide, program, inputs), carried, move.selection_share)
+            return PlacedMove(local, place_taper(wide, program, inputs), carried, share, bounds, bounded)
 
         return at if taper.moving else at(None)
 

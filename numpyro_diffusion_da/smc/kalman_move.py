@@ -33,6 +33,9 @@ With a taper each block of the state is selected and moved by the observations n
 $\rho_j$ is used to the power $\rho_j$: its residual is multiplied by $\rho_j^{1/2}$ and gets independent noise of
 variance $(1 - \rho_j) S_{jj}$ in addition to the scaled covariance. All blocks share the normals of the perturbations.
 
+An observation without a variance (a Cauchy error, a `numpyro.factor`) can only select. Near it, selection uses all the
+power that its effective sample size allows.
+
 With a Gaussian ensemble, a linear prediction and $\lambda = 0$ the moved ensemble has the mean and covariance of
 $p(c | y)$ as N grows. With $\lambda = \alpha = 1$ there is no move, and the filter is the FA-APF.
 """
@@ -40,7 +43,7 @@ $p(c | y)$ as N grows. With $\lambda = \alpha = 1$ there is no move, and the fil
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -48,7 +51,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
 
-from numpyro_diffusion_da.arguments import require_count
+from numpyro_diffusion_da.arguments import numbers_by_name, require_count, require_number, shown
 from numpyro_diffusion_da.smc.base import Resampling, particle_keys
 from numpyro_diffusion_da.smc.local_ancestors import LARGEST_BATCH, LocalAncestors, keep_places
 from numpyro_diffusion_da.smc.localization import PlacedTaper
@@ -60,7 +63,8 @@ class Departure(NamedTuple):
 
     Attributes:
         residual: y - g with g = E[h(x') | c], shape (m,); 0 where missing.
-        error: variance of the observation given the state, diagonal of R, shape (m,).
+        error: variance of the observation given the state, diagonal of R, shape (m,). An observation whose variance is
+            not finite moves nothing.
         weight_spread: variance of h(x') given c that the weights take into account, shape (m,); 0 with Dirac weights.
         spread: Cov[h(x') | c], shape (m, m); or a pair (a, b) of arrays of shape (q, m), of which a^T b / q estimates
             it: products of it with random signs, and the signs.
@@ -100,7 +104,8 @@ class KalmanMove:
     Args:
         selection_share: share lambda, from 0 to 1, of the power that the effective sample size allows which selection
             uses; the move uses the rest. None finds it at each step by a test of how Gaussian the ensemble is. 0
-            selects nothing, and is exact for Gaussian ensembles as N grows.
+            selects nothing, and is exact for Gaussian ensembles as N grows; observations without a variance are then
+            used by the draws alone.
         radius: half-width of the taper by which observations move the state, in the unit of the distance; one number,
             or one for each observed site by its name. None takes that of the filter's taper, by which observations
             select. The move is less noisy than selection, so its taper may be wider.
@@ -108,6 +113,9 @@ class KalmanMove:
             prior's highest level if that is lower. `Moment` weights have their own.
         most_products: number of observed values up to which a diffusion makes a product with V for each of them, which
             is exact. With more of them each particle makes one product with random signs, and the particles pool them.
+        lowest: lowest value of a moved state, as a regression knows no bounds: 0 for a humidity. A number, or one for
+            each value of a place (the state's last axis); -inf for none. Values below it become this value.
+        highest: highest value of a moved state, in the same form.
 
     Raises:
         ValueError: a number is out of its range.
@@ -118,23 +126,64 @@ class KalmanMove:
     radius: float | Mapping[str, float] | None = None
     noise_level: float | None = None
     most_products: int = 4
+    lowest: float | Sequence[float] | None = None
+    highest: float | Sequence[float] | None = None
 
     def __post_init__(self) -> None:
         if self.selection_share is not None:
-            share = self.selection_share
-            if isinstance(share, bool) or not isinstance(share, (int, float, np.number)) or not 0.0 <= share <= 1.0:
-                raise ValueError(
-                    f"KalmanMove got selection_share={share!r}; give a number from 0 (no selection) to 1, or None for "
-                    "a share found at each step."
-                )
-        radii = self.radius.values() if isinstance(self.radius, Mapping) else [self.radius]
-        if not all(radius is None or radius > 0.0 for radius in radii):
+            advice = "give a number from 0 (no selection) to 1, or None for a share found at each step."
+            share = require_number(self.selection_share, self, "selection_share", advice, least=0.0, most=1.0)
+            object.__setattr__(self, "selection_share", share)
+        if self.radius is not None:
+            advice = "give a positive half-width, in the unit of the taper's distance."
+            object.__setattr__(self, "radius", numbers_by_name(self.radius, self, "radius", advice))
+        if self.noise_level is not None:
+            level = require_number(self.noise_level, self, "noise_level", "give a positive number, or None.", above=0.0)
+            object.__setattr__(self, "noise_level", level)
+        require_count(self.most_products, self, "most_products", least=0)
+        lowest, highest = (self._bound(name) for name in ("lowest", "highest"))
+        if lowest is not None and highest is not None and not np.all(np.less(lowest, highest)):
             raise ValueError(
-                f"KalmanMove got radius={self.radius}; give a positive half-width, in the unit of the taper's distance."
+                f"KalmanMove got lowest={self.lowest} and highest={self.highest}; each lowest value must be below the "
+                "highest one."
             )
-        if self.noise_level is not None and not self.noise_level > 0.0:
-            raise ValueError(f"KalmanMove got noise_level={self.noise_level}; give a positive number, or None.")
-        require_count(self.most_products, "KalmanMove", "most_products", least=0)
+
+    def _bound(self, name: str) -> np.ndarray | None:
+        """Check one bound, and store it as a number or a tuple of numbers."""
+        given = getattr(self, name)
+        if given is None:
+            return None
+        advice = "give a number, or one number for each value of a place (the state's last axis)."
+        values = np.asarray(given)
+        if values.dtype.kind not in "iuf" or values.ndim > 1:
+            raise TypeError(f"KalmanMove got {name}={shown(given)}; {advice}")
+        if np.isnan(values).any():
+            raise ValueError(f"KalmanMove got NaN in {name}={shown(given)}; {advice}")
+        values = values.astype(float)
+        object.__setattr__(self, name, values.item() if values.ndim == 0 else tuple(values.tolist()))
+        return values
+
+    def bounds(self, state_shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray] | None:
+        """Lowest and highest values of a state, each of a shape that broadcasts to it; None without bounds.
+
+        Args:
+            state_shape: shape of one state.
+
+        Raises:
+            ValueError: a bound has another number of values than the state's last axis.
+        """
+        if self.lowest is None and self.highest is None:
+            return None
+        found = []
+        for name, without in (("lowest", -np.inf), ("highest", np.inf)):
+            values = np.asarray(without if getattr(self, name) is None else getattr(self, name), np.float32)
+            if values.ndim == 1 and values.shape != state_shape[-1:]:
+                raise ValueError(
+                    f"KalmanMove got {len(values)} values of {name} for a state of shape {state_shape}; give one "
+                    f"number, or {state_shape[-1] if state_shape else 1}."
+                )
+            found.append(values.reshape(*[1] * (len(state_shape) - 1), -1) if state_shape else values)
+        return found[0], found[1]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -148,12 +197,17 @@ class PlacedMove:
             axes must be those of a state.
         selection_share: share lambda of its power that selection uses, from 0 (no selection) to 1; None finds it by the
             test of Gaussianity at each step.
+        bounds: lowest and highest values of a state, of shapes that broadcast to it; None for none.
+        bounded: indices of the moved arrays, among the leaves of a particle, that the bounds hold for. Their last axes
+            are those of a state.
     """
 
     local: LocalAncestors | None
     taper: PlacedTaper | None
     carried: tuple[int, ...]
     selection_share: float | None = None
+    bounds: tuple[np.ndarray, np.ndarray] | None = None
+    bounded: tuple[int, ...] = ()
 
     def select_and_move(
         self,
@@ -184,11 +238,13 @@ class PlacedMove:
         usable = jnp.all(jnp.isfinite(residual), axis=1)
         residual = jnp.where(usable[:, None], residual, 0.0)
         observed = jnp.any(residual != 0.0, axis=0)  # a missing value has a residual of zero in every particle
-        error = _mean(error, usable)
-        observed = observed & jnp.isfinite(error) & (error > 0.0)
+        known = usable[:, None] & jnp.isfinite(error)
+        selects_only = jnp.any(usable) & ~jnp.any(known, axis=0)
+        error = _mean(error, known)
+        observed = observed & (error > 0.0)
         scale = jnp.where(observed, jnp.sqrt(jnp.where(observed, error, 1.0)), 1.0)
         residual = jnp.where(observed[None], residual / scale[None], 0.0)
-        weight_error = 1.0 + jnp.where(observed, jnp.maximum(_mean(of_weight, usable), 0.0) / scale**2, 0.0)
+        weight_error = 1.0 + jnp.where(observed, jnp.maximum(_mean(of_weight, usable[:, None]), 0.0) / scale**2, 0.0)
         noise = jax.vmap(lambda key: jax.random.normal(key, (m,), residual.dtype))(particle_keys(rng_keys[1], n))
         noise = (noise - noise.mean(0, keepdims=True)) * (n / max(n - 1, 1)) ** 0.5
         spread_between = _pooled(spread, usable, observed, scale)
@@ -196,7 +252,7 @@ class PlacedMove:
         leaves, form = jax.tree.flatten(particles)
         columns = blocks.columns([leaves[i] for i in self.carried])
 
-        def weigh(block: Array) -> tuple[Array, Array, Array, Array]:
+        def weigh(block: Array) -> tuple[Array, Array, Array, Array, Array]:
             which, rho, _ = blocks.observations(block, residual.dtype)
             nearby, taper = _near(weights, which, rho, blocks.whole)
             log_weights, alpha = tempering.exponent(nearby, taper, target_ess)
@@ -205,15 +261,17 @@ class PlacedMove:
             d = _non_gaussianity(
                 tempered, columns(block), residual[:, which], weight_error[which] / jnp.maximum(power, 1e-30), power > 0
             )
-            return log_weights, alpha, d, jnp.any(power > 0)
+            return log_weights, alpha, d, jnp.any(power > 0), jnp.any((rho > 0) & selects_only[which])
 
-        log_weights, alpha, d, seen = blocks.map(weigh, n)
+        log_weights, alpha, d, seen, selects = blocks.map(weigh, n)
         if self.selection_share is None:
             mean = jnp.sum(jnp.where(seen, d, 0.0)) / jnp.maximum(jnp.sum(seen), 1)
             share = jnp.maximum(0.0, 1.0 - 1.0 / jnp.maximum(mean, 1.0))
         else:
             share = jnp.asarray(self.selection_share, residual.dtype)
         used_alpha = share * alpha
+        if self.selection_share != 0:
+            used_alpha = jnp.where(selects, alpha, used_alpha)
 
         def select(block: Array) -> Array:
             which, rho, _ = blocks.observations(block, residual.dtype)
@@ -244,12 +302,16 @@ class PlacedMove:
             parents = jax.tree.leaves(self.local.glue(particles, ancestors))
         for i, array in zip(self.carried, arrays, strict=True):
             parents[i] = array
+        if self.bounds is not None:
+            for i in self.bounded:
+                lowest, highest = (b.reshape(*[1] * (parents[i].ndim - b.ndim), *b.shape) for b in self.bounds)
+                parents[i] = jnp.clip(parents[i], lowest, highest)
         return log_weights, ancestors, alpha, jax.tree.unflatten(form, parents), MoveRecord(d, share, used)
 
 
-def _mean(values: Float[Array, "n m"], usable: Bool[Array, " n"]) -> Float[Array, " m"]:
-    """Mean over the usable particles."""
-    return jnp.sum(jnp.where(usable[:, None], values, 0.0), axis=0) / jnp.maximum(jnp.sum(usable), 1)
+def _mean(values: Float[Array, "n m"], usable: Bool[Array, "n k"]) -> Float[Array, " m"]:
+    """Mean over the usable values; 0 where there are none."""
+    return jnp.sum(jnp.where(usable, values, 0.0), axis=0) / jnp.maximum(jnp.sum(usable, axis=0), 1)
 
 
 def _pooled(

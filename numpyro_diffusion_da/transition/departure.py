@@ -194,8 +194,8 @@ def _expected(
 
     Returns:
         (y - E[y | c], 0 where missing; variance of y that is not explained by a linear function of the coordinate;
-        slope of that function). An observation whose distribution has no variance has an infinite one, and one that
-        does not depend on the state a slope of 0.
+        slope of that function). An observation whose distribution has no mean or no variance has a residual of 0 and a
+        variance that is not finite, and one that does not depend on the state has a slope of 0.
     """
     mean = moments.mean
     tangents = dynamics.tangents()
@@ -230,5 +230,6 @@ def _expected(
     sites = likelihood.general(mean)
     value = jnp.concatenate([jnp.zeros(len(s.observed)) if s.moments is None else s.moments[0] for s in sites])
     observed = jnp.concatenate([s.observed for s in sites])
-    residual = jnp.where(observed, value - expected, 0.0)
+    error = jnp.where(observed, error, 1.0)
+    residual = jnp.where(observed & jnp.isfinite(error), value - expected, 0.0)
     return residual, error, jnp.where(unit != 0.0, slope, 0.0)
