@@ -77,7 +77,7 @@ class Departure(NamedTuple):
 
 
 class Predicted(NamedTuple):
-    """What a particle predicts of the observations: its log-weight, and its departure from them."""
+    """Prediction of the observations by one particle: its log-weight, and its departure from them."""
 
     log_weight: Any
     departure: Departure
