@@ -10,7 +10,7 @@ own rotation, truth and observations):
 - mean error: RMS over steps and components of (particle mean - Kalman mean) / Kalman standard deviation;
 - variance ratio: mean over steps and components of particle variance / Kalman variance;
 - log evidence: log-evidence of the filter minus that of the Kalman filter, over all steps. With tempering it is not an
-  estimate of the evidence. Equal weights, localized resampling and ensemble Kalman filters give none.
+  estimate of the evidence. Equal weights, localized resampling, moves and ensemble Kalman filters give none.
 
 The first steps are left out of all scores except the log evidence: filters start from the stationary distribution,
 which is much wider than their later ensembles, so that these steps would dominate.
@@ -79,15 +79,26 @@ FILTERS: dict[str, Callable[[Any], ndda.filters.FilterAlgorithm]] = {
         model, weight=ndda.Moment(), tempering=ndda.smc.LikelihoodTempering()
     ),
     "equal weights": lambda model: ndda.FAAPF(model, weight=ndda.Equal()),
+    "moved ancestors": lambda model: ndda.FAAPF(model, weight=ndda.Moment(), move=True),
     "ensemble Kalman": ndda.EnKF,
+    "ensemble Kalman with V": lambda model: ndda.EnKF(model, transition_covariance=True),
     "ensemble Kalman, square root": lambda model: ndda.EnKF(model, update=ndda.smc.SquareRoot()),
 }
-# Radii were chosen among 1.5, 3 and 6 on two seeds (1000, 1001) with d = 100 on the ring.
+# Radii were chosen among 1.5, 3 and 6 on two seeds (1000, 1001) with d = 100 on the ring. With moved ancestors,
+# observations select within the radius of the particle filter, and move within that of the Kalman filter.
 LOCALISED: dict[str, Callable[[Any, Setting], ndda.filters.FilterAlgorithm]] = {
-    "localized, exact weights": lambda model, s: ndda.FAAPF(model, weight=ndda.Moment(), taper=s.taper(3.0)),
+    "localized, exact weights": lambda model, s: ndda.FAAPF(
+        model, weight=ndda.Moment(), taper=s.taper(3.0), move=False
+    ),
+    "localized, moved ancestors": lambda model, s: ndda.FAAPF(
+        model, weight=ndda.Moment(), taper=s.taper(3.0), move=ndda.KalmanMove(radius=6.0)
+    ),
     "localized ensemble Kalman": lambda model, s: ndda.EnKF(model, taper=s.taper(6.0)),
+    "localized ensemble Kalman with V": lambda model, s: ndda.EnKF(
+        model, taper=s.taper(6.0), transition_covariance=True
+    ),
 }
-WITHOUT_EVIDENCE = ("equal weights", "ensemble Kalman", "ensemble Kalman, square root", *LOCALISED)
+WITHOUT_EVIDENCE = ("equal weights", "moved ancestors", *[name for name in FILTERS if "Kalman" in name], *LOCALISED)
 
 
 class Twin(NamedTuple):

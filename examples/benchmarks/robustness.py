@@ -238,6 +238,7 @@ def algorithm(treatment: Treatment, bias: float, emulator: bool, amount: Any = N
             model,
             weight=weight,
             taper=taper(5.0),
+            move=False,
             target_ess=0.2 if wide else 0.1,
             inflation=inflation,
             guidance=ndda.MMPS.cheap(),

@@ -97,11 +97,15 @@ class Setting(NamedTuple):
 
 
 # Lorenz-63: lowest CRPS of `grid` on six truths of `TUNING_SEED` with 300 cycles each. "rain" and "sparse modulus": the
-# settings of `local_ancestors.py` for the modulus of every site.
+# settings of `local_ancestors.py` for the modulus of every site. Moved ancestors have the default target everywhere.
 TUNED: dict[str, dict[str, Setting]] = {
     "FA-APF, Moment": {
         "lorenz63": Setting(0.05), "lorenz63, x only": Setting(0.0), "rain": Setting(0.1, 5.0),
         "sparse modulus": Setting(0.1, 5.0),
+    },
+    "FA-APF, moved": {
+        "lorenz63": Setting(0.5), "lorenz63, x only": Setting(0.5), "rain": Setting(0.5, 5.0),
+        "sparse modulus": Setting(0.5, 5.0),
     },
     "EnKF": {
         "lorenz63": Setting(1.0), "lorenz63, x only": Setting(1.02), "rain": Setting(1.0, 6.0),
@@ -114,7 +118,7 @@ CONTROLS = ("free ensemble", "bootstrap", "equal weights")
 def grid(name: str, case: Case) -> list[Setting]:
     """Settings to try for a filter."""
     if case.every is None:
-        amounts = {"FA-APF, Moment": (0.0, 0.05, 0.1, 0.2), "EnKF": (1.0, 1.02, 1.05, 1.1)}[name]
+        amounts = {"FA-APF, Moment": (0.0, 0.05, 0.1, 0.2), "EnKF": (1.0, 1.02, 1.05, 1.1)}.get(name, (0.2, 0.5))
         return [Setting(amount) for amount in amounts]
     if name == "EnKF":
         return [Setting(amount, radius) for radius in (4.0, 6.0, 9.0) for amount in (1.0, 1.05)]
@@ -162,7 +166,9 @@ def make(name: str, setting: Setting | None, case: Case) -> ndda.filters.FilterA
     if name == "equal weights":
         return ndda.FAAPF(model, weight=ndda.Equal())
     if name == "FA-APF, Moment":
-        return ndda.FAAPF(model, weight=ndda.Moment(), taper=taper, target_ess=setting.amount)
+        return ndda.FAAPF(model, weight=ndda.Moment(), taper=taper, target_ess=setting.amount, move=False)
+    if name == "FA-APF, moved":
+        return ndda.FAAPF(model, weight=ndda.Moment(), taper=taper, target_ess=setting.amount, move=True)
     return ndda.Bootstrap(model)
 
 

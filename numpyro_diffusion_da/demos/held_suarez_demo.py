@@ -173,6 +173,7 @@ class WeatherExperiment:
                 target_ess=self.target_ess,
                 guidance=ndda.MMPS.cheap(),
                 taper=taper,
+                move=False,
             ),
             ENKF: ndda.EnKF(plain, taper=taper, inflation=(ndda.RTPS(0.5),)),
         }

@@ -103,11 +103,11 @@ class TwinExperiment:
         return lorenz96_emulator
 
     def local_filter(self, model: Callable[[Array], None], sites: int) -> ndda.FAAPF:
-        """FA-APF with localized resampling; settings were tuned by examples/benchmarks/local_ancestors.py."""
+        """FA-APF with localized, moved ancestors; settings are those of examples/benchmarks/local_ancestors.py."""
         taper = ndda.Taper(5.0, ndda.Ring(sites), {"y": np.arange(0, sites, self.every)}, state=np.arange(sites))
         # Errors of the emulator are nearly independent between sites, so one product with random signs is enough.
         weight, guidance = ndda.Moment(noise_level=10.0, probes=1), ndda.MMPS.cheap()
-        return ndda.FAAPF(model, weight=weight, target_ess=0.1, guidance=guidance, taper=taper)
+        return ndda.FAAPF(model, weight=weight, guidance=guidance, taper=taper, move=ndda.KalmanMove(radius=9.0))
 
     def true_program(self, start: dist.Distribution) -> Callable[[Array], None]:
         """State-space model with the true dynamics as transition."""
