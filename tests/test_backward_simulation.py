@@ -169,6 +169,23 @@ def test_paths_are_the_exact_smoother():
 
 
 @pytest.mark.slow
+def test_paths_of_moved_ancestors_are_the_exact_smoother():
+    """Moved ancestors have no genealogy, but backward simulation needs the filter's particles alone."""
+    move = ndda.KalmanMove(selection_share=0.0)
+    algorithm = ndda.FAAPF(test_smoothing.program, weight=ndda.Moment(), move=move)
+    particle_filter = ndda.Filter(algorithm, num_particles=512, num_chains=8, progress_bar=False)
+    model = LinearGaussian.make(0, 4)
+    _, y = model.simulate(100, test_smoothing.STEPS)
+    particle_filter.run(jax.random.key(0), *map(jnp.asarray, (y, model.transition, *test_smoothing.factors(model))))
+    mean, variance = rauch_tung_striebel(model, y)
+    departure = particle_filter.backward_simulation(jax.random.key(5), 256).posterior["x"].astype(float) - mean
+    for estimate, truth in ((departure.mean(1), 0.0), ((departure**2).mean(1), variance)):
+        se = estimate.std(0, ddof=1) / np.sqrt(len(estimate))
+        assert np.all(np.abs(estimate.mean(0) - truth) < 6 * se)
+        assert np.mean(se / np.sqrt(variance)) < 0.06
+
+
+@pytest.mark.slow
 def test_an_ensemble_kalman_filter_can_be_linked():
     particle_filter = filter_of(program_with_increments, ndda.EnKF, num_particles=8)
     particle_filter.run(jax.random.key(0), jnp.zeros((3, 2)))

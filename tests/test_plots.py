@@ -31,6 +31,25 @@ def test_skill_figure_has_a_panel_for_each_field(fields):
     assert len(legend.get_texts()) == 6
 
 
+@pytest.mark.parametrize("blocks", [(), (3,)])
+def test_non_gaussianity_figure_shows_d_by_block_and_the_shares(blocks):
+    result = by_hand()
+    with pytest.raises(ValueError, match="moves no ancestors"):
+        ndda.diagnostics.non_gaussianity_figure(result)
+    d = np.full((1, 4, *blocks), 10.0)
+    stats = {"non_gaussianity": d, "selection_share": np.full((1, 4), 0.9), "moved_share": d / 40}
+    result = dataclasses.replace(result, sample_stats=stats)
+    figure = ndda.diagnostics.non_gaussianity_figure(result, "title")
+    figure.draw_without_rendering()
+    upper, lower = figure.axes[:2]
+    if blocks:
+        np.testing.assert_allclose(upper.get_images()[0].get_array(), np.ones((3, 4)))
+    else:
+        np.testing.assert_allclose(upper.get_lines()[-1].get_ydata(), 10.0)
+    shares = [line.get_ydata() for line in lower.get_lines()]
+    np.testing.assert_allclose(shares, [[0.9] * 4, [0.25] * 4])
+
+
 @pytest.mark.parametrize("dressed", [False, True])
 def test_map_figure_shows_truth_mean_and_error_on_their_scales(dressed):
     latitude, longitude = np.linspace(-90, 90, 7), np.arange(12) * 30.0

@@ -76,6 +76,57 @@ def skill_figure(
     return figure
 
 
+def non_gaussianity_figure(result: FilterResult, title: str = "") -> Figure:
+    """Figure of where and when an ensemble is not Gaussian, from a filter that moves its ancestors.
+
+    The upper panel shows the statistic D by block of the state and time, or by time if there are no blocks: about 1 or
+    less if the ensemble is Gaussian (`smc.kalman_move`). The lower panel shows which share of its power selection uses,
+    and how much of the observations is left to the move.
+
+    Args:
+        result: result of `FAAPF` with a `move`; its first chain is shown.
+        title: title of the figure.
+
+    Returns:
+        The figure.
+
+    Raises:
+        ValueError: the result is not one of a filter that moves its ancestors.
+    """
+    from matplotlib.figure import Figure
+
+    stats = result.sample_stats
+    if "non_gaussianity" not in stats:
+        raise ValueError(
+            "non_gaussianity_figure got a result of a filter that moves no ancestors; run "
+            "ndda.FAAPF(model, move=ndda.KalmanMove())."
+        )
+    d, share, moved = (stats[name][0] for name in ("non_gaussianity", "selection_share", "moved_share"))
+    steps = np.arange(1, len(d) + 1)
+    figure = Figure(figsize=(9, 5.2), layout="constrained")
+    figure.suptitle(title, fontsize=11)
+    upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=[1.6, 1.0])
+    if d.ndim == 2:
+        # Colors change at 1, and a factor of 10 on either side is shown.
+        shown = np.log10(np.clip(d.T, 0.1, 10.0))
+        image = upper.imshow(
+            shown, aspect="auto", origin="lower", cmap="RdBu_r", vmin=-1.0, vmax=1.0,
+            extent=(0.5, len(d) + 0.5, -0.5, d.shape[1] - 0.5), interpolation="nearest",
+        )  # fmt: skip
+        bar = figure.colorbar(image, ax=upper, pad=0.01, label="D", ticks=[-1.0, 0.0, 1.0])
+        bar.set_ticklabels(["0.1 or less", "1", "10 or more"])
+        upper.set(ylabel="block of the state", title="non-Gaussianity D (white: 1; blue: Gaussian)")
+    else:
+        upper.axhline(1.0, color="k", lw=0.8)
+        upper.semilogy(steps, np.maximum(d, 0.01), color=PALETTE[0])
+        upper.set(ylabel="D", title="non-Gaussianity D (1 or less: Gaussian)")
+    lower.plot(steps, share, color=PALETTE[2], label="selection's share of its power, lambda")
+    lower.plot(steps, moved.reshape(len(moved), -1).mean(1), color=PALETTE[3], label="observations used by the move")
+    lower.set(xlabel="step", ylabel="share", ylim=(-0.03, 1.03), xlim=(0.5, len(d) + 0.5))
+    lower.legend(loc="upper right", fontsize=9)
+    return figure
+
+
 def map_figure(
     truth: np.ndarray,
     mean: np.ndarray,
