@@ -74,6 +74,8 @@ class FilterAlgorithm(abc.ABC):
     """Whether an update moves the parameters in the carry, and not only the state."""
     target_ess: float = 0.0
     """Effective sample size to reach by tempering, as a fraction of the particles; 0 for no tempering."""
+    resample_below: float = 1.0
+    """Effective sample size, as a fraction of the particles, below which they are resampled; 1 for every step."""
     sampler: Sampler | Step | None = None
     """Sampler of the draws of a diffusion; None for the transition's own."""
 

@@ -14,9 +14,9 @@ from jaxtyping import Array, PRNGKeyArray, PyTree
 from numpyro_diffusion_da.arguments import require_program
 from numpyro_diffusion_da.diffusion.sampler import Sampler
 from numpyro_diffusion_da.diffusion.steps import Step
-from numpyro_diffusion_da.filters.background import Drawn, Screen, background_of_draws, screened
+from numpyro_diffusion_da.filters.background import Drawn, Screen, background_key, background_of_draws, screened
 from numpyro_diffusion_da.filters.base import FilterAlgorithm, Proposal
-from numpyro_diffusion_da.filters.checks import check_resampling, set_sampler, set_target_ess
+from numpyro_diffusion_da.filters.checks import check_resampling, set_resample_below, set_sampler, set_target_ess
 from numpyro_diffusion_da.filters.settings import resampling_setting, sampler_settings
 from numpyro_diffusion_da.program.scan import TimeInputs
 from numpyro_diffusion_da.program.state_space import StateSpaceModel
@@ -29,6 +29,7 @@ from numpyro_diffusion_da.smc.base import (
     map_particles,
     num_particles,
     particle_keys,
+    represented,
 )
 from numpyro_diffusion_da.transition.base import DrawRecord
 
@@ -45,10 +46,14 @@ class Bootstrap(FilterAlgorithm):
         sampler: sampler of the draws of a diffusion, or a bare step such as `ndda.diffusion.DDIM()`; None for the
             transition's own.
         resampling: function of `blackjax.smc.resampling`; None for systematic resampling.
+        resample_below: fraction of the particles, from 0 to 1. Particles are resampled where their effective sample
+            size is below it, and otherwise carry their weights on to the next step. The default 1 resamples at every
+            step. Results hold equally weighted draws in any case.
 
     Raises:
         TypeError: an argument is of the wrong kind; the message names it.
-        ValueError: `target_ess` is outside [0, 1).
+        ValueError: `target_ess` is outside [0, 1), `resample_below` is outside [0, 1], or weights are to be tempered
+            and carried on.
     """
 
     needs_gaussian: ClassVar[bool] = False
@@ -57,10 +62,12 @@ class Bootstrap(FilterAlgorithm):
     target_ess: float = 0.0
     sampler: Sampler | Step | None = None
     resampling: Resampling | None = None
+    resample_below: float = 1.0
 
     def __post_init__(self) -> None:
         require_program(self.model, "Bootstrap")
         set_target_ess(self)
+        set_resample_below(self)
         set_sampler(self)
         check_resampling(self.resampling, "Bootstrap")
 
@@ -86,12 +93,19 @@ class Bootstrap(FilterAlgorithm):
             # The draws, with the keys that the kernel gives to `propose`.
             keys = particle_keys(jax.random.split(rng_key)[1], num_particles(state.particles))
             x, record = map_particles(lambda key, carry: draw(key, carry, inputs), batch_size)(keys, state.particles)
-            sites = background_of_draws(program, x, state.particles, inputs, batch_size)
+            drawn = state._replace(particles=(x, state.particles))
+            members, before = represented(background_key(rng_key), drawn)
+            sites = background_of_draws(program, members, before, inputs, batch_size)
             used, said = screened(screen, program, sites, state.particles, inputs)
             step = bootstrap.build_kernel(
-                functools.partial(propose, used), log_likelihood, self.resampling, self.target_ess, batch_size
+                functools.partial(propose, used),
+                log_likelihood,
+                self.resampling,
+                self.target_ess,
+                batch_size,
+                self.resample_below,
             )
-            new, info = step(rng_key, State(Drawn(state.particles, x, record), state.log_evidence), inputs)
+            new, info = step(rng_key, state._replace(particles=Drawn(state.particles, x, record)), inputs)
             return new, info._replace(**said)
 
         return kernel
@@ -103,4 +117,5 @@ class Bootstrap(FilterAlgorithm):
             "target_ess": self.target_ess,
             **sampler_settings(self.sampler, program),
             "resampling": resampling_setting(self.resampling),
+            "resample_below": self.resample_below,
         }

@@ -6,7 +6,7 @@ from typing import Any
 
 from numpyro_diffusion_da.arguments import require, shown
 from numpyro_diffusion_da.diffusion.sampler import as_sampler
-from numpyro_diffusion_da.smc.base import check_target_ess
+from numpyro_diffusion_da.smc.base import check_resample_below, check_target_ess
 from numpyro_diffusion_da.smc.localization import Taper
 
 
@@ -35,6 +35,20 @@ def set_target_ess(algorithm: Any) -> None:
         ValueError: it is outside [0, 1).
     """
     object.__setattr__(algorithm, "target_ess", check_target_ess(algorithm.target_ess, type(algorithm).__name__))
+
+
+def set_resample_below(algorithm: Any) -> None:
+    """Check a filter's argument `resample_below`, and convert it to a Python number; `target_ess` must be set before.
+
+    Args:
+        algorithm: filter, in its constructor.
+
+    Raises:
+        TypeError: the argument is not a number.
+        ValueError: it is outside [0, 1], or below 1 with tempering.
+    """
+    below = check_resample_below(algorithm.resample_below, algorithm.target_ess, type(algorithm).__name__)
+    object.__setattr__(algorithm, "resample_below", below)
 
 
 def check_resampling(resampling: Any, owner: str) -> None:

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import jax
 from jaxtyping import Array, Key, PRNGKeyArray, PyTree
 
-from numpyro_diffusion_da.arguments import require, require_program
+from numpyro_diffusion_da.arguments import require, require_flag, require_program
 from numpyro_diffusion_da.diffusion.sampler import Sampler
 from numpyro_diffusion_da.diffusion.steps import Step
 from numpyro_diffusion_da.filters.background import PROBE_LEVEL, Drawn, Screen, background_of_draws, screened
@@ -74,6 +74,8 @@ class EnKF(FilterAlgorithm):
         set_sampler(self)
         require(self.update, EnsembleUpdate, "EnKF", "update", "ndda.smc.SquareRoot()")
         check_taper(self.taper, "EnKF")
+        flag = require_flag(self.transition_covariance, "EnKF", "transition_covariance")
+        object.__setattr__(self, "transition_covariance", flag)
         if self.taper is not None:
             self.update.check_correlation(self.taper.correlation)
         if self.transition_covariance and not isinstance(self.update, PerturbedObservations):

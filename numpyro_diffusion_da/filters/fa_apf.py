@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 from jaxtyping import Array, PRNGKeyArray, PyTree
 
 from numpyro_diffusion_da.arguments import require, require_number, require_program
@@ -126,6 +127,8 @@ class FAAPF(FilterAlgorithm):
         require(self.tempering, Tempering, "FAAPF", "tempering", "ndda.smc.WeightTempering()")
         block_radius = require_number(self.block_radius, "FAAPF", "block_radius", "give 0 or more.", least=0.0)
         object.__setattr__(self, "block_radius", block_radius)
+        if isinstance(self.move, np.bool_):
+            object.__setattr__(self, "move", bool(self.move))
         if self.move is not None and not isinstance(self.move, bool):
             require(self.move, KalmanMove, "FAAPF", "move", "ndda.KalmanMove()")
         if isinstance(self.move, KalmanMove) and self.move.radius is not None and self.taper is None:

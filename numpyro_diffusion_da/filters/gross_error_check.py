@@ -80,7 +80,15 @@ class GrossErrorCheck(FilterAlgorithm):
         threshold = numbers_by_name(self.threshold, "GrossErrorCheck", "threshold", advice)
         object.__setattr__(self, "threshold", threshold)
         require_count(self.members, "GrossErrorCheck", "members", least=2)
-        for name in ("model", "needs_gaussian", "needs_gaussian_errors", "moves_carry", "target_ess", "sampler"):
+        for name in (
+            "model",
+            "needs_gaussian",
+            "needs_gaussian_errors",
+            "moves_carry",
+            "target_ess",
+            "resample_below",
+            "sampler",
+        ):
             object.__setattr__(self, name, getattr(self.algorithm, name))
 
     def has_evidence(self) -> bool:

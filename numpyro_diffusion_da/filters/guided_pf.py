@@ -17,7 +17,7 @@ from numpyro_diffusion_da.diffusion.schedule import KarrasSchedule
 from numpyro_diffusion_da.diffusion.steps import SDEDPMSolverPP2M, Step
 from numpyro_diffusion_da.filters.background import Screen, background_key, background_of_transition
 from numpyro_diffusion_da.filters.base import FilterAlgorithm, Proposal
-from numpyro_diffusion_da.filters.checks import check_resampling, set_sampler, set_target_ess
+from numpyro_diffusion_da.filters.checks import check_resampling, set_resample_below, set_sampler, set_target_ess
 from numpyro_diffusion_da.filters.settings import in_full, resampling_setting, sampler_settings
 from numpyro_diffusion_da.program.scan import TimeInputs
 from numpyro_diffusion_da.program.state_space import StateSpaceModel
@@ -27,6 +27,7 @@ from numpyro_diffusion_da.smc.base import (
     Kernel,
     Resampling,
     State,
+    represented,
 )
 
 PATH_SAMPLER = Sampler(SDEDPMSolverPP2M(), KarrasSchedule(24, rho=20.0))
@@ -53,10 +54,14 @@ class GuidedPF(FilterAlgorithm):
         target_ess: effective sample size to reach by tempering, as a fraction of the particles in [0, 1); 0, the
             default, for no tempering, because tempering biases the evidence.
         resampling: function of `blackjax.smc.resampling`; None for systematic resampling.
+        resample_below: fraction of the particles, from 0 to 1. Particles are resampled where their effective sample
+            size is below it, and otherwise carry their weights on to the next step. The default 1 resamples at every
+            step. Results hold equally weighted draws in any case.
 
     Raises:
         TypeError: an argument is of the wrong kind; the message names it.
-        ValueError: `target_ess` is outside [0, 1), or the sampler does not add noise at every step.
+        ValueError: `target_ess` is outside [0, 1); `resample_below` is outside [0, 1], or below 1 with a `target_ess`;
+            or the sampler does not add noise at every step.
     """
 
     model: Callable[..., Any]
@@ -64,12 +69,14 @@ class GuidedPF(FilterAlgorithm):
     sampler: Sampler | Step | None = None
     target_ess: float = 0.0
     resampling: Resampling | None = None
+    resample_below: float = 1.0
 
     def __post_init__(self) -> None:
         require_program(self.model, "GuidedPF")
         require(self.guidance, Guidance, "GuidedPF", "guidance", "ndda.MMPS()")
         set_sampler(self)
         set_target_ess(self)
+        set_resample_below(self)
         check_resampling(self.resampling, "GuidedPF")
         if isinstance(self.sampler, Sampler):
             self.sampler.stochastic_step()
@@ -98,12 +105,13 @@ class GuidedPF(FilterAlgorithm):
             sites = program.record(record_key, x, carry, inputs)
             return program.advance(x, carry, inputs), log_weight, Proposal(draw, sites)
 
-        step = guided_pf.build_kernel(propose, self.resampling, self.target_ess, batch_size)
+        step = guided_pf.build_kernel(propose, self.resampling, self.target_ess, batch_size, self.resample_below)
 
         def kernel(rng_key: PRNGKeyArray, state: State, inputs: TimeInputs) -> tuple[State, Info]:
             new, info = step(rng_key, state, inputs)
             key = background_key(rng_key)
-            background = background_of_transition(program, key, state.particles, inputs, batch_size=batch_size)
+            particles = represented(jax.random.fold_in(key, 1), state)
+            background = background_of_transition(program, key, particles, inputs, batch_size=batch_size)
             return new, info._replace(background=background)
 
         return kernel
@@ -116,4 +124,5 @@ class GuidedPF(FilterAlgorithm):
             "guidance": in_full(self.guidance),
             **sampler_settings(self._sampler(program), program),
             "resampling": resampling_setting(self.resampling),
+            "resample_below": self.resample_below,
         }

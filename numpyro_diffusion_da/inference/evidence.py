@@ -48,7 +48,9 @@ class EvidenceEstimator(NamedTuple):
             rng_key: random key.
             program: state-space model with its global parameters fixed.
         """
-        state = init(jax.vmap(program.initial)(particle_keys(rng_key, self.num_particles)))
+        state = init(
+            jax.vmap(program.initial)(particle_keys(rng_key, self.num_particles)), self.algorithm.resample_below
+        )
         return FilterEvidence(state, NetworkPasses(*(jnp.zeros(()) for _ in NetworkPasses._fields)))
 
     def step(
@@ -72,7 +74,7 @@ class EvidenceEstimator(NamedTuple):
         # Nothing here uses the background, so the compiler leaves its network passes out. They are not counted either.
         made = self.algorithm.passes(info._replace(background=()))
         passes = jax.tree.map(lambda n: self.num_particles * n, made)
-        state = State(state.particles, evidence.state.log_evidence + increment)
+        state = state._replace(log_evidence=evidence.state.log_evidence + increment)
         return FilterEvidence(state, NetworkPasses(*map(jnp.add, evidence.passes, passes))), increment
 
     def run(

@@ -293,7 +293,7 @@ class Filter(HasFilterResult):
         def start(rng_key: PRNGKeyArray, given: Any) -> tuple[State, PyTree]:
             at = program.at(*given)
             keys = jax.vmap(jax.random.fold_in, (None, 0))(rng_key, jnp.arange(self.num_particles))
-            return init(jax.vmap(at.initial)(keys)), at.inputs()
+            return init(jax.vmap(at.initial)(keys), self.algorithm.resample_below), at.inputs()
 
         def step(rng_key: PRNGKeyArray, state: State, inputs: TimeInputs, given: Any) -> Any:
             at = program.at(*given)

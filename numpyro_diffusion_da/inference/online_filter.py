@@ -246,7 +246,9 @@ class OnlineFilter(HasFilterResult):
 
     def _init(self, rng_key: PRNGKeyArray, given: Any) -> State:
         """Draw the initial particles; the function that `init` compiles."""
-        return init(jax.vmap(self._at(given).initial)(particle_keys(rng_key, self.num_particles)))
+        return init(
+            jax.vmap(self._at(given).initial)(particle_keys(rng_key, self.num_particles)), self.algorithm.resample_below
+        )
 
     def _check_state(self, state: State, expected: State) -> None:
         """Check that a state is one of this filter.

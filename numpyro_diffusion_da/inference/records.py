@@ -112,6 +112,7 @@ def record_step(
             "log_weight_std": info.log_weight_std,
             "solver_residual": info.proposal.draw.solver_residual,
             **({} if info.move == () else info.move._asdict()),
+            **({} if isinstance(info.resampled, tuple) else {"resampled": info.resampled}),
         },
         "passes": algorithm.passes(info)._asdict(),
         "observations": program.observations(first, inputs),

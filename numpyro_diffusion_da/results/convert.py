@@ -123,6 +123,10 @@ STATS = {
         "share of the observations that the move of the ancestors uses",
         "from 0 (selection uses all of them) to 1 (no selection)",
     ),
+    "resampled": (
+        "whether the particles were resampled",
+        "otherwise they carried their weights on, and the draws were resampled for the result alone",
+    ),
     "solver_residual": ("largest relative residual of the linear solves of a draw", "0 without linear solves"),
     "acceptance_rate": ("acceptance probability of proposals", "NaN if none was made"),
     "is_accepted": ("whether the proposal was accepted", ""),

@@ -124,6 +124,11 @@ def _lines(result: FilterResult, lag: int | None) -> np.ndarray:
             "with localized resampling a particle has a parent for each block of the state, and so no line of "
             "ancestors; smooth a result without a taper, or use Filter.backward_simulation."
         )
+    if "resampled" in result.sample_stats:
+        raise ValueError(
+            "the particles of this result carried their weights from step to step, and its draws are not their "
+            "ancestors; smooth a result with resample_below=1, or use Filter.backward_simulation."
+        )
     if "selection_share" in result.sample_stats:
         raise ValueError(
             "the ancestors of this result were moved after they were selected, and so a particle continues no earlier "

@@ -107,6 +107,8 @@ def _filter_table(result: FilterResult) -> Any:
             selection, moved = np.mean(stats["selection_share"]), np.mean(stats["moved_share"])
             table.add_row("non-Gaussianity D", f"{np.mean(stats['non_gaussianity']):.2f} (1 or less if Gaussian)")
             table.add_row("likelihood used by moves", f"{moved:.0%} (selection's share lambda {selection:.2f})")
+        if "resampled" in stats:
+            table.add_row("steps with resampling", f"{np.mean(stats['resampled']):.0%}")
         table.add_row("distinct ancestors", _middle_and_least(stats["distinct_ancestors"], ".0f"))
         if _has_genealogy(result):
             lagged, whole = (np.median(smoothing.distinct_ancestors_at(result, lag)[:, 0]) for lag in (LAG, None))
@@ -143,7 +145,8 @@ def _filter_table(result: FilterResult) -> Any:
 
 def _has_genealogy(result: FilterResult) -> bool:
     """Whether particles have single ancestors: not with an EnKF or localized resampling, or in a smoothed result."""
-    known = "ancestors" in result.sample_stats and not result.is_local and "selection_share" not in result.sample_stats
+    stats = result.sample_stats
+    known = "ancestors" in stats and not result.is_local and not {"selection_share", "resampled"} & set(stats)
     return known and result.attributes.get("algorithm") not in smoothing.WITHOUT_ANCESTORS
 
 

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key, PRNGKeyArray, PyTree
 
-from numpyro_diffusion_da.arguments import require_fraction
+from numpyro_diffusion_da.arguments import require_fraction, require_number
 
 if TYPE_CHECKING:
     from blackjax.base import SamplingAlgorithm
@@ -29,12 +29,15 @@ class State(NamedTuple):
     """State of a filter: all that the next step needs.
 
     Attributes:
-        particles: equally weighted particles, a pytree with a leading axis of N.
+        particles: particles, a pytree with a leading axis of N.
         log_evidence: estimate of log p(y_{1:k}) for the k observations so far.
+        log_weights: log-weights of the particles, shape (N,), with weights of mean 1; () if all are equal, as with
+            every filter that resamples at each step.
     """
 
     particles: PyTree
     log_evidence: Float[Array, ""]
+    log_weights: Any = ()
 
 
 class Info(NamedTuple):
@@ -59,6 +62,8 @@ class Info(NamedTuple):
         background: record of the prediction of the observations before the step, one for all particles; () if the
             kernel makes none.
         move: record of the moves of the ancestors; () if there were none.
+        resampled: whether the particles of the state were resampled; () for a filter that resamples at each step. If
+            they were not, `ancestors` are those of the draws that represent them, and of the records of these draws.
     """
 
     log_weights: Float[Array, " n"]
@@ -76,6 +81,7 @@ class Info(NamedTuple):
     check: PyTree = ()
     background: PyTree = ()
     move: PyTree = ()
+    resampled: PyTree = ()
 
 
 def load_blackjax() -> None:
@@ -84,9 +90,15 @@ def load_blackjax() -> None:
         import blackjax  # noqa: F401
 
 
-def init(particles: PyTree) -> State:
-    """State before the first observation, from N equally weighted initial particles (leading axis N)."""
-    return State(particles, jnp.zeros(()))
+def init(particles: PyTree, resample_below: float = 1.0) -> State:
+    """State before the first observation, from N equally weighted initial particles (leading axis N).
+
+    Args:
+        particles: initial particles.
+        resample_below: that of the kernel, if it has one; below 1 the state holds weights.
+    """
+    log_weights = jnp.zeros(num_particles(particles)) if resample_below < 1.0 else ()
+    return State(particles, jnp.zeros(()), log_weights)
 
 
 def num_particles(particles: PyTree) -> int:
@@ -329,6 +341,41 @@ def check_target_ess(target_ess: Any, owner: str) -> float:
         "give a fraction of the particles from 0 (no tempering) to below 1: 0.2 is an ESS of 51 among 256 particles."
     )
     return require_fraction(target_ess, owner, "target_ess", advice)
+
+
+def check_resample_below(resample_below: Any, target_ess: float, owner: str) -> float:
+    """Return the effective sample size below which particles are resampled as a Python number, after a check.
+
+    Args:
+        resample_below: the argument, a fraction of the particles from 0 to 1.
+        target_ess: target of the tempering.
+        owner: name of the filter or kernel that got it.
+
+    Raises:
+        TypeError: `resample_below` is not a number.
+        ValueError: it is outside [0, 1], or below 1 with tempering.
+    """
+    advice = "give a fraction of the particles from 0 to 1; 1 resamples at every step."
+    below = require_number(resample_below, owner, "resample_below", advice, least=0.0, most=1.0)
+    if below < 1.0 and target_ess > 0.0:
+        raise ValueError(
+            f"{owner} got resample_below={below:g} and target_ess={target_ess:g}; carry weights on or temper them, not "
+            "both: leave one of the two out."
+        )
+    return below
+
+
+def represented(rng_key: PRNGKeyArray, state: State) -> PyTree:
+    """Equally weighted particles of a state: its own, or resampled ones if it holds weights.
+
+    Args:
+        rng_key: random key of the resampling.
+        state: state of a filter.
+    """
+    if isinstance(state.log_weights, tuple):
+        return state.particles
+    chosen = resampled(rng_key, relative_to_highest(state.log_weights), None)
+    return jax.tree.map(lambda x: x[chosen], state.particles)
 
 
 def top_level_api(build_kernel: Callable[Arguments, Kernel]) -> Callable[Arguments, SamplingAlgorithm]:

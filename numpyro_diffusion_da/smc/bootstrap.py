@@ -25,6 +25,7 @@ def build_kernel(
     resampling_fn: Resampling | None = None,
     target_ess: float = 0.0,
     batch_size: int | None = None,
+    resample_below: float = 1.0,
 ) -> Kernel:
     """Build the kernel of the bootstrap particle filter.
 
@@ -35,19 +36,22 @@ def build_kernel(
         target_ess: effective sample size that tempering aims at, as a fraction of N. The default 0 means no tempering,
             which keeps the estimate of the evidence unbiased.
         batch_size: number of particles mapped at a time, which bounds the memory; None maps all at once.
+        resample_below: fraction of N, from 0 to 1, of the effective sample size below which particles are resampled;
+            see `guided_pf.build_kernel`. The default 1 resamples at every step.
 
     Returns:
         kernel(rng_key, state, observation) -> (State, Info), pure and jit-able.
 
     Raises:
-        ValueError: `target_ess` is outside [0, 1).
+        ValueError: `target_ess` is outside [0, 1), `resample_below` is outside [0, 1], or weights are to be tempered
+            and carried on.
     """
 
     def propose(rng_key: PRNGKeyArray, particle: PyTree, observation: PyTree) -> tuple[PyTree, Any, PyTree]:
         moved, record = propose_fn(rng_key, particle, observation)
         return moved, log_likelihood_fn(moved, record, observation), record
 
-    return guided_pf.build_kernel(propose, resampling_fn, target_ess, batch_size)
+    return guided_pf.build_kernel(propose, resampling_fn, target_ess, batch_size, resample_below)
 
 
 as_top_level_api = top_level_api(build_kernel)

@@ -27,6 +27,7 @@ from numpyro_diffusion_da.smc.base import (
     Kernel,
     Resampling,
     State,
+    check_resample_below,
     check_target_ess,
     init,
     make_info,
@@ -44,7 +45,11 @@ Propose = Callable[[PRNGKeyArray, PyTree, PyTree], tuple[PyTree, Any, PyTree]]
 
 
 def build_kernel(
-    propose_fn: Propose, resampling_fn: Resampling | None = None, target_ess: float = 0.0, batch_size: int | None = None
+    propose_fn: Propose,
+    resampling_fn: Resampling | None = None,
+    target_ess: float = 0.0,
+    batch_size: int | None = None,
+    resample_below: float = 1.0,
 ) -> Kernel:
     """Build the kernel of the guided particle filter.
 
@@ -54,14 +59,20 @@ def build_kernel(
         target_ess: effective sample size that tempering aims at, as a fraction of N. The default 0 means no tempering,
             which keeps the estimate of the evidence unbiased.
         batch_size: number of particles mapped at a time, which bounds the memory; None maps all at once.
+        resample_below: fraction of N, from 0 to 1. Particles are resampled if their effective sample size is below it,
+            and keep their weights for the next step if it is not. Start from ``init(particles, resample_below)``. The
+            default 1 resamples at every step.
 
     Returns:
-        kernel(rng_key, state, observation) -> (State, Info), pure and jit-able.
+        kernel(rng_key, state, observation) -> (State, Info), pure and jit-able. The records in `Info` are equally
+        weighted also if the particles of the state are not: they are then those of resampled particles.
 
     Raises:
-        ValueError: `target_ess` is outside [0, 1).
+        ValueError: `target_ess` is outside [0, 1), `resample_below` is outside [0, 1], or weights are to be tempered
+            and carried on.
     """
     target_ess = check_target_ess(target_ess, "guided_pf.build_kernel")
+    resample_below = check_resample_below(resample_below, target_ess, "guided_pf.build_kernel")
 
     def kernel(rng_key: PRNGKeyArray, state: State, observation: PyTree) -> tuple[State, Info]:
         n = num_particles(state.particles)
@@ -69,10 +80,18 @@ def build_kernel(
         propose = map_particles(lambda key, particle: propose_fn(key, particle, observation), batch_size)
         moved, log_weights, record = propose(particle_keys(proposal_key, n), state.particles)
         log_weights = jnp.where(jnp.isfinite(log_weights), log_weights, -jnp.inf)
+        if resample_below < 1.0:
+            log_weights = log_weights + state.log_weights
         ancestors, alpha = select(resampling_key, log_weights, resampling_fn, target_ess)
         particles, record = jax.tree.map(lambda x: x[ancestors], (moved, record))
         info = make_info(log_weights, ancestors, alpha, particles, (), record)
-        return State(particles, state.log_evidence + info.log_evidence_increment), info
+        log_evidence = state.log_evidence + info.log_evidence_increment
+        if resample_below == 1.0:
+            return State(particles, log_evidence), info
+        resample = info.ess < resample_below * n
+        particles = jax.tree.map(lambda new, old: jnp.where(resample, new, old), particles, moved)
+        carried = jnp.where(resample, 0.0, log_weights - info.log_evidence_increment)
+        return State(particles, log_evidence, carried), info._replace(resampled=resample)
 
     return kernel
 
