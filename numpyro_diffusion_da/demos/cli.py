@@ -82,8 +82,9 @@ def demo(
 ) -> None:
     """Run a twin experiment: simulate observations of a known truth, and score filters against the truth.
 
-    lorenz96: every second site of Lorenz-96 is observed; runs local FA-APF and five controls. held_suarez: global
-    weather observed by 200 stations near the ground; runs local FA-APF, an ensemble Kalman filter and three controls.
+    lorenz96: every second site of Lorenz-96 is observed; runs FA-APF with moved ancestors and five controls.
+    held_suarez: global weather observed by 200 stations near the ground; runs local FA-APF, an ensemble Kalman filter
+    and three controls.
     """
     default_particles, default_truths, default_cycles = DEFAULTS[which]
     run = {Which.LORENZ96: _lorenz96, Which.HELD_SUAREZ: _held_suarez}[which]
@@ -137,7 +138,8 @@ def _lorenz96(out: Path, seed: int, particles: int, truths: int, cycles: int, sp
     console.print(
         "passes: network passes (forward + vjp) per particle and step. ESS: median effective sample size of the "
         "weights before tempering. temp.: median tempering exponent of the weights, 1 = none. FA-APF resamples whole "
-        "particles; local FA-APF resamples each site, and its ESS and temp. are medians over sites too. The EnKF uses "
+        "particles; with moved ancestors it selects and moves site by site, and ESS and temp. are medians over sites "
+        "too. The EnKF uses "
         "the true equations, so it needs no network and has no emulator error."
     )
     out.mkdir(parents=True, exist_ok=True)
@@ -151,7 +153,7 @@ def _lorenz96(out: Path, seed: int, particles: int, truths: int, cycles: int, sp
     twin_figure(experiment, result).savefig(out / "demo.png", dpi=130)
     better = result.mean(FREE, "rmse")[0] / result.mean(MAIN, "rmse")[0]
     console.print(
-        f"The error of local FA-APF is {better:.1f} times smaller than the free ensemble's. "
+        f"The error of FA-APF with moved ancestors is {better:.1f} times smaller than the free ensemble's. "
         f"Took {time.perf_counter() - started:.0f} s. "
         f"Wrote the figure {out}/demo.png, {out}/demo.nc (for xarray.open_datatree and ArviZ) and {out}/demo.json."
     )

@@ -1,8 +1,9 @@
 """Twin experiment with Lorenz-96: a known truth, simulated observations of it, several filters, and their scores.
 
-The truth is stochastic Lorenz-96. All filters but one use a diffusion emulator of it. The other filters are controls
-for local FA-APF: the free ensemble without observations, a bootstrap filter, guided particles with equal weights, and
-FA-APF without localization, all on the same emulator, and an ensemble Kalman filter with the *true* dynamics.
+The truth is stochastic Lorenz-96. All filters but one use a diffusion emulator of it. The main filter is
+FA-APF with localized, moved ancestors. Its controls are the free ensemble without observations, a bootstrap filter,
+guided particles with equal weights, and the published FA-APF without localization, all on the same emulator, and an
+ensemble Kalman filter with the *true* dynamics.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ FREE, BOOTSTRAP, GUIDED, GLOBAL, MAIN, ENKF = FILTERS = (
     "bootstrap",
     "equal weights",
     "FA-APF",
-    "FA-APF, local",
+    "FA-APF, moved",
     "EnKF, true model",
 )
 

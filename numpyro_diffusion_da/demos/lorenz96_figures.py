@@ -33,7 +33,7 @@ COLORS = {
 
 
 def twin_figure(experiment: TwinExperiment, result: TwinResult) -> Figure:
-    """Figure of the first truth and its analysis, of errors over time, and of the weights of local FA-APF.
+    """Figure of the first truth and its analysis, of errors over time, and of the weights of the main filter.
 
     The upper panels show truth, observations, analysis and free ensemble by site and cycle. The lower panels show the
     error of each filter over time, one unobserved site, the effective number of particles, and the tempering exponent.
