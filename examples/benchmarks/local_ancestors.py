@@ -79,7 +79,7 @@ class Setting(NamedTuple):
 # Moment weights). Only arctan used the whole grid; other cases had no target ESS of 0.05, radius of 4, or inflation.
 # "moved" has one setting for all cases: that of the lowest mean over the cases of CRPS relative to the EnKF's.
 TUNED: dict[str, dict[str, Setting]] = {
-    "moved": dict.fromkeys(CASES, Setting(5.0, 0.5, 1.0, 9.0)),
+    "moved": dict.fromkeys(CASES, Setting(5.0, 0.5, 1.0, 5.0)),
     "local, Moment": {
         "linear": Setting(5.0, 0.1), "modulus": Setting(5.0, 0.1), "square": Setting(5.0, 0.1),
         "arctan": Setting(5.0, 0.1, 1.05),

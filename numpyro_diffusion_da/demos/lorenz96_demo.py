@@ -108,7 +108,7 @@ class TwinExperiment:
         taper = ndda.Taper(5.0, ndda.Ring(sites), {"y": np.arange(0, sites, self.every)}, state=np.arange(sites))
         # Errors of the emulator are nearly independent between sites, so one product with random signs is enough.
         weight, guidance = ndda.Moment(noise_level=10.0, probes=1), ndda.MMPS.cheap()
-        return ndda.FAAPF(model, weight=weight, guidance=guidance, taper=taper, move=ndda.KalmanMove(radius=9.0))
+        return ndda.FAAPF(model, weight=weight, guidance=guidance, taper=taper)
 
     def true_program(self, start: dist.Distribution) -> Callable[[Array], None]:
         """State-space model with the true dynamics as transition."""
