@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -46,13 +48,17 @@ def moved(c: jax.Array, share: float | None = 0.0, **settings: object) -> tuple:
     """Result of a move without a taper, with weights of whole particles."""
     found = predicted(c, **settings)
     whole = found._replace(log_weight=jnp.sum(found.log_weight, axis=1))
-    move = PlacedMove(None, None, (0,), share)
-    return select_and_move(move, whole, c)
+    return select_and_move(WHOLE[share], whole, c)
 
 
+WHOLE = {share: PlacedMove(None, None, (0,), share) for share in (0.0, None, 1.0)}
+"""Moves without a taper, by selection's share."""
+
+
+@functools.partial(jax.jit, static_argnums=0)
 def select_and_move(move: PlacedMove, found: Predicted, c: jax.Array) -> tuple:
-    """Result of a move, compiled as one function."""
-    return jax.jit(lambda f, c: move.select_and_move(KEYS, f, c, None, 0.5, WeightTempering()))(found, c)
+    """Result of a move, compiled once for each move and number of particles."""
+    return move.select_and_move(KEYS, found, c, None, 0.5, WeightTempering())
 
 
 def draw(n: int, seed: int | jax.Array) -> jax.Array:
@@ -84,18 +90,18 @@ def test_products_with_random_signs_are_pooled() -> None:
     pooled = np.asarray(left[:, 0].T @ right[:, 0] / 400)
     np.testing.assert_allclose(pooled, SPREAD, atol=0.1)
     whole = found._replace(log_weight=jnp.zeros(400))
-    x = select_and_move(PlacedMove(None, None, (0,), 0.0), whole, c)[3]
+    x = select_and_move(WHOLE[0.0], whole, c)[3]
     exact = whole._replace(departure=whole.departure._replace(spread=jnp.broadcast_to(diagonal, (400, M, M))))
-    again = select_and_move(PlacedMove(None, None, (0,), 0.0), exact, c)[3]
+    again = select_and_move(WHOLE[0.0], exact, c)[3]
     # The pooled diagonal is sum_k V_jk s_k s_j over particles: equal up to the sampling error of the signs.
     np.testing.assert_allclose(x, again, atol=0.15)
 
 
 def test_selection_that_uses_everything_leaves_no_move() -> None:
-    c = draw(64, 1)
+    c = draw(100, 1)
     found = predicted(c)
     whole = found._replace(log_weight=0.01 * jnp.sum(found.log_weight, axis=1))  # weak enough for alpha = 1
-    move = PlacedMove(None, None, (0,), 1.0)
+    move = WHOLE[1.0]
     _, ancestors, alpha, parents, record = select_and_move(move, whole, c)
     assert float(alpha) == 1.0
     np.testing.assert_allclose(parents, c[ancestors], atol=1e-5)
@@ -111,18 +117,18 @@ def test_selection_is_used_where_the_ensemble_is_not_gaussian() -> None:
 
 
 def test_what_is_missing_or_undefined_does_not_matter() -> None:
-    c = draw(50, 3)
+    c = draw(100, 3)
     some = np.array([Y[0], np.nan, np.nan])
     x = moved(c, y=some)[3]
     found = predicted(c, y=some)
     garbage = found.departure._replace(error=found.departure.error.at[:, 1].set(jnp.nan).at[:, 2].set(1e9))
     whole = Predicted(jnp.sum(found.log_weight, axis=1), garbage)
-    again = select_and_move(PlacedMove(None, None, (0,), 0.0), whole, c)[3]
+    again = select_and_move(WHOLE[0.0], whole, c)[3]
     np.testing.assert_allclose(x, again, rtol=1e-6)
     land = c.at[:, 2].set(jnp.nan)  # no value there in any particle
     found = predicted(c)
     whole = found._replace(log_weight=jnp.sum(found.log_weight, axis=1))
-    with_land = select_and_move(PlacedMove(None, None, (0,)), whole, land)[3]
+    with_land = select_and_move(WHOLE[None], whole, land)[3]
     np.testing.assert_array_equal(jnp.isnan(with_land), jnp.isnan(land))
 
 
@@ -132,9 +138,9 @@ def test_one_wide_block_is_the_move_without_a_taper() -> None:
     local = LocalAncestors.at(wide, (D,), np.inf)
     found = predicted(c)
     whole = found._replace(log_weight=jnp.sum(found.log_weight, axis=1))
-    for share in (0.0, None, 1.0):
+    for share in (0.0, None):
         near = select_and_move(PlacedMove(local, wide, (0,), share), found, c)
-        far = select_and_move(PlacedMove(None, None, (0,), share), whole, c)
+        far = select_and_move(WHOLE[share], whole, c)
         np.testing.assert_allclose(near[3], far[3], atol=2e-3)
         np.testing.assert_array_equal(near[1][:, 0], far[1])
 
@@ -203,10 +209,10 @@ def test_a_radius_needs_a_taper() -> None:
 
 
 def test_bounds_hold_for_moved_states_and_have_to_fit() -> None:
-    c = draw(200, 5)
+    c = draw(100, 5)
     found = predicted(c, np.array([9.0, -9.0, 9.0]))
     whole = found._replace(log_weight=jnp.sum(found.log_weight, axis=1))
-    free = select_and_move(PlacedMove(None, None, (0,), 0.0), whole, c)[3]
+    free = select_and_move(WHOLE[0.0], whole, c)[3]
     bounds = KalmanMove(lowest=[-np.inf, -1.0, -np.inf, -np.inf], highest=2.0).bounds((D,))
     held = select_and_move(PlacedMove(None, None, (0,), 0.0, bounds, (0,)), whole, c)[3]
     assert np.any(np.asarray(free) > 2.0)
@@ -222,11 +228,11 @@ def test_an_observation_without_a_variance_selects_with_all_its_power() -> None:
         error=found.departure.error.at[:, 1].set(jnp.inf), residual=found.departure.residual.at[:, 1].set(0.0)
     )
     weights = jnp.sum(0.02 * found.log_weight, axis=1)  # weak enough for alpha = 1
-    _, _, alpha, _, record = select_and_move(PlacedMove(None, None, (0,)), Predicted(weights, departure), c)
+    _, _, alpha, _, record = select_and_move(WHOLE[None], Predicted(weights, departure), c)
     assert float(alpha) == 1.0
     assert float(record.moved_share) == 0.0
     one = found._replace(log_weight=weights, departure=departure)
-    none = select_and_move(PlacedMove(None, None, (0,), 0.0), one, c)
+    none = select_and_move(WHOLE[0.0], one, c)
     assert float(none[4].moved_share) == 1.0
 
 

@@ -67,6 +67,7 @@ def test_evidence_and_moments_are_those_of_the_kalman_filter(kind, capsys):
         filter_.smoothed(1)
 
 
+@pytest.mark.slow
 def test_online_is_the_whole_run():
     algorithm, key = ndda.Bootstrap(walk, resample_below=0.6), jax.random.key(3)
     whole = ndda.Filter(algorithm, num_particles=N, progress_bar=False)
