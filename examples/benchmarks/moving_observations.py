@@ -108,7 +108,7 @@ EXACT = "exact Kalman filter"
 FILTERS: dict[str, Callable[[Callable[..., None], ndda.Taper | None], Any]] = {
     "EnKF, square root": lambda model, taper: ndda.EnKF(model, update=ndda.smc.SquareRoot(), taper=taper),
     "EnKF, perturbed observations": lambda model, taper: ndda.EnKF(model, taper=taper),
-    "FA-APF": lambda model, taper: ndda.FAAPF(model, taper=taper),
+    "FA-APF": lambda model, taper: ndda.FAAPF(model, taper=taper, move=False),
 }
 """Filter by name, as a function of the program and its taper."""
 
