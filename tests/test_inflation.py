@@ -206,7 +206,7 @@ def test_the_state_is_inflated_before_it_is_advanced(name):
     (wide, same), wide_info = stepped(make(program, inflation=(ndda.Multiplicative(1.5),)), n=n)
     np.testing.assert_allclose(anomalies(wide), 1.5 * anomalies(x), atol=2e-5)
     np.testing.assert_allclose(wide.mean(0), x.mean(0), atol=1e-5)
-    np.testing.assert_array_equal(same, previous)
+    np.testing.assert_allclose(same, previous, atol=1e-5)  # moved ancestors differ by roundings
     np.testing.assert_array_equal(wide_info.ancestors, info.ancestors)
     np.testing.assert_array_equal(wide_info.proposal.sites["posterior"]["x"], wide)
     likelihood = dist.Normal(wide[:, ::2], 0.5).log_prob(Y[:1])
