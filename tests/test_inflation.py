@@ -234,7 +234,8 @@ def test_forecasts_of_a_diffusion():
         scan(step, jnp.zeros(D), y)
 
     nothing = np.full_like(Y, np.nan)
-    plain, relaxing = ndda.FAAPF(model), ndda.FAAPF(model, weight=ndda.Equal(), inflation=(ndda.RTPS(1.0),))
+    equal = ndda.Equal()
+    plain, relaxing = (ndda.FAAPF(model, weight=equal, inflation=wide) for wide in ((), (ndda.RTPS(1.0),)))
     (x, info), (same, relaxed_info) = stepped(plain, nothing), stepped(relaxing, nothing)
     np.testing.assert_allclose(same, x, atol=1e-4)
     levels = ndda.DiffusionTransition(emulator, jnp.zeros(D)).sampler.draw_evaluations(emulator.noise_range)

@@ -240,15 +240,20 @@ class FAAPF(FilterAlgorithm):
             x, record = draw(rng_key, particle, inputs, centering)
             return advance(rng_key, x, particle, inputs, record)
 
-        def forecast(rng_key: PRNGKeyArray, particle: Keyed, inputs: TimeInputs) -> tuple[Array, DrawRecord]:
+        def forecast(
+            rng_key: PRNGKeyArray, particle: Keyed, inputs: TimeInputs, centering: Centering | None
+        ) -> tuple[Array, DrawRecord]:
             draw_key, _ = jax.random.split(rng_key)
-            return program.draw(draw_key, particle.carry, inputs, self.sampler)
+            return program.draw(draw_key, particle.carry, inputs, self.sampler, centering)
 
         placed = None if moves is None else self._placed(moves, program)
 
         def kernel(rng_key: PRNGKeyArray, state: State, inputs: TimeInputs) -> tuple[State, Info]:
             n = num_particles(state.particles)
-            centering = self._centering(program, rng_key, state.particles, inputs)
+            centering = self._centering(program, rng_key, state.particles, inputs, conditional=True)
+            ahead = None
+            if self.inflation:
+                ahead = self._centering(program, rng_key, state.particles, inputs, conditional=False)
             step = fa_apf.build_kernel(
                 log_predictive,
                 functools.partial(draw if self.inflation else propose, centering=centering),
@@ -258,7 +263,7 @@ class FAAPF(FilterAlgorithm):
                 local,
                 self.inflation,
                 advance,
-                forecast,
+                functools.partial(forecast, centering=ahead),
                 self.tempering,
                 placed,
             )
@@ -279,7 +284,7 @@ class FAAPF(FilterAlgorithm):
         return kernel
 
     def _centering(
-        self, program: StateSpaceModel, rng_key: PRNGKeyArray, particles: PyTree, inputs: TimeInputs
+        self, program: StateSpaceModel, rng_key: PRNGKeyArray, particles: PyTree, inputs: TimeInputs, conditional: bool
     ) -> Centering | None:
         """Centering of the random numbers of a step's draws; None where independent draws give the evidence no bias.
 
@@ -288,6 +293,7 @@ class FAAPF(FilterAlgorithm):
             rng_key: random key of the step.
             particles: carries before the step, leading axis N.
             inputs: inputs of the time.
+            conditional: whether the draws are those given the observations, not forecasts.
         """
         n = num_particles(particles)
         if (self.has_evidence() and self.moves is None) or n < 2:
@@ -297,7 +303,7 @@ class FAAPF(FilterAlgorithm):
         def numbers(key: PRNGKeyArray) -> PyTree:
             # The key of the draw is the first of those into which `draw` splits that of the particle.
             draw_key, _ = jax.random.split(key)
-            return program.random_numbers(draw_key, first, inputs, self.sampler, conditional=True)
+            return program.random_numbers(draw_key, first, inputs, self.sampler, conditional=conditional)
 
         # The kernel draws with the second key of the step.
         return Centering.over(numbers, particle_keys(jax.random.split(rng_key)[1], n))
