@@ -230,3 +230,35 @@ def test_a_transition_without_noise_is_taken():
         run.run(jax.random.key(0), y)
         found.append(run.result.posterior["x"])
     np.testing.assert_allclose(found[0], found[1], atol=1e-4)
+
+
+@pytest.mark.parametrize("radius", [None, 1e6, 1.0])
+def test_the_covariance_of_the_transition_is_computed_and_not_sampled(radius):
+    """All members start at one state, so nothing is sampled: ten of them have the mean of the Kalman filter."""
+    d, error = 4, 0.5
+    covariance = 0.6 ** np.abs(np.arange(d)[:, None] - np.arange(d)[None])
+    y = np.array([[1.0, -2.0]], np.float32)
+
+    def program(y):
+        def step(x, y_t):
+            x = numpyro.sample("x", dist.MultivariateNormal(0.9 * x, jnp.asarray(covariance)))
+            numpyro.sample("y", dist.Normal(x[::2], error).to_event(1), obs=y_t)
+            return x, None
+
+        scan(step, jnp.ones(d), y)
+
+    taper = None
+    if radius is not None:
+        taper = ndda.Taper(radius, ndda.Euclidean(), {"y": np.arange(0, d, 2)}, state=np.arange(d))
+    algorithm = ndda.EnKF(program, taper=taper, transition_covariance=True)
+    run = ndda.Filter(algorithm, num_particles=10, progress_bar=False)
+    run.run(jax.random.key(0), y)
+    h = np.eye(d)[::2]
+    rows = h @ covariance
+    # A known covariance needs no taper, so an observation moves what is near it by the whole of its covariance.
+    near = np.ones((d, 2)) if radius != 1.0 else np.abs(np.arange(d)[:, None] - np.array([0, 2])[None]) < 2
+    gain = (near * rows.T) @ np.linalg.inv(rows @ h.T + error**2 * np.eye(2))
+    expected = 0.9 + gain @ (y[0] - 0.9)
+    np.testing.assert_allclose(run.result.posterior["x"][0, :, 0].mean(0), expected, atol=2e-5)
+    with pytest.raises(ValueError, match=r"this covariance is defined for update=ndda\.smc\.Perturbed"):
+        ndda.EnKF(program, update=ndda.smc.SquareRoot(), transition_covariance=True)

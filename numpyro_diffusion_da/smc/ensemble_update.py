@@ -101,10 +101,7 @@ class PerturbedObservations(EnsembleUpdate):
         if taper is not None:
             self.check_correlation(taper.correlation)
         n, m = residual.shape
-        observed = jnp.any(residual != 0.0, axis=0)  # a missing value has a zero residual in every member
-        errors = jax.vmap(lambda key: jax.random.normal(key, (m,), residual.dtype))(particle_keys(rng_key, n))
-        errors = errors - errors.mean(0, keepdims=True)
-        innovation = jnp.where(observed[None], residual + errors, 0.0)
+        innovation = _perturbed(rng_key, residual)
         predicted = residual.mean(0, keepdims=True) - residual
         if taper is not None:
             covariance = taper.between_observations().astype(residual.dtype) * (predicted.T @ predicted)
@@ -208,10 +205,7 @@ def with_transition_spread(
         taper: localization; None for none.
     """
     n, m = residual.shape
-    observed = jnp.any(residual != 0.0, axis=0)
-    errors = jax.vmap(lambda key: jax.random.normal(key, (m,), residual.dtype))(particle_keys(rng_key, n))
-    errors = errors - errors.mean(0, keepdims=True)
-    innovation = jnp.where(observed[None], residual + errors, 0.0)
+    innovation = _perturbed(rng_key, residual)
     predicted = spread.residual.mean(0, keepdims=True) - spread.residual
     q = spread.signs.shape[1]
     signs = (spread.signs * spread.share[:, None, None] / n).reshape(n * q, m)
@@ -226,22 +220,23 @@ def with_transition_spread(
     rho = jnp.asarray(taper.between_observations(), residual.dtype)
     between = between if spread.is_exact else rho * between
     solved = jnp.linalg.solve(rho * sampled + between + jnp.eye(m), innovation.T)
-    points = len(taper.points)
-    by_point = state.reshape(n * q, points, -1)
-    which, weights = taper.neighborhoods()
 
-    def at_point(inputs: tuple[Array, Array, Array, Array]) -> Array:
-        x, v, which, weights = inputs
-        own = v.T @ signs[:, which]
-        rho = weights[None].astype(x.dtype)
-        gain = rho * (x.T @ predicted[:, which] / (n - 1)) + (own if spread.is_exact else rho * own)
-        return (gain @ solved[which]).T
+    def at_point(x: Array, nearby: Array, weights: Array, which: Array) -> Array:
+        sampled, own = x[:n].T @ nearby / (n - 1), x[n:].T @ signs[:, which]
+        # A neighborhood is filled up with observations of weight 0.
+        damped = (weights > 0.0).astype(x.dtype) if spread.is_exact else weights
+        return ((weights[None] * sampled + damped[None] * own) @ solved[which]).T
 
-    x = jnp.moveaxis(arrays.reshape(n, points, -1), 1, 0)
-    inputs = (x, jnp.moveaxis(by_point, 1, 0), jnp.asarray(which), jnp.asarray(weights))
-    batch = LARGEST_BLOCK // (n * (1 + q) * (2 * which.shape[1] + x.shape[2]))
-    moved = jax.lax.map(at_point, inputs, batch_size=min(max(batch, 1), points))
-    return jnp.moveaxis(moved, 0, 1).reshape(n, -1)
+    return _at_each_point(at_point, jnp.concatenate([arrays, state]), predicted, taper)
+
+
+def _perturbed(rng_key: PRNGKeyArray, residual: Float[Array, "n m"]) -> Float[Array, "n m"]:
+    """Residuals with perturbations of the observations, centered over the members; zero where missing."""
+    n, m = residual.shape
+    observed = jnp.any(residual != 0.0, axis=0)  # a missing value has a zero residual in every member
+    errors = jax.vmap(lambda key: jax.random.normal(key, (m,), residual.dtype))(particle_keys(rng_key, n))
+    errors = errors - errors.mean(0, keepdims=True)
+    return jnp.where(observed[None], residual + errors, 0.0)
 
 
 def _square_root_increments(
@@ -278,9 +273,16 @@ def _square_root_increments(
 
 
 def _at_each_point(
-    update: PointUpdate, anomalies: Float[Array, "n d"], predicted: Float[Array, "n m"], taper: PlacedTaper
+    update: PointUpdate, anomalies: Float[Array, "r d"], predicted: Float[Array, "n m"], taper: PlacedTaper
 ) -> Float[Array, "n d"]:
-    """Update each point of the state from the observations near it, in batches that bound the memory."""
+    """Update each point of the state from the observations near it, in batches that bound the memory.
+
+    Args:
+        update: update of one point.
+        anomalies: anomalies of the n members; the update may take further rows.
+        predicted: anomalies of the predicted observations.
+        taper: localization.
+    """
     which, weights = taper.neighborhoods()
     (points, k), n = which.shape, len(anomalies)
     x = jnp.moveaxis(anomalies.reshape(n, points, -1), 1, 0)
@@ -292,4 +294,4 @@ def _at_each_point(
     batch = LARGEST_BLOCK // (n * (2 * k + x.shape[2]) + min(n, k) ** 2)
     inputs = (x, jnp.asarray(which), jnp.asarray(weights, anomalies.dtype))
     moved = jax.lax.map(at_point, inputs, batch_size=min(max(batch, 1), points))
-    return jnp.moveaxis(moved, 0, 1).reshape(n, -1)
+    return jnp.moveaxis(moved, 0, 1).reshape(len(predicted), -1)
