@@ -148,6 +148,16 @@ def background_key(rng_key: PRNGKeyArray) -> PRNGKeyArray:
     return jax.random.split(rng_key, 6)[5]
 
 
+def probe_level(program: StateSpaceModel) -> float | None:
+    """Noise level at which a diffusion's covariance is computed by default; None if the transition is no diffusion.
+
+    Args:
+        program: state-space model at given arguments of the program.
+    """
+    diffusion = program.structure.diffusion
+    return None if diffusion is None else min(PROBE_LEVEL, diffusion.prior.noise_range[1])
+
+
 def per_particle(passes: NetworkPasses, n: int) -> NetworkPasses:
     """Network passes per particle of a filter with n particles, from the counts of those that were used.
 
@@ -270,8 +280,8 @@ def background_of_transition(
         return BackgroundRecord({}, passes)
 
     # Mean spread of the transition around them.
-    if diffusion is not None and noise_level is None:
-        noise_level = min(PROBE_LEVEL, diffusion.prior.noise_range[1])
+    if noise_level is None:
+        noise_level = probe_level(program)
 
     def within(key: PRNGKeyArray, carry: PyTree) -> tuple[dict[str, Array], NetworkPasses]:
         dynamics = program.transition(carry, inputs)

@@ -36,6 +36,7 @@ from numpyro_diffusion_da.smc.base import (
     Info,
     Kernel,
     State,
+    init,
     map_particles,
     num_particles,
     particle_keys,
@@ -104,6 +105,16 @@ class FilterAlgorithm(abc.ABC):
         Args:
             program: state-space model at given arguments of the program.
         """
+
+    def initial_state(self, program: StateSpaceModel, rng_key: PRNGKeyArray, n: int) -> State:
+        """State before the first observation, with N particles drawn from the program's initial state.
+
+        Args:
+            program: state-space model at given arguments of the program.
+            rng_key: random key; that of particle i is fold_in(rng_key, i).
+            n: number of particles N.
+        """
+        return init(jax.vmap(program.initial)(particle_keys(rng_key, n)), self.resample_below)
 
     def has_evidence(self) -> bool:
         """Whether the filter estimates the evidence log p(y)."""

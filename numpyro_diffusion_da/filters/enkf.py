@@ -8,12 +8,12 @@ from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import jax
-from jaxtyping import Array, Key, PRNGKeyArray, PyTree
+from jaxtyping import Array, PRNGKeyArray, PyTree
 
 from numpyro_diffusion_da.arguments import require, require_flag, require_program
 from numpyro_diffusion_da.diffusion.sampler import Sampler
 from numpyro_diffusion_da.diffusion.steps import Step
-from numpyro_diffusion_da.filters.background import PROBE_LEVEL, Drawn, Screen, background_of_draws, screened
+from numpyro_diffusion_da.filters.background import Drawn, Screen, background_of_draws, probe_level, screened
 from numpyro_diffusion_da.filters.base import FilterAlgorithm, Proposal
 from numpyro_diffusion_da.filters.checks import check_taper, set_sampler
 from numpyro_diffusion_da.filters.placement import carried_along, place_taper
@@ -25,7 +25,7 @@ from numpyro_diffusion_da.smc.base import Info, Kernel, State, map_particles, nu
 from numpyro_diffusion_da.smc.ensemble_update import EnsembleUpdate, PerturbedObservations, TransitionSpread
 from numpyro_diffusion_da.smc.inflation import Inflation, Multiplicative, check_inflation, forecast_factor
 from numpyro_diffusion_da.smc.localization import PlacedTaper, Taper
-from numpyro_diffusion_da.transition.base import Centering, DrawRecord
+from numpyro_diffusion_da.transition.base import DrawRecord
 from numpyro_diffusion_da.transition.departure import transition_spread
 from numpyro_diffusion_da.transition.weights import WeightRecord
 
@@ -110,7 +110,8 @@ class EnKF(FilterAlgorithm):
             # The forecast, with the keys that the kernel would draw it with.
             n = num_particles(state.particles)
             keys = particle_keys(jax.random.split(rng_key, 3)[0], n)
-            centering = self._centering(program, keys, state.particles, inputs)
+            first = jax.tree.map(lambda leaf: leaf[0], state.particles)
+            centering = program.centering(keys, first, inputs, self.sampler)
             draw = map_particles(
                 lambda key, carry: program.draw(key, carry, inputs, self.sampler, centering), batch_size
             )
@@ -134,26 +135,6 @@ class EnKF(FilterAlgorithm):
             return new, info._replace(**said)
 
         return kernel
-
-    def _centering(
-        self, program: StateSpaceModel, keys: Key[Array, " n"], particles: PyTree, inputs: TimeInputs
-    ) -> Centering | None:
-        """Centering of the random numbers of a step's forecasts; None if the transition has none, or for one member.
-
-        Args:
-            program: state-space model at given arguments of the program.
-            keys: random keys of the forecasts.
-            particles: carries before the step, leading axis N.
-            inputs: inputs of the time.
-        """
-        first = jax.tree.map(lambda leaf: leaf[0], particles)
-
-        def numbers(key: PRNGKeyArray) -> PyTree:
-            return program.random_numbers(key, first, inputs, self.sampler)
-
-        if len(keys) < 2 or jax.eval_shape(numbers, keys[0]) is None:
-            return None
-        return Centering.over(numbers, keys)
 
     def settings(self, program: StateSpaceModel) -> dict[str, str | float]:
         """Settings of the filter as plain values, for the attributes of a result."""
@@ -185,8 +166,7 @@ def _spread_in(
     program: StateSpaceModel, sampler: Sampler | Step | None
 ) -> Callable[[PRNGKeyArray, Drawn, TimeInputs], tuple[TransitionSpread, WeightRecord]]:
     """Build the function (rng_key, particle, inputs) -> (spread of the transition, record)."""
-    diffusion = program.structure.diffusion
-    level = None if diffusion is None else min(PROBE_LEVEL, diffusion.prior.noise_range[1])
+    level = probe_level(program)
 
     def spread(rng_key: PRNGKeyArray, particle: Drawn, inputs: TimeInputs) -> tuple[TransitionSpread, WeightRecord]:
         dynamics = program.transition(particle.carry, inputs, sampler)

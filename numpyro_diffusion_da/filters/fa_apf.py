@@ -15,7 +15,7 @@ from numpyro_diffusion_da.arguments import require, require_number, require_prog
 from numpyro_diffusion_da.diffusion.guidance import MMPS, Guidance
 from numpyro_diffusion_da.diffusion.sampler import Sampler
 from numpyro_diffusion_da.diffusion.steps import Step
-from numpyro_diffusion_da.filters.background import PROBE_LEVEL, Screen, background_key, background_of_transition
+from numpyro_diffusion_da.filters.background import Screen, background_key, background_of_transition, probe_level
 from numpyro_diffusion_da.filters.base import FilterAlgorithm, Proposal
 from numpyro_diffusion_da.filters.checks import check_resampling, check_taper, set_sampler, set_target_ess
 from numpyro_diffusion_da.filters.placement import moved_ancestors, place_taper, shared_arrays
@@ -37,14 +37,13 @@ from numpyro_diffusion_da.smc.base import (
     num_particles,
     particle_keys,
 )
-from numpyro_diffusion_da.smc.inflation import Inflation, check_inflation
+from numpyro_diffusion_da.smc.inflation import Inflation, check_inflation, need_forecast
 from numpyro_diffusion_da.smc.kalman_move import KalmanMove, PlacedMove
 from numpyro_diffusion_da.smc.local_ancestors import LocalAncestors
 from numpyro_diffusion_da.smc.localization import Taper
 from numpyro_diffusion_da.smc.tempering import Tempering, WeightTempering
 from numpyro_diffusion_da.transition.base import Centering, DrawRecord
 from numpyro_diffusion_da.transition.departure import predict
-from numpyro_diffusion_da.transition.gaussian import GaussianDynamics
 from numpyro_diffusion_da.transition.weights import Dirac, Equal, Moment, PredictiveWeight
 
 TARGET_ESS, TARGET_ESS_OF_MOVES = 0.2, 0.5
@@ -154,7 +153,7 @@ class FAAPF(FilterAlgorithm):
     def weight_bias_reasons(self, program: StateSpaceModel) -> list[str]:
         """Reasons why the weights are not exact: those of `weight`, and inflation."""
         closed_form = program.structure.diffusion is None
-        bias_reasons = self._weight(closed_form).bias_reasons(closed_form, program.structure.observes_linearly)
+        bias_reasons = self._weight(program).bias_reasons(closed_form, program.structure.observes_linearly)
         if self.moves is not None:
             bias_reasons = [
                 *bias_reasons,
@@ -163,14 +162,16 @@ class FAAPF(FilterAlgorithm):
         inflations = inflation_setting(self.inflation)
         return bias_reasons + ([f"the particles' spread is inflated: {inflations}"] if self.inflation else [])
 
-    def _weight(self, closed_form: bool) -> PredictiveWeight:
-        """Predictive weight, with its default filled in; `closed_form` says whether the transition is Gaussian."""
+    def _weight(self, program: StateSpaceModel) -> PredictiveWeight:
+        """Predictive weight, with its default filled in."""
         if self.weight is not None:
             return self.weight
-        if closed_form:
+        if program.structure.diffusion is None:
             return Moment()
-        # The move makes the product with V in any case.
-        return Dirac() if self.moves is None or self.taper is None else Moment(noise_level=PROBE_LEVEL, probes=1)
+        # With a taper, the move makes the product with V in any case.
+        if self.moves is not None and self.taper is not None:
+            return Moment(noise_level=probe_level(program), probes=1)
+        return Dirac()
 
     def kernel(self, program: StateSpaceModel, batch_size: int | None = None, screen: Screen | None = None) -> Kernel:
         """Build the FA-APF kernel of the program; `FilterAlgorithm.kernel` explains arguments and return value.
@@ -184,36 +185,38 @@ class FAAPF(FilterAlgorithm):
         """
         if screen is not None:
             return self.screened_by_draws(program, batch_size, screen)
-        local: LocalAncestors | Callable[[TimeInputs], LocalAncestors] | None = self._local(program)
-        if self.taper is not None and self.taper.moving:
-            local = functools.partial(self._at_places, self.taper, program)
+        moves, localized = self.moves, self.taper is not None
+        # A move has the blocks of the selection too.
+        placed = None if moves is None else self._placed(moves, program)
+        local: LocalAncestors | Callable[[TimeInputs], LocalAncestors] | None = None
+        if moves is None:
+            local = self._local(program)
+            if self.taper is not None and self.taper.moving:
+                local = functools.partial(self._at_places, self.taper, program)
         if self.tempering.needs_likelihood_tempering and not isinstance(self.weight, Equal):
             self._check_errors(program)
 
-        moves = self.moves
-        diffusion = program.structure.diffusion
+        weight = self._weight(program)
 
         def log_predictive(particle: Keyed, inputs: TimeInputs) -> tuple[Any, PyTree]:
             carry = particle.carry
             dynamics = program.transition(carry, inputs, self.sampler)
-            weight = self._weight(closed_form=isinstance(dynamics, GaussianDynamics))
             if moves is not None:
-                level = None if diffusion is None else min(PROBE_LEVEL, diffusion.prior.noise_range[1])
                 return predict(
                     weight,
                     dynamics,
                     program.likelihood(carry, inputs),
                     particle.key,
-                    localized=local is not None,
+                    localized=localized,
                     tempered=self.tempering.needs_likelihood_tempering,
-                    noise_level=level if moves.noise_level is None else moves.noise_level,
+                    noise_level=probe_level(program) if moves.noise_level is None else moves.noise_level,
                     most_products=moves.most_products,
                 )
             weigh: Callable[..., tuple[Any, PyTree]]
             if self.tempering.needs_likelihood_tempering:
-                weigh = weight.temperable if local is None else weight.temperable_pointwise
+                weigh = weight.temperable_pointwise if localized else weight.temperable
             else:
-                weigh = weight if local is None else weight.pointwise
+                weigh = weight.pointwise if localized else weight
             return weigh(dynamics, program.likelihood(carry, inputs))
 
         # With inflation, the kernel calls `draw` and `advance` with the same key, and inflates the states in between.
@@ -246,13 +249,11 @@ class FAAPF(FilterAlgorithm):
             draw_key, _ = jax.random.split(rng_key)
             return program.draw(draw_key, particle.carry, inputs, self.sampler, centering)
 
-        placed = None if moves is None else self._placed(moves, program)
-
         def kernel(rng_key: PRNGKeyArray, state: State, inputs: TimeInputs) -> tuple[State, Info]:
             n = num_particles(state.particles)
             centering = self._centering(program, rng_key, state.particles, inputs, conditional=True)
             ahead = None
-            if self.inflation:
+            if need_forecast(self.inflation):
                 ahead = self._centering(program, rng_key, state.particles, inputs, conditional=False)
             step = fa_apf.build_kernel(
                 log_predictive,
@@ -295,18 +296,13 @@ class FAAPF(FilterAlgorithm):
             inputs: inputs of the time.
             conditional: whether the draws are those given the observations, not forecasts.
         """
-        n = num_particles(particles)
-        if (self.has_evidence() and self.moves is None) or n < 2:
+        if self.has_evidence() and self.moves is None:
             return None
+        # The kernel draws with the second key of the step, and `draw` with the first key of a particle's.
+        keys = particle_keys(jax.random.split(rng_key)[1], num_particles(particles))
+        draw_keys = jax.vmap(lambda key: jax.random.split(key)[0])(keys)
         first = jax.tree.map(lambda leaf: leaf[0], particles)
-
-        def numbers(key: PRNGKeyArray) -> PyTree:
-            # The key of the draw is the first of those into which `draw` splits that of the particle.
-            draw_key, _ = jax.random.split(key)
-            return program.random_numbers(draw_key, first, inputs, self.sampler, conditional=conditional)
-
-        # The kernel draws with the second key of the step.
-        return Centering.over(numbers, particle_keys(jax.random.split(rng_key)[1], n))
+        return program.centering(draw_keys, first, inputs, self.sampler, conditional)
 
     def _check_errors(self, program: StateSpaceModel) -> None:
         """Check that `LikelihoodTempering` can temper all sites.
@@ -367,7 +363,7 @@ class FAAPF(FilterAlgorithm):
         """Settings of the filter as plain values, for the attributes of a result."""
         return {
             "algorithm": "FAAPF",
-            "weight": in_full(self._weight(closed_form=program.structure.diffusion is None)),
+            "weight": in_full(self._weight(program)),
             "target_ess": self.target_ess,
             "tempering": in_full(self.tempering),
             "guidance": in_full(self.guidance),

@@ -137,7 +137,7 @@ def moved_ancestors(structure: Structure, localized: bool) -> tuple[int, ...]:
         localized: whether the move has a taper.
 
     Raises:
-        ValueError: there is a taper, and such an array has no places of the state; or there is no such array.
+        ValueError: there is a taper, and such an array has no places of the state.
     """
     moved = [i for i, leaf in enumerate(structure.carry) if leaf.is_real and not leaf.is_shared]
     if localized:

@@ -13,7 +13,7 @@ from numpyro_diffusion_da.diffusion.denoiser import NetworkPasses
 from numpyro_diffusion_da.filters.base import FilterAlgorithm
 from numpyro_diffusion_da.program.scan import TimeInputs
 from numpyro_diffusion_da.program.state_space import StateSpaceModel
-from numpyro_diffusion_da.smc.base import State, init, particle_keys
+from numpyro_diffusion_da.smc.base import State
 
 
 class FilterEvidence(NamedTuple):
@@ -48,9 +48,7 @@ class EvidenceEstimator(NamedTuple):
             rng_key: random key.
             program: state-space model with its global parameters fixed.
         """
-        state = init(
-            jax.vmap(program.initial)(particle_keys(rng_key, self.num_particles)), self.algorithm.resample_below
-        )
+        state = self.algorithm.initial_state(program, rng_key, self.num_particles)
         return FilterEvidence(state, NetworkPasses(*(jnp.zeros(()) for _ in NetworkPasses._fields)))
 
     def step(

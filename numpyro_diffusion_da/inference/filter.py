@@ -37,7 +37,7 @@ from numpyro_diffusion_da.program.state_space import StateSpaceModel
 from numpyro_diffusion_da.results.advice import far_value_advice, lost_advice, rejection_advice, tempering_advice
 from numpyro_diffusion_da.results.background import departure_ratios
 from numpyro_diffusion_da.results.result import FilterResult
-from numpyro_diffusion_da.smc.base import State, init
+from numpyro_diffusion_da.smc.base import State
 
 
 class Filter(HasFilterResult):
@@ -292,8 +292,7 @@ class Filter(HasFilterResult):
 
         def start(rng_key: PRNGKeyArray, given: Any) -> tuple[State, PyTree]:
             at = program.at(*given)
-            keys = jax.vmap(jax.random.fold_in, (None, 0))(rng_key, jnp.arange(self.num_particles))
-            return init(jax.vmap(at.initial)(keys), self.algorithm.resample_below), at.inputs()
+            return self.algorithm.initial_state(at, rng_key, self.num_particles), at.inputs()
 
         def step(rng_key: PRNGKeyArray, state: State, inputs: TimeInputs, given: Any) -> Any:
             at = program.at(*given)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import functools
 import warnings
 from typing import Any, NamedTuple
 
@@ -29,7 +30,7 @@ from numpyro_diffusion_da.program.scan import TimeInputs
 from numpyro_diffusion_da.program.state_space import StateSpaceModel
 from numpyro_diffusion_da.program.structure import name_of
 from numpyro_diffusion_da.results.result import FilterResult
-from numpyro_diffusion_da.smc.base import Info, State, init, particle_keys
+from numpyro_diffusion_da.smc.base import Info, State
 
 
 class KeptStep(NamedTuple):
@@ -246,9 +247,7 @@ class OnlineFilter(HasFilterResult):
 
     def _init(self, rng_key: PRNGKeyArray, given: Any) -> State:
         """Draw the initial particles; the function that `init` compiles."""
-        return init(
-            jax.vmap(self._at(given).initial)(particle_keys(rng_key, self.num_particles)), self.algorithm.resample_below
-        )
+        return self.algorithm.initial_state(self._at(given), rng_key, self.num_particles)
 
     def _check_state(self, state: State, expected: State) -> None:
         """Check that a state is one of this filter.
@@ -283,7 +282,8 @@ class OnlineFilter(HasFilterResult):
             ValueError: the state is that of another program or number of particles.
         """
         program = self._at(given)
-        self._check_state(state, jax.eval_shape(self._init, rng_key, given))
+        initial = functools.partial(self.algorithm.initial_state, program, n=self.num_particles)
+        self._check_state(state, jax.eval_shape(initial, rng_key))
         inputs = TimeInputs(jnp.asarray(0), jax.tree.map(lambda x: x[0], program.inputs()))
         batch_size = particles_at_a_time(self.batch_size, self.num_particles, program)
         first = jax.tree.map(lambda x: x[0], state.particles)

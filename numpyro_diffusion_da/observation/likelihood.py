@@ -58,7 +58,7 @@ class GaussianObservation(NamedTuple):
 
 
 def whiten(observation: GaussianObservation) -> tuple[Float[Array, " m"], Float[Array, " m"]]:
-    """Whiten one site.
+    """Whiten the observations of one Gaussian site: residuals in units of their errors, and terms of the normalizer.
 
     Returns:
         (whitened residual R^{-1/2} (y - h(x)), zero where missing; terms of -1/2 log det(2 pi R) over the observed

@@ -17,7 +17,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpyro.distributions as dist
-from jaxtyping import Array, PRNGKeyArray, PyTree
+from jaxtyping import Array, Key, PRNGKeyArray, PyTree
 from numpyro import handlers
 
 from numpyro_diffusion_da.diffusion.denoiser import NetworkPasses
@@ -275,6 +275,34 @@ class StateSpaceModel:
         except ValueError:
             return None
         return dynamics.random_numbers(rng_key, self.likelihood(carry, inputs) if conditional else None)
+
+    def centering(
+        self,
+        rng_keys: Key[Array, " n"],
+        carry: PyTree,
+        inputs: TimeInputs,
+        sampler: Sampler | Step | None = None,
+        conditional: bool = False,
+    ) -> Centering | None:
+        """Centering of the random numbers of an ensemble's draws of the latent site.
+
+        Args:
+            rng_keys: random keys of the draws.
+            carry: carry that the body takes; the numbers do not depend on it.
+            inputs: inputs of the time.
+            sampler: sampler, or a bare step, that replaces the sampler of a diffusion; None keeps it.
+            conditional: whether the draws are those given the observations.
+
+        Returns:
+            The centering; None for a single draw, or where `random_numbers` gives none.
+        """
+
+        def numbers(rng_key: PRNGKeyArray) -> PyTree:
+            return self.random_numbers(rng_key, carry, inputs, sampler, conditional)
+
+        if len(rng_keys) < 2 or jax.eval_shape(numbers, rng_keys[0]) is None:
+            return None
+        return Centering.over(numbers, rng_keys)
 
     def latent_values(self, x: PyTree) -> dict[str, Array]:
         """Values of the latent sites by name.

@@ -57,6 +57,9 @@ from numpyro_diffusion_da.smc.local_ancestors import LARGEST_BATCH, LocalAncesto
 from numpyro_diffusion_da.smc.localization import PlacedTaper
 from numpyro_diffusion_da.smc.tempering import Tempering
 
+FEW_PRODUCTS = 4
+"""Number of observed values up to which a diffusion makes a product with its covariance for each of them."""
+
 
 class Departure(NamedTuple):
     """Departure of the observations from the prediction of one particle, for m observed values.
@@ -125,7 +128,7 @@ class KalmanMove:
     selection_share: float | None = None
     radius: float | Mapping[str, float] | None = None
     noise_level: float | None = None
-    most_products: int = 4
+    most_products: int = FEW_PRODUCTS
     lowest: float | Sequence[float] | None = None
     highest: float | Sequence[float] | None = None
 

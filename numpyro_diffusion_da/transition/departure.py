@@ -20,7 +20,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from numpyro_diffusion_da.observation.likelihood import GaussianLikelihood, GeneralLikelihood, Likelihood, whiten
 from numpyro_diffusion_da.observation.moment_matching import LEAST_VARIANCE
 from numpyro_diffusion_da.smc.ensemble_update import TransitionSpread
-from numpyro_diffusion_da.smc.kalman_move import Departure, Predicted
+from numpyro_diffusion_da.smc.kalman_move import FEW_PRODUCTS, Departure, Predicted
 from numpyro_diffusion_da.transition.base import Dynamics, Moments
 from numpyro_diffusion_da.transition.gaussian import GaussianDynamics
 from numpyro_diffusion_da.transition.predictive import (
@@ -34,9 +34,6 @@ from numpyro_diffusion_da.transition.weights import Moment, PredictiveWeight, We
 
 NODES = np.linspace(-4.0, 4.0, 33)
 """Nodes of the integration over an observation's coordinate, in standard deviations."""
-
-FEW_PRODUCTS = 4
-"""Number of observed values up to which a diffusion makes a product with its covariance for each of them."""
 
 TANGENTS = 4
 """Largest number of directions along which an observation is followed; the one that moves it most is used."""
