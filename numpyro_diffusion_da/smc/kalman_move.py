@@ -61,6 +61,10 @@ FEW_PRODUCTS = 4
 """Number of observed values up to which a diffusion makes a product with its covariance for each of them."""
 
 
+MOST_BETWEEN = 2048
+"""Number of observed values up to which the covariance of predictions is kept for all pairs of them."""
+
+
 class Departure(NamedTuple):
     """Departure of the observations from the prediction of one particle, for m observed values.
 
@@ -250,8 +254,8 @@ class PlacedMove:
         weight_error = 1.0 + jnp.where(observed, jnp.maximum(_mean(of_weight, usable[:, None]), 0.0) / scale**2, 0.0)
         noise = jax.vmap(lambda key: jax.random.normal(key, (m,), residual.dtype))(particle_keys(rng_keys[1], n))
         noise = (noise - noise.mean(0, keepdims=True)) * (n / max(n - 1, 1)) ** 0.5
-        spread_between = _pooled(spread, usable, observed, scale)
         blocks = _Blocks.of(self.local, self.taper, m)
+        spread_between = _pooled(spread, usable, observed, scale, blocks.between)
         leaves, form = jax.tree.flatten(particles)
         columns = blocks.columns([leaves[i] for i in self.carried])
 
@@ -288,8 +292,7 @@ class PlacedMove:
             keep = observed[which]
             power = jnp.where(keep, jnp.maximum(wide - used_alpha[block] * rho, 0.0), 0.0)
             of = ancestors[block]
-            between = spread_between(which, blocks.between(which))
-            moved = _move(columns(block)[of], residual[of][:, which], noise[:, which], between, power)
+            moved = _move(columns(block)[of], residual[of][:, which], noise[:, which], spread_between(which), power)
             total = jnp.sum(jnp.where(keep, wide, 0.0))
             return moved, jnp.where(total > 0, jnp.sum(power) / jnp.where(total > 0, total, 1.0), 0.0)
 
@@ -318,8 +321,12 @@ def _mean(values: Float[Array, "n m"], usable: Bool[Array, "n k"]) -> Float[Arra
 
 
 def _pooled(
-    spread: Any, usable: Bool[Array, " n"], observed: Bool[Array, " m"], scale: Float[Array, " m"]
-) -> Callable[[Array, Array | None], Array]:
+    spread: Any,
+    usable: Bool[Array, " n"],
+    observed: Bool[Array, " m"],
+    scale: Float[Array, " m"],
+    taper: Callable[[Array], Array | None],
+) -> Callable[[Array], Array]:
     """Build the function from some observations to the mean of Cov[h(x') | c] between them, in units of R.
 
     Products with random signs estimate this mean only when many of them are averaged. Their errors off the diagonal are
@@ -330,20 +337,28 @@ def _pooled(
         usable: particles to use.
         observed: False where an observation is missing.
         scale: unit of each observation.
+        taper: function from some observations to the taper between them; None for none.
     """
+    m = len(scale)
     count = jnp.maximum(jnp.sum(usable), 1)
     parts = jax.tree.map(
         lambda x: jnp.where(usable[:, None, None] & jnp.isfinite(x), x / scale[None, None], 0.0), spread
     )
-    whole = None if isinstance(parts, tuple) else jnp.sum(parts, axis=0) / count / scale[:, None]
 
-    def between(which: Array, taper: Array | None) -> Array:
-        if whole is not None:
-            found = whole[which][:, which]
-        else:
-            left, right = (x[:, :, which].reshape(-1, len(which)) for x in parts)
-            found = jnp.diag(jnp.sum(left * right, axis=0)) if taper is None else taper * (left.T @ right)
-            found = found / (count * parts[0].shape[1])
+    def pooled(which: Array) -> Array:
+        left, right = (x[:, :, which].reshape(-1, len(which)) for x in parts)
+        between = taper(which)
+        found = jnp.diag(jnp.sum(left * right, axis=0)) if between is None else between * (left.T @ right)
+        return found / (count * parts[0].shape[1])
+
+    whole = None
+    if not isinstance(parts, tuple):
+        whole = jnp.sum(parts, axis=0) / count / scale[:, None]
+    elif m <= MOST_BETWEEN:  # neighborhoods overlap, so one product of all pairs is cheaper than one for each block
+        whole = pooled(jnp.arange(m))
+
+    def between(which: Array) -> Array:
+        found = pooled(which) if whole is None else whole[which][:, which]
         keep = observed[which]
         return jnp.where(keep[:, None] & keep[None, :], 0.5 * (found + found.T), 0.0)
 
@@ -357,10 +372,18 @@ def _near(weights: PyTree, which: Array, rho: Array, whole: bool) -> tuple[PyTre
     return jax.tree.map(lambda x: x[:, which], weights), rho
 
 
-def _covariances(c: Float[Array, "n c"], predicted: Float[Array, "n k"]) -> tuple[Array, Array]:
-    """Covariances (P_cg, P_gg) of an ensemble."""
-    anomalies, g = c - c.mean(0, keepdims=True), predicted - predicted.mean(0, keepdims=True)
-    return anomalies.T @ g / (len(c) - 1), g.T @ g / (len(c) - 1)
+def _solve(z: Float[Array, "n k"], right: Float[Array, "k c"]) -> Float[Array, "n c"]:
+    """Compute z (z^T z + (n - 1) 1)^-1 right, in the smaller of the two spaces.
+
+    With the anomalies z of whitened predictions and innovations on the right, its columns are the coefficients of the
+    anomalies in a Kalman step.
+    """
+    n, k = z.shape
+    if k <= n:
+        factor = jax.lax.linalg.cholesky(z.T @ z + (n - 1) * jnp.eye(k, dtype=z.dtype), symmetrize_input=False)
+        return z @ jax.scipy.linalg.cho_solve((factor, True), right)
+    factor = jax.lax.linalg.cholesky(z @ z.T + (n - 1) * jnp.eye(n, dtype=z.dtype), symmetrize_input=False)
+    return jax.scipy.linalg.cho_solve((factor, True), z @ right)
 
 
 def _non_gaussianity(
@@ -388,12 +411,13 @@ def _non_gaussianity(
     of_variance = jnp.sum(w**2 * (squares - variance[None]) ** 2, axis=0)
     # An observation that is not used has no covariance with anything.
     seen = jnp.where(used[None], residual, 0.0)
-    p_cg, p_gg = _covariances(c, -seen)
-    factor = jnp.linalg.cholesky(p_gg + jnp.diag(jnp.where(used, error, 1.0)))
-    gain = jax.scipy.linalg.cho_solve((factor, True), p_cg.T).T
-    kalman_mean = c.mean(0) + gain @ seen.mean(0)
-    prior = jnp.sum((c - c.mean(0, keepdims=True)) ** 2, axis=0) / (n - 1)
-    kalman_variance = prior - jnp.sum(gain * p_cg, axis=1)
+    white = seen / jnp.sqrt(jnp.where(used, error, 1.0))[None]
+    z = white.mean(0, keepdims=True) - white
+    anomalies = c - c.mean(0, keepdims=True)
+    prior = jnp.sum(anomalies**2, axis=0) / (n - 1)
+    gains = _solve(z, jnp.concatenate([white.mean(0)[:, None], z.T @ anomalies], axis=1))
+    kalman_mean = c.mean(0) + gains[:, 0] @ anomalies
+    kalman_variance = prior - jnp.sum(anomalies * gains[:, 1:], axis=0) / (n - 1)
     terms = 0.5 * (
         (mean - kalman_mean) ** 2 / jnp.where(of_mean > 0, of_mean, jnp.inf)
         + (variance - kalman_variance) ** 2 / jnp.where(of_variance > 0, of_variance, jnp.inf)
@@ -419,18 +443,17 @@ def _move(
         power: power to which each observation is used, from 0 to 1.
     """
     root = jnp.sqrt(power)
-    spread = jnp.maximum(jnp.diagonal(between), 0.0)
-    coupled = between - jnp.diag(jnp.diagonal(between))
-    own = jnp.diag(1.0 + spread)
-    factors = [jnp.linalg.cholesky(own + root[:, None] * share * coupled * root[None, :]) for share in (1.0, 0.5, 0.0)]
-    factor = factors[-1]
-    for better in factors[-2::-1]:  # a covariance that was estimated by probes may not be positive definite
-        factor = jnp.where(jnp.all(jnp.isfinite(better)), better, factor)
-    scaled = residual * root[None]
-    innovation = scaled - noise @ factor.T
-    p_cg, p_gg = _covariances(c, -scaled)
-    total = jnp.linalg.cholesky(p_gg + factor @ factor.T)
-    return c + (p_cg @ jax.scipy.linalg.cho_solve((total, True), innovation.T)).T
+    variances = jnp.diagonal(between)
+    own = 1.0 + jnp.maximum(variances, 0.0)
+    coupled = root[:, None] * (between - jnp.diag(variances)) * root[None, :]
+    factor = jnp.diag(jnp.sqrt(own))
+    for share in (0.5, 1.0):  # a covariance that was estimated by probes may not be positive definite
+        better = jax.lax.linalg.cholesky(jnp.diag(own) + share * coupled, symmetrize_input=False)
+        factor = jnp.where(jnp.all(jnp.isfinite(jnp.diagonal(better))), better, factor)
+    white = jax.scipy.linalg.solve_triangular(factor, (residual * root[None]).T, lower=True).T
+    z = white.mean(0, keepdims=True) - white
+    coefficients = _solve(z, (white - noise).T)
+    return c + coefficients.T @ (c - c.mean(0, keepdims=True))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -481,7 +504,7 @@ class _Blocks:
     def map(self, fn: Any, n: int) -> Any:
         """Map a function of the index of a block over all blocks, in batches that bound the memory."""
         b, k = self.which.shape
-        batch = max(1, LARGEST_BATCH // (n * (4 * k + 8) + 6 * k * k))
+        batch = max(1, LARGEST_BATCH // 8 // (n * (4 * k + 8) + 6 * k * k))  # small, for a processor's cache
         return jax.lax.map(fn, jnp.arange(b), batch_size=min(batch, b))
 
     def observations(self, block: Array, dtype: Any) -> tuple[Array, Array, Array]:
