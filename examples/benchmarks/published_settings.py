@@ -1,9 +1,9 @@
 """Do the filters reach the scores that are published for them? Lorenz-63 and Lorenz-96 in DAPPER's settings.
 
 DAPPER (Raanes et al. 2024, github.com/nansencenter/DAPPER) lists, with each of its settings, the time-mean error of the
-analysis mean that its own filters reach. This script has three of these settings (Sakov et al. 2012, Sakov & Oke 2008,
-Bocquet et al. 2010) as NumPyro programs, with the same equations, Runge-Kutta step, observations, length, burn-in and
-score.
+analysis mean that its own filters reach. This script has five of these settings (Sakov et al. 2012, Sakov & Oke 2008,
+Bocquet et al. 2010, de Wiljes et al. 2018, Spantini et al. 2022) as NumPyro programs, with the same equations,
+Runge-Kutta step, observations, length, burn-in and score.
 
 The dynamics have no noise. An ensemble Kalman filter uses them without change. DAPPER inflates and rotates the ensemble
 after the update; this library inflates it before the update and does not rotate. The script runs both ways. A particle
@@ -11,6 +11,9 @@ filter with deterministic dynamics would end with copies of one particle. DAPPER
 ensemble to copies. The programs here have model noise instead, N(M(x), s^2 (F F^T + 0.01 I)), where F is the derivative
 of the flow M at x, as if each particle got jitter of size s before it moved. The size s was chosen on other truths than
 those reported; `--tune` prints the table of that choice. The bootstrap filter also runs with DAPPER's jitter.
+
+"FAAPF" has no tempering. "FAAPF moved" has the defaults of a filter that moves its ancestors. "perturbed V" is an
+ensemble Kalman filter that computes the covariance of this model noise and does not sample it.
 
     python examples/benchmarks/published_settings.py --out published_settings.json
 """
@@ -70,6 +73,8 @@ class Setting(NamedTuple):
         error_variance: error variance of the observations.
         cycles: number of observation times; the initial state is not observed.
         burn_in: number of cycles at the start that are not scored.
+        noise_steps: number of longer time steps between observations, of the same scheme, for the derivative of the
+            flow in the model noise; None for `steps`.
     """
 
     tendency: Callable[[Array], Array]
@@ -81,10 +86,12 @@ class Setting(NamedTuple):
     error_variance: float
     cycles: int
     burn_in: int
+    noise_steps: int | None = None
 
-    def flow(self, x: Float[Array, " d"]) -> Float[Array, " d"]:
-        """State at the next observation time."""
-        h, f = self.time_step, self.tendency
+    def flow(self, x: Float[Array, " d"], steps: int | None = None) -> Float[Array, " d"]:
+        """State at the next observation time; `steps` replaces the number of time steps."""
+        steps = self.steps if steps is None else steps
+        h, f = self.time_step * self.steps / steps, self.tendency
 
         def runge_kutta(_: int, x: Array) -> Array:
             k1 = f(x)
@@ -93,7 +100,7 @@ class Setting(NamedTuple):
             k4 = f(x + h * k3)
             return x + h / 6.0 * (k1 + 2.0 * k2 + 2.0 * k3 + k4)
 
-        return jax.lax.fori_loop(0, self.steps, runge_kutta, x)
+        return jax.lax.fori_loop(0, steps, runge_kutta, x)
 
     def initial(self) -> dist.Distribution:
         """Distribution of the initial state of the truth and of each particle."""
@@ -103,7 +110,7 @@ class Setting(NamedTuple):
         """Transition with model noise of size `noise` as in the module docstring; negligible noise if it is None."""
         if noise is None:
             return dist.Normal(self.flow(x), NO_NOISE).to_event(1)
-        derivative = jax.jacfwd(self.flow)(x)
+        derivative = jax.jacfwd(self.flow)(x, self.noise_steps)
         spread = derivative @ derivative.T + FLOOR**2 * jnp.eye(len(x))
         return dist.MultivariateNormal(self.flow(x), scale_tril=noise * jnp.linalg.cholesky(spread))
 
@@ -141,6 +148,8 @@ SETTINGS = {
     "Lorenz63/sakov2012": Setting(lorenz63, 0.01, 25, (1.509, -1.531, 25.46), 2.0, 1, 2.0, 1001, 64),
     "Lorenz96/sakov2008": Setting(lorenz96, 0.05, 1, (1.0,) + 39 * (0.0,), 0.001, 1, 1.0, 1001, 400),
     "Lorenz96/bocquet2010": Setting(lorenz96, 0.05, 1, 10 * (0.0,), 0.001, 2, 2.25, 1280, 400),
+    "Lorenz63/wiljes2017": Setting(lorenz63, 0.01, 12, (1.509, -1.531, 25.46), 2.0, 3, 8.0, 8534, 33),
+    "Lorenz96/spantini2019": Setting(lorenz96, 0.02, 20, (1.0,) + 39 * (0.0,), 0.1, 2, 0.5, 2001, 50, noise_steps=5),
 }
 
 
@@ -185,20 +194,20 @@ class Row(NamedTuple):
 
     Attributes:
         setting: key of `SETTINGS`.
-        dapper: DAPPER's name of its filter.
-        published: published score.
-        filter: "perturbed", "square root", "Bootstrap" or "FAAPF".
+        dapper: DAPPER's name of its filter; "" for a number of members without a published score.
+        published: published score; None if there is none.
+        filter: "perturbed", "square root", "perturbed V", "Bootstrap", "FAAPF" or "FAAPF moved".
         members: number of members or particles.
         inflation: inflation factor of the ensemble.
         rotate: whether DAPPER rotates the ensemble.
-        radius: radius of DAPPER's localization in sites; None for none.
+        radius: radius of the localization in sites, in DAPPER's convention; None for none.
         jitter: size of DAPPER's jitter relative to a rule-of-thumb bandwidth (its "reg"); None if DAPPER's filter does
             not jitter copies only.
     """
 
     setting: str
     dapper: str
-    published: float
+    published: float | None
     filter: str
     members: int
     inflation: float = 1.0
@@ -211,7 +220,12 @@ UPDATES: dict[str, ndda.smc.EnsembleUpdate] = {
     "perturbed": ndda.smc.PerturbedObservations(),
     "square root": ndda.smc.SquareRoot(),
 }
-ALGORITHMS: dict[str, Any] = {"Bootstrap": ndda.Bootstrap, "FAAPF": functools.partial(ndda.FAAPF, target_ess=0.0)}
+ALGORITHMS: dict[str, Any] = {
+    "Bootstrap": ndda.Bootstrap,
+    "FAAPF": functools.partial(ndda.FAAPF, target_ess=0.0),
+    "FAAPF moved": functools.partial(ndda.FAAPF, move=True),
+    "perturbed V": functools.partial(ndda.EnKF, transition_covariance=True),
+}
 
 ROWS = [
     Row("Lorenz63/sakov2012", "EnKF Sqrt", 0.80, "square root", 3, 1.30),
@@ -232,6 +246,21 @@ ROWS = [
     Row("Lorenz96/bocquet2010", "PartFilt", 0.43, "Bootstrap", 100, jitter=1.3),
     Row("Lorenz96/bocquet2010", "OptPF", 0.44, "FAAPF", 100),
     Row("Lorenz96/bocquet2010", "PartFilt", 0.29, "Bootstrap", 800, jitter=0.8),
+    Row("Lorenz63/wiljes2017", "EnKF-N", 2.52, "square root", 30, 1.02, rotate=True),
+    Row("Lorenz63/wiljes2017", "EnKF-N", 2.52, "perturbed", 30, 1.05),
+    Row("Lorenz63/wiljes2017", "PartFilt", 2.05, "Bootstrap", 35, jitter=1.4),
+    Row("Lorenz63/wiljes2017", "PartFilt", 2.05, "FAAPF", 35),
+    Row("Lorenz63/wiljes2017", "PartFilt", 2.05, "FAAPF moved", 35),
+    Row("Lorenz63/wiljes2017", "", None, "perturbed", 256, 1.02),
+    Row("Lorenz63/wiljes2017", "", None, "perturbed V", 256),
+    Row("Lorenz63/wiljes2017", "", None, "FAAPF", 256),
+    Row("Lorenz63/wiljes2017", "", None, "FAAPF moved", 256),
+    Row("Lorenz96/spantini2019", "LETKF", 1.0, "square root", 40, 1.10, radius=4.0),
+    Row("Lorenz96/spantini2019", "LETKF", 1.0, "perturbed V", 40, radius=4.0),
+    Row("Lorenz96/spantini2019", "LETKF", 1.0, "FAAPF", 40),
+    Row("Lorenz96/spantini2019", "LETKF", 1.0, "FAAPF moved", 40, radius=4.0),
+    Row("Lorenz96/spantini2019", "LETKF", 0.84, "square root", 100, 1.02, radius=4.0),
+    Row("Lorenz96/spantini2019", "LETKF", 0.84, "FAAPF moved", 100, radius=4.0),
 ]
 
 # Lowest score of `GRID` on four truths of `TUNING_SEED` (two for N = 800), by setting, filter and N. Not considered:
@@ -246,6 +275,16 @@ TUNED = {
     ("Lorenz96/bocquet2010", "Bootstrap", 100): 0.3,
     ("Lorenz96/bocquet2010", "FAAPF", 100): 0.15,
     ("Lorenz96/bocquet2010", "Bootstrap", 800): 0.1,
+    ("Lorenz63/wiljes2017", "Bootstrap", 35): 0.3,
+    ("Lorenz63/wiljes2017", "FAAPF", 35): 0.3,
+    ("Lorenz63/wiljes2017", "FAAPF moved", 35): 0.2,
+    ("Lorenz63/wiljes2017", "perturbed V", 256): 0.2,
+    ("Lorenz63/wiljes2017", "FAAPF", 256): 0.1,
+    ("Lorenz63/wiljes2017", "FAAPF moved", 256): 0.05,
+    ("Lorenz96/spantini2019", "perturbed V", 40): 0.2,
+    ("Lorenz96/spantini2019", "FAAPF moved", 40): 0.2,
+    ("Lorenz96/spantini2019", "FAAPF", 40): 0.3,
+    ("Lorenz96/spantini2019", "FAAPF moved", 100): 0.2,
 }
 GRID = {
     ("Lorenz63/sakov2012", 100): (0.05, 0.1, 0.2, 0.3, 0.45),
@@ -253,7 +292,12 @@ GRID = {
     ("Lorenz96/bocquet2010", 50): (0.1, 0.15, 0.2, 0.3, 0.4),
     ("Lorenz96/bocquet2010", 100): (0.1, 0.15, 0.2, 0.3, 0.4),
     ("Lorenz96/bocquet2010", 800): (0.05, 0.07, 0.1, 0.15, 0.2),
+    ("Lorenz63/wiljes2017", 35): (0.1, 0.2, 0.3),
+    ("Lorenz63/wiljes2017", 256): (0.05, 0.1, 0.2),
+    ("Lorenz96/spantini2019", 40): (0.1, 0.2, 0.3),
 }
+# Inflation factors to try where DAPPER has none.
+INFLATIONS = {("Lorenz63/wiljes2017", 30): (1.0, 1.02, 1.05), ("Lorenz63/wiljes2017", 256): (1.0, 1.02, 1.05)}
 
 
 class Run(NamedTuple):
@@ -270,6 +314,8 @@ def runs_of(rows: list[Row], tune: bool) -> Iterator[Run]:
         ensemble = row.filter in UPDATES
         if tune:
             yield from (Run(row, False, noise) for noise in GRID.get((row.setting, row.members), ()) if not ensemble)
+            factors = INFLATIONS.get((row.setting, row.members), ()) if ensemble else ()
+            yield from (Run(row._replace(inflation=factor), False, None) for factor in factors)
             continue
         yield Run(row, False, None if ensemble else TUNED[row.setting, row.filter, row.members])
         if ensemble or row.jitter is not None:
@@ -280,8 +326,6 @@ def algorithm_of(row: Row, as_dapper: bool, noise: ArrayLike | None) -> ndda.fil
     """Filter of a row with its program."""
     setting = SETTINGS[row.setting]
     program = setting.program(noise)
-    if row.filter in ALGORITHMS:
-        return ALGORITHMS[row.filter](program)
     taper = None
     if row.radius is not None:
         sites = len(setting.start)
@@ -289,6 +333,8 @@ def algorithm_of(row: Row, as_dapper: bool, noise: ArrayLike | None) -> ndda.fil
         half_width = row.radius * math.sqrt(10.0 / 3.0)
         observed = {"y": np.arange(0, sites, setting.every)}
         taper = ndda.Taper(half_width, ndda.Ring(sites), observed, state=np.arange(sites))
+    if row.filter in ALGORITHMS:
+        return ALGORITHMS[row.filter](program, **({} if taper is None else {"taper": taper}))
     update = UPDATES[row.filter]
     if as_dapper:
         return ndda.EnKF(program, update=AsDapper(update, row.inflation, row.rotate), taper=taper)
@@ -403,6 +449,8 @@ COLUMNS = {
 def shown(row: dict[str, Any]) -> dict[str, Any]:
     """Row of the table with the way of the run in words."""
     how = "as DAPPER" if row["as DAPPER"] else "" if row["noise"] is None else f"s = {row['noise']:g}"
+    if row["noise"] is None and row["inflation"] != 1.0:
+        how = f"{how} {row['inflation']:g}".strip()
     return {**row, "how": how, "SD of one run": row["rmse.a SD"]}
 
 
