@@ -86,13 +86,29 @@ def test_linear_gaussian_refuses(arguments, sentence):
 @pytest.mark.slow
 def test_smoothing_runs(tmp_path):
     out = tmp_path / "table.json"
-    tiny = ("--seeds", "2", "--steps", "8", "--particles", "64", "--d", "2", "--lag", "0", "--lag", "3")
+    tiny = (
+        "--seeds",
+        "2",
+        "--steps",
+        "8",
+        "--particles",
+        "64",
+        "--d",
+        "2",
+        "--lag",
+        "0",
+        "--lag",
+        "3",
+        "--moved-lag",
+        "4",
+    )
     done = run_program("smoothing.py", *tiny, "--out", str(out))
     assert done.returncode == 0, done.stderr
     rows = json.loads(out.read_text())["rows"]
-    assert [row["lag"] for row in rows] == ["0: the filter", "3", "genealogy", "backward simulation"]
+    names = ["0: the filter", "3", "genealogy", "backward simulation", "moved ancestors, lag 4", "EnKF, lag 4"]
+    assert [row["lag"] for row in rows] == names
     assert rows[0]["distinct lines"] == 64
-    assert rows[0]["mean error"] > rows[1]["mean error"]
+    assert rows[0]["mean error"] > max(rows[i]["mean error"] for i in (1, 4, 5))
     assert rows[1]["distinct lines at the first step"] > rows[2]["distinct lines at the first step"]
     assert rows[3]["distinct lines at the first step"] > rows[2]["distinct lines at the first step"]
     assert "genealogy" in done.stdout

@@ -1,10 +1,11 @@
-"""How accurate is smoothing by genealogy and by backward simulation? Compared with the Rauch-Tung-Striebel smoother.
+"""How accurate is smoothing? Compared with the Rauch-Tung-Striebel smoother.
 
 The model is x' = A x + N(0, Q), where A is 0.95 times a random rotation and Q_ij = 0.25 exp(-|i - j| / 3). Every second
 component is observed with error 0.5. The filter is FA-APF with exact weights and without tempering. The rows are the
 particles of the filter (lag 0), several fixed lags, the whole genealogy, and backward simulation (`--draws`
-trajectories, by default as many as particles). The table has means over seeds with standard errors (each seed has its
-own rotation, truth and observations):
+trajectories, by default as many as particles). The last rows are two filters that move their earlier states themselves,
+with a lag of `--moved-lag`: FA-APF that moves its ancestors and selects none, and the ensemble Kalman filter. The table
+has means over seeds with standard errors (each seed has its own rotation, truth and observations):
 
 - mean error: RMS over steps and components of (particle mean - RTS mean) / RTS standard deviation;
 - variance ratio: mean over steps and components of particle variance / RTS variance;
@@ -43,6 +44,7 @@ LAGS = [0, 1, 2, 5, 10, 20]
 TWIN_LAGS = [0, 1, 2, 3, 5, 10]
 SPIN_UP, BEFORE_END = 20, 10
 BACKWARD = "backward simulation"
+MOVED = ("moved ancestors", "EnKF")
 NAMES = ("mean error", "variance ratio", "distinct lines", "distinct lines at the first step")
 TWIN_NAMES = ("RMSE", "spread/RMSE", "distinct lines")
 
@@ -113,25 +115,36 @@ def label(lag: int | None) -> str:
 def scores(result: ndda.FilterResult, means: np.ndarray, spreads: np.ndarray) -> list[float]:
     """Mean error, variance ratio, and distinct lines (median over steps, first step) of a smoothed run."""
     x, variance = result.posterior["x"][0].astype(float), np.diagonal(spreads, axis1=1, axis2=2)
-    lines = result.sample_stats["distinct_lines"][0]
+    # States that were moved are all distinct.
+    lines = result.sample_stats.get("distinct_lines", np.full((1, len(means)), len(x)))[0]
     error = np.sqrt(np.mean((x.mean(0) - means) ** 2 / variance))
     return [float(error), float(np.mean(x.var(0, ddof=1) / variance)), float(np.median(lines)), float(lines[0])]
 
 
 def linear_gaussian(
-    d: int, lags: list[int | None], seeds: int, steps: int, particles: int, draws: int, console: Console
+    d: int, lags: list[int | None], seeds: int, steps: int, particles: int, draws: int, moved_lag: int, console: Console
 ) -> np.ndarray:
-    """Scores of all experiments, shape (seed, lag, name); if there are draws, the last row is backward simulation."""
-    algorithm = ndda.FAAPF(program(d), weight=ndda.Moment(), target_ess=0.0)
-    filter_ = ndda.Filter(algorithm, num_particles=particles, progress_bar=False)
+    """Scores of all experiments, shape (seed, row, name).
+
+    Rows are lags, backward simulation if there are draws, and the filters of `MOVED` if there is a lag for them.
+    """
+    model = program(d)
+    move = ndda.KalmanMove(selection_share=0.0)
+    algorithms: list[Any] = [ndda.FAAPF(model, weight=ndda.Moment(), target_ess=0.0)]
+    if moved_lag:
+        algorithms += [ndda.FAAPF(model, move=move, lag=moved_lag), ndda.EnKF(model, lag=moved_lag)]
+    filters = [ndda.Filter(algorithm, num_particles=particles, progress_bar=False) for algorithm in algorithms]
+    filter_ = filters[0]
     found = []
     for seed in track(range(seeds), "linear-Gaussian", console=console, transient=True):
         a, initial, y = simulate(np.random.default_rng(seed), d, steps)
-        filter_.run(jax.random.key(seed), *map(jnp.asarray, (y, a, np.linalg.cholesky(initial))))
+        for each in filters:
+            each.run(jax.random.key(seed), *map(jnp.asarray, (y, a, np.linalg.cholesky(initial))))
         exact = rauch_tung_striebel(a, covariance(d), initial, y)
         smoothed = [filter_.smoothed(lag) for lag in lags]
         if draws:
             smoothed.append(filter_.backward_simulation(jax.random.key(seeds + seed), draws))
+        smoothed += [each.smoothed(moved_lag) for each in filters[1:]]
         found.append([scores(result, *exact) for result in smoothed])
     return np.array(found)
 
@@ -198,6 +211,9 @@ def main(
     draws: Annotated[
         int | None, typer.Option(help="Trajectories of backward simulation; 0 for none; by default N.", min=0)
     ] = None,
+    moved_lag: Annotated[
+        int, typer.Option(help="Lag of the filters that move earlier states; 0 for none.", min=0)
+    ] = 20,
     truths: Annotated[int, typer.Option(help="Truths of the Lorenz-96 experiment; 0 to skip it.", min=0)] = 0,
     cycles: Annotated[int, typer.Option(help="Steps of the Lorenz-96 experiment.", min=SPIN_UP + BEFORE_END + 1)] = 60,
     twin_particles: Annotated[int, typer.Option(help="Particles in the Lorenz-96 experiment.", min=2)] = 256,
@@ -205,10 +221,11 @@ def main(
     """Print error, spread and distinct lines of smoothed particles."""
     console = Console()
     draws = particles if draws is None else draws
-    settings = {"d": d, "seeds": seeds, "steps": steps, "particles": particles, "draws": draws}
+    settings = {"d": d, "seeds": seeds, "steps": steps, "particles": particles, "draws": draws, "moved_lag": moved_lag}
     lags: list[int | None] = [*(lag or LAGS), None]
-    values = linear_gaussian(d, lags, seeds, steps, particles, draws, console)
+    values = linear_gaussian(d, lags, seeds, steps, particles, draws, moved_lag, console)
     labels = [*map(label, lags), *([BACKWARD] if draws else [])]
+    labels += [f"{name}, lag {moved_lag}" for name in MOVED if moved_lag]
     tables = {"rows": rows_of(NAMES, labels, values)}
     title = f"d = {d}, N = {particles}, {steps} steps, {seeds} seeds; mean ± standard error over seeds"
     show(console, title, NAMES, tables["rows"])

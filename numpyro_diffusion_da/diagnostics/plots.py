@@ -330,6 +330,7 @@ def genealogy(
     """
     from matplotlib.figure import Figure
 
+    smoothing.distinct_ancestors_at(result)  # raises where there is no genealogy
     lines = {"genealogy of the last particles": smoothing.trajectories(result)}
     if paths is not None:
         lines["backward simulation"] = paths

@@ -27,7 +27,7 @@ is linearized at $m_i$, as in an extended Kalman filter.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -131,11 +131,13 @@ class Drawn(NamedTuple):
         carry: carry of the particle before the step.
         x: draw of the next state without the observations.
         record: record of the draw.
+        past: earlier states of the particle, shape (L, ...); () without a lag.
     """
 
     carry: PyTree
     x: Float[Array, ...]
     record: DrawRecord
+    past: Any = ()
 
 
 def no_passes() -> NetworkPasses:

@@ -53,10 +53,34 @@ class Proposal(NamedTuple):
     Attributes:
         draw: network passes and solver residual of the draw.
         sites: values of the sites by group and site, see `StateSpaceModel.record`.
+        line: states on the line of the particle: L earlier ones as this step has selected and moved them, and the new
+            one, shape (L + 1, ...); () for a filter without a lag.
     """
 
     draw: DrawRecord
     sites: dict[str, dict[str, Array]]
+    line: Any = ()
+
+
+def line_of(past: Any, x: Array) -> Any:
+    """Line of a new particle: the earlier states of its ancestor, and its own state x; () without a lag.
+
+    Args:
+        past: earlier states, shape (L, ...); () without a lag.
+        x: state of the new particle.
+    """
+    return () if isinstance(past, tuple) else jnp.concatenate([past, x[None]])
+
+
+def with_past(state: State, info: Info) -> State:
+    """State after a step with the last L states on the line of each particle, if the filter has a lag.
+
+    Args:
+        state: state from a kernel of `smc`.
+        info: diagnostics of the step.
+    """
+    line = info.proposal.line
+    return state if isinstance(line, tuple) else state._replace(past=line[:, 1:])
 
 
 class FilterAlgorithm(abc.ABC):
@@ -79,6 +103,8 @@ class FilterAlgorithm(abc.ABC):
     """Effective sample size, as a fraction of the particles, below which they are resampled; 1 for every step."""
     sampler: Sampler | Step | None = None
     """Sampler of the draws of a diffusion; None for the transition's own."""
+    lag: int = 0
+    """Number L of earlier states of each particle that the filter selects and moves with it; 0 for none."""
 
     @abc.abstractmethod
     def kernel(self, program: StateSpaceModel, batch_size: int | None = None, screen: Screen | None = None) -> Kernel:
@@ -114,7 +140,11 @@ class FilterAlgorithm(abc.ABC):
             rng_key: random key; that of particle i is fold_in(rng_key, i).
             n: number of particles N.
         """
-        return init(jax.vmap(program.initial)(particle_keys(rng_key, n)), self.resample_below)
+        state = init(jax.vmap(program.initial)(particle_keys(rng_key, n)), self.resample_below)
+        if self.lag == 0:
+            return state
+        like = program.structure.shapes.state[program.structure.latent_name]
+        return state._replace(past=jnp.zeros((n, self.lag, *like.shape), like.dtype))
 
     def has_evidence(self) -> bool:
         """Whether the filter estimates the evidence log p(y)."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from numpyro_diffusion_da.arguments import require, shown
+from numpyro_diffusion_da.arguments import require, require_count, shown
 from numpyro_diffusion_da.diffusion.sampler import as_sampler
 from numpyro_diffusion_da.smc.base import check_resample_below, check_target_ess
 from numpyro_diffusion_da.smc.localization import Taper
@@ -49,6 +49,20 @@ def set_resample_below(algorithm: Any) -> None:
     """
     below = check_resample_below(algorithm.resample_below, algorithm.target_ess, type(algorithm).__name__)
     object.__setattr__(algorithm, "resample_below", below)
+
+
+def set_lag(algorithm: Any) -> None:
+    """Check the argument `lag` of a filter, and store it as a number.
+
+    Args:
+        algorithm: filter, in its constructor.
+
+    Raises:
+        TypeError: the argument is not a whole number.
+        ValueError: it is negative.
+    """
+    require_count(algorithm.lag, type(algorithm).__name__, "lag", least=0)
+    object.__setattr__(algorithm, "lag", int(algorithm.lag))
 
 
 def check_resampling(resampling: Any, owner: str) -> None:

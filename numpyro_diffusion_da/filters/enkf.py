@@ -14,8 +14,8 @@ from numpyro_diffusion_da.arguments import require, require_flag, require_progra
 from numpyro_diffusion_da.diffusion.sampler import Sampler
 from numpyro_diffusion_da.diffusion.steps import Step
 from numpyro_diffusion_da.filters.background import Drawn, Screen, background_of_draws, probe_level, screened
-from numpyro_diffusion_da.filters.base import FilterAlgorithm, Proposal
-from numpyro_diffusion_da.filters.checks import check_taper, set_sampler
+from numpyro_diffusion_da.filters.base import FilterAlgorithm, Proposal, line_of, with_past
+from numpyro_diffusion_da.filters.checks import check_taper, set_lag, set_sampler
 from numpyro_diffusion_da.filters.placement import carried_along, place_taper
 from numpyro_diffusion_da.filters.settings import in_full, inflation_setting, sampler_settings, taper_setting
 from numpyro_diffusion_da.program.scan import TimeInputs
@@ -50,11 +50,15 @@ class EnKF(FilterAlgorithm):
             (`smc.ensemble_update`). The covariance of the forecast is then that of the means E[x' | c] over the
             members, with the taper, and the mean covariance of the transition. This costs two forward passes and a
             product per member, and it needs a transition that is a diffusion or Gaussian.
+        lag: number L of earlier states of each member that the update moves along: the ensemble Kalman smoother
+            (Evensen & van Leeuwen 2000). `smoothed(L)` and `to_datatree(lag=L)` then have the states given the
+            observations up to L steps later. Each member holds L more states. 0 keeps none. The filter itself does not
+            depend on it.
 
     Raises:
         TypeError: an argument is of the wrong kind; the message names it.
-        ValueError: the update cannot use the taper's correlation function, or `transition_covariance` is combined with
-            an update that samples none.
+        ValueError: the update cannot use the taper's correlation function, `lag` is negative, or
+            `transition_covariance` is combined with an update that samples none.
     """
 
     needs_gaussian: ClassVar[bool] = False
@@ -67,6 +71,7 @@ class EnKF(FilterAlgorithm):
     update: EnsembleUpdate = dataclasses.field(default_factory=PerturbedObservations)
     taper: Taper | None = None
     transition_covariance: bool = False
+    lag: int = 0
 
     def __post_init__(self) -> None:
         require_program(self.model, "EnKF")
@@ -76,6 +81,7 @@ class EnKF(FilterAlgorithm):
         check_taper(self.taper, "EnKF")
         flag = require_flag(self.transition_covariance, "EnKF", "transition_covariance")
         object.__setattr__(self, "transition_covariance", flag)
+        set_lag(self)
         if self.taper is not None:
             self.update.check_correlation(self.taper.correlation)
         if self.transition_covariance and not isinstance(self.update, PerturbedObservations):
@@ -119,7 +125,9 @@ class EnKF(FilterAlgorithm):
             forecast = widened(jax.random.key(0), x, None)
             sites = background_of_draws(program, forecast, state.particles, inputs, batch_size)
             used, said = screened(screen, program, sites, state.particles, inputs)
-            # The carry is the first part of `Drawn`, so its arrays have the same indices in both.
+            particles = Drawn(state.particles, x, record, state.past)
+            # The carry is the first part of `Drawn`, so its arrays have the same indices in both. The past is the last.
+            along = (len(jax.tree.leaves(particles)) - 1,) if self.lag else ()
             step = enkf.build_kernel(
                 _forecast_of,
                 _residual_in(used),
@@ -128,11 +136,11 @@ class EnKF(FilterAlgorithm):
                 taper,
                 self.inflation,
                 batch_size,
-                carried,
+                (*carried, *along),
                 _spread_in(used, self.sampler) if self.transition_covariance else None,
             )
-            new, info = step(rng_key, State(Drawn(state.particles, x, record), state.log_evidence), inputs)
-            return new, info._replace(**said)
+            new, info = step(rng_key, State(particles, state.log_evidence), inputs)
+            return with_past(new, info), info._replace(**said)
 
         return kernel
 
@@ -144,6 +152,7 @@ class EnKF(FilterAlgorithm):
             "inflation": inflation_setting(self.inflation),
             "taper": taper_setting(self.taper),
             "transition_covariance": str(self.transition_covariance),
+            "lag": self.lag,
             **sampler_settings(self.sampler, program),
         }
 
@@ -185,6 +194,6 @@ def _advance_in(
         rng_key: PRNGKeyArray, x: Array, particle: Drawn, inputs: TimeInputs, draw: DrawRecord
     ) -> tuple[PyTree, Proposal]:
         sites = program.record(rng_key, x, particle.carry, inputs)
-        return program.advance(x, particle.carry, inputs), Proposal(draw, sites)
+        return program.advance(x, particle.carry, inputs), Proposal(draw, sites, line_of(particle.past, x))
 
     return advance

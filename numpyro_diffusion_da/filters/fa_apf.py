@@ -16,8 +16,8 @@ from numpyro_diffusion_da.diffusion.guidance import MMPS, Guidance
 from numpyro_diffusion_da.diffusion.sampler import Sampler
 from numpyro_diffusion_da.diffusion.steps import Step
 from numpyro_diffusion_da.filters.background import Screen, background_key, background_of_transition, probe_level
-from numpyro_diffusion_da.filters.base import FilterAlgorithm, Proposal
-from numpyro_diffusion_da.filters.checks import check_resampling, check_taper, set_sampler, set_target_ess
+from numpyro_diffusion_da.filters.base import FilterAlgorithm, Proposal, line_of, with_past
+from numpyro_diffusion_da.filters.checks import check_resampling, check_taper, set_lag, set_sampler, set_target_ess
 from numpyro_diffusion_da.filters.placement import moved_ancestors, place_taper, shared_arrays
 from numpyro_diffusion_da.filters.settings import (
     in_full,
@@ -52,15 +52,17 @@ little is lost by selecting less, and the test of Gaussianity is more reliable a
 
 
 class Keyed(NamedTuple):
-    """Particle of a kernel, with the key of its products with random signs.
+    """Particle of a kernel, with the key of its products with random signs, and its earlier states.
 
     Attributes:
         carry: carry of the particle.
         key: random key; () if no products are made.
+        past: earlier states of the particle, shape (L, ...); () without a lag.
     """
 
     carry: PyTree
     key: Any
+    past: Any
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -95,11 +97,15 @@ class FAAPF(FilterAlgorithm):
         move: move of the selected ancestors by the part of the likelihood that selection leaves, `ndda.KalmanMove()`;
             True is the same with its defaults, and False makes no move. None moves if there is a taper: without one the
             filter is the published one, which selects only.
+        lag: number L of earlier states of each particle that are selected and moved with it. `smoothed(L)` and
+            `to_datatree(lag=L)` then have the states given the observations up to L steps later, also after moves and
+            with a taper. Each particle holds L more states. 0 keeps none. The filter itself does not depend on it.
 
     Raises:
         TypeError: an argument is of the wrong kind; the message names it.
-        ValueError: `target_ess` is outside [0, 1); `block_radius` is negative, or is given without a taper; or an
-            inflation needs a forecast member for each analysis member (`RTPP`, `ForecastMultiplicative`).
+        ValueError: `target_ess` is outside [0, 1); `block_radius` is negative, or is given without a taper; `lag` is
+            negative; or an inflation needs a forecast member for each analysis member (`RTPP`,
+            `ForecastMultiplicative`).
     """
 
     model: Callable[..., Any]
@@ -113,6 +119,7 @@ class FAAPF(FilterAlgorithm):
     inflation: Sequence[Inflation] = ()
     tempering: Tempering = dataclasses.field(default_factory=WeightTempering)
     move: KalmanMove | bool | None = None
+    lag: int = 0
 
     def __post_init__(self) -> None:
         require_program(self.model, "FAAPF")
@@ -135,6 +142,7 @@ class FAAPF(FilterAlgorithm):
         if self.target_ess is None:
             object.__setattr__(self, "target_ess", TARGET_ESS if self.moves is None else TARGET_ESS_OF_MOVES)
         set_target_ess(self)
+        set_lag(self)
         if self.block_radius and self.taper is None:
             raise ValueError(f"FAAPF got block_radius={self.block_radius} and no taper; give both, or neither.")
 
@@ -235,7 +243,7 @@ class FAAPF(FilterAlgorithm):
             carry = particle.carry
             _, record_key = jax.random.split(rng_key)
             sites = program.record(record_key, x, carry, inputs)
-            return program.advance(x, carry, inputs), Proposal(record, sites)
+            return program.advance(x, carry, inputs), Proposal(record, sites, line_of(particle.past, x))
 
         def propose(
             rng_key: PRNGKeyArray, particle: Keyed, inputs: TimeInputs, centering: Centering | None
@@ -270,7 +278,8 @@ class FAAPF(FilterAlgorithm):
             )
             # A seventh key leaves the others the same with and without a move.
             keys = () if moves is None else particle_keys(jax.random.split(rng_key, 7)[6], n)
-            new, info = step(rng_key, state._replace(particles=Keyed(state.particles, keys)), inputs)
+            particles = Keyed(state.particles, keys, state.past)
+            new, info = step(rng_key, state._replace(particles=particles), inputs)
             background = background_of_transition(
                 program,
                 background_key(rng_key),
@@ -280,7 +289,7 @@ class FAAPF(FilterAlgorithm):
                 noise_level=self.weight.noise_level if isinstance(self.weight, Moment) else None,
                 batch_size=batch_size,
             )
-            return new, info._replace(background=background)
+            return with_past(new, info), info._replace(background=background)
 
         return kernel
 
@@ -338,17 +347,19 @@ class FAAPF(FilterAlgorithm):
         """Move of the ancestors placed on the program; a function of the inputs if places of observations move."""
         carried = moved_ancestors(program.structure, localized=self.taper is not None)
         bounds = move.bounds(program.structure.state_shape)
-        bounded = tuple(i for i in carried if program.structure.carry[i].has_places)
+        # The earlier states of a `Keyed` particle come after its carry and its key.
+        along = (len(program.structure.carry) + 1,) if self.lag else ()
+        bounded = (*(i for i in carried if program.structure.carry[i].has_places), *along)
         # Equal weights select nothing.
         share = 0.0 if isinstance(self.weight, Equal) else move.selection_share
         taper = self.taper
         if taper is None:
-            return PlacedMove(None, None, carried, share, bounds, bounded)
+            return PlacedMove(None, None, carried, share, bounds, bounded, along)
         wide = taper if move.radius is None else dataclasses.replace(taper, radius=move.radius)
 
         def at(inputs: TimeInputs | None) -> PlacedMove:
             local = self._at_places(taper, program, inputs)
-            return PlacedMove(local, place_taper(wide, program, inputs), carried, share, bounds, bounded)
+            return PlacedMove(local, place_taper(wide, program, inputs), carried, share, bounds, bounded, along)
 
         return at if taper.moving else at(None)
 
@@ -373,4 +384,5 @@ class FAAPF(FilterAlgorithm):
             "block_radius": self.block_radius,
             "inflation": inflation_setting(self.inflation),
             "move": "none" if self.moves is None else repr(self.moves),
+            "lag": self.lag,
         }

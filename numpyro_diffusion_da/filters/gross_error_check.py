@@ -88,6 +88,7 @@ class GrossErrorCheck(FilterAlgorithm):
             "target_ess",
             "resample_below",
             "sampler",
+            "lag",
         ):
             object.__setattr__(self, name, getattr(self.algorithm, name))
 

@@ -29,6 +29,7 @@ from numpyro_diffusion_da.inference.records import (
     check_record,
     collect,
     record_step,
+    without_past,
 )
 from numpyro_diffusion_da.inference.storage import RunStore
 from numpyro_diffusion_da.program.arrays import argument_names
@@ -170,24 +171,34 @@ class Filter(HasFilterResult):
                 if store is not None:
                     if chain == 0:  # all chains compute the same
                         store.check_computation(self._identity(program, state, _at_time(xs, 0)))
-                    done = min(store.steps_done(chain), program.structure.length)
+                    done = store.steps_done(chain)
+                    if self.algorithm.lag and done > program.structure.length:
+                        raise ValueError(
+                            f"{os.fspath(store.path)!r} holds {done} steps, and the states of lag={self.algorithm.lag} "
+                            f"after the last of them only; give all {done} times, or another directory."
+                        )
+                    done = min(done, program.structure.length)
                 records: list[Any] = []
                 chains.append(records)
                 for t in range(program.structure.length):
                     inputs = _at_time(xs, t)
                     if store is not None and t < done:
                         record = store.outputs(chain, t, inputs)
-                    else:
-                        if store is not None and t == done > 0:
+                        if t == done - 1:
                             state = store.state(chain, state)
+                    else:
                         step_key = jax.random.fold_in(run_key, t)
                         state, record = self._compiled["step"](step_key, state, inputs, given)
                         record = jax.device_get(record)
                         check_record(record, t, self.num_particles, guided, sources)
                         if store is not None:
                             store.save(chain, t, inputs, record, state)
-                    records.append(record)
+                    # Only the last record has the earlier states of the particles, so that their number is bounded.
+                    if records:
+                        records[-1] = without_past(records[-1])
+                    records.append({**record, "past": state.past} if self.algorithm.lag and t >= done - 1 else record)
                     advance(record["stats"])
+                records[-1] = jax.device_get(records[-1])
         sizes = {"num_chains": self.num_chains, "batch_size": self._batch or self.num_particles}
         self._result = collect(program.structure, {**attributes, **sizes}, chains)
         self._given, self._inputs = given, xs

@@ -27,9 +27,10 @@ class HasFilterResult(HoldsCompiled, abc.ABC):
         """
 
     def smoothed(self, lag: int | None = None) -> FilterResult:
-        """Result smoothed by the genealogy of its particles: states given later observations too.
+        """Result smoothed by the lines of its particles: states given later observations too.
 
-        The functions are `results.trajectories` and `results.fixed_lag`.
+        The functions are `results.trajectories` and `results.fixed_lag`. A filter that moves or localizes its ancestors
+        has no genealogy, and smooths with its own lag only: `FAAPF(model, taper=taper, lag=5)`, then `smoothed(5)`.
 
         Args:
             lag: number of later steps whose observations are used, 0 or more (`fixed_lag`); None for all observations,
@@ -40,8 +41,8 @@ class HasFilterResult(HoldsCompiled, abc.ABC):
 
         Raises:
             RuntimeError: there is no result yet.
-            ValueError: `lag` is negative, or the result has no genealogy: the filter is an ensemble Kalman filter or
-                has a taper.
+            ValueError: `lag` is negative; or the result has no genealogy (the filter is an ensemble Kalman filter, or
+                moves or localizes ancestors), and the filter was not given this lag.
         """
         return smoothing.trajectories(self.result) if lag is None else smoothing.fixed_lag(self.result, lag)
 
@@ -68,8 +69,8 @@ class HasFilterResult(HoldsCompiled, abc.ABC):
 
         Raises:
             RuntimeError: there is no result yet.
-            ValueError: `time`, `dims` or `coords` do not fit the result, `lag` is negative, or `lag` is not 0 and the
-                result has no genealogy (the filter is an ensemble Kalman filter or has a taper).
+            ValueError: `time`, `dims` or `coords` do not fit the result, or the result cannot be smoothed with this
+                lag (see `smoothed`).
         """
         from numpyro_diffusion_da.results import convert
 
@@ -96,8 +97,8 @@ class HasFilterResult(HoldsCompiled, abc.ABC):
 
         Raises:
             RuntimeError: there is no result yet.
-            ValueError: `time`, `dims` or `coords` do not fit the result, `lag` is negative, or `lag` is not 0 and the
-                result has no genealogy (the filter is an ensemble Kalman filter or has a taper).
+            ValueError: `time`, `dims` or `coords` do not fit the result, or the result cannot be smoothed with this
+                lag (see `smoothed`).
         """
         from numpyro_diffusion_da.results import convert
 

@@ -24,6 +24,7 @@ from numpyro_diffusion_da.inference.records import (
     collect,
     record_step,
     unplaced_observations,
+    without_past,
 )
 from numpyro_diffusion_da.program.arrays import argument_names, as_arguments
 from numpyro_diffusion_da.program.scan import TimeInputs
@@ -171,6 +172,10 @@ class OnlineFilter(HasFilterResult):
             # A state that was read from a file is that of the last call.
             made = [step.number for step in self._kept if step.mark is before.log_evidence]
             parent = made[-1] if made else self._kept[-1].number
+        if record is not None and self.algorithm.lag:
+            record = {**record, "past": new.past}
+        if self._kept and self._kept[-1].record is not None:  # only the last record has the earlier states
+            self._kept[-1] = self._kept[-1]._replace(record=without_past(self._kept[-1].record))
         self._kept.append(KeptStep(self._calls, parent, new.log_evidence, jax.device_get(record)))
         self._calls += 1
 

@@ -91,11 +91,19 @@ def record_step(
         Nested dictionaries of arrays: `sites`, `stats`, `passes` and `observations`, the numbers of non-finite weights
         and particles, `failures` (see `count_failures`), `metadata` if there are such sites, `unplaced` if places of
         observations move (see `unplaced_observations`), `forecast` if it is kept, `background` if the filter records
-        it, and `rejected` if the observations were checked.
+        it, `rejected` if the observations were checked, and `lagged` if the filter has a lag of L: the states L steps
+        before on the lines of the new particles.
 
     Raises:
-        ValueError: `keep` asks for forecasts and the filter computes none, or `keep` names an unknown site.
+        ValueError: `keep` asks for forecasts and the filter computes none, `keep` names an unknown site, or the filter
+            has a lag and `keep` leaves out the state.
     """
+    line, name = info.proposal.line, program.structure.latent_name
+    if algorithm.lag and keep.sites is not None and name not in keep.sites:
+        raise ValueError(
+            f"keep names {sorted(keep.sites)}, but the filter smooths '{name}' with lag={algorithm.lag}; add the name "
+            "to keep, or leave lag out of the filter."
+        )
     first = jax.tree.map(lambda x: x[0], particles)
     unplaced = unplaced_observations(algorithm, program, first, inputs)
     return {
@@ -119,6 +127,7 @@ def record_step(
         **({"unplaced": unplaced} if unplaced else {}),
         **({} if info.check == () else {"rejected": info.check.rejected}),
         **_background(info),
+        **({} if isinstance(line, tuple) else {"lagged": line[:, 0]}),
         "nonfinite_weights": info.nonfinite_weights,
         "nonfinite_particles": info.nonfinite_particles,
         "failures": count_failures(program.structure, info, particles, new),
@@ -277,9 +286,11 @@ def collect(
     Args:
         structure: structure of the program.
         attributes: attributes of the result.
-        chains: records of all steps, as numpy arrays, for each chain.
+        chains: records of all steps, as numpy arrays, for each chain. If the filter has a lag, the last record has
+            `State.past` under the name `past`; without it nothing is smoothed.
     """
-    stacked = [jax.tree.map(lambda *v: np.stack(v), *steps) for steps in chains]
+    past = [steps[-1].get("past") for steps in chains]
+    stacked = [jax.tree.map(lambda *v: np.stack(v), *map(without_past, steps)) for steps in chains]
     records = jax.tree.map(lambda *v: np.stack(v), *stacked)  # (chain, time, ...)
 
     def by_draw(x: np.ndarray) -> np.ndarray:
@@ -309,7 +320,25 @@ def collect(
         rejected=records.get("rejected", {}),
         background={n: Background(**parts) for n, parts in records.get("background", {}).items()},
         metadata={n: x[0] for n, x in records.get("metadata", {}).items()},
+        lagged=_lagged(by_draw(records["lagged"]), past) if "lagged" in records else None,
     )
+
+
+def without_past(record: dict[str, Any]) -> dict[str, Any]:
+    """Record of a step that is not the last one: `State.past` is replaced at each step."""
+    return {name: value for name, value in record.items() if name != "past"}
+
+
+def _lagged(left: np.ndarray, past: list[Any]) -> np.ndarray | None:
+    """States given the observations up to L steps later, (chain, draw, time, ...); None if `past` is not known.
+
+    Args:
+        left: states L steps before each time, (chain, draw, time, ...). The first L of them are before the first time.
+        past: the last L states after the last time, (draw, L, ...), for each chain.
+    """
+    if any(states is None for states in past):
+        return None
+    return np.concatenate([left, np.stack(past)], axis=2)[:, :, -left.shape[2] :]
 
 
 def _observed_data(value: np.ndarray, observed: np.ndarray, is_discrete: bool) -> np.ndarray:

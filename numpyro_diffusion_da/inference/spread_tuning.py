@@ -182,6 +182,7 @@ class _OfAmount(FilterAlgorithm):
 
     def __init__(self, make_filter: Callable[[Any], FilterAlgorithm], first: FilterAlgorithm) -> None:
         self._make_filter, self._first = make_filter, first
+        self.lag = first.lag
 
         @functools.wraps(first.model)
         def model(amount: Any, *args: Any) -> Any:

@@ -43,6 +43,8 @@ GROUPS = {
 SMOOTHED = {
     "genealogy": "Trajectories, equally weighted: each draw is a path of states given all observations.",
     "backward simulation": "Trajectories, equally weighted: each draw is a path of states given all observations.",
+    "ensemble smoother": "Trajectories, equally weighted: each draw is a path of states that the filter has moved by "
+    "all observations.",
     "fixed lag": "Particles, equally weighted: draws of the state at each time given observations up to smoothing_lag "
     "steps later.",
 }

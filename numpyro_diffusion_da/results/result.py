@@ -70,6 +70,8 @@ class FilterResult:
             distribution defines no mean and variance are left out.
         metadata: values of the deterministic sites that are the same for all particles, (time, ...): those that depend
             on the inputs of the scan and on arguments of the program only, such as places or numbers of stations.
+        lagged: states on the lines of the particles `lag` steps later, which the filter has selected and moved with
+            them, (chain, draw, time, ...); None for a filter without a lag. `results.fixed_lag` makes a result of them.
     """
 
     posterior: dict[str, np.ndarray]
@@ -87,6 +89,7 @@ class FilterResult:
     rejected: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
     metadata: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
     background: dict[str, Background] = dataclasses.field(default_factory=dict)
+    lagged: np.ndarray | None = None
 
     def departure(self, site: str) -> np.ndarray:
         """Departure O - B of each value of a site, (chain, time, ...); NaN where missing.

@@ -33,11 +33,14 @@ class State(NamedTuple):
         log_evidence: estimate of log p(y_{1:k}) for the k observations so far.
         log_weights: log-weights of the particles, shape (N,), with weights of mean 1; () if all are equal, as with
             every filter that resamples at each step.
+        past: last L states on the line of each particle, shape (N, L, ...); () for a filter that keeps none. The
+            kernels of `smc` keep none: a filter of a program that does makes them a part of its particles.
     """
 
     particles: PyTree
     log_evidence: Float[Array, ""]
     log_weights: Any = ()
+    past: Any = ()
 
 
 class Info(NamedTuple):

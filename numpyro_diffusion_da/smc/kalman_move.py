@@ -207,6 +207,8 @@ class PlacedMove:
         bounds: lowest and highest values of a state, of shapes that broadcast to it; None for none.
         bounded: indices of the moved arrays, among the leaves of a particle, that the bounds hold for. Their last axes
             are those of a state.
+        along: indices of further arrays that move by the same regression, in the form of those in `carried`: earlier
+            states. The test of Gaussianity leaves them out, so that they change nothing about the other arrays.
     """
 
     local: LocalAncestors | None
@@ -215,6 +217,7 @@ class PlacedMove:
     selection_share: float | None = None
     bounds: tuple[np.ndarray, np.ndarray] | None = None
     bounded: tuple[int, ...] = ()
+    along: tuple[int, ...] = ()
 
     def select_and_move(
         self,
@@ -257,7 +260,8 @@ class PlacedMove:
         blocks = _Blocks.of(self.local, self.taper, m)
         spread_between = _pooled(spread, usable, observed, scale, blocks.between)
         leaves, form = jax.tree.flatten(particles)
-        columns = blocks.columns([leaves[i] for i in self.carried])
+        moving = (*self.carried, *self.along)
+        tested, columns = (blocks.columns([leaves[i] for i in which]) for which in (self.carried, moving))
 
         def weigh(block: Array) -> tuple[Array, Array, Array, Array, Array]:
             which, rho, _ = blocks.observations(block, residual.dtype)
@@ -266,7 +270,7 @@ class PlacedMove:
             tempered = tempering.tempered(nearby, taper, alpha)
             power = alpha * rho * observed[which]
             d = _non_gaussianity(
-                tempered, columns(block), residual[:, which], weight_error[which] / jnp.maximum(power, 1e-30), power > 0
+                tempered, tested(block), residual[:, which], weight_error[which] / jnp.maximum(power, 1e-30), power > 0
             )
             return log_weights, alpha, d, jnp.any(power > 0), jnp.any((rho > 0) & selects_only[which])
 
@@ -297,7 +301,7 @@ class PlacedMove:
             return moved, jnp.where(total > 0, jnp.sum(power) / jnp.where(total > 0, total, 1.0), 0.0)
 
         moved, used = blocks.map(move, n)
-        arrays = blocks.restore(moved, [leaves[i] for i in self.carried])
+        arrays = blocks.restore(moved, [leaves[i] for i in moving])
         ancestors = ancestors.T
         if self.local is None:
             log_weights, alpha, ancestors = log_weights[0], alpha[0], ancestors[:, 0]
@@ -306,7 +310,7 @@ class PlacedMove:
         else:
             log_weights = log_weights.T
             parents = jax.tree.leaves(self.local.glue(particles, ancestors))
-        for i, array in zip(self.carried, arrays, strict=True):
+        for i, array in zip(moving, arrays, strict=True):
             parents[i] = array
         if self.bounds is not None:
             for i in self.bounded:
