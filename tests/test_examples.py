@@ -290,6 +290,16 @@ def test_rotation_of_the_published_settings_keeps_mean_and_covariance():
     assert np.abs(turned - plain).max() > 0.5
 
 
+@pytest.mark.slow
+def test_arctan_of_lorenz63_runs():
+    """All of the scores; a truth that is known at the start is tracked far better than the climate's spread of 1."""
+    benchmark = load("lorenz63_arctan")
+    rows = [benchmark.row_of(name, 16, 0, 2) for name in ("optimum", "FA-APF, moved")]
+    best, moved = benchmark.summarized(rows)
+    assert moved["RMSE"] == pytest.approx(best["RMSE"] * (1 + moved["above the optimum, %"] / 100))
+    assert all(0.0 < row["RMSE"] < row["one draw"] < 0.4 for row in (best, moved))
+
+
 def test_published_settings_refuse():
     for arguments, sentence in (
         ({"filters": ["magic"]}, "no filter called magic"),
