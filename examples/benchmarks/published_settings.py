@@ -263,8 +263,8 @@ ROWS = [
 ]
 
 # Lowest score of `GRID` on four truths of `TUNING_SEED` (two for N = 800, and for wiljes2017 and spantini2019), by
-# setting, filter and N. Not considered: s = 0.4 of bocquet2010, and noises below one at which the filter lost the truth.
-# In spantini2019 only the noise of "FAAPF moved" was chosen so, on 150 cycles.
+# setting, filter and N. Not considered: s = 0.4 of bocquet2010, and noises below one at which the filter lost the
+# truth. In spantini2019 only the noise of "FAAPF moved" was chosen so, on 150 cycles.
 TUNED = {
     ("Lorenz63/sakov2012", "Bootstrap", 100): 0.3,
     ("Lorenz63/sakov2012", "FAAPF", 100): 0.1,
