@@ -142,7 +142,7 @@ def test_small_run_and_its_figures():
         "blocks": BlockMeans({"temperature_500": 0.3}, size=4),
     }
     experiment = twin.WeatherExperiment(networks, cycles=2, spin_up=1, target_ess=0.6)
-    assert experiment.filters(prior)[twin.MAIN].target_ess == 0.6
+    assert experiment.filters(prior)[twin.LOCAL].target_ess == 0.6
     states = np.asarray(prior.climatology().sample(jax.random.key(1), (3,)))
     only = (twin.MAIN,)
     result = twin.run_weather_twin(experiment, prior, states[None], num_particles=4, only=only)
@@ -157,7 +157,7 @@ def test_small_run_and_its_figures():
     np.testing.assert_allclose(run.rmse[-1], np.sqrt(squares) / np.asarray(prior.state_scale), rtol=1e-3)
     tree = twin.to_datatree(experiment, prior, result)
     assert tree["truth/temperature"].dims == ("time", "level", "latitude", "longitude")
-    np.testing.assert_allclose(tree["FA-APF_local/temperature"][1, 0], result.runs[twin.MAIN][0].mean[1, ..., 1])
+    np.testing.assert_allclose(tree["FA-APF_moved/temperature"][1, 0], result.runs[twin.MAIN][0].mean[1, ..., 1])
     assert tree["observations/stations/surface_pressure"].attrs["error"] == 1.0
     result.runs[twin.FREE] = result.runs[twin.MAIN]  # figures compare the two
     names = ("surface_pressure", "u_component_of_wind_500")

@@ -83,8 +83,8 @@ def demo(
     """Run a twin experiment: simulate observations of a known truth, and score filters against the truth.
 
     lorenz96: every second site of Lorenz-96 is observed; runs FA-APF with moved ancestors and five controls.
-    held_suarez: global weather observed by 200 stations near the ground; runs local FA-APF, an ensemble Kalman filter
-    and three controls.
+    held_suarez: global weather observed by 200 stations near the ground; runs FA-APF with moved ancestors and six
+    controls.
     """
     default_particles, default_truths, default_cycles = DEFAULTS[which]
     run = {Which.LORENZ96: _lorenz96, Which.HELD_SUAREZ: _held_suarez}[which]
@@ -224,7 +224,7 @@ def _held_suarez(out: Path, seed: int, particles: int, truths: int, cycles: int,
         figure.savefig(out / f"{name}.png", dpi=130)
     better = scores[FREE]["rmse"]["mean"] / scores[MAIN]["rmse"]["mean"]
     console.print(
-        f"The error of local FA-APF is {better:.1f} times smaller than the free ensemble's. "
+        f"The error of moved FA-APF is {better:.1f} times smaller than the free ensemble's. "
         f"Took {time.perf_counter() - started:.0f} s. Wrote {out}/demo.nc (xarray.open_datatree), {out}/demo.json and "
         f"the figures {', '.join(f'{name}.png' for name in figures)}."
     )

@@ -31,12 +31,14 @@ if TYPE_CHECKING:
     from rich.table import Table
     from xarray import DataTree
 
-FREE, GUIDED, GLOBAL, MAIN, ENKF = FILTERS = (
+FREE, GUIDED, GLOBAL, LOCAL, ENKF, ENKF_V, MAIN = FILTERS = (
     "free ensemble",
     "equal weights",
     "FA-APF",
     "FA-APF, local",
     "EnKF, emulator",
+    "EnKF with V",
+    "FA-APF, moved",
 )
 NEAR_GROUND = ("surface_pressure", "temperature_850", "u_component_of_wind_850", "v_component_of_wind_850")
 """Channels that the default network observes."""
@@ -57,6 +59,12 @@ SAMPLER = ndda.Sampler(ndda.DPMSolverPP2M(), ndda.KarrasSchedule(8, rho=20.0, lo
 GUIDED_ERRORS = 1.6
 """Factor on the errors of the emulator in guided filters, because the errors are correlated from step to step."""
 
+MOVED_ERRORS = 1.3
+"""The same factor where ancestors are moved."""
+
+KALMAN_ERRORS = 1.3
+"""The same factor in the Kalman filter that computes the covariance of the transition."""
+
 
 @dataclasses.dataclass(frozen=True)
 class WeatherExperiment:
@@ -69,7 +77,7 @@ class WeatherExperiment:
         spin_up: number of steps at the start that are not scored.
         start_error: error of the mean of the first ensemble and its spread, in standard deviations of the climate.
         step_hours: length of one step of the emulator, in hours.
-        target_ess: target ESS of local FA-APF, as a fraction of the particles. 0.8 was chosen for 64 particles. With
+        target_ess: target ESS of local FA-APF without a move, as a fraction of the particles. 0.8 was chosen for 64 particles. With
             256 particles, 0.5 gives less error, and also less spread (docs/mini_weather.md).
 
     Raises:
@@ -167,7 +175,7 @@ class WeatherExperiment:
             FREE: ndda.Bootstrap(plain),  # gets no observations, so that all weights are equal and it forecasts
             GUIDED: ndda.FAAPF(guided, weight=ndda.Equal(), guidance=ndda.MMPS.cheap()),
             GLOBAL: ndda.FAAPF(guided, guidance=ndda.MMPS.cheap()),
-            MAIN: ndda.FAAPF(
+            LOCAL: ndda.FAAPF(
                 guided,
                 weight=ndda.Dirac(),
                 target_ess=self.target_ess,
@@ -176,6 +184,12 @@ class WeatherExperiment:
                 move=False,
             ),
             ENKF: ndda.EnKF(plain, taper=taper, inflation=(ndda.RTPS(0.5),)),
+            ENKF_V: ndda.EnKF(
+                self.program(prior.with_errors_times(KALMAN_ERRORS)), taper=taper, transition_covariance=True
+            ),
+            MAIN: ndda.FAAPF(
+                self.program(prior.with_errors_times(MOVED_ERRORS)), guidance=ndda.MMPS.cheap(), taper=taper
+            ),
         }
 
 
@@ -441,7 +455,7 @@ def run_weather_twin(
 
 
 def shortfalls(prior: ndda.priors.SphericalEmulator, result: WeatherResult) -> list[str]:
-    """Known shortfalls of local FA-APF on these truths and of the emulator, one sentence each.
+    """Known shortfalls of moved FA-APF on these truths and of the emulator, one sentence each.
 
     A filter falls short if its spread differs from its error by more than a fifth on any truth, or if its rank
     histogram is U-shaped. The emulator falls short, by the validation on its data card, if its CRPS is above 0.3 of the
@@ -449,14 +463,14 @@ def shortfalls(prior: ndda.priors.SphericalEmulator, result: WeatherResult) -> l
 
     Args:
         prior: emulator with its data card.
-        result: runs of the experiment, with local FA-APF among them.
+        result: runs of the experiment, with moved FA-APF among them.
     """
     found = []
     ratios = result.scores(MAIN)["spread_skill"]
     if ratios.min() < 0.8 or ratios.max() > 1.2:
         least, most = (f"{ratio:.2f}" for ratio in (ratios.min(), ratios.max()))
         between = least if least == most else f"{least} to {most}"
-        found.append(f"The spread of local FA-APF is {between} times its error; it should be 0.8 to 1.2 times.")
+        found.append(f"The spread of moved FA-APF is {between} times its error; it should be 0.8 to 1.2 times.")
     for which, channels in (("observed", result.observed), ("unobserved", ~result.observed)):
         if not channels.any():
             continue
@@ -464,7 +478,7 @@ def shortfalls(prior: ndda.priors.SphericalEmulator, result: WeatherResult) -> l
         ends = 0.5 * (frequencies[0] + frequencies[-1])
         if ends > 1.25:
             found.append(
-                f"The rank histogram of local FA-APF for {which} variables is U-shaped: its end bars are "
+                f"The rank histogram of moved FA-APF for {which} variables is U-shaped: its end bars are "
                 f"{ends:.1f} times as high as in a flat histogram."
             )
     validation = prior.card.get("validation", {})

@@ -10,9 +10,11 @@ import numpy as np
 import numpyro_diffusion_da as ndda
 from numpyro_diffusion_da.demos.held_suarez_demo import (
     ENKF,
+    ENKF_V,
     FREE,
     GLOBAL,
     GUIDED,
+    LOCAL,
     MAIN,
     WeatherExperiment,
     WeatherResult,
@@ -22,7 +24,15 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-COLORS = {FREE: "#888888", GUIDED: "#56B4E9", GLOBAL: "#CC79A7", MAIN: "#D55E00", ENKF: "#000000"}
+COLORS = {
+    FREE: "#888888",
+    GUIDED: "#56B4E9",
+    GLOBAL: "#CC79A7",
+    LOCAL: "#009E73",
+    ENKF: "#000000",
+    ENKF_V: "#0072B2",
+    MAIN: "#D55E00",
+}
 SYMBOLS = {"temperature": "T", "u_component_of_wind": "u", "v_component_of_wind": "v", "surface_pressure": "p"}
 
 
@@ -56,7 +66,7 @@ def figures(
     Args:
         experiment: settings of the experiment.
         prior: emulator, for its grid and climate.
-        result: runs of the experiment, with the free ensemble and local FA-APF among them.
+        result: runs of the experiment, with the free ensemble and moved FA-APF among them.
     """
     observed, unobserved = "surface_pressure", "v_component_of_wind_250"
     at_place = (observed, "temperature_500", "v_component_of_wind_850", unobserved)
@@ -145,7 +155,7 @@ def maps(
     Args:
         experiment: settings of the experiment.
         prior: emulator, for its grid and climate.
-        result: runs with the free ensemble and local FA-APF among them; the first truth is shown.
+        result: runs with the free ensemble and moved FA-APF among them; the first truth is shown.
         name: name of the channel, such as "temperature_850", see `ndda.observation.channel`.
         at_days: times in days, one row each; the nearest cycle is shown.
 
@@ -218,12 +228,12 @@ def at_station(
     *,
     latitude: float = 45.0,
 ) -> Figure:
-    """Figure of the free ensemble and of local FA-APF at one station over time, with truth and observations.
+    """Figure of the free ensemble and of moved FA-APF at one station over time, with truth and observations.
 
     Args:
         experiment: settings of the experiment.
         prior: emulator.
-        result: runs with the free ensemble and local FA-APF among them; the first truth is shown.
+        result: runs with the free ensemble and moved FA-APF among them; the first truth is shown.
         names: names of the channels, one panel each.
         latitude: latitude in degrees north; the nearest station of the first network is shown.
 
