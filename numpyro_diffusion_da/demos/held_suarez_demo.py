@@ -62,9 +62,6 @@ GUIDED_ERRORS = 1.6
 MOVED_ERRORS = 1.3
 """The same factor where ancestors are moved."""
 
-KALMAN_ERRORS = 1.3
-"""The same factor in the Kalman filter that computes the covariance of the transition."""
-
 
 @dataclasses.dataclass(frozen=True)
 class WeatherExperiment:
@@ -184,9 +181,7 @@ class WeatherExperiment:
                 move=False,
             ),
             ENKF: ndda.EnKF(plain, taper=taper, inflation=(ndda.RTPS(0.5),)),
-            ENKF_V: ndda.EnKF(
-                self.program(prior.with_errors_times(KALMAN_ERRORS)), taper=taper, transition_covariance=True
-            ),
+            ENKF_V: ndda.EnKF(plain, taper=taper, inflation=(ndda.RTPS(0.5),), transition_covariance=True),
             MAIN: ndda.FAAPF(
                 self.program(prior.with_errors_times(MOVED_ERRORS)), guidance=ndda.MMPS.cheap(), taper=taper
             ),

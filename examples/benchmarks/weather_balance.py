@@ -1,0 +1,120 @@
+"""Do moved ancestors keep the scales and the balance of winds? Mini weather, rotational and divergent power.
+
+A Kalman move is a regression place by place, and selection place by place leaves seams. Both can put power into scales
+and into the divergent wind where the truth has none. The script runs filters on the truth of the package, with 200
+stations that observe surface and lowest level. It decomposes the winds at 250, 500 and 850 hPa into rotational and
+divergent parts by total wavenumber (degree). Power relative to that of the truth is printed in three bands of degrees:
+of the particles, and of the ancestors that their draws are conditioned on. The last column is the divergent share of
+the power over the divergent share of the truth.
+
+    python examples/benchmarks/weather_balance.py --particles 64 --out weather_balance.json
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro
+import numpyro.distributions as dist
+import typer
+from numpyro.contrib.control_flow import scan
+from report import json_file, print_table, write_json
+from rich.console import Console
+from rich.progress import track
+
+import numpyro_diffusion_da as ndda
+from numpyro_diffusion_da.demos import held_suarez_demo, held_suarez_truth
+from numpyro_diffusion_da.demos.held_suarez_demo import ENKF, ENKF_V, LOCAL, MAIN
+
+BANDS = {"degrees 1-6": (1, 7), "7-13": (7, 14), "14-21": (14, 22)}
+
+
+class WithAncestors(held_suarez_demo.WeatherExperiment):
+    """The weather experiment with a program that records the state which each draw is conditioned on."""
+
+    def program(self, prior: ndda.priors.SphericalEmulator) -> Callable[[jax.Array, dict[str, jax.Array]], None]:
+        """State-space model as in the demo, with the deterministic site "ancestor"."""
+        networks, climate = self.observing(prior), prior.climatology()
+
+        def weather(first_guess: jax.Array, y: dict[str, jax.Array]) -> None:
+            x0 = numpyro.sample("x0", climate)
+
+            def step(x: jax.Array, y_t: dict[str, jax.Array]) -> tuple[jax.Array, None]:
+                numpyro.deterministic("ancestor", x)
+                x = numpyro.sample("x", ndda.DiffusionTransition(prior, x, sampler=held_suarez_demo.SAMPLER))
+                for name, network in networks.items():
+                    seen = network.observe(x, prior.layout)
+                    numpyro.sample(name, dist.Normal(seen, network.error()).to_event(2), obs=y_t[name])
+                return x, None
+
+            scan(step, first_guess + self.start_error * (x0 - climate.mean), y)
+
+        return weather
+
+
+def powers(states: np.ndarray, prior: ndda.priors.SphericalEmulator) -> np.ndarray:
+    """Mean power of rotational and divergent wind by degree, shape (2, l), of states with any leading axes."""
+    harmonics = prior.noise.harmonics
+
+    def one(state: jax.Array) -> jax.Array:
+        _, u, v = jnp.split(state, [harmonics.num_scalars, harmonics.num_scalars + harmonics.num_winds], axis=-1)
+        return jnp.stack([jnp.sum(part**2, axis=(0, 1, 3)) for part in harmonics.of_winds(u, v)])
+
+    flat = jnp.asarray(states.reshape(-1, *states.shape[-3:]))
+    return np.asarray(jax.jit(lambda x: jnp.mean(jax.lax.map(one, x, batch_size=16), axis=0))(flat))
+
+
+def row_of(name: str, what: str, power: np.ndarray, truth: np.ndarray) -> dict[str, Any]:
+    """Row of the table: power in each band over that of the truth."""
+    row: dict[str, Any] = {"filter": name, "state": what}
+    for part, found, true in zip(("rotational", "divergent"), power, truth, strict=True):
+        for band, (low, high) in BANDS.items():
+            row[f"{part[:3]}. {band}"] = float(found[low:high].sum() / true[low:high].sum())
+    shares = [p[1, 1:].sum() / p[:, 1:].sum() for p in (power, truth)]
+    row["divergent share"] = float(shares[0] / shares[1])
+    return row
+
+
+def main(
+    particles: Annotated[int, typer.Option(min=2, help="Particles, or members, of each filter.")] = 64,
+    cycles: Annotated[int, typer.Option(min=2, help="Filter steps.")] = 30,
+    spin_up: Annotated[int, typer.Option(min=0, help="Filter steps at the start that are not counted.")] = 20,
+    only: Annotated[list[str] | None, typer.Option(help="Filter to run; may be repeated; four by default.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of observations and filters.")] = 0,
+    out: Annotated[Path | None, typer.Option(callback=json_file, help="JSON file to write the table to.")] = None,
+) -> None:
+    """Print rotational and divergent power of particles and ancestors relative to that of the truth."""
+    if not spin_up < cycles:
+        raise typer.BadParameter(f"a spin-up of {spin_up} of {cycles} cycles leaves none to count; give fewer.")
+    prior = ndda.load_prior("held_suarez")
+    experiment = WithAncestors(cycles=cycles, spin_up=spin_up)
+    states = held_suarez_truth.truth()[: cycles + 1]
+    guess_key, error_key, filter_key = jax.random.split(jax.random.key(seed), 3)
+    first_guess = experiment.first_guess(guess_key, prior, jnp.asarray(states[0]))
+    y = experiment.observations(error_key, prior, states[1:])
+    truth = powers(states[1 + spin_up :], prior)
+    console = Console()
+    filters = experiment.filters(prior)
+    rows = []
+    names = only or [LOCAL, MAIN, ENKF, ENKF_V]
+    for name in track(names, "filtering", console=console, transient=True):
+        run = ndda.Filter(filters[name], num_particles=particles, progress_bar=False, keep_observed=False)
+        run.run(filter_key, first_guess, y)
+        posterior = run.result.posterior
+        # An ensemble Kalman filter forecasts from its analysis, so it has no ancestors of its own.
+        kinds = {"particles": "x"} if name in (ENKF, ENKF_V) else {"particles": "x", "ancestors": "ancestor"}
+        rows += [
+            row_of(name, what, powers(posterior[site][0, :, spin_up:], prior), truth) for what, site in kinds.items()
+        ]
+        write_json(out, {"particles": particles, "cycles": cycles, "spin_up": spin_up, "seed": seed}, rows=rows)
+    title = f"power over that of the truth, N = {particles}, cycles {spin_up + 1} to {cycles}"
+    print_table(console, title, rows, default=".2f", group="filter")
+
+
+if __name__ == "__main__":
+    typer.run(main)
