@@ -163,7 +163,7 @@ class WeatherExperiment:
         """Filters by name; settings were chosen with 200 stations on two parts of a run that is not scored.
 
         Guided filters use the emulator with larger errors (`SphericalEmulator.with_errors_times`). The free ensemble
-        and the Kalman filter use the emulator itself; the Kalman filter has RTPS inflation and is best with it.
+        and the Kalman filters use the emulator itself; the Kalman filters have RTPS inflation and are best with it.
         """
         plain = self.program(prior)
         guided = self.program(prior.with_errors_times(GUIDED_ERRORS))
