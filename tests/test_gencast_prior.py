@@ -351,3 +351,32 @@ def test_wrong_use_is_refused(prior, files, dataset):
         prior.forcings("2019-03-29")
     with pytest.raises(NotImplementedError, match="climatology"):
         prior.climatology()
+
+
+def test_both_frames_of_an_ancestor_move(prior, dataset):
+    """With a taper, both frames move by one regression; what is undefined over land stays as it is."""
+    model, (y, frames, forcings), _ = program(prior, dataset, steps=2)
+    layout = prior.layout
+    latitude, longitude = layout.coords()["latitude"], layout.coords()["longitude"]
+    rng = np.random.default_rng(0)  # the stations of `program`
+    rows, columns = rng.integers(1, layout.shape[0] - 1, 30), rng.integers(0, layout.shape[1], 30)
+    blocks = np.meshgrid(latitude[:12].reshape(4, 3).mean(1), longitude.reshape(8, 3).mean(1), indexing="ij")
+    places = {"stations": np.stack([latitude[rows], longitude[columns]], -1), "means": np.stack(blocks, -1)}
+    taper = ndda.Taper(3000.0, ndda.GreatCircle(), places)
+    first_guess_error = 0.1 * jnp.asarray(prior.stddev)[None, None]
+
+    def started(y, frames, forcings):
+        error = numpyro.sample("error", dist.Normal(0.0, 1.0).expand(layout.shape).to_event(3))
+        model(y, (frames[0] + first_guess_error * error, frames[1] - first_guess_error * error), forcings)
+
+    algorithm = ndda.FAAPF(started, weight=ndda.Equal(), taper=taper, guidance=ndda.MMPS.cheap(), lag=1)
+    run = ndda.Filter(algorithm, num_particles=8, progress_bar=False)
+    run.run(jax.random.key(0), y, frames, forcings)
+    assert (run.result.sample_stats["moved_share"] > 0.9).all()  # equal weights leave everything to the move
+    # The first analysis as it was, and as the second step moved it; equal weights select nothing.
+    before, after = run.result.posterior["x"][0, :, 0], run.result.lagged[0, :, 0]
+    shift = np.abs(after - before).mean((0, 1, 2)) / np.asarray(prior.stddev)
+    assert (shift > 1e-4).all()  # every variable has covariances with the observed ones
+    over_land = dataset.land_sea_mask.values > 0.5
+    sst = [np.asarray(layout.select(x, "sea_surface_temperature")) for x in (before, after)]
+    np.testing.assert_allclose(sst[0][:, over_land], sst[1][:, over_land], rtol=1e-6)
