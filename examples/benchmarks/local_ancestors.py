@@ -179,9 +179,9 @@ def glued(result: ndda.FilterResult, spin_up: int) -> np.ndarray:
 
 def row_of(
     name: str, setting: Setting | None, case: str, sites: int, emulator: bool, *,
-    seed: int, truths: int, particles: int, cycles: int, spin_up: int,
+    seed: int, truths: int, particles: int, cycles: int, spin_up: int, figure: Path | None = None,
 ) -> dict[str, Any]:  # fmt: skip
-    """Row of the table: means over truths with standard errors."""
+    """Row of the table: means over truths with standard errors. A figure is of the last truth with moved ancestors."""
     model = program(CASES[case], sites, emulator)
     run = ndda.Filter(
         make(name, setting, model, CASES[case], sites, emulator),
@@ -210,6 +210,9 @@ def row_of(
                 "passes": float(sum(v.mean() for v in run.result.network_passes.values())),
             }
         )
+    if figure is not None and "selection_share" in run.result.sample_stats:
+        title = f"{case} observations, {particles} particles"
+        ndda.diagnostics.non_gaussianity_figure(run.result, title).savefig(figure, dpi=110)
     row: dict[str, Any] = {"case": case, "d": sites, "filter": name, "lost": lost}
     row |= dict.fromkeys(Setting._fields) if setting is None else setting._asdict()
     for key in ("RMSE", "spread/skill", "CRPS", "roughness", "glued", "tempering", "lambda", "passes"):
@@ -236,6 +239,9 @@ def main(
     tune: Annotated[bool, typer.Option(help="Run the grid of settings on the tuning truths instead.")] = False,
     seed: Annotated[int, typer.Option(help="Seed of the truths reported.")] = 0,
     out: Annotated[Path | None, typer.Option(callback=json_file, help="JSON file to write the table to.")] = None,
+    figure: Annotated[
+        Path | None, typer.Option(help="PNG file for a figure of where the last ensemble that moves is not Gaussian.")
+    ] = None,
 ) -> None:
     """Print scores of filters with and without localized resampling, and of a localized ensemble Kalman filter."""
     console = Console(width=150)
@@ -257,7 +263,8 @@ def main(
     sizes = {"truths": truths, "particles": particles, "cycles": cycles, "spin_up": spin_up}
     rows = []
     for kind, name, setting in track(work, "filtering", console=console, transient=True):
-        rows.append(row_of(name, setting, kind, sites, emulator, seed=TUNING_SEED if tune else seed, **sizes))
+        given = TUNING_SEED if tune else seed
+        rows.append(row_of(name, setting, kind, sites, emulator, seed=given, figure=figure, **sizes))
         # Write after every row, so that an interrupted run keeps what it has.
         write_json(out, {**sizes, "emulator": emulator, "sites": sites, "tune": tune, "seed": seed}, rows=rows)
     transition = "transition of the emulator" if emulator else "true transition"

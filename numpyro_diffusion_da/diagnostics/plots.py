@@ -123,7 +123,7 @@ def non_gaussianity_figure(result: FilterResult, title: str = "") -> Figure:
     lower.plot(steps, share, color=PALETTE[2], label="selection's share of its power, lambda")
     lower.plot(steps, moved.reshape(len(moved), -1).mean(1), color=PALETTE[3], label="observations used by the move")
     lower.set(xlabel="step", ylabel="share", ylim=(-0.03, 1.03), xlim=(0.5, len(d) + 0.5))
-    lower.legend(loc="upper right", fontsize=9)
+    figure.legend(*lower.get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=9)
     return figure
 
 
