@@ -262,3 +262,27 @@ def test_the_covariance_of_the_transition_is_computed_and_not_sampled(radius):
     np.testing.assert_allclose(run.result.posterior["x"][0, :, 0].mean(0), expected, atol=2e-5)
     with pytest.raises(ValueError, match=r"this covariance is defined for update=ndda\.smc\.Perturbed"):
         ndda.EnKF(program, update=ndda.smc.SquareRoot(), transition_covariance=True)
+
+
+@pytest.mark.parametrize(("m", "n"), [(600, 16), (120, 400)])  # fewer vectors than observations, and more
+def test_products_of_classes_find_the_covariance_near_each_observation(m, n):
+    """Vectors with random signs everywhere mix near and far covariances; those of classes do not."""
+    at = np.arange(m)
+    apart = np.minimum(np.abs(at[:, None] - at[None]), m - np.abs(at[:, None] - at[None]))
+    covariance = np.exp(-0.5 * (apart / 15.0) ** 2)
+    taper = ndda.Taper(20.0, ndda.Ring(m), {"y": at}, state=at).place((m,), {"y": ((m,), 1)})
+    probes = ensemble_update.class_probes(jax.random.key(0), n, m, taper)
+    vectors = np.asarray(probes.vectors).reshape(-1, m)
+    weights = np.repeat(np.asarray(probes.share), probes.vectors.shape[1]) / n
+    np.testing.assert_allclose(weights @ vectors**2, 1.0, rtol=1e-6)
+    rho = taper.between_observations()
+    found = covariance @ vectors.T @ (weights[:, None] * vectors)
+    np.testing.assert_allclose(rho * found, rho * covariance, atol=1e-5)
+
+
+def test_members_of_a_class_are_far_from_each_other():
+    taper = ndda.Taper(8.0, ndda.Ring(120), {"y": np.arange(120)}, state=np.arange(120))
+    classes = taper.place((120,), {"y": ((120,), 1)}).classes(30)
+    apart = np.abs(np.arange(120)[:, None] - np.arange(120)[None])
+    apart = np.minimum(apart, 120 - apart) + 120 * np.eye(120)
+    assert apart[classes[:, None] == classes[None]].min() >= 10  # some four members, 30 apart at best

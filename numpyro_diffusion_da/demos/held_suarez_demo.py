@@ -74,8 +74,8 @@ class WeatherExperiment:
         spin_up: number of steps at the start that are not scored.
         start_error: error of the mean of the first ensemble and its spread, in standard deviations of the climate.
         step_hours: length of one step of the emulator, in hours.
-        target_ess: target ESS of local FA-APF without a move, as a fraction of the particles. 0.8 was chosen for 64 particles. With
-            256 particles, 0.5 gives less error, and also less spread (docs/mini_weather.md).
+        target_ess: target ESS of local FA-APF without a move, as a fraction of the particles. 0.8 was chosen for 64
+            particles. With 256 particles, 0.5 gives less error, and also less spread (docs/mini_weather.md).
 
     Raises:
         ValueError: no cycles are left to score, or `start_error` is not positive.

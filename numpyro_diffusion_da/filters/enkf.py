@@ -22,7 +22,7 @@ from numpyro_diffusion_da.program.scan import TimeInputs
 from numpyro_diffusion_da.program.state_space import StateSpaceModel
 from numpyro_diffusion_da.smc import enkf
 from numpyro_diffusion_da.smc.base import Info, Kernel, State, map_particles, num_particles, particle_keys
-from numpyro_diffusion_da.smc.ensemble_update import EnsembleUpdate, PerturbedObservations, TransitionSpread
+from numpyro_diffusion_da.smc.ensemble_update import EnsembleUpdate, PerturbedObservations, Probes, TransitionSpread
 from numpyro_diffusion_da.smc.inflation import Inflation, Multiplicative, check_inflation, forecast_factor
 from numpyro_diffusion_da.smc.localization import PlacedTaper, Taper
 from numpyro_diffusion_da.transition.base import DrawRecord
@@ -173,14 +173,14 @@ def _residual_in(program: StateSpaceModel) -> Callable[[Array, Drawn, TimeInputs
 
 def _spread_in(
     program: StateSpaceModel, sampler: Sampler | Step | None
-) -> Callable[[PRNGKeyArray, Drawn, TimeInputs], tuple[TransitionSpread, WeightRecord]]:
-    """Build the function (rng_key, particle, inputs) -> (spread of the transition, record)."""
+) -> Callable[[Probes, Drawn, TimeInputs], tuple[TransitionSpread, WeightRecord]]:
+    """Build the function (probes, particle, inputs) -> (spread of the transition, record)."""
     level = probe_level(program)
 
-    def spread(rng_key: PRNGKeyArray, particle: Drawn, inputs: TimeInputs) -> tuple[TransitionSpread, WeightRecord]:
+    def spread(probes: Probes, particle: Drawn, inputs: TimeInputs) -> tuple[TransitionSpread, WeightRecord]:
         dynamics = program.transition(particle.carry, inputs, sampler)
         likelihood = program.gaussian_likelihood(particle.carry, inputs)
-        return transition_spread(dynamics, likelihood, rng_key, level)
+        return transition_spread(dynamics, likelihood, probes, level)
 
     return spread
 

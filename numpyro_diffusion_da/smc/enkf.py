@@ -39,7 +39,9 @@ from numpyro_diffusion_da.smc.base import (
 from numpyro_diffusion_da.smc.ensemble_update import (
     EnsembleUpdate,
     PerturbedObservations,
+    Probes,
     TransitionSpread,
+    class_probes,
     with_transition_spread,
 )
 from numpyro_diffusion_da.smc.inflation import Inflation, check_inflation, forecast_factor, inflated
@@ -57,7 +59,7 @@ def build_kernel(
     inflation: Sequence[Inflation] = (),
     batch_size: int | None = None,
     carried: Sequence[int] = (),
-    spread_fn: Callable[[PRNGKeyArray, PyTree, PyTree], tuple[TransitionSpread, PyTree]] | None = None,
+    spread_fn: Callable[[Probes, PyTree, PyTree], tuple[TransitionSpread, PyTree]] | None = None,
 ) -> Kernel:
     """Build the kernel of the ensemble Kalman filter.
 
@@ -73,7 +75,7 @@ def build_kernel(
         batch_size: number of particles mapped at a time, which bounds the memory; None maps all at once.
         carried: indices of the arrays of a particle, in the order of its leaves, that the update moves along with x.
             With a taper, their last axes must be those of x. Inflation acts on x only.
-        spread_fn: (rng_key, particle, observation) -> (`TransitionSpread`, record), for one particle. With it, the
+        spread_fn: (probes, particle, observation) -> (`TransitionSpread`, record), for one particle. With it, the
             covariance of the transition is taken from it and not sampled, and `update` is not used (see
             `ensemble_update.with_transition_spread`); None samples it.
 
@@ -109,9 +111,10 @@ def build_kernel(
         if spread_fn is None:
             moved = _moved(lambda anomalies: update(error_key, anomalies, residual, placed), moving, moving, placed)
         else:
-            of = map_particles(lambda key, particle: spread_fn(key, particle, observation), batch_size)
+            of = map_particles(lambda probes, particle: spread_fn(probes, particle, observation), batch_size)
             # A fifth key leaves the others the same with and without the transition's covariance.
-            spread, spreading = of(particle_keys(jax.random.split(rng_key, 5)[4], n), state.particles)
+            probes = class_probes(jax.random.split(rng_key, 5)[4], n, residual.shape[1], placed)
+            spread, spreading = of(probes, state.particles)
             spread = _widened(spread, factor)
             none = [jnp.zeros((n * spread.signs.shape[1], *a.shape[1:]), a.dtype) for a in moving[1:]]
             products = spread.state_products.reshape(-1, *x.shape[1:])

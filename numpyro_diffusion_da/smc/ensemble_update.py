@@ -18,6 +18,7 @@ from typing import NamedTuple
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from numpyro_diffusion_da.smc.base import particle_keys
@@ -154,17 +155,62 @@ class SquareRoot(EnsembleUpdate):
         return _at_each_point(at_point, anomalies, predicted, taper)
 
 
+LEAST_PRODUCTS = 256
+"""Number of products with the transition's covariance that an ensemble makes at least, or one for each observation."""
+
+
+class Probes(NamedTuple):
+    """Vectors v of the observations to multiply the transition's covariance by, for one member.
+
+    Attributes:
+        vectors: the vectors, shape (q, m).
+        share: weight of each, such that the mean over the members of the sum of share v v^T has a diagonal of 1.
+    """
+
+    vectors: Float[Array, "q m"]
+    share: Float[Array, ""]
+
+
+def class_probes(rng_key: PRNGKeyArray, n: int, m: int, taper: PlacedTaper | None) -> Probes:
+    r"""Probes of all members that together find a covariance between near observations without noise.
+
+    The vectors are those of classes of observations, with random signs. The product $V H^T v$ with the vector of a
+    class is the sum of the columns of $V H^T$ of its members. These are as far apart as possible, so that a taper
+    separates them again (probing; Tang & Saad 2012, Numer. Linear Algebra Appl. 19, 485). Vectors that have random
+    signs everywhere would mix each column with all the others.
+
+    Args:
+        rng_key: random key of the signs.
+        n: number of members N.
+        m: number of observations.
+        taper: positions of the observations; None for none.
+
+    Returns:
+        `Probes` with a leading axis of N. Each member has as many vectors as N members need for `LEAST_PRODUCTS`, or
+        for one product for each observation if that is less.
+    """
+    each = -(-min(LEAST_PRODUCTS, m) // n)
+    repeats = max(1, n * each // m)
+    count = min(n * each // repeats, m)
+    classes = np.arange(m) % count if taper is None else taper.classes(count)
+    number = np.arange(n * each)
+    of_vector = np.where(number < count * repeats, number % count, -1)
+    signs = jax.random.rademacher(rng_key, (m,), float)
+    vectors = jnp.where(of_vector[:, None] == classes[None], signs[None], 0.0)
+    return Probes(vectors.reshape(n, each, m), jnp.full(n, n / repeats))
+
+
 class TransitionSpread(NamedTuple):
     """Mean and covariance V of the transition from one particle, as an ensemble Kalman filter uses them.
 
     Attributes:
         mean: E[x' | c], shape of the state.
         residual: whitened residual R^{-1/2} (y - h(E[x' | c])), shape (m,); zero where missing.
-        signs: unit vectors or random signs v, shape (q, m).
+        signs: unit vectors, or the vectors of `Probes`, v, shape (q, m).
         state_products: V H^T v, shape (q, *state).
         products: H V H^T v, shape (q, m).
-        share: weight of each v, such that the sum of share v v^T is the identity, or estimates it: 1 for unit vectors
-            and 1 / q for random signs.
+        share: weight of each v, such that the mean over the members of the sum of share v v^T is the identity, or has
+            its diagonal: 1 for unit vectors, that of the `Probes` otherwise.
     """
 
     mean: Float[Array, ...]
@@ -194,8 +240,8 @@ def with_transition_spread(
 
     $$K = (\rho \circ A^T Y / (N - 1) + V H^T) \, (\rho \circ Y^T Y / (N - 1) + H V H^T + I)^{-1}.$$
 
-    Only the covariance of the means is sampled. V that is pooled from products with random signs is noisy far from the
-    diagonal, so the taper damps it too.
+    Only the covariance of the means is sampled. V that is pooled from products with the vectors of `Probes` is mixed
+    with that of distant observations, so the taper damps it too.
 
     Args:
         rng_key: random key of the perturbations.

@@ -173,6 +173,29 @@ class PlacedTaper:
         found = self.correlation(self.distance(rows, rows) / jnp.minimum(radii[:, None], radii[None, :]))
         return jnp.where(placed[:, None] & placed[None, :], found, 0.0)
 
+    def classes(self, count: int) -> Int[np.ndarray, " m"]:
+        """Divide the observations into classes whose members are far from each other.
+
+        Observations are taken in a random order that is always the same. Each joins the class whose nearest member is
+        furthest from it. Places that move are not known here; then every count-th observation is in the same class.
+
+        Args:
+            count: number of classes.
+
+        Returns:
+            Class of each observation, from 0 to count - 1.
+        """
+        m = len(self.observations)
+        if not isinstance(self.observations, np.ndarray) or count >= m:
+            return (np.arange(m) % count).astype(np.int32)
+        nearest = np.full((count, m), np.inf, np.float32)
+        found = np.empty(m, np.int32)
+        for j in np.random.default_rng(0).permutation(m):
+            found[j] = np.argmax(nearest[:, j])
+            apart = self.distance(self.observations[j : j + 1], self.observations)[0]
+            nearest[found[j]] = np.minimum(nearest[found[j]], apart)
+        return found
+
     def blocks(self, radius: float) -> Blocks:
         """Partition the places of the state into blocks no larger than a radius around their centers.
 

@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from numpyro_diffusion_da.observation.likelihood import GaussianLikelihood, GeneralLikelihood, Likelihood, whiten
 from numpyro_diffusion_da.observation.moment_matching import LEAST_VARIANCE
-from numpyro_diffusion_da.smc.ensemble_update import TransitionSpread
+from numpyro_diffusion_da.smc.ensemble_update import Probes, TransitionSpread
 from numpyro_diffusion_da.smc.kalman_move import FEW_PRODUCTS, Departure, Predicted
 from numpyro_diffusion_da.transition.base import Dynamics, Moments
 from numpyro_diffusion_da.transition.gaussian import GaussianDynamics
@@ -101,7 +101,7 @@ def predict(
 def transition_spread(
     dynamics: Dynamics,
     likelihood: GaussianLikelihood,
-    rng_key: PRNGKeyArray,
+    probes: Probes,
     noise_level: float | None,
     most_products: int = FEW_PRODUCTS,
 ) -> tuple[TransitionSpread, WeightRecord]:
@@ -110,7 +110,7 @@ def transition_spread(
     Args:
         dynamics: transition p(x' | c) of the particle.
         likelihood: Gaussian likelihood of the step's observations.
-        rng_key: random key of the signs of the product; it should differ between particles.
+        probes: vectors to multiply V by where there are too many observations for a product with each.
         noise_level: noise level of a diffusion's covariance; None takes the highest.
         most_products: number of observations up to which a diffusion makes a product for each.
 
@@ -122,7 +122,7 @@ def transition_spread(
     transposed = jax.linear_transpose(push, moments.mean)
     m = len(residual)
     is_exact = m <= (MOST_PRODUCTS if isinstance(dynamics, GaussianDynamics) else most_products)
-    signs = jnp.eye(m, dtype=residual.dtype) if is_exact else jax.random.rademacher(rng_key, (1, m), residual.dtype)
+    signs = jnp.eye(m, dtype=residual.dtype) if is_exact else probes.vectors.astype(residual.dtype)
 
     def product(v: Array) -> tuple[Array, Array]:
         state = spread.covariance_product(-transposed(v)[0])  # H = -dr/dx
@@ -131,7 +131,7 @@ def transition_spread(
     states, products = jax.vmap(product)(signs)
     made = jax.tree.map(lambda count: count * len(signs), spread.passes_per_product)
     record = WeightRecord(moments.passes.plus(spread.passes).plus(made), moments.mean)
-    share = jnp.ones((), residual.dtype) if is_exact else jnp.asarray(1.0 / len(signs), residual.dtype)
+    share = jnp.ones((), residual.dtype) if is_exact else probes.share.astype(residual.dtype)
     return TransitionSpread(moments.mean, residual, signs, states, products, share), record
 
 
