@@ -48,8 +48,9 @@ class EnKF(FilterAlgorithm):
         taper: localization, `Taper(radius, distance, observations)`; None for none.
         transition_covariance: whether the covariance of the transition is computed by products with it, and not sampled
             (`smc.ensemble_update`). The covariance of the forecast is then that of the means E[x' | c] over the
-            members, with the taper, and the mean covariance of the transition. This costs two forward passes and a
-            product per member, and it needs a transition that is a diffusion or Gaussian.
+            members, with the taper, and the mean covariance of the transition. This costs two forward passes per
+            member, and products that the members share: 256, or one for each observation if that is less. It needs a
+            transition that is a diffusion or Gaussian.
         lag: number L of earlier states of each member that the update moves along: the ensemble Kalman smoother
             (Evensen & van Leeuwen 2000). `smoothed(L)` and `to_datatree(lag=L)` then have the states given the
             observations up to L steps later. Each member holds L more states. 0 keeps none. The filter itself does not
