@@ -29,7 +29,6 @@ from rich.progress import track
 
 import numpyro_diffusion_da as ndda
 from numpyro_diffusion_da.demos import held_suarez_demo, held_suarez_truth
-from numpyro_diffusion_da.demos.held_suarez_demo import ENKF, ENKF_V, LOCAL, MAIN
 
 BANDS = {"degrees 1-6": (1, 7), "7-13": (7, 14), "14-21": (14, 22)}
 
@@ -101,13 +100,14 @@ def main(
     console = Console()
     filters = experiment.filters(prior)
     rows = []
-    names = only or [LOCAL, MAIN, ENKF, ENKF_V]
+    kalman = (held_suarez_demo.ENKF, held_suarez_demo.ENKF_V)
+    names = only or [held_suarez_demo.LOCAL, held_suarez_demo.MAIN, *kalman]
     for name in track(names, "filtering", console=console, transient=True):
         run = ndda.Filter(filters[name], num_particles=particles, progress_bar=False, keep_observed=False)
         run.run(filter_key, first_guess, y)
         posterior = run.result.posterior
         # An ensemble Kalman filter forecasts from its analysis, so it has no ancestors of its own.
-        kinds = {"particles": "x"} if name in (ENKF, ENKF_V) else {"particles": "x", "ancestors": "ancestor"}
+        kinds = {"particles": "x"} if name in kalman else {"particles": "x", "ancestors": "ancestor"}
         rows += [
             row_of(name, what, powers(posterior[site][0, :, spin_up:], prior), truth) for what, site in kinds.items()
         ]
