@@ -286,3 +286,19 @@ def test_members_of_a_class_are_far_from_each_other():
     apart = np.abs(np.arange(120)[:, None] - np.arange(120)[None])
     apart = np.minimum(apart, 120 - apart) + 120 * np.eye(120)
     assert apart[classes[:, None] == classes[None]].min() >= 10  # some four members, 30 apart at best
+
+
+def test_observations_much_more_accurate_than_the_ensemble_keep_their_digits():
+    """In single precision, rounding of Y Y^T is then larger than the observation errors."""
+    rng = np.random.default_rng(0)
+    n, m, d = 64, 40, 8
+    anomalies = rng.normal(size=(n, d))
+    anomalies -= anomalies.mean(0)
+    look = 1e3 * rng.normal(size=(d, m))
+    predicted = anomalies @ look
+    innovation = (rng.normal(size=d) - anomalies) @ look + rng.normal(size=(n, m))
+    left, values, right = np.linalg.svd(predicted, full_matrices=False)
+    exact = (left @ ((values / (values**2 + n - 1))[:, None] * (right @ innovation.T))).T @ anomalies
+    single = (jnp.asarray(x, jnp.float32) for x in (predicted, innovation.T))
+    found = np.asarray(ensemble_update.kalman_coefficients(*single)).T @ anomalies
+    np.testing.assert_allclose(found, exact, atol=1e-3)

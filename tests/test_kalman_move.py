@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -241,3 +243,26 @@ def test_equal_weights_leave_everything_to_the_move() -> None:
     run.run(jax.random.key(1), jnp.ones((2, 6)))
     np.testing.assert_array_equal(run.result.sample_stats["selection_share"], 0.0)
     np.testing.assert_array_equal(run.result.sample_stats["moved_share"], 1.0)
+
+
+LARGE = """
+import jax, jax.numpy as jnp, numpy as np
+import numpyro_diffusion_da as ndda
+from numpyro_diffusion_da.smc import Departure, LocalAncestors, PlacedMove, Predicted, WeightTempering
+
+d, n = 1024, 64
+taper = ndda.Taper(48.0, ndda.Ring(d), {"y": np.arange(d)}, state=np.arange(d)).place((d,), {"y": ((d,), 1)})
+move = PlacedMove(LocalAncestors.at(taper, (d,), 0.0), taper, (0,), 0.0)
+c, ones = jax.random.normal(jax.random.key(0), (n, d)), jnp.ones((n, d))
+signs = jax.random.rademacher(jax.random.key(1), (n, 1, d), float)
+found = Predicted(-0.25 * c**2, Departure(-c, ones, ones, (signs, signs)))
+keys = jax.random.key(2), jax.random.key(3)
+run = jax.jit(lambda found, c: move.select_and_move(keys, found, c, None, 0.5, WeightTempering())[3])
+assert np.isfinite(run(found, c)).all()
+"""
+
+
+@pytest.mark.slow
+def test_a_large_local_move_does_not_wait_for_itself():
+    """Factorizations that share out their batches over threads can wait for each other forever on two cores."""
+    subprocess.run([sys.executable, "-c", LARGE], check=True, timeout=300)

@@ -63,6 +63,29 @@ class EnsembleUpdate(eqx.Module):
         """
 
 
+def kalman_coefficients(predicted: Float[Array, "n m"], right: Float[Array, "m c"]) -> Float[Array, "n c"]:
+    r"""Compute $Y (Y^T Y + (N - 1) I)^{-1} r$ for columns r, in the smaller of the two spaces.
+
+    For innovations r these are the coefficients of the members' anomalies in their increments, without a taper.
+
+    Args:
+        predicted: anomalies Y of the predicted observations, in units of their errors.
+        right: the columns r.
+    """
+    n, m = predicted.shape
+
+    def solved(gram: Array, right: Array) -> Array:
+        # With observations much more accurate than the ensemble, rounding of the gram matrix exceeds N - 1, and it is
+        # not positive definite any more. So the diagonal is at least this rounding.
+        least = n - 1 + jnp.finfo(gram.dtype).eps * jnp.trace(gram)
+        factor = jax.lax.linalg.cholesky(gram + least * jnp.eye(len(gram), dtype=gram.dtype), symmetrize_input=False)
+        return jax.scipy.linalg.cho_solve((factor, True), right)
+
+    if m <= n:
+        return predicted @ solved(predicted.T @ predicted, right)
+    return solved(predicted @ predicted.T, predicted @ right)
+
+
 class PerturbedObservations(EnsembleUpdate):
     r"""Stochastic update (Burgers, van Leeuwen & Evensen 1998): each member gets its own perturbed observations.
 
@@ -112,12 +135,7 @@ class PerturbedObservations(EnsembleUpdate):
                 return solved[which].T @ (weights[:, None] * (nearby.T @ x))
 
             return _at_each_point(at_point, anomalies, predicted, taper)
-        if m <= n:
-            weights = jnp.linalg.solve(predicted.T @ predicted + (n - 1) * jnp.eye(m), innovation.T).T @ predicted.T
-        else:
-            gram = predicted @ predicted.T + (n - 1) * jnp.eye(n)
-            weights = jnp.linalg.solve(gram, predicted @ innovation.T).T
-        return weights @ anomalies
+        return kalman_coefficients(predicted, innovation.T).T @ anomalies
 
 
 class SquareRoot(EnsembleUpdate):

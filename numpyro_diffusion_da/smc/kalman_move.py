@@ -53,6 +53,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
 
 from numpyro_diffusion_da.arguments import numbers_by_name, require_count, require_number, shown
 from numpyro_diffusion_da.smc.base import Resampling, particle_keys
+from numpyro_diffusion_da.smc.ensemble_update import kalman_coefficients
 from numpyro_diffusion_da.smc.local_ancestors import LARGEST_BATCH, LocalAncestors, keep_places
 from numpyro_diffusion_da.smc.localization import PlacedTaper
 from numpyro_diffusion_da.smc.tempering import Tempering
@@ -63,6 +64,10 @@ FEW_PRODUCTS = 4
 
 MOST_BETWEEN = 2048
 """Number of observed values up to which the covariance of predictions is kept for all pairs of them."""
+
+
+MOST_SHARED_OUT = 100_000
+"""Number of operations of a batch of factorizations up to which jaxlib keeps it on one thread, with a margin of 2."""
 
 
 class Departure(NamedTuple):
@@ -376,20 +381,6 @@ def _near(weights: PyTree, which: Array, rho: Array, whole: bool) -> tuple[PyTre
     return jax.tree.map(lambda x: x[:, which], weights), rho
 
 
-def _solve(z: Float[Array, "n k"], right: Float[Array, "k c"]) -> Float[Array, "n c"]:
-    """Compute z (z^T z + (n - 1) 1)^-1 right, in the smaller of the two spaces.
-
-    With the anomalies z of whitened predictions and innovations on the right, its columns are the coefficients of the
-    anomalies in a Kalman step.
-    """
-    n, k = z.shape
-    if k <= n:
-        factor = jax.lax.linalg.cholesky(z.T @ z + (n - 1) * jnp.eye(k, dtype=z.dtype), symmetrize_input=False)
-        return z @ jax.scipy.linalg.cho_solve((factor, True), right)
-    factor = jax.lax.linalg.cholesky(z @ z.T + (n - 1) * jnp.eye(n, dtype=z.dtype), symmetrize_input=False)
-    return jax.scipy.linalg.cho_solve((factor, True), z @ right)
-
-
 def _non_gaussianity(
     tempered: Float[Array, " n"],
     c: Float[Array, "n c"],
@@ -419,7 +410,7 @@ def _non_gaussianity(
     z = white.mean(0, keepdims=True) - white
     anomalies = c - c.mean(0, keepdims=True)
     prior = jnp.sum(anomalies**2, axis=0) / (n - 1)
-    gains = _solve(z, jnp.concatenate([white.mean(0)[:, None], z.T @ anomalies], axis=1))
+    gains = kalman_coefficients(z, jnp.concatenate([white.mean(0)[:, None], z.T @ anomalies], axis=1))
     kalman_mean = c.mean(0) + gains[:, 0] @ anomalies
     kalman_variance = prior - jnp.sum(anomalies * gains[:, 1:], axis=0) / (n - 1)
     terms = 0.5 * (
@@ -456,7 +447,7 @@ def _move(
         factor = jnp.where(jnp.all(jnp.isfinite(jnp.diagonal(better))), better, factor)
     white = jax.scipy.linalg.solve_triangular(factor, (residual * root[None]).T, lower=True).T
     z = white.mean(0, keepdims=True) - white
-    coefficients = _solve(z, (white - noise).T)
+    coefficients = kalman_coefficients(z, (white - noise).T)
     return c + coefficients.T @ (c - c.mean(0, keepdims=True))
 
 
@@ -506,9 +497,16 @@ class _Blocks:
         return _Blocks(which, rho, wide, points, slot, of_point, len(local.state_shape), False, taper)
 
     def map(self, fn: Any, n: int) -> Any:
-        """Map a function of the index of a block over all blocks, in batches that bound the memory."""
+        """Map a function of the index of a block over all blocks, in batches that bound the memory.
+
+        On a CPU, LAPACK's routines share out a large batch over the threads and wait for them. Two of them at the same
+        time can wait forever, so batches stay so small that none is shared out.
+        """
         b, k = self.which.shape
-        batch = max(1, LARGEST_BATCH // 8 // (n * (4 * k + 8) + 6 * k * k))  # small, for a processor's cache
+        batch = LARGEST_BATCH // (n * (4 * k + 8) + 6 * k * k)
+        if jax.default_backend() == "cpu":
+            batch = min(batch, MOST_SHARED_OUT // (k * k * max(k, n)))
+        batch = max(1, batch)
         return jax.lax.map(fn, jnp.arange(b), batch_size=min(batch, b))
 
     def observations(self, block: Array, dtype: Any) -> tuple[Array, Array, Array]:
