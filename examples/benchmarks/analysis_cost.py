@@ -30,7 +30,6 @@ from rich.progress import track
 import numpyro_diffusion_da as ndda
 from numpyro_diffusion_da.demos import held_suarez_demo, held_suarez_truth
 from numpyro_diffusion_da.observation import Stations, fraction_of
-from numpyro_diffusion_da.smc import init, particle_keys
 
 
 def main(
@@ -63,14 +62,14 @@ def main(
     }
     if unknown := sorted(set(only or ()) - set(filters)):
         raise typer.BadParameter(f"no row called {', '.join(unknown)}; give one of {', '.join(filters)}.")
+    program = ndda.program.StateSpaceModel(model, (first_guess, y), {})
+    inputs = jax.tree.map(lambda x: x[0], program.time_inputs())
+    sizes = {"stations": stations, "radius": radius, "block_radius": block_radius, "particles": particles}
     console, rows = Console(), []
     for name in track(only or list(filters), "timing", console=console, transient=True):
-        program = ndda.program.StateSpaceModel(filters[name].model, (first_guess, y), {})
         program.check(filters[name].needs_gaussian, filters[name].needs_gaussian_errors)
-        kernel = filters[name].kernel(program, batch_size=16)
-        inputs = jax.tree.map(lambda x: x[0], program.time_inputs())
-        state = init(jax.vmap(program.initial)(particle_keys(start_key, particles)))
-        step = jax.jit(kernel).lower(step_key, state, inputs).compile()
+        state = filters[name].initial_state(program, start_key, particles)
+        step = jax.jit(filters[name].kernel(program, batch_size=16)).lower(step_key, state, inputs).compile()
         _, info = jax.block_until_ready(step(step_key, state, inputs))
         seconds = []
         for _ in range(repeats):
@@ -79,14 +78,8 @@ def main(
             seconds.append(time.perf_counter() - began)
         passes = {kind: float(count) for kind, count in filters[name].passes(info)._asdict().items()}
         rows.append({"filter": name, "seconds": float(np.median(seconds)), **passes})
-        write_json(
-            out,
-            {"stations": stations, "radius": radius, "block_radius": block_radius, "particles": particles},
-            rows=rows,
-        )
-    draws = {r["filter"]: r["seconds"] for r in rows}.get("draws")
-    for found in rows:
-        found["over draws"] = None if draws is None else found["seconds"] / draws
+        rows[-1]["over draws"] = rows[-1]["seconds"] / rows[0]["seconds"] if rows[0]["filter"] == "draws" else None
+        write_json(out, sizes, rows=rows)
     title = f"{4 * stations} observations, N = {particles}, radius {radius:g} km, blocks {block_radius:g} km"
     columns = {"filter": "", "seconds": ".2f", "over draws": ".2f", **dict.fromkeys(("forward", "jvp", "vjp"), ".1f")}
     print_table(console, title, rows, columns)

@@ -12,17 +12,14 @@ the power over the divergent share of the truth.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import dataclasses
 from pathlib import Path
 from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import numpyro
-import numpyro.distributions as dist
 import typer
-from numpyro.contrib.control_flow import scan
 from report import json_file, print_table, write_json
 from rich.console import Console
 from rich.progress import track
@@ -31,29 +28,6 @@ import numpyro_diffusion_da as ndda
 from numpyro_diffusion_da.demos import held_suarez_demo, held_suarez_truth
 
 BANDS = {"degrees 1-6": (1, 7), "7-13": (7, 14), "14-21": (14, 22)}
-
-
-class WithAncestors(held_suarez_demo.WeatherExperiment):
-    """The weather experiment with a program that records the state which each draw is conditioned on."""
-
-    def program(self, prior: ndda.priors.SphericalEmulator) -> Callable[[jax.Array, dict[str, jax.Array]], None]:
-        """State-space model as in the demo, with the deterministic site "ancestor"."""
-        networks, climate = self.observing(prior), prior.climatology()
-
-        def weather(first_guess: jax.Array, y: dict[str, jax.Array]) -> None:
-            x0 = numpyro.sample("x0", climate)
-
-            def step(x: jax.Array, y_t: dict[str, jax.Array]) -> tuple[jax.Array, None]:
-                numpyro.deterministic("ancestor", x)
-                x = numpyro.sample("x", ndda.DiffusionTransition(prior, x, sampler=held_suarez_demo.SAMPLER))
-                for name, network in networks.items():
-                    seen = network.observe(x, prior.layout)
-                    numpyro.sample(name, dist.Normal(seen, network.error()).to_event(2), obs=y_t[name])
-                return x, None
-
-            scan(step, first_guess + self.start_error * (x0 - climate.mean), y)
-
-        return weather
 
 
 def powers(states: np.ndarray, prior: ndda.priors.SphericalEmulator) -> np.ndarray:
@@ -82,7 +56,7 @@ def row_of(name: str, what: str, power: np.ndarray, truth: np.ndarray) -> dict[s
 def main(
     particles: Annotated[int, typer.Option(min=2, help="Particles, or members, of each filter.")] = 64,
     cycles: Annotated[int, typer.Option(min=2, help="Filter steps.")] = 30,
-    spin_up: Annotated[int, typer.Option(min=0, help="Filter steps at the start that are not counted.")] = 20,
+    spin_up: Annotated[int, typer.Option(min=1, help="Filter steps at the start that are not counted.")] = 20,
     only: Annotated[list[str] | None, typer.Option(help="Filter to run; may be repeated; four by default.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of observations and filters.")] = 0,
     out: Annotated[Path | None, typer.Option(callback=json_file, help="JSON file to write the table to.")] = None,
@@ -91,7 +65,7 @@ def main(
     if not spin_up < cycles:
         raise typer.BadParameter(f"a spin-up of {spin_up} of {cycles} cycles leaves none to count; give fewer.")
     prior = ndda.load_prior("held_suarez")
-    experiment = WithAncestors(cycles=cycles, spin_up=spin_up)
+    experiment = held_suarez_demo.WeatherExperiment(cycles=cycles, spin_up=spin_up)
     states = held_suarez_truth.truth()[: cycles + 1]
     guess_key, error_key, filter_key = jax.random.split(jax.random.key(seed), 3)
     first_guess = experiment.first_guess(guess_key, prior, jnp.asarray(states[0]))
@@ -103,14 +77,15 @@ def main(
     kalman = (held_suarez_demo.ENKF, held_suarez_demo.ENKF_V)
     names = only or [held_suarez_demo.LOCAL, held_suarez_demo.MAIN, *kalman]
     for name in track(names, "filtering", console=console, transient=True):
-        run = ndda.Filter(filters[name], num_particles=particles, progress_bar=False, keep_observed=False)
+        # With a lag of 1, a filter keeps the states that its draws are conditioned on: selected and moved.
+        run = ndda.Filter(
+            dataclasses.replace(filters[name], lag=1), num_particles=particles, progress_bar=False, keep_observed=False
+        )
         run.run(filter_key, first_guess, y)
-        posterior = run.result.posterior
-        # An ensemble Kalman filter forecasts from its analysis, so it has no ancestors of its own.
-        kinds = {"particles": "x"} if name in kalman else {"particles": "x", "ancestors": "ancestor"}
-        rows += [
-            row_of(name, what, powers(posterior[site][0, :, spin_up:], prior), truth) for what, site in kinds.items()
-        ]
+        found = {"particles": run.result.posterior["x"][0, :, spin_up:]}
+        if name not in kalman:  # an ensemble Kalman filter forecasts from its analysis itself
+            found["ancestors"] = run.result.lagged[0, :, spin_up - 1 : -1]
+        rows += [row_of(name, what, powers(x, prior), truth) for what, x in found.items()]
         write_json(out, {"particles": particles, "cycles": cycles, "spin_up": spin_up, "seed": seed}, rows=rows)
     title = f"power over that of the truth, N = {particles}, cycles {spin_up + 1} to {cycles}"
     print_table(console, title, rows, default=".2f", group="filter")
