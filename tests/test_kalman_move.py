@@ -15,7 +15,15 @@ import pytest
 from numpyro.contrib.control_flow import scan
 
 import numpyro_diffusion_da as ndda
-from numpyro_diffusion_da.smc import Departure, KalmanMove, LocalAncestors, PlacedMove, Predicted, WeightTempering
+from numpyro_diffusion_da.smc import (
+    Departure,
+    KalmanMove,
+    LocalAncestors,
+    PlacedMove,
+    Predicted,
+    WeightTempering,
+    kalman_move,
+)
 
 KEYS = jax.random.key(1), jax.random.key(2)
 D, M = 4, 3
@@ -145,6 +153,29 @@ def test_one_wide_block_is_the_move_without_a_taper() -> None:
         far = select_and_move(WHOLE[share], whole, c)
         np.testing.assert_allclose(near[3], far[3], atol=2e-3)
         np.testing.assert_array_equal(near[1][:, 0], far[1])
+
+
+def test_leaving_out_missing_observations_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Many observations near each block, and few of them present: nowhere, in one place, and everywhere."""
+    d, m, n = 6, 130, 24
+    rng = np.random.default_rng(1)
+    taper = ndda.Taper(3.0, ndda.Ring(6), {"y": 6.0 * np.arange(m) / m}, state=np.arange(d)).place(
+        (d,), {"y": ((m,), 1)}
+    )
+    c = jnp.asarray(rng.normal(size=(n, d)))
+    look = rng.normal(size=(m, d)) / d
+    signs = jnp.asarray(rng.choice([-1.0, 1.0], size=(n, 1, m)))
+    move = PlacedMove(LocalAncestors.at(taper, (d,), 0.0), taper, (0,))
+    for present in (np.arange(m) < 9, np.zeros(m, bool), np.ones(m, bool), np.arange(m) % 2 == 0):
+        residual = jnp.where(present[None], rng.normal(size=m)[None] - c @ look.T, 0.0)
+        ones = jnp.ones((n, m))
+        found = Predicted(-0.25 * residual**2, Departure(residual, ones, ones, (0.3 * signs, signs)))
+        results = []
+        for limit in (1, 10**9):
+            monkeypatch.setattr(kalman_move, "WORTH_LEAVING_OUT", limit)
+            results.append(move.select_and_move(KEYS, found, c, None, 0.5, WeightTempering()))
+        for new, old in zip(*map(jax.tree.leaves, results), strict=True):
+            np.testing.assert_allclose(new, old, atol=2e-4)
 
 
 def ring(y: jax.Array) -> None:

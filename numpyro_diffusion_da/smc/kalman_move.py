@@ -66,6 +66,10 @@ MOST_BETWEEN = 2048
 """Number of observed values up to which the covariance of predictions is kept for all pairs of them."""
 
 
+WORTH_LEAVING_OUT = 128
+"""Number of observations near a block from which on the missing ones are left out of its solves."""
+
+
 MOST_SHARED_OUT = 100_000
 """Number of operations of a batch of factorizations up to which jaxlib keeps it on one thread, with a margin of 2."""
 
@@ -262,14 +266,18 @@ class PlacedMove:
         weight_error = 1.0 + jnp.where(observed, jnp.maximum(_mean(of_weight, usable[:, None]), 0.0) / scale**2, 0.0)
         noise = jax.vmap(lambda key: jax.random.normal(key, (m,), residual.dtype))(particle_keys(rng_keys[1], n))
         noise = (noise - noise.mean(0, keepdims=True)) * (n / max(n - 1, 1)) ** 0.5
-        blocks = _Blocks.of(self.local, self.taper, m)
+        blocks = _Blocks.of(self.local, self.taper, m, residual.dtype)
+        present = observed
+        for leaf in (residual, *jax.tree.leaves(weights)):
+            if leaf.ndim == 2:  # weights of whole particles have no axis of observations, and no neighborhoods
+                present = present | jnp.any(leaf != 0.0, axis=0)
         spread_between = _pooled(spread, usable, observed, scale, blocks.between)
         leaves, form = jax.tree.flatten(particles)
         moving = (*self.carried, *self.along)
         tested, columns = (blocks.columns([leaves[i] for i in which]) for which in (self.carried, moving))
 
-        def weigh(block: Array) -> tuple[Array, Array, Array, Array, Array]:
-            which, rho, _ = blocks.observations(block, residual.dtype)
+        def weigh(block: Array, near: Near) -> tuple[Array, Array, Array, Array, Array]:
+            which, rho, _ = near
             nearby, taper = _near(weights, which, rho, blocks.whole)
             log_weights, alpha = tempering.exponent(nearby, taper, target_ess)
             tempered = tempering.tempered(nearby, taper, alpha)
@@ -279,7 +287,7 @@ class PlacedMove:
             )
             return log_weights, alpha, d, jnp.any(power > 0), jnp.any((rho > 0) & selects_only[which])
 
-        log_weights, alpha, d, seen, selects = blocks.map(weigh, n)
+        log_weights, alpha, d, seen, selects = blocks.map(weigh, n, present)
         if self.selection_share is None:
             mean = jnp.sum(jnp.where(seen, d, 0.0)) / jnp.maximum(jnp.sum(seen), 1)
             share = jnp.maximum(0.0, 1.0 - 1.0 / jnp.maximum(mean, 1.0))
@@ -289,15 +297,15 @@ class PlacedMove:
         if self.selection_share != 0:
             used_alpha = jnp.where(selects, alpha, used_alpha)
 
-        def select(block: Array) -> Array:
-            which, rho, _ = blocks.observations(block, residual.dtype)
+        def select(block: Array, near: Near) -> Array:
+            which, rho, _ = near
             nearby, taper = _near(weights, which, rho, blocks.whole)
             return keep_places(tempering.resample(rng_keys[0], nearby, taper, used_alpha[block], resampling_fn))
 
-        ancestors = blocks.map(select, n)
+        ancestors = blocks.map(select, n, present)
 
-        def move(block: Array) -> tuple[Array, Array]:
-            which, rho, wide = blocks.observations(block, residual.dtype)
+        def move(block: Array, near: Near) -> tuple[Array, Array]:
+            which, rho, wide = near
             keep = observed[which]
             power = jnp.where(keep, jnp.maximum(wide - used_alpha[block] * rho, 0.0), 0.0)
             of = ancestors[block]
@@ -305,7 +313,7 @@ class PlacedMove:
             total = jnp.sum(jnp.where(keep, wide, 0.0))
             return moved, jnp.where(total > 0, jnp.sum(power) / jnp.where(total > 0, total, 1.0), 0.0)
 
-        moved, used = blocks.map(move, n)
+        moved, used = blocks.map(move, n, present)
         arrays = blocks.restore(moved, [leaves[i] for i in moving])
         ancestors = ancestors.T
         if self.local is None:
@@ -372,6 +380,36 @@ def _pooled(
         return jnp.where(keep[:, None] & keep[None, :], 0.5 * (found + found.T), 0.0)
 
     return between
+
+
+class Near(NamedTuple):
+    """Observations near a block.
+
+    Attributes:
+        which: their indices, shape (k,).
+        rho: taper of the selection at them, shape (k,); 0 for those that only fill up.
+        wide: taper of the move at them, shape (k,).
+    """
+
+    which: Int[Array, " k"]
+    rho: Float[Array, " k"]
+    wide: Float[Array, " k"]
+
+
+def _counting(near: Near, present: Bool[Array, " m"]) -> Bool[Array, "... k"]:
+    """Whether an observation is present and has a weight."""
+    return present[near.which] & ((near.rho > 0) | (near.wide > 0))
+
+
+def _leave_out(near: Near, present: Bool[Array, " m"], size: int) -> Near:
+    """Leave out observations that do not count; at most `size` of them may do so."""
+    here = _counting(near, present)
+    to = jnp.where(here, jnp.cumsum(here) - 1, size)
+
+    def filled(values: Array) -> Array:
+        return jnp.zeros(size, values.dtype).at[to].set(values, mode="drop")
+
+    return Near(*map(filled, near))
 
 
 def _near(weights: PyTree, which: Array, rho: Array, whole: bool) -> tuple[PyTree, Array | None]:
@@ -465,6 +503,7 @@ class _Blocks:
         state_size: number of axes of a state; 0 without blocks.
         whole: whether there is no localization.
         positions: taper with the positions of the observations; None without localization.
+        dtype: type of the tapers.
     """
 
     which: Any
@@ -476,14 +515,15 @@ class _Blocks:
     state_size: int
     whole: bool
     positions: PlacedTaper | None
+    dtype: Any
 
     @staticmethod
-    def of(local: LocalAncestors | None, taper: PlacedTaper | None, m: int) -> _Blocks:
+    def of(local: LocalAncestors | None, taper: PlacedTaper | None, m: int, dtype: Any) -> _Blocks:
         """Blocks of a localized move, or one block."""
         if local is None or taper is None:
             one = np.ones((1, m), np.float32)
             zero = np.zeros(1, np.int32)
-            return _Blocks(np.arange(m)[None], one, one, zero[None], zero, zero, 0, True, None)
+            return _Blocks(np.arange(m)[None], one, one, zero[None], zero, zero, 0, True, None, dtype)
         of_point = np.asarray(local.block_of_point)
         count = int(of_point.max()) + 1
         order = np.argsort(of_point, kind="stable")
@@ -494,25 +534,52 @@ class _Blocks:
         points = np.tile(order[starts][:, None], (1, int(sizes.max())))
         points[of_point, slot] = np.arange(len(of_point))
         which, wide, rho = taper.neighborhoods_with(local.centers, local.taper)
-        return _Blocks(which, rho, wide, points, slot, of_point, len(local.state_shape), False, taper)
+        return _Blocks(which, rho, wide, points, slot, of_point, len(local.state_shape), False, taper, dtype)
 
-    def map(self, fn: Any, n: int) -> Any:
-        """Map a function of the index of a block over all blocks, in batches that bound the memory.
+    def map(self, fn: Callable[[Array, Near], Any], n: int, present: Bool[Array, " m"]) -> Any:
+        """Map a function over all blocks, in batches that bound the memory.
 
         On a CPU, LAPACK's routines share out a large batch over the threads and wait for them. Two of them at the same
         time can wait forever, so batches stay so small that none is shared out.
+
+        With many observations near each block, missing ones are left out, as far as all blocks of a batch allow it. A
+        satellite sees a part of its places at a time.
+
+        Args:
+            fn: function of the index of a block and the observations near it.
+            n: number of particles.
+            present: False where an observation is missing.
         """
         b, k = self.which.shape
         batch = LARGEST_BATCH // (n * (4 * k + 8) + 6 * k * k)
         if jax.default_backend() == "cpu":
             batch = min(batch, MOST_SHARED_OUT // (k * k * max(k, n)))
-        batch = max(1, batch)
-        return jax.lax.map(fn, jnp.arange(b), batch_size=min(batch, b))
+        batch = min(max(1, batch), b)
+        if self.whole or k < WORTH_LEAVING_OUT:
+            return jax.lax.map(lambda block: fn(block, self.near(block)), jnp.arange(b), batch_size=batch)
+        sizes = (k // 16, k // 6, k // 3, k // 2, k)
 
-    def observations(self, block: Array, dtype: Any) -> tuple[Array, Array, Array]:
-        """Indices of the observations near a block, and their tapers in the selection and in the move."""
+        def with_size(size: int) -> Callable[[Array], Any]:
+            if size == k:
+                return jax.vmap(lambda block: fn(block, self.near(block)))
+            return jax.vmap(lambda block: fn(block, _leave_out(self.near(block), present, size)))
+
+        def batch_of(blocks: Array) -> Any:
+            most = jnp.max(jnp.sum(_counting(self.near(blocks), present), axis=1))
+            return jax.lax.switch(jnp.searchsorted(jnp.asarray(sizes), most), [with_size(s) for s in sizes], blocks)
+
+        whole, rest = divmod(b, batch)
+        found = jax.lax.map(batch_of, jnp.arange(whole * batch).reshape(whole, batch))
+        found = jax.tree.map(lambda x: x.reshape(whole * batch, *x.shape[2:]), found)
+        if not rest:
+            return found
+        last = batch_of(jnp.arange(whole * batch, b))
+        return jax.tree.map(lambda x, y: jnp.concatenate([x, y]), found, last)
+
+    def near(self, block: Array) -> Near:
+        """Observations near a block, or near several with a leading axis."""
         which, rho, wide = (jnp.asarray(x)[block] for x in (self.which, self.rho, self.wide))
-        return which, rho.astype(dtype), wide.astype(dtype)
+        return Near(which, rho.astype(self.dtype), wide.astype(self.dtype))
 
     def between(self, which: Array) -> Array | None:
         """Taper between some observations; None without localization."""
