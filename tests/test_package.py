@@ -1,6 +1,7 @@
 """The layers of the package: which folder imports which, who imports a neighbor, and how light the import is."""
 
 import ast
+import functools
 import importlib
 import re
 import subprocess
@@ -52,17 +53,20 @@ NEIGHBORS = {
 }
 
 
+@functools.cache
 def modules():
-    """(Name below the package, syntax tree) of each module; a folder's `__init__` goes by the folder's name."""
+    """(Name below the package, nodes of its syntax) of each module; a folder's `__init__` goes by the folder's name."""
+    found = []
     for path in sorted(ROOT.rglob("*.py")):
         parts = path.relative_to(ROOT).with_suffix("").parts
         name = ".".join(parts[:-1] if len(parts) > 1 and parts[-1] == "__init__" else parts)
-        yield name, ast.parse(path.read_text())
+        found.append((name, list(ast.walk(ast.parse(path.read_text())))))
+    return found
 
 
-def imported(tree):
+def imported(nodes):
     """The dotted names that a module imports: `from a.b import c` is a.b.c."""
-    for node in ast.walk(tree):
+    for node in nodes:
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -85,12 +89,12 @@ def test_the_table_has_every_folder_and_points_upwards_only():
 
 
 def test_a_folder_imports_only_what_its_row_allows():
-    for name, tree in modules():
+    for name, nodes in modules():
         folder = name.split(".")[0]
         if folder == "__init__":
             continue
         assert folder in MAY_IMPORT or folder in LEAVES, f"{name} is neither in a folder of the table nor a leaf"
-        for target in imported(tree):
+        for target in imported(nodes):
             package, _, rest = target.partition(".")
             if package != PACKAGE:
                 continue
@@ -106,12 +110,10 @@ def test_a_folder_imports_only_what_its_row_allows():
 
 def test_neighbors_are_imported_only_where_they_belong():
     found = {neighbor: set() for neighbor in NEIGHBORS}
-    for name, tree in modules():
+    for name, nodes in modules():
         # weathernext is imported by the names of its modules, which are strings.
-        texts = [
-            node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)
-        ]
-        for target in [*imported(tree), *(text for text in texts if re.fullmatch(r"weathernext(\.\w+)+", text))]:
+        texts = [node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)]
+        for target in [*imported(nodes), *(text for text in texts if re.fullmatch(r"weathernext(\.\w+)+", text))]:
             neighbor = target.split(".")[0]
             if neighbor in NEIGHBORS:
                 assert within(name, NEIGHBORS[neighbor]), f"{name} imports {target}"
@@ -121,35 +123,37 @@ def test_neighbors_are_imported_only_where_they_belong():
 
 def test_states_and_transitions_know_no_particles():
     """The folders of one state speak of no particles; `feynman_kac` is written for the particle filters of others."""
-    for name, tree in modules():
+    for name, nodes in modules():
         if not within(name, {"fields", "observation", "diffusion", "transition", "priors", "program"}):
             continue
         if name == "program.feynman_kac":
             continue
-        words = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
-        words |= {node.arg for node in ast.walk(tree) if isinstance(node, ast.arg)}
+        words = {node.id for node in nodes if isinstance(node, ast.Name)}
+        words |= {node.arg for node in nodes if isinstance(node, ast.arg)}
         assert not {word for word in words if "particle" in word.lower()}, name
 
 
+@functools.cache
 def programs():
-    """(Place, syntax tree) of every test, every example and every Python block of the documents."""
+    """(Place, its import statements) of every test, every example and every Python block of the documents."""
+    texts = []
     for folder in ("tests", "examples"):
-        for path in sorted((CHECKOUT / folder).rglob("*.py")):
-            yield str(path.relative_to(CHECKOUT)), ast.parse(path.read_text())
+        texts += [(path, path.read_text()) for path in sorted((CHECKOUT / folder).rglob("*.py"))]
     for path in [*sorted(CHECKOUT.glob("*.md")), *sorted((CHECKOUT / "docs").rglob("*.md"))]:
-        for block in re.findall(r"```python\n(.*?)```", path.read_text(), re.DOTALL):
-            yield str(path.relative_to(CHECKOUT)), ast.parse(block)
+        texts += [(path, block) for block in re.findall(r"```python\n(.*?)```", path.read_text(), re.DOTALL)]
+    return [
+        (
+            str(path.relative_to(CHECKOUT)),
+            [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Import | ast.ImportFrom)],
+        )
+        for path, text in texts
+    ]
 
 
 def test_programs_import_at_most_one_folder_below_the_root():
-    for place, tree in programs():
-        for node in ast.walk(tree):
-            if isinstance(node, ast.Import):
-                names = [alias.name for alias in node.names]
-            elif isinstance(node, ast.ImportFrom):
-                names = [node.module]
-            else:
-                continue
+    for place, nodes in programs():
+        for node in nodes:
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else [node.module]
             for name in names:
                 parts = name.split(".")
                 assert parts[0] != PACKAGE or len(parts) <= 2, (
@@ -158,10 +162,10 @@ def test_programs_import_at_most_one_folder_below_the_root():
 
 
 def test_examples_import_public_names():
-    for place, tree in programs():
+    for place, nodes in programs():
         if not place.startswith("examples"):
             continue
-        for node in ast.walk(tree):
+        for node in nodes:
             if isinstance(node, ast.ImportFrom) and node.module.split(".")[0] == PACKAGE:
                 if node.module == f"{PACKAGE}.demos":
                     continue
