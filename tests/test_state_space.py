@@ -126,21 +126,9 @@ def with_global(y):
     scan(step, initial(), y)
 
 
-def test_unobserved_global_site_is_named_and_conditioning_resolves_it():
+def test_unobserved_global_site_is_named():
     with pytest.raises(ValueError, match=r"'error'.*handlers\.condition"):
         run(with_global, Y)
-    conditioned = handlers.condition(with_global, {"error": 0.5})
-    assert run(conditioned, Y, algorithm=ndda.Bootstrap).posterior["x"].shape == (1, 8, 4, 3)
-
-
-def test_global_site_that_only_shapes_the_initial_state_is_free():
-    def model(y):
-        width = numpyro.sample("width", dist.HalfNormal(1.0))
-        x0 = numpyro.sample("x0", dist.Normal(jnp.zeros(3), width).to_event(1))
-
-        scan(walking, x0, y)
-
-    assert run(model, Y, algorithm=ndda.Bootstrap).posterior["x"].shape == (1, 8, 4, 3)
 
 
 def test_observation_of_the_initial_state():
@@ -251,49 +239,42 @@ def test_scaled_site_and_reversed_scan():
         run(backwards, Y)
 
 
+ERRORS, STILL = np.full(4, 0.5, np.float32), np.zeros(4, np.float32)
+
+
 @pytest.fixture(scope="module")
 def with_errors():
-    """A filter of a program whose observation errors vary with time."""
+    """A filter of a program whose drifts and observation errors vary with time."""
 
-    def model(y, errors):
+    def model(y, errors, drifts):
         def step(x, given):
-            y_t, error = given
-            x = numpyro.sample("x", walk(x))
+            y_t, error, drift = given
+            x = numpyro.sample("x", walk(x + drift))
             numpyro.sample("y", walk(x[:2], error), obs=y_t)
             return x, None
 
-        scan(step, initial(), (y, errors))
+        scan(step, initial(), (y, errors, drifts))
 
     return ndda.Filter(ndda.FAAPF(model), num_particles=8, progress_bar=False)
 
 
 @pytest.mark.parametrize("error", [0.0, -1.0, np.nan])
 def test_observation_error_that_is_no_error(with_errors, error):
-    errors = np.full(4, 0.5, np.float32)
-    errors[2] = error
+    errors = np.where(np.arange(4) == 2, error, ERRORS)
     with pytest.raises(ValueError, match="error of site 'y' at step 2"):
-        with_errors.run(KEY, Y, errors)
+        with_errors.run(KEY, Y, errors, STILL)
 
 
 def test_infinite_observation(with_errors):
     y = Y.copy()
     y[1, 0] = np.inf
     with pytest.raises(ValueError, match="'y' has an infinite observation at step 1"):
-        with_errors.run(KEY, y, np.full(4, 0.5, np.float32))
+        with_errors.run(KEY, y, ERRORS, STILL)
 
 
-def test_all_particles_non_finite_names_step_and_count():
-    def model(y):
-        def step(carry, y_t):
-            x, t = carry
-            x = numpyro.sample("x", walk(jnp.where(t == 2, jnp.nan, x)))
-            numpyro.sample("y", walk(x[:2]), obs=y_t)
-            return (x, t + 1), None
-
-        scan(step, (initial(), 0), y)
-
+def test_all_particles_non_finite_names_step_and_count(with_errors):
     with pytest.raises(FloatingPointError, match="all 8 weights are non-finite at step 2"):
-        run(model, Y)
+        with_errors.run(KEY, Y, ERRORS, np.where(np.arange(4) == 2, np.nan, STILL))
 
 
 def test_several_sites_carry_pytree_and_deterministic():
@@ -309,7 +290,7 @@ def test_several_sites_carry_pytree_and_deterministic():
         x0 = initial()
         scan(step, {"x": x0, "before": x0}, (y, temperature))
 
-    result = run(model, Y, np.full(4, 4.0, np.float32))
+    result = run(model, Y, np.full(4, 4.0, np.float32), algorithm=ndda.GuidedPF)
     assert result.posterior["total"].shape == (1, 8, 4)
     assert result.posterior_predictive["temperature"].shape == (1, 8, 4)
     assert set(result.log_likelihood) == {"y", "temperature"}
@@ -317,39 +298,33 @@ def test_several_sites_carry_pytree_and_deterministic():
     assert abs(np.median(np.abs(result.posterior["x"][0, :, -1, 2])) - 2.0) < 0.5
 
 
-def test_scan_with_length_only_and_handlers_around_the_program():
-    y = jnp.ones((4, 2))
-
-    def model():
-        def step(carry, _):
-            x, t = carry
-            x = numpyro.sample("x", walk(x))
-            numpyro.sample("y", walk(x[:2]), obs=y[t])
-            return (x, t + 1), None
-
-        scan(step, (initial(), 0), None, length=4)
-
-    conditioned = handlers.condition(model, {"x0": jnp.zeros(3)})
-    assert run(conditioned, algorithm=ndda.Bootstrap).posterior["x"].shape == (1, 8, 4, 3)
-
-
-def test_multivariate_and_masked_observations():
-    tril = jnp.asarray([[0.5, 0.0], [0.2, 0.4]])
+def test_all_of_these_together():
+    """One program, compiled once: a conditioned and a free global site, a scan by length, and masked values."""
+    correlation = jnp.asarray([[1.0, 0.0], [0.4, 0.8]])
 
     def model(y, mask):
-        def step(x, given):
-            y_t, mask_t = given
+        error = numpyro.sample("error", dist.HalfNormal(1.0))
+        width = numpyro.sample("width", dist.HalfNormal(1.0))  # only shapes the initial state
+        x0 = numpyro.sample("x0", dist.Normal(jnp.zeros(3), width).to_event(1))
+
+        def step(carry, _):
+            x, t = carry
             x = numpyro.sample("x", dist.MultivariateNormal(x, 0.1 * jnp.eye(3)))
-            numpyro.sample("y", dist.MultivariateNormal(x[:2], scale_tril=tril), obs=y_t)
-            numpyro.sample("z", dist.Normal(x, 1.0).mask(mask_t).to_event(1), obs=x * 0.0)
-            return x, None
+            numpyro.sample("y", dist.MultivariateNormal(x[:2], scale_tril=error * correlation), obs=y[t])
+            numpyro.sample("z", dist.Normal(x, 1.0).mask(mask[t]).to_event(1), obs=x * 0.0)
+            return (x, t + 1), None
 
-        scan(step, initial(), (y, mask))
+        scan(step, (x0, 0), None, length=4)
 
-    result = run(model, Y, np.array([[True, False, True]] * 4), algorithm=ndda.Bootstrap)
+    args = (Y, np.array([[True, False, True]] * 4))
+    conditioned = handlers.condition(model, {"error": 0.5})
+    result = run(conditioned, *args, algorithm=ndda.Bootstrap)
+    assert result.posterior["x"].shape == (1, 8, 4, 3)
     np.testing.assert_array_equal(result.observed_mask["z"], [[True, False, True]] * 4)
     assert result.log_likelihood["y"].shape == (1, 8, 4)
     assert np.all(result.log_likelihood["z"][..., 1] == 0)
+    known = StateSpaceModel(handlers.condition(conditioned, {"x0": jnp.ones(3)}), args).initial(KEY)
+    np.testing.assert_array_equal(known[0], np.ones(3))
 
 
 def test_parts_agree_with_the_program(small):
