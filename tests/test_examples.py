@@ -13,6 +13,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+import scipy.integrate
 import typer
 import xarray
 from conftest import BENCHMARKS, EXAMPLES, LinearGaussian, load_program
@@ -298,6 +299,36 @@ def test_arctan_of_lorenz63_runs():
     best, other = benchmark.summarized(rows)
     assert other["RMSE"] == pytest.approx(best["RMSE"] * (1 + other["above the optimum, %"] / 100))
     assert all(0.0 < row["RMSE"] < row["one draw"] < 0.4 for row in (best, other))
+
+
+def test_flow_of_kuramoto_sivashinsky():
+    """The flow is that of an integration with a fine step, and the spin-up ends on the attractor."""
+    benchmark = load("kuramoto_sivashinsky")
+    start = np.asarray(benchmark.simulate(jax.random.key(3), 512, 1)[0], float)
+    wave = 2.0 * np.pi * np.fft.rfftfreq(512, benchmark.LENGTH / 512)
+    wave[-1] = 0.0
+
+    def tendency(_, u):
+        return np.fft.irfft((wave**2 - wave**4) * np.fft.rfft(u) - 0.5j * wave * np.fft.rfft(u**2))
+
+    fine = scipy.integrate.solve_ivp(tendency, (0.0, 1.0), start, rtol=1e-6, atol=1e-6).y[:, -1]
+    np.testing.assert_allclose(benchmark.flow(np.float32(start)), fine, atol=3e-3)
+    assert np.abs(fine - start).max() > 0.5
+    assert 1.0 < start.std() < 1.6
+
+
+@pytest.mark.slow
+def test_kuramoto_sivashinsky_runs(tmp_path):
+    """One observation of all values removes most of the error of the states that the members start from."""
+    out = tmp_path / "table.json"
+    tiny = ("--points", "512", "--particles", "4", "--cycles", "2", "--spin-up", "1", "--truths", "1")
+    done = run_program("kuramoto_sivashinsky.py", *tiny, "--only", "EnKF, square root", "--out", str(out))
+    assert done.returncode == 0, done.stderr
+    (row,) = json.loads(out.read_text())["rows"]
+    assert 0.0 < row["CRPS"] < row["RMSE"] < 0.5
+    benchmark = load("kuramoto_sivashinsky")
+    for name, settings in benchmark.GRID.items():
+        assert benchmark.TUNED[name] in settings
 
 
 def test_published_settings_refuse():
