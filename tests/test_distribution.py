@@ -26,10 +26,13 @@ def test_shapes(prior, batch_shape, sample_shape):
     transition = ndda.DiffusionTransition(prior, jnp.zeros((*batch_shape, 4)), sampler=FEW_LEVELS)
     assert transition.batch_shape == batch_shape
     assert transition.event_shape == (4,)
-    assert transition.mean.shape == (*batch_shape, 4)
-    assert transition.sample(KEY, sample_shape).shape == (*sample_shape, *batch_shape, 4)
     expanded = transition.expand((6, *batch_shape))
-    assert expanded.sample(KEY, sample_shape).shape == (*sample_shape, 6, *batch_shape, 4)
+    # Traced, which gives shapes, and not computed.
+    mean = jax.eval_shape(lambda: transition.mean)
+    draw, expanded_draw = jax.eval_shape(lambda key: [d.sample(key, sample_shape) for d in (transition, expanded)], KEY)
+    assert mean.shape == (*batch_shape, 4)
+    assert draw.shape == (*sample_shape, *batch_shape, 4)
+    assert expanded_draw.shape == (*sample_shape, 6, *batch_shape, 4)
 
 
 def test_batch_elements_are_their_own_transitions(prior):

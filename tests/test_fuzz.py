@@ -364,7 +364,7 @@ def rules_of_tune(argument, value):
     return POSITIVE(value) if argument == "tolerance" else whole(least[argument])(value)
 
 
-@fuzz(150)
+@fuzz(75)
 @given(st.sampled_from(sorted(SETTINGS)), VALUES)
 def test_some_settings(name, value):
     settings_hold(name, value)
