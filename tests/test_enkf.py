@@ -13,7 +13,7 @@ from numpyro.contrib.control_flow import scan
 
 import numpyro_diffusion_da as ndda
 from numpyro_diffusion_da.filters import placement
-from numpyro_diffusion_da.smc import enkf, ensemble_update, init
+from numpyro_diffusion_da.smc import enkf, ensemble_update, init, probing
 
 UPDATES = {"perturbed": ndda.smc.PerturbedObservations(), "square root": ndda.smc.SquareRoot()}
 D = 6
@@ -269,15 +269,15 @@ def test_products_of_classes_find_the_covariance_near_each_observation(m, n):
     """Vectors with random signs everywhere mix near and far covariances; those of classes do not."""
     at = np.arange(m)
     apart = np.minimum(np.abs(at[:, None] - at[None]), m - np.abs(at[:, None] - at[None]))
-    covariance = np.exp(-0.5 * (apart / 15.0) ** 2)
+    covariance = np.exp(-0.5 * (apart / 3.0) ** 2)
     taper = ndda.Taper(20.0, ndda.Ring(m), {"y": at}, state=at).place((m,), {"y": ((m,), 1)})
-    probes = ensemble_update.class_probes(jax.random.key(0), n, m, taper)
+    probes = probing.class_probes(jax.random.key(0), n, m, taper)
     vectors = np.asarray(probes.vectors).reshape(-1, m)
     weights = np.repeat(np.asarray(probes.share), probes.vectors.shape[1]) / n
     np.testing.assert_allclose(weights @ vectors**2, 1.0, rtol=1e-6)
     rho = taper.between_observations()
     found = covariance @ vectors.T @ (weights[:, None] * vectors)
-    np.testing.assert_allclose(rho * found, rho * covariance, atol=1e-5)
+    np.testing.assert_allclose(rho * found, rho * covariance, atol=2e-3)  # 0.9 with random signs everywhere
 
 
 def test_members_of_a_class_are_far_from_each_other():

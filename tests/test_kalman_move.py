@@ -21,9 +21,11 @@ from numpyro_diffusion_da.smc import (
     LocalAncestors,
     PlacedMove,
     Predicted,
+    Products,
     WeightTempering,
     kalman_move,
 )
+from numpyro_diffusion_da.smc.probing import class_probes, pool
 
 KEYS = jax.random.key(1), jax.random.key(2)
 D, M = 4, 3
@@ -42,7 +44,7 @@ def predicted(c: jax.Array, y: np.ndarray = Y, probes: bool = False) -> Predicte
     spread = jnp.broadcast_to(SPREAD, (n, M, M))
     if probes:
         signs = jax.random.rademacher(jax.random.key(3), (n, 1, M), float)
-        spread = signs @ jnp.asarray(SPREAD)[None], signs
+        spread = Products(signs, signs @ jnp.asarray(SPREAD)[None], jnp.ones((n, M)))
     departure = Departure(residual, *(jnp.broadcast_to(x, (n, M)) for x in (ERROR, np.diagonal(SPREAD))), spread)
     return Predicted(-0.5 * residual**2 / variance[None], departure)
 
@@ -96,15 +98,26 @@ def test_products_with_random_signs_are_pooled() -> None:
     c = draw(400, 0)
     diagonal = np.diag(np.diagonal(SPREAD))
     found = predicted(c, probes=True)
-    left, right = found.departure.spread
-    pooled = np.asarray(left[:, 0].T @ right[:, 0] / 400)
-    np.testing.assert_allclose(pooled, SPREAD, atol=0.1)
+    pooled = pool(found.departure.spread, jnp.ones(400, bool))
+    np.testing.assert_allclose(pooled.left.T @ pooled.right, SPREAD, atol=0.1)
     whole = found._replace(log_weight=jnp.zeros(400))
     x = select_and_move(WHOLE[0.0], whole, c)[3]
     exact = whole._replace(departure=whole.departure._replace(spread=jnp.broadcast_to(diagonal, (400, M, M))))
     again = select_and_move(WHOLE[0.0], exact, c)[3]
     # The pooled diagonal is sum_k V_jk s_k s_j over particles: equal up to the sampling error of the signs.
     np.testing.assert_allclose(x, again, atol=0.15)
+
+
+def test_products_of_single_observations_are_exact_without_a_taper() -> None:
+    """With at least as many particles as observations, no vector mixes two of them; one particle is undefined."""
+    n = 2 * M + 1
+    vectors = class_probes(jax.random.key(0), n, M, None).vectors
+    products = (vectors @ SPREAD).at[0].set(jnp.nan)
+    slopes = jnp.broadcast_to(jnp.array([1.0, 2.0, 0.5]), (n, M))
+    pooled = pool(Products(vectors, products, slopes), jnp.ones(n, bool))
+    assert not pooled.mixed
+    found = np.asarray(pooled.left.T @ pooled.right)
+    np.testing.assert_allclose(found, SPREAD * np.outer(slopes[0], slopes[0]), rtol=1e-5)
 
 
 def test_selection_that_uses_everything_leaves_no_move() -> None:
@@ -169,7 +182,7 @@ def test_leaving_out_missing_observations_changes_nothing(monkeypatch: pytest.Mo
     for present in (np.arange(m) < 9, np.zeros(m, bool), np.ones(m, bool), np.arange(m) % 2 == 0):
         residual = jnp.where(present[None], rng.normal(size=m)[None] - c @ look.T, 0.0)
         ones = jnp.ones((n, m))
-        found = Predicted(-0.25 * residual**2, Departure(residual, ones, ones, (0.3 * signs, signs)))
+        found = Predicted(-0.25 * residual**2, Departure(residual, ones, ones, Products(signs, 0.3 * signs, ones)))
         results = []
         for limit in (1, 10**9):
             monkeypatch.setattr(kalman_move, "WORTH_LEAVING_OUT", limit)
@@ -279,14 +292,14 @@ def test_equal_weights_leave_everything_to_the_move() -> None:
 LARGE = """
 import jax, jax.numpy as jnp, numpy as np
 import numpyro_diffusion_da as ndda
-from numpyro_diffusion_da.smc import Departure, LocalAncestors, PlacedMove, Predicted, WeightTempering
+from numpyro_diffusion_da.smc import Departure, LocalAncestors, PlacedMove, Predicted, Products, WeightTempering
 
 d, n = 1024, 64
 taper = ndda.Taper(48.0, ndda.Ring(d), {"y": np.arange(d)}, state=np.arange(d)).place((d,), {"y": ((d,), 1)})
 move = PlacedMove(LocalAncestors.at(taper, (d,), 0.0), taper, (0,), 0.0)
 c, ones = jax.random.normal(jax.random.key(0), (n, d)), jnp.ones((n, d))
 signs = jax.random.rademacher(jax.random.key(1), (n, 1, d), float)
-found = Predicted(-0.25 * c**2, Departure(-c, ones, ones, (signs, signs)))
+found = Predicted(-0.25 * c**2, Departure(-c, ones, ones, Products(signs, signs, ones)))
 keys = jax.random.key(2), jax.random.key(3)
 run = jax.jit(lambda found, c: move.select_and_move(keys, found, c, None, 0.5, WeightTempering())[3])
 assert np.isfinite(run(found, c)).all()

@@ -22,9 +22,10 @@ from numpyro_diffusion_da.program.scan import TimeInputs
 from numpyro_diffusion_da.program.state_space import StateSpaceModel
 from numpyro_diffusion_da.smc import enkf
 from numpyro_diffusion_da.smc.base import Info, Kernel, State, map_particles, num_particles, particle_keys
-from numpyro_diffusion_da.smc.ensemble_update import EnsembleUpdate, PerturbedObservations, Probes, TransitionSpread
+from numpyro_diffusion_da.smc.ensemble_update import EnsembleUpdate, PerturbedObservations, TransitionSpread
 from numpyro_diffusion_da.smc.inflation import Inflation, Multiplicative, check_inflation, forecast_factor
 from numpyro_diffusion_da.smc.localization import PlacedTaper, Taper
+from numpyro_diffusion_da.smc.probing import Probes
 from numpyro_diffusion_da.transition.base import DrawRecord
 from numpyro_diffusion_da.transition.departure import transition_spread
 from numpyro_diffusion_da.transition.weights import WeightRecord
@@ -49,7 +50,7 @@ class EnKF(FilterAlgorithm):
         transition_covariance: whether the covariance of the transition is computed by products with it, and not sampled
             (`smc.ensemble_update`). The covariance of the forecast is then that of the means E[x' | c] over the
             members, with the taper, and the mean covariance of the transition. This costs two forward passes per
-            member, and products that the members share: 256, or one for each observation if that is less. It needs a
+            member, and products that the members share: one or a few each with 64 members (`smc.probing`). It needs a
             transition that is a diffusion or Gaussian.
         lag: number L of earlier states of each member that the update moves along: the ensemble Kalman smoother
             (Evensen & van Leeuwen 2000). `smoothed(L)` and `to_datatree(lag=L)` then have the states given the

@@ -40,10 +40,12 @@ from numpyro_diffusion_da.smc.base import (
 from numpyro_diffusion_da.smc.inflation import Inflation, check_inflation, need_forecast
 from numpyro_diffusion_da.smc.kalman_move import KalmanMove, PlacedMove
 from numpyro_diffusion_da.smc.local_ancestors import LocalAncestors
-from numpyro_diffusion_da.smc.localization import Taper
+from numpyro_diffusion_da.smc.localization import PlacedTaper, Taper
+from numpyro_diffusion_da.smc.probing import class_probes
 from numpyro_diffusion_da.smc.tempering import Tempering, WeightTempering
 from numpyro_diffusion_da.transition.base import Centering, DrawRecord
 from numpyro_diffusion_da.transition.departure import predict
+from numpyro_diffusion_da.transition.predictive import MOST_PRODUCTS
 from numpyro_diffusion_da.transition.weights import Dirac, Equal, Moment, PredictiveWeight
 
 TARGET_ESS, TARGET_ESS_OF_MOVES = 0.2, 0.5
@@ -51,18 +53,21 @@ TARGET_ESS, TARGET_ESS_OF_MOVES = 0.2, 0.5
 little is lost by selecting less, and the test of Gaussianity is more reliable at a higher effective sample size."""
 
 
-class Keyed(NamedTuple):
-    """Particle of a kernel, with the key of its products with random signs, and its earlier states.
+class Probing(NamedTuple):
+    """Particle of a kernel, with what its products with the transition's covariance need, and its earlier states.
 
     Attributes:
         carry: carry of the particle.
-        key: random key; () if no products are made.
+        key: random key of the signs of its weight's products; () if ancestors do not move.
         past: earlier states of the particle, shape (L, ...); () without a lag.
+        vectors: vectors of its products for the move, shape (q, m); () if ancestors do not move, or if the particle
+            makes a product for each observation.
     """
 
     carry: PyTree
     key: Any
     past: Any
+    vectors: Any
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -206,7 +211,7 @@ class FAAPF(FilterAlgorithm):
 
         weight = self._weight(program)
 
-        def log_predictive(particle: Keyed, inputs: TimeInputs) -> tuple[Any, PyTree]:
+        def log_predictive(particle: Probing, inputs: TimeInputs) -> tuple[Any, PyTree]:
             carry = particle.carry
             dynamics = program.transition(carry, inputs, self.sampler)
             if moves is not None:
@@ -215,10 +220,10 @@ class FAAPF(FilterAlgorithm):
                     dynamics,
                     program.likelihood(carry, inputs),
                     particle.key,
+                    particle.vectors if isinstance(particle.vectors, Array) else None,
                     localized=localized,
                     tempered=self.tempering.needs_likelihood_tempering,
                     noise_level=probe_level(program) if moves.noise_level is None else moves.noise_level,
-                    most_products=moves.most_products,
                 )
             weigh: Callable[..., tuple[Any, PyTree]]
             if self.tempering.needs_likelihood_tempering:
@@ -230,7 +235,7 @@ class FAAPF(FilterAlgorithm):
         # With inflation, the kernel calls `draw` and `advance` with the same key, and inflates the states in between.
         # They split it alike, so the draws are those of `propose`.
         def draw(
-            rng_key: PRNGKeyArray, particle: Keyed, inputs: TimeInputs, centering: Centering | None
+            rng_key: PRNGKeyArray, particle: Probing, inputs: TimeInputs, centering: Centering | None
         ) -> tuple[Array, DrawRecord]:
             carry = particle.carry
             draw_key, _ = jax.random.split(rng_key)
@@ -238,7 +243,7 @@ class FAAPF(FilterAlgorithm):
             return dynamics.conditional_draw(draw_key, program.likelihood(carry, inputs), self.guidance, centering)
 
         def advance(
-            rng_key: PRNGKeyArray, x: Array, particle: Keyed, inputs: TimeInputs, record: DrawRecord
+            rng_key: PRNGKeyArray, x: Array, particle: Probing, inputs: TimeInputs, record: DrawRecord
         ) -> tuple[PyTree, Proposal]:
             carry = particle.carry
             _, record_key = jax.random.split(rng_key)
@@ -246,13 +251,13 @@ class FAAPF(FilterAlgorithm):
             return program.advance(x, carry, inputs), Proposal(record, sites, line_of(particle.past, x))
 
         def propose(
-            rng_key: PRNGKeyArray, particle: Keyed, inputs: TimeInputs, centering: Centering | None
+            rng_key: PRNGKeyArray, particle: Probing, inputs: TimeInputs, centering: Centering | None
         ) -> tuple[PyTree, Proposal]:
             x, record = draw(rng_key, particle, inputs, centering)
             return advance(rng_key, x, particle, inputs, record)
 
         def forecast(
-            rng_key: PRNGKeyArray, particle: Keyed, inputs: TimeInputs, centering: Centering | None
+            rng_key: PRNGKeyArray, particle: Probing, inputs: TimeInputs, centering: Centering | None
         ) -> tuple[Array, DrawRecord]:
             draw_key, _ = jax.random.split(rng_key)
             return program.draw(draw_key, particle.carry, inputs, self.sampler, centering)
@@ -276,9 +281,14 @@ class FAAPF(FilterAlgorithm):
                 self.tempering,
                 placed,
             )
-            # A seventh key leaves the others the same with and without a move.
-            keys = () if moves is None else particle_keys(jax.random.split(rng_key, 7)[6], n)
-            particles = Keyed(state.particles, keys, state.past)
+            keys: Any = ()
+            vectors: Any = ()
+            if placed is not None:
+                # A seventh and an eighth key leave the others the same with and without a move.
+                keys = particle_keys(jax.random.split(rng_key, 7)[6], n)
+                taper = (placed(inputs) if callable(placed) else placed).taper
+                vectors = self._vectors(program, jax.random.split(rng_key, 8)[7], state.particles, inputs, taper)
+            particles = Probing(state.particles, keys, state.past, vectors)
             new, info = step(rng_key, state._replace(particles=particles), inputs)
             background = background_of_transition(
                 program,
@@ -313,6 +323,31 @@ class FAAPF(FilterAlgorithm):
         first = jax.tree.map(lambda leaf: leaf[0], particles)
         return program.centering(draw_keys, first, inputs, self.sampler, conditional)
 
+    def _vectors(
+        self,
+        program: StateSpaceModel,
+        rng_key: PRNGKeyArray,
+        particles: PyTree,
+        inputs: TimeInputs,
+        taper: PlacedTaper | None,
+    ) -> Any:
+        """Vectors of the particles' products with the covariance of the observations, shape (N, q, m).
+
+        They are () if each particle makes a product for each observation: if they are few, or if a weight does.
+        """
+        moves, weight = self.moves, self._weight(program)
+        assert moves is not None
+
+        def observed(carry: PyTree) -> Array:
+            mean = program.transition(carry, inputs, self.sampler).moments().mean
+            return program.likelihood(carry, inputs).pointwise(mean)
+
+        m = jax.eval_shape(observed, jax.tree.map(lambda leaf: leaf[0], particles)).shape[0]
+        most = moves.most_products if program.structure.diffusion is not None else MOST_PRODUCTS
+        if m <= most or (isinstance(weight, Moment) and weight.probes is None):
+            return ()
+        return class_probes(rng_key, num_particles(particles), m, taper).vectors
+
     def _check_errors(self, program: StateSpaceModel) -> None:
         """Check that `LikelihoodTempering` can temper all sites.
 
@@ -340,14 +375,15 @@ class FAAPF(FilterAlgorithm):
         structure = program.structure
         shared = shared_arrays(structure)
         if self.moves is not None:
-            shared = (*shared, len(structure.carry))  # the key of a `Keyed` particle
+            key = len(structure.carry)  # a `Probing` particle has its carry, its key, earlier states and its vectors
+            shared = (*shared, key, key + (2 if self.lag else 1))
         return LocalAncestors.at(placed, structure.state_shape, self.block_radius, shared)
 
     def _placed(self, move: KalmanMove, program: StateSpaceModel) -> PlacedMove | Callable[[TimeInputs], PlacedMove]:
         """Move of the ancestors placed on the program; a function of the inputs if places of observations move."""
         carried = moved_ancestors(program.structure, localized=self.taper is not None)
         bounds = move.bounds(program.structure.state_shape)
-        # The earlier states of a `Keyed` particle come after its carry and its key.
+        # The earlier states of a `Probing` particle come after its carry and its key.
         along = (len(program.structure.carry) + 1,) if self.lag else ()
         bounded = (*(i for i in carried if program.structure.carry[i].has_places), *along)
         # Equal weights select nothing.

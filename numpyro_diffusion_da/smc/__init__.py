@@ -24,6 +24,7 @@ from numpyro_diffusion_da.smc.inflation import RTPP, RTPS, ForecastMultiplicativ
 from numpyro_diffusion_da.smc.kalman_move import Departure, KalmanMove, MoveRecord, PlacedMove, Predicted
 from numpyro_diffusion_da.smc.local_ancestors import LocalAncestors
 from numpyro_diffusion_da.smc.localization import PlacedTaper, Taper
+from numpyro_diffusion_da.smc.probing import Products
 from numpyro_diffusion_da.smc.tempering import LikelihoodTempering, TemperableLogWeight, Tempering, WeightTempering
 
 __all__ = [
@@ -51,6 +52,7 @@ __all__ = [
     "PlacedMove",
     "PlacedTaper",
     "Predicted",
+    "Products",
     "Resampling",
     "Ring",
     "SquareRoot",

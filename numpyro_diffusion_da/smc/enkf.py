@@ -39,13 +39,12 @@ from numpyro_diffusion_da.smc.base import (
 from numpyro_diffusion_da.smc.ensemble_update import (
     EnsembleUpdate,
     PerturbedObservations,
-    Probes,
     TransitionSpread,
-    class_probes,
     with_transition_spread,
 )
 from numpyro_diffusion_da.smc.inflation import Inflation, check_inflation, forecast_factor, inflated
 from numpyro_diffusion_da.smc.localization import PlacedTaper
+from numpyro_diffusion_da.smc.probing import Probes, class_probes
 
 __all__ = ["Info", "State", "as_top_level_api", "build_kernel", "init"]
 

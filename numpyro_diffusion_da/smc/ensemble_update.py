@@ -18,7 +18,6 @@ from typing import NamedTuple
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from numpyro_diffusion_da.smc.base import particle_keys
@@ -171,51 +170,6 @@ class SquareRoot(EnsembleUpdate):
             return _square_root_increments(x, nearby * root[None], innovation[which] * root)
 
         return _at_each_point(at_point, anomalies, predicted, taper)
-
-
-LEAST_PRODUCTS = 256
-"""Number of products with the transition's covariance that an ensemble makes at least, or one for each observation."""
-
-
-class Probes(NamedTuple):
-    """Vectors v of the observations to multiply the transition's covariance by, for one member.
-
-    Attributes:
-        vectors: the vectors, shape (q, m).
-        share: weight of each, such that the mean over the members of the sum of share v v^T has a diagonal of 1.
-    """
-
-    vectors: Float[Array, "q m"]
-    share: Float[Array, ""]
-
-
-def class_probes(rng_key: PRNGKeyArray, n: int, m: int, taper: PlacedTaper | None) -> Probes:
-    r"""Probes of all members that together find a covariance between near observations without noise.
-
-    The vectors are those of classes of observations, with random signs. The product $V H^T v$ with the vector of a
-    class is the sum of the columns of $V H^T$ of its members. These are as far apart as possible, so that a taper
-    separates them again (probing; Tang & Saad 2012, Numer. Linear Algebra Appl. 19, 485). Vectors that have random
-    signs everywhere would mix each column with all the others.
-
-    Args:
-        rng_key: random key of the signs.
-        n: number of members N.
-        m: number of observations.
-        taper: positions of the observations; None for none.
-
-    Returns:
-        `Probes` with a leading axis of N. Each member has as many vectors as N members need for `LEAST_PRODUCTS`, or
-        for one product for each observation if that is less.
-    """
-    each = -(-min(LEAST_PRODUCTS, m) // n)
-    repeats = max(1, n * each // m)
-    count = min(n * each // repeats, m)
-    classes = np.arange(m) % count if taper is None else taper.classes(count)
-    number = np.arange(n * each)
-    of_vector = np.where(number < count * repeats, number % count, -1)
-    signs = jax.random.rademacher(rng_key, (m,), float)
-    vectors = jnp.where(of_vector[:, None] == classes[None], signs[None], 0.0)
-    return Probes(vectors.reshape(n, each, m), jnp.full(n, n / repeats))
 
 
 class TransitionSpread(NamedTuple):

@@ -56,6 +56,7 @@ from numpyro_diffusion_da.smc.base import Resampling, particle_keys
 from numpyro_diffusion_da.smc.ensemble_update import kalman_coefficients
 from numpyro_diffusion_da.smc.local_ancestors import LARGEST_BATCH, LocalAncestors, keep_places
 from numpyro_diffusion_da.smc.localization import PlacedTaper
+from numpyro_diffusion_da.smc.probing import Products, pool
 from numpyro_diffusion_da.smc.tempering import Tempering
 
 FEW_PRODUCTS = 4
@@ -82,8 +83,7 @@ class Departure(NamedTuple):
         error: variance of the observation given the state, diagonal of R, shape (m,). An observation whose variance is
             not finite moves nothing.
         weight_spread: variance of h(x') given c that the weights take into account, shape (m,); 0 with Dirac weights.
-        spread: Cov[h(x') | c], shape (m, m); or a pair (a, b) of arrays of shape (q, m), of which a^T b / q estimates
-            it: products of it with random signs, and the signs.
+        spread: Cov[h(x') | c], shape (m, m); or the `Products` of one particle with it, which the particles pool.
     """
 
     residual: Float[Array, " m"]
@@ -127,8 +127,8 @@ class KalmanMove:
             select. The move is less noisy than selection, so its taper may be wider.
         noise_level: noise level at which a diffusion's covariance V is computed, as for `Moment`; None takes 10, or the
             prior's highest level if that is lower. `Moment` weights have their own.
-        most_products: number of observed values up to which a diffusion makes a product with V for each of them, which
-            is exact. With more of them each particle makes one product with random signs, and the particles pool them.
+        most_products: number of observed values up to which each particle of a diffusion makes a product with V for
+            each of them, which is exact. With more of them the particles share the products (`smc.probing`).
         lowest: lowest value of a moved state, as a regression knows no bounds: 0 for a humidity. A number, or one for
             each value of a place (the state's last axis); -inf for none. Values below it become this value.
         highest: highest value of a moved state, in the same form.
@@ -346,8 +346,8 @@ def _pooled(
 ) -> Callable[[Array], Array]:
     """Build the function from some observations to the mean of Cov[h(x') | c] between them, in units of R.
 
-    Products with random signs estimate this mean only when many of them are averaged. Their errors off the diagonal are
-    damped by a taper, or without a taper what is off the diagonal is left out.
+    Products that mix observations find their covariances only as far as a taper separates them. Without a taper, what
+    is off the diagonal is then left out.
 
     Args:
         spread: spread of each particle as in `Departure`, leading axis N.
@@ -357,21 +357,22 @@ def _pooled(
         taper: function from some observations to the taper between them; None for none.
     """
     m = len(scale)
-    count = jnp.maximum(jnp.sum(usable), 1)
-    parts = jax.tree.map(
-        lambda x: jnp.where(usable[:, None, None] & jnp.isfinite(x), x / scale[None, None], 0.0), spread
-    )
+    whole = None
+    if isinstance(spread, Products):
+        made = pool(spread._replace(slopes=spread.slopes / scale[None]), usable)
+    else:
+        finite = usable[:, None, None] & jnp.isfinite(spread)
+        whole = jnp.sum(jnp.where(finite, spread, 0.0), axis=0) / jnp.maximum(jnp.sum(usable), 1)
+        whole = whole / (scale[:, None] * scale[None, :])
 
     def pooled(which: Array) -> Array:
-        left, right = (x[:, :, which].reshape(-1, len(which)) for x in parts)
-        between = taper(which)
-        found = jnp.diag(jnp.sum(left * right, axis=0)) if between is None else between * (left.T @ right)
-        return found / (count * parts[0].shape[1])
+        left, right = made.left[:, which], made.right[:, which]
+        between, found = taper(which), left.T @ right
+        if between is None:
+            between = jnp.where(made.mixed, jnp.eye(len(which), dtype=found.dtype), 1.0)
+        return between * found
 
-    whole = None
-    if not isinstance(parts, tuple):
-        whole = jnp.sum(parts, axis=0) / count / scale[:, None]
-    elif m <= MOST_BETWEEN:  # neighborhoods overlap, so one product of all pairs is cheaper than one for each block
+    if whole is None and m <= MOST_BETWEEN:  # neighborhoods overlap: one product of all pairs is cheaper than of each
         whole = pooled(jnp.arange(m))
 
     def between(which: Array) -> Array:

@@ -15,12 +15,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from numpyro_diffusion_da.observation.likelihood import GaussianLikelihood, GeneralLikelihood, Likelihood, whiten
 from numpyro_diffusion_da.observation.moment_matching import LEAST_VARIANCE
-from numpyro_diffusion_da.smc.ensemble_update import Probes, TransitionSpread
+from numpyro_diffusion_da.smc.ensemble_update import TransitionSpread
 from numpyro_diffusion_da.smc.kalman_move import FEW_PRODUCTS, Departure, Predicted
+from numpyro_diffusion_da.smc.probing import Probes, Products
 from numpyro_diffusion_da.transition.base import Dynamics, Moments
 from numpyro_diffusion_da.transition.gaussian import GaussianDynamics
 from numpyro_diffusion_da.transition.predictive import (
@@ -44,11 +45,11 @@ def predict(
     dynamics: Dynamics,
     likelihood: Likelihood,
     rng_key: PRNGKeyArray,
+    vectors: Float[Array, "q m"] | None,
     *,
     localized: bool,
     tempered: bool,
     noise_level: float | None,
-    most_products: int,
 ) -> tuple[Predicted, WeightRecord]:
     """Compute the log-weight of one particle, and its departure from the observations.
 
@@ -56,11 +57,12 @@ def predict(
         weight: estimate of log p(y | c).
         dynamics: transition p(x' | c) of the particle.
         likelihood: likelihood of the step's observations y.
-        rng_key: random key of the signs of products; it should differ between particles.
+        rng_key: random key of the signs of a weight's products; it should differ between particles.
+        vectors: vectors of the particle's products with H V H^T, from `class_probes`; None makes a product for each
+            observation, which is exact.
         localized: whether the weight takes each observation by itself.
         tempered: whether the weight has to be known for any tempering of the observation errors.
         noise_level: noise level of a diffusion's covariance; `Moment` weights have their own.
-        most_products: number of observations up to which a diffusion makes a product for each.
 
     Returns:
         (log-weight and departure; record of the weight, with the passes of both).
@@ -71,11 +73,15 @@ def predict(
     else:
         moments = dynamics.moments(noise_level)
         passes = moments.passes
-    m = _count(moments, likelihood)
-    limit = MOST_PRODUCTS if isinstance(dynamics, GaussianDynamics) else most_products
-    exact = m <= limit or (moment is not None and (moment.probes is None or not localized))
-    probes = None if exact else 1 if moment is None else moment.probes
-    observed = observed_spread(moments, dynamics.tangents(), likelihood, probes, rng_key)
+    order = _order(moments, likelihood)
+    if vectors is None:
+        observed = observed_spread(moments, dynamics.tangents(), likelihood, None, rng_key)
+    else:
+        # Only a weight that uses variances and an integral over coordinates need an estimate of the diagonal.
+        without = 0 if isinstance(likelihood, GaussianLikelihood) else 1
+        probes = without if moment is None else moment.probes
+        reordered = jnp.zeros_like(vectors).at[:, order].set(vectors)
+        observed = observed_spread(moments, dynamics.tangents(), likelihood, probes, rng_key, reordered)
     made = jax.tree.map(lambda n: n * observed.products, moments.passes_per_product)
     log_weight: Any
     if moment is not None and localized:
@@ -95,7 +101,9 @@ def predict(
         if own.forecast is not None:
             moments = moments._replace(mean=own.forecast)
         record = WeightRecord(own.passes.plus(passes).plus(made), moments.mean)
-    return Predicted(log_weight, departure(moments, dynamics, likelihood, observed, moment is not None)), record
+    return Predicted(
+        log_weight, departure(moments, dynamics, likelihood, observed, vectors, moment is not None)
+    ), record
 
 
 def transition_spread(
@@ -136,7 +144,12 @@ def transition_spread(
 
 
 def departure(
-    moments: Moments, dynamics: Dynamics, likelihood: Likelihood, observed: ObservedSpread, in_weight: bool
+    moments: Moments,
+    dynamics: Dynamics,
+    likelihood: Likelihood,
+    observed: ObservedSpread,
+    vectors: Float[Array, "q m"] | None,
+    in_weight: bool,
 ) -> Departure:
     """Departure of the observations from the prediction of one particle, in the program's order of sites.
 
@@ -145,37 +158,39 @@ def departure(
         dynamics: the transition.
         likelihood: likelihood of the observations.
         observed: spread of the observations around the mean.
+        vectors: vectors of the products in `observed`, in the program's order of sites; None if it has H V H^T.
         in_weight: whether the weight takes the spread into account.
     """
     if isinstance(likelihood, GaussianLikelihood):
         residual = likelihood.residual(moments.mean)
-        spread = observed.variances if in_weight else jnp.zeros_like(residual)
-        return Departure(residual, jnp.ones_like(residual), spread, observed.spread)
+        one = jnp.ones_like(residual)
+        spread = observed.spread if vectors is None else Products(vectors, observed.spread, one)
+        return Departure(residual, one, observed.variances if in_weight else jnp.zeros_like(residual), spread)
     assert isinstance(likelihood, GeneralLikelihood)
     own = [whiten(site)[0] for site in likelihood.gaussian(moments.mean)]
-    sizes = [len(r) for r in own]
-    known = sum(sizes)
+    known = sum(len(r) for r in own)
     residual, error, slope = _expected(moments, dynamics, likelihood, observed.variances[known:])
-    residual = jnp.concatenate([*own, residual])
-    error = jnp.concatenate([jnp.ones(known, residual.dtype), error])
-    slope = jnp.concatenate([jnp.ones(known, residual.dtype), slope])
-    spread = jax.tree.map(lambda x: x * slope[None], observed.spread)
-    if not isinstance(spread, tuple):
-        spread = spread * slope[:, None]
-    # From the order of `ObservedSpread` to that of the program.
+    order = _order(moments, likelihood)
+    residual = jnp.concatenate([*own, residual])[order]
+    error = jnp.concatenate([jnp.ones(known, residual.dtype), error])[order]
+    slope = jnp.concatenate([jnp.ones(known, residual.dtype), slope])[order]
+    of_weight = slope**2 * observed.variances[order] if in_weight else jnp.zeros_like(residual)
+    if vectors is None:
+        spread = slope[:, None] * observed.spread[order][:, order] * slope[None, :]
+    else:
+        spread = Products(vectors, observed.spread[:, order], slope)
+    return Departure(residual, error, of_weight, spread)
+
+
+def _order(moments: Moments, likelihood: Likelihood) -> Int[Array, " m"]:
+    """Index in `ObservedSpread` of each observation of the program."""
+    if isinstance(likelihood, GaussianLikelihood):
+        return jnp.arange(len(likelihood.residual(moments.mean)))
+    assert isinstance(likelihood, GeneralLikelihood)
+    gaussian = [len(whiten(site)[0]) for site in likelihood.gaussian(moments.mean)]
     general = [len(site.observed) for site in likelihood.general(moments.mean)]
-    ends = np.cumsum([*sizes, *general])[:-1]
-    order = likelihood.in_order(moments.mean, jnp.split(jnp.arange(len(residual)), ends))
-    spread = jax.tree.map(lambda x: x[:, order], spread)
-    if not isinstance(spread, tuple):
-        spread = spread[order]
-    of_weight = slope**2 * observed.variances if in_weight else jnp.zeros_like(residual)
-    return Departure(residual[order], error[order], of_weight[order], spread)
-
-
-def _count(moments: Moments, likelihood: Likelihood) -> int:
-    """Number of observed values."""
-    return int(jax.eval_shape(likelihood.pointwise, moments.mean).shape[0])
+    ends = np.cumsum([*gaussian, *general])
+    return likelihood.in_order(moments.mean, jnp.split(jnp.arange(ends[-1]), ends[:-1]))
 
 
 def _expected(

@@ -111,9 +111,8 @@ class ObservedSpread(NamedTuple):
 
     Attributes:
         residual: whitened residual at the mean, shape (m,); 0 for coordinates.
-        spread: H V H^T, shape (m, m); or a pair (a, b) of arrays of shape (q, m) of which a^T b / q estimates it, from
-            q products with random signs.
-        variances: its diagonal, or the estimate of it, shape (m,); at least 0.
+        spread: H V H^T, shape (m, m), or its products with given vectors, shape (q, m); None if neither is asked for.
+        variances: its diagonal, or the estimate of it, shape (m,); at least 0, and 0 if no estimate is asked for.
         coordinates: coordinates of the observations that are not Gaussian; None if all are.
         products: number of covariance products made.
     """
@@ -131,6 +130,7 @@ def observed_spread(
     likelihood: Likelihood,
     probes: int | None,
     rng_key: PRNGKeyArray,
+    vectors: Float[Array, "q m"] | None = None,
 ) -> ObservedSpread:
     """Compute the spread of the observations around the mean of one transition.
 
@@ -138,9 +138,10 @@ def observed_spread(
         moments: m and V.
         tangents: directions in which the state may vary, from `Dynamics.tangents`.
         likelihood: likelihood of all observations.
-        probes: number of products with random signs that estimate H V H^T (Bekas, Kokiopoulou & Saad 2007, Appl. Numer.
-            Math. 57, 1214); None makes one product for each observation, without error.
+        probes: number of products with random signs that estimate the diagonal of H V H^T (Bekas, Kokiopoulou & Saad
+            2007, Appl. Numer. Math. 57, 1214); None makes one product for each observation, without error.
         rng_key: random key of the signs.
+        vectors: vectors to multiply H V H^T by besides, in the order of `ObservedSpread`; None for none.
     """
     coordinates, local = None, likelihood
     if not isinstance(likelihood, GaussianLikelihood):
@@ -152,16 +153,20 @@ def observed_spread(
     assert isinstance(local, GaussianLikelihood)
     residual, row, _ = _observed_product(moments, local)
     m = len(residual)
-    spread: Any
+
+    def spread_products(rows: Array) -> Array:
+        return jax.vmap(row)(rows) - rows
+
     if probes is None:
-        unit_rows = jnp.eye(m, dtype=residual.dtype)
-        spread = jax.vmap(row)(unit_rows) - unit_rows
-        variances = spread.diagonal()
-    else:
+        spread = spread_products(jnp.eye(m, dtype=residual.dtype))
+        return ObservedSpread(residual, spread, jnp.maximum(spread.diagonal(), 0.0), coordinates, m)
+    variances, found, made = jnp.zeros_like(residual), None, probes
+    if probes:
         signs = jax.random.rademacher(rng_key, (probes, m), residual.dtype)
-        spread = jax.vmap(row)(signs) - signs, signs
-        variances = jnp.mean(spread[0] * signs, axis=0)
-    return ObservedSpread(residual, spread, jnp.maximum(variances, 0.0), coordinates, m if probes is None else probes)
+        variances = jnp.maximum(jnp.mean(spread_products(signs) * signs, axis=0), 0.0)
+    if vectors is not None:
+        found, made = spread_products(vectors.astype(residual.dtype)), made + len(vectors)
+    return ObservedSpread(residual, found, variances, coordinates, made)
 
 
 def matched_pointwise(moments: Moments, likelihood: Likelihood, observed: ObservedSpread) -> Float[Array, " m"]:
