@@ -331,6 +331,30 @@ def test_kuramoto_sivashinsky_runs(tmp_path):
         assert benchmark.TUNED[name] in settings
 
 
+@pytest.mark.slow
+def test_weather_balance_runs(tmp_path):
+    """Moved ancestors are states of the truth's climate, with about the power of the particles drawn from them."""
+    out = tmp_path / "table.json"
+    load("weather_balance").main(particles=4, cycles=3, spin_up=1, only=["FA-APF, moved"], seed=0, out=out)
+    particles, ancestors = json.loads(out.read_text())["rows"]
+    assert (particles["state"], ancestors["state"]) == ("particles", "ancestors")
+    for band in ("rot. degrees 1-6", "rot. 7-13"):
+        assert 0.3 < particles[band] < 3.0
+        assert ancestors[band] == pytest.approx(particles[band], rel=0.5)
+
+
+@pytest.mark.slow
+def test_analysis_cost_runs(tmp_path):
+    """Unguided draws of an ensemble Kalman filter take fewer passes than guided ones, also with products for V."""
+    out = tmp_path / "table.json"
+    small = {"stations": 20, "radius": 2500.0, "block_radius": 5000.0, "particles": 4, "repeats": 1}
+    load("analysis_cost").main(**small, only=["draws", "EnKF with V"], out=out)
+    draws, kalman = json.loads(out.read_text())["rows"]
+    assert draws["over draws"] == 1.0
+    assert draws["forward"] + draws["vjp"] > kalman["forward"] + kalman["vjp"] > 0.0
+    assert min(draws["seconds"], kalman["seconds"]) > 0.0
+
+
 def test_published_settings_refuse():
     for arguments, sentence in (
         ({"filters": ["magic"]}, "no filter called magic"),

@@ -182,7 +182,7 @@ class _OfAmount(FilterAlgorithm):
 
     def __init__(self, make_filter: Callable[[Any], FilterAlgorithm], first: FilterAlgorithm) -> None:
         self._make_filter, self._first = make_filter, first
-        self.lag = first.lag
+        self.lag, self.target_ess, self.resample_below = first.lag, first.target_ess, first.resample_below
 
         @functools.wraps(first.model)
         def model(amount: Any, *args: Any) -> Any:
