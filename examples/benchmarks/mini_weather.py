@@ -103,6 +103,12 @@ def main(
     particles: Annotated[int, typer.Option(min=2, help="Particles, or members, of each filter.")] = 256,
     cycles: Annotated[int, typer.Option(min=2, help="Filter steps on each truth.")] = 30,
     target_ess: Annotated[float, typer.Option(help="Target ESS of local FA-APF; use 0.8 for 64 particles.")] = 0.5,
+    moved_errors: Annotated[
+        float, typer.Option(help="Factor on the emulator's errors with moved ancestors.")
+    ] = held_suarez_demo.MOVED_ERRORS,
+    relaxation: Annotated[
+        float, typer.Option(help="Amount of RTPS of the Kalman filters with the emulator.")
+    ] = held_suarez_demo.RELAXATION,
     only: Annotated[list[str] | None, typer.Option(help="Filter to run; may be repeated; all by default.")] = None,
     true_model: Annotated[bool, typer.Option(help="Also run the Kalman filter with the true model.")] = False,
     split: Annotated[str, typer.Option(help="Runs that the truths come from.")] = "test",
@@ -113,7 +119,12 @@ def main(
     """Print scores of filters on several truths with one observing network."""
     prior = ndda.load_prior("held_suarez")
     experiment = held_suarez_demo.WeatherExperiment(
-        {"y": network(network_name, prior)}, cycles=cycles, spin_up=max(cycles - 10, 0), target_ess=target_ess
+        {"y": network(network_name, prior)},
+        cycles=cycles,
+        spin_up=max(cycles - 10, 0),
+        target_ess=target_ess,
+        moved_errors=moved_errors,
+        relaxation=relaxation,
     )
     states, places = truths(data_folder, split, count, 1 + cycles + FORECAST_STEPS)
 
@@ -140,6 +151,8 @@ def main(
         "particles": particles,
         "cycles": cycles,
         "target_ess": target_ess,
+        "moved_errors": moved_errors,
+        "relaxation": relaxation,
         "split": split,
     }
     names = only or list(held_suarez_demo.FILTERS)

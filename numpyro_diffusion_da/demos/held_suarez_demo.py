@@ -60,7 +60,10 @@ GUIDED_ERRORS = 1.6
 """Factor on the errors of the emulator in guided filters, because the errors are correlated from step to step."""
 
 MOVED_ERRORS = 1.3
-"""The same factor where ancestors are moved."""
+"""The same factor where ancestors are moved, for 64 particles and more."""
+
+RELAXATION = 0.5
+"""Amount of `RTPS` of the ensemble Kalman filters, for 64 members and more."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,6 +79,8 @@ class WeatherExperiment:
         step_hours: length of one step of the emulator, in hours.
         target_ess: target ESS of local FA-APF without a move, as a fraction of the particles. 0.8 was chosen for 64
             particles. With 256 particles, 0.5 gives less error, and also less spread (docs/mini_weather.md).
+        moved_errors: factor on the errors of the emulator where ancestors are moved. Fewer particles need a larger one.
+        relaxation: amount of `RTPS` of the ensemble Kalman filters. Fewer members need a larger one.
 
     Raises:
         ValueError: no cycles are left to score, or `start_error` is not positive.
@@ -87,6 +92,8 @@ class WeatherExperiment:
     start_error: float = 0.5
     step_hours: float = STEP_HOURS
     target_ess: float = 0.8
+    moved_errors: float = MOVED_ERRORS
+    relaxation: float = RELAXATION
 
     def __post_init__(self) -> None:
         check_spin_up(self.spin_up, self.cycles)
@@ -167,7 +174,7 @@ class WeatherExperiment:
         """
         plain = self.program(prior)
         guided = self.program(prior.with_errors_times(GUIDED_ERRORS))
-        taper = self.taper(prior, 2500.0)
+        taper, inflation = self.taper(prior, 2500.0), (ndda.RTPS(self.relaxation),)
         return {
             FREE: ndda.Bootstrap(plain),  # gets no observations, so that all weights are equal and it forecasts
             GUIDED: ndda.FAAPF(guided, weight=ndda.Equal(), guidance=ndda.MMPS.cheap()),
@@ -180,10 +187,10 @@ class WeatherExperiment:
                 taper=taper,
                 move=False,
             ),
-            ENKF: ndda.EnKF(plain, taper=taper, inflation=(ndda.RTPS(0.5),)),
-            ENKF_V: ndda.EnKF(plain, taper=taper, inflation=(ndda.RTPS(0.5),), transition_covariance=True),
+            ENKF: ndda.EnKF(plain, taper=taper, inflation=inflation),
+            ENKF_V: ndda.EnKF(plain, taper=taper, inflation=inflation, transition_covariance=True),
             MAIN: ndda.FAAPF(
-                self.program(prior.with_errors_times(MOVED_ERRORS)), guidance=ndda.MMPS.cheap(), taper=taper
+                self.program(prior.with_errors_times(self.moved_errors)), guidance=ndda.MMPS.cheap(), taper=taper
             ),
         }
 
