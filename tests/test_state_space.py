@@ -290,7 +290,7 @@ def test_several_sites_carry_pytree_and_deterministic():
         x0 = initial()
         scan(step, {"x": x0, "before": x0}, (y, temperature))
 
-    result = run(model, Y, np.full(4, 4.0, np.float32), algorithm=ndda.GuidedPF)
+    result = run(model, Y, np.full(4, 4.0, np.float32))
     assert result.posterior["total"].shape == (1, 8, 4)
     assert result.posterior_predictive["temperature"].shape == (1, 8, 4)
     assert set(result.log_likelihood) == {"y", "temperature"}
