@@ -558,7 +558,7 @@ class _Blocks:
         batch = min(max(1, batch), b)
         if self.whole or k < WORTH_LEAVING_OUT:
             return jax.lax.map(lambda block: fn(block, self.near(block)), jnp.arange(b), batch_size=batch)
-        sizes = (k // 16, k // 6, k // 3, k // 2, k)
+        sizes = (k // 10, k // 3, k)
 
         def with_size(size: int) -> Callable[[Array], Any]:
             if size == k:
