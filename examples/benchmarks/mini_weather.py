@@ -4,9 +4,11 @@ The truth is the stochastic Held-Suarez atmosphere of examples/mini_weather, eve
 emulator of the package. The networks are stations, the swath of a satellite, and means over blocks. The filters are the
 free ensemble, guided particles with equal weights, the published FA-APF, local FA-APF, FA-APF with moved ancestors, and
 ensemble Kalman filters with the emulator, with and without its covariance V. With `--true-model` there is also an
-ensemble Kalman filter with the true equations and their whole state, which requires dinosaur-dycore. Scores are averages over the last 5 days, in standard deviations of the climate:
-RMSE of the mean over all, observed and unobserved channels, spread divided by RMSE, and CRPS. "forecast" is the RMSE of
-a 5-day forecast of the emulator from the last ensemble.
+ensemble Kalman filter with the true equations and their whole state, which requires dinosaur-dycore.
+
+Scores are averages over the last 5 days, in standard deviations of the climate: RMSE of the mean over all, observed and
+unobserved channels, spread divided by RMSE, and CRPS. "forecast" is the RMSE of a 5-day forecast of the emulator from
+the last ensemble.
 
 Truths come from the test runs; settings were chosen on the validation run (`--split validation`). On another kind of
 processor, generate.py makes other runs, because rounding differs. Scores then differ like those of other truths.
