@@ -24,8 +24,8 @@ from numpyro_diffusion_da.smc import (
     Products,
     WeightTempering,
     kalman_move,
+    probing,
 )
-from numpyro_diffusion_da.smc.probing import class_probes, pool
 
 KEYS = jax.random.key(1), jax.random.key(2)
 D, M = 4, 3
@@ -98,7 +98,7 @@ def test_products_with_random_signs_are_pooled() -> None:
     c = draw(400, 0)
     diagonal = np.diag(np.diagonal(SPREAD))
     found = predicted(c, probes=True)
-    pooled = pool(found.departure.spread, jnp.ones(400, bool))
+    pooled = probing.pool(found.departure.spread, jnp.ones(400, bool))
     np.testing.assert_allclose(pooled.left.T @ pooled.right, SPREAD, atol=0.1)
     whole = found._replace(log_weight=jnp.zeros(400))
     x = select_and_move(WHOLE[0.0], whole, c)[3]
@@ -111,10 +111,10 @@ def test_products_with_random_signs_are_pooled() -> None:
 def test_products_of_single_observations_are_exact_without_a_taper() -> None:
     """With at least as many particles as observations, no vector mixes two of them; one particle is undefined."""
     n = 2 * M + 1
-    vectors = class_probes(jax.random.key(0), n, M, None).vectors
+    vectors = probing.class_probes(jax.random.key(0), n, M, None).vectors
     products = (vectors @ SPREAD).at[0].set(jnp.nan)
     slopes = jnp.broadcast_to(jnp.array([1.0, 2.0, 0.5]), (n, M))
-    pooled = pool(Products(vectors, products, slopes), jnp.ones(n, bool))
+    pooled = probing.pool(Products(vectors, products, slopes), jnp.ones(n, bool))
     assert not pooled.mixed
     found = np.asarray(pooled.left.T @ pooled.right)
     np.testing.assert_allclose(found, SPREAD * np.outer(slopes[0], slopes[0]), rtol=1e-5)
