@@ -271,12 +271,13 @@ def test_products_of_classes_find_the_covariance_near_each_observation(m, n):
     apart = np.minimum(np.abs(at[:, None] - at[None]), m - np.abs(at[:, None] - at[None]))
     covariance = np.exp(-0.5 * (apart / 3.0) ** 2)
     taper = ndda.Taper(20.0, ndda.Ring(m), {"y": at}, state=at).place((m,), {"y": ((m,), 1)})
-    probes = probing.class_probes(jax.random.key(0), n, m, taper)
-    vectors = np.asarray(probes.vectors).reshape(-1, m)
-    weights = np.repeat(np.asarray(probes.share), probes.vectors.shape[1]) / n
-    np.testing.assert_allclose(weights @ vectors**2, 1.0, rtol=1e-6)
+    vectors = probing.class_vectors(jax.random.key(0), n, m, taper)
+    counts = np.sum(np.asarray(vectors) ** 2, axis=(0, 1))
+    np.testing.assert_allclose(counts, max(1, vectors.shape[0] * vectors.shape[1] // m), rtol=1e-6)
     rho = taper.between_observations()
-    found = covariance @ vectors.T @ (weights[:, None] * vectors)
+    made = probing.Products(vectors, vectors @ covariance.astype(np.float32), jnp.ones((n, m)))
+    pooled = probing.pool(made, jnp.ones(n, bool))
+    found = np.asarray(pooled.left.T @ pooled.right)
     np.testing.assert_allclose(rho * found, rho * covariance, atol=2e-3)  # 0.9 with random signs everywhere
 
 

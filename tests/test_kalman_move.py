@@ -111,7 +111,7 @@ def test_products_with_random_signs_are_pooled() -> None:
 def test_products_of_single_observations_are_exact_without_a_taper() -> None:
     """With at least as many particles as observations, no vector mixes two of them; one particle is undefined."""
     n = 2 * M + 1
-    vectors = probing.class_probes(jax.random.key(0), n, M, None).vectors
+    vectors = probing.class_vectors(jax.random.key(0), n, M, None)
     products = (vectors @ SPREAD).at[0].set(jnp.nan)
     slopes = jnp.broadcast_to(jnp.array([1.0, 2.0, 0.5]), (n, M))
     pooled = probing.pool(Products(vectors, products, slopes), jnp.ones(n, bool))

@@ -25,7 +25,6 @@ from numpyro_diffusion_da.smc.base import Info, Kernel, State, map_particles, nu
 from numpyro_diffusion_da.smc.ensemble_update import EnsembleUpdate, PerturbedObservations, TransitionSpread
 from numpyro_diffusion_da.smc.inflation import Inflation, Multiplicative, check_inflation, forecast_factor
 from numpyro_diffusion_da.smc.localization import PlacedTaper, Taper
-from numpyro_diffusion_da.smc.probing import Probes
 from numpyro_diffusion_da.transition.base import DrawRecord
 from numpyro_diffusion_da.transition.departure import transition_spread
 from numpyro_diffusion_da.transition.weights import WeightRecord
@@ -175,14 +174,14 @@ def _residual_in(program: StateSpaceModel) -> Callable[[Array, Drawn, TimeInputs
 
 def _spread_in(
     program: StateSpaceModel, sampler: Sampler | Step | None
-) -> Callable[[Probes, Drawn, TimeInputs], tuple[TransitionSpread, WeightRecord]]:
-    """Build the function (probes, particle, inputs) -> (spread of the transition, record)."""
+) -> Callable[[Array, Drawn, TimeInputs], tuple[TransitionSpread, WeightRecord]]:
+    """Build the function (vectors, particle, inputs) -> (spread of the transition, record)."""
     level = probe_level(program)
 
-    def spread(probes: Probes, particle: Drawn, inputs: TimeInputs) -> tuple[TransitionSpread, WeightRecord]:
+    def spread(vectors: Array, particle: Drawn, inputs: TimeInputs) -> tuple[TransitionSpread, WeightRecord]:
         dynamics = program.transition(particle.carry, inputs, sampler)
         likelihood = program.gaussian_likelihood(particle.carry, inputs)
-        return transition_spread(dynamics, likelihood, probes, level)
+        return transition_spread(dynamics, likelihood, vectors, level)
 
     return spread
 

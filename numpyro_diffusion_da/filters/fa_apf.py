@@ -41,11 +41,10 @@ from numpyro_diffusion_da.smc.inflation import Inflation, check_inflation, need_
 from numpyro_diffusion_da.smc.kalman_move import KalmanMove, PlacedMove
 from numpyro_diffusion_da.smc.local_ancestors import LocalAncestors
 from numpyro_diffusion_da.smc.localization import PlacedTaper, Taper
-from numpyro_diffusion_da.smc.probing import class_probes
+from numpyro_diffusion_da.smc.probing import class_vectors
 from numpyro_diffusion_da.smc.tempering import Tempering, WeightTempering
 from numpyro_diffusion_da.transition.base import Centering, DrawRecord
-from numpyro_diffusion_da.transition.departure import predict
-from numpyro_diffusion_da.transition.predictive import MOST_PRODUCTS
+from numpyro_diffusion_da.transition.departure import exact_up_to, predict
 from numpyro_diffusion_da.transition.weights import Dirac, Equal, Moment, PredictiveWeight
 
 TARGET_ESS, TARGET_ESS_OF_MOVES = 0.2, 0.5
@@ -60,14 +59,14 @@ class Probing(NamedTuple):
         carry: carry of the particle.
         key: random key of the signs of its weight's products; () if ancestors do not move.
         past: earlier states of the particle, shape (L, ...); () without a lag.
-        vectors: vectors of its products for the move, shape (q, m); () if ancestors do not move, or if the particle
+        vectors: vectors of its products for the move, shape (q, m); None if ancestors do not move, or if the particle
             makes a product for each observation.
     """
 
     carry: PyTree
     key: Any
     past: Any
-    vectors: Any
+    vectors: Array | None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -220,7 +219,7 @@ class FAAPF(FilterAlgorithm):
                     dynamics,
                     program.likelihood(carry, inputs),
                     particle.key,
-                    particle.vectors if isinstance(particle.vectors, Array) else None,
+                    particle.vectors,
                     localized=localized,
                     tempered=self.tempering.needs_likelihood_tempering,
                     noise_level=probe_level(program) if moves.noise_level is None else moves.noise_level,
@@ -268,6 +267,7 @@ class FAAPF(FilterAlgorithm):
             ahead = None
             if need_forecast(self.inflation):
                 ahead = self._centering(program, rng_key, state.particles, inputs, conditional=False)
+            here = placed(inputs) if callable(placed) else placed
             step = fa_apf.build_kernel(
                 log_predictive,
                 functools.partial(draw if self.inflation else propose, centering=centering),
@@ -279,15 +279,14 @@ class FAAPF(FilterAlgorithm):
                 advance,
                 functools.partial(forecast, centering=ahead),
                 self.tempering,
-                placed,
+                here,
             )
             keys: Any = ()
-            vectors: Any = ()
-            if placed is not None:
+            vectors = None
+            if here is not None:
                 # A seventh and an eighth key leave the others the same with and without a move.
                 keys = particle_keys(jax.random.split(rng_key, 7)[6], n)
-                taper = (placed(inputs) if callable(placed) else placed).taper
-                vectors = self._vectors(program, jax.random.split(rng_key, 8)[7], state.particles, inputs, taper)
+                vectors = self._vectors(program, jax.random.split(rng_key, 8)[7], state.particles, inputs, here.taper)
             particles = Probing(state.particles, keys, state.past, vectors)
             new, info = step(rng_key, state._replace(particles=particles), inputs)
             background = background_of_transition(
@@ -330,10 +329,10 @@ class FAAPF(FilterAlgorithm):
         particles: PyTree,
         inputs: TimeInputs,
         taper: PlacedTaper | None,
-    ) -> Any:
+    ) -> Array | None:
         """Vectors of the particles' products with the covariance of the observations, shape (N, q, m).
 
-        They are () if each particle makes a product for each observation: if they are few, or if a weight does.
+        None if each particle makes a product for each observation: if they are few, or if a weight does.
         """
         moves, weight = self.moves, self._weight(program)
         assert moves is not None
@@ -343,10 +342,10 @@ class FAAPF(FilterAlgorithm):
             return program.likelihood(carry, inputs).pointwise(mean)
 
         m = jax.eval_shape(observed, jax.tree.map(lambda leaf: leaf[0], particles)).shape[0]
-        most = moves.most_products if program.structure.diffusion is not None else MOST_PRODUCTS
-        if m <= most or (isinstance(weight, Moment) and weight.probes is None):
-            return ()
-        return class_probes(rng_key, num_particles(particles), m, taper).vectors
+        few = m <= exact_up_to(program.structure.diffusion is None, moves.most_products)
+        if few or (isinstance(weight, Moment) and weight.probes is None):
+            return None
+        return class_vectors(rng_key, num_particles(particles), m, taper)
 
     def _check_errors(self, program: StateSpaceModel) -> None:
         """Check that `LikelihoodTempering` can temper all sites.

@@ -44,7 +44,7 @@ from numpyro_diffusion_da.smc.ensemble_update import (
 )
 from numpyro_diffusion_da.smc.inflation import Inflation, check_inflation, forecast_factor, inflated
 from numpyro_diffusion_da.smc.localization import PlacedTaper
-from numpyro_diffusion_da.smc.probing import Probes, class_probes
+from numpyro_diffusion_da.smc.probing import class_vectors
 
 __all__ = ["Info", "State", "as_top_level_api", "build_kernel", "init"]
 
@@ -58,7 +58,7 @@ def build_kernel(
     inflation: Sequence[Inflation] = (),
     batch_size: int | None = None,
     carried: Sequence[int] = (),
-    spread_fn: Callable[[Probes, PyTree, PyTree], tuple[TransitionSpread, PyTree]] | None = None,
+    spread_fn: Callable[[Array, PyTree, PyTree], tuple[TransitionSpread, PyTree]] | None = None,
 ) -> Kernel:
     """Build the kernel of the ensemble Kalman filter.
 
@@ -74,7 +74,7 @@ def build_kernel(
         batch_size: number of particles mapped at a time, which bounds the memory; None maps all at once.
         carried: indices of the arrays of a particle, in the order of its leaves, that the update moves along with x.
             With a taper, their last axes must be those of x. Inflation acts on x only.
-        spread_fn: (probes, particle, observation) -> (`TransitionSpread`, record), for one particle. With it, the
+        spread_fn: (vectors, particle, observation) -> (`TransitionSpread`, record), for one particle. With it, the
             covariance of the transition is taken from it and not sampled, and `update` is not used (see
             `ensemble_update.with_transition_spread`); None samples it.
 
@@ -110,12 +110,12 @@ def build_kernel(
         if spread_fn is None:
             moved = _moved(lambda anomalies: update(error_key, anomalies, residual, placed), moving, moving, placed)
         else:
-            of = map_particles(lambda probes, particle: spread_fn(probes, particle, observation), batch_size)
+            of = map_particles(lambda vectors, particle: spread_fn(vectors, particle, observation), batch_size)
             # A fifth key leaves the others the same with and without the transition's covariance.
-            probes = class_probes(jax.random.split(rng_key, 5)[4], n, residual.shape[1], placed)
-            spread, spreading = of(probes, state.particles)
+            vectors = class_vectors(jax.random.split(rng_key, 5)[4], n, residual.shape[1], placed)
+            spread, spreading = of(vectors, state.particles)
             spread = _widened(spread, factor)
-            none = [jnp.zeros((n * spread.signs.shape[1], *a.shape[1:]), a.dtype) for a in moving[1:]]
+            none = [jnp.zeros((n * spread.vectors.shape[1], *a.shape[1:]), a.dtype) for a in moving[1:]]
             products = spread.state_products.reshape(-1, *x.shape[1:])
             columns = _columns([products, *none], placed).reshape(n, -1, sum(a[0].size for a in moving))
             spread = spread._replace(state_products=columns)

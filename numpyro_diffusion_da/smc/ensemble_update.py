@@ -23,6 +23,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from numpyro_diffusion_da.smc.base import particle_keys
 from numpyro_diffusion_da.smc.correlations import Correlation
 from numpyro_diffusion_da.smc.localization import PlacedTaper
+from numpyro_diffusion_da.smc.probing import Products, pool
 
 PointUpdate = Callable[[Float[Array, "n c"], Float[Array, "n k"], Float[Array, " k"], Int[Array, " k"]], Array]
 """Update of one point of the state from the observations near it.
@@ -178,24 +179,21 @@ class TransitionSpread(NamedTuple):
     Attributes:
         mean: E[x' | c], shape of the state.
         residual: whitened residual R^{-1/2} (y - h(E[x' | c])), shape (m,); zero where missing.
-        signs: unit vectors, or the vectors of `Probes`, v, shape (q, m).
+        vectors: unit vectors, one for each observation, or those of `class_vectors`, v, shape (q, m).
         state_products: V H^T v, shape (q, *state).
         products: H V H^T v, shape (q, m).
-        share: weight of each v, such that the mean over the members of the sum of share v v^T is the identity, or has
-            its diagonal: 1 for unit vectors, that of the `Probes` otherwise.
     """
 
     mean: Float[Array, ...]
     residual: Float[Array, " m"]
-    signs: Float[Array, "q m"]
+    vectors: Float[Array, "q m"]
     state_products: Float[Array, "q ..."]
     products: Float[Array, "q m"]
-    share: Float[Array, ""]
 
     @property
     def is_exact(self) -> bool:
         """Whether the v are unit vectors, one for each observation."""
-        return self.signs.shape[-2] == self.signs.shape[-1] > 1
+        return self.vectors.shape[-2] == self.vectors.shape[-1] > 1
 
 
 def with_transition_spread(
@@ -212,7 +210,7 @@ def with_transition_spread(
 
     $$K = (\rho \circ A^T Y / (N - 1) + V H^T) \, (\rho \circ Y^T Y / (N - 1) + H V H^T + I)^{-1}.$$
 
-    Only the covariance of the means is sampled. V that is pooled from products with the vectors of `Probes` is mixed
+    Only the covariance of the means is sampled. V that is pooled from products with the vectors of classes is mixed
     with that of distant observations, so the taper damps it too.
 
     Args:
@@ -225,22 +223,21 @@ def with_transition_spread(
     n, m = residual.shape
     innovation = _perturbed(rng_key, residual)
     predicted = spread.residual.mean(0, keepdims=True) - spread.residual
-    q = spread.signs.shape[1]
-    signs = (spread.signs * spread.share[:, None, None] / n).reshape(n * q, m)
-    between = spread.products.reshape(n * q, m).T @ signs
+    made = pool(Products(spread.vectors, spread.products, jnp.ones((n, m))), jnp.ones(n, bool))
+    between = made.left.T @ made.right
     between = 0.5 * (between + between.T)
     sampled = predicted.T @ predicted / (n - 1)
-    state = spread.state_products.reshape(n * q, -1)
+    state = spread.state_products.reshape(len(made.left), -1)
     if taper is None:
         solved = jnp.linalg.solve(sampled + between + jnp.eye(m), innovation.T)
-        gain = arrays.T @ predicted / (n - 1) + state.T @ signs
+        gain = arrays.T @ predicted / (n - 1) + state.T @ made.right
         return (gain @ solved).T
     rho = jnp.asarray(taper.between_observations(), residual.dtype)
     between = between if spread.is_exact else rho * between
     solved = jnp.linalg.solve(rho * sampled + between + jnp.eye(m), innovation.T)
 
     def at_point(x: Array, nearby: Array, weights: Array, which: Array) -> Array:
-        sampled, own = x[:n].T @ nearby / (n - 1), x[n:].T @ signs[:, which]
+        sampled, own = x[:n].T @ nearby / (n - 1), x[n:].T @ made.right[:, which]
         # A neighborhood is filled up with observations of weight 0.
         damped = (weights > 0.0).astype(x.dtype) if spread.is_exact else weights
         return ((weights[None] * sampled + damped[None] * own) @ solved[which]).T

@@ -268,7 +268,7 @@ class PlacedMove:
         noise = (noise - noise.mean(0, keepdims=True)) * (n / max(n - 1, 1)) ** 0.5
         blocks = _Blocks.of(self.local, self.taper, m, residual.dtype)
         present = observed
-        for leaf in (residual, *jax.tree.leaves(weights)):
+        for leaf in jax.tree.leaves(weights):
             if leaf.ndim == 2:  # weights of whole particles have no axis of observations, and no neighborhoods
                 present = present | jnp.any(leaf != 0.0, axis=0)
         spread_between = _pooled(spread, usable, observed, scale, blocks.between)
@@ -504,7 +504,6 @@ class _Blocks:
         state_size: number of axes of a state; 0 without blocks.
         whole: whether there is no localization.
         positions: taper with the positions of the observations; None without localization.
-        dtype: type of the tapers.
     """
 
     which: Any
@@ -516,15 +515,14 @@ class _Blocks:
     state_size: int
     whole: bool
     positions: PlacedTaper | None
-    dtype: Any
 
     @staticmethod
     def of(local: LocalAncestors | None, taper: PlacedTaper | None, m: int, dtype: Any) -> _Blocks:
-        """Blocks of a localized move, or one block."""
+        """Blocks of a localized move, or one block, with tapers of a given type."""
         if local is None or taper is None:
-            one = np.ones((1, m), np.float32)
+            one = np.ones((1, m), dtype)
             zero = np.zeros(1, np.int32)
-            return _Blocks(np.arange(m)[None], one, one, zero[None], zero, zero, 0, True, None, dtype)
+            return _Blocks(np.arange(m)[None], one, one, zero[None], zero, zero, 0, True, None)
         of_point = np.asarray(local.block_of_point)
         count = int(of_point.max()) + 1
         order = np.argsort(of_point, kind="stable")
@@ -535,7 +533,8 @@ class _Blocks:
         points = np.tile(order[starts][:, None], (1, int(sizes.max())))
         points[of_point, slot] = np.arange(len(of_point))
         which, wide, rho = taper.neighborhoods_with(local.centers, local.taper)
-        return _Blocks(which, rho, wide, points, slot, of_point, len(local.state_shape), False, taper, dtype)
+        rho, wide = rho.astype(dtype), wide.astype(dtype)
+        return _Blocks(which, rho, wide, points, slot, of_point, len(local.state_shape), False, taper)
 
     def map(self, fn: Callable[[Array, Near], Any], n: int, present: Bool[Array, " m"]) -> Any:
         """Map a function over all blocks, in batches that bound the memory.
@@ -569,18 +568,14 @@ class _Blocks:
             most = jnp.max(jnp.sum(_counting(self.near(blocks), present), axis=1))
             return jax.lax.switch(jnp.searchsorted(jnp.asarray(sizes), most), [with_size(s) for s in sizes], blocks)
 
-        whole, rest = divmod(b, batch)
-        found = jax.lax.map(batch_of, jnp.arange(whole * batch).reshape(whole, batch))
-        found = jax.tree.map(lambda x: x.reshape(whole * batch, *x.shape[2:]), found)
-        if not rest:
-            return found
-        last = batch_of(jnp.arange(whole * batch, b))
-        return jax.tree.map(lambda x, y: jnp.concatenate([x, y]), found, last)
+        # The last batch is filled up with the last block.
+        batches = jnp.minimum(jnp.arange(-(-b // batch) * batch), b - 1).reshape(-1, batch)
+        found = jax.lax.map(batch_of, batches)
+        return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:b], found)
 
     def near(self, block: Array) -> Near:
         """Observations near a block, or near several with a leading axis."""
-        which, rho, wide = (jnp.asarray(x)[block] for x in (self.which, self.rho, self.wide))
-        return Near(which, rho.astype(self.dtype), wide.astype(self.dtype))
+        return Near(*(jnp.asarray(x)[block] for x in (self.which, self.rho, self.wide)))
 
     def between(self, which: Array) -> Array | None:
         """Taper between some observations; None without localization."""

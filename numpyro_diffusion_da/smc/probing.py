@@ -26,18 +26,6 @@ LEAST_POOLED, MOST_POOLED = 64, 256
 many as there are observations near a place: members of a class are then further apart than the taper reaches."""
 
 
-class Probes(NamedTuple):
-    """Vectors v of the observations to multiply the transition's covariance by, for one member.
-
-    Attributes:
-        vectors: the vectors, shape (q, m).
-        share: weight of each, such that the mean over the members of the sum of share v v^T has a diagonal of 1.
-    """
-
-    vectors: Float[Array, "q m"]
-    share: Float[Array, ""]
-
-
 class Products(NamedTuple):
     """Products with the covariance of the observations around the prediction of one member.
 
@@ -52,8 +40,8 @@ class Products(NamedTuple):
     slopes: Float[Array, " m"]
 
 
-def class_probes(rng_key: PRNGKeyArray, n: int, m: int, taper: PlacedTaper | None) -> Probes:
-    """Probes of all members that together find a covariance between near observations with little noise.
+def class_vectors(rng_key: PRNGKeyArray, n: int, m: int, taper: PlacedTaper | None) -> Float[Array, "n q m"]:
+    """Vectors of all members that together find a covariance between near observations with little noise.
 
     Args:
         rng_key: random key of the signs.
@@ -62,8 +50,8 @@ def class_probes(rng_key: PRNGKeyArray, n: int, m: int, taper: PlacedTaper | Non
         taper: positions of the observations; None for none.
 
     Returns:
-        `Probes` with a leading axis of N. Each member has at least one vector, and together they have as many as
-        `LEAST_POOLED` and `MOST_POOLED` say, or one for each observation if that is less.
+        The q vectors of each member. q is at least one, and all together are as many as `LEAST_POOLED` and
+        `MOST_POOLED` say, or one for each observation if that is less.
     """
     near = m if taper is None else taper.neighborhoods().which.shape[1]
     wanted = min(m, max(LEAST_POOLED, min(near // 2, MOST_POOLED)))
@@ -75,7 +63,7 @@ def class_probes(rng_key: PRNGKeyArray, n: int, m: int, taper: PlacedTaper | Non
     of_vector = np.where(number < count * repeats, number % count, -1)
     signs = jax.random.rademacher(rng_key, (m,), float)
     vectors = jnp.where(of_vector[:, None] == classes[None], signs[None], 0.0)
-    return Probes(vectors.reshape(n, each, m), jnp.full(n, n / repeats))
+    return vectors.reshape(n, each, m)
 
 
 class Pooled(NamedTuple):

@@ -21,7 +21,7 @@ from numpyro_diffusion_da.observation.likelihood import GaussianLikelihood, Gene
 from numpyro_diffusion_da.observation.moment_matching import LEAST_VARIANCE
 from numpyro_diffusion_da.smc.ensemble_update import TransitionSpread
 from numpyro_diffusion_da.smc.kalman_move import FEW_PRODUCTS, Departure, Predicted
-from numpyro_diffusion_da.smc.probing import Probes, Products
+from numpyro_diffusion_da.smc.probing import Products
 from numpyro_diffusion_da.transition.base import Dynamics, Moments
 from numpyro_diffusion_da.transition.gaussian import GaussianDynamics
 from numpyro_diffusion_da.transition.predictive import (
@@ -58,7 +58,7 @@ def predict(
         dynamics: transition p(x' | c) of the particle.
         likelihood: likelihood of the step's observations y.
         rng_key: random key of the signs of a weight's products; it should differ between particles.
-        vectors: vectors of the particle's products with H V H^T, from `class_probes`; None makes a product for each
+        vectors: vectors of the particle's products with H V H^T, from `class_vectors`; None makes a product for each
             observation, which is exact.
         localized: whether the weight takes each observation by itself.
         tempered: whether the weight has to be known for any tempering of the observation errors.
@@ -73,15 +73,14 @@ def predict(
     else:
         moments = dynamics.moments(noise_level)
         passes = moments.passes
-    order = _order(moments, likelihood)
     if vectors is None:
         observed = observed_spread(moments, dynamics.tangents(), likelihood, None, rng_key)
     else:
         # Only a weight that uses variances and an integral over coordinates need an estimate of the diagonal.
         without = 0 if isinstance(likelihood, GaussianLikelihood) else 1
         probes = without if moment is None else moment.probes
-        reordered = jnp.zeros_like(vectors).at[:, order].set(vectors)
-        observed = observed_spread(moments, dynamics.tangents(), likelihood, probes, rng_key, reordered)
+        in_order = vectors[:, jnp.argsort(_order(moments, likelihood))]
+        observed = observed_spread(moments, dynamics.tangents(), likelihood, probes, rng_key, in_order)
     made = jax.tree.map(lambda n: n * observed.products, moments.passes_per_product)
     log_weight: Any
     if moment is not None and localized:
@@ -101,15 +100,24 @@ def predict(
         if own.forecast is not None:
             moments = moments._replace(mean=own.forecast)
         record = WeightRecord(own.passes.plus(passes).plus(made), moments.mean)
-    return Predicted(
-        log_weight, departure(moments, dynamics, likelihood, observed, vectors, moment is not None)
-    ), record
+    found = departure(moments, dynamics, likelihood, observed, vectors, moment is not None)
+    return Predicted(log_weight, found), record
+
+
+def exact_up_to(closed_form: bool, most_products: int) -> int:
+    """Number of observed values up to which each particle makes a product for each of them.
+
+    Args:
+        closed_form: whether the transition is Gaussian in closed form, so that products take no network passes.
+        most_products: this number for a diffusion.
+    """
+    return MOST_PRODUCTS if closed_form else most_products
 
 
 def transition_spread(
     dynamics: Dynamics,
     likelihood: GaussianLikelihood,
-    probes: Probes,
+    vectors: Float[Array, "q m"],
     noise_level: float | None,
     most_products: int = FEW_PRODUCTS,
 ) -> tuple[TransitionSpread, WeightRecord]:
@@ -118,7 +126,7 @@ def transition_spread(
     Args:
         dynamics: transition p(x' | c) of the particle.
         likelihood: Gaussian likelihood of the step's observations.
-        probes: vectors to multiply V by where there are too many observations for a product with each.
+        vectors: vectors to multiply V by where there are too many observations for a product with each.
         noise_level: noise level of a diffusion's covariance; None takes the highest.
         most_products: number of observations up to which a diffusion makes a product for each.
 
@@ -129,18 +137,18 @@ def transition_spread(
     residual, push = jax.linearize(likelihood.residual, moments.mean)
     transposed = jax.linear_transpose(push, moments.mean)
     m = len(residual)
-    is_exact = m <= (MOST_PRODUCTS if isinstance(dynamics, GaussianDynamics) else most_products)
-    signs = jnp.eye(m, dtype=residual.dtype) if is_exact else probes.vectors.astype(residual.dtype)
+    if m <= exact_up_to(isinstance(dynamics, GaussianDynamics), most_products):
+        vectors = jnp.eye(m, dtype=residual.dtype)
+    vectors = vectors.astype(residual.dtype)
 
     def product(v: Array) -> tuple[Array, Array]:
         state = spread.covariance_product(-transposed(v)[0])  # H = -dr/dx
         return state, -push(state)
 
-    states, products = jax.vmap(product)(signs)
-    made = jax.tree.map(lambda count: count * len(signs), spread.passes_per_product)
+    states, products = jax.vmap(product)(vectors)
+    made = jax.tree.map(lambda count: count * len(vectors), spread.passes_per_product)
     record = WeightRecord(moments.passes.plus(spread.passes).plus(made), moments.mean)
-    share = jnp.ones((), residual.dtype) if is_exact else probes.share.astype(residual.dtype)
-    return TransitionSpread(moments.mean, residual, signs, states, products, share), record
+    return TransitionSpread(moments.mean, residual, vectors, states, products), record
 
 
 def departure(
