@@ -298,7 +298,7 @@ def test_several_sites_carry_pytree_and_deterministic():
     assert abs(np.median(np.abs(result.posterior["x"][0, :, -1, 2])) - 2.0) < 0.5
 
 
-def test_all_of_these_together():
+def test_global_sites_a_scan_by_length_and_masked_values():
     """One program, compiled once: a conditioned and a free global site, a scan by length, and masked values."""
     correlation = jnp.asarray([[1.0, 0.0], [0.4, 0.8]])
 

@@ -246,7 +246,8 @@ def test_what_is_not_kept_is_not_missed(tmp_path):
 def test_numbers_of_any_library_are_settings(tmp_path):
     model, y = _module_level, np.zeros(1, np.float32)
     settings = {"num_particles": np.int64(8), "num_chains": 1, "directory": tmp_path, "progress_bar": False}
-    ndda.Filter(ndda.Bootstrap(model, target_ess=np.float32(0.25)), **settings).run(KEY, y)
+    for _ in range(2):
+        ndda.Filter(ndda.Bootstrap(model, target_ess=np.float32(0.25)), **settings).run(KEY, y)
     plain = {**settings, "num_particles": 8}
     ndda.Filter(ndda.Bootstrap(model, target_ess=0.25), **plain).run(KEY, y)
     with pytest.raises(TypeError, match="whole number"):
