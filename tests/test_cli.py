@@ -35,8 +35,9 @@ def test_demo_and_benchmark_write_table_figure_and_files(tmp_path, monkeypatch):
     assert set(scores[twin.FREE]) == set(twin.COLUMNS)
     # Weight: 2, of which one conditions; draw: 1 + 16 forward + 32 vjp; background of 8 particles: 2 forward + 1 vjp.
     assert scores[twin.GLOBAL]["passes"]["mean"] == 51 + 3
-    # Its weight: 4, for mean and variance each at a level of its own, and 1 vjp.
-    assert scores[twin.MAIN]["passes"]["mean"] == 54 + 3
+    # Its weight: 4, for mean and variance each at a level of its own. Then 1 vjp for a product with random signs, and
+    # ceil(20 / 8) = 3 for products that share the covariance: one for each of 20 observations, made by 8 particles.
+    assert scores[twin.MAIN]["passes"]["mean"] == 49 + 4 + 1 + 3 + 3
     assert (tmp_path / "new" / "demo.png").stat().st_size > 10_000
     with xarray.open_datatree(tmp_path / "new" / "demo.nc", engine="h5netcdf") as tree:
         assert dict(tree["posterior/x"].sizes) == {"chain": 1, "draw": 8, "time": 3, "site": 40}

@@ -196,11 +196,13 @@ def test_filter_recipes_run(tmp_path):
     tiny = {"sites": 21, "truths": 1, "particles": 8, "cycles": 4, "spin_up": 1}
     load("filter_recipes").main(only=["8 levels, 1 product"], **tiny, out=out)
     found = json.loads(out.read_text())["by truth"]
-    # Conditioning: one for the draw, two for the weight, which looks at two levels and makes one product; then what
-    # each evaluation of the guided denoiser costs; and three for the background of eight particles.
+    # Conditioning: one for the draw, two for the weight, which looks at two levels. Then one product with random signs,
+    # and ceil(11 / 8) = 2 for one product with each of 11 observations, made by 8 particles; then what each evaluation
+    # of the guided denoiser costs; and three for the background of eight particles.
+    before = 1 + 2 * 2 + 1 + 2
     assert {name: row["passes"] for name, row in found.items()} == {
-        "8 levels, 1 product": 6 + 8 * 2 + 3,
-        "published: Adams-Bashforth 3, 2 Langevin": 6 + 92 * 7 + 3,
+        "8 levels, 1 product": before + 8 * 2 + 3,
+        "published: Adams-Bashforth 3, 2 Langevin": before + 92 * 7 + 3,
     }
     assert all(0.0 < row["CRPS"][0] < 3.0 for row in found.values())
     with pytest.raises(typer.BadParameter, match="no recipe called magic"):
