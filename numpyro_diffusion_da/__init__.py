@@ -31,8 +31,8 @@ from numpyro_diffusion_da.diffusion import (
 from numpyro_diffusion_da.fields import Layout, Variable
 from numpyro_diffusion_da.filters import FAAPF, Bootstrap, EnKF, GrossErrorCheck, GuidedPF
 from numpyro_diffusion_da.inference import PMMH, SMC2, Filter, OnlineFilter
-from numpyro_diffusion_da.priors import DenoiserPrior, GaussianPrior, GenCastPrior, load_prior
-from numpyro_diffusion_da.program import DiffusionTransition, Huber
+from numpyro_diffusion_da.priors import DenoiserPrior, GaussianPrior, GenCastPrior, NoiseConditionedPrior, load_prior
+from numpyro_diffusion_da.program import DiffusionTransition, Huber, OnePassTransition
 from numpyro_diffusion_da.results import FilterResult
 from numpyro_diffusion_da.smc import (
     RTPS,
@@ -77,6 +77,8 @@ __all__ = [
     "Layout",
     "Moment",
     "Multiplicative",
+    "NoiseConditionedPrior",
+    "OnePassTransition",
     "OnlineFilter",
     "Ring",
     "SDEDPMSolverPP2M",

@@ -16,7 +16,7 @@ from numpyro_diffusion_da.diffusion.linear_solve import (
     relative_residual,
 )
 from numpyro_diffusion_da.diffusion.noise import FactorNoise, Noise, WhiteNoise
-from numpyro_diffusion_da.diffusion.prior import Conditioning, DiffusionPrior
+from numpyro_diffusion_da.diffusion.prior import Conditioning, DiffusionPrior, EmulatorPrior, OnePassPrior
 from numpyro_diffusion_da.diffusion.sampler import Churn, LangevinCorrector, Sampler
 from numpyro_diffusion_da.diffusion.schedule import GeometricSchedule, KarrasSchedule, Schedule
 from numpyro_diffusion_da.diffusion.spherical_noise import SphericalNoise
@@ -48,6 +48,7 @@ __all__ = [
     "DiffusionPrior",
     "DirectSolve",
     "Directions",
+    "EmulatorPrior",
     "ExactTrace",
     "FactorNoise",
     "GeometricSchedule",
@@ -63,6 +64,7 @@ __all__ = [
     "NetworkPasses",
     "Noise",
     "ObservingDenoiser",
+    "OnePassPrior",
     "PiGDM",
     "Piecewise",
     "PriorDenoiser",

@@ -256,34 +256,74 @@ def linear_system(
     scale = base.prior.scale(base.conditioning)
     x = state_of(base, denoised)
 
-    def seen_by(observe: Callable[[Array], Array]) -> tuple[Array, Product]:
-        """Return observe(x), and v -> (H S V S H^T v, image of S H^T v) with H the derivative of `observe`."""
+    def of_state(w: Array) -> tuple[Array, Array]:
+        moved, image = covariance(scale * w)
+        return scale * moved, image
+
+    found = observed_system(likelihood, solver, x, coordinates_near(base, likelihood, x), of_state)
+    return found.residual, found.product, found.calls
+
+
+class ObservedSystem(NamedTuple):
+    """Linear system (I + H V H^T) v = r of the observations near a state x, with V the covariance of the state.
+
+    Attributes:
+        residual: whitened residual r at x, shape (m,).
+        product: function v -> ((I + H V H^T) v, image of H^T v).
+        push: function from a direction of the state to its product with H = -dr/dx, shape (m,).
+        calls: number of products with V made so far.
+    """
+
+    residual: Float[Array, " m"]
+    product: Product
+    push: Callable[[Float[Array, ...]], Float[Array, " m"]]
+    calls: int
+
+
+def observed_system(
+    likelihood: Likelihood,
+    solver: LinearSolver,
+    x: Float[Array, ...],
+    coordinates: Coordinates | None,
+    covariance: Callable[[Array], tuple[Array, Array]],
+) -> ObservedSystem:
+    """Build the linear system of the observations near a state.
+
+    Args:
+        likelihood: likelihood of the step's observations.
+        solver: solver whose `diagonal` estimates the variances of coordinates, if the likelihood is not Gaussian.
+        x: state at which r and H are taken.
+        coordinates: coordinates of the observations that are not Gaussian, with mean 0; None if all are Gaussian.
+        covariance: function w -> (V w, image of w), where the image is what the caller needs for `w = H^T v`.
+    """
+
+    def seen_by(observe: Callable[[Array], Array]) -> tuple[Array, Product, Callable[[Array], Array]]:
+        """Return observe(x), v -> (H V H^T v, image of H^T v) and v -> H v, with H the derivative of `observe`."""
         value, push = jax.linearize(observe, x)
         transposed = jax.linear_transpose(push, x)
 
         def product(v: Array) -> tuple[Array, Array]:
-            moved, image = covariance(scale * transposed(v)[0])
-            return push(scale * moved), image
+            moved, image = covariance(transposed(v)[0])
+            return push(moved), image
 
-        return value, product
+        return value, product, push
 
     # Observations that are not Gaussian: estimate the variances of their coordinates, to replace them by Gaussian ones.
-    coordinates = coordinates_near(base, likelihood, x)
     variances, extra = None, 0
     if coordinates is not None:
-        _, of_coordinates = seen_by(coordinates)
+        _, of_coordinates, _ = seen_by(coordinates)
         size = len(coordinates.observed)
         variances = solver.diagonal(lambda v: of_coordinates(v)[0], size, x.dtype)
         extra = solver.diagonal_products(size)
     local = likelihood.around(coordinates, variances)
     # H = -dr/dx, so it is the derivative of -r.
-    negative_residual, product = seen_by(lambda x: -local.residual(x))
+    negative_residual, product, push = seen_by(lambda x: -local.residual(x))
 
     def system(v: Array) -> tuple[Array, Array]:
         seen, image = product(v)
         return v + seen, image
 
-    return -negative_residual, system, extra
+    return ObservedSystem(-negative_residual, system, push, extra)
 
 
 def solve_system(

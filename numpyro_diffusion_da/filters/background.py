@@ -47,7 +47,7 @@ MEANS = 64
 """Largest number of particles whose forecast mean is computed for the background alone, and of V in closed form."""
 
 PROBED = 16
-"""Largest number of particles at which a diffusion makes a product with V for the background."""
+"""Largest number of particles at which an emulator makes a product with V for the background."""
 
 PROBE_LEVEL = 10.0
 """Highest noise level at which a diffusion's V is computed: V is 1 % too small for a latent of unit variance.
@@ -260,16 +260,16 @@ def background_of_transition(
         particles: carries before the step, leading axis N.
         inputs: inputs of the time.
         forecast: mean E[x' | c] of every particle, shape (N, *state), if the filter has computed it. None computes it:
-            for all particles in closed form, for at most `MEANS` particles by a diffusion.
+            for all particles in closed form, for at most `MEANS` particles by an emulator.
         noise_level: noise level of a diffusion's covariance; None for the highest up to `PROBE_LEVEL`.
         batch_size: number of particles used at a time; None for all at once.
     """
-    n, diffusion = num_particles(particles), program.structure.diffusion
+    n, emulator = num_particles(particles), program.structure.emulator
     passes = no_passes()
     # Spread between the forecast means.
     means_of = particles
     if forecast is None:
-        means_of = take(particles, evenly_spread(n, n if diffusion is None else MEANS))
+        means_of = take(particles, evenly_spread(n, n if emulator is None else MEANS))
 
         def mean(carry: PyTree) -> tuple[Array, NetworkPasses]:
             moments = program.transition(carry, inputs).moments()
@@ -297,7 +297,7 @@ def background_of_transition(
         made = jax.tree.map(lambda count: count * products, moments.passes_per_product)
         return variances, moments.passes.plus(made)
 
-    some = evenly_spread(n, MEANS if diffusion is None else PROBED)
+    some = evenly_spread(n, MEANS if emulator is None else PROBED)
     variances, made = map_particles(within, batch_size)(particle_keys(rng_key, len(some)), take(particles, some))
     sites = {
         name: site._replace(variance=site.variance + _positive_mean(variances[name])) for name, site in between.items()

@@ -164,7 +164,7 @@ class FAAPF(FilterAlgorithm):
 
     def weight_bias_reasons(self, program: StateSpaceModel) -> list[str]:
         """Reasons why the weights are not exact: those of `weight`, and inflation."""
-        closed_form = program.structure.diffusion is None
+        closed_form = program.structure.emulator is None
         bias_reasons = self._weight(program).bias_reasons(closed_form, program.structure.observes_linearly)
         if self.moves is not None:
             bias_reasons = [
@@ -178,7 +178,7 @@ class FAAPF(FilterAlgorithm):
         """Predictive weight, with its default filled in."""
         if self.weight is not None:
             return self.weight
-        if program.structure.diffusion is None:
+        if program.structure.emulator is None:
             return Moment()
         # With a taper, the move makes the product with V in any case.
         if self.moves is not None and self.taper is not None:
@@ -342,7 +342,7 @@ class FAAPF(FilterAlgorithm):
             return program.likelihood(carry, inputs).pointwise(mean)
 
         m = jax.eval_shape(observed, jax.tree.map(lambda leaf: leaf[0], particles)).shape[0]
-        few = m <= exact_up_to(program.structure.diffusion is None, moves.most_products)
+        few = m <= exact_up_to(program.structure.emulator is None, moves.most_products)
         if few or (isinstance(weight, Moment) and weight.probes is None):
             return None
         return class_vectors(rng_key, num_particles(particles), m, taper)

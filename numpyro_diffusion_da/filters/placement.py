@@ -34,8 +34,8 @@ def place_taper(taper: Taper, program: StateSpaceModel, inputs: TimeInputs | Non
         known = program.structure.deterministic
         empty = {source: np.zeros(known[source].shape or ()) for source in taper.moving.values()}
         places = empty if inputs is None else program.metadata(inputs)
-    diffusion = program.structure.diffusion
-    axes = None if taper.state is not None else grid_axes(None if diffusion is None else diffusion.prior.layout)
+    emulator = program.structure.emulator
+    axes = None if taper.state is not None else grid_axes(None if emulator is None else emulator.layout)
     for name, site in program.structure.observed.items():
         if site.shape[-1:] == (0,):
             raise ValueError(

@@ -92,9 +92,12 @@ def sampler_setting(sampler: Sampler | Step | None, program: StateSpaceModel) ->
         program: state-space model of the program.
 
     Returns:
-        The sampler with all its settings, or "closed form" if the transition is not a diffusion.
+        The sampler with all its settings; "one pass" with the number of linearizations of a guided draw, if the
+        transition is an emulator of one pass; "closed form" if it is no emulator.
     """
-    transition = program.structure.diffusion
+    transition, iterations = program.structure.diffusion, program.structure.iterations
+    if iterations is not None:
+        return f"one pass, linearized {iterations} times"
     if transition is None:
         return "closed form"
     return in_full(transition.sampler if sampler is None else sampler)

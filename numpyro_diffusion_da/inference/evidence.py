@@ -118,7 +118,7 @@ def check_evidence(algorithm: FilterAlgorithm, program: StateSpaceModel, name: s
     bias_reasons = algorithm.evidence_bias_reasons(program)
     if bias_reasons:
         instead = "ndda.GuidedPF(model), ndda.Bootstrap(model)"
-        if program.structure.diffusion is None and algorithm.needs_gaussian and program.structure.observes_linearly:
+        if program.structure.emulator is None and algorithm.needs_gaussian and program.structure.observes_linearly:
             instead += ", ndda.FAAPF(model, weight=ndda.Moment(), target_ess=0.0)"
         warnings.warn(
             f"the evidence of {kind} is biased: {'; '.join(bias_reasons)}. {name} then does not draw from the "

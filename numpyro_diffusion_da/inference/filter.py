@@ -152,7 +152,7 @@ class Filter(HasFilterResult):
         given = (program.args, program.kwargs)
         attributes = self._attributes(program, rng_key)
         store = self._store(attributes)
-        guided = self.algorithm.needs_gaussian and program.structure.diffusion is not None
+        guided = self.algorithm.needs_gaussian and program.structure.emulator is not None
         taper = self.algorithm.moving_taper()
         sources = {} if taper is None else taper.moving
         self._result = None  # a run that does not end must not leave the result of the one before
@@ -284,7 +284,8 @@ class Filter(HasFilterResult):
                     stacklevel=3,
                 )
             check_metadata_names(program.structure)
-        sizes = (self.batch_size, self.num_particles, *(program.structure.diffusion or ()))
+        structure = program.structure
+        sizes = (self.batch_size, self.num_particles, structure.emulator, *(structure.diffusion or ()))
         if is_new or any(one is not other for one, other in zip(sizes, self._sizes, strict=True)):
             self._batch = particles_at_a_time(self.batch_size, self.num_particles, program)
             self._sizes = sizes

@@ -268,11 +268,11 @@ def attributes_of(algorithm: FilterAlgorithm, program: StateSpaceModel, num_part
         program: state-space model at the arguments of the run.
         num_particles: number of particles N.
     """
-    diffusion = program.structure.diffusion
+    emulator = program.structure.emulator
     return {
         "model": program.structure.name,
         "num_particles": num_particles,
-        **({} if diffusion is None else diffusion.prior.provenance()),
+        **({} if emulator is None else emulator.provenance()),
         **algorithm.settings(program),
         "evidence_bias_reasons": "; ".join(algorithm.weight_bias_reasons(program)),
     }
@@ -300,7 +300,7 @@ def collect(
     groups = jax.tree.map(by_draw, records["sites"])
     observations = jax.tree.map(lambda x: x[0], records["observations"])
     has_state = structure.latent_name in groups["posterior"]
-    diffusion = structure.diffusion
+    emulator = structure.emulator
     return FilterResult(
         posterior=groups["posterior"],
         posterior_predictive=groups.get("posterior_predictive", {}),
@@ -315,7 +315,7 @@ def collect(
         sample_stats={n: by_draw(x) if n in PER_PARTICLE else x for n, x in records["stats"].items()},
         network_passes=records["passes"],
         latent_name=structure.latent_name if has_state else next(iter(groups["posterior"])),
-        layout=diffusion.prior.layout if diffusion is not None and has_state else None,
+        layout=emulator.layout if emulator is not None and has_state else None,
         attributes=attributes,
         rejected=records.get("rejected", {}),
         background={n: Background(**parts) for n, parts in records.get("background", {}).items()},

@@ -1,4 +1,4 @@
-"""Diffusion priors: an exact Gaussian one, the trained ones that ship, any network of yours, and GenCast."""
+"""Priors: an exact Gaussian one, the trained ones that ship, any network of yours, and GenCast."""
 
 from numpyro_diffusion_da.priors import parametrization
 from numpyro_diffusion_da.priors.gaussian import GaussianPrior
@@ -6,7 +6,8 @@ from numpyro_diffusion_da.priors.gencast.package import import_weathernext, pack
 from numpyro_diffusion_da.priors.gencast.prior import Forcings, GenCastPrior
 from numpyro_diffusion_da.priors.gencast.statistics import read_gencast_statistics
 from numpyro_diffusion_da.priors.gencast.synthetic import SyntheticFiles, write_synthetic_gencast
-from numpyro_diffusion_da.priors.network import DenoiserPrior, NetworkConditioning
+from numpyro_diffusion_da.priors.network import DenoiserPrior, NetworkConditioning, NetworkPrior
+from numpyro_diffusion_da.priors.noise_conditioned import NoiseConditionedPrior
 from numpyro_diffusion_da.priors.residual_emulator import ResidualEmulator
 from numpyro_diffusion_da.priors.ring import (
     RingEmulator,
@@ -40,6 +41,8 @@ __all__ = [
     "GenCastPrior",
     "HarmonicNoise",
     "NetworkConditioning",
+    "NetworkPrior",
+    "NoiseConditionedPrior",
     "ResidualEmulator",
     "RingEmulator",
     "RingMeanNetwork",

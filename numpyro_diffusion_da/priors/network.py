@@ -24,7 +24,7 @@ from jaxtyping import Array, ArrayLike, Float, PyTree
 
 from numpyro_diffusion_da.arguments import real_array, require, require_count, shown
 from numpyro_diffusion_da.diffusion.noise import Noise, WhiteNoise
-from numpyro_diffusion_da.diffusion.prior import DiffusionPrior
+from numpyro_diffusion_da.diffusion.prior import DiffusionPrior, EmulatorPrior
 from numpyro_diffusion_da.fields.layout import Layout
 from numpyro_diffusion_da.priors.parametrization import Denoised, Parametrization
 
@@ -77,7 +77,196 @@ class NetworkConditioning(NamedTuple):
     scale: Float[Array, ...]
 
 
-class DenoiserPrior(DiffusionPrior):
+class NetworkPrior(EmulatorPrior):
+    """Base class of the priors from a network of yours: its parameters, conditioning, location and scale.
+
+    Args:
+        network: the network; its first argument is `parameters`, if they are given.
+        layout: a `Layout` of the state, or only the shape of the state.
+        parameters: pytree of arrays, the first argument of the network; None for a network without this argument.
+        condition: function (state, inputs) -> conditioning, which runs once per step. None uses the state as the
+            conditioning, and refuses inputs.
+        location: location a in the unit of the state: a number or array that broadcasts to the state, or a function of
+            the conditioning; None for 0.
+        residual: True uses the previous state as the location: the state, or the last one of a tuple of states.
+        scale: diagonal of S in the unit of the state: a number or array that broadcasts to the state, or a function of
+            the conditioning.
+        climatology: NumPyro distribution of initial states, or None.
+        conditioning_passes: number of network passes that `condition` makes.
+
+    Attributes:
+        conditioner: the function `condition`, or None.
+        to_location: the location as a function or an array; None if `residual` is True.
+        to_scale: the scale as a function or an array.
+        initial: the climatology.
+
+    Raises:
+        TypeError: an argument is of the wrong kind.
+        ValueError: the shapes do not match, or both `location` and `residual` are given.
+    """
+
+    network: _Function
+    parameters: PyTree
+    conditioner: _Function | None
+    to_location: _Function | Float[Array, ...] | None
+    to_scale: _Function | Float[Array, ...]
+    layout: Layout = eqx.field(static=True)
+    conditioning_passes: int = eqx.field(static=True)
+    initial: _ByIdentity = eqx.field(static=True)
+
+    def __init__(
+        self,
+        network: Callable[..., Any],
+        *,
+        layout: Layout | int | Sequence[int],
+        parameters: PyTree,
+        condition: Callable[[PyTree, PyTree], PyTree] | None,
+        location: ArrayLike | Callable[[PyTree], ArrayLike] | None,
+        residual: bool,
+        scale: ArrayLike | Callable[[PyTree], ArrayLike],
+        climatology: dist.Distribution | None,
+        conditioning_passes: int,
+    ) -> None:
+        if condition is not None:
+            require(condition, CALLABLE, self, "condition", "lambda state, inputs: (state, inputs)")
+        if residual and location is not None:
+            raise ValueError(
+                f"{type(self).__name__} got location= and residual=True, which uses the previous state as the "
+                "location; give one of them."
+            )
+        self.network = _Function(network)
+        self.parameters = jax.tree.map(jnp.asarray, parameters)
+        for path, leaf in jax.tree_util.tree_flatten_with_path(self.parameters)[0]:
+            # Infinite numbers may be masks, but a NaN makes every draw NaN.
+            known = jnp.issubdtype(leaf.dtype, jnp.inexact) and not isinstance(leaf, jax.core.Tracer)
+            if known and bool(np.isnan(np.asarray(leaf)).any()):
+                raise ValueError(
+                    f"{type(self).__name__} got parameters with NaN in '{jax.tree_util.keystr(path)}'; give "
+                    "parameters of a training that converged."
+                )
+        self.layout = _layout(layout, type(self).__name__)
+        self.conditioner = None if condition is None else _Function(condition)
+        if residual:
+            self.to_location = None
+        else:
+            self.to_location = self._broadcast(0.0 if location is None else location, "location")
+        self.to_scale = self._broadcast(scale, "scale")
+        require_count(conditioning_passes, self, "conditioning_passes", 0)
+        self.conditioning_passes = conditioning_passes
+        if climatology is not None:
+            self._check_climatology(climatology)
+        self.initial = _ByIdentity(climatology)
+
+    def _check_climatology(self, climatology: dist.Distribution) -> None:
+        """Check that a climatology is a distribution of one state.
+
+        Raises:
+            TypeError: it is not a NumPyro distribution.
+            ValueError: it has another event shape than the state, or a batch shape.
+        """
+        import numpyro.distributions as dist
+
+        example = f"dist.Normal(jnp.zeros({self.layout.shape}), 1.0).to_event({len(self.layout.shape)})"
+        require(climatology, dist.Distribution, self, "climatology", example)
+        if climatology.event_shape != self.layout.shape or climatology.batch_shape != ():
+            raise ValueError(
+                f"{type(self).__name__} got a climatology with event shape {climatology.event_shape} and batch shape "
+                f"{climatology.batch_shape}, but states have the shape {self.layout.shape}; give a distribution of one "
+                f"state, for example {example}."
+            )
+
+    def _broadcast(self, value: Any, name: str) -> Any:
+        """Convert a location or a scale to a function, a scalar, or an array with all axes of the state."""
+        if callable(value):
+            return _Function(value)
+        if not isinstance(value, jax.core.Tracer):
+            given = real_array(value, self, name, "1.0")
+            if name == "scale" and (given < 0).any():
+                raise ValueError(
+                    f"{type(self).__name__} got a negative scale; give the diagonal of S, positive numbers."
+                )
+        return _fit(jnp.asarray(value), self.layout.shape, name)
+
+    def condition(self, state: PyTree, inputs: PyTree = None) -> NetworkConditioning:
+        """Compute the conditioning of the network, the location and the scale.
+
+        Args:
+            state: previous state in its unit, shape of the state, or a pytree of several previous states.
+            inputs: inputs for the function `condition` of the constructor, or None.
+
+        Raises:
+            ValueError: `inputs` are given without a function `condition`, a state has another shape, or
+                `residual=True` finds no previous state.
+        """
+        batch_shape = self.check_state(state)
+        if batch_shape != ():
+            raise ValueError(
+                f"condition got a batch of states of shape {batch_shape}, but takes one state of shape "
+                f"{self.layout.shape}; use jax.vmap for a batch."
+            )
+        if self.conditioner is not None:
+            given = self.conditioner(state, inputs)
+        elif inputs is not None:
+            raise ValueError(
+                f"{type(self).__name__} got inputs, but no function that takes them; give "
+                "condition=lambda state, inputs: (state, inputs), or another conditioning that the network takes."
+            )
+        else:
+            given = state
+        dtype = jnp.result_type(*jax.tree.leaves(state), float)
+        location = self._last(state) if self.to_location is None else self._at(self.to_location, given, "location")
+        location = jnp.broadcast_to(location, self.layout.shape).astype(dtype)
+        return NetworkConditioning(given, location, self._at(self.to_scale, given, "scale").astype(dtype))
+
+    def _last(self, state: PyTree) -> Array:
+        """The previous state: the state itself, or the last one of a tuple of states."""
+        last = state[-1] if isinstance(state, (tuple, list)) else state
+        if not eqx.is_array_like(last):
+            raise ValueError(
+                f"residual=True got a {type(last).__name__}, but needs a state or a tuple of states, whose last is the "
+                "location; leave residual out and give location=, a function of the conditioning."
+            )
+        return jnp.asarray(last)
+
+    def _at(self, value: Any, given: PyTree, name: str) -> Array:
+        """Value of a location or a scale at a conditioning."""
+        return _fit(jnp.asarray(value(given)), self.layout.shape, name) if isinstance(value, _Function) else value
+
+    def _run(self, *arguments: Any, name: str, expected: tuple[int, ...], dtype: jnp.dtype) -> Array:
+        """Run the network, and check that it gives one array of the shape of the state.
+
+        Args:
+            *arguments: arguments of the network after its parameters.
+            name: what the network got, for the message.
+            expected: shape of the state.
+            dtype: precision of the state, which a sampler keeps even if the network has half precision.
+
+        Raises:
+            TypeError: the output of the network is not one array.
+            ValueError: the output of the network has another shape than the state.
+        """
+        output = self.network(*(() if self.parameters is None else (self.parameters,)), *arguments)
+        if not eqx.is_array_like(output):
+            raise TypeError(
+                f"the network gave a {type(output).__name__}, expected one array; pass a function that selects it."
+            )
+        if jnp.shape(output) != expected:
+            raise ValueError(
+                f"the network gave an output of shape {jnp.shape(output)} for {name}, expected the shape {expected} of "
+                "the state; for a network with a batch axis, pass a function that adds and removes it."
+            )
+        return jnp.asarray(output).astype(dtype)
+
+    def climatology(self) -> dist.Distribution:
+        """Distribution of initial states: the argument `climatology`.
+
+        Raises:
+            NotImplementedError: no climatology was given.
+        """
+        return super().climatology() if self.initial.value is None else self.initial.value
+
+
+class DenoiserPrior(NetworkPrior, DiffusionPrior):
     """Diffusion prior p(x' | c) from a network of yours: flax, haiku, equinox, or a plain function.
 
     All methods act on one state, without a batch dimension. For a network that needs a batch dimension, pass a function
@@ -106,29 +295,15 @@ class DenoiserPrior(DiffusionPrior):
         climatology: NumPyro distribution of initial states, or None.
         conditioning_passes: number of network passes that `condition` makes.
 
-    Attributes:
-        conditioner: the function `condition`, or None.
-        to_location: the location as a function or an array; None if `residual` is True.
-        to_scale: the scale as a function or an array.
-        initial: the climatology.
-
     Raises:
         TypeError: an argument is of the wrong kind.
         ValueError: the shapes do not match, the noise range is missing or beyond the limits of the parametrization, or
             both `location` and `residual` are given.
     """
 
-    network: _Function
     parametrization: Parametrization
-    parameters: PyTree
-    conditioner: _Function | None
-    to_location: _Function | Float[Array, ...] | None
-    to_scale: _Function | Float[Array, ...]
     noise: Noise
     noise_range: tuple[float, float] = eqx.field(static=True)
-    layout: Layout = eqx.field(static=True)
-    conditioning_passes: int = eqx.field(static=True)
-    initial: _ByIdentity = eqx.field(static=True)
 
     def __init__(
         self,
@@ -151,111 +326,20 @@ class DenoiserPrior(DiffusionPrior):
         require(parametrization, Parametrization, self, "parametrization", "ndda.priors.parametrization.Velocity()")
         noise = WhiteNoise() if noise is None else noise
         require(noise, Noise, self, "noise", "ndda.diffusion.WhiteNoise()")
-        if condition is not None:
-            require(condition, CALLABLE, self, "condition", "lambda state, inputs: (state, inputs)")
-        if residual and location is not None:
-            raise ValueError(
-                "DenoiserPrior got location= and residual=True, which uses the previous state as the location; give "
-                "one of them."
-            )
-        self.network = _Function(network)
+        super().__init__(
+            network,
+            layout=layout,
+            parameters=parameters,
+            condition=condition,
+            location=location,
+            residual=residual,
+            scale=scale,
+            climatology=climatology,
+            conditioning_passes=conditioning_passes,
+        )
         self.parametrization = parametrization
-        self.parameters = jax.tree.map(jnp.asarray, parameters)
-        for path, leaf in jax.tree_util.tree_flatten_with_path(self.parameters)[0]:
-            # Infinite numbers may be masks, but a NaN makes every draw NaN.
-            known = jnp.issubdtype(leaf.dtype, jnp.inexact) and not isinstance(leaf, jax.core.Tracer)
-            if known and bool(jnp.isnan(leaf).any()):
-                raise ValueError(
-                    f"DenoiserPrior got parameters with NaN in '{jax.tree_util.keystr(path)}'; give parameters of a "
-                    "training that converged."
-                )
-        self.layout = _layout(layout)
-        self.conditioner = None if condition is None else _Function(condition)
-        if residual:
-            self.to_location = None
-        else:
-            self.to_location = self._broadcast(0.0 if location is None else location, "location")
-        self.to_scale = self._broadcast(scale, "scale")
         self.noise = noise
         self.noise_range = _noise_range(parametrization, noise_range)
-        require_count(conditioning_passes, self, "conditioning_passes", 0)
-        self.conditioning_passes = conditioning_passes
-        if climatology is not None:
-            self._check_climatology(climatology)
-        self.initial = _ByIdentity(climatology)
-
-    def _check_climatology(self, climatology: dist.Distribution) -> None:
-        """Check that a climatology is a distribution of one state.
-
-        Raises:
-            TypeError: it is not a NumPyro distribution.
-            ValueError: it has another event shape than the state, or a batch shape.
-        """
-        import numpyro.distributions as dist
-
-        example = f"dist.Normal(jnp.zeros({self.layout.shape}), 1.0).to_event({len(self.layout.shape)})"
-        require(climatology, dist.Distribution, self, "climatology", example)
-        if climatology.event_shape != self.layout.shape or climatology.batch_shape != ():
-            raise ValueError(
-                f"DenoiserPrior got a climatology with event shape {climatology.event_shape} and batch shape "
-                f"{climatology.batch_shape}, but states have the shape {self.layout.shape}; give a distribution of one "
-                f"state, for example {example}."
-            )
-
-    def _broadcast(self, value: Any, name: str) -> Any:
-        """Convert a location or a scale to a function, a scalar, or an array with all axes of the state."""
-        if callable(value):
-            return _Function(value)
-        if not isinstance(value, jax.core.Tracer):
-            given = real_array(value, self, name, "1.0")
-            if name == "scale" and (given < 0).any():
-                raise ValueError("DenoiserPrior got a negative scale; give the diagonal of S, positive numbers.")
-        return _fit(jnp.asarray(value), self.layout.shape, name)
-
-    def condition(self, state: PyTree, inputs: PyTree = None) -> NetworkConditioning:
-        """Compute the conditioning of the network, the location and the scale.
-
-        Args:
-            state: previous state in its unit, shape of the state, or a pytree of several previous states.
-            inputs: inputs for the function `condition` of the constructor, or None.
-
-        Raises:
-            ValueError: `inputs` are given without a function `condition`, a state has another shape, or
-                `residual=True` finds no previous state.
-        """
-        batch_shape = self.check_state(state)
-        if batch_shape != ():
-            raise ValueError(
-                f"condition got a batch of states of shape {batch_shape}, but takes one state of shape "
-                f"{self.layout.shape}; use jax.vmap for a batch."
-            )
-        if self.conditioner is not None:
-            given = self.conditioner(state, inputs)
-        elif inputs is not None:
-            raise ValueError(
-                "DenoiserPrior got inputs, but no function that takes them; give "
-                "condition=lambda state, inputs: (state, inputs), or another conditioning that the network takes."
-            )
-        else:
-            given = state
-        dtype = jnp.result_type(*jax.tree.leaves(state), float)
-        location = self._last(state) if self.to_location is None else self._at(self.to_location, given, "location")
-        location = jnp.broadcast_to(location, self.layout.shape).astype(dtype)
-        return NetworkConditioning(given, location, self._at(self.to_scale, given, "scale").astype(dtype))
-
-    def _last(self, state: PyTree) -> Array:
-        """The previous state: the state itself, or the last one of a tuple of states."""
-        last = state[-1] if isinstance(state, (tuple, list)) else state
-        if not eqx.is_array_like(last):
-            raise ValueError(
-                f"residual=True got a {type(last).__name__}, but needs a state or a tuple of states, whose last is the "
-                "location; leave residual out and give location=, a function of the conditioning."
-            )
-        return jnp.asarray(last)
-
-    def _at(self, value: Any, given: PyTree, name: str) -> Array:
-        """Value of a location or a scale at a conditioning."""
-        return _fit(jnp.asarray(value(given)), self.layout.shape, name) if isinstance(value, _Function) else value
 
     def denoise(
         self, z_s: Float[Array, ...], noise_level: Float[Array, ""], conditioning: NetworkConditioning
@@ -276,20 +360,8 @@ class DenoiserPrior(DiffusionPrior):
         """
 
         def network(z_t: Array, index: Array) -> Array:
-            arguments = () if self.parameters is None else (self.parameters,)
-            output = self.network(*arguments, z_t, index, conditioning.given)
-            if not eqx.is_array_like(output):
-                raise TypeError(
-                    f"the network gave a {type(output).__name__}, expected one array; pass a function that selects it."
-                )
-            if jnp.shape(output) != z_s.shape:
-                raise ValueError(
-                    f"the network gave an output of shape {jnp.shape(output)} for a latent of shape {z_s.shape}, "
-                    "expected the same shape; for a network with a batch axis, pass a function that adds and removes "
-                    "it."
-                )
-            # The sampler keeps the precision of the state, even if the network has half precision.
-            return jnp.asarray(output).astype(z_s.dtype)
+            name = f"a latent of shape {z_s.shape}"
+            return self._run(z_t, index, conditioning.given, name=name, expected=z_s.shape, dtype=z_s.dtype)
 
         return self.parametrization(network, z_s, jnp.asarray(noise_level, z_s.dtype), self.noise)
 
@@ -300,14 +372,6 @@ class DenoiserPrior(DiffusionPrior):
     def scale(self, conditioning: NetworkConditioning) -> Float[Array, ...]:
         """Diagonal of S in the unit of the state: the argument `scale`, or its value at the conditioning."""
         return conditioning.scale
-
-    def climatology(self) -> dist.Distribution:
-        """Distribution of initial states: the argument `climatology`.
-
-        Raises:
-            NotImplementedError: no climatology was given.
-        """
-        return super().climatology() if self.initial.value is None else self.initial.value
 
     def provenance(self) -> dict[str, str]:
         """Class of the prior, checksum of its arrays and class of the parametrization, for the record of a result."""
@@ -336,20 +400,23 @@ def _fit(value: Array, shape: tuple[int, ...], name: str) -> Array:
     return value.reshape((1,) * (len(shape) - value.ndim) + value.shape)
 
 
-def _layout(layout: Any) -> Layout:
+def _layout(layout: Any, owner: str) -> Layout:
     """Layout of a state, from a layout or from the shape of the state.
+
+    Args:
+        layout: a layout, or a shape.
+        owner: class that got it, for messages.
 
     Raises:
         TypeError: the argument is neither a layout nor a shape of positive integers.
     """
-    require(layout, (Layout, int, Sequence), "DenoiserPrior", "layout", "(40,)")
+    require(layout, (Layout, int, Sequence), owner, "layout", "(40,)")
     if isinstance(layout, Layout):
         return layout
     shape = (layout,) if isinstance(layout, int) else tuple(layout)
     if not all(isinstance(n, int) and n > 0 for n in shape):
         raise TypeError(
-            f"DenoiserPrior got layout={shown(layout)}; give an ndda.Layout, or the shape of a state as positive "
-            "integers."
+            f"{owner} got layout={shown(layout)}; give an ndda.Layout, or the shape of a state as positive integers."
         )
     return Layout(shape, ("component",) if len(shape) == 1 else tuple(f"axis_{i}" for i in range(len(shape))))
 

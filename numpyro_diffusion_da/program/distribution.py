@@ -1,4 +1,4 @@
-"""Diffusion prior as a NumPyro distribution, so that a transition is one line of a program.
+"""Pretrained emulators as NumPyro distributions, so that a transition is one line of a program.
 
 NumPyro's `scan` stacks all data fields of a distribution over time, and network parameters must not be among them. The
 prior is therefore held behind one handle that is hashed by identity. Only values that change over time, the previous
@@ -7,6 +7,7 @@ state and the inputs, are data fields.
 
 from __future__ import annotations
 
+import abc
 import copy
 from typing import Any, ClassVar
 
@@ -18,15 +19,16 @@ from numpyro.distributions import constraints
 from numpyro.distributions.batch_util import promote_batch_shape
 from numpyro.util import is_prng_key
 
-from numpyro_diffusion_da.arguments import require
+from numpyro_diffusion_da.arguments import require, require_count
 from numpyro_diffusion_da.diffusion.density import ProbabilityFlow
 from numpyro_diffusion_da.diffusion.guidance import MMPS, Guidance
-from numpyro_diffusion_da.diffusion.prior import DiffusionPrior
+from numpyro_diffusion_da.diffusion.prior import DiffusionPrior, EmulatorPrior, OnePassPrior
 from numpyro_diffusion_da.diffusion.sampler import Sampler, as_sampler
 from numpyro_diffusion_da.diffusion.steps import Step
 from numpyro_diffusion_da.observation.likelihood import Likelihood
 from numpyro_diffusion_da.transition.base import DrawRecord
 from numpyro_diffusion_da.transition.diffusion import DiffusionDynamics
+from numpyro_diffusion_da.transition.one_pass import OnePassDynamics
 
 
 class StaticByIdentity:
@@ -52,32 +54,22 @@ DEFAULT_SAMPLER = Sampler()
 """Sampler that a `DiffusionTransition` uses by default."""
 
 
-class DiffusionTransition(dist.Distribution):
-    """Transition p(x' | x) of a diffusion prior, as a distribution for NumPyro programs.
-
-    It can be sampled, and its mean costs one network pass. A program that contains it is meant to be filtered, for
-    example by `ndda.Filter`. By default there is no density, because a density costs about a hundred
-    forward passes, and by default 24 Jacobian-vector products for each component of the state; the argument `density`
-    provides it.
+class EmulatorTransition(dist.Distribution):
+    """Base class of the transitions p(x' | x) of pretrained emulators; it holds the prior, the states and the inputs.
 
     The batch shape is the shape of the leading axes of `state`. The event shape is `prior.layout.shape`, the shape of
-    one state. Units are those of the prior's layout.
+    one state.
 
     Args:
-        prior: diffusion prior.
+        prior: the emulator.
         state: previous state, shape (..., *prior.layout.shape), or a pytree of several past states, as the prior needs.
         inputs: forcings and other inputs of the prior, a pytree whose leaves have the batch shape as leading axes; None
             if the prior takes none.
-        sampler: sampler of the reverse diffusion, or a bare step such as `ndda.diffusion.DDIM()`; None for 16 levels of
-            DPM-Solver++(2M).
-        density: computation of `log_prob`, for example `ndda.diffusion.ProbabilityFlow()`. With None, `log_prob`
-            raises.
+        settings: everything else that does not change over time, by name.
         validate_args: whether NumPyro checks the arguments and values; None for NumPyro's default.
 
     Raises:
-        ValueError: a state does not end in the shape `prior.layout.shape`, or states have different batch shapes; when
-            used, the prior does not take these inputs.
-        TypeError: `prior`, `sampler` or `density` is of the wrong kind.
+        ValueError: a state does not end in the shape `prior.layout.shape`, or states have different batch shapes.
     """
 
     pytree_data_fields: tuple[str, ...] = ("state", "inputs")
@@ -86,45 +78,30 @@ class DiffusionTransition(dist.Distribution):
 
     def __init__(
         self,
-        prior: DiffusionPrior,
+        prior: EmulatorPrior,
         state: PyTree,
-        inputs: PyTree = None,
-        sampler: Sampler | Step | None = None,
-        *,
-        density: ProbabilityFlow | None = None,
+        inputs: PyTree,
+        settings: dict[str, Any],
         validate_args: bool | None = None,
     ) -> None:
-        require(prior, DiffusionPrior, "DiffusionTransition", "prior", 'ndda.load_prior("lorenz96")')
         self.state = jax.tree.map(jnp.asarray, state)
         self.inputs = jax.tree.map(jnp.asarray, inputs)
-        sampler = DEFAULT_SAMPLER if sampler is None else as_sampler(sampler, "DiffusionTransition")
-        if density is not None:
-            require(density, ProbabilityFlow, "DiffusionTransition", "density", "ndda.diffusion.ProbabilityFlow()")
-        self._handle = StaticByIdentity(prior=prior, sampler=sampler, density=density)
+        self._handle = StaticByIdentity(prior=prior, **settings)
         batch_shape = prior.check_state(self.state)
         super().__init__(batch_shape, prior.layout.shape, validate_args=validate_args)
 
     @property
-    def prior(self) -> DiffusionPrior:
-        """Diffusion prior of the transition."""
+    def prior(self) -> Any:
+        """Prior of the transition."""
         return self._handle.values["prior"]
-
-    @property
-    def sampler(self) -> Sampler:
-        """Sampler of the reverse diffusion."""
-        return self._handle.values["sampler"]
-
-    @property
-    def density(self) -> ProbabilityFlow | None:
-        """Computation of `log_prob`; None if there is none."""
-        return self._handle.values["density"]
 
     @constraints.dependent_property(is_discrete=False)
     def support(self) -> constraints.Constraint:
         """Support of the distribution, all real states; it is not checked, because a check costs too much."""
         return constraints.dependent(is_discrete=False, event_dim=self.event_dim)
 
-    def dynamics_of(self, state: PyTree, inputs: PyTree = None) -> DiffusionDynamics:
+    @abc.abstractmethod
+    def dynamics_of(self, state: PyTree, inputs: PyTree = None) -> Any:
         """Return the dynamics p(x' | x) from one state.
 
         Args:
@@ -134,9 +111,8 @@ class DiffusionTransition(dist.Distribution):
         Raises:
             ValueError: the prior does not take these inputs.
         """
-        return DiffusionDynamics(self.prior, self.prior.condition(state, inputs), self.sampler)
 
-    def dynamics(self) -> DiffusionDynamics:
+    def dynamics(self) -> Any:
         """Return the dynamics p(x' | x) of this distribution, which must not have batch axes.
 
         Raises:
@@ -144,7 +120,7 @@ class DiffusionTransition(dist.Distribution):
         """
         if self.batch_shape != ():
             raise ValueError(
-                f"this DiffusionTransition has batch shape {self.batch_shape}, but one state is expected; "
+                f"this {type(self).__name__} has batch shape {self.batch_shape}, but one state is expected; "
                 "give a state without batch axes."
             )
         return self.dynamics_of(self.state, self.inputs)
@@ -161,9 +137,10 @@ class DiffusionTransition(dist.Distribution):
 
     @property
     def mean(self) -> Float[Array, ...]:
-        """Mean E[x' | x], shape batch_shape + event_shape, from one network pass at the highest noise level.
+        """Mean E[x' | x], shape batch_shape + event_shape, from one network pass.
 
-        Source: Savary et al. 2026, arXiv 2605.20028, Theorem A.1.
+        For a diffusion it is taken at the highest noise level (Savary et al. 2026, arXiv 2605.20028, Theorem A.1). For
+        an emulator of one pass it is the state made without noise, which is the mean if it is linear in the noise.
         """
         means = self._map(lambda dynamics: dynamics.moments().mean)
         return means.reshape(self.batch_shape + self.event_shape)
@@ -202,6 +179,78 @@ class DiffusionTransition(dist.Distribution):
         """
         assert is_prng_key(key)
         return self.sample_with_intermediates(key, sample_shape)[0]
+
+
+class DiffusionTransition(EmulatorTransition):
+    """Transition p(x' | x) of a diffusion prior, as a distribution for NumPyro programs.
+
+    It can be sampled, and its mean costs one network pass. A program that contains it is meant to be filtered, for
+    example by `ndda.Filter`. By default there is no density, because a density costs about a hundred
+    forward passes, and by default 24 Jacobian-vector products for each component of the state; the argument `density`
+    provides it.
+
+    The batch shape is the shape of the leading axes of `state`. The event shape is `prior.layout.shape`, the shape of
+    one state. Units are those of the prior's layout.
+
+    Args:
+        prior: diffusion prior.
+        state: previous state, shape (..., *prior.layout.shape), or a pytree of several past states, as the prior needs.
+        inputs: forcings and other inputs of the prior, a pytree whose leaves have the batch shape as leading axes; None
+            if the prior takes none.
+        sampler: sampler of the reverse diffusion, or a bare step such as `ndda.diffusion.DDIM()`; None for 16 levels of
+            DPM-Solver++(2M).
+        density: computation of `log_prob`, for example `ndda.diffusion.ProbabilityFlow()`. With None, `log_prob`
+            raises.
+        validate_args: whether NumPyro checks the arguments and values; None for NumPyro's default.
+
+    Raises:
+        ValueError: a state does not end in the shape `prior.layout.shape`, or states have different batch shapes; when
+            used, the prior does not take these inputs.
+        TypeError: `prior`, `sampler` or `density` is of the wrong kind.
+    """
+
+    def __init__(
+        self,
+        prior: DiffusionPrior,
+        state: PyTree,
+        inputs: PyTree = None,
+        sampler: Sampler | Step | None = None,
+        *,
+        density: ProbabilityFlow | None = None,
+        validate_args: bool | None = None,
+    ) -> None:
+        if isinstance(prior, OnePassPrior):
+            raise TypeError(
+                f"DiffusionTransition got prior={type(prior).__name__}(...), which makes a state in one pass and has "
+                "no denoiser; give it to ndda.OnePassTransition."
+            )
+        require(prior, DiffusionPrior, "DiffusionTransition", "prior", 'ndda.load_prior("lorenz96")')
+        sampler = DEFAULT_SAMPLER if sampler is None else as_sampler(sampler, "DiffusionTransition")
+        if density is not None:
+            require(density, ProbabilityFlow, "DiffusionTransition", "density", "ndda.diffusion.ProbabilityFlow()")
+        super().__init__(prior, state, inputs, {"sampler": sampler, "density": density}, validate_args)
+
+    @property
+    def sampler(self) -> Sampler:
+        """Sampler of the reverse diffusion."""
+        return self._handle.values["sampler"]
+
+    @property
+    def density(self) -> ProbabilityFlow | None:
+        """Computation of `log_prob`; None if there is none."""
+        return self._handle.values["density"]
+
+    def dynamics_of(self, state: PyTree, inputs: PyTree = None) -> DiffusionDynamics:
+        """Return the dynamics p(x' | x) from one state.
+
+        Args:
+            state: previous state, or a pytree of several, without batch axes.
+            inputs: inputs of the prior, without batch axes; None if it takes none.
+
+        Raises:
+            ValueError: the prior does not take these inputs.
+        """
+        return DiffusionDynamics(self.prior, self.prior.condition(state, inputs), self.sampler)
 
     def log_prob(self, value: Array, intermediates: Any = None) -> Array:
         """Log-density log p(x' | x) of states, by the computation given as `density`.
@@ -311,8 +360,80 @@ class ConditionedTransition(DiffusionTransition):
         )
 
 
+class OnePassTransition(EmulatorTransition):
+    """Transition p(x' | x) of an emulator that makes the next state from noise in one pass, for NumPyro programs.
+
+    The next state is x' = f(x, e) with e ~ N(0, I). It can be sampled, its mean costs one network pass, and filters can
+    guide its noise by observations (`transition.OnePassDynamics`). It has no density.
+
+    The batch shape is the shape of the leading axes of `state`. The event shape is `prior.layout.shape`, the shape of
+    one state. Units are those of the prior's layout.
+
+    Args:
+        prior: emulator of one pass, such as `ndda.NoiseConditionedPrior`.
+        state: previous state, shape (..., *prior.layout.shape), or a pytree of several past states, as the prior needs.
+        inputs: forcings and other inputs of the prior, a pytree whose leaves have the batch shape as leading axes; None
+            if the prior takes none.
+        iterations: number of times that a guided draw linearizes the emulator, 1 or more. One is exact if the emulator
+            is linear in its noise, and the observations in the state.
+        validate_args: whether NumPyro checks the arguments and values; None for NumPyro's default.
+
+    Raises:
+        ValueError: a state does not end in the shape `prior.layout.shape`, states have different batch shapes, or
+            `iterations` is less than 1; when used, the prior does not take these inputs.
+        TypeError: `prior` or `iterations` is of the wrong kind.
+    """
+
+    def __init__(
+        self,
+        prior: OnePassPrior,
+        state: PyTree,
+        inputs: PyTree = None,
+        *,
+        iterations: int = 2,
+        validate_args: bool | None = None,
+    ) -> None:
+        if isinstance(prior, DiffusionPrior):
+            raise TypeError(
+                f"OnePassTransition got prior={type(prior).__name__}(...), which is a diffusion; give it to "
+                "ndda.DiffusionTransition."
+            )
+        require(prior, OnePassPrior, "OnePassTransition", "prior", "ndda.NoiseConditionedPrior(...)")
+        require_count(iterations, "OnePassTransition", "iterations")
+        super().__init__(prior, state, inputs, {"iterations": iterations}, validate_args)
+
+    @property
+    def iterations(self) -> int:
+        """Number of times that a guided draw linearizes the emulator."""
+        return self._handle.values["iterations"]
+
+    def dynamics_of(self, state: PyTree, inputs: PyTree = None) -> OnePassDynamics:
+        """Return the dynamics p(x' | x) from one state.
+
+        Args:
+            state: previous state, or a pytree of several, without batch axes.
+            inputs: inputs of the prior, without batch axes; None if it takes none.
+
+        Raises:
+            ValueError: the prior does not take these inputs.
+        """
+        return OnePassDynamics(self.prior, self.prior.condition(state, inputs), self.iterations)
+
+    def log_prob(self, value: Array, intermediates: Any = None) -> Array:
+        """Log-density of the distribution, which is not available.
+
+        Raises:
+            NotImplementedError: always; the message says what to do.
+        """
+        raise NotImplementedError(
+            "a OnePassTransition has no density, because the noise has fewer dimensions than the state or is not an "
+            "invertible function of it; filter the program with ndda.Filter(ndda.FAAPF(model), ...), or leave the site "
+            "out of the density with .mask(False)."
+        )
+
+
 @promote_batch_shape.register
-def _promote_batch_shape_diffusion(d: DiffusionTransition) -> DiffusionTransition:
+def _promote_batch_shape_emulator(d: EmulatorTransition) -> EmulatorTransition:
     """Recompute the batch shape after NumPyro's scan has stacked the previous states over time."""
     promoted = copy.copy(d)
     promoted._batch_shape = d.prior.check_state(d.state)

@@ -111,7 +111,7 @@ def guided(
     """
     program.check(needs_dynamics=True)
     if weight is None:
-        weight = Moment() if program.structure.diffusion is None else Dirac()
+        weight = Moment() if program.structure.emulator is None else Dirac()
     guide = MMPS() if guidance is None else guidance
 
     def propagate_sample(rng_key: PRNGKeyArray, particle: Particle, inputs: TimeInputs) -> Particle:

@@ -15,7 +15,12 @@ from numpyro_diffusion_da.diffusion.denoiser import NetworkPasses
 from numpyro_diffusion_da.diffusion.sampler import Sampler, as_sampler
 from numpyro_diffusion_da.diffusion.steps import Step
 from numpyro_diffusion_da.observation.likelihood import GaussianObservation, GeneralObservation, whiten
-from numpyro_diffusion_da.program.distribution import ConditionedTransition, DiffusionTransition
+from numpyro_diffusion_da.program.distribution import (
+    ConditionedTransition,
+    DiffusionTransition,
+    EmulatorTransition,
+    OnePassTransition,
+)
 from numpyro_diffusion_da.program.free_parameters import free_parameters
 from numpyro_diffusion_da.transition.base import Dynamics
 from numpyro_diffusion_da.transition.diffusion import DiffusionDynamics
@@ -31,28 +36,29 @@ def dynamics_of(name: str, fn: dist.Distribution, sampler: Sampler | Step | None
         sampler: sampler, or a bare step, that replaces the sampler of a `DiffusionTransition`; None keeps it.
 
     Returns:
-        `DiffusionDynamics` of a `DiffusionTransition`, `GaussianDynamics` of any Gaussian distribution.
+        `DiffusionDynamics` of a `DiffusionTransition`, `OnePassDynamics` of a `OnePassTransition`, `GaussianDynamics`
+        of any Gaussian distribution.
 
     Raises:
-        ValueError: the distribution is neither a `DiffusionTransition` nor Gaussian, or is a `DiffusionTransition` with
-            batch axes.
+        ValueError: the distribution is neither the transition of an emulator nor Gaussian, or has batch axes.
         TypeError: `sampler` is neither a sampler nor a step.
     """
-    if isinstance(fn, DiffusionTransition) and not isinstance(fn, ConditionedTransition):
+    if isinstance(fn, EmulatorTransition) and not isinstance(fn, ConditionedTransition):
         if fn.batch_shape != ():
             raise ValueError(
-                f"site '{name}' is a DiffusionTransition with batch shape {fn.batch_shape}, but a filter step moves "
+                f"site '{name}' is a {type(fn).__name__} with batch shape {fn.batch_shape}, but a filter step moves "
                 "one state; give a state without batch axes."
             )
         dynamics = fn.dynamics()
-        if sampler is None:
+        if sampler is None or not isinstance(dynamics, DiffusionDynamics):
             return dynamics
         return DiffusionDynamics(dynamics.prior, dynamics.conditioning, as_sampler(sampler, name))
     parts = gaussian_parts(fn)
     if parts is None:
         raise ValueError(
             f"site '{name}' has the transition {type(unmasked(fn)[0]).__name__}; this filter needs a "
-            "DiffusionTransition, Normal or MultivariateNormal (ndda.Bootstrap(model) takes any transition)."
+            "DiffusionTransition, OnePassTransition, Normal or MultivariateNormal (ndda.Bootstrap(model) and "
+            "ndda.EnKF(model) take any transition)."
         )
     mean = jnp.concatenate([m for m, _ in parts]).reshape(fn.shape())
     if all(f.ndim == 1 for _, f in parts):
@@ -95,6 +101,11 @@ def check_density(name: str, fn: dist.Distribution) -> None:
     base, mask = unmasked(fn)
     if mask is not True:
         raise ValueError(f"site '{name}' is masked, so its transition has no density; leave the mask out.")
+    if isinstance(base, OnePassTransition):
+        raise ValueError(
+            f"the transition of site '{name}' has no density, because a OnePassTransition makes the state from noise; "
+            "use a smoother without densities, such as a filter with lag=."
+        )
     if isinstance(base, DiffusionTransition) and base.density is None:
         raise ValueError(
             f"the transition of site '{name}' has no density; give it one: "

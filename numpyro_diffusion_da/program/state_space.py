@@ -32,7 +32,7 @@ from numpyro_diffusion_da.observation.likelihood import (
 )
 from numpyro_diffusion_da.observation.linear_predictor import LinearPredictor, find_linear_predictor
 from numpyro_diffusion_da.program.arrays import as_arguments
-from numpyro_diffusion_da.program.distribution import DiffusionTransition
+from numpyro_diffusion_da.program.distribution import EmulatorTransition
 from numpyro_diffusion_da.program.scan import (
     BodySites,
     ScanCall,
@@ -200,7 +200,7 @@ class StateSpaceModel:
             sampler: sampler, or a bare step, that replaces the sampler of a diffusion; None keeps it.
 
         Raises:
-            ValueError: the latent site is neither a `DiffusionTransition` without batch axes nor Gaussian.
+            ValueError: the latent site is neither the transition of an emulator, without batch axes, nor Gaussian.
             TypeError: `sampler` is neither a sampler nor a step.
         """
         return dynamics_of(self.structure.latent_name, self._latent(carry, inputs), sampler)
@@ -226,7 +226,7 @@ class StateSpaceModel:
             (x', in the shape of the state, or the values of several latent sites by name; record of the draw).
 
         Raises:
-            ValueError: the latent site is a `DiffusionTransition` with batch axes.
+            ValueError: the latent site is the transition of an emulator with batch axes.
             TypeError: `sampler` is neither a sampler nor a step.
         """
         if centering is not None:
@@ -266,7 +266,7 @@ class StateSpaceModel:
             conditional: whether the draw is one given the observations.
 
         Returns:
-            The numbers; None if the latent site is neither a diffusion nor Gaussian, or if there are several.
+            The numbers; None if the latent site is neither an emulator nor Gaussian, or if there are several.
         """
         if len(self.structure.latent_names) != 1:
             return None
@@ -320,7 +320,7 @@ class StateSpaceModel:
             call = self._scan()
             sites = self.sites(call.init, call.first_inputs())
             fn = sites.latent[self.structure.latent_name]
-            if isinstance(fn, DiffusionTransition):
+            if isinstance(fn, EmulatorTransition):
                 observations = sum(jnp.size(site.value) for site in sites.observed.values())
                 found.append(fn.dynamics().working_bytes(observations))
 
@@ -540,6 +540,6 @@ def _draw(
     rng_key: PRNGKeyArray, name: str, fn: dist.Distribution, sampler: Sampler | Step | None
 ) -> tuple[Array, DrawRecord]:
     """Draw the value of one latent site, and record the draw."""
-    if isinstance(fn, DiffusionTransition):
+    if isinstance(fn, EmulatorTransition):
         return dynamics_of(name, fn, sampler).draw(rng_key)
     return fn.sample(rng_key), DrawRecord(NetworkPasses.of(), jnp.zeros(()))

@@ -20,12 +20,12 @@ from numpyro import handlers
 from numpyro.ops.provenance import eval_provenance
 
 from numpyro_diffusion_da.diffusion.density import ProbabilityFlow
-from numpyro_diffusion_da.diffusion.prior import DiffusionPrior
+from numpyro_diffusion_da.diffusion.prior import DiffusionPrior, EmulatorPrior
 from numpyro_diffusion_da.diffusion.sampler import Sampler
 from numpyro_diffusion_da.observation.likelihood import GaussianLikelihood
 from numpyro_diffusion_da.observation.linear_predictor import find_linear_predictor
 from numpyro_diffusion_da.program.arrays import check_binds
-from numpyro_diffusion_da.program.distribution import DiffusionTransition
+from numpyro_diffusion_da.program.distribution import DiffusionTransition, EmulatorTransition, OnePassTransition
 from numpyro_diffusion_da.program.scan import (
     BodySites,
     LatentValue,
@@ -136,7 +136,7 @@ class Structure:
         length: number of times that its scan runs over.
         latent_names: names of the latent sites of the scan's body, in the program's order. All filters but `Bootstrap`
             need a single one.
-        latent_name: name of the latent site that is the state: the only one, or the first that is a diffusion, or the
+        latent_name: name of the latent site that is the state: the only one, or the first that is an emulator, or the
             first.
         state_shape: shape of its value.
         is_discrete: whether its values are whole numbers.
@@ -157,7 +157,9 @@ class Structure:
         carry: each array of the carry, in the order of its leaves.
         carry_remembers: whether the next carry depends on the carry before, for a given value of the latent site.
         observations_remember: whether the observed sites depend on the carry, for a given value of the latent site.
+        emulator: prior of the transition; None if the transition is that of no emulator.
         diffusion: parts of the diffusion transition; None for any other transition.
+        iterations: number of times that guided draws linearize an emulator of one pass; None for any other transition.
         shapes: shapes that a later trace of the same program can expect.
     """
 
@@ -180,7 +182,9 @@ class Structure:
     carry: tuple[CarryLeaf, ...]
     carry_remembers: bool
     observations_remember: bool
+    emulator: EmulatorPrior | None
     diffusion: Diffusion | None
+    iterations: int | None
     shapes: Shapes
 
     @property
@@ -212,8 +216,9 @@ class Structure:
     def _key(self) -> tuple[Any, ...]:
         """All that two equal structures share, in a form that can be compared."""
         plain = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        diffusion, shapes = plain.pop("diffusion"), plain.pop("shapes")
-        return plain, diffusion is None, jax.tree.structure(shapes), jax.tree.leaves(shapes)
+        emulator, shapes = plain.pop("emulator"), plain.pop("shapes")
+        is_diffusion = plain.pop("diffusion") is not None
+        return plain, (emulator is None, is_diffusion), jax.tree.structure(shapes), jax.tree.leaves(shapes)
 
 
 class Shapes(NamedTuple):
@@ -423,7 +428,9 @@ def _examine(program: Callable[[], None], name: str, shapes: Shapes) -> Structur
         carry=carry,
         carry_remembers=any(_depends(depends["next carry"], _leaf(i)) for i in range(len(carry))),
         observations_remember=any(_depends(depends["observations"], _leaf(i)) for i in range(len(carry))),
+        emulator=found["emulator"],
         diffusion=found["diffusion"],
+        iterations=found["iterations"],
         shapes=shapes,
     )
 
@@ -541,8 +548,8 @@ def _facts(call: ScanCall, carry: PyTree, state: dict[str, Array]) -> dict[str, 
     sites = run_body(call, jax.random.key(0), carry, call.first_inputs(), _expected_values(state))[0]
     if not sites.observed or set(sites.latent) != set(state):
         raise _OtherShapesError
-    diffusions = [n for n, fn in sites.latent.items() if isinstance(fn, DiffusionTransition)]
-    latent_name = next(iter([*diffusions, *sites.latent]))
+    emulators = [n for n, fn in sites.latent.items() if isinstance(fn, EmulatorTransition)]
+    latent_name = next(iter([*emulators, *sites.latent]))
     fn = sites.latent[latent_name]
     return {
         "length": call.length,
@@ -555,7 +562,9 @@ def _facts(call: ScanCall, carry: PyTree, state: dict[str, Array]) -> dict[str, 
         "deterministic": {n: _form(value) for n, value in sites.deterministic.items()},
         "gaussian": {n: is_gaussian(fn) for n, (fn, *_) in sites.observed.items()},
         "scaled": tuple(sites.scaled),
+        "emulator": fn.prior if isinstance(fn, EmulatorTransition) else None,
         "diffusion": Diffusion(fn.prior, fn.sampler, fn.density) if isinstance(fn, DiffusionTransition) else None,
+        "iterations": fn.iterations if isinstance(fn, OnePassTransition) else None,
     }
 
 

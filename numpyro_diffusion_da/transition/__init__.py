@@ -1,8 +1,9 @@
-"""Transitions p(x' | c) of the state, in closed form or by diffusion, and weights from the predictive likelihood."""
+"""Transitions p(x' | c) of the state, and weights from the predictive likelihood of the observations."""
 
 from numpyro_diffusion_da.transition.base import DrawRecord, Dynamics, Moments
 from numpyro_diffusion_da.transition.diffusion import DiffusionDynamics
 from numpyro_diffusion_da.transition.gaussian import GaussianDynamics
+from numpyro_diffusion_da.transition.one_pass import OnePassDynamics
 from numpyro_diffusion_da.transition.weights import Dirac, Equal, Moment, PredictiveWeight, WeightRecord
 
 __all__ = [
@@ -14,6 +15,7 @@ __all__ = [
     "GaussianDynamics",
     "Moment",
     "Moments",
+    "OnePassDynamics",
     "PredictiveWeight",
     "WeightRecord",
 ]

@@ -1,7 +1,8 @@
 """Interface of one transition p(x' | c) of the state.
 
 A filter needs from a transition its mean and covariance, a draw, a draw given an observation, and such a draw with its
-weight. `DiffusionDynamics` computes them with a diffusion prior, `GaussianDynamics` in closed form.
+weight. `DiffusionDynamics` computes them with a diffusion prior, `OnePassDynamics` with an emulator that makes a state
+from noise in one pass, and `GaussianDynamics` in closed form.
 """
 
 from __future__ import annotations
@@ -106,6 +107,10 @@ class Dynamics(eqx.Module):
 
         `Likelihood.coordinates` takes them.
         """
+
+    def tangent_passes(self) -> NetworkPasses:
+        """Return the network passes of `tangents`; none by default."""
+        return NetworkPasses.of()
 
     @abc.abstractmethod
     def random_numbers(self, rng_key: PRNGKeyArray, likelihood: Likelihood | None = None) -> PyTree:

@@ -31,7 +31,7 @@ from numpyro_diffusion_da.transition.predictive import (
     observed_spread,
     temperable_pointwise,
 )
-from numpyro_diffusion_da.transition.weights import Moment, PredictiveWeight, WeightRecord
+from numpyro_diffusion_da.transition.weights import Moment, PredictiveWeight, WeightRecord, tangent_passes
 
 NODES = np.linspace(-4.0, 4.0, 33)
 """Nodes of the integration over an observation's coordinate, in standard deviations."""
@@ -69,10 +69,10 @@ def predict(
     """
     moment = weight if isinstance(weight, Moment) else None
     if moment is not None:
-        moments, passes = moment.spread_moments(dynamics)
+        moments, passes = moment.spread_moments(dynamics, likelihood)
     else:
         moments = dynamics.moments(noise_level)
-        passes = moments.passes
+        passes = moments.passes.plus(tangent_passes(dynamics, likelihood))
     if vectors is None:
         observed = observed_spread(moments, dynamics.tangents(), likelihood, None, rng_key)
     else:
@@ -133,7 +133,11 @@ def transition_spread(
     Returns:
         (mean and products with the covariance; record with the network passes).
     """
-    moments, spread = dynamics.moments(), dynamics.moments(noise_level)
+    moments = dynamics.moments()
+    spread, passes = moments, moments.passes
+    if noise_level is not None:
+        spread = dynamics.moments(noise_level)
+        passes = passes.plus(spread.passes)
     residual, push = jax.linearize(likelihood.residual, moments.mean)
     transposed = jax.linear_transpose(push, moments.mean)
     m = len(residual)
@@ -147,7 +151,7 @@ def transition_spread(
 
     states, products = jax.vmap(product)(vectors)
     made = jax.tree.map(lambda count: count * len(vectors), spread.passes_per_product)
-    record = WeightRecord(moments.passes.plus(spread.passes).plus(made), moments.mean)
+    record = WeightRecord(passes.plus(made), moments.mean)
     return TransitionSpread(moments.mean, residual, vectors, states, products), record
 
 

@@ -256,7 +256,7 @@ class Moment(PredictiveWeight):
             # Independent components are integrated each by itself, without expectation propagation.
             logs, record = self.pointwise(dynamics, likelihood)
             return jnp.sum(logs), record
-        moments, passes = self.spread_moments(dynamics)
+        moments, passes = self.spread_moments(dynamics, likelihood)
         local, log_weight = matched(moments, dynamics.tangents(), likelihood)
         observations = jax.eval_shape(local.residual, moments.mean).shape[0]
         return log_weight, _record(moments, passes, observations)
@@ -266,7 +266,7 @@ class Moment(PredictiveWeight):
 
         The variance of an observation is the sum of its forecast variance (H V H^T)_jj and its observation error R_jj.
         """
-        moments, passes = self.spread_moments(dynamics)
+        moments, passes = self.spread_moments(dynamics, likelihood)
         observed = self._observed(moments, dynamics, likelihood)
         return matched_pointwise(moments, likelihood, observed), _record(moments, passes, observed.products)
 
@@ -281,7 +281,7 @@ class Moment(PredictiveWeight):
             TypeError: the likelihood is not Gaussian.
         """
         self._check_whole()
-        moments, passes = self.spread_moments(dynamics)
+        moments, passes = self.spread_moments(dynamics, likelihood)
         curve = temperable(moments, _gaussian(likelihood))
         return curve, _record(moments, passes, len(curve.variances))
 
@@ -295,7 +295,7 @@ class Moment(PredictiveWeight):
         Raises:
             TypeError: the likelihood is not Gaussian.
         """
-        moments, passes = self.spread_moments(dynamics)
+        moments, passes = self.spread_moments(dynamics, likelihood)
         observed = self._observed(moments, dynamics, _gaussian(likelihood))
         curve = temperable_pointwise(_gaussian(likelihood), moments, observed)
         return curve, _record(moments, passes, observed.products)
@@ -312,22 +312,29 @@ class Moment(PredictiveWeight):
                 "localization need the full covariance; leave probes out, or give the filter a taper."
             )
 
-    def spread_moments(self, dynamics: Dynamics) -> tuple[Moments, NetworkPasses]:
+    def spread_moments(self, dynamics: Dynamics, likelihood: Likelihood) -> tuple[Moments, NetworkPasses]:
         """Return the mean and covariance of the transition, and the network passes they cost.
 
-        The mean always comes from the highest level, where it is exact.
+        The mean always comes from the highest level, where it is exact. The passes include those of
+        `Dynamics.tangents`, which a likelihood that is not Gaussian needs.
         """
         moments = dynamics.moments()
+        passes = moments.passes.plus(tangent_passes(dynamics, likelihood))
         if self.noise_level is None:
-            return moments, moments.passes
+            return moments, passes
         spread = dynamics.moments(self.noise_level)
-        return spread._replace(mean=moments.mean), moments.passes.plus(spread.passes)
+        return spread._replace(mean=moments.mean), passes.plus(spread.passes)
 
 
 def _record(moments: Moments, passes: NetworkPasses, products: int) -> WeightRecord:
     """Return the record of a weight that made this many products with V."""
     made = jax.tree.map(lambda n: n * products, moments.passes_per_product)
     return WeightRecord(passes.plus(made), moments.mean)
+
+
+def tangent_passes(dynamics: Dynamics, likelihood: Likelihood) -> NetworkPasses:
+    """Return the network passes of `Dynamics.tangents`, which only a likelihood that is not Gaussian uses."""
+    return NetworkPasses.of() if isinstance(likelihood, GaussianLikelihood) else dynamics.tangent_passes()
 
 
 def _gaussian(likelihood: Likelihood) -> GaussianLikelihood:
