@@ -189,28 +189,39 @@ def emulator_draw(emulator: RingEmulator, num_levels: int = 16) -> Transition:
     return lambda rng_key, x: jax.vmap(one)(jax.random.split(rng_key, len(x)), x)
 
 
-def one_step(emulator: RingEmulator, rng_key: jax.Array, states: int, members: int) -> dict[str, Any]:
+def one_step(
+    mean_of: Callable[[jax.Array], jax.Array],
+    transitions: dict[str, Transition],
+    climatology: Any,
+    rng_key: jax.Array,
+    states: int,
+    members: int,
+) -> dict[str, Any]:
     """Score the mean, the spread and the CRPS of the next state, for the emulator and for the true system.
 
     Both are scored against the same truths. `crps_standard_error` is the standard error of the difference of their
-    CRPS. The emulator is scored with 16 noise levels, the default of the sampler. Its spread with 64 levels shows which
-    part of the error comes from the discretization of the sampler.
+    CRPS.
+
+    Args:
+        mean_of: function from states, shape (states, sites), to the conditional means of the next ones.
+        transitions: transition of the emulator, under the name "emulator", and others by name, for their spread.
+        climatology: Gaussian distribution of states.
+        rng_key: random key.
+        states: number of states.
+        members: number of members for each.
     """
     import scoringrules
 
     run_key, truth_key, own_key, true_key, climatology_key = jax.random.split(rng_key, 5)
     steps = 16
     x = long_run(run_key, lorenz96.draw, max(states // steps, 1), 10 * steps)[::10].reshape(-1, SITES)
-    condition = jax.jit(jax.vmap(emulator.condition))
-    mean = condition(x).mean
+    mean = mean_of(x)
     truth = lorenz96.draw(truth_key, x)
-    start = emulator.climatology().sample(climatology_key, (len(x),))
+    start = climatology.sample(climatology_key, (len(x),))
     scores, ratios = {}, {}
-    for label, transition, key in (
-        ("emulator", emulator_draw(emulator), own_key),
-        ("emulator, 64 levels", emulator_draw(emulator, 64), own_key),
-        ("truth", lorenz96.draw, true_key),
-    ):
+    keys = dict.fromkeys(transitions, own_key) | {"truth": true_key}
+    for label, transition in {**transitions, "truth": lorenz96.draw}.items():
+        key = keys[label]
         draws = jax.jit(jax.vmap(transition, (0, None)))(jax.random.split(key, members), x)
         scores[label] = np.asarray(
             scoringrules.crps_ensemble(np.asarray(truth), np.asarray(jnp.moveaxis(draws, 0, -1)), estimator="fair")
@@ -231,15 +242,15 @@ def one_step(emulator: RingEmulator, rng_key: jax.Array, states: int, members: i
         },
         "mean_error_relative_to_noise": float(rms(mean - lorenz96.flow(x)) / lorenz96.NOISE_VARIANCE**0.5),
         "mean_error_from_climatology_relative_to_persistence": float(
-            rms(condition(start).mean - lorenz96.flow(start)) / rms(lorenz96.flow(start) - start)
+            rms(mean_of(start) - lorenz96.flow(start)) / rms(lorenz96.flow(start) - start)
         ),
         "crps_fair": float(scores["emulator"].mean()),
         "crps_fair_true_system": float(scores["truth"].mean()),
         "crps_ratio": float(scores["emulator"].mean() / scores["truth"].mean()),
         "crps_standard_error": float(difference.std(ddof=1) / len(difference) ** 0.5) if len(difference) > 1 else None,
-        "spread_error_ratio": ratios["emulator"],
-        "spread_error_ratio_64_levels": ratios["emulator, 64 levels"],
-        "spread_error_ratio_true_system": ratios["truth"],
+        "spread_error_ratio": ratios.pop("emulator"),
+        "spread_error_ratio_true_system": ratios.pop("truth"),
+        **{f"spread_error_ratio_{label}": ratio for label, ratio in ratios.items()},
     }
 
 
@@ -294,12 +305,12 @@ def climate(run: jax.Array) -> dict[str, Any]:
     }
 
 
-def rollout(emulator: RingEmulator, rng_key: jax.Array, rings: int, steps: int) -> dict[str, Any]:
+def rollout(transition: Transition, rng_key: jax.Array, rings: int, steps: int) -> dict[str, Any]:
     """Compare the climate of the emulator with two independent runs of the true system.
 
     The difference between the two runs of the true system is sampling error.
     """
-    runs = {"emulator": emulator_draw(emulator), "true_system": lorenz96.draw, "true_system_again": lorenz96.draw}
+    runs = {"emulator": transition, "true_system": lorenz96.draw, "true_system_again": lorenz96.draw}
     keys = jax.random.split(rng_key, len(runs))
     found = {label: climate(long_run(k, t, rings, steps)) for k, (label, t) in zip(keys, runs.items(), strict=True)}
     spectra = {label: np.array(c["energy_by_wavenumber"]) for label, c in found.items()}
@@ -346,16 +357,7 @@ def main(
     console.print("measuring one-step scores, Jacobians and climate")
     card = {
         "name": NAME,
-        "system": {
-            "equation": "x' = flow(x) + N(0, noise_variance I); dx_i/dt = (x_{i+1} - x_{i-2}) x_{i-1} - x_i + forcing",
-            "sites": SITES,
-            "forcing": lorenz96.FORCING,
-            "step": lorenz96.STEP,
-            "noise_variance": lorenz96.NOISE_VARIANCE,
-            "integrator": f"classical fourth-order Runge-Kutta, {lorenz96.SUBSTEPS} steps of "
-            f"{lorenz96.STEP / lorenz96.SUBSTEPS} time units",
-            "unit": "dimensionless",
-        },
+        "system": system(),
         "training": {
             "data": f"{rings} runs of the true system from {lorenz96.FORCING} + N(0, I), {run_steps} steps of each "
             f"after a spin-up of {SPIN_UP}; a batch is half states of the runs, a quarter those with white noise of "
@@ -379,13 +381,46 @@ def main(
         },
         "latent_scale": float(emulator.latent_scale),
         "sampler": "DPM-Solver++(2M), 16 noise levels",
-        "one_step": one_step(emulator, score_key, check_states, check_members),
+        # The spread with 64 levels shows which part of the error comes from the discretization of the sampler.
+        "one_step": one_step(
+            jax.jit(lambda x: jax.vmap(emulator.condition)(x).mean),
+            {"emulator": emulator_draw(emulator), "64_levels": emulator_draw(emulator, 64)},
+            emulator.climatology(),
+            score_key,
+            check_states,
+            check_members,
+        ),
         "jacobian": jacobians(emulator, jacobian_key, 16),
-        "climate": rollout(emulator, climate_key, climate_rings, climate_steps),
-        "versions": {"python": platform.python_version()}
-        | {name: version(name) for name in ("jax", "equinox", "optax", "numpy", "scoringrules")},
+        "climate": rollout(emulator_draw(emulator), climate_key, climate_rings, climate_steps),
+        "versions": versions(),
     }
     save_ring_emulator(emulator, finite(card), out, NAME)
+    console.print(summary(card))
+    console.print(f"{out / NAME}.npz, sha256 {read_ring_emulator(out, NAME, SITES).checksum}")
+
+
+def system() -> dict[str, Any]:
+    """Describe the true system, for a card."""
+    return {
+        "equation": "x' = flow(x) + N(0, noise_variance I); dx_i/dt = (x_{i+1} - x_{i-2}) x_{i-1} - x_i + forcing",
+        "sites": SITES,
+        "forcing": lorenz96.FORCING,
+        "step": lorenz96.STEP,
+        "noise_variance": lorenz96.NOISE_VARIANCE,
+        "integrator": f"classical fourth-order Runge-Kutta, {lorenz96.SUBSTEPS} steps of "
+        f"{lorenz96.STEP / lorenz96.SUBSTEPS} time units",
+        "unit": "dimensionless",
+    }
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of Python and of the packages that made an emulator, for a card."""
+    packages = ("jax", "equinox", "optax", "numpy", "scoringrules")
+    return {"python": platform.python_version()} | {name: version(name) for name in packages}
+
+
+def summary(card: dict[str, Any]) -> Table:
+    """Make a table of the main numbers of a card."""
     summary = Table("one step, 40 sites", "emulator", "true system")
     scores = card["one_step"]
     summary.add_row("conditional-mean error / persistence", f"{scores['mean_error_relative_to_persistence']:.4f}", "0")
@@ -395,8 +430,7 @@ def main(
     for key in ("mean", "standard_deviation", "covariance_of_neighbors"):
         pair = [card["climate"][label][key] for label in ("emulator", "true_system")]
         summary.add_row(f"climate: {key.replace('_', ' ')}", *(f"{v:.3f}" for v in pair))
-    console.print(summary)
-    console.print(f"{out / NAME}.npz, sha256 {read_ring_emulator(out, NAME, SITES).checksum}")
+    return summary
 
 
 if __name__ == "__main__":

@@ -16,6 +16,12 @@ from numpyro_diffusion_da.priors.ring import (
     read_ring_emulator,
     save_ring_emulator,
 )
+from numpyro_diffusion_da.priors.ring_one_pass import (
+    RingNoiseNetwork,
+    RingOnePassEmulator,
+    read_ring_one_pass,
+    save_ring_one_pass,
+)
 from numpyro_diffusion_da.priors.shipped import SHIPPED, load_prior
 from numpyro_diffusion_da.priors.spherical.emulator import (
     SphericalEmulator,
@@ -46,6 +52,8 @@ __all__ = [
     "ResidualEmulator",
     "RingEmulator",
     "RingMeanNetwork",
+    "RingNoiseNetwork",
+    "RingOnePassEmulator",
     "RingResidualNetwork",
     "SphericalEmulator",
     "SphericalHarmonics",
@@ -60,9 +68,11 @@ __all__ = [
     "read_arrays",
     "read_gencast_statistics",
     "read_ring_emulator",
+    "read_ring_one_pass",
     "read_spherical_emulator",
     "read_stored",
     "save_ring_emulator",
+    "save_ring_one_pass",
     "save_spherical_emulator",
     "spherical_layout",
     "write_stored",

@@ -28,7 +28,7 @@ from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 from numpyro_diffusion_da.arguments import real_array
 from numpyro_diffusion_da.checksums import named_leaves
-from numpyro_diffusion_da.diffusion.prior import DiffusionPrior
+from numpyro_diffusion_da.diffusion.prior import DiffusionPrior, EmulatorPrior
 from numpyro_diffusion_da.priors.stored import read_stored, write_stored
 
 
@@ -173,7 +173,7 @@ def save_emulator(
     write_stored(arrays, {**card, "noise_range": list(emulator.noise_range)}, folder, name)
 
 
-def require_finite(emulator: ResidualEmulator) -> None:
+def require_finite(emulator: EmulatorPrior) -> None:
     """Raise a ValueError if an array of an emulator is not finite, or a scale is not positive.
 
     Args:

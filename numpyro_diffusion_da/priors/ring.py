@@ -130,7 +130,20 @@ class RingMeanNetwork(eqx.Module):
         Returns:
             (normalized increment from the state to the conditional mean, features of each site).
         """
-        h = neighborhoods(x[:, None]) @ self.encode + self.encode_bias[None]
+        return self.decoded(self.encoded(x))
+
+    def encoded(self, x: Float[Array, " sites"]) -> Float[Array, "sites channels"]:
+        """Features of each site after the first convolution.
+
+        Args:
+            x: normalized state.
+        """
+        return neighborhoods(x[:, None]) @ self.encode + self.encode_bias[None]
+
+    def decoded(
+        self, h: Float[Array, "sites channels"]
+    ) -> tuple[Float[Array, " sites"], Float[Array, "sites channels"]]:
+        """Normalized increment and features of each site, from the features after the first convolution."""
 
         def block(h: Array, weights: tuple[Array, Array, Array]) -> tuple[Array, None]:
             factors, bias, mix = weights
@@ -302,19 +315,34 @@ class RingEmulator(ResidualEmulator):
         Returns:
             NumPyro distribution of states in the unit of the system, event shape (sites,).
         """
-        import numpyro.distributions as dist
+        return ring_climatology(self.climatology_mean, self.climatology_covariance, self.layout.size)
 
-        sites = self.layout.size
-        by_distance = np.zeros(max(sites, len(self.climatology_covariance)))
-        by_distance[: len(self.climatology_covariance)] = np.asarray(self.climatology_covariance)
-        separation = np.arange(sites)
-        separation = np.minimum(separation, sites - separation)
-        # The eigenvalues of a circulant covariance are the Fourier transform of its first row. Some can be negative,
-        # because the row is an estimate and is cut off at the largest distance.
-        spectrum = np.fft.rfft(by_distance[separation]).real
-        row = np.fft.irfft(np.maximum(spectrum, 1e-4 * spectrum.max()), sites)
-        factor = np.linalg.cholesky(row[(np.arange(sites)[:, None] - np.arange(sites)[None]) % sites])
-        return dist.MultivariateNormal(jnp.full((sites,), self.climatology_mean), scale_tril=jnp.asarray(factor))
+
+def ring_climatology(
+    mean: Float[Array, ""], covariance: Float[Array, " distances"], sites: int
+) -> dist.MultivariateNormal:
+    """Gaussian distribution of the states of a ring, invariant under translation.
+
+    Args:
+        mean: mean of a site.
+        covariance: covariance of two sites by their distance, shape (largest distance + 1,); 0 beyond.
+        sites: number of sites.
+
+    Returns:
+        NumPyro distribution of states, event shape (sites,).
+    """
+    import numpyro.distributions as dist
+
+    by_distance = np.zeros(max(sites, len(covariance)))
+    by_distance[: len(covariance)] = np.asarray(covariance)
+    separation = np.arange(sites)
+    separation = np.minimum(separation, sites - separation)
+    # The eigenvalues of a circulant covariance are the Fourier transform of its first row. Some can be negative,
+    # because the row is an estimate and is cut off at the largest distance.
+    spectrum = np.fft.rfft(by_distance[separation]).real
+    row = np.fft.irfft(np.maximum(spectrum, 1e-4 * spectrum.max()), sites)
+    factor = np.linalg.cholesky(row[(np.arange(sites)[:, None] - np.arange(sites)[None]) % sites])
+    return dist.MultivariateNormal(jnp.full((sites,), mean), scale_tril=jnp.asarray(factor))
 
 
 def save_ring_emulator(emulator: RingEmulator, card: dict[str, Any], folder: Path, name: str) -> None:
