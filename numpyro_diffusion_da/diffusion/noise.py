@@ -28,7 +28,8 @@ from numpyro_diffusion_da.arguments import real_array, require
 class Noise(eqx.Module):
     """Abstract zero-mean Gaussian noise in the latent space, known by draws and by products with its covariance C.
 
-    Subclasses whose C has an inverse also define `precision_product`, which densities need.
+    Subclasses whose C has an inverse also define `precision_product`, which densities need. Those that make e = A w
+    from white noise w define `white_shape` and `colored`, which `ndda.priors.DeterministicPrior` needs.
     """
 
     @abc.abstractmethod
@@ -44,6 +45,34 @@ class Noise(eqx.Module):
     @abc.abstractmethod
     def covariance_product(self, v: Float[Array, ...]) -> Float[Array, ...]:
         """Return C v, for a `v` of the latent's shape."""
+
+    def white_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Return the shape of the white noise w of e = A w.
+
+        Args:
+            shape: shape of the latent.
+
+        Raises:
+            NotImplementedError: this noise does not define A.
+            ValueError: the noise cannot have this shape.
+        """
+        raise NotImplementedError(
+            f"{type(self).__name__} does not say how it is made from white noise; define white_shape and colored, or "
+            "use ndda.diffusion.WhiteNoise() or ndda.diffusion.FactorNoise(factor)."
+        )
+
+    def colored(self, white: Float[Array, ...], shape: tuple[int, ...]) -> Float[Array, ...]:
+        """Return e = A w, with A A^T = C.
+
+        Args:
+            white: w, shape `white_shape(shape)`.
+            shape: shape of the latent.
+
+        Raises:
+            NotImplementedError: this noise does not define A.
+        """
+        self.white_shape(shape)
+        raise NotImplementedError(f"{type(self).__name__} defines white_shape, but not colored; define both.")
 
     def precision_product(self, v: Float[Array, ...]) -> tuple[Float[Array, ...], Float[Array, ""]]:
         """Return (C^-1 v, log det C), for a `v` of the latent's shape.
@@ -63,6 +92,14 @@ class WhiteNoise(Noise):
     def sample(self, rng_key: PRNGKeyArray, shape: tuple[int, ...], dtype: jnp.dtype) -> Float[Array, ...]:
         """Draw e ~ N(0, I) of the given shape and dtype."""
         return standard_normal(rng_key, shape, dtype)
+
+    def white_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Return the shape of the latent."""
+        return shape
+
+    def colored(self, white: Float[Array, ...], shape: tuple[int, ...]) -> Float[Array, ...]:
+        """Return `white` unchanged."""
+        return white
 
     def covariance_product(self, v: Float[Array, ...]) -> Float[Array, ...]:
         """Return `v` unchanged, because C = I."""
@@ -109,8 +146,27 @@ class FactorNoise(Noise):
 
     def sample(self, rng_key: PRNGKeyArray, shape: tuple[int, ...], dtype: jnp.dtype) -> Float[Array, ...]:
         """Draw e = L xi with white xi, of the given shape and dtype."""
-        white = jax.random.normal(rng_key, (self.factor.shape[1],), dtype)
-        return (self.factor.astype(dtype) @ white).reshape(shape)
+        return self.colored(jax.random.normal(rng_key, (self.factor.shape[1],), dtype), shape)
+
+    def white_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Return (rank,).
+
+        Args:
+            shape: shape of the latent.
+
+        Raises:
+            ValueError: the factor has another number of rows than the latent has values.
+        """
+        if math.prod(shape) != len(self.factor):
+            raise ValueError(
+                f"FactorNoise has a factor of shape {self.factor.shape}, and the latent has shape {shape}; give a "
+                f"factor with {math.prod(shape)} rows."
+            )
+        return (self.factor.shape[1],)
+
+    def colored(self, white: Float[Array, " rank"], shape: tuple[int, ...]) -> Float[Array, ...]:
+        """Return L w, of the given shape."""
+        return (self.factor.astype(white.dtype) @ white).reshape(shape)
 
     def covariance_product(self, v: Float[Array, ...]) -> Float[Array, ...]:
         """Return C v = L (L^T v), for a `v` of the latent's shape."""

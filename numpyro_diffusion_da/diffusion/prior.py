@@ -212,6 +212,13 @@ class OnePassPrior(EmulatorPrior):
             conditioning: return value of `condition`.
         """
 
+    def _check_noise(self, noise: Float[Array, ...]) -> None:
+        """Raise a ValueError if a noise has another shape than `noise_shape`."""
+        if jnp.shape(noise) != self.noise_shape:
+            raise ValueError(
+                f"the noise has shape {jnp.shape(noise)}, expected {self.noise_shape}; use jax.vmap for a batch."
+            )
+
     def static_values(self) -> dict[str, np.ndarray]:
         """Return the values besides arrays that the checksum covers, by name: the shape of the noise and the layout."""
         return {"noise_shape": np.asarray(self.noise_shape, int), **super().static_values()}

@@ -115,15 +115,37 @@ class SphericalNoise(Noise):
         Raises:
             ValueError: the shape does not begin with this grid.
         """
+        white = standard_normal(rng_key, self.white_shape(shape), jnp.promote_types(dtype, jnp.float32))
+        return self.colored(white, shape).astype(dtype)
+
+    def white_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Return (n, n) or (n, n, channels), with n half the number of longitudes.
+
+        Args:
+            shape: (latitude, longitude) or (latitude, longitude, channels).
+
+        Raises:
+            ValueError: the shape does not begin with this grid.
+        """
         self._check(shape)
+        return (len(self.factor), len(self.factor), *shape[2:])
+
+    def colored(
+        self, white: Float[Array, "n n *channels"], shape: tuple[int, ...]
+    ) -> Float[Array, "latitude longitude *channels"]:
+        """Return A w.
+
+        Args:
+            white: w, shape `white_shape(shape)`.
+            shape: (latitude, longitude) or (latitude, longitude, channels).
+        """
         n = len(self.factor)
-        white = standard_normal(rng_key, (n, n, *shape[2:]), jnp.promote_types(dtype, jnp.float32))
         # The rank of C is n^2, and each of the n^2 numbers is used once: those on and above the diagonal (l >= m) as
         # real parts, those below it as imaginary parts of m > 0. The other entries are multiplied by zeros: those of F
         # for l < m, or those of the sine at m = 0.
         below = jnp.roll(jnp.swapaxes(white, 0, 1), 1, axis=0)
         coefficients = jnp.stack([white, below]).reshape(2, n, n, -1)
-        return self._synthesis(coefficients).reshape(shape).astype(dtype)
+        return self._synthesis(coefficients).reshape(shape)
 
     def covariance_product(
         self, v: Float[Array, "latitude longitude *channels"]

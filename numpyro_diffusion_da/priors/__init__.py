@@ -1,11 +1,13 @@
 """Priors: an exact Gaussian one, the trained ones that ship, any network of yours, and GenCast."""
 
 from numpyro_diffusion_da.priors import parametrization
+from numpyro_diffusion_da.priors.deterministic import DeterministicPrior
 from numpyro_diffusion_da.priors.gaussian import GaussianPrior
 from numpyro_diffusion_da.priors.gencast.package import import_weathernext, package_settings
 from numpyro_diffusion_da.priors.gencast.prior import Forcings, GenCastPrior
 from numpyro_diffusion_da.priors.gencast.statistics import read_gencast_statistics
 from numpyro_diffusion_da.priors.gencast.synthetic import SyntheticFiles, write_synthetic_gencast
+from numpyro_diffusion_da.priors.interpolant import Interpolant, InterpolantPrior
 from numpyro_diffusion_da.priors.network import DenoiserPrior, NetworkConditioning, NetworkPrior
 from numpyro_diffusion_da.priors.noise_conditioned import NoiseConditionedPrior
 from numpyro_diffusion_da.priors.residual_emulator import ResidualEmulator
@@ -41,11 +43,14 @@ from numpyro_diffusion_da.priors.stored import read_arrays, read_stored, write_s
 __all__ = [
     "SHIPPED",
     "DenoiserPrior",
+    "DeterministicPrior",
     "Forcings",
     "GaussianDenoiser",
     "GaussianPrior",
     "GenCastPrior",
     "HarmonicNoise",
+    "Interpolant",
+    "InterpolantPrior",
     "NetworkConditioning",
     "NetworkPrior",
     "NoiseConditionedPrior",

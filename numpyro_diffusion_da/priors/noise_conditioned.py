@@ -15,7 +15,6 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import equinox as eqx
-import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float, PyTree
 
 from numpyro_diffusion_da.arguments import require, require_count, shown
@@ -109,8 +108,7 @@ class NoiseConditionedPrior(NetworkPrior, OnePassPrior):
             ValueError: the noise has another shape than `noise_shape`, or the output of the network another shape than
                 the state.
         """
-        if jnp.shape(noise) != self.noise_shape:
-            raise ValueError(f"the noise has shape {jnp.shape(noise)}, expected {self.noise_shape}; use jax.vmap.")
+        self._check_noise(noise)
         location = conditioning.location
         name = f"a noise of shape {self.noise_shape}"
         output = self._run(noise, conditioning.given, name=name, expected=location.shape, dtype=location.dtype)

@@ -256,8 +256,25 @@ class HarmonicNoise(Noise):
         Raises:
             ValueError: the shape is not that of the grid.
         """
+        return self.colored(standard_normal(rng_key, self.white_shape(shape), dtype), shape)
+
+    def white_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Return the shape of the coefficients.
+
+        Args:
+            shape: shape (latitude, longitude, channels) of the grid.
+
+        Raises:
+            ValueError: the shape is not that of the grid.
+        """
         self._check(shape)
-        return self.synthesis(standard_normal(rng_key, self.harmonics.coefficients_shape, dtype))
+        return self.harmonics.coefficients_shape
+
+    def colored(
+        self, white: Float[Array, "2 m l channels"], shape: tuple[int, ...]
+    ) -> Float[Array, "latitude longitude channels"]:
+        """Return `synthesis(white)`."""
+        return self.synthesis(white)
 
     def covariance_product(
         self, v: Float[Array, "latitude longitude channels"]
