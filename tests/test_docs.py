@@ -41,7 +41,15 @@ needs_gencast = [
 # .ci/run has the page on ArviZ run by both Pythons, hence by both generations of ArviZ.
 MARKS = {"gencast.md": needs_gencast} | {
     page: [pytest.mark.slow]
-    for page in ("arviz.md", "verification.md", "neighbors.md", "robustness.md", "choices.md", "online.md", "emulators.md")
+    for page in (
+        "arviz.md",
+        "verification.md",
+        "neighbors.md",
+        "robustness.md",
+        "choices.md",
+        "online.md",
+        "emulators.md",
+    )
 }
 WITH_EXAMPLES = [pytest.param(page, marks=MARKS.get(page.name, [])) for page in PAGES if examples(page)]
 

@@ -26,5 +26,5 @@ def test_what_ships():
     mean = np.asarray(prior.condition(jnp.asarray(states[0])).mean)
     errors = [np.sqrt(np.mean((x - states[1]) ** 2, axis=(0, 1))) for x in (mean, states[0])]
     assert np.all(errors[0] < 0.6 * errors[1])
-    with pytest.raises(ValueError, match="num_sites=40, which only 'lorenz96' has"):
+    with pytest.raises(ValueError, match="num_sites=40, which only the Lorenz-96 emulators have"):
         ndda.load_prior("held_suarez", num_sites=40)

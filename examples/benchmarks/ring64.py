@@ -98,7 +98,7 @@ class Ring:
         rng = np.random.default_rng(0)
         truth = np.linalg.cholesky(covariance) @ rng.normal(size=points)
         y = truth[observed] + error * rng.normal(size=len(observed))
-        self.points, self.observations = points, len(observed)
+        self.points, self.observations, self.prior_covariance = points, len(observed), covariance
         self.mean, self.covariance = gain @ y, covariance - gain @ h @ covariance
         self.spread = float(np.sqrt(np.trace(self.covariance)))
         self.prior = ndda.GaussianPrior(np.zeros((points, points)), covariance)
