@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -44,6 +45,8 @@ NEIGHBORS = {
     "numpyro": {"program", "priors", "diffusion.prior", "results.summary", "demos"},
     "rich": {"results", "inference", "demos"},
     "scoringrules": {"diagnostics"},
+    "torch": {"priors.torch_network"},
+    "torchax": {"priors.torch_network"},
     "typer": {"demos.cli"},
     "weathernext": {"priors.gencast"},
     "xarray": {"fields", "results", "diagnostics", "priors.gencast", "inference", "demos"},
@@ -111,9 +114,10 @@ def test_a_folder_imports_only_what_its_row_allows():
 def test_neighbors_are_imported_only_where_they_belong():
     found = {neighbor: set() for neighbor in NEIGHBORS}
     for name, nodes in modules():
-        # weathernext is imported by the names of its modules, which are strings.
+        # weathernext and torchax are imported by the names of their modules, which are strings.
         texts = [node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)]
-        for target in [*imported(nodes), *(text for text in texts if re.fullmatch(r"weathernext(\.\w+)+", text))]:
+        named = (text for text in texts if re.fullmatch(r"(weathernext|torchax)(\.\w+)+", text))
+        for target in [*imported(nodes), *named]:
             neighbor = target.split(".")[0]
             if neighbor in NEIGHBORS:
                 assert within(name, NEIGHBORS[neighbor]), f"{name} imports {target}"
@@ -217,3 +221,16 @@ def test_import_is_light():
     program = f"import sys, numpyro_diffusion_da; print(*[m for m in {HEAVY} if m in sys.modules])"
     output = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
     assert output.split() == []
+
+
+@pytest.mark.parametrize("missing", ["torch", "torchax"])
+def test_what_a_torch_network_needs_is_named_where_it_is_missing(monkeypatch, missing):
+    monkeypatch.setitem(sys.modules, missing, None)
+    ndda.priors.torch_network.import_torch.cache_clear()
+    if missing == "torchax":
+        # Enough of PyTorch to come to the import of torchax, where there is no PyTorch.
+        attention = SimpleNamespace(get_fastpath_enabled=lambda: True, set_fastpath_enabled=lambda value: None)
+        monkeypatch.setitem(sys.modules, "torch", SimpleNamespace(backends=SimpleNamespace(mha=attention)))
+    name = {"torch": "PyTorch", "torchax": "torchax"}[missing]
+    with pytest.raises(ImportError, match=rf"needs {name}, which is not installed; pip install '.*\[torch\]'"):
+        ndda.priors.TorchNetwork(None)

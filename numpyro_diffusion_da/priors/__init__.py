@@ -39,6 +39,7 @@ from numpyro_diffusion_da.priors.spherical.networks import (
     ZonalOperator,
 )
 from numpyro_diffusion_da.priors.stored import read_arrays, read_stored, write_stored
+from numpyro_diffusion_da.priors.torch_network import TorchNetwork
 
 __all__ = [
     "SHIPPED",
@@ -65,6 +66,7 @@ __all__ = [
     "SphericalMeanNetwork",
     "SphericalResidualNetwork",
     "SyntheticFiles",
+    "TorchNetwork",
     "ZonalOperator",
     "import_weathernext",
     "load_prior",
