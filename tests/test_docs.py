@@ -26,8 +26,12 @@ SMALLER = {
 
 
 def examples(page):
-    """Those of dynestyx, which not every Python has, are left to a test of their own."""
-    return [text for text in blocks(page) if "import dynestyx" not in text]
+    """Those of dynestyx, which not every Python has, and of PyTorch are left to tests of their own."""
+    return [text for text in blocks(page) if "import dynestyx" not in text and not of_torch(text)]
+
+
+def of_torch(text):
+    return re.search(r"^import .*\btorch$", text, re.MULTILINE)
 
 
 def blocks(page):
@@ -152,6 +156,13 @@ def test_examples_of_dynestyx_run():
     (example,) = [text for text in blocks(page) if "import dynestyx" in text]
     with jax.numpy_rank_promotion("allow"):
         run([example], page)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("torchax") is None, reason="PyTorch and torchax are not installed")
+def test_examples_of_torch_run():
+    page = ROOT / "docs" / "emulators.md"
+    (example,) = filter(of_torch, blocks(page))
+    run([example], page)
 
 
 def run(texts, page):

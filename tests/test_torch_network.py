@@ -13,6 +13,7 @@ import numpy as np
 import numpyro
 import numpyro.distributions as dist
 import pytest
+from conftest import BENCHMARKS, load_program
 from numpyro.contrib.control_flow import scan
 
 import numpyro_diffusion_da as ndda
@@ -386,6 +387,14 @@ def test_nan_of_the_network_is_named_by_the_filter():
         FloatingPointError, match="the transition has no finite forecast from any particle; check the par"
     ):
         run(prior_of(network))
+
+
+def test_benchmark_runs(tmp_path, capsys):
+    load_program(BENCHMARKS / "torch_networks.py").main(width=4, states=2, steps=2, repeats=1, out=tmp_path / "t.json")
+    rows = json.loads((tmp_path / "t.json").read_text())["rows"]
+    assert {row["network"] for row in rows} == {"MLP", "convolutions", "transformer"}
+    assert all(row["difference"] < 1e-5 and row["ratio"] > 0 for row in rows)
+    assert "vjp in a scan" in capsys.readouterr().out
 
 
 # --- the two packages -----------------------------------------------------------------------------------------------

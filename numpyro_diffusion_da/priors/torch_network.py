@@ -21,7 +21,7 @@ import itertools
 import os
 import warnings
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 import equinox as eqx
 import jax
@@ -30,13 +30,12 @@ import numpy as np
 from jaxtyping import Array, PyTree
 
 from numpyro_diffusion_da.arguments import require
+from numpyro_diffusion_da.priors.network import CALLABLE
 
 if TYPE_CHECKING:
     import torch
 
 INSTALL = "pip install 'numpyro-diffusion-da[torch]'"
-CALLABLE = cast(type, Callable)
-"""Class of all callables for `arguments.require`; a type checker does not accept `Callable` as a class."""
 
 
 class TorchNetwork(eqx.Module):
