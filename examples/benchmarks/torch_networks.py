@@ -2,8 +2,8 @@
 
 Both get the same parameters, at random. Columns: largest difference of the two outputs, milliseconds of one call for
 all states, alone and inside a `jax.lax.scan` as a sampler makes it, the ratio of PyTorch over JAX, and seconds to
-compile. `vjp` adds a product with the transposed Jacobian. Calls of the two alternate, and times are the shortest of all repeats, as
-other programs on the machine only lengthen them.
+compile. `vjp` adds a product with the transposed Jacobian. Calls of the two alternate. Times are the shortest of all
+repeats, because other programs on the machine only lengthen them.
 
 Needs the extra "torch" of this package.
 """
