@@ -19,7 +19,13 @@ def load(name):
 @pytest.mark.slow
 def test_fa_apf_on_the_emulator_beats_its_controls():
     """The first six truths of the benchmark; comparisons by more than three standard errors of the difference."""
-    result = twin.run_twin(twin.TwinExperiment(cycles=90, spin_up=30), ndda.load_prior("lorenz96"), seed=1000, truths=6)
+    result = twin.run_twin(
+        twin.TwinExperiment(cycles=90, spin_up=30),
+        ndda.load_prior("lorenz96"),
+        ndda.load_prior("lorenz96_one_pass"),
+        seed=1000,
+        truths=6,
+    )
     assert result.mean(twin.GLOBAL, "rmse")[0] <= 1.05
     assert result.mean(twin.MAIN, "rmse")[0] <= 0.9
     for name in (twin.GLOBAL, twin.MAIN):

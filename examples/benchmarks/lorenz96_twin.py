@@ -36,6 +36,7 @@ def main(
         result = lorenz96_demo.run_twin(
             lorenz96_demo.TwinExperiment(cycles=cycles, spin_up=spin_up),
             load_prior("lorenz96"),
+            load_prior("lorenz96_one_pass"),
             seed=seed,
             truths=truths,
             num_particles=particles,

@@ -129,6 +129,7 @@ def _lorenz96(out: Path, seed: int, particles: int, truths: int, cycles: int, sp
         result = run_twin(
             experiment,
             ndda.load_prior("lorenz96"),
+            ndda.load_prior("lorenz96_one_pass"),
             seed=seed,
             truths=truths,
             num_particles=particles,
@@ -136,11 +137,11 @@ def _lorenz96(out: Path, seed: int, particles: int, truths: int, cycles: int, sp
         )
     console.print(score_table(result))
     console.print(
-        "passes: network passes (forward + vjp) per particle and step. ESS: median effective sample size of the "
+        "passes: network passes (forward, jvp and vjp) per particle and step. ESS: median effective sample size of the "
         "weights before tempering. temp.: median tempering exponent of the weights, 1 = none. FA-APF resamples whole "
         "particles; with moved ancestors it selects and moves site by site, and ESS and temp. are medians over sites "
-        "too. The EnKF uses "
-        "the true equations, so it needs no network and has no emulator error."
+        "too. The EnKF uses the true equations, so it needs no network and has no emulator error. One pass: the same "
+        "filter as moved, with an emulator that makes the next state from noise in one pass."
     )
     out.mkdir(parents=True, exist_ok=True)
     settings = {"seed": seed, "particles": particles, "truths": truths, "cycles": cycles, "spin_up": spin_up}

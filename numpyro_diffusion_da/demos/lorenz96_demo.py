@@ -1,9 +1,9 @@
 """Twin experiment with Lorenz-96: a known truth, simulated observations of it, several filters, and their scores.
 
-The truth is stochastic Lorenz-96. All filters but one use a diffusion emulator of it. The main filter is
+The truth is stochastic Lorenz-96. All filters but two use a diffusion emulator of it. The main filter is
 FA-APF with localized, moved ancestors. Its controls are the free ensemble without observations, a bootstrap filter,
 guided particles with equal weights, and the published FA-APF without localization, all on the same emulator, and an
-ensemble Kalman filter with the *true* dynamics.
+ensemble Kalman filter with the *true* dynamics. The last filter is the main one with an emulator of one pass.
 """
 
 from __future__ import annotations
@@ -37,13 +37,14 @@ COLUMNS = {
     "ess": "ESS",
     "tempering": "temp.",
 }
-FREE, BOOTSTRAP, GUIDED, GLOBAL, MAIN, ENKF = FILTERS = (
+FREE, BOOTSTRAP, GUIDED, GLOBAL, MAIN, ENKF, ONE_PASS = FILTERS = (
     "free ensemble",
     "bootstrap",
     "equal weights",
     "FA-APF",
     "FA-APF, moved",
     "EnKF, true model",
+    "moved, one pass",
 )
 
 
@@ -87,14 +88,19 @@ class TwinExperiment:
         y = observed + np.sqrt(self.error_variance) * jax.random.normal(error_key, observed.shape)
         return np.asarray(states), np.asarray(y)
 
-    def emulator_program(self, prior: ndda.DiffusionPrior) -> Callable[[Array], None]:
-        """State-space model with a diffusion emulator as transition."""
+    def emulator_program(self, prior: ndda.DiffusionPrior | ndda.diffusion.OnePassPrior) -> Callable[[Array], None]:
+        """State-space model with a diffusion or an emulator of one pass as transition."""
+
+        def transition(x: Array) -> dist.Distribution:
+            if isinstance(prior, ndda.diffusion.OnePassPrior):
+                return ndda.OnePassTransition(prior, x)
+            return ndda.DiffusionTransition(prior, x, sampler=ndda.Sampler.cheap())
 
         def lorenz96_emulator(y: Array) -> None:
             x0 = numpyro.sample("x0", prior.climatology())
 
             def step(x: Array, y_t: Array) -> tuple[Array, None]:
-                x = numpyro.sample("x", ndda.DiffusionTransition(prior, x, sampler=ndda.Sampler.cheap()))
+                x = numpyro.sample("x", transition(x))
                 error = np.sqrt(self.error_variance)
                 numpyro.sample("y", dist.Normal(x[:: self.every], error).to_event(1), obs=y_t)
                 return x, None
@@ -103,12 +109,12 @@ class TwinExperiment:
 
         return lorenz96_emulator
 
-    def local_filter(self, model: Callable[[Array], None], sites: int) -> ndda.FAAPF:
+    def local_filter(self, model: Callable[[Array], None], sites: int, noise_level: float | None = 10.0) -> ndda.FAAPF:
         """FA-APF with localized, moved ancestors; settings are those of examples/benchmarks/local_ancestors.py."""
         taper = ndda.Taper(5.0, ndda.Ring(sites), {"y": np.arange(0, sites, self.every)}, state=np.arange(sites))
         # Errors of the emulator are nearly independent between sites, so one product with random signs is enough.
-        weight, guidance = ndda.Moment(noise_level=10.0, probes=1), ndda.MMPS.cheap()
-        return ndda.FAAPF(model, weight=weight, guidance=guidance, taper=taper)
+        weight = ndda.Moment(noise_level=noise_level, probes=1)
+        return ndda.FAAPF(model, weight=weight, guidance=ndda.MMPS.cheap(), taper=taper)
 
     def true_program(self, start: dist.Distribution) -> Callable[[Array], None]:
         """State-space model with the true dynamics as transition."""
@@ -187,6 +193,7 @@ def score_table(result: TwinResult) -> Table:
 def run_twin(
     experiment: TwinExperiment,
     prior: ndda.DiffusionPrior,
+    one_pass: ndda.diffusion.OnePassPrior,
     *,
     seed: int = 0,
     truths: int = 3,
@@ -198,6 +205,7 @@ def run_twin(
     Args:
         experiment: settings of the experiment.
         prior: diffusion emulator.
+        one_pass: emulator of one pass.
         seed: seed of truths and filters.
         truths: number of different truths.
         num_particles: number of particles, or members, of each filter.
@@ -221,6 +229,7 @@ def run_twin(
         GLOBAL: make(ndda.FAAPF(program, guidance=ndda.MMPS.cheap())),
         MAIN: make(experiment.local_filter(program, prior.layout.shape[0])),
         ENKF: make(ndda.EnKF(experiment.true_program(climate))),
+        ONE_PASS: make(experiment.local_filter(experiment.emulator_program(one_pass), one_pass.layout.shape[0], None)),
     }
     scores: dict[str, list[dict[str, float]]] = {name: [] for name in filters}
     by_time: dict[str, list[np.ndarray]] = {name: [] for name in filters}

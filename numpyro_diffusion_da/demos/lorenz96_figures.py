@@ -18,6 +18,7 @@ from numpyro_diffusion_da.demos.lorenz96_demo import (
     GLOBAL,
     GUIDED,
     MAIN,
+    ONE_PASS,
     TwinExperiment,
     TwinResult,
 )
@@ -29,6 +30,7 @@ COLORS = {
     GLOBAL: "#CC79A7",
     MAIN: "#D55E00",
     ENKF: "#000000",
+    ONE_PASS: "#009E73",
 }
 
 
