@@ -17,7 +17,6 @@ from test_emulators import ROOT, A, D, Q, X, exact_drift
 
 import numpyro_diffusion_da as ndda
 from numpyro_diffusion_da.diffusion import DirectSolve, FactorNoise
-from numpyro_diffusion_da.filters.guided_pf import PATH_SAMPLER
 from numpyro_diffusion_da.observation import GaussianLikelihood, GaussianObservation
 from numpyro_diffusion_da.priors import DeterministicPrior, Interpolant, InterpolantPrior, parametrization
 from numpyro_diffusion_da.transition import DiffusionDynamics, GaussianDynamics, OnePassDynamics
@@ -30,6 +29,8 @@ LIKELIHOOD = GaussianLikelihood(
 )
 GUIDANCE = ndda.MMPS(DirectSolve())
 DRAWS = 4000
+PATH_SAMPLER = ndda.Sampler(ndda.SDEDPMSolverPP2M(), ndda.KarrasSchedule(24, rho=20.0))
+"""Default sampler of `GuidedPF`."""
 
 
 def velocity(z_t, t, x):
