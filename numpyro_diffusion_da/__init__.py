@@ -31,7 +31,14 @@ from numpyro_diffusion_da.diffusion import (
 from numpyro_diffusion_da.fields import Layout, Variable
 from numpyro_diffusion_da.filters import FAAPF, Bootstrap, EnKF, GrossErrorCheck, GuidedPF
 from numpyro_diffusion_da.inference import PMMH, SMC2, Filter, OnlineFilter
-from numpyro_diffusion_da.priors import DenoiserPrior, GaussianPrior, GenCastPrior, NoiseConditionedPrior, load_prior
+from numpyro_diffusion_da.priors import (
+    DenoiserPrior,
+    GaussianPrior,
+    GenCastPrior,
+    NoiseConditionedPrior,
+    WeatherNext2Prior,
+    load_prior,
+)
 from numpyro_diffusion_da.program import DiffusionTransition, Huber, OnePassTransition
 from numpyro_diffusion_da.results import FilterResult
 from numpyro_diffusion_da.smc import (
@@ -85,5 +92,6 @@ __all__ = [
     "Sampler",
     "Taper",
     "Variable",
+    "WeatherNext2Prior",
     "load_prior",
 ]

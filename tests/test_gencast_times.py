@@ -106,10 +106,11 @@ def test_statistics_that_are_incomplete_are_refused(change, message):
     layout = ndda.Layout((2,), ("channel",), variables=(Variable("temperature", "K", (500, 850)),))
     whole = xr.Dataset({"temperature": ("level", [1.0, 1.0])}, {"level": [500, 850]})
     whole_of_all = dict.fromkeys(("mean", "stddev", "diffs_stddev", "min"), whole)
-    channel_statistics = ndda.priors.gencast.statistics.channel_statistics
-    assert channel_statistics(layout, whole_of_all, ("temperature",)).mean.tolist() == [1.0, 1.0]
+    channel_statistics = ndda.priors.weathernext.statistics.channel_statistics
+    sources = dict.fromkeys(whole_of_all, "mean_by_level.nc")
+    assert channel_statistics(layout, whole_of_all, ("temperature",), sources).mean.tolist() == [1.0, 1.0]
     with pytest.raises(ValueError, match=message):
-        channel_statistics(layout, {**whole_of_all, "mean": change(whole)}, ("temperature",))
+        channel_statistics(layout, {**whole_of_all, "mean": change(whole)}, ("temperature",), sources)
 
 
 def test_statistics_that_are_damaged_are_refused(tmp_path):

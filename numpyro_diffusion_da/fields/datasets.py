@@ -53,7 +53,8 @@ SHORT_NAMES = {
     "vertical_velocity": ("w",),
 }
 """Short names of ERA5-like variables, as files have them, by the full name that a layout uses."""
-PRECIPITATION = "total_precipitation_12hr"
+PRECIPITATION = {"total_precipitation_12hr": 12, "total_precipitation_6hr": 6}
+"""Hours that a sum of precipitation covers, by its name."""
 # Sums over shorter intervals, in hours, that end at the given time. ERA5's total_precipitation covers one hour.
 PARTS_OF_PRECIPITATION = (("total_precipitation_6hr", 6), ("total_precipitation", 1))
 
@@ -68,6 +69,7 @@ STANDARD_NAMES = {
     "specific_humidity": "specific_humidity",
     "temperature": "air_temperature",
     "total_precipitation_12hr": "lwe_thickness_of_precipitation_amount",
+    "total_precipitation_6hr": "lwe_thickness_of_precipitation_amount",
     "u_component_of_wind": "eastward_wind",
     "v_component_of_wind": "northward_wind",
     "vertical_velocity": "lagrangian_tendency_of_air_pressure",
@@ -96,7 +98,7 @@ def read_states(
     Variables may have the long names of ERA5 or the short names of ECMWF (t2m or 2t, z, msl, ...). Latitudes may be in
     either order, and longitudes may start at 0 or at -180. Without `interpolate`, the grid of the layout must be the
     dataset's grid or a subset of its points (1 degree out of 0.25). If the dataset lacks 12-hour precipitation, it is
-    summed from two 6-hour values or twelve hourly values.
+    summed from two 6-hour values or twelve hourly values, and 6-hour precipitation from six hourly values.
 
     Args:
         dataset: fields in the units of the layout. A variable without the attribute `units` is assumed to be in the
@@ -106,8 +108,8 @@ def read_states(
         fill: value that states hold at undefined points, by the name of the variable and in its unit. Every variable
             with `undefined` points needs one.
         interpolate: interpolate bilinearly to points that the dataset lacks. A value next to a NaN becomes NaN.
-        without_precipitation: set total_precipitation_12hr to 0 where the dataset has none. This is meant for initial
-            frames: GenCast does not take precipitation as an input.
+        without_precipitation: set 12-hour or 6-hour precipitation to 0 where the dataset has none. This is meant for
+            initial frames: GenCast and WeatherNext 2 do not take precipitation as an input.
 
     Returns:
         States, float32, shape (time, *layout.shape), without NaN.
@@ -125,7 +127,7 @@ def read_states(
     wanted = utc_times(times)
     states = np.empty((len(wanted), *layout.shape), np.float32)
     for variable in layout.variables:
-        if variable.name == PRECIPITATION:
+        if variable.name in PRECIPITATION:
             values = _precipitation(source, variable, wanted, without_precipitation)
         else:
             values = source.read(variable.name, variable.units, wanted, variable.levels)
@@ -481,14 +483,17 @@ class _Source:
 def _precipitation(
     source: _Source, variable: Variable, times: np.ndarray, without: bool
 ) -> Float[np.ndarray, "time 1 latitude longitude"]:
-    """12-hour precipitation: read, summed over shorter intervals, or 0 if the dataset may be without it."""
+    """Precipitation of 12 or 6 hours: read, summed over shorter ones, or 0 if the dataset may be without it."""
     shape = (len(times), 1, len(source.latitude), len(source.longitude))
     tried = [f"'{variable.name}' at {words(times)}"]
     if source.find(variable.name) is not None and (not without or source.has_times(times)):
         values = source.read(variable.name, variable.units, times)
         return np.where(np.isnan(values), np.float32(0.0), values) if without else values
+    whole = PRECIPITATION[variable.name]
     for name, hours in PARTS_OF_PRECIPITATION:
-        offsets = np.arange(hours - 12, 1, hours) * np.timedelta64(1, "h")
+        if hours == whole:
+            continue
+        offsets = np.arange(hours - whole, 1, hours) * np.timedelta64(1, "h")
         ends = times[:, None] + offsets
         if source.find(name) is not None and source.has_times(ends):
             values = source.read(name, variable.units, ends.reshape(-1)).reshape(*ends.shape, *shape[2:])

@@ -1,11 +1,9 @@
-"""Priors: an exact Gaussian one, the trained ones that ship, any network of yours, and GenCast."""
+"""Priors: an exact Gaussian one, the trained ones that ship, any network of yours, GenCast, and WeatherNext 2."""
 
 from numpyro_diffusion_da.priors import parametrization
 from numpyro_diffusion_da.priors.deterministic import DeterministicPrior
 from numpyro_diffusion_da.priors.gaussian import GaussianPrior
-from numpyro_diffusion_da.priors.gencast.package import import_weathernext, package_settings
-from numpyro_diffusion_da.priors.gencast.prior import Forcings, GenCastPrior
-from numpyro_diffusion_da.priors.gencast.statistics import read_gencast_statistics
+from numpyro_diffusion_da.priors.gencast.prior import GenCastPrior
 from numpyro_diffusion_da.priors.gencast.synthetic import SyntheticFiles, write_synthetic_gencast
 from numpyro_diffusion_da.priors.interpolant import Interpolant, InterpolantPrior
 from numpyro_diffusion_da.priors.network import DenoiserPrior, NetworkConditioning, NetworkPrior
@@ -40,6 +38,15 @@ from numpyro_diffusion_da.priors.spherical.networks import (
 )
 from numpyro_diffusion_da.priors.stored import read_arrays, read_stored, write_stored
 from numpyro_diffusion_da.priors.torch_network import TorchNetwork
+from numpyro_diffusion_da.priors.weathernext.frames import Forcings
+from numpyro_diffusion_da.priors.weathernext.package import (
+    forward_differentiable,
+    import_weathernext,
+    package_settings,
+)
+from numpyro_diffusion_da.priors.weathernext.statistics import read_gencast_statistics
+from numpyro_diffusion_da.priors.weathernext2.prior import WeatherNext2Prior
+from numpyro_diffusion_da.priors.weathernext2.synthetic import SyntheticWeatherNext2, write_synthetic_weathernext2
 
 __all__ = [
     "SHIPPED",
@@ -67,7 +74,10 @@ __all__ = [
     "SphericalResidualNetwork",
     "SyntheticFiles",
     "TorchNetwork",
+    "SyntheticWeatherNext2",
+    "WeatherNext2Prior",
     "ZonalOperator",
+    "forward_differentiable",
     "import_weathernext",
     "load_prior",
     "package_settings",
@@ -84,4 +94,5 @@ __all__ = [
     "spherical_layout",
     "write_stored",
     "write_synthetic_gencast",
+    "write_synthetic_weathernext2",
 ]

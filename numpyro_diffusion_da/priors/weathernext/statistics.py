@@ -1,8 +1,9 @@
-"""Normalization statistics published with GenCast, for the channels of a frame."""
+"""Normalization statistics of the package's models, for the channels of a frame."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -27,8 +28,8 @@ class Statistics(NamedTuple):
     Attributes:
         mean: mean of each channel, shape (channel,).
         stddev: standard deviation of each channel, shape (channel,).
-        scale: scale of the latent, shape (channel,): the standard deviation of 12 h differences, or `stddev` for a
-            variable that is not an input.
+        scale: scale of the latent, shape (channel,): the standard deviation of differences over a step, or `stddev` for
+            a variable that is not an input.
         is_input: True for channels of variables that are inputs of the network, and whose residual is predicted; False
             for variables that are predicted themselves. Shape (channel,).
     """
@@ -74,14 +75,18 @@ def read_gencast_statistics(directory: str | os.PathLike[str]) -> dict[str, xarr
 
 
 def channel_statistics(
-    layout: Layout, statistics: dict[str, xarray.Dataset], input_variables: tuple[str, ...]
+    layout: Layout,
+    statistics: Mapping[str, xarray.Dataset],
+    input_variables: tuple[str, ...],
+    sources: Mapping[str, str],
 ) -> Statistics:
     """Select the normalization constants of every channel.
 
     Args:
         layout: layout of a frame.
-        statistics: datasets by kind, as `read_gencast_statistics` returns them.
+        statistics: datasets by kind, "mean", "stddev", "diffs_stddev" and "min".
         input_variables: names of the variables that are inputs of the network.
+        sources: where each kind of statistic was read, for messages.
 
     Raises:
         ValueError: a variable or a level is missing in the statistics, or a number is not finite or not positive.
@@ -92,20 +97,20 @@ def channel_statistics(
         dataset = statistics[what]
         if variable.name not in dataset:
             raise ValueError(
-                f"the statistics in {STATISTICS[what][0]} have no variable '{variable.name}'; give the statistics "
+                f"the statistics in {sources[what]} have no variable '{variable.name}'; give the statistics "
                 "published with the checkpoint."
             )
         values = dataset[variable.name]
         has = np.asarray(values.coords["level"].values).tolist() if "level" in values.coords else []
         if lacking := [level for level in variable.levels if level not in has]:
             raise ValueError(
-                f"the statistics of '{variable.name}' in {STATISTICS[what][0]} lack the levels {lacking} hPa; they "
+                f"the statistics of '{variable.name}' in {sources[what]} lack the levels {lacking} hPa; they "
                 f"have {has}: give the statistics published with the checkpoint."
             )
         found = np.atleast_1d(values.sel(level=list(variable.levels)).values if variable.levels else values.values)
         if not np.isfinite(found).all() or (what != "mean" and what != "min" and not (found > 0).all()):
             raise ValueError(
-                f"the statistics of '{variable.name}' in {STATISTICS[what][0]} are {found.tolist()}; expected finite "
+                f"the statistics of '{variable.name}' in {sources[what]} are {found.tolist()}; expected finite "
                 "numbers, and positive standard deviations: give the statistics published with the checkpoint."
             )
         return found

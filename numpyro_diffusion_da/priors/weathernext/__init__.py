@@ -1,0 +1,1 @@
+"""What the weather models of google-deepmind's package `weathernext` share: import, frames, forcings, statistics."""
