@@ -43,7 +43,7 @@ needs_gencast = [
     pytest.mark.skipif(importlib.util.find_spec("weathernext") is None, reason="weathernext is not installed"),
 ]
 # .ci/run has the page on ArviZ run by both Pythons, hence by both generations of ArviZ.
-MARKS = {"gencast.md": needs_gencast} | {
+MARKS = {"gencast.md": needs_gencast, "weathernext2.md": needs_gencast} | {
     page: [pytest.mark.slow]
     for page in (
         "arviz.md",
