@@ -147,12 +147,3 @@ def compilations() -> Iterator[list[str]]:
 def small() -> LinearGaussian:
     """Four-dimensional linear-Gaussian model, for tests of behavior."""
     return LinearGaussian.make(0, 4)
-
-
-@pytest.fixture(autouse=True)
-def optimized_where_it_pays(request):
-    """Let XLA optimize in the slow tests of a module that defines `COMPUTES_A_LOT`."""
-    computes = request.node.get_closest_marker("slow") is not None and hasattr(request.module, "COMPUTES_A_LOT")
-    jax.config.update("jax_disable_most_optimizations", not computes)
-    yield
-    jax.config.update("jax_disable_most_optimizations", True)

@@ -132,7 +132,6 @@ def test_smoothing_of_lorenz96():
 @pytest.mark.slow
 def test_enkf_of_lorenz96(tmp_path):
     """The benchmark, small: 32 members lose the truth without a taper and keep it with one."""
-    jax.config.update("jax_disable_most_optimizations", True)  # so small, it compiles longer than it computes
     out = tmp_path / "table.json"
     load("enkf").main(out, sites=[40], members=[32], updates=["square root"], truths=1, cycles=40, spin_up=20)
     rows = json.loads(out.read_text())["rows"]
@@ -225,7 +224,6 @@ def test_widest_gap_runs(tmp_path):
 @pytest.mark.slow
 def test_robustness_of_lorenz96(tmp_path):
     """The benchmark, small: gross errors make a filter worse, and a check finds them rather than good observations."""
-    jax.config.update("jax_disable_most_optimizations", True)  # so small, it compiles longer than it computes
     out = tmp_path / "table.json"
     sizes = {"truths": 1, "particles": 64, "cycles": 40, "spin_up": 10}
     load("robustness").main(scenario=["clean", "gross errors"], only=["EnKF", "EnKF, check 3"], out=out, **sizes)

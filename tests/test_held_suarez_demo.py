@@ -134,7 +134,6 @@ def test_processes_do_not_change_a_run(monkeypatch):
 
 @pytest.mark.slow
 def test_small_run_and_its_figures():
-    jax.config.update("jax_disable_most_optimizations", True)  # so small, it compiles longer than it computes
     prior = small_emulator()
     networks = {
         "stations": Stations({"surface_pressure": 1.0, "v_component_of_wind_500": 0.8}, count=5),

@@ -1,31 +1,85 @@
-"""The twin experiment: what the demo and the Lorenz-96 benchmark claim of the filter and its controls."""
+"""The twin experiment: what the demo writes, and what it and the Lorenz-96 benchmark claim of the filter."""
 
 import json
+from types import SimpleNamespace
 
+import jax
 import numpy as np
 import pytest
+import xarray
 from conftest import BENCHMARKS, load_program
+from typer.testing import CliRunner
 
-import numpyro_diffusion_da as ndda
+from numpyro_diffusion_da.demos import cli
 from numpyro_diffusion_da.demos import lorenz96_demo as twin
 
-COMPUTES_A_LOT = True
+SIZES = {"truths": 6, "cycles": 90, "spin_up": 30, "particles": 256, "seed": 1000}
 
 
 def load(name):
     return load_program(BENCHMARKS / f"{name}.py")
 
 
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory):
+    """A run of `ndda demo`, on the first truths of the benchmark: what it printed, its folder, and its run."""
+    folder, run_twin, runs = tmp_path_factory.mktemp("demo") / "new", twin.run_twin, []
+
+    def recorded(experiment, *priors, **settings):
+        runs.append((experiment, settings, run_twin(experiment, *priors, **settings)))
+        return runs[0][2]
+
+    sizes = [word for name, n in SIZES.items() for word in (f"--{name.replace('_', '-')}", str(n))]
+    # The only tests that compute longer than they compile: the run takes several times as long without optimizations.
+    jax.config.update("jax_disable_most_optimizations", False)
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(twin, "run_twin", recorded)
+            done = CliRunner().invoke(cli.app, ["demo", "--out", str(folder), *sizes], catch_exceptions=False)
+    finally:
+        jax.config.update("jax_disable_most_optimizations", True)
+    assert done.exit_code == 0
+    ((experiment, settings, result),) = runs
+    del settings["on_step"]
+    return SimpleNamespace(printed=done.output, folder=folder, run=(experiment, settings), result=result)
+
+
 @pytest.mark.slow
-def test_fa_apf_on_the_emulator_beats_its_controls():
-    """The first six truths of the benchmark; comparisons by more than three standard errors of the difference."""
-    result = twin.run_twin(
-        twin.TwinExperiment(cycles=90, spin_up=30),
-        ndda.load_prior("lorenz96"),
-        ndda.load_prior("lorenz96_one_pass"),
-        seed=1000,
-        truths=6,
-    )
+def test_demo_writes_table_figure_and_files(demo):
+    assert twin.MAIN in demo.printed
+    assert twin.ENKF in demo.printed
+    scores = json.loads((demo.folder / "demo.json").read_text())["scores"]
+    assert set(scores[twin.FREE]) == set(twin.COLUMNS)
+    # Weight: 2, of which one conditions; draw: 1 + 16 forward + 32 vjp; background: 2 forward + 1 vjp of 16 particles.
+    assert scores[twin.GLOBAL]["passes"]["mean"] == pytest.approx(51 + 3 * 16 / 256)
+    # Its weight: 4, for mean and variance each at a level of its own. Then 1 vjp for a product with random signs, and
+    # ceil(20 / 256) = 1 for products that share the covariance: one for each of 20 observations, by 256 particles.
+    assert scores[twin.MAIN]["passes"]["mean"] == pytest.approx(49 + 4 + 1 + 1 + 3 * 16 / 256)
+    assert (demo.folder / "demo.png").stat().st_size > 10_000
+    with xarray.open_datatree(demo.folder / "demo.nc", engine="h5netcdf") as tree:
+        assert dict(tree["posterior/x"].sizes) == {"chain": 1, "draw": 256, "time": 90, "site": 40}
+        assert tree["constant_data/x_true"].dims == ("time", "site")
+        assert tree["observed_data/y"].dims == ("time", "observed_site")
+
+
+@pytest.mark.slow
+def test_benchmark_writes_the_scores_of_the_same_run(demo, monkeypatch, tmp_path):
+    """It makes the run of the demo, which is not made anew."""
+
+    def recorded(experiment, *priors, on_step, **settings):
+        assert (experiment, settings) == demo.run
+        return demo.result
+
+    monkeypatch.setattr(twin, "run_twin", recorded)
+    load("lorenz96_twin").main(**SIZES, out=tmp_path / "twin.json")
+    scores = json.loads((demo.folder / "demo.json").read_text())["scores"]
+    assert json.loads((tmp_path / "twin.json").read_text())["scores"] == scores
+
+
+@pytest.mark.slow
+def test_fa_apf_on_the_emulator_beats_its_controls(demo):
+    """Comparisons by more than three standard errors of the difference."""
+    result = demo.result
     assert result.mean(twin.GLOBAL, "rmse")[0] <= 1.05
     assert result.mean(twin.MAIN, "rmse")[0] <= 0.9
     for name in (twin.GLOBAL, twin.MAIN):
