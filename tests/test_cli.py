@@ -58,5 +58,6 @@ def test_info_names_versions_and_card():
 def test_wrong_experiments():
     with pytest.raises(ValueError, match="error_variance=0"):
         twin.TwinExperiment(error_variance=0.0)
+    priors = ndda.load_prior("lorenz96"), ndda.load_prior("lorenz96_one_pass")
     with pytest.raises(ValueError, match="truths=0"):
-        twin.run_twin(twin.TwinExperiment(), ndda.load_prior("lorenz96"), truths=0)
+        twin.run_twin(twin.TwinExperiment(), *priors, truths=0)
