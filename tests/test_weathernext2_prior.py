@@ -21,9 +21,19 @@ from numpyro_diffusion_da.priors import forward_differentiable
 K = 6  # elements of the noise
 
 
+def cannot_run():
+    """Why the package cannot run here; empty if it can."""
+    if importlib.util.find_spec("weathernext") is None:
+        return "weathernext is not installed"
+    try:
+        ndda.priors.weathernext2.network.check_xarray()
+    except ImportError as error:
+        return str(error)
+    return ""
+
+
 def needs_package(test):
-    skip = pytest.mark.skipif(importlib.util.find_spec("weathernext") is None, reason="weathernext is not installed")
-    return pytest.mark.gencast(skip(test))
+    return pytest.mark.gencast(pytest.mark.skipif(bool(cannot_run()), reason=cannot_run() or "-")(test))
 
 
 # --- without the package --------------------------------------------------------------------------------------------
@@ -34,6 +44,17 @@ def test_without_the_package_the_message_says_what_to_install(monkeypatch, tmp_p
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "weathernext" else find(name, *a))
     with pytest.raises(ImportError, match=r"WeatherNext 2's package `weathernext` .* not on PyPI"):
         ndda.WeatherNext2Prior.from_checkpoint(tmp_path / "a.npz", config="WeatherNext2", surface=tmp_path / "a.nc")
+
+
+def test_an_xarray_that_is_too_new_is_named(monkeypatch):
+    def refuses(data_vars=None):
+        if data_vars is not None:
+            raise TypeError("Passing a Dataset as `data_vars` to the Dataset constructor is not supported.")
+        return "a dataset"
+
+    monkeypatch.setattr(xarray, "Dataset", refuses)
+    with pytest.raises(ImportError, match=r"pip install 'xarray<=2026\.2\.0'"):
+        ndda.priors.weathernext2.network.check_xarray()
 
 
 def test_options_are_checked_first(tmp_path):
