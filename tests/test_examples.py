@@ -180,6 +180,17 @@ def test_moving_observations_runs(tmp_path):
 
 
 @pytest.mark.slow
+def test_noise_rank_runs(tmp_path):
+    """The benchmark, small: with two directions of noise guidance finds nothing, and moved ancestors find the truth."""
+    out = tmp_path / "table.json"
+    load("noise_rank").main(24, 1, 30, 15, ranks="2", only=["guided draws", "moved ancestors"], out=out)
+    guided, moved = (row["k = 2"] for row in json.loads(out.read_text())["rmse"])
+    assert moved < 0.3 * guided
+    with pytest.raises(typer.BadParameter, match="no filter called bootstrap"):
+        load("noise_rank").main(only=["bootstrap"])
+
+
+@pytest.mark.slow
 def test_localization_is_right_on_a_ring():
     """Linear-Gaussian: where what is far apart is nearly independent, local ancestors are as good as Kalman's mean."""
     benchmark = load("linear_gaussian")

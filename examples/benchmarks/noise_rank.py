@@ -101,13 +101,17 @@ def main(
     ranks: Annotated[
         str, typer.Option(help="Numbers of directions of the noise, separated by commas.")
     ] = "2,5,10,20,40",
+    only: Annotated[list[str] | None, typer.Option(help="Names of the filters to run; all by default.")] = None,
     out: Annotated[Path | None, typer.Option(callback=json_file, help="JSON file of the results.")] = None,
 ) -> None:
     """Compare what parts of the filter do as the noise of a step loses directions."""
     warnings.simplefilter("ignore", UserWarning)  # some filters are controls that lose the truth, and say so
+    names = only or list(FILTERS)
+    if unknown := [name for name in names if name not in FILTERS]:
+        raise typer.BadParameter(f"there is no filter called {unknown[0]}; give some of {', '.join(FILTERS)}.")
     wanted = [int(rank) for rank in ranks.split(",")]
     console, rows = Console(), []
-    for name in track(FILTERS, console=console, description="filters"):
+    for name in track(names, console=console, description="filters"):
         run = ndda.Filter(FILTERS[name](model), num_particles=particles, progress_bar=False)
         rmse, ratio = {"filter": name}, {"filter": name}
         for rank in wanted:
