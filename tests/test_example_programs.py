@@ -56,3 +56,10 @@ def test_dynestyx_filter(capsys):
         program("dynestyx_filter")(particles=4, steps=3, seed=0)
     printed = capsys.readouterr().out
     assert all(name in printed for name in ("bootstrap", "ensemble Kalman", "FA-APF"))
+
+
+@pytest.mark.slow
+def test_latent_emulator():
+    pytest.importorskip("optax")
+    scores = program("latent_emulator")(steps=400, states=1500, cycles=20, particles=32, seed=0)
+    assert scores["FA-APF, moved"]["RMSE"] < 0.5 * scores["free ensemble"]["RMSE"]

@@ -624,3 +624,19 @@ def test_unknown_observation_error_runs(capsys):
     printed = capsys.readouterr().out
     assert "PMMH with Bootstrap" in printed
     assert "4 observations" in printed
+
+
+@pytest.mark.slow
+def test_one_pass_runs(tmp_path):
+    """The benchmark, small: one pass takes fewer network passes than the levels of the diffusion, for a smaller error."""
+    out = tmp_path / "one_pass.json"
+    tiny = {"truths": 1, "particles": 8, "cycles": 4, "spin_up": 1, "paths": 16, "reference": 24}
+    load("one_pass").main(**tiny, out=out)
+    found = json.loads(out.read_text())
+    ring = {row["draw"]: row for row in found["ring"]}
+    one_pass = ring["one pass, products as needed"]
+    assert one_pass["error"] < 0.02
+    assert one_pass["passes"] < 0.5 * ring["diffusion, 16 levels, products as needed"]["passes"]
+    passes = {(row["transition"], row["filter"]): row["passes"] for row in found["lorenz96"]}
+    assert passes["one pass", "EnKF"] == 1.0
+    assert passes["one pass", "FA-APF, moved"] < 0.5 * passes["diffusion", "FA-APF, moved"]
