@@ -628,7 +628,7 @@ def test_unknown_observation_error_runs(capsys):
 
 @pytest.mark.slow
 def test_one_pass_runs(tmp_path):
-    """The benchmark, small: one pass takes fewer network passes than the levels of the diffusion, for a smaller error."""
+    """The benchmark, small: a guided draw of one pass takes fewer passes than that of the diffusion."""
     out = tmp_path / "one_pass.json"
     tiny = {"truths": 1, "particles": 8, "cycles": 4, "spin_up": 1, "paths": 16, "reference": 24}
     load("one_pass").main(**tiny, out=out)
