@@ -66,6 +66,7 @@ def test_an_exact_drift_gives_the_exact_denoiser(interpolant):
         np.testing.assert_allclose(mine, other, atol=3e-4 * (1 + level))
 
 
+@pytest.mark.slow
 def test_guided_draws_of_an_interpolant_have_the_posterior():
     prior = InterpolantPrior(exact_drift(LINEAR), LINEAR, layout=D, scale=0.5)
     error, y = jnp.full(2, 0.4), jnp.asarray([0.5, 1.0])
@@ -113,6 +114,7 @@ def test_colored_noise_has_the_covariance(kind):
     np.testing.assert_allclose(noise.colored(pulled, shape), noise.covariance_product(v), atol=2e-5)
 
 
+@pytest.mark.slow
 def test_a_forecast_with_a_stated_error_is_the_gaussian_transition():
     """The same filter twice: a deterministic prior, and the Gaussian in closed form. One pass a particle and step."""
     root = jnp.asarray(ROOT, jnp.float32)
