@@ -10,8 +10,8 @@ against single draws of the true system, as functional generative networks are.
 
 The CRPS of each site says nothing of the dependence between sites. A network with one number of noise for each site
 that was trained by it alone (`--no-dependence --steps 6000`) had the right spread at every site (0.999), and errors
-that were correlated between neighbors: its covariance of a step was wrong by 65 %. So the CRPS is also taken of sums and
-differences of sites up to four apart, as others take it of spectral coefficients (FourCastNet 3, Bonev et al. 2025,
+that were correlated between neighbors: its covariance of a step was wrong by 65 %. So the CRPS is also taken of sums
+and differences of sites up to four apart, as others take it of spectral coefficients (FourCastNet 3, Bonev et al. 2025,
 arXiv 2507.12144).
 """
 
