@@ -221,16 +221,26 @@ def initial_guidance_state(base: PriorDenoiser, likelihood: Likelihood, solver: 
     The warm start has as many unknowns as the likelihood has residuals.
     """
     location = base.prior.location(base.conditioning)
-
-    def residual(x: Array) -> Array:
-        coordinates = coordinates_near(base, likelihood, x)
-        variances = None if coordinates is None else jnp.ones(coordinates.observed.shape, x.dtype)
-        return likelihood.around(coordinates, variances).residual(x)
-
-    size = jax.eval_shape(residual, location).shape[0]
+    size = num_residuals(likelihood, location)
     return base.init()._replace(
         warm_start=solver.init(size, location.dtype), solver_residual=jnp.zeros((), location.dtype)
     )
+
+
+def num_residuals(likelihood: Likelihood, state: Float[Array, ...] | jax.ShapeDtypeStruct) -> int:
+    """Count the residuals of a likelihood in which pseudo observations replace all observations that are not Gaussian.
+
+    Args:
+        likelihood: likelihood of the step's observations.
+        state: a state, or its shape and dtype; nothing is computed.
+    """
+
+    def residual(x: Array) -> Array:
+        coordinates = likelihood.coordinates(x, probe_signs(x.shape, x.dtype))
+        variances = None if coordinates is None else jnp.ones(coordinates.observed.shape, x.dtype)
+        return likelihood.around(coordinates, variances).residual(x)
+
+    return jax.eval_shape(residual, state).shape[0]
 
 
 def linear_system(

@@ -149,7 +149,7 @@ class FactorNoise(Noise):
         return self.colored(jax.random.normal(rng_key, (self.factor.shape[1],), dtype), shape)
 
     def white_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """Return (rank,).
+        """Return the shape (rank,) of the white noise, one number for each column of the factor.
 
         Args:
             shape: shape of the latent.

@@ -133,7 +133,7 @@ class SphericalNoise(Noise):
     def colored(
         self, white: Float[Array, "n n *channels"], shape: tuple[int, ...]
     ) -> Float[Array, "latitude longitude *channels"]:
-        """Return A w.
+        """Return the noise field e = A w that white coefficients w make.
 
         Args:
             white: w, shape `white_shape(shape)`.

@@ -200,7 +200,7 @@ class _Program:
 
 
 class Torch(NamedTuple):
-    """What a network needs of PyTorch and torchax.
+    """Modules and the environment of PyTorch and torchax that a network runs with.
 
     Attributes:
         torch: the module `torch`.

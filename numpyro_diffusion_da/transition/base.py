@@ -89,6 +89,11 @@ class Centering(NamedTuple):
         return jax.tree.map(lambda z, mean: (z - mean) * self.factor, numbers, self.mean)
 
 
+def centered(numbers: PyTree, centering: Centering | None) -> PyTree:
+    """Center the random numbers of a draw; None leaves them as they are."""
+    return numbers if centering is None else centering(numbers)
+
+
 class Dynamics(eqx.Module):
     """Abstract transition p(x' | c) of the state, for one given c."""
 

@@ -16,7 +16,7 @@ from numpyro_diffusion_da.observation.likelihood import (
     probe_signs,
 )
 from numpyro_diffusion_da.observation.moment_matching import LEAST_VARIANCE, tilted_quantiles
-from numpyro_diffusion_da.transition.base import Centering, DrawRecord, Dynamics, Moments
+from numpyro_diffusion_da.transition.base import Centering, DrawRecord, Dynamics, Moments, centered
 from numpyro_diffusion_da.transition.predictive import (
     _by_coordinates,
     _ByCoordinates,
@@ -77,7 +77,7 @@ class GaussianDynamics(Dynamics):
 
     def draw(self, rng_key: PRNGKeyArray, centering: Centering | None = None) -> tuple[Float[Array, ...], DrawRecord]:
         """Draw x' = mean + F xi with white xi, and return it with its record."""
-        (white,) = _centered(self.random_numbers(rng_key), centering)
+        (white,) = centered(self.random_numbers(rng_key), centering)
         return self._moved_by(white)
 
     def _moved_by(self, white: Array) -> tuple[Float[Array, ...], DrawRecord]:
@@ -102,7 +102,7 @@ class GaussianDynamics(Dynamics):
         Returns:
             (x', shape of the state; record of the draw).
         """
-        numbers = _centered(self.random_numbers(rng_key, likelihood), centering)
+        numbers = centered(self.random_numbers(rng_key, likelihood), centering)
         if not isinstance(likelihood, GeneralLikelihood):
             return self._matheron(numbers, matched(self.moments(), self.tangents(), likelihood)[0])[:2]
         if self.is_separate(likelihood):
@@ -196,8 +196,3 @@ class GaussianDynamics(Dynamics):
         ratio = -0.5 * jnp.sum((vectors.T @ residual) ** 2 / values) - 0.5 * jnp.sum(jnp.log(values))
         moved = x + self.moments().covariance_product(pull(gain))
         return moved, record, ratio + 0.5 * jnp.vdot(left, left)
-
-
-def _centered(numbers: tuple[Array, ...], centering: Centering | None) -> tuple[Array, ...]:
-    """Center the random numbers of a draw; None leaves them as they are."""
-    return numbers if centering is None else centering(numbers)

@@ -19,17 +19,17 @@ from typing import NamedTuple
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
+from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from numpyro_diffusion_da.arguments import count
 from numpyro_diffusion_da.diffusion.denoiser import NetworkPasses
-from numpyro_diffusion_da.diffusion.guidance import MMPS, Guidance, ObservedSystem, observed_system
-from numpyro_diffusion_da.diffusion.linear_solve import DirectSolve, LinearSolver
+from numpyro_diffusion_da.diffusion.guidance import MMPS, Guidance, ObservedSystem, num_residuals, observed_system
+from numpyro_diffusion_da.diffusion.linear_solve import DirectSolve, KrylovSolve, LinearSolver
 from numpyro_diffusion_da.diffusion.memory import backward_bytes
 from numpyro_diffusion_da.diffusion.noise import standard_normal
 from numpyro_diffusion_da.diffusion.prior import Conditioning, OnePassPrior
-from numpyro_diffusion_da.observation.likelihood import Likelihood, probe_signs
-from numpyro_diffusion_da.transition.base import Centering, DrawRecord, Dynamics, Moments
+from numpyro_diffusion_da.observation.likelihood import GaussianLikelihood, Likelihood, probe_signs
+from numpyro_diffusion_da.transition.base import Centering, DrawRecord, Dynamics, Moments, centered
 
 SPREAD_PROBES = 4
 """Number of random directions of the noise that measure how far each component of the state moves."""
@@ -64,11 +64,11 @@ class OnePassDynamics(Dynamics):
     iterations: int = eqx.field(static=True, default=2, converter=count("OnePassDynamics", "iterations"))
 
     def _generate(self, noise: Float[Array, ...]) -> Float[Array, ...]:
-        """Return f(c, e)."""
+        """Return the state f(c, e) that the emulator makes from a noise e."""
         return self.prior.generate(noise, self.conditioning)
 
     def _center(self) -> Float[Array, ...]:
-        """Return e = 0."""
+        """Return the noise e = 0, around which the emulator is linearized for its moments."""
         return jnp.zeros(self.prior.noise_shape)
 
     def _at_center(self) -> tuple[Array, Callable[[Array], Array]]:
@@ -97,9 +97,12 @@ class OnePassDynamics(Dynamics):
 
     def tangents(self) -> Float[Array, "k ..."]:
         """Return random signs times the spread of each component, leading axis k; it costs `SPREAD_PROBES` jvps."""
-        mean, push = self._at_center()
-        moved = jax.vmap(push)(probe_signs(self.prior.noise_shape, mean.dtype)[:SPREAD_PROBES])
-        return jnp.sqrt(jnp.mean(moved**2, axis=0))[None] * probe_signs(mean.shape, mean.dtype)
+        return self._tangents(*self._at_center())
+
+    def _tangents(self, x: Float[Array, ...], push: Callable[[Array], Array]) -> Float[Array, "k ..."]:
+        """Return random signs of the shape of x times the spread of each component under `push`, leading axis k."""
+        moved = jax.vmap(push)(probe_signs(self.prior.noise_shape, x.dtype)[:SPREAD_PROBES])
+        return jnp.sqrt(jnp.mean(moved**2, axis=0))[None] * probe_signs(x.shape, x.dtype)
 
     def tangent_passes(self) -> NetworkPasses:
         """Return the network passes of `tangents`; its forward pass is that of `moments`."""
@@ -110,33 +113,17 @@ class OnePassDynamics(Dynamics):
         if likelihood is None:
             return (self._white(rng_key),)
         noise_key, error_key = jax.random.split(rng_key)
-        return self._white(noise_key), jax.random.normal(error_key, (self._residuals(likelihood),))
+        m = num_residuals(likelihood, jax.eval_shape(self._generate, self._center()))
+        return self._white(noise_key), jax.random.normal(error_key, (m,))
 
     def _white(self, rng_key: PRNGKeyArray) -> Float[Array, ...]:
         """Return white noise e."""
         return standard_normal(rng_key, self.prior.noise_shape, jnp.zeros(()).dtype)
 
-    def _residuals(self, likelihood: Likelihood) -> int:
-        """Return the number of residuals m of a likelihood in which pseudo observations replace all that need them."""
-
-        def residual(x: Array) -> Array:
-            coordinates = likelihood.coordinates(x, probe_signs(x.shape, x.dtype))
-            variances = None if coordinates is None else jnp.ones(coordinates.observed.shape, x.dtype)
-            return likelihood.around(coordinates, variances).residual(x)
-
-        return jax.eval_shape(lambda: residual(self._generate(self._center()))).shape[0]
-
     def draw(self, rng_key: PRNGKeyArray, centering: Centering | None = None) -> tuple[Float[Array, ...], DrawRecord]:
         """Draw x' = f(c, e), by one forward pass, and return it with its record."""
-        (noise,) = self._numbers(rng_key, None, centering)
+        (noise,) = centered(self.random_numbers(rng_key), centering)
         return self._generate(noise), self._record(self._passes(forward=1))
-
-    def _numbers(
-        self, rng_key: PRNGKeyArray, likelihood: Likelihood | None, centering: Centering | None
-    ) -> tuple[Array, ...]:
-        """Return the random numbers of a draw, centered if asked for."""
-        numbers = self.random_numbers(rng_key, likelihood)
-        return numbers if centering is None else centering(numbers)
 
     def _record(self, passes: NetworkPasses, solver_residual: Float[Array, ""] | None = None) -> DrawRecord:
         """Return the record of a draw, with the network passes of the conditioning."""
@@ -172,12 +159,11 @@ class OnePassDynamics(Dynamics):
             TypeError: `guidance` is one that only a diffusion can have.
         """
         solver = solver_of(guidance)
-        noise, error = self._numbers(rng_key, likelihood, centering)
+        noise, error = centered(self.random_numbers(rng_key, likelihood), centering)
         at, made, largest = noise, self._passes(forward=1), jnp.zeros(())
         warm_start = solver.init(len(error), error.dtype)
-        tangents = self._directions(likelihood)
         for iteration in range(self.iterations):
-            near = self._linearized(at, likelihood, solver, tangents)
+            near = self._linearized(at, likelihood, solver)
             departure = near.system.residual - error
             made = made.plus(self._passes(forward=1, jvp=near.jvps))
             if iteration > 0:
@@ -213,10 +199,9 @@ class OnePassDynamics(Dynamics):
         white, error = self.random_numbers(rng_key, likelihood)
         at, made, largest = self._center(), self._passes(forward=1), jnp.zeros(())
         warm_start = solver.init(len(error), error.dtype)
-        tangents = self._directions(likelihood)
         size = at.size
         for iteration in range(self.iterations):
-            near = self._linearized(at, likelihood, solver, tangents)
+            near = self._linearized(at, likelihood, solver)
             residual = near.system.residual
             made = made.plus(self._passes(forward=1, jvp=near.jvps))
             if iteration > 0:
@@ -256,22 +241,7 @@ class OnePassDynamics(Dynamics):
         calls = products * self.prior.generator_passes
         return NetworkPasses(jnp.zeros_like(calls), calls, calls)
 
-    def _directions(self, likelihood: Likelihood) -> PyTree:
-        """Return random directions of the noise along which coordinates are looked for; None if all are Gaussian."""
-        center = self._center()
-        state = jax.eval_shape(self._generate, center)
-        is_gaussian = jax.eval_shape(lambda: self._coordinates_exist(likelihood, state.shape, state.dtype)) is None
-        return None if is_gaussian else probe_signs(center.shape, center.dtype)[:SPREAD_PROBES]
-
-    def _coordinates_exist(self, likelihood: Likelihood, shape: tuple[int, ...], dtype: jnp.dtype) -> PyTree:
-        """Return the coordinates' mask for abstract values of the state; None if all observations are Gaussian."""
-        zeros = jnp.zeros(shape, dtype)
-        coordinates = likelihood.coordinates(zeros, zeros[None])
-        return None if coordinates is None else coordinates.observed
-
-    def _linearized(
-        self, at: Float[Array, ...], likelihood: Likelihood, solver: LinearSolver, directions: PyTree
-    ) -> _Linearized:
+    def _linearized(self, at: Float[Array, ...], likelihood: Likelihood, solver: LinearSolver) -> _Linearized:
         """Linearize the emulator and the observations at a value of the noise.
 
         Observations that are not Gaussian are replaced by the Gaussian ones that have the same effect on the linearized
@@ -285,10 +255,8 @@ class OnePassDynamics(Dynamics):
             return push(image), image
 
         coordinates, jvps = None, 0
-        if directions is not None:
-            spread = jnp.sqrt(jnp.mean(jax.vmap(push)(directions) ** 2, axis=0))
-            mean = x - push(at)
-            coordinates = likelihood.coordinates(mean, spread[None] * probe_signs(x.shape, x.dtype))
+        if not isinstance(likelihood, GaussianLikelihood):
+            coordinates = likelihood.coordinates(x - push(at), self._tangents(x, push))
             jvps = SPREAD_PROBES + 1
         system = observed_system(likelihood, solver, x, coordinates, covariance)
         return _Linearized(system, lambda direction: system.push(push(direction)), jvps)
@@ -305,7 +273,7 @@ class OnePassDynamics(Dynamics):
         center = self._center()
         at = jax.ShapeDtypeStruct(center.shape, center.dtype)
         state = jax.eval_shape(self._generate, at)
-        products = min(32, observations)
+        products = min(KrylovSolve().max_products, observations)
         numbers = 10 * state.size + products * center.size + 2 * products * observations
         return backward_bytes(self._generate, at) + numbers * state.dtype.itemsize
 

@@ -80,8 +80,7 @@ class WeatherNext2Prior(WeatherNextPrior, OnePassPrior):
         Raises:
             ValueError: the noise has another shape than `noise_shape`.
         """
-        if np.shape(noise) != self.noise_shape:
-            raise ValueError(f"the noise has shape {np.shape(noise)}, expected {self.noise_shape}; use jax.vmap.")
+        self._check_noise(noise)
         return self.location(conditioning) + self.output_scale * self.run_network(conditioning, noise)
 
     def frames(
