@@ -95,9 +95,9 @@ def sampler_setting(sampler: Sampler | Step | None, program: StateSpaceModel) ->
         The sampler with all its settings; "one pass" with the number of linearizations of a guided draw, if the
         transition is an emulator of one pass; "closed form" if it is no emulator.
     """
-    transition, iterations = program.structure.diffusion, program.structure.iterations
-    if iterations is not None:
-        return f"one pass, linearized {iterations} times"
+    transition, one_pass = program.structure.diffusion, program.structure.one_pass
+    if one_pass is not None:
+        return f"one pass, linearized {one_pass.iterations} times"
     if transition is None:
         return "closed form"
     return in_full(transition.sampler if sampler is None else sampler)

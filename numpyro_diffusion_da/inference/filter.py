@@ -284,8 +284,8 @@ class Filter(HasFilterResult):
                     stacklevel=3,
                 )
             check_metadata_names(program.structure)
-        structure = program.structure
-        sizes = (self.batch_size, self.num_particles, structure.emulator, *(structure.diffusion or ()))
+        emulator = program.structure.diffusion or program.structure.one_pass or ()
+        sizes = (self.batch_size, self.num_particles, *emulator)
         if is_new or any(one is not other for one, other in zip(sizes, self._sizes, strict=True)):
             self._batch = particles_at_a_time(self.batch_size, self.num_particles, program)
             self._sizes = sizes

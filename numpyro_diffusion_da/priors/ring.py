@@ -267,11 +267,7 @@ class RingEmulator(ResidualEmulator):
         networks = "RingResidualNetwork.init(rng_key, channels=16, hidden=16)"
         require(self.residual_network, RingResidualNetwork, self, "residual_network", networks)
         require(self.layout, Layout, self, "layout", 'ndda.Layout((40,), ("site",))')
-        if len(self.layout.shape) != 1 or self.layout.shape[0] < WIDTH:
-            raise ValueError(
-                f"RingEmulator got a layout of shape {self.layout.shape}, but its networks need one axis of {WIDTH} "
-                "sites or more; give a larger ring."
-            )
+        require_ring(self.layout, "RingEmulator")
         require_noise_range(self.noise_range, self)
         require_finite(self)
 
@@ -316,6 +312,20 @@ class RingEmulator(ResidualEmulator):
             NumPyro distribution of states in the unit of the system, event shape (sites,).
         """
         return ring_climatology(self.climatology_mean, self.climatology_covariance, self.layout.size)
+
+
+def require_ring(layout: Layout, owner: str) -> None:
+    """Raise a ValueError if a layout is not that of a ring that the networks can run on.
+
+    Args:
+        layout: layout of the state.
+        owner: class that got it, for the message.
+    """
+    if len(layout.shape) != 1 or layout.shape[0] < WIDTH:
+        raise ValueError(
+            f"{owner} got a layout of shape {layout.shape}, but its networks need one axis of {WIDTH} sites or more; "
+            "give a larger ring."
+        )
 
 
 def ring_climatology(

@@ -22,7 +22,7 @@ from numpyro_diffusion_da.checksums import named_arrays
 from numpyro_diffusion_da.diffusion.prior import OnePassPrior
 from numpyro_diffusion_da.fields.layout import Layout
 from numpyro_diffusion_da.priors.residual_emulator import of_kind, require_finite
-from numpyro_diffusion_da.priors.ring import WIDTH, RingMeanNetwork, neighborhoods, ring_climatology
+from numpyro_diffusion_da.priors.ring import WIDTH, RingMeanNetwork, neighborhoods, require_ring, ring_climatology
 from numpyro_diffusion_da.priors.stored import part, read_stored, write_stored
 
 if TYPE_CHECKING:
@@ -105,11 +105,7 @@ class RingOnePassEmulator(OnePassPrior):
 
     def __check_init__(self) -> None:
         require(self.network, RingNoiseNetwork, self, "network", "RingNoiseNetwork.init(rng_key, body)")
-        if len(self.layout.shape) != 1 or self.layout.shape[0] < WIDTH:
-            raise ValueError(
-                f"RingOnePassEmulator got a layout of shape {self.layout.shape}, but its network needs one axis of "
-                f"{WIDTH} sites or more; give a larger ring."
-            )
+        require_ring(self.layout, "RingOnePassEmulator")
         require_finite(self)
 
     @property

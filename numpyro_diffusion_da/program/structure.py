@@ -20,7 +20,7 @@ from numpyro import handlers
 from numpyro.ops.provenance import eval_provenance
 
 from numpyro_diffusion_da.diffusion.density import ProbabilityFlow
-from numpyro_diffusion_da.diffusion.prior import DiffusionPrior, EmulatorPrior
+from numpyro_diffusion_da.diffusion.prior import DiffusionPrior, EmulatorPrior, OnePassPrior
 from numpyro_diffusion_da.diffusion.sampler import Sampler
 from numpyro_diffusion_da.observation.likelihood import GaussianLikelihood
 from numpyro_diffusion_da.observation.linear_predictor import find_linear_predictor
@@ -127,6 +127,18 @@ class Diffusion(NamedTuple):
     density: ProbabilityFlow | None
 
 
+class OnePass(NamedTuple):
+    """Parts of the transition of an emulator of one pass that do not change over time.
+
+    Attributes:
+        prior: the emulator.
+        iterations: number of times that a guided draw linearizes it.
+    """
+
+    prior: OnePassPrior
+    iterations: int
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Structure:
     """Sites, shapes and dependencies of a program, without any values.
@@ -157,9 +169,8 @@ class Structure:
         carry: each array of the carry, in the order of its leaves.
         carry_remembers: whether the next carry depends on the carry before, for a given value of the latent site.
         observations_remember: whether the observed sites depend on the carry, for a given value of the latent site.
-        emulator: prior of the transition; None if the transition is that of no emulator.
         diffusion: parts of the diffusion transition; None for any other transition.
-        iterations: number of times that guided draws linearize an emulator of one pass; None for any other transition.
+        one_pass: parts of the transition of an emulator of one pass; None for any other transition.
         shapes: shapes that a later trace of the same program can expect.
     """
 
@@ -182,9 +193,8 @@ class Structure:
     carry: tuple[CarryLeaf, ...]
     carry_remembers: bool
     observations_remember: bool
-    emulator: EmulatorPrior | None
     diffusion: Diffusion | None
-    iterations: int | None
+    one_pass: OnePass | None
     shapes: Shapes
 
     @property
@@ -196,6 +206,12 @@ class Structure:
     def metadata_names(self) -> tuple[str, ...]:
         """Names of the deterministic sites that depend on neither the state, the carry nor random draws."""
         return tuple(name for name, site in self.deterministic.items() if site.is_metadata)
+
+    @property
+    def emulator(self) -> EmulatorPrior | None:
+        """Prior of the transition; None if the transition is that of no emulator."""
+        emulator = self.diffusion or self.one_pass
+        return None if emulator is None else emulator.prior
 
     @property
     def parameters_in_carry(self) -> dict[str, str]:
@@ -216,9 +232,9 @@ class Structure:
     def _key(self) -> tuple[Any, ...]:
         """All that two equal structures share, in a form that can be compared."""
         plain = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        emulator, shapes = plain.pop("emulator"), plain.pop("shapes")
-        is_diffusion = plain.pop("diffusion") is not None
-        return plain, (emulator is None, is_diffusion), jax.tree.structure(shapes), jax.tree.leaves(shapes)
+        shapes = plain.pop("shapes")
+        kinds = [plain.pop(kind) is not None for kind in ("diffusion", "one_pass")]
+        return plain, kinds, jax.tree.structure(shapes), jax.tree.leaves(shapes)
 
 
 class Shapes(NamedTuple):
@@ -428,9 +444,8 @@ def _examine(program: Callable[[], None], name: str, shapes: Shapes) -> Structur
         carry=carry,
         carry_remembers=any(_depends(depends["next carry"], _leaf(i)) for i in range(len(carry))),
         observations_remember=any(_depends(depends["observations"], _leaf(i)) for i in range(len(carry))),
-        emulator=found["emulator"],
         diffusion=found["diffusion"],
-        iterations=found["iterations"],
+        one_pass=found["one_pass"],
         shapes=shapes,
     )
 
@@ -562,9 +577,8 @@ def _facts(call: ScanCall, carry: PyTree, state: dict[str, Array]) -> dict[str, 
         "deterministic": {n: _form(value) for n, value in sites.deterministic.items()},
         "gaussian": {n: is_gaussian(fn) for n, (fn, *_) in sites.observed.items()},
         "scaled": tuple(sites.scaled),
-        "emulator": fn.prior if isinstance(fn, EmulatorTransition) else None,
         "diffusion": Diffusion(fn.prior, fn.sampler, fn.density) if isinstance(fn, DiffusionTransition) else None,
-        "iterations": fn.iterations if isinstance(fn, OnePassTransition) else None,
+        "one_pass": OnePass(fn.prior, fn.iterations) if isinstance(fn, OnePassTransition) else None,
     }
 
 
