@@ -123,3 +123,16 @@ def test_the_table_of_emulators(name):
     """The row in the document is the one measured here."""
     row = f"| {name} | {row_of(families()[name])} |"
     assert row in PAGE.read_text().splitlines(), row
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("levels", "excess"), [(24, 0.06), (96, 0.003)])
+def test_levels_that_the_evidence_of_a_diffusion_needs(levels, excess):
+    """What the document says of the default number of levels, and of four times as many."""
+    prior, noise = ndda.GaussianPrior(A, Q), np.diag([ERROR**2] * 2)
+    sampler = ndda.Sampler(ndda.SDEDPMSolverPP2M(), ndda.KarrasSchedule(levels, rho=20.0))
+    dynamics = DiffusionDynamics(prior, prior.condition(X), sampler)
+    _, log_weight, _ = run(lambda key: dynamics.weighted_draw(key, LIKELIHOOD, GUIDANCE), 8000)
+    s, off = Q[::2, ::2] + noise, Y - (A @ np.asarray(X, float))[::2]
+    evidence = -0.5 * off @ np.linalg.solve(s, off) - 0.5 * np.linalg.slogdet(2 * np.pi * s)[1]
+    assert abs(np.exp(np.asarray(log_weight, float) - evidence).mean() - 1.0 - excess) < 0.006
