@@ -55,7 +55,7 @@ def test_an_exact_drift_gives_the_exact_denoiser(interpolant):
     prior = InterpolantPrior(exact_drift(interpolant), interpolant, layout=D, scale=0.5)
     known = ndda.GaussianPrior(A, Q)
     ours, theirs = prior.condition(X), known.condition(X)
-    z = jnp.asarray(RNG.normal(size=D), jnp.float32)
+    z = jnp.asarray(np.random.default_rng(1).normal(size=D), jnp.float32)
     lowest, highest = prior.noise_range
     for level in np.geomspace(1.5 * lowest, 0.7 * highest, 6):
         state = X + 0.5 * z * level
@@ -98,7 +98,7 @@ def noises():
     harmonics = SphericalHarmonics(4, 8, num_scalars=1, num_winds=1)
     return {
         "white": (WhiteNoise(), (3, 2)),
-        "factor": (FactorNoise(jnp.asarray(RNG.normal(size=(6, 4)), jnp.float32)), (3, 2)),
+        "factor": (FactorNoise(jnp.asarray(np.random.default_rng(1).normal(size=(6, 4)), jnp.float32)), (3, 2)),
         "spherical": (SphericalNoise(5, 8), (5, 8, 2)),
         "harmonic": (HarmonicNoise(harmonics), (harmonics.num_latitudes, harmonics.num_longitudes, 3)),
     }
@@ -109,7 +109,7 @@ def test_colored_noise_has_the_covariance(kind):
     """A A^T v = C v for random v, with A^T the transpose that JAX makes of `colored`."""
     noise, shape = noises()[kind]
     zero = jnp.zeros(noise.white_shape(shape))
-    v = jnp.asarray(RNG.normal(size=shape), jnp.float32)
+    v = jnp.asarray(np.random.default_rng(2).normal(size=shape), jnp.float32)
     (pulled,) = jax.linear_transpose(lambda white: noise.colored(white, shape), zero)(v)
     np.testing.assert_allclose(noise.colored(pulled, shape), noise.covariance_product(v), atol=2e-5)
 
@@ -135,7 +135,7 @@ def test_a_forecast_with_a_stated_error_is_the_gaussian_transition():
 
         return model
 
-    y = np.asarray(RNG.normal(size=(3, 2)), np.float32)
+    y = np.asarray(np.random.default_rng(1).normal(size=(3, 2)), np.float32)
     found = {}
     for name, transition in {
         "ours": lambda x: ndda.OnePassTransition(prior, x, iterations=1),
