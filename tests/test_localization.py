@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import pickle
+
 import equinox as eqx
 import numpy as np
 import pytest
 
 import numpyro_diffusion_da as ndda
 from numpyro_diffusion_da.filters import placement
-from numpyro_diffusion_da.smc import Boxcar, Correlation, GaspariCohn, gaspari_cohn, localization
+from numpyro_diffusion_da.smc import Boxcar, Correlation, GaspariCohn, gaspari_cohn, neighbor_search
 
 RING = np.arange(12.0)
 SPHERE = np.stack([np.repeat([-60.0, 0.0, 45.0, 89.0], 5), np.tile([0.0, 90.0, 179.0, 200.0, 350.0], 4)], -1)
@@ -60,7 +62,7 @@ def test_correlation_functions_of_a_taper():
         np.testing.assert_allclose(placed.between_observations()[0], expected[:2], rtol=1e-15)
         near = placed.neighborhoods()
         rebuilt = np.zeros((12, 2))
-        np.put_along_axis(rebuilt, near.which.astype(int), near.weights, axis=1)
+        np.add.at(rebuilt, (np.arange(12)[:, None], near.which), near.weights)
         np.testing.assert_allclose(rebuilt[:, 0], expected, atol=1e-7)
 
 
@@ -114,7 +116,8 @@ def test_neighborhoods_are_the_taper(monkeypatch):
     reached = (dense > 0).sum(1)
     assert 0 <= reached.min() < reached.max() < 20
     for block in (2**22, 100, 1):
-        monkeypatch.setattr(localization, "LARGEST_BLOCK", block)
+        monkeypatch.setattr(neighbor_search, "LARGEST_BATCH", block)
+        placed._found.clear()
         near = placed.neighborhoods()
         assert near.which.shape == near.weights.shape == (30, reached.max())
         rebuilt = np.zeros((30, 20))
@@ -237,3 +240,85 @@ def test_great_circles_know_every_convention_of_longitudes(turn):
     np.testing.assert_allclose(near, one.taper(one.points).reshape(3, 3), atol=1e-9)
     assert near[0, 0] > 0.9  # across the date line
     assert near[0, 1] == near[1, 0] == 0.0
+
+
+# --- searches by a tree -----------------------------------------------------------------------------------------------
+
+
+def all_pairs(distance):
+    """The same distance without embedded coordinates: all pairs are compared."""
+    return type("AllPairs", (type(distance),), {"embedded": lambda self, positions: None})(**vars(distance))
+
+
+def scattered(seed, count, kind):
+    """Positions with copies of each other, at the poles and on both sides of the date line."""
+    rng = np.random.default_rng(seed)
+    if kind == "ring":
+        rows = np.concatenate([rng.uniform(-20, 40, count), [0.0, 12.0, -12.0, 6.0]])[:, None]
+    elif kind == "plane":
+        rows = np.concatenate([rng.normal(size=(count, 2)), np.zeros((3, 2))])
+    else:
+        rows = np.stack([np.degrees(np.arcsin(rng.uniform(-1, 1, count))), rng.uniform(-180, 360, count)], -1)
+        edges = [[90.0, 0.0], [90.0, 77.0], [-90.0, 5.0], [0.0, 180.0], [0.0, -180.0], [0.0, 179.9], [40.0, 360.0]]
+        rows = np.concatenate([rows, edges])
+    rows = np.concatenate([rows, rows[:5]])
+    return np.concatenate([rows, rng.choice([0.0, 1.0, 2.5], (len(rows), 1))], -1) if kind == "air" else rows
+
+
+@pytest.mark.parametrize(
+    ("kind", "distance", "radius"),
+    [
+        ("ring", ndda.Ring(12), 0.4),
+        ("plane", ndda.Euclidean(), 0.15),
+        ("globe", ndda.GreatCircle(), 500.0),
+        ("globe", ndda.GreatCircle(1.0), 0.7),  # reaches further than a quarter of the circle
+        ("air", ndda.smc.WithHeight(ndda.GreatCircle(), 900.0), 500.0),
+    ],
+)
+def test_a_tree_finds_what_all_pairs_find(monkeypatch, kind, distance, radius):
+    """Neighborhoods, with two tapers and radii by site, blocks and classes are the same to the last bit."""
+    state, y = scattered(0, 150, kind), scattered(1, 200, kind)
+    half = len(y) // 2
+    found = []
+    monkeypatch.setattr(neighbor_search, "LARGEST_BATCH", 1000)
+    monkeypatch.setattr(neighbor_search, "PLACED_AT_A_TIME", 16)
+    for way in (distance, all_pairs(distance)):
+        sites, shapes = {"y": y[:half], "z": y[half:]}, {"y": ((half,), 1), "z": ((len(y) - half,), 1)}
+        taper = ndda.Taper({"y": radius, "z": 0.3 * radius}, way, sites, state=state)
+        placed = taper.place((len(state),), shapes)
+        wide = taper.with_radius(2.0 * radius).place((len(state),), shapes)
+        blocks = placed.blocks(radius)
+        found.append(
+            [*placed.neighborhoods(), *wide.neighborhoods_with(blocks.centers, placed), *blocks, placed.classes(7)]
+        )
+    for tree, pairs in zip(*found, strict=True):
+        np.testing.assert_array_equal(tree, pairs)
+    dense = placed.taper(placed.points)
+    which, weights = found[0][:2]
+    assert 1 < which.shape[1] < len(y)
+    np.testing.assert_array_equal(np.sum(weights > 0, axis=1), np.sum(np.float32(dense) > 0, axis=1))
+    np.testing.assert_allclose(weights, np.where(weights > 0, np.take_along_axis(dense, which, 1), 0.0), rtol=1e-6)
+
+
+def test_blocks_at_a_pole_are_divided():
+    """On a regular grid the block at a pole has the places of whole circles; its parts have one center."""
+    latitude, longitude = np.linspace(-90, 90, 31), np.arange(0.0, 360.0, 6.0)
+    grid = np.stack([np.repeat(latitude, 60), np.tile(longitude, 31)], -1)
+    taper = ndda.Taper(1000.0, ndda.GreatCircle(), {"y": [[0.0, 0.0]]}, state=grid)
+    blocks = taper.place((len(grid),), {"y": ((1,), 1)}).blocks(1000.0)
+    counts = np.bincount(blocks.of_point, minlength=len(blocks.centers))
+    assert 0 < counts.min() <= counts.max() <= 3 * len(grid) / len(np.unique(blocks.centers, axis=0)) + 1
+    assert len(np.unique(blocks.centers, axis=0)) < len(blocks.centers)
+    own = ndda.GreatCircle().between(*(ndda.GreatCircle().prepared(x) for x in (grid, blocks.centers[blocks.of_point])))
+    assert own.max() <= 1000.0
+
+
+def test_a_taper_is_placed_and_searched_once():
+    """Each trace of a filter asks again. Copies and pickles do not carry what was found."""
+    taper = ndda.Taper(1.0, ndda.Ring(12), PLACES, state=RING)
+    placed = taper.place((12,), ONE_SITE)
+    assert taper.place((12,), ONE_SITE) is placed
+    assert placed.neighborhoods().which is placed.neighborhoods().which
+    assert taper.with_radius(2.0) is taper.with_radius(2.0)
+    assert taper.with_radius(2.0).place((12,), ONE_SITE).radii[0] == 2.0
+    assert pickle.loads(pickle.dumps(taper))._made == {}

@@ -390,7 +390,7 @@ class FAAPF(FilterAlgorithm):
         taper = self.taper
         if taper is None:
             return PlacedMove(None, None, carried, share, bounds, bounded, along)
-        wide = taper if move.radius is None else dataclasses.replace(taper, radius=move.radius)
+        wide = taper if move.radius is None else taper.with_radius(move.radius)
 
         def at(inputs: TimeInputs | None) -> PlacedMove:
             local = self._at_places(taper, program, inputs)

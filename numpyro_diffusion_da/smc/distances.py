@@ -2,6 +2,9 @@
 
 Positions are numpy arrays, or JAX arrays if places move: then they are known only inside the compiled step. All
 functions take both, and compute with the array module of what they get.
+
+The distances of this module place positions in a Euclidean space (`Distance.embedded`). Near positions are then found
+without a comparison of all pairs.
 """
 
 from __future__ import annotations
@@ -31,7 +34,8 @@ class Distance(eqx.Module):
     """Distance between two positions. A position is one number or a row of coordinates.
 
     Another distance is a subclass that implements `__call__` and `check`. It may be written with numpy alone if no
-    places move; for places that move (see `Taper`) it has to take JAX arrays too.
+    places move; for places that move (see `Taper`) it has to take JAX arrays too. All pairs of positions are then
+    compared, which takes long for many of them. To avoid this, implement `embedded`, `prepared` and `between` too.
     """
 
     @abc.abstractmethod
@@ -45,6 +49,30 @@ class Distance(eqx.Module):
         Args:
             coordinates: number of coordinates of a position.
         """
+
+    def embedded(self, positions: Float[Numbers, "n k"]) -> Float[Numbers, "n q"] | None:
+        """Coordinates in a Euclidean space where no two positions are further apart than by this distance.
+
+        All positions within a distance are found among those within the same straight line of these coordinates.
+
+        Returns:
+            The coordinates, shape (n, q); None if there are none, so that all pairs have to be compared.
+        """
+        return None
+
+    def prepared(self, positions: Float[Numbers, "n k"]) -> Float[Numbers, "n r"]:
+        """Numbers from which `between` computes distances; by default the positions."""
+        return positions
+
+    def between(self, a: Float[Numbers, "... r"], b: Float[Numbers, "... r"]) -> Float[Numbers, ...]:
+        """Distances between pairs of prepared positions, whose leading axes broadcast.
+
+        They equal those of `__call__` to the last digit. Only distances with `embedded` coordinates need it.
+
+        Raises:
+            NotImplementedError: the distance does not define it.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has embedded coordinates and no `between`; define it too.")
 
     def outside(self, positions: Float[np.ndarray, "n k"]) -> np.ndarray:
         """Mask of positions that do not exist, shape (n,); by default all finite positions exist."""
@@ -77,9 +105,19 @@ class Ring(Distance):
 
     def __call__(self, a: Float[Numbers, "n k"], b: Float[Numbers, "m k"]) -> Float[Numbers, "n m"]:
         """Distances along the shorter arc, in the unit of the positions."""
+        return self.between(a[:, None], b[None])
+
+    def between(self, a: Float[Numbers, "... 1"], b: Float[Numbers, "... 1"]) -> Float[Numbers, ...]:
+        """Distances along the shorter arc between pairs of positions."""
         xp = array_module(a, b)
-        apart = xp.abs(a[:, None, 0] - b[None, :, 0]) % self.length
+        apart = xp.abs(a[..., 0] - b[..., 0]) % self.length
         return xp.minimum(apart, self.length - apart)
+
+    def embedded(self, positions: Float[Numbers, "n 1"]) -> Float[Numbers, "n 2"]:
+        """Positions on a circle in the plane; a chord is no longer than its arc."""
+        xp = array_module(positions)
+        angle = (2.0 * np.pi / self.length) * positions[:, 0]
+        return self.length / (2.0 * np.pi) * xp.stack([xp.cos(angle), xp.sin(angle)], axis=-1)
 
     def check(self, coordinates: int) -> str | None:
         """Return "one number", or None if a position has one coordinate."""
@@ -91,8 +129,15 @@ class Euclidean(Distance):
 
     def __call__(self, a: Float[Numbers, "n k"], b: Float[Numbers, "m k"]) -> Float[Numbers, "n m"]:
         """Distances in a straight line, in the unit of the positions."""
-        xp = array_module(a, b)
-        return xp.sqrt(xp.sum((a[:, None, :] - b[None, :, :]) ** 2, axis=-1))
+        return self.between(a[:, None], b[None])
+
+    def between(self, a: Float[Numbers, "... k"], b: Float[Numbers, "... k"]) -> Float[Numbers, ...]:
+        """Distances in a straight line between pairs of positions."""
+        return _straight(a, b)
+
+    def embedded(self, positions: Float[Numbers, "n k"]) -> Float[Numbers, "n k"]:
+        """Return the positions themselves."""
+        return positions
 
     def check(self, coordinates: int) -> str | None:
         """Return None, because any number of coordinates is valid."""
@@ -121,9 +166,21 @@ class GreatCircle(Distance):
 
         They are computed from the chord, which is accurate for near points, where the arc cosine is not.
         """
-        half_chord = 0.5 * Euclidean()(_on_unit_sphere(a), _on_unit_sphere(b))
+        return self.between(self.prepared(a)[:, None], self.prepared(b)[None])
+
+    def prepared(self, positions: Float[Numbers, "n 2"]) -> Float[Numbers, "n 3"]:
+        """Positions on the unit sphere, in three dimensions."""
+        return _on_unit_sphere(positions)
+
+    def between(self, a: Float[Numbers, "... 3"], b: Float[Numbers, "... 3"]) -> Float[Numbers, ...]:
+        """Great-circle distances between pairs of positions on the unit sphere."""
+        half_chord = 0.5 * _straight(a, b)
         xp = array_module(half_chord)
         return 2.0 * self.sphere_radius * xp.arcsin(xp.minimum(half_chord, 1.0))
+
+    def embedded(self, positions: Float[Numbers, "n 2"]) -> Float[Numbers, "n 3"]:
+        """Positions on a sphere in three dimensions; a chord is no longer than its arc."""
+        return self.sphere_radius * _on_unit_sphere(positions)
 
     def check(self, coordinates: int) -> str | None:
         """Return "(latitude, longitude) in degrees", or None if a position has two coordinates."""
@@ -146,6 +203,11 @@ class GreatCircle(Distance):
             f"the layout's coordinates are {sorted(grid)}, without latitude and longitude; "
             "give the positions of the state: Taper(state=...)."
         )
+
+
+def _straight(a: Float[Numbers, "... k"], b: Float[Numbers, "... k"]) -> Float[Numbers, ...]:
+    xp = array_module(a, b)
+    return xp.sqrt(xp.sum((a - b) ** 2, axis=-1))
 
 
 def _on_unit_sphere(positions: Float[Numbers, "n k"]) -> Float[Numbers, "n 3"]:
@@ -185,6 +247,23 @@ class WithHeight(Distance):
         """Distances from horizontal distance and height together, in the unit of the horizontal distance."""
         height = self.scale * (a[:, None, -1] - b[None, :, -1])
         return array_module(height).sqrt(self.horizontal(a[:, :-1], b[:, :-1]) ** 2 + height**2)
+
+    def prepared(self, positions: Float[Numbers, "n k"]) -> Float[Numbers, "n r"]:
+        """Prepared horizontal positions, and height."""
+        horizontal = self.horizontal.prepared(positions[:, :-1])
+        return array_module(horizontal).concatenate([horizontal, positions[:, -1:]], axis=-1)
+
+    def between(self, a: Float[Numbers, "... r"], b: Float[Numbers, "... r"]) -> Float[Numbers, ...]:
+        """Distances between pairs of prepared positions."""
+        height = self.scale * (a[..., -1] - b[..., -1])
+        return array_module(height).sqrt(self.horizontal.between(a[..., :-1], b[..., :-1]) ** 2 + height**2)
+
+    def embedded(self, positions: Float[Numbers, "n k"]) -> Float[Numbers, "n q"] | None:
+        """Embedded horizontal positions with the scaled height; None if the horizontal distance has none."""
+        horizontal = self.horizontal.embedded(positions[:, :-1])
+        if horizontal is None:
+            return None
+        return array_module(horizontal).concatenate([horizontal, self.scale * positions[:, -1:]], axis=-1)
 
     def outside(self, positions: Float[np.ndarray, "n k"]) -> np.ndarray:
         """Mask of positions whose horizontal position does not exist, shape (n,)."""

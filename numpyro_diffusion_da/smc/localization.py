@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -28,9 +28,10 @@ from numpyro_diffusion_da.arguments import numbers_by_name, real_array, require,
 from numpyro_diffusion_da.checksums import checksum
 from numpyro_diffusion_da.smc.correlations import Correlation, GaspariCohn
 from numpyro_diffusion_da.smc.distances import Distance, Numbers, array_module
+from numpyro_diffusion_da.smc.neighbor_search import far_apart, pairs_within, partition
 
-LARGEST_BLOCK = 2**22
-"""Largest number of distances computed at a time: 32 MB."""
+MOST_TIMES_MEAN = 3
+"""Largest number of places of a block, over the mean number of all blocks."""
 
 
 class Neighborhoods(NamedTuple):
@@ -75,6 +76,19 @@ class PlacedTaper:
     points: Float[np.ndarray, "p k"]
     observations: Float[Numbers, "m k"]
     correlation: Correlation = dataclasses.field(default_factory=GaspariCohn)
+    _found: dict[Any, Any] = dataclasses.field(default_factory=dict, init=False, repr=False)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Everything but what searches have found."""
+        return {**self.__dict__, "_found": {}}
+
+    def _once(self, key: Any, search: Callable[[], Any]) -> Any:
+        """Result of a search, which is made once: a filter needs it in each trace, and it takes seconds at scale."""
+        if not isinstance(self.observations, np.ndarray):
+            return search()
+        if key not in self._found:
+            self._found[key] = search()
+        return self._found[key]
 
     def placed(self) -> Bool[Numbers, " m"]:
         """Whether the position of each observation is finite."""
@@ -115,8 +129,8 @@ class PlacedTaper:
     def neighborhoods(self, at: Float[np.ndarray, "p k"] | None = None) -> Neighborhoods:
         """Find the observations with a positive taper at each position.
 
-        All pairs are compared, in batches that bound the memory. If places move, all observations are near each
-        position, with a taper of 0 where they are too far.
+        They are found by a tree, or where the distance allows none by a comparison of all pairs, in batches that bound
+        the memory. If places move, all observations are near each position, with a taper of 0 where they are too far.
 
         Args:
             at: positions; by default the places of the state.
@@ -125,19 +139,8 @@ class PlacedTaper:
         if not isinstance(self.observations, np.ndarray):
             weights = self.taper(points).astype(jnp.float32)
             return Neighborhoods(np.broadcast_to(np.arange(weights.shape[1], dtype=np.int32), weights.shape), weights)
-        block = max(1, LARGEST_BLOCK // max(1, len(self.observations)))
-        found = []
-        for start in range(0, len(points), block):
-            weights = self.taper(points[start : start + block])
-            reached = weights > 0.0
-            width = max(1, int(reached.sum(1).max()))
-            # A stable sort keeps the order of the observations of a row and moves those of zero weight to its end.
-            index = np.argsort(~reached, axis=1, kind="stable")[:, :width]
-            found.append((index, np.take_along_axis(weights, index, axis=1)))
-        width = max(index.shape[1] for index, _ in found)
-        padded = [tuple(np.pad(x, ((0, 0), (0, width - x.shape[1]))) for x in pair) for pair in found]
-        index, weights = (np.concatenate(parts) for parts in zip(*padded, strict=True))
-        return Neighborhoods(index.astype(np.int32), weights.astype(np.float32))
+        which, (weights,) = self._once(("near", checksum(points)), lambda: self._near(points, (self,)))
+        return Neighborhoods(which, weights)
 
     def neighborhoods_with(
         self, at: Float[np.ndarray, "p k"], other: PlacedTaper
@@ -146,20 +149,45 @@ class PlacedTaper:
 
         Args:
             at: positions.
-            other: another taper of the same observations.
+            other: another taper of the same observations, with the same distance.
 
         Returns:
             (indices, this taper, the other taper), each of shape (p, k).
         """
-        index, weights = self.neighborhoods(at)
-        if not isinstance(weights, np.ndarray):
+        if not isinstance(self.observations, np.ndarray):
+            index, weights = self.neighborhoods(at)
             return index, weights, other.taper(at).astype(jnp.float32)
-        block = max(1, LARGEST_BLOCK // max(1, len(self.observations)))
-        others = [
-            np.take_along_axis(other.taper(at[start : start + block]), index[start : start + block], axis=1)
-            for start in range(0, len(at), block)
-        ]
-        return index, weights, np.where(weights > 0.0, np.concatenate(others), 0.0).astype(np.float32)
+        # The key holds the other taper itself, so that no later one can have its identity.
+        key = ("near with", checksum(at), other)
+        which, (weights, others) = self._once(key, lambda: self._near(at, (self, other)))
+        return which, weights, others
+
+    def _near(
+        self, points: Float[np.ndarray, "p k"], tapers: tuple[PlacedTaper, ...]
+    ) -> tuple[Int[np.ndarray, "p k"], list[Float[np.ndarray, "p k"]]]:
+        """Observations with a positive taper at each position, and the values of several tapers at them.
+
+        Returns:
+            (indices, values of each taper), each of shape (p, k), padded by 0.
+        """
+        counts, columns = np.zeros(len(points), int), []
+        values: list[list[np.ndarray]] = [[] for _ in tapers]
+        observations: Any = self.observations
+        for rows, near, apart in pairs_within(self.distance, points, observations, 2.0 * self.radii):
+            keep = self.correlation(apart / self.radii[near]) > 0.0
+            rows, near, apart = rows[keep], near[keep], apart[keep]
+            counts += np.bincount(rows, minlength=len(points))
+            columns.append(near.astype(np.int32))
+            for taper, found in zip(tapers, values, strict=True):
+                found.append(np.asarray(taper.correlation(apart / taper.radii[near]), np.float32))
+        filled = np.arange(max(1, counts.max(initial=0)))[None] < counts[:, None]
+
+        def padded(parts: list[np.ndarray], dtype: Any) -> np.ndarray:
+            array = np.zeros(filled.shape, dtype)
+            array[filled] = np.concatenate([np.empty(0, dtype), *parts])
+            return array
+
+        return padded(columns, np.int32), [padded(parts, np.float32) for parts in values]
 
     def between_some(self, which: Int[Array, " k"]) -> Float[Array, "k k"]:
         """Correlation between some of the observations, from the smaller of the two radii.
@@ -185,37 +213,43 @@ class PlacedTaper:
         Returns:
             Class of each observation, from 0 to count - 1.
         """
-        m = len(self.observations)
-        if not isinstance(self.observations, np.ndarray) or count >= m:
+        observations, m = self.observations, len(self.observations)
+        if not isinstance(observations, np.ndarray) or count >= m:
             return (np.arange(m) % count).astype(np.int32)
-        nearest = np.full((count, m), np.inf, np.float32)
-        found = np.empty(m, np.int32)
-        for j in np.random.default_rng(0).permutation(m):
-            found[j] = np.argmax(nearest[:, j])
-            apart = self.distance(self.observations[j : j + 1], self.observations)[0]
-            nearest[found[j]] = np.minimum(nearest[found[j]], apart)
+        found: Int[np.ndarray, " m"] = self._once(
+            ("classes", count), lambda: far_apart(self.distance, observations, count)
+        )
         return found
 
     def blocks(self, radius: float) -> Blocks:
         """Partition the places of the state into blocks no larger than a radius around their centers.
 
-        The place that is furthest from all centers becomes the next center (Gonzalez 1985), until every place is within
-        `radius` of a center. This works on any grid and with any distance.
+        This works on any grid and with any distance; see `neighbor_search.partition`. A block with many more places
+        than the others, such as one at the pole of a regular grid, becomes several with the same center.
 
         Args:
             radius: largest distance of a place from its center. 0 makes each place a block, infinity makes one block.
         """
         if radius == 0.0:
             return Blocks(self.points, np.arange(len(self.points), dtype=np.int32))
-        chosen = [0]
-        nearest = np.zeros(len(self.points), np.int32)
-        apart = self.distance(self.points, self.points[:1])[:, 0]
-        while apart.max() > radius:
-            chosen.append(int(apart.argmax()))
-            here = self.distance(self.points, self.points[chosen[-1] :][:1])[:, 0]
-            nearest = np.where(here < apart, np.int32(len(chosen) - 1), nearest)
-            apart = np.minimum(apart, here)
-        return Blocks(self.points[chosen], nearest)
+        chosen, of_point = self._once(("blocks", radius), lambda: partition(self.distance, self.points, radius))
+        return _even(Blocks(self.points[chosen], of_point))
+
+
+def _even(blocks: Blocks) -> Blocks:
+    """Divide blocks of more than `MOST_TIMES_MEAN` times the mean number of places into several with the same center.
+
+    Blocks are computed side by side, with room for the places of the largest. Those with one center have the same
+    weights and ancestors, so this changes nothing about the places.
+    """
+    counts = np.bincount(blocks.of_point)
+    most = math.ceil(MOST_TIMES_MEAN * counts.mean())
+    order = np.argsort(blocks.of_point, kind="stable")
+    number = np.empty(len(order), int)  # of each place in its block
+    number[order] = np.arange(len(order)) - np.repeat(np.cumsum(counts) - counts, counts)
+    parts = -(-counts // most)
+    of_point = (np.cumsum(parts) - parts)[blocks.of_point] + number // most
+    return Blocks(np.repeat(blocks.centers, parts, axis=0), of_point.astype(np.int32))
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -271,6 +305,11 @@ class Taper:
     observations: Mapping[str, ArrayLike | str]
     state: ArrayLike | None = None
     correlation: Correlation = dataclasses.field(default_factory=GaspariCohn)
+    _made: dict[Any, Any] = dataclasses.field(default_factory=dict, init=False, repr=False)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Everything but the placed tapers that it has made."""
+        return {**self.__dict__, "_made": {}}
 
     def __post_init__(self) -> None:
         example = '{"y": np.arange(0, 40, 4)}'
@@ -312,6 +351,18 @@ class Taper:
     def moving(self) -> dict[str, str]:
         """Name of the deterministic site with the positions, for each observed site whose positions move."""
         return {name: value for name, value in self.observations.items() if isinstance(value, str)}
+
+    def with_radius(self, radius: float | Mapping[str, float]) -> Taper:
+        """Return the same taper with another half-width.
+
+        Args:
+            radius: half-width, or one for each observed site by its name.
+        """
+        key = ("radius", tuple(sorted(radius.items())) if isinstance(radius, Mapping) else radius)
+        if key not in self._made:
+            self._made[key] = dataclasses.replace(self, radius=radius)
+        found: Taper = self._made[key]
+        return found
 
     def _radius(self, site: str) -> float:
         return self.radius[site] if isinstance(self.radius, Mapping) else self.radius
@@ -390,6 +441,24 @@ class Taper:
             ValueError: positions are missing, have a wrong number or belong to an unknown site, or values at different
                 places have correlated errors. The message names the site.
         """
+        if self.moving:
+            return self._place(state_shape, observed, axes, places)
+        # Placed once, a taper searches its neighborhoods once.
+        coordinates = None if axes is None else tuple((name, checksum(values)) for name, values in axes.items())
+        key = ("placed", tuple(state_shape), tuple(observed.items()), coordinates)
+        if key not in self._made:
+            self._made[key] = self._place(state_shape, observed, axes, places)
+        found: PlacedTaper = self._made[key]
+        return found
+
+    def _place(
+        self,
+        state_shape: tuple[int, ...],
+        observed: Mapping[str, tuple[tuple[int, ...], int]],
+        axes: Mapping[str, np.ndarray] | None,
+        places: Mapping[str, Numbers] | None,
+    ) -> PlacedTaper:
+        """Placed taper that `place` returns."""
         rows = self._grid_rows(axes) if self.state is None else np.asarray(self.state)
         _values_at_each(len(rows), state_shape, "the state")
         if unknown := sorted(set(self.observations) - set(observed)):
