@@ -51,6 +51,7 @@ NEIGHBORS = {
     "weathernext": {"priors.weathernext"},
     "xarray": {
         "fields",
+        "observation.tables",
         "results",
         "diagnostics",
         "priors.gencast",

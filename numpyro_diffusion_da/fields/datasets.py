@@ -39,6 +39,7 @@ SPELLINGS_OF_DIMENSIONS = {
 SHORT_NAMES = {
     "10m_u_component_of_wind": ("u10", "10u"),
     "10m_v_component_of_wind": ("v10", "10v"),
+    "2m_dewpoint_temperature": ("d2m", "2d"),
     "2m_temperature": ("t2m", "2t"),
     "geopotential": ("z",),
     "geopotential_at_surface": ("z",),  # the same short name as geopotential, but without levels
@@ -46,6 +47,7 @@ SHORT_NAMES = {
     "mean_sea_level_pressure": ("msl",),
     "sea_surface_temperature": ("sst",),
     "specific_humidity": ("q",),
+    "surface_pressure": ("sp",),
     "temperature": ("t",),
     "total_precipitation": ("tp",),
     "u_component_of_wind": ("u",),
@@ -62,11 +64,13 @@ STANDARD_NAMES = {
     # of the CF conventions
     "10m_u_component_of_wind": "eastward_wind",
     "10m_v_component_of_wind": "northward_wind",
+    "2m_dewpoint_temperature": "dew_point_temperature",
     "2m_temperature": "air_temperature",
     "geopotential": "geopotential",
     "mean_sea_level_pressure": "air_pressure_at_mean_sea_level",
     "sea_surface_temperature": "sea_surface_temperature",
     "specific_humidity": "specific_humidity",
+    "surface_pressure": "surface_air_pressure",
     "temperature": "air_temperature",
     "total_precipitation_12hr": "lwe_thickness_of_precipitation_amount",
     "total_precipitation_6hr": "lwe_thickness_of_precipitation_amount",

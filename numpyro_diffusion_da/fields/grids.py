@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
 from numpyro_diffusion_da.fields.interpolation import SAME_POINT, check_axis
 from numpyro_diffusion_da.fields.layout import Layout
@@ -29,6 +29,23 @@ class Corners(NamedTuple):
     rows: Int[np.ndarray, "place 4"]
     columns: Int[np.ndarray, "place 4"]
     weights: Float[np.ndarray, "place 4"]
+
+
+class CornersOverPoles(NamedTuple):
+    """Grid points around places, also between the last row and a pole, where two of the points lie beyond the pole.
+
+    Attributes:
+        rows: row of each grid point, shape (place, 4).
+        columns: column of each grid point, shape (place, 4).
+        weights: weight of each grid point for a scalar, shape (place, 4). The weights of a place sum to 1.
+        beyond: whether a grid point lies beyond the pole, shape (place, 4). East and north point the other way there,
+            so that the components of a vector have the opposite sign.
+    """
+
+    rows: Int[np.ndarray, "place 4"]
+    columns: Int[np.ndarray, "place 4"]
+    weights: Float[np.ndarray, "place 4"]
+    beyond: Bool[np.ndarray, "place 4"]
 
 
 class Grid:
@@ -122,9 +139,7 @@ class Grid:
             ValueError: a place lies outside the grid. The message names the first such place.
         """
         latitude, longitude = np.asarray(places, float).T
-        outside = (latitude < self._limits[0] - SAME_POINT) | (latitude > self._limits[1] + SAME_POINT)
-        outside |= self._eastward(longitude) > self._apart[-1] + SAME_POINT
-        self._refuse(outside, latitude, longitude, names, owner)
+        self._refuse(~self.covers(places), latitude, longitude, names, owner)
         south, up = _between(self._north, np.clip(latitude, self._north[0], self._north[-1]))
         west, along = _between(self._apart, np.maximum(self._eastward(longitude), 0.0))
         # On an axis of one point, the next point is the same one, with the weight 0.
@@ -135,6 +150,49 @@ class Grid:
             for column, part in ((west, 1.0 - along), (east, along))
         ]
         return Corners(*(np.stack(values, axis=-1) for values in zip(*parts, strict=True)))
+
+    def covers(self, places: Float[np.ndarray, "place 2"]) -> Bool[np.ndarray, " place"]:
+        """Whether each place lies on the grid: in its region, or between the last row of a global grid and a pole.
+
+        Args:
+            places: latitude and longitude of each place, in degrees; longitudes in any convention.
+        """
+        latitude, longitude = np.asarray(places, float).T
+        inside = (latitude >= self._limits[0] - SAME_POINT) & (latitude <= self._limits[1] + SAME_POINT)
+        return inside & (self._eastward(longitude) <= self._apart[-1] + SAME_POINT)
+
+    def corners_over_poles(self, places: Float[np.ndarray, "place 2"]) -> CornersOverPoles:
+        """Find the grid points around places, for linear interpolation that goes on over the poles.
+
+        Between the last row of a global grid and the pole, values are interpolated along the meridian, to the same row
+        on the other side of the pole.
+
+        Args:
+            places: latitude and longitude of each place, in degrees; longitudes in any convention.
+
+        Raises:
+            ValueError: a place lies outside the grid.
+        """
+        latitude, longitude = np.asarray(places, float).T
+        near = self.corners(places)
+        last = np.where(latitude > 0, self._north[-1], self._north[0])
+        gap = 90.0 - np.abs(last)
+        past = self.goes_around & (np.abs(latitude) > np.abs(last)) & (gap > SAME_POINT)
+        if not past.any():
+            return CornersOverPoles(*near, np.zeros(near.rows.shape, bool))
+        far = self.corners(np.stack([last, longitude + 180.0], axis=-1))
+        # The share of the row beyond the pole: 0 on the near row, 1/2 at the pole.
+        share = np.where(past, 0.5 - 0.5 * (90.0 - np.abs(latitude)) / np.where(past, gap, 1.0), 0.0)
+        merged = []
+        for here, there in zip(near, far, strict=True):
+            # In the last row, two of the four points have no weight. Two points beyond the pole take their place.
+            ends = [_of_last_row(corners, here if corners is near else there) for corners in (near, far)]
+            merged.append(np.where(past[:, None], np.concatenate(ends, axis=1), here))
+        rows, columns, weights = merged
+        shares = np.stack([1.0 - share, 1.0 - share, share, share], axis=-1)
+        weights = np.where(past[:, None], weights * shares, weights)
+        beyond = past[:, None] & np.array([False, False, True, True])
+        return CornersOverPoles(rows, columns, weights, beyond)
 
     def _eastward(self, longitude: np.ndarray) -> np.ndarray:
         """Distance of longitudes from the western end of the grid, in degrees."""
@@ -155,6 +213,12 @@ class Grid:
             f"{self.latitude.max():g} and longitudes {self._west:g} to {self._west + self._width:g}; leave out places "
             "beyond it, because nothing is extrapolated."
         )
+
+
+def _of_last_row(corners: Corners, values: np.ndarray) -> np.ndarray:
+    """Values of the two points, west and east, of the row on which places of the last row lie, shape (place, 2)."""
+    upper = corners.weights[:, 2:].sum(axis=1) > 0.5
+    return np.where(upper[:, None], values[:, 2:], values[:, :2])
 
 
 def _between(axis: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

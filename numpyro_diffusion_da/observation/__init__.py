@@ -1,4 +1,4 @@
-"""Likelihoods of one step's observations, and observing networks: stations, satellite swaths, block means."""
+"""Likelihoods of one step's observations, observing networks (stations, swaths, means), tables of observations."""
 
 from numpyro_diffusion_da.observation.likelihood import (
     Coordinates,
@@ -18,21 +18,54 @@ from numpyro_diffusion_da.observation.networks import (
     channel_names,
     fraction_of,
 )
+from numpyro_diffusion_da.observation.tables.checks import (
+    Blacklist,
+    Bounds,
+    Duplicates,
+    HeightDifference,
+    QualityCheck,
+    QualityColumn,
+    Superobbing,
+    Thinning,
+    Withheld,
+)
+from numpyro_diffusion_da.observation.tables.flags import Flag
+from numpyro_diffusion_da.observation.tables.operator import ObservationOperator
+from numpyro_diffusion_da.observation.tables.placed import PlacedObservations
+from numpyro_diffusion_da.observation.tables.quantities import DERIVED, DerivedQuantity, derived
+from numpyro_diffusion_da.observation.tables.table import ObservationTable, read_table
 
 __all__ = [
+    "DERIVED",
+    "Blacklist",
     "BlockMeans",
+    "Bounds",
     "Coordinates",
+    "DerivedQuantity",
+    "Duplicates",
+    "Flag",
     "GaussianLikelihood",
     "GaussianObservation",
     "GeneralLikelihood",
     "GeneralObservation",
+    "HeightDifference",
     "Likelihood",
     "LinearPredictor",
+    "ObservationOperator",
+    "ObservationTable",
     "ObservingNetwork",
+    "PlacedObservations",
+    "QualityCheck",
+    "QualityColumn",
     "Stations",
+    "Superobbing",
     "Swath",
+    "Thinning",
+    "Withheld",
     "channel",
     "channel_names",
+    "derived",
     "find_linear_predictor",
     "fraction_of",
+    "read_table",
 ]

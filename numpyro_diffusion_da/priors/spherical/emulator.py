@@ -200,6 +200,10 @@ class SphericalEmulator(ResidualEmulator):
         # The checksum is that of the stored emulator, which has other errors.
         return dataclasses.replace(self, latent_scale=factor * self.latent_scale, checksum="")
 
+    def climate_statistics(self) -> tuple[Float[np.ndarray, "latitude 1 channel"], Float[np.ndarray, " channel"]]:
+        """Mean and standard deviation of the training data in the units of the layout, to broadcast against states."""
+        return np.asarray(self.state_mean, float)[:, None], np.asarray(self.state_scale, float)
+
     def climatology(self) -> dist.Distribution:
         """Gaussian distribution with the mean and the covariance of the training data, the same at every longitude.
 

@@ -254,6 +254,10 @@ class WeatherNextPrior(EmulatorPrior):
         frames[..., is_read] = values
         return frames
 
+    def climate_statistics(self) -> tuple[Float[np.ndarray, " channel"], Float[np.ndarray, " channel"]]:
+        """Mean and standard deviation of each channel in training, in the units of the layout."""
+        return np.asarray(self.mean, float), np.asarray(self.stddev, float)
+
     def fill_values(self) -> dict[str, float]:
         """Fill value of each variable that is undefined somewhere, in its unit, by the name of the variable."""
         values = {}

@@ -1,0 +1,136 @@
+"""Observations on the grid and the times of a model: arrays for a scan, the operator, and the record of all rows."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import TYPE_CHECKING, Any
+
+import jax
+import numpy as np
+
+from numpyro_diffusion_da.arguments import real_values
+from numpyro_diffusion_da.fields.layout import Layout
+from numpyro_diffusion_da.observation.tables.flags import Flag
+from numpyro_diffusion_da.observation.tables.operator import ObservationOperator
+
+if TYPE_CHECKING:
+    import pandas
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _observe(operator: ObservationOperator, states: jax.Array, at: dict[str, Any]) -> jax.Array:
+    """Observations of several states at one step, compiled once for an operator and sizes."""
+    return jax.vmap(lambda x: operator(x, at))(states)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class PlacedObservations:
+    """Observations of a table on the grid and the times of a model. `ObservationTable.on` makes it.
+
+    A program takes `xs` through its scan and `operator` in its body:
+
+        numpyro.sample("y", dist.Normal(placed.operator(x, at), at["error"]).to_event(1), obs=at["y"])
+
+    Attributes:
+        layout: layout of the state.
+        times: time of each step, datetime64.
+        rows: all rows of the table and those that checks added, each with its `flag`. Its index is that of the table.
+            Further columns: `cycle` (number of the step, -1 for none), `name` (of the variable or quantity), `value`
+            and `error_used` in `unit`, and, after `Superobbing`, `superob` (index of the mean that a row is a part of).
+        xs: arrays with the axes (time, row): `y` (NaN where padded or withheld), `error`, `place` (latitude and
+            longitude in degrees, a further axis of 2; NaN where padded), `pressure` (Pa; NaN for the surface), `id`
+            (index in `rows`; -1 where padded), `instrument` (number in `instruments`, if they were asked for), and
+            `parts`, which the operator reads.
+        operator: observation operator, `operator(x, at)`.
+        sizes: number of rows and of points of each part of the operator, with padding.
+        instruments: name of each instrument, as a tuple with one text for each column of `instrument`.
+        notes: what was changed: missing codes, units.
+    """
+
+    layout: Layout
+    times: np.ndarray
+    rows: pandas.DataFrame
+    xs: dict[str, Any]
+    operator: ObservationOperator
+    sizes: dict[str, tuple[int, int]]
+    instruments: list[tuple[str, ...]]
+    notes: tuple[str, ...]
+
+    def counts(self) -> pandas.DataFrame:
+        """Number of rows by name (rows) and flag (columns, those that occur)."""
+        import pandas
+
+        names = self.rows["name"].where(self.rows["name"].notna(), self.rows["variable"])
+        found = pandas.crosstab(names.fillna("(no variable)"), self.rows["flag"])
+        found = found[[flag for flag in map(str, Flag) if flag in found.columns]]
+        return found.rename_axis(index="name", columns="flag")
+
+    def report(self) -> str:
+        """Text with the number of rows by name and flag, and the notes."""
+        empty = int(np.sum(~np.isfinite(self.xs["y"]).any(axis=1)))
+        used = int(np.sum(self.rows["flag"] == Flag.USED))
+        lines = [f"{used} of {len(self.rows)} rows are used at {len(self.times)} times, {empty} of them without any."]
+        if len(self.rows):
+            lines.append(self.counts().to_string())
+        return "\n".join([*lines, *self.notes])
+
+    def observe(self, states: Any, step: int) -> jax.Array:
+        """Observations of several states at one step, without error.
+
+        Args:
+            states: states, such as the members of an analysis, shape (..., latitude, longitude, channel).
+            step: number of the step.
+
+        Returns:
+            Observations, shape (..., row), in the order of ``xs["y"]``.
+        """
+        at = jax.tree.map(lambda values: values[step], self.xs)
+        flat = jax.numpy.reshape(jax.numpy.asarray(states), (-1, *self.layout.shape))
+        found = _observe(self.operator, flat, at)
+        return found.reshape(*np.shape(states)[: -len(self.layout.shape)], -1)
+
+    def by_row(self, values: Any) -> pandas.Series:
+        """Values of the axes (time, row) as a column: one value for each row of `rows`, missing where it has none.
+
+        Args:
+            values: array of the shape of ``xs["y"]``, such as the background of a filter at each observation.
+
+        Raises:
+            ValueError: the array has another shape.
+        """
+        import pandas
+
+        ids = self.xs["id"]
+        array = np.asarray(values)
+        if array.shape != ids.shape:
+            raise ValueError(
+                f"by_row got an array of shape {array.shape}; give one value for each of the {ids.shape} of xs['y']."
+            )
+        here = ids >= 0
+        return pandas.Series(array[here], index=ids[here]).reindex(self.rows.index)
+
+    def feedback(self, *, rejected: Any = None, **columns: Any) -> pandas.DataFrame:
+        """Rows with columns of a filter's run, and with the flags that its gross-error check adds.
+
+        Args:
+            rejected: True where a gross-error check rejected an observation, shape of ``xs["y"]``, as
+                ``result.rejected["y"].any(0)``. Such rows have the flag `Flag.FAR_FROM_BACKGROUND`.
+            **columns: arrays of the shape of ``xs["y"]`` by the name of their column: `background`,
+                `background_variance`, `analysis`.
+
+        Returns:
+            `rows` with these columns, one row for each row of the table.
+
+        Raises:
+            ValueError: an array has another shape, or a column exists.
+        """
+        frame = self.rows.copy()
+        for name, values in columns.items():
+            if name in frame:
+                raise ValueError(f"feedback got a column '{name}', which the table has; give it another name.")
+            frame[name] = self.by_row(real_values(values, f"the column '{name}'"))
+        if rejected is not None:
+            far = self.by_row(np.asarray(rejected, bool)).fillna(False).to_numpy(bool)
+            frame.loc[far & (frame["flag"] == Flag.USED).to_numpy(), "flag"] = str(Flag.FAR_FROM_BACKGROUND)
+        return frame

@@ -1,0 +1,95 @@
+"""Placing of a table on the grid and the times of a model: units, windows, reasons, quality control, arrays."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from numpyro_diffusion_da.arguments import require, shown
+from numpyro_diffusion_da.fields.layout import Layout
+from numpyro_diffusion_da.observation.tables.arrays import arrays_of
+from numpyro_diffusion_da.observation.tables.checks import Context, Duplicates, QualityCheck
+from numpyro_diffusion_da.observation.tables.flags import Flag
+from numpyro_diffusion_da.observation.tables.names import Names
+from numpyro_diffusion_da.observation.tables.placed import PlacedObservations
+from numpyro_diffusion_da.observation.tables.quantities import DerivedQuantity
+from numpyro_diffusion_da.observation.tables.rows import (
+    check_errors,
+    converted,
+    errors_of,
+    refuse_no_error,
+    resolved,
+    set_flag,
+)
+from numpyro_diffusion_da.observation.tables.weights import Placer, apply, set_apart
+from numpyro_diffusion_da.observation.tables.windows import cycles, step_times, windows
+
+if TYPE_CHECKING:
+    import pandas
+
+    from numpyro_diffusion_da.observation.tables.table import ObservationTable
+
+
+def place(
+    table: ObservationTable,
+    layout: Layout,
+    times: Any,
+    window: Any,
+    errors: float | Mapping[Any, float] | None,
+    quality: Sequence[QualityCheck] | None,
+    quantities: Sequence[DerivedQuantity],
+    instrument: str | Sequence[str] | None,
+    sizes: Mapping[str, tuple[int, int]] | None,
+) -> PlacedObservations:
+    """Place a table on a model's grid and times; `ObservationTable.on` documents the arguments."""
+    require(layout, Layout, "ObservationTable.on", "layout", "prior.layout")
+    if not layout.variables:
+        raise ValueError(
+            "the layout has no variables; name those of its channels: Layout(..., variables=(Variable(...), ...))."
+        )
+    at = step_times(times)
+    before, after = windows(window, at)
+    checks = (Duplicates(),) if quality is None else quality
+    for name, given, kind in (("quality", checks, QualityCheck), ("quantities", quantities, DerivedQuantity)):
+        if isinstance(given, (kind, str)) or not isinstance(given, Sequence):
+            raise TypeError(f"ObservationTable.on got {name}={shown(given)}; give a list, {name}=[...].")
+        for one in given:
+            require(one, kind, "ObservationTable.on", name, "[Duplicates()]" if name == "quality" else "[my_quantity]")
+    check_errors(errors)
+    names = Names(layout, quantities)
+    placer = Placer(layout, names)
+    rows, targets, notes = resolved(table, names)
+    rows["cycle"] = cycles(rows["time"].to_numpy(), at, before, after)
+    set_flag(rows, rows["cycle"].to_numpy() < 0, Flag.OFF_WINDOW)
+    notes += converted(table, rows, targets)
+    set_apart(rows, targets, placer)
+    rows["error_used"] = errors_of(rows, errors)
+    context = Context(layout, at, lambda some, field: apply(some, targets, placer, field), targets)
+    for check in checks:
+        rows = _checked(rows, check, context)
+    refuse_no_error(rows, errors)
+    return arrays_of(rows, targets, placer, at, notes, list(table.notes), instrument, sizes)
+
+
+def _checked(rows: pandas.DataFrame, check: QualityCheck, context: Context) -> pandas.DataFrame:
+    """Rows after a check, which sees the rows that are still used, and may add rows."""
+    import pandas
+
+    used = np.flatnonzero(rows["flag"].to_numpy() == Flag.USED)
+    if not used.size:
+        return rows
+    outcome = check.apply(rows.iloc[used], context)
+    flags = rows["flag"].to_numpy(object, copy=True)
+    flags[used] = [str(Flag(flag)) for flag in outcome.flags]
+    rows = rows.assign(flag=flags)
+    if outcome.added is None or outcome.added.empty:
+        return rows
+    first = int(rows.index.max()) + 1
+    added = outcome.added.set_axis(np.arange(first, first + len(outcome.added)), axis=0)
+    if outcome.joined is not None:
+        superob = np.full(len(rows), -1) if "superob" not in rows else rows["superob"].to_numpy(int, copy=True)
+        superob[used] = np.where(outcome.joined < 0, superob[used], first + outcome.joined)
+        rows, added = rows.assign(superob=superob), added.assign(superob=-1)
+    return pandas.concat([rows, added]).rename_axis("id")
