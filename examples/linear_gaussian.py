@@ -106,7 +106,7 @@ def main(
             f"{variance:.2f}",
             f"{evidence:+.1f}" if has_evidence else "-",
             f"{stats['ess'].mean():.0f}",
-            f"{sum(v.mean() for v in filter.result.network_passes.values()):.0f}",
+            f"{filter.result.mean_passes().network:.0f}",
         )
     Console().print(table)
 

@@ -63,7 +63,7 @@ def main(
         filter.run(run_key, given)
         x = filter.result.posterior["x"][0, :, steps // 3 :]
         squared = (x.mean(0) - np.asarray(truth)[steps // 3 :]) ** 2
-        passes = sum(np.mean(v) for v in filter.result.network_passes.values())
+        passes = filter.result.mean_passes().network
         errors = [np.sqrt(part.mean()) for part in (squared, squared[:, ::2], squared[:, 1::2])]
         table.add_row(name, f"{passes:.0f}", *(f"{e:.2f}" for e in [*errors, np.sqrt(x.var(0, ddof=1).mean())]))
     Console().print(table)

@@ -140,6 +140,7 @@ def test_passes_for_the_background_are_few_and_counted():
             "forward": forward,
             "jvp": 0,
             "vjp": vjp,
+            "conditioning": 0,
         }
 
 

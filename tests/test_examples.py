@@ -206,14 +206,15 @@ def test_filter_recipes_run(tmp_path):
     tiny = {"sites": 21, "truths": 1, "particles": 8, "cycles": 4, "spin_up": 1}
     load("filter_recipes").main(only=["8 levels, 1 product"], **tiny, out=out)
     found = json.loads(out.read_text())["by truth"]
-    # Conditioning: one for the draw, two for the weight, which looks at two levels. Then one product with random signs,
-    # and ceil(11 / 8) = 2 for one product with each of 11 observations, made by 8 particles; then what each evaluation
-    # of the guided denoiser costs; and three for the background of eight particles.
-    before = 1 + 2 * 2 + 1 + 2
+    # The weight looks at two levels, and makes one product with random signs and
+    # ceil(11 / 8) = 2 for one product with each of 11 observations, made by 8 particles; then what each evaluation
+    # of the guided denoiser costs; and two for the background of eight particles.
+    before = 2 + 1 + 2
     assert {name: row["passes"] for name, row in found.items()} == {
-        "8 levels, 1 product": before + 8 * 2 + 3,
-        "published: Adams-Bashforth 3, 2 Langevin": before + 92 * 7 + 3,
+        "8 levels, 1 product": before + 8 * 2 + 2,
+        "published: Adams-Bashforth 3, 2 Langevin": before + 92 * 7 + 2,
     }
+    assert {row["cond."] for row in found.values()} == {2}  # the weight's and that of the moved ancestors
     assert all(0.0 < row["CRPS"][0] < 3.0 for row in found.values())
     with pytest.raises(typer.BadParameter, match="no recipe called magic"):
         load("filter_recipes").main(only=["magic"])
@@ -585,10 +586,10 @@ def test_gencast_assimilation_runs_dry(network, tmp_path, capsys):
     assert numbers["note"]
     levels, moves = (32, 2) if small["published"] else (16, 0)
     calls = levels + (levels - 1) * moves
-    passes = {"forward": calls + 2, "vjp": 4 * calls + 1, "jvp": 0}  # draw, weight, background
+    passes = {"forward": calls + 2, "vjp": 4 * calls + 1, "jvp": 0, "conditioning": 0}  # draw, weight, background
     assert numbers["network_passes"] == {
         "FA-APF": passes,
-        "free forecast": {"forward": calls, "vjp": 0, "jvp": 0},
+        "free forecast": {"forward": calls, "vjp": 0, "jvp": 0, "conditioning": 0},
     }
     assert set(numbers["scores"]["FA-APF"]) == {"t2m", "u10", "z500", "t850"}
     for scores in numbers["scores"].values():

@@ -105,6 +105,7 @@ def row_of(make):
     always = np.std(weight) < 2e-3
     unbiased = abs(weight.mean() - 1.0) < 4 * weight.std() / len(weight) ** 0.5 + 0.005
     passes = [int(n.passes.total()[0]) for n in (plain, guided, weighed)]
+    conditioning = dynamics.prior.conditioning_passes if hasattr(dynamics, "prior") else 0
     return " | ".join(
         [
             draw,
@@ -112,7 +113,8 @@ def row_of(make):
             yes(abs(float(dirac) - known) < 0.02, "yes"),
             yes(abs(float(moment) - evidence) < 0.02),
             yes(unbiased, "the evidence, in every draw" if always else "unbiased for its levels"),
-            f"{passes[0]}, {passes[1]}, {int(cost.passes.total())}, {passes[2]}",
+            f"{passes[0]}, {passes[1]}, {int(cost.passes.total())}, {passes[2]}"
+            + (f" + {conditioning}" if conditioning else ""),
         ]
     )
 

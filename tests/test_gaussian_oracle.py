@@ -469,7 +469,7 @@ def test_diffusion_filter_is_the_kalman_filter():
     passes = {name: set(np.unique(v)) for name, v in result.network_passes.items()}
     few = 16 / 512  # of 512 particles, at which the background takes one pass of each kind
     # Weight and draw, two observations.
-    assert passes == {"forward": {1 + 48 + few}, "jvp": {0}, "vjp": {2 + 2 * 48 + few}}
+    assert passes == {"forward": {1 + 48 + few}, "jvp": {0}, "vjp": {2 + 2 * 48 + few}, "conditioning": {0}}
 
 
 # --- linear solves ----------------------------------------------------------------------------------------------------

@@ -294,7 +294,8 @@ def test_filter_end_to_end(prior, dataset, tmp_path):
         after = np.sqrt(np.mean((np.asarray(jax.vmap(operator)(analysis)) - observed) ** 2))
         assert after < 0.35 * before
     # Weight and draw, and one of each for the background of 16 particles.
-    assert {n: set(p.ravel()) for n, p in result.network_passes.items()} == {"forward": {18}, "jvp": {0}, "vjp": {33}}
+    passes = {n: set(p.ravel()) for n, p in result.network_passes.items()}
+    assert passes == {"forward": {18}, "jvp": {0}, "vjp": {33}, "conditioning": {0}}
 
     with compilations() as compiled:
         filter.run(jax.random.key(1), *arguments)

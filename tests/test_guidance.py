@@ -35,7 +35,7 @@ def denoised_by(guidance, problem, level, z):
     """(D_y(z, level), passes as a tuple, solver residual)."""
     given = (problem.h, np.linalg.cholesky(problem.r), problem.y, problem.x, level, z)
     value, memory = _denoised(guidance, problem.prior(), *(jnp.asarray(v) for v in given))
-    return np.asarray(value), tuple(int(n) for n in memory.passes), float(memory.solver_residual)
+    return np.asarray(value), tuple(int(n) for n in memory.passes[:3]), float(memory.solver_residual)
 
 
 def correction(guidance, problem, level, z):
@@ -196,7 +196,7 @@ def of_counts(guidance, level, z):
     prior = ndda.GaussianPrior(np.zeros((4, 4)), np.eye(4))
     guided = guidance(PriorDenoiser(prior, prior.condition(jnp.zeros(4))), counts())
     value, memory = jax.jit(lambda z: guided(z, jnp.asarray(level), guided.init()))(jnp.asarray(z))
-    return np.asarray(value), tuple(int(n) for n in memory.passes)
+    return np.asarray(value), tuple(int(n) for n in memory.passes[:3])
 
 
 Z, LEVEL = np.array([0.3, -0.5, 1.0, 0.2]), 0.8

@@ -38,7 +38,8 @@ def test_scores_are_by_area_and_channel():
     prior = SimpleNamespace(
         state_scale=scale, layout=LAYOUT, noise=SimpleNamespace(harmonics=SimpleNamespace(weights=weights))
     )
-    result = SimpleNamespace(posterior={"x": particles[None]}, network_passes={"forward": np.full((1, cycles), 7.0)})
+    passes = ndda.results.MeanPasses(7.0, 2.0)
+    result = SimpleNamespace(posterior={"x": particles[None]}, mean_passes=lambda: passes)
     network = Stations({"surface_pressure": 1.0}, count=3)
     run = twin.summarize_run(result, states, prior, network, 2)
     squares = np.einsum("tjqc,j->tc", (particles.mean(0) - states) ** 2, weights) / 16
@@ -52,7 +53,7 @@ def test_scores_are_by_area_and_channel():
     assert run.ranks.shape == (3, members + 1)
     assert run.ranks.sum() == 3 * 3 * 2 * 4  # channels, scored cycles, every fourth latitude and longitude
     assert run.at_stations.shape == (members, cycles, 3, 3)
-    assert run.passes == 7.0
+    assert (run.passes, run.conditioning) == passes
 
     observed = np.array([True, False, True])
     whole = twin.WeatherResult({twin.FREE: [run]}, states[None], {}, observed, 2)
@@ -87,7 +88,7 @@ def test_what_falls_short_is_said():
     def result(spread, ranks):
         states = np.zeros((1, 4, 8, 16, 2))
         error = np.ones((4, 2))
-        run = twin.WeatherRun(states[0], states[0], error, spread * error, error, ranks, states, states[0], 27.0)
+        run = twin.WeatherRun(states[0], states[0], error, spread * error, error, ranks, states, states[0], 27.0, 2.0)
         return twin.WeatherResult({twin.MAIN: [run]}, states, {}, np.array([True, False]), 2)
 
     flat, deep = np.full(26, 10), np.array([20, *[8] * 24, 20])

@@ -100,7 +100,7 @@ def test_guidance_and_moment_weight_are_exact_for_one_observation_of_a_gaussian(
         )
 
     guided, unguided, passes, log_weight = answers()
-    assert [n[0] for n in passes] == [1, 0, 2]  # a forward pass, the spread, and the system of one observation
+    assert [n[0] for n in passes] == [1, 0, 2, 0]  # a forward pass, the spread, and the system of one observation
     location, scale = float(prior.location(conditioning)[0]), np.sqrt(q)  # x = location + scale z, z of unit variance
     for i, level in enumerate(np.asarray(levels, float)):
         variance = q * level**2 / (1.0 + level**2)

@@ -56,12 +56,15 @@ def writes_table_figure_and_files(demo):
     assert twin.MAIN in demo.printed
     assert twin.ENKF in demo.printed
     scores = json.loads((demo.folder / "demo.json").read_text())["scores"]
-    assert set(scores[twin.FREE]) == set(twin.COLUMNS)
-    # Weight: 2, of which one conditions; draw: 1 + 16 forward + 32 vjp; background: 2 forward + 1 vjp of 16 particles.
-    assert scores[twin.GLOBAL]["passes"]["mean"] == pytest.approx(51 + 3 * 16 / 256)
-    # Its weight: 4, for mean and variance each at a level of its own. Then 1 vjp for a product with random signs, and
+    assert set(scores[twin.FREE]) == {*twin.COLUMNS, "conditioning"}
+    # Weight: 1; draw: 16 forward + 32 vjp; background: 1 forward + 1 vjp of 16 particles. One conditioning serves all.
+    assert scores[twin.GLOBAL]["passes"]["mean"] == pytest.approx(1 + 16 + 32 + 2 * 16 / 256)
+    assert scores[twin.GLOBAL]["conditioning"]["mean"] == 1
+    # Its weight: 2, for mean and variance each at a level of its own. Then 1 vjp for a product with random signs, and
     # ceil(20 / 256) = 1 for products that share the covariance: one for each of 20 observations, by 256 particles.
-    assert scores[twin.MAIN]["passes"]["mean"] == pytest.approx(49 + 4 + 1 + 1 + 3 * 16 / 256)
+    # Moved ancestors are conditioned anew.
+    assert scores[twin.MAIN]["passes"]["mean"] == pytest.approx(2 + 1 + 1 + 16 + 32 + 2 * 16 / 256)
+    assert scores[twin.MAIN]["conditioning"]["mean"] == 2
     assert (demo.folder / "demo.png").stat().st_size > 10_000
     with xarray.open_datatree(demo.folder / "demo.nc", engine="h5netcdf") as tree:
         assert dict(tree["posterior/x"].sizes) == {"chain": 1, "draw": 256, "time": 90, "site": 40}

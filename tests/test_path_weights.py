@@ -109,7 +109,7 @@ def test_path_weights_are_unbiased(noise, sampler, guidance, spread):
     assert np.std(log_weights) < spread
     levels = len(sampler.schedule.levels(step.prior.noise_range))
     products = getattr(guidance.solver, "products", 2)
-    assert [int(v[0]) for v in record.passes] == [levels, 0, (levels - 1) * products]
+    assert [int(v[0]) for v in record.passes] == [levels, 0, (levels - 1) * products, 0]
 
 
 def test_nothing_observed_weighs_nothing():
@@ -204,5 +204,6 @@ def test_guided_pf_on_a_program(small):
     assert evidence_bias_reasons(result) == []
     assert np.all(np.isfinite(result.sample_stats["log_evidence_increment"]))
     # 5 forward and 8 vjp of the draw; the background, of 16 particles, takes two forward and one vjp of each.
-    assert {name: float(v.mean()) for name, v in result.network_passes.items()} == {"forward": 7, "jvp": 0, "vjp": 9}
+    passes = {name: float(v.mean()) for name, v in result.network_passes.items()}
+    assert passes == {"forward": 7, "jvp": 0, "vjp": 9, "conditioning": 0}
     assert run.smoothed().posterior["x"].shape == (1, 16, 2, 4)

@@ -81,7 +81,12 @@ def main(
         rows[-1]["over draws"] = rows[-1]["seconds"] / rows[0]["seconds"] if rows[0]["filter"] == "draws" else None
         write_json(out, sizes, rows=rows)
     title = f"{4 * stations} observations, N = {particles}, radius {radius:g} km, blocks {block_radius:g} km"
-    columns = {"filter": "", "seconds": ".2f", "over draws": ".2f", **dict.fromkeys(("forward", "jvp", "vjp"), ".1f")}
+    columns = {
+        "filter": "",
+        "seconds": ".2f",
+        "over draws": ".2f",
+        **dict.fromkeys(("forward", "jvp", "vjp", "conditioning"), ".1f"),
+    }
     print_table(console, title, rows, columns)
 
 

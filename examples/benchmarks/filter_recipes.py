@@ -79,7 +79,7 @@ def scores_of(
         scores = experiment.score(run.result, states)
         for name, key in {"CRPS": "crps", "RMSE": "rmse", "spread/skill": "spread_skill"}.items():
             found[name].append(scores[key])
-    found["passes"] = scores["passes"]
+    found |= {"passes": scores["passes"], "cond.": scores["conditioning"]}
     return found
 
 
@@ -110,13 +110,14 @@ def main(
         write_json(out, {**sizes, "cycles": cycles, "spin_up": spin_up}, **{"by truth": found})
     rows: list[dict[str, Any]] = []
     for name, scores in found.items():
-        row: dict[str, Any] = {"recipe": name, "passes": scores["passes"]}
+        row: dict[str, Any] = {"recipe": name, "passes": scores["passes"], "cond.": scores["cond."]}
         for score in ("RMSE", "spread/skill", "CRPS"):
             row |= mean_and_error(score, scores[score])
         ratio = np.asarray(scores["CRPS"]) / np.asarray(found[REFERENCE]["CRPS"])
         rows.append(row | mean_and_error("CRPS difference, %", 100.0 * (ratio - 1.0)))
     title = f"Lorenz-96, {sites} sites, N = {particles}, {truths} truths of {cycles} cycles; % of published recipe"
-    columns = {"recipe": "", "passes": ".0f", "RMSE": "", "spread/skill": "", "CRPS": "", "CRPS difference, %": "+.2f"}
+    columns = {"recipe": "", "passes": ".0f", "cond.": ".1f"}
+    columns |= {"RMSE": "", "spread/skill": "", "CRPS": "", "CRPS difference, %": "+.2f"}
     print_table(console, title, rows, columns, default=".4f")
 
 

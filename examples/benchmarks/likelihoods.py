@@ -208,7 +208,7 @@ def filters(name: str, seeds: int, particles: int, reference: int, steps: int) -
             difference = got.sample_stats["log_evidence_increment"].sum() - (
                 exact.sample_stats["log_evidence_increment"].sum()
             )
-            passes = sum(np.mean(v) for v in got.network_passes.values())
+            passes = got.mean_passes().network
             error = np.sqrt(np.mean(((ensemble.mean(0) - mean) / spread) ** 2))
             found[label].append((error, np.mean(ensemble.var(0) / spread**2), difference, passes))
     rows = []

@@ -190,7 +190,7 @@ def run(
         filter_.run(jax.random.key(seed), *map(jnp.asarray, twin[:3]))
         result = filter_.result
         x, stats = result.posterior["x"][0], result.sample_stats
-        passes = sum(v.mean() for v in result.network_passes.values())
+        passes = result.mean_passes().network
         mean_error = np.sqrt(np.mean(((x.mean(0) - twin.mean) ** 2 / twin.variance)[spin_up:]))
         variance_ratio = np.mean((x.var(0, ddof=1) / twin.variance)[spin_up:])
         evidence = stats["log_evidence_increment"].sum() - twin.log_evidence

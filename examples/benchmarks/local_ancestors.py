@@ -207,7 +207,8 @@ def row_of(
                 "glued": float(np.mean(ndda.diagnostics.roughness(glued(run.result, spin_up), axis=-1))) / smooth,
                 "tempering": float(np.median(run.result.sample_stats["tempering"])),
                 "lambda": float(np.mean(run.result.sample_stats.get("selection_share", np.nan))),
-                "passes": float(sum(v.mean() for v in run.result.network_passes.values())),
+                "passes": run.result.mean_passes().network,
+                "cond.": run.result.mean_passes().conditioning,
             }
         )
     if figure is not None and "selection_share" in run.result.sample_stats:
@@ -215,7 +216,7 @@ def row_of(
         ndda.diagnostics.non_gaussianity_figure(run.result, title).savefig(figure, dpi=110)
     row: dict[str, Any] = {"case": case, "d": sites, "filter": name, "lost": lost}
     row |= dict.fromkeys(Setting._fields) if setting is None else setting._asdict()
-    for key in ("RMSE", "spread/skill", "CRPS", "roughness", "glued", "tempering", "lambda", "passes"):
+    for key in ("RMSE", "spread/skill", "CRPS", "roughness", "glued", "tempering", "lambda", "passes", "cond."):
         row |= mean_and_error(key, [score[key] for score in scores])
     return row
 
@@ -223,7 +224,7 @@ def row_of(
 COLUMNS = {
     "case": "", "d": "", "filter": "", "radius": "g", "ESS or factor": "g", "factor": "g", "wide": "g", "RMSE": ".3f",
     "spread/skill": ".3f", "CRPS": ".4f", "roughness": ".3f", "glued": ".3f", "lambda": ".2f", "passes": ".0f",
-    "lost": "",
+    "cond.": ".1f", "lost": "",
 }  # fmt: skip
 
 
@@ -270,7 +271,7 @@ def main(
     transition = "transition of the emulator" if emulator else "true transition"
     title = f"Lorenz-96, {transition}, N = {particles}, {truths} truths of {cycles} cycles; mean ± standard error"
     shown = [{**row, "ESS or factor": row["amount"]} for row in rows]
-    print_table(console, title, shown, COLUMNS, group="case", without_error=["passes"])
+    print_table(console, title, shown, COLUMNS, group="case", without_error=["passes", "cond."])
 
 
 if __name__ == "__main__":

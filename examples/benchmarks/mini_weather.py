@@ -182,8 +182,9 @@ def main(
             row |= mean_and_error(key, [s[key] for s in scores])
         shown.append(row)
     title = f"{network_name}, N = {particles}, {len(rows[names[0]])} truths of {cycles} cycles; mean ± standard error"
-    columns = {"filter": ""} | {key: ".0f" if key == "passes" else ".3f" for key in rows[names[0]][0]}
-    print_table(Console(), title, shown, columns, without_error=["passes"])
+    forms = {"passes": ".0f", "conditioning": ".1f"}
+    columns = {"filter": ""} | {key: forms.get(key, ".3f") for key in rows[names[0]][0]}
+    print_table(Console(), title, shown, columns, without_error=forms)
 
 
 class TrueModelFilter:

@@ -125,8 +125,9 @@ def lorenz96_rows(
                 scores["spread/skill"].append(ndda.diagnostics.spread_skill(x, kept))
                 scores["CRPS"].append(ndda.diagnostics.crps(x, kept))
                 scores["seconds"].append(seconds)
-            passes = sum(float(v[0, spin_up:].mean()) for v in run.result.network_passes.values())
-            row: dict[str, Any] = {"transition": kind, "filter": name, "passes": passes}
+            passes = run.result.mean_passes(spin_up)
+            row: dict[str, Any] = {"transition": kind, "filter": name}
+            row |= {"passes": passes.network, "cond.": passes.conditioning}
             for key in ("RMSE", "spread/skill", "CRPS"):
                 row |= mean_and_error(key, scores[key])
             rows.append(row | {"ms a step": 1e3 * float(np.median(scores["seconds"]))})
@@ -153,7 +154,15 @@ def main(
     with console.status("running") as status:
         rows = lorenz96_rows(truths, particles, cycles, spin_up, iterations, status.update)
     title = f"Lorenz-96, N = {particles}, {truths} truths of {cycles} cycles; mean ± standard error"
-    formats = {"transition": "", "filter": "", "passes": ".1f", "RMSE": "", "spread/skill": "", "CRPS": ".4f"}
+    formats = {
+        "transition": "",
+        "filter": "",
+        "passes": ".1f",
+        "cond.": ".1f",
+        "RMSE": "",
+        "spread/skill": "",
+        "CRPS": ".4f",
+    }
     print_table(console, title, rows, formats | {"ms a step": ".1f"}, group="transition")
     settings = {"truths": truths, "particles": particles, "cycles": cycles, "spin_up": spin_up, "points": points}
     write_json(out, settings | {"iterations": iterations, "paths": paths}, ring=ring, lorenz96=rows)

@@ -333,7 +333,7 @@ def filter_rows(
                         "d": d,
                         "transition": "closed form" if program is in_closed_form else "diffusion",
                         "filter": name,
-                        "passes": float(sum(v.mean() for v in run.result.network_passes.values())),
+                        "passes": run.result.mean_passes().network,
                         "Z^ / Z": float(ratio.mean()),
                         "Z^ / Z SE": float(ratio.std(ddof=1) / np.sqrt(ratio.size)),
                         "sd of log Z^": float(np.sqrt(np.mean(np.var(logs, axis=1, ddof=1)))),

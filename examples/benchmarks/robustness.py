@@ -283,7 +283,7 @@ def row_of(
                 "CRPS": ndda.diagnostics.crps(x, truth),
                 "rejected, gross": np.nan if rejected is None or not gross.any() else rejected[0][gross].mean(),
                 "rejected, good": np.nan if rejected is None else rejected[0][~gross].mean(),
-                "passes": float(sum(v.mean() for v in run.result.network_passes.values())),
+                "passes": run.result.mean_passes().network,
             }
         )
     row: dict[str, Any] = {"scenario": name, "name": treatment.label(), **treatment._asdict(), "lost": lost}

@@ -137,11 +137,12 @@ def _lorenz96(out: Path, seed: int, particles: int, truths: int, cycles: int, sp
         )
     console.print(score_table(result))
     console.print(
-        "passes: network passes (forward, jvp and vjp) per particle and step. ESS: median effective sample size of the "
-        "weights before tempering. temp.: median tempering exponent of the weights, 1 = none. FA-APF resamples whole "
-        "particles; with moved ancestors it selects and moves site by site, and ESS and temp. are medians over sites "
-        "too. The EnKF uses the true equations, so it needs no network and has no emulator error. One pass: the same "
-        "filter as moved, with an emulator that makes the next state from noise in one pass."
+        "passes: network passes (forward, jvp and vjp) per particle and step + passes of the conditioning network. "
+        "ESS: median effective sample size of the weights before tempering. temp.: median tempering exponent of the "
+        "weights, 1 = none. FA-APF resamples whole particles; with moved ancestors it selects and moves site by site, "
+        "and ESS and temp. are medians over sites too. The EnKF uses the true equations, so it needs no network and "
+        "has no emulator error. One pass: the same filter as moved, with an emulator that makes the next state from "
+        "noise in one pass."
     )
     out.mkdir(parents=True, exist_ok=True)
     settings = {"seed": seed, "particles": particles, "truths": truths, "cycles": cycles, "spin_up": spin_up}
@@ -211,7 +212,7 @@ def _held_suarez(out: Path, seed: int, particles: int, truths: int, cycles: int,
     console.print(
         f"Scores are area-weighted, in standard deviations of the climate, from cycle {spin_up + 1} on. obs.: "
         "variables that the stations observe. unobs.: variables at the levels above. passes: network passes per "
-        "particle and step."
+        "particle and step + passes of the conditioning network."
     )
     for sentence in shortfalls(prior, result):
         console.print(f"[yellow]Known shortfall:[/yellow] {sentence}")

@@ -53,6 +53,9 @@ COLUMNS = {
 }
 """Headings of the scores in the table."""
 
+PLUS = {"passes": "conditioning"}
+"""Scores that stand behind another one in its column."""
+
 SAMPLER = ndda.Sampler(ndda.DPMSolverPP2M(), ndda.KarrasSchedule(8, rho=20.0, lowest=0.1))
 """Sampler for observation errors near the one-step spread; docs/mini_weather.md has its error."""
 
@@ -208,7 +211,8 @@ class WeatherRun:
         ranks: counts of the rank of the truth after the spin-up, on a thinned grid.
         at_stations: particles at the places of the first network, in the units of the layout.
         last: particles of the last cycle, in the units of the layout.
-        passes: number of network passes per particle and step.
+        passes: number of network passes per particle and step, without those of the conditioning network.
+        conditioning: number of passes of the conditioning network per particle and step.
     """
 
     mean: Float[np.ndarray, "time latitude longitude channel"]
@@ -220,6 +224,7 @@ class WeatherRun:
     at_stations: Float[np.ndarray, "draw time place channel"]
     last: Float[np.ndarray, "draw latitude longitude channel"]
     passes: float
+    conditioning: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -260,6 +265,7 @@ class WeatherResult:
 
         return {
             "passes": np.array([run.passes for run in self.runs[name]]),
+            "conditioning": np.array([run.conditioning for run in self.runs[name]]),
             "rmse": root("rmse"),
             "rmse_observed": root("rmse", self.observed),
             "rmse_unobserved": root("rmse", ~self.observed),
@@ -341,7 +347,7 @@ def summarize_run(
         np.array(ranks),
         np.asarray(at_stations),
         np.asarray(particles[:, -1]),
-        float(sum(v[0].mean() for v in result.network_passes.values())),
+        *result.mean_passes(),
     )
 
 
@@ -547,4 +553,4 @@ def to_datatree(experiment: WeatherExperiment, prior: ndda.priors.SphericalEmula
 def score_table(result: WeatherResult) -> Table:
     """Table of scores with one row per filter, mean ± standard error over truths."""
     title = f"mean over {len(result.states)} truths" if len(result.states) > 1 else "one truth"
-    return table_of_scores(title, result.summary(), COLUMNS, MAIN, decimals=3, plain={"passes": 0})
+    return table_of_scores(title, result.summary(), COLUMNS, MAIN, decimals=3, plain={"passes": 0}, plus=PLUS)

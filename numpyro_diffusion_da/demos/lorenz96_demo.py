@@ -37,6 +37,9 @@ COLUMNS = {
     "ess": "ESS",
     "tempering": "temp.",
 }
+PLUS = {"passes": "conditioning"}
+"""Scores that stand behind another one in its column."""
+
 FREE, BOOTSTRAP, GUIDED, GLOBAL, MAIN, ENKF, ONE_PASS = FILTERS = (
     "free ensemble",
     "bootstrap",
@@ -140,12 +143,13 @@ class TwinExperiment:
             states: truth, shape (cycles, sites).
 
         Returns:
-            Errors, spread, CRPS, network passes per particle and step, and medians of ESS and tempering exponent.
+            Errors, spread, CRPS, network and conditioning passes per particle and step, and medians of ESS and
+            tempering exponent.
         """
         particles = result.posterior["x"][0, :, self.spin_up :]
         truth = states[self.spin_up :]
         observed = np.arange(truth.shape[1]) % self.every == 0
-        passes = sum(v[0, self.spin_up :].mean() for v in result.network_passes.values())
+        passes = result.mean_passes(self.spin_up)
         return {
             "rmse": ndda.diagnostics.rmse(particles, truth),
             "rmse_observed": ndda.diagnostics.rmse(particles[..., observed], truth[:, observed]),
@@ -154,7 +158,8 @@ class TwinExperiment:
             "crps": ndda.diagnostics.crps(particles, truth),
             "ess": float(np.median(result.sample_stats["ess"][0, self.spin_up :])),
             "tempering": float(np.median(result.sample_stats["tempering"][0, self.spin_up :])),
-            "passes": float(passes),
+            "passes": passes.network,
+            "conditioning": passes.conditioning,
         }
 
 
@@ -180,14 +185,15 @@ class TwinResult:
 
     def summary(self) -> dict[str, dict[str, dict[str, float]]]:
         """Mean and standard error over truths of each score of each filter, as Python floats."""
-        return summarized({name: {key: scores[key] for key in COLUMNS} for name, scores in self.scores.items()})
+        kept = (*COLUMNS, *PLUS.values())
+        return summarized({name: {key: scores[key] for key in kept} for name, scores in self.scores.items()})
 
 
 def score_table(result: TwinResult) -> Table:
     """Table of scores with one row per filter, mean ± standard error over truths."""
     title = f"mean over {len(result.scores[MAIN]['rmse'])} truths ± standard error"
     plain = {"passes": 0, "ess": 0, "tempering": 3}
-    return table_of_scores(title, result.summary(), COLUMNS, MAIN, decimals=2, plain=plain)
+    return table_of_scores(title, result.summary(), COLUMNS, MAIN, decimals=2, plain=plain, plus=PLUS)
 
 
 def run_twin(

@@ -54,6 +54,7 @@ def table_of_scores(
     *,
     decimals: int,
     plain: Mapping[str, int],
+    plus: Mapping[str, str],
 ) -> Table:
     """Table of scores with one row per filter, mean ± standard error.
 
@@ -64,6 +65,8 @@ def table_of_scores(
         main: filter whose row is bold.
         decimals: number of decimals of scores with a standard error.
         plain: score -> number of decimals, for scores to show without a standard error.
+        plus: score -> another score, which is shown behind it and a plus sign, with as few digits as it needs. It is
+            left out if it is zero.
     """
     from rich.table import Table
 
@@ -77,6 +80,8 @@ def table_of_scores(
             cell = f"{scores[key]['mean']:.{plain.get(key, decimals)}f}"
             if key not in plain and not np.isnan(scores[key]["standard_error"]):
                 cell += f"±{scores[key]['standard_error']:.{decimals}f}".replace("±0.", "±.")
+            if key in plus and scores[plus[key]]["mean"]:
+                cell += f"+{scores[plus[key]]['mean']:.2g}"
             cells.append(cell)
         table.add_row(name, *cells, style="bold" if name == main else None)
     return table

@@ -21,31 +21,34 @@ from numpyro_diffusion_da.diffusion.prior import Conditioning, DiffusionPrior
 
 
 class NetworkPasses(NamedTuple):
-    """Count of passes through the network, a measure of cost that does not depend on the machine.
+    """Count of passes through the networks of an emulator, a measure of cost that does not depend on the machine.
 
-    One vjp or jvp costs about as much as one forward pass.
+    One vjp or jvp of the network that runs at every noise level (or makes the state in one pass) costs about as much as
+    one forward pass of it. The conditioning network is another one, and its pass may cost many of these.
 
     Attributes:
         forward: evaluations of the network.
-        jvp: Jacobian-vector products, in forward mode.
-        vjp: vector-Jacobian products, in reverse mode.
+        jvp: Jacobian-vector products of the network, in forward mode.
+        vjp: vector-Jacobian products of the network, in reverse mode.
+        conditioning: passes of the network that `EmulatorPrior.condition` runs.
     """
 
     forward: Int[Array, ""]
     jvp: Int[Array, ""]
     vjp: Int[Array, ""]
+    conditioning: Int[Array, ""]
 
     @staticmethod
-    def of(forward: int = 0, jvp: int = 0, vjp: int = 0) -> NetworkPasses:
+    def of(forward: int = 0, jvp: int = 0, vjp: int = 0, conditioning: int = 0) -> NetworkPasses:
         """Return the count with these numbers of passes, given as Python integers."""
-        return NetworkPasses(jnp.asarray(forward), jnp.asarray(jvp), jnp.asarray(vjp))
+        return NetworkPasses(*map(jnp.asarray, (forward, jvp, vjp, conditioning)))
 
     def plus(self, other: NetworkPasses) -> NetworkPasses:
         """Return the sum of this count and another; `+` on a NamedTuple would concatenate them."""
         return jax.tree.map(jnp.add, self, other)
 
     def total(self) -> Int[Array, ""]:
-        """Return the number of passes of all kinds together."""
+        """Return the number of passes of all kinds together, without those of the conditioning network."""
         return self.forward + self.jvp + self.vjp
 
 

@@ -232,7 +232,7 @@ class ProbabilityFlow(eqx.Module):
             x: one state, without batch axes.
 
         Returns:
-            (log-density, a scalar; network passes, with those of the conditioning).
+            (log-density, a scalar; network passes, without those of the conditioning, which is given).
 
         Raises:
             NotImplementedError: the prior's noise has no inverse covariance.
@@ -247,5 +247,4 @@ class ProbabilityFlow(eqx.Module):
             "leave such components out of the prior's state.",
         )
         log_prob, passes = self.latent(prior, conditioning, (x - location) / scale)
-        counted = passes.plus(NetworkPasses.of(forward=prior.conditioning_passes))
-        return log_prob - jnp.sum(jnp.log(jnp.abs(scale))), counted
+        return log_prob - jnp.sum(jnp.log(jnp.abs(scale))), passes

@@ -42,7 +42,8 @@ class EmulatorPrior(eqx.Module):
 
     Attributes:
         layout: shape, dimension names, coordinates and units of the state.
-        conditioning_passes: network passes that `condition` makes itself (0 for most priors).
+        conditioning_passes: passes of a network that `condition` makes; 0 if it runs none. Where it makes some, filters
+            keep its value for each particle instead of computing it again.
     """
 
     layout: eqx.AbstractVar[Layout]
@@ -142,7 +143,8 @@ class DiffusionPrior(EmulatorPrior):
         noise: noise e ~ N(0, C) of the forward process.
         noise_range: (lowest, highest) noise level at which the denoiser can be trusted.
         layout: shape, dimension names, coordinates and units of the state.
-        conditioning_passes: network passes that `condition` makes itself (0 for most priors).
+        conditioning_passes: passes of a network that `condition` makes; 0 if it runs none. Where it makes some, filters
+            keep its value for each particle instead of computing it again.
     """
 
     noise: eqx.AbstractVar[Noise]
@@ -197,7 +199,8 @@ class OnePassPrior(EmulatorPrior):
         noise_shape: shape of the noise e.
         generator_passes: network passes of one call of `generate` (1 for most priors).
         layout: shape, dimension names, coordinates and units of the state.
-        conditioning_passes: network passes that `condition` makes itself (0 for most priors).
+        conditioning_passes: passes of a network that `condition` makes; 0 if it runs none. Where it makes some, filters
+            keep its value for each particle instead of computing it again.
     """
 
     noise_shape: eqx.AbstractVar[tuple[int, ...]]

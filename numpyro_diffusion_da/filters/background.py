@@ -131,12 +131,14 @@ class Drawn(NamedTuple):
         carry: carry of the particle before the step.
         x: draw of the next state without the observations.
         record: record of the draw.
+        conditioning: conditioning of the carry; None if it is not held.
         past: earlier states of the particle, shape (L, ...); () without a lag.
     """
 
     carry: PyTree
     x: Float[Array, ...]
     record: DrawRecord
+    conditioning: PyTree | None = None
     past: Any = ()
 
 
@@ -247,6 +249,7 @@ def background_of_transition(
     *,
     forecast: Float[Array, "n ..."] | None = None,
     noise_level: float | None = None,
+    conditioning: PyTree | None = None,
     batch_size: int | None = None,
 ) -> BackgroundRecord:
     """Background of each observed site, from the mean and the covariance of the transition.
@@ -262,20 +265,22 @@ def background_of_transition(
         forecast: mean E[x' | c] of every particle, shape (N, *state), if the filter has computed it. None computes it:
             for all particles in closed form, for at most `MEANS` particles by an emulator.
         noise_level: noise level of a diffusion's covariance; None for the highest up to `PROBE_LEVEL`.
+        conditioning: conditioning of every particle, leading axis N; None computes it where it is needed.
         batch_size: number of particles used at a time; None for all at once.
     """
     n, emulator = num_particles(particles), program.structure.emulator
     passes = no_passes()
+    own = program.conditioning_passes if conditioning is None else NetworkPasses.of()
     # Spread between the forecast means.
     means_of = particles
     if forecast is None:
-        means_of = take(particles, evenly_spread(n, n if emulator is None else MEANS))
+        means_of, given = take((particles, conditioning), evenly_spread(n, n if emulator is None else MEANS))
 
-        def mean(carry: PyTree) -> tuple[Array, NetworkPasses]:
-            moments = program.transition(carry, inputs).moments()
-            return moments.mean, moments.passes
+        def mean(carry: PyTree, given: PyTree | None) -> tuple[Array, NetworkPasses]:
+            moments = program.transition(carry, inputs, conditioning=given).moments()
+            return moments.mean, moments.passes.plus(own)
 
-        forecast, made = map_particles(mean, batch_size)(means_of)
+        forecast, made = map_particles(mean, batch_size)(means_of, given)
         passes = passes.plus(per_particle(made, n))
     between = background_of_draws(program, forecast, means_of, inputs, batch_size)
     if not between:
@@ -285,8 +290,8 @@ def background_of_transition(
     if noise_level is None:
         noise_level = probe_level(program)
 
-    def within(key: PRNGKeyArray, carry: PyTree) -> tuple[dict[str, Array], NetworkPasses]:
-        dynamics = program.transition(carry, inputs)
+    def within(key: PRNGKeyArray, carry: PyTree, given: PyTree | None) -> tuple[dict[str, Array], NetworkPasses]:
+        dynamics = program.transition(carry, inputs, conditioning=given)
         moments = dynamics.moments(noise_level)
 
         def means(x: Array) -> dict[str, Array]:
@@ -295,10 +300,11 @@ def background_of_transition(
         exact = isinstance(dynamics, GaussianDynamics)
         variances, products = observed_variances(moments, means, key, exact)
         made = jax.tree.map(lambda count: count * products, moments.passes_per_product)
-        return variances, moments.passes.plus(made)
+        return variances, moments.passes.plus(made).plus(own)
 
     some = evenly_spread(n, MEANS if emulator is None else PROBED)
-    variances, made = map_particles(within, batch_size)(particle_keys(rng_key, len(some)), take(particles, some))
+    keys = particle_keys(rng_key, len(some))
+    variances, made = map_particles(within, batch_size)(keys, *take((particles, conditioning), some))
     sites = {
         name: site._replace(variance=site.variance + _positive_mean(variances[name])) for name, site in between.items()
     }

@@ -13,7 +13,7 @@ from typing import Any, ClassVar, NamedTuple, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, PRNGKeyArray
+from jaxtyping import Array, PRNGKeyArray, PyTree
 
 from numpyro_diffusion_da.arguments import shown
 from numpyro_diffusion_da.diffusion.denoiser import NetworkPasses
@@ -30,6 +30,7 @@ from numpyro_diffusion_da.filters.background import (
     rejected_by,
     take,
 )
+from numpyro_diffusion_da.filters.conditioning import held_conditioning
 from numpyro_diffusion_da.program.scan import TimeInputs
 from numpyro_diffusion_da.program.state_space import StateSpaceModel
 from numpyro_diffusion_da.smc.base import (
@@ -43,6 +44,10 @@ from numpyro_diffusion_da.smc.base import (
 )
 from numpyro_diffusion_da.smc.localization import Taper
 from numpyro_diffusion_da.transition.base import DrawRecord
+
+ConditionedKernel = Callable[[PRNGKeyArray, State, TimeInputs, PyTree | None], tuple[State, Info]]
+"""One step of a filter (rng_key, state, inputs, conditioning of the particles) -> (state, info). The conditioning has a
+leading axis of N, or is None."""
 
 Constructor = TypeVar("Constructor", bound=Callable[..., None])
 
@@ -177,6 +182,36 @@ class FilterAlgorithm(abc.ABC):
         """
         return values[ancestors]
 
+    def conditioned_kernel(self, program: StateSpaceModel, batch_size: int | None = None) -> ConditionedKernel:
+        """Build the kernel of the program for particles whose conditioning may be known already.
+
+        A filter that does not define it computes the conditioning where it is needed.
+
+        Args:
+            program: state-space model at given arguments of the program.
+            batch_size: number of particles moved at a time; None moves all at once.
+
+        Returns:
+            Pure function as that of `kernel`, with one more argument: the conditioning of the particles, leading axis
+            N, or None.
+        """
+        step = self.kernel(program, batch_size)
+        return lambda rng_key, state, inputs, conditioning: step(rng_key, state, inputs)
+
+    def holding_conditioning(self, program: StateSpaceModel, batch_size: int | None) -> Kernel:
+        """Build a kernel that computes the conditioning of all particles first, where it pays, and runs the filter.
+
+        Args:
+            program: state-space model at given arguments of the program.
+            batch_size: number of particles moved at a time; None moves all at once.
+        """
+        step = self.conditioned_kernel(program, batch_size)
+
+        def kernel(rng_key: PRNGKeyArray, state: State, inputs: TimeInputs) -> tuple[State, Info]:
+            return step(rng_key, state, inputs, held_conditioning(program, state.particles, inputs, batch_size))
+
+        return kernel
+
     def screened_by_draws(self, program: StateSpaceModel, batch_size: int | None, screen: Screen) -> Kernel:
         """Build a kernel that draws some particles without the observations, to screen these, and then runs the filter.
 
@@ -191,13 +226,17 @@ class FilterAlgorithm(abc.ABC):
 
         def kernel(rng_key: PRNGKeyArray, state: State, inputs: TimeInputs) -> tuple[State, Info]:
             n = num_particles(state.particles)
-            some = take(state.particles, evenly_spread(n, screen.members))
+            conditioning = held_conditioning(program, state.particles, inputs, batch_size)
+            some, given = take((state.particles, conditioning), evenly_spread(n, screen.members))
             # Kernels use up to four keys. A fifth one leaves their draws the same with and without a check.
             keys = particle_keys(jax.random.split(rng_key, 5)[4], num_particles(some))
-            x, record = map_particles(lambda key, carry: draw(key, carry, inputs), batch_size)(keys, some)
+            x, record = map_particles(
+                lambda key, carry, given: draw(key, carry, inputs, conditioning=given), batch_size
+            )(keys, some, given)
             sites = background_of_draws(program, x, some, inputs, batch_size)
             rejected = rejected_by(screen, program, sites, state.particles, inputs)
-            new, info = self.kernel(program.without(rejected), batch_size)(rng_key, state, inputs)
+            step = self.conditioned_kernel(program.without(rejected), batch_size)
+            new, info = step(rng_key, state, inputs, conditioning)
             check = CheckRecord(rejected, per_particle(record.passes, n))
             return new, info._replace(check=check, background=BackgroundRecord(sites, no_passes()))
 

@@ -16,6 +16,7 @@ from numpyro_diffusion_da.diffusion.steps import Step
 from numpyro_diffusion_da.filters.background import Drawn, Screen, background_of_draws, probe_level, screened
 from numpyro_diffusion_da.filters.base import FilterAlgorithm, Proposal, line_of, with_past
 from numpyro_diffusion_da.filters.checks import check_taper, set_lag, set_sampler
+from numpyro_diffusion_da.filters.conditioning import held_conditioning, with_conditioning
 from numpyro_diffusion_da.filters.placement import carried_along, place_taper
 from numpyro_diffusion_da.filters.settings import in_full, inflation_setting, sampler_settings, taper_setting
 from numpyro_diffusion_da.program.scan import TimeInputs
@@ -119,14 +120,18 @@ class EnKF(FilterAlgorithm):
             keys = particle_keys(jax.random.split(rng_key, 3)[0], n)
             first = jax.tree.map(lambda leaf: leaf[0], state.particles)
             centering = program.centering(keys, first, inputs, self.sampler)
+            # Two uses of the conditioning: the forecast and the covariance of the transition.
+            conditioning = None
+            if self.transition_covariance:
+                conditioning = held_conditioning(program, state.particles, inputs, batch_size)
             draw = map_particles(
-                lambda key, carry: program.draw(key, carry, inputs, self.sampler, centering), batch_size
+                lambda key, carry, given: program.draw(key, carry, inputs, self.sampler, centering, given), batch_size
             )
-            x, record = draw(keys, state.particles)
+            x, record = draw(keys, state.particles, conditioning)
             forecast = widened(jax.random.key(0), x, None)
             sites = background_of_draws(program, forecast, state.particles, inputs, batch_size)
             used, said = screened(screen, program, sites, state.particles, inputs)
-            particles = Drawn(state.particles, x, record, state.past)
+            particles = Drawn(state.particles, x, record, conditioning, state.past)
             # The carry is the first part of `Drawn`, so its arrays have the same indices in both. The past is the last.
             along = (len(jax.tree.leaves(particles)) - 1,) if self.lag else ()
             step = enkf.build_kernel(
@@ -179,9 +184,10 @@ def _spread_in(
     level = probe_level(program)
 
     def spread(vectors: Array, particle: Drawn, inputs: TimeInputs) -> tuple[TransitionSpread, WeightRecord]:
-        dynamics = program.transition(particle.carry, inputs, sampler)
+        dynamics = program.transition(particle.carry, inputs, sampler, particle.conditioning)
         likelihood = program.gaussian_likelihood(particle.carry, inputs)
-        return transition_spread(dynamics, likelihood, vectors, level)
+        found, record = transition_spread(dynamics, likelihood, vectors, level)
+        return found, with_conditioning(record, program)
 
     return spread
 

@@ -16,8 +16,9 @@ from numpyro_diffusion_da.diffusion.guidance import MMPS, Guidance
 from numpyro_diffusion_da.diffusion.sampler import Sampler
 from numpyro_diffusion_da.diffusion.steps import Step
 from numpyro_diffusion_da.filters.background import Screen, background_key, background_of_transition, probe_level
-from numpyro_diffusion_da.filters.base import FilterAlgorithm, Proposal, line_of, with_past
+from numpyro_diffusion_da.filters.base import ConditionedKernel, FilterAlgorithm, Proposal, line_of, with_past
 from numpyro_diffusion_da.filters.checks import check_resampling, check_taper, set_lag, set_sampler, set_target_ess
+from numpyro_diffusion_da.filters.conditioning import conditioning_leaves, with_conditioning
 from numpyro_diffusion_da.filters.placement import moved_ancestors, place_taper, shared_arrays
 from numpyro_diffusion_da.filters.settings import (
     in_full,
@@ -45,7 +46,7 @@ from numpyro_diffusion_da.smc.probing import class_vectors
 from numpyro_diffusion_da.smc.tempering import Tempering, WeightTempering
 from numpyro_diffusion_da.transition.base import Centering, DrawRecord
 from numpyro_diffusion_da.transition.departure import exact_up_to, predict
-from numpyro_diffusion_da.transition.weights import Dirac, Equal, Moment, PredictiveWeight
+from numpyro_diffusion_da.transition.weights import Dirac, Equal, Moment, PredictiveWeight, WeightRecord
 
 TARGET_ESS, TARGET_ESS_OF_MOVES = 0.2, 0.5
 """Default target of the effective sample size, as a fraction of the particles: without and with a move. With a move
@@ -53,7 +54,9 @@ little is lost by selecting less, and the test of Gaussianity is more reliable a
 
 
 class Probing(NamedTuple):
-    """Particle of a kernel, with what its products with the transition's covariance need, and its earlier states.
+    """Particle of a kernel, with its earlier states, its conditioning, and what its products with V need.
+
+    V is the covariance of the transition.
 
     Attributes:
         carry: carry of the particle.
@@ -61,12 +64,15 @@ class Probing(NamedTuple):
         past: earlier states of the particle, shape (L, ...); () without a lag.
         vectors: vectors of its products for the move, shape (q, m); None if ancestors do not move, or if the particle
             makes a product for each observation.
+        conditioning: conditioning of the carry of a particle before selection; None if it is not held. A particle that
+            was glued or moved keeps that of its place, which nothing uses.
     """
 
     carry: PyTree
     key: Any
     past: Any
     vectors: Array | None
+    conditioning: PyTree | None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -197,6 +203,15 @@ class FAAPF(FilterAlgorithm):
         """
         if screen is not None:
             return self.screened_by_draws(program, batch_size, screen)
+        return self.holding_conditioning(program, batch_size)
+
+    def conditioned_kernel(self, program: StateSpaceModel, batch_size: int | None = None) -> ConditionedKernel:
+        """Build the FA-APF kernel for particles whose conditioning may be known; see `FilterAlgorithm`.
+
+        Raises:
+            ValueError: the positions of the taper do not fit the program, or `LikelihoodTempering` cannot temper a
+                site; the message names it.
+        """
         moves, localized = self.moves, self.taper is not None
         # A move has the blocks of the selection too.
         placed = None if moves is None else self._placed(moves, program)
@@ -211,8 +226,12 @@ class FAAPF(FilterAlgorithm):
         weight = self._weight(program)
 
         def log_predictive(particle: Probing, inputs: TimeInputs) -> tuple[Any, PyTree]:
+            log_weight, record = weigh(particle, inputs)
+            return log_weight, with_conditioning(record, program)
+
+        def weigh(particle: Probing, inputs: TimeInputs) -> tuple[Any, WeightRecord]:
             carry = particle.carry
-            dynamics = program.transition(carry, inputs, self.sampler)
+            dynamics = program.transition(carry, inputs, self.sampler, particle.conditioning)
             if moves is not None:
                 return predict(
                     weight,
@@ -224,12 +243,15 @@ class FAAPF(FilterAlgorithm):
                     tempered=self.tempering.needs_likelihood_tempering,
                     noise_level=probe_level(program) if moves.noise_level is None else moves.noise_level,
                 )
-            weigh: Callable[..., tuple[Any, PyTree]]
+            predictive: Callable[..., tuple[Any, WeightRecord]]
             if self.tempering.needs_likelihood_tempering:
-                weigh = weight.temperable_pointwise if localized else weight.temperable
+                predictive = weight.temperable_pointwise if localized else weight.temperable
             else:
-                weigh = weight.pointwise if localized else weight
-            return weigh(dynamics, program.likelihood(carry, inputs))
+                predictive = weight.pointwise if localized else weight
+            return predictive(dynamics, program.likelihood(carry, inputs))
+
+        # Where whole particles are selected, the conditioning of a new one is its ancestor's.
+        gathered = moves is None and not localized
 
         # With inflation, the kernel calls `draw` and `advance` with the same key, and inflates the states in between.
         # They split it alike, so the draws are those of `propose`.
@@ -238,8 +260,10 @@ class FAAPF(FilterAlgorithm):
         ) -> tuple[Array, DrawRecord]:
             carry = particle.carry
             draw_key, _ = jax.random.split(rng_key)
-            dynamics = program.transition(carry, inputs, self.sampler)
-            return dynamics.conditional_draw(draw_key, program.likelihood(carry, inputs), self.guidance, centering)
+            conditioning = particle.conditioning if gathered else None
+            dynamics = program.transition(carry, inputs, self.sampler, conditioning)
+            x, record = dynamics.conditional_draw(draw_key, program.likelihood(carry, inputs), self.guidance, centering)
+            return x, record if conditioning is not None else with_conditioning(record, program)
 
         def advance(
             rng_key: PRNGKeyArray, x: Array, particle: Probing, inputs: TimeInputs, record: DrawRecord
@@ -259,9 +283,11 @@ class FAAPF(FilterAlgorithm):
             rng_key: PRNGKeyArray, particle: Probing, inputs: TimeInputs, centering: Centering | None
         ) -> tuple[Array, DrawRecord]:
             draw_key, _ = jax.random.split(rng_key)
-            return program.draw(draw_key, particle.carry, inputs, self.sampler, centering)
+            return program.draw(draw_key, particle.carry, inputs, self.sampler, centering, particle.conditioning)
 
-        def kernel(rng_key: PRNGKeyArray, state: State, inputs: TimeInputs) -> tuple[State, Info]:
+        def kernel(
+            rng_key: PRNGKeyArray, state: State, inputs: TimeInputs, conditioning: PyTree | None
+        ) -> tuple[State, Info]:
             n = num_particles(state.particles)
             centering = self._centering(program, rng_key, state.particles, inputs, conditional=True)
             ahead = None
@@ -287,7 +313,7 @@ class FAAPF(FilterAlgorithm):
                 # A seventh and an eighth key leave the others the same with and without a move.
                 keys = particle_keys(jax.random.split(rng_key, 7)[6], n)
                 vectors = self._vectors(program, jax.random.split(rng_key, 8)[7], state.particles, inputs, here.taper)
-            particles = Probing(state.particles, keys, state.past, vectors)
+            particles = Probing(state.particles, keys, state.past, vectors, conditioning)
             new, info = step(rng_key, state._replace(particles=particles), inputs)
             background = background_of_transition(
                 program,
@@ -296,6 +322,7 @@ class FAAPF(FilterAlgorithm):
                 inputs,
                 forecast=getattr(info.weighing, "forecast", None),
                 noise_level=self.weight.noise_level if isinstance(self.weight, Moment) else None,
+                conditioning=conditioning,
                 batch_size=batch_size,
             )
             return with_past(new, info), info._replace(background=background)
@@ -373,9 +400,12 @@ class FAAPF(FilterAlgorithm):
         placed = place_taper(taper, program, inputs)
         structure = program.structure
         shared = shared_arrays(structure)
-        if self.moves is not None:
-            key = len(structure.carry)  # a `Probing` particle has its carry, its key, earlier states and its vectors
-            shared = (*shared, key, key + (2 if self.lag else 1))
+        # A `Probing` particle has its carry, its key, earlier states, its vectors and its conditioning. All but the
+        # carry and the earlier states belong to its place.
+        key = len(structure.carry)
+        vectors = key + (self.moves is not None) + (self.lag > 0)
+        keys = () if self.moves is None else (key,)
+        shared = (*shared, *keys, *range(vectors, vectors + 1 + len(conditioning_leaves(program))))
         return LocalAncestors.at(placed, structure.state_shape, self.block_radius, shared)
 
     def _placed(self, move: KalmanMove, program: StateSpaceModel) -> PlacedMove | Callable[[TimeInputs], PlacedMove]:

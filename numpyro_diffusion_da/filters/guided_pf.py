@@ -16,8 +16,9 @@ from numpyro_diffusion_da.diffusion.sampler import Sampler
 from numpyro_diffusion_da.diffusion.schedule import KarrasSchedule
 from numpyro_diffusion_da.diffusion.steps import SDEDPMSolverPP2M, Step
 from numpyro_diffusion_da.filters.background import Screen, background_key, background_of_transition
-from numpyro_diffusion_da.filters.base import FilterAlgorithm, Proposal
+from numpyro_diffusion_da.filters.base import ConditionedKernel, FilterAlgorithm, Proposal
 from numpyro_diffusion_da.filters.checks import check_resampling, set_resample_below, set_sampler, set_target_ess
+from numpyro_diffusion_da.filters.conditioning import with_conditioning
 from numpyro_diffusion_da.filters.settings import in_full, resampling_setting, sampler_settings
 from numpyro_diffusion_da.program.scan import TimeInputs
 from numpyro_diffusion_da.program.state_space import StateSpaceModel
@@ -96,22 +97,35 @@ class GuidedPF(FilterAlgorithm):
         """
         if screen is not None:
             return self.screened_by_draws(program, batch_size, screen)
+        return self.holding_conditioning(program, batch_size)
+
+    def conditioned_kernel(self, program: StateSpaceModel, batch_size: int | None = None) -> ConditionedKernel:
+        """Build the guided kernel for particles whose conditioning may be known; see `FilterAlgorithm`."""
         sampler = self._sampler(program)
 
-        def propose(rng_key: PRNGKeyArray, carry: PyTree, inputs: TimeInputs) -> tuple[PyTree, Array, Proposal]:
+        def propose(
+            rng_key: PRNGKeyArray, particle: tuple[PyTree, PyTree | None], inputs: TimeInputs
+        ) -> tuple[PyTree, Array, Proposal]:
+            carry, conditioning = particle
             draw_key, record_key = jax.random.split(rng_key)
-            dynamics = program.transition(carry, inputs, sampler)
+            dynamics = program.transition(carry, inputs, sampler, conditioning)
             x, log_weight, draw = dynamics.weighted_draw(draw_key, program.likelihood(carry, inputs), self.guidance)
+            draw = with_conditioning(draw, program)
             sites = program.record(record_key, x, carry, inputs)
             return program.advance(x, carry, inputs), log_weight, Proposal(draw, sites)
 
         step = guided_pf.build_kernel(propose, self.resampling, self.target_ess, batch_size, self.resample_below)
 
-        def kernel(rng_key: PRNGKeyArray, state: State, inputs: TimeInputs) -> tuple[State, Info]:
-            new, info = step(rng_key, state, inputs)
+        def kernel(
+            rng_key: PRNGKeyArray, state: State, inputs: TimeInputs, conditioning: PyTree | None
+        ) -> tuple[State, Info]:
+            conditioned = state._replace(particles=(state.particles, conditioning))
+            new, info = step(rng_key, conditioned, inputs)
             key = background_key(rng_key)
-            particles = represented(jax.random.fold_in(key, 1), state)
-            background = background_of_transition(program, key, particles, inputs, batch_size=batch_size)
+            particles, given = represented(jax.random.fold_in(key, 1), conditioned)
+            background = background_of_transition(
+                program, key, particles, inputs, conditioning=given, batch_size=batch_size
+            )
             return new, info._replace(background=background)
 
         return kernel

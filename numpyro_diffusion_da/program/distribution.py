@@ -20,9 +20,10 @@ from numpyro.distributions.batch_util import promote_batch_shape
 from numpyro.util import is_prng_key
 
 from numpyro_diffusion_da.arguments import require, require_count
+from numpyro_diffusion_da.diffusion.denoiser import NetworkPasses
 from numpyro_diffusion_da.diffusion.density import ProbabilityFlow
 from numpyro_diffusion_da.diffusion.guidance import MMPS, Guidance
-from numpyro_diffusion_da.diffusion.prior import DiffusionPrior, EmulatorPrior, OnePassPrior
+from numpyro_diffusion_da.diffusion.prior import Conditioning, DiffusionPrior, EmulatorPrior, OnePassPrior
 from numpyro_diffusion_da.diffusion.sampler import Sampler, as_sampler
 from numpyro_diffusion_da.diffusion.steps import Step
 from numpyro_diffusion_da.observation.likelihood import Likelihood
@@ -101,29 +102,40 @@ class EmulatorTransition(dist.Distribution):
         return constraints.dependent(is_discrete=False, event_dim=self.event_dim)
 
     @abc.abstractmethod
-    def dynamics_of(self, state: PyTree, inputs: PyTree = None) -> Any:
-        """Return the dynamics p(x' | x) from one state.
+    def dynamics_given(self, conditioning: Conditioning) -> Any:
+        """Return the dynamics p(x' | c) for the conditioning of one state.
 
         Args:
-            state: previous state, or a pytree of several, without batch axes.
-            inputs: inputs of the prior, without batch axes; None if it takes none.
-
-        Raises:
-            ValueError: the prior does not take these inputs.
+            conditioning: return value of `prior.condition`.
         """
 
-    def dynamics(self) -> Any:
+    def dynamics(self, conditioning: Conditioning | None = None) -> Any:
         """Return the dynamics p(x' | x) of this distribution, which must not have batch axes.
 
+        Args:
+            conditioning: return value of `conditioning`, if it is known; None computes it.
+
         Raises:
-            ValueError: the distribution has batch axes.
+            ValueError: the distribution has batch axes, or the prior does not take the inputs.
+        """
+        return self.dynamics_given(self.conditioning() if conditioning is None else conditioning)
+
+    def conditioning_passes(self) -> NetworkPasses:
+        """Return the network passes of one call of `conditioning`."""
+        return NetworkPasses.of(conditioning=self.prior.conditioning_passes)
+
+    def conditioning(self) -> Conditioning:
+        """Return the prior's conditioning on the state of this distribution, which must not have batch axes.
+
+        Raises:
+            ValueError: the distribution has batch axes, or the prior does not take the inputs.
         """
         if self.batch_shape != ():
             raise ValueError(
                 f"this {type(self).__name__} has batch shape {self.batch_shape}, but one state is expected; "
                 "give a state without batch axes."
             )
-        return self.dynamics_of(self.state, self.inputs)
+        return self.prior.condition(self.state, self.inputs)
 
     def _map(self, fn: Any, *args: Array) -> Any:
         """Call `fn(*args, dynamics)` for each batch element.
@@ -132,7 +144,7 @@ class EmulatorTransition(dist.Distribution):
         """
         count = int(jnp.size(jnp.zeros(self.batch_shape)))
         flat = jax.tree.map(lambda x: x.reshape(count, *x.shape[len(self.batch_shape) :]), (self.state, self.inputs))
-        over_batch = jax.vmap(lambda given, *a: fn(*a, self.dynamics_of(*given)))
+        over_batch = jax.vmap(lambda given, *a: fn(*a, self.dynamics_given(self.prior.condition(*given))))
         return over_batch(flat, *args)
 
     @property
@@ -167,6 +179,7 @@ class EmulatorTransition(dist.Distribution):
         number = int(jnp.size(jnp.zeros(sample_shape)))
         keys = jax.random.split(key, (number, batch))
         x, record = jax.vmap(lambda k: self._map(draw, k))(keys)
+        record = record._replace(passes=record.passes.plus(self.conditioning_passes()))
         record = jax.tree.map(lambda v: v.reshape(leading), record)
         return x.reshape(leading + self.event_shape), [record]
 
@@ -240,17 +253,13 @@ class DiffusionTransition(EmulatorTransition):
         """Computation of `log_prob`; None if there is none."""
         return self._handle.values["density"]
 
-    def dynamics_of(self, state: PyTree, inputs: PyTree = None) -> DiffusionDynamics:
-        """Return the dynamics p(x' | x) from one state.
+    def dynamics_given(self, conditioning: Conditioning) -> DiffusionDynamics:
+        """Return the dynamics p(x' | c) for the conditioning of one state.
 
         Args:
-            state: previous state, or a pytree of several, without batch axes.
-            inputs: inputs of the prior, without batch axes; None if it takes none.
-
-        Raises:
-            ValueError: the prior does not take these inputs.
+            conditioning: return value of `prior.condition`.
         """
-        return DiffusionDynamics(self.prior, self.prior.condition(state, inputs), self.sampler)
+        return DiffusionDynamics(self.prior, conditioning, self.sampler)
 
     def log_prob(self, value: Array, intermediates: Any = None) -> Array:
         """Log-density log p(x' | x) of states, by the computation given as `density`.
@@ -407,17 +416,13 @@ class OnePassTransition(EmulatorTransition):
         """Number of times that a guided draw linearizes the emulator."""
         return self._handle.values["iterations"]
 
-    def dynamics_of(self, state: PyTree, inputs: PyTree = None) -> OnePassDynamics:
-        """Return the dynamics p(x' | x) from one state.
+    def dynamics_given(self, conditioning: Conditioning) -> OnePassDynamics:
+        """Return the dynamics p(x' | c) for the conditioning of one state.
 
         Args:
-            state: previous state, or a pytree of several, without batch axes.
-            inputs: inputs of the prior, without batch axes; None if it takes none.
-
-        Raises:
-            ValueError: the prior does not take these inputs.
+            conditioning: return value of `prior.condition`.
         """
-        return OnePassDynamics(self.prior, self.prior.condition(state, inputs), self.iterations)
+        return OnePassDynamics(self.prior, conditioning, self.iterations)
 
     def log_prob(self, value: Array, intermediates: Any = None) -> Array:
         """Log-density of the distribution, which is not available.

@@ -12,6 +12,7 @@ import numpyro.distributions as dist
 from jaxtyping import Array, Bool, Float, Int
 
 from numpyro_diffusion_da.diffusion.denoiser import NetworkPasses
+from numpyro_diffusion_da.diffusion.prior import Conditioning
 from numpyro_diffusion_da.diffusion.sampler import Sampler, as_sampler
 from numpyro_diffusion_da.diffusion.steps import Step
 from numpyro_diffusion_da.observation.likelihood import GaussianObservation, GeneralObservation, whiten
@@ -27,13 +28,16 @@ from numpyro_diffusion_da.transition.diffusion import DiffusionDynamics
 from numpyro_diffusion_da.transition.gaussian import GaussianDynamics
 
 
-def dynamics_of(name: str, fn: dist.Distribution, sampler: Sampler | Step | None = None) -> Dynamics:
+def dynamics_of(
+    name: str, fn: dist.Distribution, sampler: Sampler | Step | None = None, conditioning: Conditioning | None = None
+) -> Dynamics:
     """Transition p(x' | c) that the distribution of a latent site describes.
 
     Args:
         name: name of the site, for messages.
         fn: distribution of the site; its shape is the shape of the state.
         sampler: sampler, or a bare step, that replaces the sampler of a `DiffusionTransition`; None keeps it.
+        conditioning: conditioning of the prior, if it has been computed; None computes it.
 
     Returns:
         `DiffusionDynamics` of a `DiffusionTransition`, `OnePassDynamics` of a `OnePassTransition`, `GaussianDynamics`
@@ -49,7 +53,7 @@ def dynamics_of(name: str, fn: dist.Distribution, sampler: Sampler | Step | None
                 f"site '{name}' is a {type(fn).__name__} with batch shape {fn.batch_shape}, but a filter step moves "
                 "one state; give a state without batch axes."
             )
-        dynamics = fn.dynamics()
+        dynamics = fn.dynamics(conditioning)
         if sampler is None or not isinstance(dynamics, DiffusionDynamics):
             return dynamics
         return DiffusionDynamics(dynamics.prior, dynamics.conditioning, as_sampler(sampler, name))
@@ -129,8 +133,8 @@ def log_density(name: str, fn: dist.Distribution, x: Array) -> tuple[Float[Array
     """
     check_density(name, fn)
     if isinstance(fn, DiffusionTransition) and fn.density is not None:
-        dynamics = fn.dynamics()
-        return fn.density(dynamics.prior, dynamics.conditioning, x)
+        log_prob, passes = fn.density(fn.prior, fn.conditioning(), x)
+        return log_prob, passes.plus(fn.conditioning_passes())
     return jnp.sum(fn.log_prob(x)), NetworkPasses.of()
 
 

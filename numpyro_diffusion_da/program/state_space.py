@@ -21,6 +21,7 @@ from jaxtyping import Array, Key, PRNGKeyArray, PyTree
 from numpyro import handlers
 
 from numpyro_diffusion_da.diffusion.denoiser import NetworkPasses
+from numpyro_diffusion_da.diffusion.prior import Conditioning
 from numpyro_diffusion_da.diffusion.sampler import Sampler
 from numpyro_diffusion_da.diffusion.steps import Step
 from numpyro_diffusion_da.observation.likelihood import (
@@ -191,19 +192,49 @@ class StateSpaceModel:
         """Distribution of the latent site at one time."""
         return self.sites(carry, inputs).latent[self.structure.latent_name]
 
-    def transition(self, carry: PyTree, inputs: TimeInputs, sampler: Sampler | Step | None = None) -> Dynamics:
+    def conditioning(self, carry: PyTree, inputs: TimeInputs) -> Conditioning | None:
+        """Conditioning of the emulator whose transition the latent site has; None for any other transition.
+
+        Args:
+            carry: carry that the body takes.
+            inputs: inputs of the time.
+
+        Raises:
+            ValueError: the transition has batch axes.
+        """
+        fn = self._latent(carry, inputs)
+        return fn.conditioning() if isinstance(fn, EmulatorTransition) else None
+
+    def conditioning_shape(self) -> PyTree | None:
+        """Shapes and dtypes of `conditioning`; None if the transition is not that of an emulator."""
+        return jax.eval_shape(lambda: self.conditioning(self._scan().init, self._scan().first_inputs()))
+
+    @property
+    def conditioning_passes(self) -> NetworkPasses:
+        """Network passes of `conditioning`."""
+        emulator = self.structure.emulator
+        return NetworkPasses.of(conditioning=0 if emulator is None else emulator.conditioning_passes)
+
+    def transition(
+        self,
+        carry: PyTree,
+        inputs: TimeInputs,
+        sampler: Sampler | Step | None = None,
+        conditioning: Conditioning | None = None,
+    ) -> Dynamics:
         """Transition p(x' | c) of the latent site.
 
         Args:
             carry: carry c that the body takes.
             inputs: inputs of the time.
             sampler: sampler, or a bare step, that replaces the sampler of a diffusion; None keeps it.
+            conditioning: return value of `conditioning` for this carry, if it is known; None computes it.
 
         Raises:
             ValueError: the latent site is neither the transition of an emulator, without batch axes, nor Gaussian.
             TypeError: `sampler` is neither a sampler nor a step.
         """
-        return dynamics_of(self.structure.latent_name, self._latent(carry, inputs), sampler)
+        return dynamics_of(self.structure.latent_name, self._latent(carry, inputs), sampler, conditioning)
 
     def draw(
         self,
@@ -212,6 +243,7 @@ class StateSpaceModel:
         inputs: TimeInputs,
         sampler: Sampler | Step | None = None,
         centering: Centering | None = None,
+        conditioning: Conditioning | None = None,
     ) -> tuple[Any, DrawRecord]:
         """Draw x' ~ p(x' | c), for any distribution that can be sampled.
 
@@ -221,6 +253,7 @@ class StateSpaceModel:
             inputs: inputs of the time.
             sampler: sampler, or a bare step, that replaces the sampler of a diffusion; None keeps it.
             centering: change of the random numbers, see `random_numbers`; None for none.
+            conditioning: return value of `conditioning` for this carry, if it is known; None computes it.
 
         Returns:
             (x', in the shape of the state, or the values of several latent sites by name; record of the draw).
@@ -229,10 +262,9 @@ class StateSpaceModel:
             ValueError: the latent site is the transition of an emulator with batch axes.
             TypeError: `sampler` is neither a sampler nor a step.
         """
-        if centering is not None:
-            return self.transition(carry, inputs, sampler).draw(rng_key, centering)
         if len(self.structure.latent_names) == 1:
-            return _draw(rng_key, self.structure.latent_name, self._latent(carry, inputs), sampler)
+            name = self.structure.latent_name
+            return _draw(rng_key, name, self._latent(carry, inputs), sampler, centering, conditioning)
         values: dict[str, Array] = {}
         records: list[DrawRecord] = []
 
@@ -537,9 +569,19 @@ class StateSpaceModel:
 
 
 def _draw(
-    rng_key: PRNGKeyArray, name: str, fn: dist.Distribution, sampler: Sampler | Step | None
+    rng_key: PRNGKeyArray,
+    name: str,
+    fn: dist.Distribution,
+    sampler: Sampler | Step | None,
+    centering: Centering | None = None,
+    conditioning: Conditioning | None = None,
 ) -> tuple[Array, DrawRecord]:
     """Draw the value of one latent site, and record the draw."""
     if isinstance(fn, EmulatorTransition):
-        return dynamics_of(name, fn, sampler).draw(rng_key)
+        x, record = dynamics_of(name, fn, sampler, conditioning).draw(rng_key, centering)
+        if conditioning is None:
+            record = record._replace(passes=record.passes.plus(fn.conditioning_passes()))
+        return x, record
+    if centering is not None:
+        return dynamics_of(name, fn, sampler).draw(rng_key, centering)
     return fn.sample(rng_key), DrawRecord(NetworkPasses.of(), jnp.zeros(()))

@@ -100,6 +100,10 @@ STATS = {
         "forward passes of the transition densities",
         "to link one draw to the particles of the previous time",
     ),
+    "backward_passes_conditioning": (
+        "passes of the conditioning network for the transition densities",
+        "to link one draw to the particles of the previous time",
+    ),
     "backward_passes_jvp": (
         "Jacobian-vector products of the transition densities",
         "to link one draw to the particles of the previous time",
@@ -136,6 +140,10 @@ STATS = {
     "filter_steps": ("number of steps of state filters", "over all parameters, including those of moves"),
     "lp": ("log prior in unconstrained space + log-evidence", "log-density of the chain, up to a constant"),
     "network_passes_forward": ("forward passes of the network", "per particle and step, averaged over particles"),
+    "network_passes_conditioning": (
+        "passes of the conditioning network",
+        "per particle and step, averaged over particles; not among the forward passes",
+    ),
     "network_passes_jvp": ("Jacobian-vector products of the network", "per particle and step, averaged over particles"),
     "network_passes_vjp": ("vector-Jacobian products of the network", "per particle and step, averaged over particles"),
 }

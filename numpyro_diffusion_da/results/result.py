@@ -45,6 +45,18 @@ class Background(NamedTuple):
         return self.variance + self.error_variance
 
 
+class MeanPasses(NamedTuple):
+    """Mean number of network passes per particle and step.
+
+    Attributes:
+        network: forward, jvp and vjp passes of the network that a draw runs, together.
+        conditioning: passes of the network that computes the conditioning of the previous states.
+    """
+
+    network: float
+    conditioning: float
+
+
 @dataclasses.dataclass(frozen=True)
 class FilterResult:
     """Result of a filter run as numpy arrays; `to_datatree` gives them names.
@@ -61,7 +73,8 @@ class FilterResult:
             forecasts were not kept.
         sample_stats: diagnostics of each step, (chain, time), or (chain, draw, time) if they have one value per
             particle. With localized resampling, weight diagnostics have a trailing block axis.
-        network_passes: number of forward, jvp and vjp passes per particle and step, each (chain, time).
+        network_passes: number of forward, jvp and vjp passes of the network per particle and step, and of passes of the
+            conditioning network (`conditioning`), each (chain, time).
         latent_name: name of the state in `posterior`; the first site of `posterior` if the state was not kept.
         layout: layout of the state, or None if the transition has none.
         attributes: settings that are needed to repeat the run.
@@ -98,6 +111,16 @@ class FilterResult:
             site: name of an observed site in `background`.
         """
         return self.observed_data[site][None] - self.background[site].mean
+
+    def mean_passes(self, spin_up: int = 0) -> MeanPasses:
+        """Network passes per particle and step, averaged over chains and steps.
+
+        Args:
+            spin_up: number of steps at the start that are left out.
+        """
+        mean = {name: float(values[:, spin_up:].mean()) for name, values in self.network_passes.items()}
+        conditioning = mean.pop("conditioning", 0.0)
+        return MeanPasses(sum(mean.values()), conditioning)
 
     @property
     def is_local(self) -> bool:

@@ -293,7 +293,7 @@ def _inference_table(result: ParameterResult) -> Any:
         table.add_row("", "[yellow]the chain gets stuck at overestimates of the evidence; take more particles[/yellow]")
     if found["evidence_bias_reasons"]:
         table.add_row("", f"[yellow]evidence is biased: {found['evidence_bias_reasons']}[/yellow]")
-    passes = {name: found[f"network_passes_{name}"] for name in ("forward", "jvp", "vjp")}
+    passes = {name: found[f"network_passes_{name}"] for name in ("forward", "jvp", "vjp", "conditioning")}
     each = ", ".join(f"{count:.4g} {name}" for name, count in passes.items() if count)
     table.add_row("network passes", f"{each} per run of the filter" if each else "none")
     return table

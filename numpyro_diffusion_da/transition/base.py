@@ -25,7 +25,7 @@ class DrawRecord(NamedTuple):
     """Cost of a draw, and a measure of its error.
 
     Attributes:
-        passes: network passes made.
+        passes: network passes made, with those of the conditioning if it was computed for this draw.
         solver_residual: largest relative residual of the guidance's linear solves; 0 if there were none.
     """
 
@@ -95,7 +95,10 @@ def centered(numbers: PyTree, centering: Centering | None) -> PyTree:
 
 
 class Dynamics(eqx.Module):
-    """Abstract transition p(x' | c) of the state, for one given c."""
+    """Abstract transition p(x' | c) of the state, for one given c.
+
+    Methods count the network passes that they make themselves. Whoever computes the conditioning counts its passes.
+    """
 
     @abc.abstractmethod
     def moments(self, noise_level: float | None = None) -> Moments:

@@ -54,8 +54,8 @@ class DiffusionDynamics(Dynamics):
         def covariance_product(v: Array) -> Array:
             return scale * level**2 * prior.noise.covariance_product(pull(scale * v)[0])
 
-        passes = NetworkPasses.of(forward=1 + prior.conditioning_passes)
-        return Moments(location + scale * denoised, covariance_product, passes, NetworkPasses.of(vjp=1))
+        passes = NetworkPasses.of(forward=1), NetworkPasses.of(vjp=1)
+        return Moments(location + scale * denoised, covariance_product, *passes)
 
     def tangents(self) -> Float[Array, "k ..."]:
         """Return S e for random signs e, leading axis k, without a network pass."""
@@ -69,11 +69,6 @@ class DiffusionDynamics(Dynamics):
         location = prior.location(self.conditioning)
         return self.sampler.initial(rng_key, prior.noise, prior.noise_range, location.shape, location.dtype)
 
-    def _record(self, guidance_state: GuidanceState) -> DrawRecord:
-        """Return the record of a draw, with the network passes of the conditioning."""
-        passes = guidance_state.passes.plus(NetworkPasses.of(forward=self.prior.conditioning_passes))
-        return DrawRecord(passes, guidance_state.solver_residual)
-
     def random_numbers(self, rng_key: PRNGKeyArray, likelihood: Likelihood | None = None) -> Array:
         """Return the noise at the highest level, from which reverse diffusion starts."""
         return self._start(jax.random.split(rng_key)[0])
@@ -86,7 +81,7 @@ class DiffusionDynamics(Dynamics):
         z, guidance_state = self.sampler.draw(
             rng_key, denoiser, noise, noise_range, location.shape, location.dtype, start
         )
-        return self._to_state(z), self._record(guidance_state)
+        return self._to_state(z), _record(guidance_state)
 
     def draw(self, rng_key: PRNGKeyArray, centering: Centering | None = None) -> tuple[Float[Array, ...], DrawRecord]:
         """Draw x' ~ p(x' | c) by reverse diffusion with the prior's denoiser, and return it with its record."""
@@ -128,7 +123,7 @@ class DiffusionDynamics(Dynamics):
             loop_key, self.sampler, denoiser, noise, noise_range, self._start(start_key)
         )
         x = self._to_state(z)
-        return x, likelihood.log_prob(x) + log_ratio, self._record(guidance_state)
+        return x, likelihood.log_prob(x) + log_ratio, _record(guidance_state)
 
     def working_bytes(self, observations: int = 0) -> int:
         """Estimate how many bytes one `conditional_draw` needs.
@@ -146,3 +141,8 @@ class DiffusionDynamics(Dynamics):
         products = min(KrylovSolve().max_products, observations)
         numbers = (10 + products) * location.size + 2 * products * observations
         return kept + numbers * location.dtype.itemsize
+
+
+def _record(guidance_state: GuidanceState) -> DrawRecord:
+    """Return the record of a draw."""
+    return DrawRecord(guidance_state.passes, guidance_state.solver_residual)

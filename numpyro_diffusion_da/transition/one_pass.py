@@ -92,8 +92,7 @@ class OnePassDynamics(Dynamics):
         def covariance_product(v: Array) -> Array:
             return push(transposed(v)[0])
 
-        made = self._passes(forward=1).plus(NetworkPasses.of(forward=self.prior.conditioning_passes))
-        return Moments(mean, covariance_product, made, self._passes(jvp=1, vjp=1))
+        return Moments(mean, covariance_product, self._passes(forward=1), self._passes(jvp=1, vjp=1))
 
     def tangents(self) -> Float[Array, "k ..."]:
         """Return random signs times the spread of each component, leading axis k; it costs `SPREAD_PROBES` jvps."""
@@ -123,12 +122,7 @@ class OnePassDynamics(Dynamics):
     def draw(self, rng_key: PRNGKeyArray, centering: Centering | None = None) -> tuple[Float[Array, ...], DrawRecord]:
         """Draw x' = f(c, e), by one forward pass, and return it with its record."""
         (noise,) = centered(self.random_numbers(rng_key), centering)
-        return self._generate(noise), self._record(self._passes(forward=1))
-
-    def _record(self, passes: NetworkPasses, solver_residual: Float[Array, ""] | None = None) -> DrawRecord:
-        """Return the record of a draw, with the network passes of the conditioning."""
-        passes = passes.plus(NetworkPasses.of(forward=self.prior.conditioning_passes))
-        return DrawRecord(passes, jnp.zeros(()) if solver_residual is None else solver_residual)
+        return self._generate(noise), DrawRecord(self._passes(forward=1), jnp.zeros(()))
 
     def conditional_draw(
         self,
@@ -172,7 +166,7 @@ class OnePassDynamics(Dynamics):
             solution, warm_start = solver(near.system.product, departure, warm_start)
             made = made.plus(self._products(solution.products + near.system.calls))
             at, largest = noise + solution.image, jnp.maximum(largest, solution.residual)
-        return self._generate(at), self._record(made, largest)
+        return self._generate(at), DrawRecord(made, largest)
 
     def weighted_draw(
         self, rng_key: PRNGKeyArray, likelihood: Likelihood, guidance: Guidance
@@ -234,12 +228,13 @@ class OnePassDynamics(Dynamics):
         log_ratio = 0.5 * (jnp.vdot(off, off) + jnp.sum((seen @ off) ** 2) - jnp.vdot(drawn, drawn))
         log_ratio = log_ratio - jnp.sum(jnp.log(jnp.diagonal(factor)))
         x = self._generate(drawn.reshape(at.shape))
-        return x, likelihood.log_prob(x) + log_ratio, self._record(made, largest)
+        return x, likelihood.log_prob(x) + log_ratio, DrawRecord(made, largest)
 
     def _products(self, products: Int[Array, ""]) -> NetworkPasses:
         """Return the network passes of products with G G^T, each a vjp and a jvp."""
         calls = products * self.prior.generator_passes
-        return NetworkPasses(jnp.zeros_like(calls), calls, calls)
+        none = jnp.zeros_like(calls)
+        return NetworkPasses(forward=none, jvp=calls, vjp=calls, conditioning=none)
 
     def _linearized(self, at: Float[Array, ...], likelihood: Likelihood, solver: LinearSolver) -> _Linearized:
         """Linearize the emulator and the observations at a value of the noise.
