@@ -59,19 +59,13 @@ PATH = ndda.Sampler(ndda.SDEDPMSolverPP2M(), ndda.KarrasSchedule(3, rho=20.0))
 FEW = ndda.MMPS(ndda.diffusion.KrylovSolve(products=1))
 CASES = {
     # Filter, and conditioning passes per particle and step if they are held, and if each use computes its own. The
-    # background has products at 16 particles, and with equal weights and `GuidedPF` the means of all.
+    # background has products at 16 particles, for `GuidedPF` also the means of all, and for the check 4 draws.
     "FA-APF": (ndda.FAAPF(model, guidance=FEW), 1, 2.8),
-    "equal weights": (ndda.FAAPF(model, guidance=FEW, weight=ndda.Equal()), 1, 3.8),
     "forecasts": (ndda.FAAPF(model, guidance=FEW, inflation=(ndda.smc.RTPS(0.3),)), 1, 3.8),
-    "blocks": (ndda.FAAPF(model, guidance=FEW, taper=TAPER, move=False, lag=1), 2, 2.8),
     "moved": (ndda.FAAPF(model, guidance=FEW, taper=TAPER, inflation=(ndda.smc.RTPS(0.3),), lag=1), 2, 3.8),
-    "moved whole": (ndda.FAAPF(model, guidance=FEW, move=True), 2, 2.8),
-    "guided": (ndda.GuidedPF(model, guidance=FEW, sampler=PATH), 1, 2.8),
     "carried weights": (ndda.GuidedPF(model, guidance=FEW, sampler=PATH, resample_below=0.5), 1, 2.8),
     "covariance": (ndda.EnKF(model, transition_covariance=True), 1, 2),
-    "ensemble": (ndda.EnKF(model), 1, 1),
-    "bootstrap": (ndda.Bootstrap(model), 1, 1),
-    "check": (ndda.GrossErrorCheck(ndda.FAAPF(model, guidance=FEW), members=4), 1, 3),
+    "check": (ndda.GrossErrorCheck(ndda.FAAPF(model, guidance=FEW), members=4), 1, 2.2),
 }
 
 

@@ -130,7 +130,9 @@ def main(
     climate = prior.climatology()
     x = climate.sample(jax.random.key(2), (particles,))
     y = np.asarray(seen(x[0]) + 1.0)[None]
-    free = SaidToBeFree(prior, prior.noise, prior.noise_range, prior.layout, conditioning_passes=0)
+    free = SaidToBeFree(
+        prior=prior, noise=prior.noise, noise_range=prior.noise_range, layout=prior.layout, conditioning_passes=0
+    )
     kept, anew = filters_of(prior, climate), filters_of(free, climate)
     if unknown := sorted(set(only or ()) - set(kept)):
         raise typer.BadParameter(f"no row called {', '.join(unknown)}; give one of {', '.join(kept)}.")
