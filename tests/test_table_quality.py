@@ -19,6 +19,7 @@ from numpyro_diffusion_da.observation import (
     Duplicates,
     Flag,
     HeightDifference,
+    InstrumentBias,
     QualityCheck,
     QualityColumn,
     Superobbing,
@@ -293,3 +294,123 @@ def test_a_filter_completes_the_record():
 def test_refused(call, message):
     with pytest.raises((ValueError, TypeError), match=message):
         call()
+
+
+# --- biases, and errors that are correlated --------------------------------------------------------------------------
+
+
+def feedback_of(cycles, values, background, error=1.0, variance=0.0, **more):
+    columns = {"cycle": cycles, "value": values, "background": background, "background_variance": variance}
+    return pandas.DataFrame({**columns, "error_used": error, "flag": "used", "name": "t2m", "station": "A", **more})
+
+
+def test_bias_is_the_exact_posterior():
+    """Without drift, that of a Gaussian mean; with drift, that of the random walk written as one Gaussian vector."""
+    rng = np.random.default_rng(0)
+    times = np.datetime64("2026-01-01") + np.arange(6) * np.timedelta64(12, "h")
+    cycles = np.array([0, 0, 1, 3, 3, 3, 5])
+    values, background = rng.normal(3.0, 1.0, 7), rng.normal(0.0, 0.5, 7)
+    feedback = feedback_of(cycles, values, background, 2.0, 0.3)
+    for drift in (0.0, 0.4):
+        bias = InstrumentBias.estimate(feedback, times, stddev=1.5, drift=drift)
+        seen = np.array([0, 1, 3, 5])
+        prior = 3.0**2 + (2.0 * drift) ** 2 * np.minimum(seen[:, None], seen)  # of b at these steps
+        mean = np.array([np.mean((values - background)[cycles == k]) for k in seen])
+        noise = np.array([0.3 + 4.0 / np.sum(cycles == k) for k in seen])
+        for n in range(1, 5):
+            gain = np.linalg.solve(prior[:n, :n] + np.diag(noise[:n]), prior[n - 1, :n])
+            assert bias.estimates["bias"][n - 1] == pytest.approx(gain @ mean[:n])
+            variance = prior[n - 1, n - 1] - gain @ prior[:n, n - 1]
+            assert bias.estimates["stddev"][n - 1] == pytest.approx(np.sqrt(variance))
+        # In two parts, and with what was removed in between, it is the same.
+        half = InstrumentBias.estimate(feedback[:3], times, stddev=1.5, drift=drift)
+        rest = feedback_of(cycles[3:] - 2, values[3:] - 1.0, background[3:], 2.0, 0.3, bias_removed=1.0)
+        whole = InstrumentBias.estimate(rest, times[2:], stddev=1.5, drift=drift, previous=half)
+        np.testing.assert_allclose(whole.estimates["bias"], bias.estimates["bias"], rtol=1e-6)
+        assert list(whole.estimates["time"]) == list(bias.estimates["time"])
+    assert list(bias.latest().index) == [("A", "t2m")]
+
+
+def test_bias_is_removed_as_known_before_each_step():
+    table = frame("time station", *[(t, s) for t in (*TIMES, "2026-01-02T00") for s in ("A", "B")], observation=283.0)
+    feedback = feedback_of([0, 1], [283.0, 284.0], 280.0, 0.01, name="2m_temperature")
+    bias = InstrumentBias.estimate(feedback, TIMES, stddev=1e4, drift=10.0)
+    placed = read_table(table).on(LAYOUT, [*TIMES, "2026-01-02T00"], bias=bias, window="6h")
+    np.testing.assert_allclose(placed.rows["bias_removed"], [0.0, 0.0, 3.0, 0.0, 4.0, 0.0], atol=0.02)
+    np.testing.assert_allclose(placed.rows["value"], 283.0 - placed.rows["bias_removed"])
+    np.testing.assert_allclose(placed.rows["observation"], 283.0)
+    for call, message in (
+        (
+            lambda: InstrumentBias.estimate(feedback.drop(columns="background"), TIMES),
+            "without the column 'background'",
+        ),
+        (lambda: InstrumentBias.estimate(feedback, TIMES, by="type"), "without the column 'type'"),
+        (lambda: InstrumentBias.estimate(feedback, TIMES, drift=-1.0), "drift=-1.0; give a number of errors"),
+        (
+            lambda: InstrumentBias.estimate(feedback.assign(type="x"), TIMES, "type", previous=bias),
+            "the previous one has",
+        ),
+        (lambda: read_table(table).on(LAYOUT, TIMES, bias=3), "bias=3; give InstrumentBias.estimate"),
+        (lambda: read_table(table.drop(columns="station")).on(LAYOUT, TIMES, bias=bias), "the column 'station', which"),
+    ):
+        with pytest.raises((ValueError, TypeError), match=message):
+            call()
+
+
+def test_groups_have_correlated_errors():
+    """The log-likelihood of a program is that of one multivariate normal over a group, with a gap and an empty step."""
+    table = frame(
+        "level variable group observation",
+        *[(level, "t", "sonde 1", 260.0 + i) for i, level in enumerate((850.0, 700.0, 600.0, 500.0))],
+        (850.0, "t", "sonde 2", 255.0),
+        (None, "t2m", None, 281.0),
+        (None, "t2m", "x", -999.0),
+    ).assign(error=[1.0, 0.5, 1.5, 1.0, 2.0, 1.0, 1.0], lon=[20, 20, 20, 20, 50, 20, 0])
+
+    def correlations(rows):
+        height = np.log(rows["pres"].to_numpy())
+        return np.exp(-np.abs(height[:, None] - height))
+
+    x = jnp.asarray(np.random.default_rng(0).normal(265.0, 5.0, LAYOUT.shape), jnp.float32)
+    placed = read_table(table).on(LAYOUT, TIMES, correlation=correlations)
+    at = [jax.tree.map(lambda v, t=t: v[t], placed.xs) for t in range(2)]
+    groups = at[0]["groups"]
+    assert groups["y"].shape == (2, 8)
+    np.testing.assert_array_equal(groups["place"], [[0.0, 20.0], [0.0, 50.0]])
+    assert np.isfinite(at[0]["y"]).sum() == 1
+
+    @jax.jit
+    def log_likelihood(x, at):
+        mean, groups = placed.operator(x, at), at["groups"]
+        seen = ~jnp.isnan(groups["y"])
+        of_rows = dist.MultivariateNormal(mean[groups["rows"]], covariance_matrix=groups["covariance"])
+        value = jnp.where(seen, groups["y"], mean[groups["rows"]])
+        return mean, of_rows.log_prob(value) + 0.5 * np.log(2 * np.pi) * (~seen).sum(-1)
+
+    h, found = log_likelihood(x, at[0])
+    rows = placed.rows[:5]
+    r = (rows["value"] - placed.by_row(np.stack([h, h]))[:5]).to_numpy(float)
+    for g, part in enumerate((slice(0, 4), slice(4, 5))):
+        error = rows["error_used"].to_numpy(float)[part]
+        covariance = error[:, None] * correlations(rows[part]) * error
+        expected = r[part] @ np.linalg.solve(covariance, r[part]) + np.linalg.slogdet(2 * np.pi * covariance)[1]
+        assert float(found[g]) == pytest.approx(-0.5 * expected, rel=1e-3)
+    np.testing.assert_array_equal(log_likelihood(x, at[1])[1], [0.0, 0.0])
+    back = placed.by_row(placed.ungroup(placed.xs["groups"]["y"]))
+    np.testing.assert_allclose(back[:5], rows["value"])
+    assert back[5:].isna().all()
+    same = read_table(table).on(LAYOUT, TIMES, correlation=0.3).xs["groups"]["covariance"][0, 0]
+    error = np.array([1.0, 0.5, 1.5, 1.0, 0, 0, 0, 0])
+    padding = np.diag([0, 0, 0, 0, 1, 1, 1, 1])
+    np.testing.assert_allclose(same, error[:, None] * np.where(np.eye(8), 1.0, 0.3) * error + padding, rtol=1e-6)
+    assert "5 rows have a group; their errors count as independent" in read_table(table).on(LAYOUT, TIMES).report()
+    for bad, message in (
+        (1.0, "correlation=1.0; give a number from 0 to below 1"),
+        ("x", "correlation='x'; give the correlation of two errors"),
+        (lambda rows: np.eye(2), r"the table, row 0: the group 'sonde 1' of 4 rows got correlations of shape \(2, 2\)"),
+        (lambda rows: np.ones((len(rows), len(rows))), "row 0: .* a matrix that is not one of correlations"),
+    ):
+        with pytest.raises((ValueError, TypeError), match=message):
+            read_table(table).on(LAYOUT, TIMES, correlation=bad)
+    with pytest.raises(ValueError, match="but there are no groups"):
+        read_table(table).on(LAYOUT, TIMES).ungroup(np.zeros(3))

@@ -18,6 +18,7 @@ from numpyro_diffusion_da.observation.networks import (
     channel_names,
     fraction_of,
 )
+from numpyro_diffusion_da.observation.tables.bias import InstrumentBias
 from numpyro_diffusion_da.observation.tables.checks import (
     Blacklist,
     Bounds,
@@ -49,6 +50,7 @@ __all__ = [
     "GeneralLikelihood",
     "GeneralObservation",
     "HeightDifference",
+    "InstrumentBias",
     "Likelihood",
     "LinearPredictor",
     "ObservationOperator",

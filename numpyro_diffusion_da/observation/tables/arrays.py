@@ -11,8 +11,10 @@ from numpyro_diffusion_da.arguments import require, shown
 from numpyro_diffusion_da.fields.layout import Layout
 from numpyro_diffusion_da.fields.units import Conversion, conversion
 from numpyro_diffusion_da.observation.tables.flags import Flag
+from numpyro_diffusion_da.observation.tables.groups import groups_of
 from numpyro_diffusion_da.observation.tables.names import LINEAR, Target
 from numpyro_diffusion_da.observation.tables.operator import ObservationOperator
+from numpyro_diffusion_da.observation.tables.options import Options
 from numpyro_diffusion_da.observation.tables.placed import PlacedObservations
 from numpyro_diffusion_da.observation.tables.quantities import PRESSURE, DerivedQuantity
 from numpyro_diffusion_da.observation.tables.weights import Placer
@@ -42,17 +44,24 @@ def arrays_of(
     targets: dict[str, Target],
     placer: Placer,
     times: np.ndarray,
-    notes: list[str],
-    of_table: list[str],
-    instrument: str | Sequence[str] | None,
-    sizes: Mapping[str, tuple[int, int]] | None,
+    notes: tuple[str, ...],
+    options: Options,
 ) -> PlacedObservations:
-    """Padded arrays for a scan, from rows that have their flags."""
+    """Padded arrays for a scan, from rows that have their flags.
+
+    Args:
+        rows: all rows.
+        targets: what each name is.
+        placer: weights of rows.
+        times: times of the steps.
+        notes: what was changed so far.
+        options: arguments of `ObservationTable.on`.
+    """
     kept = rows["flag"].isin([Flag.USED, Flag.WITHHELD]).to_numpy()
     part = np.array([targets[name].part if name in targets else "" for name in rows["name"]], object)
-    least = _check_sizes(sizes, placer)
+    least = _check_sizes(options.sizes, placer)
     parts = sorted({*part[kept], *least} or {LINEAR})
-    instruments, of_row = _instruments(rows, kept, instrument)
+    instruments, of_row = _instruments(rows, kept, options.instrument)
     blocks: dict[str, dict[str, np.ndarray]] = {}
     arrays: dict[str, list[np.ndarray]] = {name: [] for name in ("y", "error", "place", "pressure", "id", "instrument")}
     found_sizes = {}
@@ -82,8 +91,10 @@ def arrays_of(
         arrays["id"].append(spread(some.index.to_numpy(), -1, np.int32))
         arrays["instrument"].append(spread(of_row[at], 0, np.int32))
     xs: dict[str, Any] = {name: np.concatenate(values, axis=1) for name, values in arrays.items()}
-    if instrument is None:
+    if options.instrument is None:
         del xs["instrument"]
+    if options.correlation is not None:
+        xs["groups"] = groups_of(rows, options.correlation, xs, padded_size)
     conversions = {
         name: (quantity, _input_conversions(quantity, placer.layout))
         for name, quantity in placer.names.quantities.items()
@@ -96,7 +107,7 @@ def arrays_of(
         operator=ObservationOperator(placer.layout, conversions),
         sizes=found_sizes,
         instruments=instruments,
-        notes=(*of_table, *notes),
+        notes=notes,
     )
 
 

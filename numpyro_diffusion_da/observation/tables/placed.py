@@ -41,7 +41,8 @@ class PlacedObservations:
         xs: arrays with the axes (time, row): `y` (NaN where padded or withheld), `error`, `place` (latitude and
             longitude in degrees, a further axis of 2; NaN where padded), `pressure` (Pa; NaN for the surface), `id`
             (index in `rows`; -1 where padded), `instrument` (number in `instruments`, if they were asked for), and
-            `parts`, which the operator reads.
+            `parts`, which the operator reads. With correlated errors, `groups` has the rows of each `group`:
+            `rows` (their positions along `y`), `y` (NaN in ``xs["y"]`` then), `covariance` and `place`.
         operator: observation operator, `operator(x, at)`.
         sizes: number of rows and of points of each part of the operator, with padding.
         instruments: name of each instrument, as a tuple with one text for each column of `instrument`.
@@ -109,6 +110,25 @@ class PlacedObservations:
             )
         here = ids >= 0
         return pandas.Series(array[here], index=ids[here]).reindex(self.rows.index)
+
+    def ungroup(self, values: Any) -> np.ndarray:
+        """Values of the groups' rows at their positions along ``xs["y"]``, NaN (or False) elsewhere.
+
+        Args:
+            values: array of the shape of ``xs["groups"]["y"]``, such as the rejections of its site.
+
+        Raises:
+            ValueError: there are no groups, or the array has another shape.
+        """
+        groups = self.xs.get("groups")
+        array = np.asarray(values)
+        if groups is None or array.shape != groups["y"].shape:
+            has = "no groups" if groups is None else f"groups of the shape {groups['y'].shape}"
+            raise ValueError(f"ungroup got an array of shape {array.shape}, but there are {has}.")
+        found = np.zeros(self.xs["y"].shape, bool) if array.dtype == bool else np.full(self.xs["y"].shape, np.nan)
+        step, group, row = np.nonzero(np.isfinite(groups["y"]))
+        found[step, groups["rows"][step, group, row]] = array[step, group, row]
+        return found
 
     def feedback(self, *, rejected: Any = None, **columns: Any) -> pandas.DataFrame:
         """Rows with columns of a filter's run, and with the flags that its gross-error check adds.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -10,9 +10,12 @@ import numpy as np
 from numpyro_diffusion_da.arguments import require, shown
 from numpyro_diffusion_da.fields.layout import Layout
 from numpyro_diffusion_da.observation.tables.arrays import arrays_of
+from numpyro_diffusion_da.observation.tables.bias import check_bias
 from numpyro_diffusion_da.observation.tables.checks import Context, Duplicates, QualityCheck
 from numpyro_diffusion_da.observation.tables.flags import Flag
+from numpyro_diffusion_da.observation.tables.groups import check_correlation, grouped
 from numpyro_diffusion_da.observation.tables.names import Names
+from numpyro_diffusion_da.observation.tables.options import Options
 from numpyro_diffusion_da.observation.tables.placed import PlacedObservations
 from numpyro_diffusion_da.observation.tables.quantities import DerivedQuantity
 from numpyro_diffusion_da.observation.tables.rows import (
@@ -32,45 +35,51 @@ if TYPE_CHECKING:
     from numpyro_diffusion_da.observation.tables.table import ObservationTable
 
 
-def place(
-    table: ObservationTable,
-    layout: Layout,
-    times: Any,
-    window: Any,
-    errors: float | Mapping[Any, float] | None,
-    quality: Sequence[QualityCheck] | None,
-    quantities: Sequence[DerivedQuantity],
-    instrument: str | Sequence[str] | None,
-    sizes: Mapping[str, tuple[int, int]] | None,
-) -> PlacedObservations:
-    """Place a table on a model's grid and times; `ObservationTable.on` documents the arguments."""
+def place(table: ObservationTable, layout: Layout, times: Any, options: Options) -> PlacedObservations:
+    """Place a table on a model's grid and times.
+
+    Args:
+        table: the table.
+        layout: layout of the state.
+        times: times of the steps.
+        options: further arguments of `ObservationTable.on`.
+    """
     require(layout, Layout, "ObservationTable.on", "layout", "prior.layout")
     if not layout.variables:
         raise ValueError(
             "the layout has no variables; name those of its channels: Layout(..., variables=(Variable(...), ...))."
         )
     at = step_times(times)
-    before, after = windows(window, at)
-    checks = (Duplicates(),) if quality is None else quality
+    before, after = windows(options.window, at)
+    checks = (Duplicates(),) if options.quality is None else options.quality
+    quantities = options.quantities
     for name, given, kind in (("quality", checks, QualityCheck), ("quantities", quantities, DerivedQuantity)):
         if isinstance(given, (kind, str)) or not isinstance(given, Sequence):
             raise TypeError(f"ObservationTable.on got {name}={shown(given)}; give a list, {name}=[...].")
         for one in given:
             require(one, kind, "ObservationTable.on", name, "[Duplicates()]" if name == "quality" else "[my_quantity]")
-    check_errors(errors)
+    check_errors(options.errors)
+    check_bias(options.bias)
+    check_correlation(options.correlation)
     names = Names(layout, quantities)
     placer = Placer(layout, names)
     rows, targets, notes = resolved(table, names)
     rows["cycle"] = cycles(rows["time"].to_numpy(), at, before, after)
     set_flag(rows, rows["cycle"].to_numpy() < 0, Flag.OFF_WINDOW)
     notes += converted(table, rows, targets)
+    if options.bias is not None:
+        rows["bias_removed"] = options.bias.of(rows, at)
+        rows["value"] = rows["value"] - rows["bias_removed"]
     set_apart(rows, targets, placer)
-    rows["error_used"] = errors_of(rows, errors)
+    rows["error_used"] = errors_of(rows, options.errors)
     context = Context(layout, at, lambda some, field: apply(some, targets, placer, field), targets)
     for check in checks:
         rows = _checked(rows, check, context)
-    refuse_no_error(rows, errors)
-    return arrays_of(rows, targets, placer, at, notes, list(table.notes), instrument, sizes)
+    refuse_no_error(rows)
+    apart = int(grouped(rows).sum())
+    if apart and options.correlation is None:
+        notes.append(f"{apart} rows have a group; their errors count as independent, because no correlation was given.")
+    return arrays_of(rows, targets, placer, at, (*table.notes, *notes), options)
 
 
 def _checked(rows: pandas.DataFrame, check: QualityCheck, context: Context) -> pandas.DataFrame:

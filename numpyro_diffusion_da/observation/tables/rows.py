@@ -197,7 +197,7 @@ def check_errors(errors: Any) -> None:
         require_number(value, "ObservationTable.on", of, advice, above=0.0)
 
 
-def refuse_no_error(rows: pandas.DataFrame, errors: Any) -> None:
+def refuse_no_error(rows: pandas.DataFrame) -> None:
     """Refuse rows that are used and have no error."""
     wrong = rows["flag"].isin([Flag.USED, Flag.WITHHELD]).to_numpy() & rows["error_used"].isna().to_numpy()
     if wrong.any():

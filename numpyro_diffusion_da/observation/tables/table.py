@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     import pandas
 
     from numpyro_diffusion_da.fields.layout import Layout
+    from numpyro_diffusion_da.observation.tables.bias import InstrumentBias
     from numpyro_diffusion_da.observation.tables.checks import QualityCheck
     from numpyro_diffusion_da.observation.tables.placed import PlacedObservations
     from numpyro_diffusion_da.observation.tables.quantities import DerivedQuantity
@@ -81,6 +82,8 @@ class ObservationTable:
         quality: Sequence[QualityCheck] | None = None,
         quantities: Sequence[DerivedQuantity] = (),
         instrument: str | Sequence[str] | None = None,
+        bias: InstrumentBias | None = None,
+        correlation: float | Callable[[pandas.DataFrame], Any] | None = None,
         sizes: Mapping[str, tuple[int, int]] | None = None,
     ) -> PlacedObservations:
         """Place the observations on a model's grid and times, for a NumPyro program.
@@ -102,6 +105,10 @@ class ObservationTable:
                 geopotential height and thickness.
             instrument: name of the column, or of several, that says what shares a bias; see
                 `PlacedObservations.instruments`.
+            bias: biases to remove from the values, as far as they were known before each step.
+            correlation: correlation of the errors of two rows with the same `group` at one step, 0 to below 1; or a
+                function from the rows of a group to their matrix of correlations. Their values are then in
+                ``xs["groups"]`` and not in ``xs["y"]``. Without it, errors are independent.
             sizes: least sizes of the parts of the operator, `PlacedObservations.sizes` of another table, so that
                 nothing compiles anew for this one.
 
@@ -113,9 +120,11 @@ class ObservationTable:
             ValueError: the layout has no grid or no variables, the times are not in order, a row has an unknown
                 variable, a unit that cannot be converted, or no error. The message names the file and the row.
         """
+        from numpyro_diffusion_da.observation.tables.options import Options
         from numpyro_diffusion_da.observation.tables.placing import place
 
-        return place(self, layout, times, window, errors, quality, quantities, instrument, sizes)
+        options = Options(window, errors, quality, quantities, instrument, bias, correlation, sizes)
+        return place(self, layout, times, options)
 
 
 def where(frame: pandas.DataFrame, index: Any) -> str:
@@ -299,7 +308,9 @@ def _without_codes(values: np.ndarray, name: str, raw: RawTable, codes: np.ndarr
     notes = []
     with np.errstate(invalid="ignore"):
         large = np.abs(values) > LARGEST
-        coded = np.isin(values.astype(np.float32), codes.astype(np.float32)) & ~np.isnan(values)
+        # In single precision, because files of that precision have -9999.9 as -9999.900390625.
+        known = np.where(large | np.isnan(values), 0.0, values).astype(np.float32)
+        coded = np.isin(known, np.clip(codes, -LARGEST, LARGEST).astype(np.float32)) & ~np.isnan(values)
     for code in np.unique(values[coded | large]):
         count = int(np.sum(values == code))
         notes.append(f"{raw.source}: {count} of {len(values)} values of {name} are {code:g}, which means missing.")
