@@ -35,9 +35,13 @@ import numpyro_diffusion_da as ndda
 jax.config.update("jax_numpy_rank_promotion", "raise")
 # Most tests spend more time compiling than computing: without optimizations the suite takes a third less time.
 jax.config.update("jax_disable_most_optimizations", True)
-# Several tests compile the same programs with filters of their own: this cache lets XLA compile each only once. Each
-# worker process has its own cache, because JAX writes entries in place and another process could read half of one.
-COMPILED = tempfile.mkdtemp(prefix="compiled-by-tests-")
+# Several tests compile the same programs with filters of their own: this cache lets XLA compile each only once. The
+# workers of a run share it, and so do the parts of .ci/run. JAX writes entries in place, so a process may read half of
+# one: its checksum tells, JAX warns, which pyproject.toml ignores, and compiles.
+OWNS_COMPILED = "COMPILED_BY_TESTS" not in os.environ
+if OWNS_COMPILED:
+    os.environ["COMPILED_BY_TESTS"] = tempfile.mkdtemp(prefix="compiled-by-tests-")
+COMPILED = os.environ["COMPILED_BY_TESTS"]
 jax.config.update("jax_compilation_cache_dir", COMPILED)
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
@@ -53,7 +57,8 @@ def pytest_collection_finish() -> None:
 
 
 def pytest_unconfigure() -> None:
-    shutil.rmtree(COMPILED, ignore_errors=True)
+    if OWNS_COMPILED:
+        shutil.rmtree(COMPILED, ignore_errors=True)
 
 
 @dataclasses.dataclass(frozen=True)
