@@ -55,6 +55,8 @@ MARKS = {"gencast.md": needs_gencast, "weathernext2.md": needs_weathernext2} | {
     page: [pytest.mark.slow]
     for page in (
         "arviz.md",
+        "extending.md",
+        "method.md",
         "verification.md",
         "neighbors.md",
         "robustness.md",

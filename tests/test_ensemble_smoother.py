@@ -14,11 +14,10 @@ import numpy as np
 import numpyro
 import numpyro.distributions as dist
 import pytest
-import scipy.linalg
 import test_kalman_move
 from conftest import LinearGaussian
 from numpyro.contrib.control_flow import scan
-from test_smoothing import factors, program, program_with_increments
+from test_smoothing import exact, factors, program, program_with_increments
 
 import numpyro_diffusion_da as ndda
 from numpyro_diffusion_da.inference import storage
@@ -31,29 +30,6 @@ GLOBAL = {
     "selected and moved": ndda.FAAPF(program, weight=ndda.Moment(), move=MOVES[None], lag=LAG),
     "EnKF": ndda.EnKF(program, lag=LAG),
 }
-# --- the exact smoother -----------------------------------------------------------------------------------------------
-
-
-def exact(model: LinearGaussian, y: np.ndarray, lag: int) -> tuple[np.ndarray, np.ndarray]:
-    """Means (time, d) and covariances (time, d, d) of p(x_k | y_{1:k+lag}), from the joint Gaussian of all states.
-
-    With all observations it is what the Rauch-Tung-Striebel smoother computes recursively.
-    """
-    steps, d = len(y), len(model.transition)
-    initial = scipy.linalg.solve_discrete_lyapunov(model.transition, model.covariance)
-    links = np.eye(steps * d) - np.kron(np.eye(steps, k=-1), model.transition)
-    noise = np.kron(np.eye(steps), np.linalg.inv(model.covariance))
-    noise[:d, :d] = np.linalg.inv(model.transition @ initial @ model.transition.T + model.covariance)
-    prior, look = links.T @ noise @ links, np.eye(d)[::2]
-    means, covariances = [], []
-    for k in range(steps):
-        seen = np.arange(steps) <= k + lag
-        covariance = np.linalg.inv(prior + np.kron(np.diag(seen), look.T @ look) / model.error**2)
-        mean = covariance @ ((y * seen[:, None]) @ look).reshape(-1) / model.error**2
-        at = slice(k * d, (k + 1) * d)
-        means.append(mean[at])
-        covariances.append(covariance[at, at])
-    return np.array(means), np.array(covariances)
 
 
 @functools.cache

@@ -18,6 +18,7 @@ import typer
 import xarray
 from conftest import BENCHMARKS, EXAMPLES, LinearGaussian, load_program
 from test_smoothing import rauch_tung_striebel
+from typer.testing import CliRunner
 
 import numpyro_diffusion_da as ndda
 
@@ -421,9 +422,11 @@ def test_path_weights_runs(tmp_path):
 
 
 def test_ring64_help():
-    done = run_program("ring64.py", "--help")
-    assert done.returncode == 0, done.stderr
-    assert "--out" in done.stdout
+    program = typer.Typer()
+    program.command()(load("ring64").main)
+    done = CliRunner().invoke(program, ["--help"], env={"COLUMNS": "160"}, catch_exceptions=False)
+    assert done.exit_code == 0
+    assert "--out" in done.output
 
 
 @pytest.mark.slow

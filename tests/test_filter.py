@@ -1,5 +1,7 @@
 """`Filter`: one loop, no recompilation, the same particles whatever the batching."""
 
+import copy
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -37,11 +39,10 @@ def reference(program):
 
 
 @pytest.fixture(scope="module")
-def compiled(program):
-    """A filter of one chain that has run, to be run again."""
-    model, y = program
-    filter = make(model)
-    filter.run(KEY, y)
+def compiled(reference):
+    """The same filter with one chain, to be run again; what is compiled for a chain is compiled for each."""
+    filter = copy.copy(reference)
+    filter.num_chains = 1
     return filter
 
 
@@ -138,15 +139,9 @@ def test_guided_without_weights_keeps_every_particle(program):
     assert np.all(filter.result.network_passes["forward"] == 16 + 2)  # of the background, which has no weights to use
 
 
-def test_one_particle(program):
-    model, y = program
-    filter = ndda.Filter(ndda.FAAPF(model), num_particles=1, progress_bar=False)
-    filter.run(KEY, y)
-    assert np.all(np.isfinite(filter.result.posterior["x"]))
-
-
-def test_closed_form_transition_uses_the_exact_weight(small):
-    _, y = small.simulate(4, 3)
+@pytest.fixture(scope="module")
+def closed_form(small):
+    """The program in closed form, and observations."""
 
     def model(y):
         x0 = numpyro.sample("x0", dist.Normal(jnp.zeros(4), 1.0).to_event(1))
@@ -158,6 +153,19 @@ def test_closed_form_transition_uses_the_exact_weight(small):
 
         scan(step, x0, y)
 
+    return model, small.simulate(4, 3)[1]
+
+
+def test_one_particle(closed_form):
+    """It has no variance, and weights, resampling and background cope."""
+    model, y = closed_form
+    filter = ndda.Filter(ndda.FAAPF(model), num_particles=1, progress_bar=False)
+    filter.run(KEY, y)
+    assert np.all(np.isfinite(filter.result.posterior["x"]))
+
+
+def test_closed_form_transition_uses_the_exact_weight(closed_form):
+    model, y = closed_form
     filter = make(model)
     filter.run(KEY, y)
     explicit = make(model, lambda m: ndda.FAAPF(m, weight=ndda.Moment()))
