@@ -167,6 +167,7 @@ def test_an_ensemble_update_moves_a_parameter_and_an_earlier_state_as_a_kalman_f
     np.testing.assert_allclose(got["before"].std(0), np.sqrt(np.diag(cov)[4:8]), rtol=0.1)
 
 
+@pytest.mark.slow
 def test_a_bias_in_the_carry_is_estimated_by_an_ensemble():
     """Twenty observations of 4 with a prior N(0, 3) of the bias: exact mean 3.89 and standard deviation .49."""
 

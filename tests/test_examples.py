@@ -481,7 +481,6 @@ def test_ring64_is_the_yardstick(tmp_path, monkeypatch, capsys):
     ("setting", "name", "variance_ratio"),
     [
         (0, "Dirac", 0.88),
-        (0, "exact weights", 1.00),
         (2, "exact weights", 0.96),
         (2, "Dirac", 0.72),
         (2, "Dirac + tempering", 1.02),

@@ -149,6 +149,7 @@ def test_weighted_draws_of_a_nonlinear_emulator_are_unbiased(solver, observed):
     np.testing.assert_array_less(np.abs(np.mean(off, 0)), 4.5 * np.std(off, 0) / len(x) ** 0.5)
 
 
+@pytest.mark.slow
 def test_guided_draws_of_a_nonlinear_emulator_come_near_the_posterior():
     """Without weights they are not exact; two linearizations are closer than one."""
     prior = ndda.NoiseConditionedPrior(bent, noise_shape=2, layout=4)

@@ -66,6 +66,7 @@ def test_equivariant_under_translation_and_on_other_rings(prior, states):
         prior.condition(jnp.zeros(39))
 
 
+@pytest.mark.slow
 def test_guided_draws_are_near_the_exact_posterior(prior, states):
     """The truth's transition is N(flow(x), 0.5 I): observed sites move towards the observation, others stay."""
     x, error = states[0], 0.3

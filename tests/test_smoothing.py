@@ -292,7 +292,7 @@ def error_in_sd(result: ndda.FilterResult, mean: np.ndarray, variance: np.ndarra
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("seed", [0, 1])
 def test_trajectories_are_the_exact_smoother(seed):
     """Mean and second moment within standard errors over independent filters, which know of the coalescence."""
     result, model, y = filtered(seed)
@@ -316,7 +316,7 @@ def test_trajectories_are_the_exact_smoother(seed):
     assert expected < error_in_sd(paths, mean, variance).mean() < 3 * expected
 
 
-@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (1, 2))])
+@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_lag_comes_nearer_to_the_smoother(seed):
     result, model, y = filtered(seed)
     mean, covariance = exact(model, y, STEPS)
