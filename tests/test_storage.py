@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import copy
+import errno
+import os
 import pathlib
 import pickle
 import re
 import shutil
 import subprocess
 import sys
+import time
 
 import jax
 import jax.numpy as jnp
@@ -89,36 +92,82 @@ class Killed(BaseException):
     """As by the machine."""
 
 
-@pytest.mark.parametrize("when", ["before the outputs", "before the state", "after the state"])
-def test_a_run_that_died_goes_on(program, whole, tmp_path, monkeypatch, when):
+@pytest.fixture(scope="module")
+def compiled_for_single_steps(program):
+    return make(program[0])
+
+
+@pytest.fixture
+def single(compiled_for_single_steps):
+    """A filter that commits each step by itself, so that a run of few steps has several commits."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("numpyro_diffusion_da.inference.chunks.LONGEST", 1)
+        yield compiled_for_single_steps
+
+
+@pytest.mark.parametrize("when", ["within the values", "before the lines", "within a line", "before the state"])
+def test_a_run_that_died_goes_on(program, whole, single, tmp_path, monkeypatch, when):
+    """The sixth step is the second of the second chain."""
     _, y = program
-    written = []
-    replace_arrays = storage._replace_arrays
+    saved = []
+    save = storage.RunStore.save
 
-    def dying(path, arrays):
-        written.append(path.name)
-        # The sixth step is the second of the second chain.
-        count = sum(name.startswith("step") for name in written)
-        if count == 6 and path.name.startswith("step") and when == "before the outputs":
-            raise Killed
-        if count == 6 and path.name == "state.npz" and when == "before the state":
-            raise Killed
-        replace_arrays(path, arrays)
-        if count == 6 and path.name == "state.npz" and when == "after the state":
-            raise Killed
+    def dying(store, chain, first, *rest):
+        saved.append(first)
+        if len(saved) == 6 and when == "within the values":
+            monkeypatch.setattr(storage, "_crc", _die)
+        if len(saved) == 6 and when == "before the lines":
+            monkeypatch.setattr(storage.os, "fsync", _die)
+        if len(saved) == 6 and when in ("before the state", "within a line"):
+            monkeypatch.setattr(storage, "_replace_arrays", _die)
+        save(store, chain, first, *rest)
 
-    monkeypatch.setattr(storage, "_replace_arrays", dying)
+    monkeypatch.setattr(storage.RunStore, "save", dying)
     with pytest.raises(Killed):
-        writing(whole, tmp_path / "run").run(KEY, y)
+        writing(single, tmp_path / "run").run(KEY, y)
     monkeypatch.undo()
-    again = writing(whole, tmp_path / "run")
+    if when == "within a line":
+        lines = tmp_path / "run/.run/chain1/steps.jsonl"
+        lines.write_bytes(lines.read_bytes()[:-30])
+    again = writing(single, tmp_path / "run")
     again.run(KEY, y)
     assert_same(whole.result, again.result)
     # Finished: nothing is computed any more, and another reader finds the same.
-    monkeypatch.setattr(storage, "_replace_arrays", lambda path, arrays: pytest.fail("a step was made again"))
-    read = writing(whole, tmp_path / "run")
+    monkeypatch.setattr(storage.RunStore, "save", lambda *args: pytest.fail("a step was made again"))
+    read = writing(single, tmp_path / "run")
     read.run(KEY, y)
     assert_same(whole.result, read.result)
+
+
+def _die(*args):
+    raise Killed
+
+
+def test_xarray_alone_opens_the_directory(program, whole, single, tmp_path):
+    """During the run and after it, with the labels of the filter, lazily, and as the tree of the result."""
+    _, y = program
+    labeled = writing(single, tmp_path / "run.zarr")
+    times = np.datetime64("2020-01-01", "ns") + np.arange(4) * np.timedelta64(6, "h")
+    labeled.time, labeled.dims, labeled.coords = times, {"y": ["station"]}, {"station": ["Oslo", "Bergen"]}
+    labeled.run(KEY, y)
+    code = (
+        "import sys, xarray; tree = xarray.open_datatree(sys.argv[1]); "
+        "assert 'numpyro_diffusion_da' not in sys.modules and 'jax' not in sys.modules; "
+        "print(float(tree['posterior/x'].sel(time='2020-01-01T12').sum()), *tree['observed_data/station'].values)"
+    )
+    out = subprocess.run(
+        [sys.executable, "-c", code, tmp_path / "run.zarr"], capture_output=True, text=True, check=True
+    )
+    total, *stations = out.stdout.split()
+    np.testing.assert_allclose(float(total), whole.result.posterior["x"][:, :, 2].sum(), rtol=1e-5)
+    assert stations == ["Oslo", "Bergen"]
+    tree, expected = labeled.to_datatree(), whole.to_datatree(time=times, dims=labeled.dims, coords=labeled.coords)
+    assert not tree["posterior/x"].variable._in_memory
+    for name, group in expected.children.items():
+        assert set(group.data_vars) == set(tree[name].data_vars)
+        for variable in group.data_vars:
+            np.testing.assert_array_equal(group[variable], tree[name][variable], err_msg=f"{name}/{variable}")
+            assert group[variable].dims == tree[name][variable].dims
 
 
 def test_a_longer_series_goes_on_from_a_shorter(program, whole, tmp_path):
@@ -182,39 +231,109 @@ def flip(path):
     path.write_bytes(content)
 
 
+def truncate(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
 DAMAGES = {
-    "flipped": (flip, "is damaged"),  # the first, because the others leave no archive to flip a bit of
-    "truncated": (lambda path: path.write_bytes(path.read_bytes()[: path.stat().st_size // 2]), "is damaged"),
-    "empty": (lambda path: path.write_bytes(b""), "is damaged"),
-    "no archive": (lambda path: path.write_text("text"), "is damaged"),
-    "deleted": (lambda path: path.unlink(), "is missing"),
+    "a flipped bit of values": (
+        "posterior/x/c/1/0/0/0",
+        flip,
+        r"steps, .* 0, are damaged in chain 1 .*posterior/x cannot",
+    ),
+    "values cut off": ("log_likelihood/y/c/1/0/0/0", truncate, r"damaged in chain 1 .*log_likelihood/y cannot"),
+    "values deleted": ("posterior/x/c/1/0/0/0", pathlib.Path.unlink, "posterior/x is not what was written"),
+    "a line deleted": (".run/chain1/steps.jsonl", pathlib.Path.unlink, "its line is missing"),
+    "a flipped bit of a state": (".run/chain1/state-00000002.npz", flip, r"state-00000002.npz' is damaged"),
 }
 
 
-def test_a_damaged_step_is_named_and_the_chain_is_computed_again_as_advised(program, whole, copied):
-    """Each damage to the same directory: the next one writes over it or deletes it."""
-    again = writing(whole, copied)
-    for act, message in DAMAGES.values():
-        act(copied / "chain1" / "step00000.npz")
-        with pytest.raises(ValueError, match=rf"chain1/step00000.npz' {message}; delete the folder of the chain"):
-            again.run(KEY, program[1])
-    shutil.rmtree(copied / "chain1")
-    again.run(KEY, program[1])
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_what_is_damaged_is_named_and_made_again(program, whole, single, copied, damage):
+    name, act, message = DAMAGES[damage]
+    act(copied / name)
+    again = writing(single, copied)
+    with pytest.warns(UserWarning, match=message):
+        again.run(KEY, program[1])
     assert_same(again.result, whole.result)
 
 
-@pytest.mark.parametrize("name", ["run.json", "program.json", "chain0/state.npz"])
+@pytest.mark.parametrize("name", [".run/run.json", ".run/program.json", "posterior/x/zarr.json"])
 def test_other_damaged_files_are_named(program, whole, copied, name):
-    (copied / name).write_bytes((copied / name).read_bytes()[:20])
+    truncate(copied / name)
     with pytest.raises(ValueError, match=f"{name}' is damaged"):
         writing(whole, copied).run(KEY, program[1])
 
 
-@pytest.mark.parametrize("name", ["step00000.npz", "state.npz"])
-def test_files_of_another_chain_are_refused(program, whole, copied, name):
-    shutil.copy(copied / "chain0" / name, copied / "chain1" / name)
-    with pytest.raises(ValueError, match=f"chain1/{name}' belongs to another run, chain or step"):
-        writing(whole, copied).run(KEY, program[1])
+def test_values_and_states_of_another_chain_are_made_again(program, whole, copied):
+    shutil.copy(copied / "posterior/x/c/0/0/0/0", copied / "posterior/x/c/1/0/0/0")
+    shutil.copy(copied / ".run/chain0/state-00000002.npz", copied / ".run/chain1/state-00000002.npz")
+    again = writing(whole, copied)
+    with pytest.warns(UserWarning, match=r"belongs to another run, chain or step|is not what was written"):
+        again.run(KEY, program[1])
+    assert_same(again.result, whole.result)
+
+
+def test_a_folder_of_something_else_is_refused(program, whole, tmp_path):
+    (tmp_path / "letter.txt").write_text("Dear")
+    with pytest.raises(ValueError, match="holds something that is no run of this library"):
+        writing(whole, tmp_path).run(KEY, program[1])
+
+
+def test_a_full_disk_loses_nothing(program, whole, single, tmp_path, monkeypatch):
+    monkeypatch.setattr(storage, "_replace_arrays", _full)
+    with pytest.raises(OSError, match=r"step 0 of chain 0 could not be written to .*No space left.* the run goes on"):
+        writing(single, tmp_path / "run").run(KEY, program[1])
+    monkeypatch.undo()
+    again = writing(single, tmp_path / "run")
+    again.run(KEY, program[1])
+    assert_same(again.result, whole.result)
+
+
+def _full(*args):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+KILLED = """
+import sys, time
+import jax, numpy as np
+import numpyro_diffusion_da as ndda
+sys.path.insert(0, sys.argv[2])
+from test_storage import _module_level
+y = np.sin(np.arange(300, dtype=np.float32))
+run = ndda.Filter(ndda.Bootstrap(_module_level), num_particles=50, progress_bar=False, directory=sys.argv[1])
+print("begins", flush=True)
+run.run(jax.random.key(3), y)
+"""
+
+
+@pytest.mark.slow
+def test_twenty_kills_at_random_moments_lose_nothing(tmp_path):
+    """The process is killed again and again; a short last run finishes, with the particles of a run without kills."""
+    y = np.sin(np.arange(300, dtype=np.float32))
+    make_ = lambda directory: ndda.Filter(  # noqa: E731
+        ndda.Bootstrap(_module_level), num_particles=50, progress_bar=False, directory=directory
+    )
+    moments = np.random.default_rng(0)
+    slowly = KILLED.replace("print(", "ndda.inference.chunks.SECONDS = 0.001; print(")
+    for _ in range(20):
+        command = [
+            sys.executable,
+            "-W",
+            "ignore",
+            "-c",
+            slowly,
+            str(tmp_path / "run"),
+            str(pathlib.Path(__file__).parent),
+        ]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
+            assert process.stdout.readline() == b"begins\n"
+            time.sleep(moments.uniform(2.0, 6.0))
+            process.kill()
+    again, fresh = make_(tmp_path / "run"), make_(None)
+    again.run(KEY, y)
+    fresh.run(KEY, y)
+    assert_same(again.result, fresh.result)
 
 
 def test_a_directory_has_one_owner(program, whole, copied):
@@ -222,7 +341,7 @@ def test_a_directory_has_one_owner(program, whole, copied):
         "import filelock, sys, time; lock = filelock.FileLock(sys.argv[1]); lock.acquire(); print('held', flush=True); "
         "time.sleep(60)"
     )
-    with subprocess.Popen([sys.executable, "-c", owner, str(copied / "lock")], stdout=subprocess.PIPE) as other:
+    with subprocess.Popen([sys.executable, "-c", owner, str(copied / ".run/lock")], stdout=subprocess.PIPE) as other:
         assert other.stdout.readline() == b"held\n"
         with pytest.raises(ValueError, match="copied' is in use by another run"):
             writing(whole, copied).run(KEY, program[1])
@@ -279,16 +398,16 @@ def test_a_run_that_ends_early_leaves_its_own_steps_and_no_older_result(program,
     filter._result = whole.result
     made = []
 
-    def stop(*args):
-        made.append(args)
-        if len(made) == 3:
+    def stop(records, *args):
+        made.append(records)
+        if len(made) == 2:
             raise error
 
-    monkeypatch.setattr("numpyro_diffusion_da.inference.filter.check_record", stop)
+    monkeypatch.setattr("numpyro_diffusion_da.inference.filter.check_records", stop)
     if error is KeyboardInterrupt:
-        with pytest.warns(UserWarning, match="interrupted; `result` holds 2 of 4 steps"), pytest.raises(error):
+        with pytest.warns(UserWarning, match="interrupted; `result` holds 1 of 4 steps"), pytest.raises(error):
             filter.run(KEY, program[1])
-        np.testing.assert_array_equal(filter.result.posterior["x"], whole.result.posterior["x"][:1, :, :2])
+        np.testing.assert_array_equal(filter.result.posterior["x"], whole.result.posterior["x"][:1, :, :1])
     else:
         with pytest.raises(error):
             filter.run(KEY, program[1])

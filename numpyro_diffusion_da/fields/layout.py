@@ -342,3 +342,20 @@ class Layout(eqx.Module):
             name: (tuple(own[name] if dim == "level" else dim for dim in dims), values, units)
             for name, (dims, values, units) in self.split(x).items()
         }
+
+    def join(self, parts: Mapping[str, np.ndarray]) -> np.ndarray:
+        """Join variables to states; the inverse of `split` and `split_by_levels`, apart from undefined points.
+
+        Args:
+            parts: values of each variable by its name, with the leading axes of the states, and the level axis before
+                the other trailing axes.
+
+        Returns:
+            States, shape (..., *shape); NaN at undefined points.
+        """
+        inner = len(self.shape) - 1
+        channels = []
+        for variable in self.variables:
+            values = np.asarray(parts[variable.name])
+            channels.append(np.moveaxis(values, -1 - inner, -1) if variable.levels else values[..., None])
+        return np.concatenate(channels, axis=-1)

@@ -6,6 +6,7 @@ from numpyro_diffusion_da.inference.online_filter import OnlineFilter
 from numpyro_diffusion_da.inference.pmmh import PMMH
 from numpyro_diffusion_da.inference.smc2 import SMC2
 from numpyro_diffusion_da.inference.spread_tuning import SpreadTrial, SpreadTuning, tune_spread
+from numpyro_diffusion_da.inference.watching import RunProgress
 
 __all__ = [
     "PMMH",
@@ -13,6 +14,7 @@ __all__ = [
     "Compiled",
     "Filter",
     "OnlineFilter",
+    "RunProgress",
     "SpreadTrial",
     "SpreadTuning",
     "tune_spread",

@@ -80,7 +80,7 @@ class Compiled:
         """Trace of the function for arguments of these shapes, dtypes and static values, and their arrays."""
         dynamic, static = eqx.partition(args, eqx.is_array)
         arrays, form = jax.tree.flatten(dynamic)
-        shapes = [(x.shape, x.dtype) for x in jax.tree.leaves(jax.eval_shape(lambda: dynamic))]
+        shapes = [(x.shape, _dtype(x)) for x in arrays]
         leaves, structure = jax.tree.flatten(static)
         key = (form, tuple(shapes), structure, tuple(leaves))
         if key in self._current:
@@ -103,6 +103,11 @@ class Compiled:
         """Lower the function for these arguments without compiling it, as `jax.jit(fn).lower` does."""
         traced, arrays = self._prepared(args)
         return traced.lower(arrays)
+
+
+def _dtype(x: Any) -> Any:
+    """Type of an array as JAX takes it."""
+    return x.dtype if isinstance(x, jax.Array) else jax.dtypes.canonicalize_dtype(x.dtype)
 
 
 class _Traced:

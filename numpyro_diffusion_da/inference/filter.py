@@ -6,18 +6,21 @@ import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import ExitStack, contextmanager
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import PRNGKeyArray, PyTree
+from jaxtyping import Array, PRNGKeyArray, PyTree
 
 from numpyro_diffusion_da.arguments import require, require_count, require_flag, require_key, shown
+from numpyro_diffusion_da.checksums import checksum
+from numpyro_diffusion_da.fields.times import time_axis
 from numpyro_diffusion_da.filters.base import FilterAlgorithm, takes_algorithm
 from numpyro_diffusion_da.inference import backward_simulation as backward
 from numpyro_diffusion_da.inference.batching import batch_in_memory, check_batch_size, particles_at_a_time
+from numpyro_diffusion_da.inference.chunks import Pace, run_chunk
 from numpyro_diffusion_da.inference.compilation import Compiled
 from numpyro_diffusion_da.inference.has_result import HasFilterResult
 from numpyro_diffusion_da.inference.identity import computation, versions
@@ -26,12 +29,15 @@ from numpyro_diffusion_da.inference.records import (
     Keep,
     attributes_of,
     check_metadata_names,
-    check_record,
+    check_records,
     collect,
+    head,
+    join,
     record_step,
-    without_past,
 )
-from numpyro_diffusion_da.inference.storage import RunStore
+from numpyro_diffusion_da.inference.storage import RunStore, Span
+from numpyro_diffusion_da.inference.stored_run import StoredResult, tree_of_steps
+from numpyro_diffusion_da.inference.watching import step_notes
 from numpyro_diffusion_da.program.arrays import argument_names
 from numpyro_diffusion_da.program.scan import TimeInputs
 from numpyro_diffusion_da.program.state_space import StateSpaceModel
@@ -39,6 +45,9 @@ from numpyro_diffusion_da.results.advice import far_value_advice, lost_advice, r
 from numpyro_diffusion_da.results.background import departure_ratios
 from numpyro_diffusion_da.results.result import FilterResult
 from numpyro_diffusion_da.smc.base import State
+
+if TYPE_CHECKING:
+    from xarray import DataTree
 
 
 class Filter(HasFilterResult):
@@ -64,9 +73,14 @@ class Filter(HasFilterResult):
             a reduction of the state with `numpyro.deterministic` and list only that here. A deterministic site that is
             the same for all particles, such as the places of observations, is always kept, once per time, in
             `FilterResult.metadata`.
-        directory: directory to which each step is written as soon as it is computed. If a run is interrupted, run it
+        directory: directory of a Zarr group to which steps are written as soon as they are computed, such as
+            "run.zarr". ``xarray.open_datatree("run.zarr")`` opens it lazily, during the run and after it, also on
+            another machine and without this library; it is the tree of `to_datatree`. If a run is interrupted, run it
             again with the same key and arguments: it continues after the last step on disk, and gives the same result
-            as a run without interruption. None writes nothing.
+            as a run without interruption. With a directory the steps are not held in memory. None writes nothing.
+        time: coordinate of the time axis in the directory, and the default of `to_datatree`; see there.
+        dims: names of the axes of sites after time, likewise.
+        coords: coordinate values of dimensions, likewise.
 
     Raises:
         ValueError: `num_particles`, `num_chains` or `batch_size` is below 1, or `keep` names no site.
@@ -88,6 +102,9 @@ class Filter(HasFilterResult):
         keep_observed: bool = True,
         keep: Sequence[str] | None = None,
         directory: str | os.PathLike[str] | None = None,
+        time: Any = None,
+        dims: Mapping[str, Sequence[str]] | None = None,
+        coords: Mapping[str, Any] | None = None,
     ) -> None:
         require_count(num_particles, "Filter", "num_particles")
         require_count(num_chains, "Filter", "num_chains")
@@ -112,7 +129,9 @@ class Filter(HasFilterResult):
         self.keep_observed = keep_observed
         self.keep = None if keep is None else tuple(keep)
         self.directory = directory
+        self.time, self.dims, self.coords = time, dims, coords
         self._result: FilterResult | None = None
+        self._stored: StoredResult | None = None
         self._given: Any = None
         self._inputs: PyTree = None
         self._program: StateSpaceModel | None = None
@@ -155,58 +174,105 @@ class Filter(HasFilterResult):
         guided = self.algorithm.needs_gaussian and program.structure.emulator is not None
         taper = self.algorithm.moving_taper()
         sources = {} if taper is None else taper.moving
-        self._result = None  # a run that does not end must not leave the result of the one before
+        self._result, self._stored = None, None  # a run that does not end must not leave the result of the one before
+        length = program.structure.length
         chains: list[list[Any]] = []
-        total = self.num_chains * program.structure.length
+        past: list[Any] = []
         with ExitStack() as stack:
             if store is not None:
                 stack.enter_context(store)
-            advance = stack.enter_context(step_progress(self.progress_bar, total))
-            stack.enter_context(self._kept_if_interrupted(program, attributes, chains))
+            advance = stack.enter_context(step_progress(self.progress_bar, self.num_chains * length))
+            stack.enter_context(self._kept_if_interrupted(program, attributes, chains, past, store))
             for chain in range(self.num_chains):
                 init_key, run_key = jax.random.split(jax.random.fold_in(rng_key, chain))
-                state, xs = self._compiled["start"](init_key, given)
-                xs = jax.device_get(xs)  # slicing a numpy array does not compile anything
-                done = 0
+                initial, xs = self._compiled["start"](init_key, given)
+                spans = [Span(0, length)]
                 if store is not None:
                     if chain == 0:  # all chains compute the same
-                        store.check_computation(self._identity(program, state, _at_time(xs, 0)))
-                    done = store.steps_done(chain)
-                    if self.algorithm.lag and done > program.structure.length:
+                        host_xs = jax.device_get(xs)
+                        inputs = [checksum(_at_time(host_xs, t)) for t in range(length)]
+                        store.check_computation(self._identity(program, initial, _at_time(host_xs, 0)))
+                    spans = store.to_make(chain, inputs)
+                    if self.algorithm.lag and store.steps_done(chain) > length:
                         raise ValueError(
-                            f"{os.fspath(store.path)!r} holds {done} steps, and the states of lag={self.algorithm.lag} "
-                            f"after the last of them only; give all {done} times, or another directory."
+                            f"{os.fspath(store.path)!r} holds {store.steps_done(chain)} steps, and the states of "
+                            f"lag={self.algorithm.lag} after the last of them only; give all "
+                            f"{store.steps_done(chain)} times, or another directory."
                         )
-                    done = min(done, program.structure.length)
-                records: list[Any] = []
-                chains.append(records)
-                for t in range(program.structure.length):
-                    inputs = _at_time(xs, t)
-                    if store is not None and t < done:
-                        record = store.outputs(chain, t, inputs)
-                        if t == done - 1:
-                            state = store.state(chain, state)
-                    else:
-                        step_key = jax.random.fold_in(run_key, t)
-                        state, record = self._compiled["step"](step_key, state, inputs, given)
-                        record = jax.device_get(record)
-                        check_record(record, t, self.num_particles, guided, sources)
-                        if store is not None:
-                            store.save(chain, t, inputs, record, state)
-                    # Only the last record has the earlier states of the particles, so that their number is bounded.
-                    if records:
-                        records[-1] = without_past(records[-1])
-                    records.append({**record, "past": state.past} if self.algorithm.lag and t >= done - 1 else record)
-                    advance(record["stats"])
-                records[-1] = jax.device_get(records[-1])
+                    advance(length - sum(span.stop - span.first for span in spans), None)
+                chains.append([])
+                past.append(None)
+                for span in spans:
+                    begin = initial if store is None else store.state(chain, span.first, initial)
+                    for first, records, state, seconds in self._steps(run_key, begin, span, xs, given):
+                        check_records(records, first, self.num_particles, guided, sources)
+                        count = len(records["nonfinite_weights"])
+                        if store is None:
+                            chains[-1].append(records)
+                        else:
+                            tree = self._tree_of(program, attributes, records)
+                            notes = step_notes(records, seconds, self.num_particles)
+                            template = {"chains": self.num_chains, "steps": length, "time": self._times(length)}
+                            store.save(chain, first, tree, template, inputs[first : first + count], notes, state)
+                        past[-1] = state.past
+                        advance(count, records["stats"])
+                if store is not None and not spans:
+                    past[-1] = store.state(chain, length, initial).past
+                past[-1] = jax.device_get(past[-1])
         sizes = {"num_chains": self.num_chains, "batch_size": self._batch or self.num_particles}
-        self._result = collect(program.structure, {**attributes, **sizes}, chains)
+        attributes = {**attributes, **sizes}
+        if store is None:
+            found = collect(program.structure, attributes, [join(records) for records in chains], self._past(past))
+            self._result = found
+        else:
+            self._stored = StoredResult(
+                store.path, program.structure, attributes, self._past(past), self.num_chains, length
+            )
+            found = self._stored.read(particles=False)
         self._given, self._inputs = given, xs
-        found = self._result
         advices = [advises(found) for advises in (rejection_advice, tempering_advice, far_value_advice)]
         for advice in (*advices, lost_advice(departure_ratios(found))):
             if advice is not None:
                 warnings.warn(advice, stacklevel=2)
+
+    def _steps(
+        self, run_key: PRNGKeyArray, state: State, span: Span, xs: PyTree, given: Any
+    ) -> Iterator[tuple[int, dict[str, Any], State, float]]:
+        """Make the steps of a span, in chunks.
+
+        Args:
+            run_key: random key of the chain's steps.
+            state: state before the span.
+            span: steps to make.
+            xs: inputs of the scan at all times.
+            given: arguments of the program.
+
+        Yields:
+            (index of the first step of a chunk, records of its steps as numpy arrays, state after it, seconds of a
+            step).
+        """
+        pace, most, first = Pace(), None, span.first
+        while first < span.stop:
+            count = pace.next(span.stop - first, most)
+            at = np.asarray(first, np.int32), np.asarray(count, np.int32)
+            state, records = self._compiled["steps"](run_key, state, *at, xs, given)
+            buffers = jax.device_get(records)
+            seconds = pace.ended(is_first=most is None)
+            most = len(buffers["nonfinite_weights"])
+            yield first, head(buffers, count), state, seconds
+            first += count
+
+    def _past(self, past: list[Any]) -> list[Any]:
+        """States of a lag after the last step of each chain; empty for a filter without a lag."""
+        return past if self.algorithm.lag else []
+
+    def _times(self, length: int) -> Any:
+        """Coordinate of the time axis."""
+        return np.arange(length) if self.time is None else time_axis(self.time, length)
+
+    def _tree_of(self, program: StateSpaceModel, attributes: dict[str, Any], records: dict[str, Any]) -> DataTree:
+        """Tree of some steps of one chain, as the store holds it."""
+        return tree_of_steps(program.structure, attributes, records, self.dims, self.coords)
 
     def _identity(self, program: StateSpaceModel, state: State, inputs: TimeInputs) -> dict[str, str]:
         """Checksums of the computation of this run: its initial state, its step, and the arguments that they use.
@@ -242,7 +308,12 @@ class Filter(HasFilterResult):
 
     @contextmanager
     def _kept_if_interrupted(
-        self, program: StateSpaceModel, attributes: dict[str, Any], chains: list[list[Any]]
+        self,
+        program: StateSpaceModel,
+        attributes: dict[str, Any],
+        chains: list[list[Any]],
+        past: list[Any],
+        store: RunStore | None,
     ) -> Iterator[None]:
         """Keep the steps of a run that is interrupted by Ctrl-C, and say which.
 
@@ -250,16 +321,31 @@ class Filter(HasFilterResult):
             program: state-space model of the program.
             attributes: attributes of the result.
             chains: records of the steps made so far, of each chain that has begun.
+            past: states of a lag after them.
+            store: storage of the run, which has the steps if there is one.
         """
         try:
             yield
         except KeyboardInterrupt:
             length = program.structure.length
-            whole = [records for records in chains if len(records) == length] or [r for r in chains[:1] if r]
-            if whole:
-                self._result = collect(program.structure, {**attributes, "interrupted": "True"}, whole)
-            kept = f"{len(whole[0])} of {length} steps of {len(whole)} of {self.num_chains} chains" if whole else "none"
-            again = "" if self.directory is None else " Run it again with the same key and arguments: it goes on."
+            if store is None:
+                joined = [join(records) for records in chains if records]
+                lengths = [len(records["nonfinite_weights"]) for records in joined]
+            else:
+                lengths = [min(store.steps_done(chain), length) for chain in range(self.num_chains)]
+                lengths = [made for made in lengths if made]
+            whole = [i for i, made in enumerate(lengths) if made == length] or ([0] if lengths else [])
+            kept_attributes = {**attributes, "interrupted": "True"}
+            ends = [jax.device_get(past[i]) if i < len(past) else None for i in whole]
+            ends = self._past([] if any(end is None for end in ends) else ends)
+            if whole and store is None:
+                self._result = collect(program.structure, kept_attributes, [joined[i] for i in whole], ends)
+            elif whole and store is not None:
+                self._stored = StoredResult(
+                    store.path, program.structure, kept_attributes, ends, len(whole), lengths[whole[0]]
+                )
+            kept = f"{lengths[0]} of {length} steps of {len(whole)} of {self.num_chains} chains" if whole else "none"
+            again = "" if store is None else " Run it again with the same key and arguments: it goes on."
             warnings.warn(f"this run was interrupted; `result` holds {kept}.{again}", stacklevel=5)
             raise
 
@@ -306,15 +392,25 @@ class Filter(HasFilterResult):
             at = program.at(*given)
             return self.algorithm.initial_state(at, rng_key, self.num_particles), at.inputs()
 
-        def step(rng_key: PRNGKeyArray, state: State, inputs: TimeInputs, given: Any) -> Any:
+        length = program.structure.length
+
+        def steps(
+            rng_key: PRNGKeyArray, state: State, first: Array, count: Array, xs: PyTree, given: Any
+        ) -> tuple[State, dict[str, Any]]:
             at = program.at(*given)
-            new, info = self.algorithm.kernel(at, batch_size)(rng_key, state, inputs)
-            return new, record_step(self.algorithm, at, keep, info, state.particles, new.particles, inputs)
+            kernel = self.algorithm.kernel(at, batch_size)
+
+            def step(t: Array, state: State) -> tuple[State, dict[str, Any]]:
+                inputs = _at_time(xs, t)
+                new, info = kernel(jax.random.fold_in(rng_key, t), state, inputs)
+                return new, record_step(self.algorithm, at, keep, info, state.particles, new.particles, inputs)
+
+            return run_chunk(step, state, first, count, length)
 
         def back(given: Any, *of_step: Any) -> backward.Selection:
             return backward.select(program.at(*given), *of_step)
 
-        return {"start": start, "step": step, "back": back}
+        return {"start": start, "steps": steps, "back": back}
 
     @property
     def _keep(self) -> Keep:
@@ -327,12 +423,44 @@ class Filter(HasFilterResult):
         if self.directory is None:
             return None
         kept = {name: getattr(self, name) for name in ("keep", "keep_observed", "keep_forecasts")}
+        kept |= {"dims": _named(self.dims), "coords": _named(self.coords)}
         return RunStore(self.directory, {**attributes, **kept})
 
     def _attributes(self, program: StateSpaceModel, rng_key: PRNGKeyArray) -> dict[str, Any]:
         """Attributes of the result that are enough to repeat the run."""
         seed = {"seed": str(np.asarray(jax.random.key_data(rng_key)).tolist())}
         return {**attributes_of(self.algorithm, program, self.num_particles), **seed}
+
+    def to_datatree(
+        self,
+        *,
+        lag: int | None = 0,
+        time: Any = None,
+        dims: Mapping[str, Sequence[str]] | None = None,
+        coords: Mapping[str, Any] | None = None,
+    ) -> DataTree:
+        """Result as an `xarray.DataTree`, made by `results.to_datatree`.
+
+        If the run has a directory, and none of these arguments is given, the tree is opened from the directory, and its
+        arrays are read when they are used.
+
+        Args:
+            lag: number of later steps whose observations each draw has seen: 0 for the filter, more for fixed-lag
+                smoothing, None for whole trajectories given all observations (see `smoothed`).
+            time: coordinate of the time axis, one value per step; by default that of this filter, else 0, 1, ...
+            dims: names of a site's axes after time: ``{"y": ["station"]}``; by default those of this filter.
+            coords: coordinates of dimensions: ``{"station": ["Oslo", "Bergen"]}``; by default those of this filter.
+
+        Raises:
+            RuntimeError: there is no result yet.
+            ValueError: `time`, `dims` or `coords` do not fit the result, or the result cannot be smoothed with this
+                lag (see `smoothed`).
+        """
+        if self._stored is not None and lag == 0 and time is None and dims is None and coords is None:
+            return self._stored.tree()
+        given = {"time": time, "dims": dims, "coords": coords}
+        labels = {name: getattr(self, name) if value is None else value for name, value in given.items()}
+        return super().to_datatree(lag=lag, **labels)
 
     @property
     def result(self) -> FilterResult:
@@ -341,6 +469,8 @@ class Filter(HasFilterResult):
         Raises:
             RuntimeError: `run` has not been called.
         """
+        if self._result is None and self._stored is not None:
+            self._result = self._stored.read()
         if self._result is None:
             raise RuntimeError(
                 "this Filter has no result: it has not run yet, or its last run failed; call "
@@ -405,6 +535,12 @@ class Filter(HasFilterResult):
         return backward.simulate(rng_key, result, lambda t: _at_time(self._inputs, t), step, num_draws, self._keep.of)
 
 
-def _at_time(xs: PyTree, t: int) -> TimeInputs:
-    """Inputs of step t, from inputs of all times as numpy arrays."""
+def _at_time(xs: PyTree, t: int | Array) -> TimeInputs:
+    """Inputs of step t, from inputs of all times."""
     return TimeInputs(jnp.asarray(t), jax.tree.map(lambda x: x[t], xs))
+
+
+def _named(values: Mapping[str, Any] | None) -> str:
+    """Text that identifies names or coordinates of axes."""
+    given = {} if values is None else values
+    return ", ".join(f"{name}: {np.asarray(given[name]).tolist()}" for name in sorted(given))

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, PRNGKeyArray
 
 from numpyro_diffusion_da.arguments import require, require_count, require_key, shown
@@ -24,7 +25,6 @@ from numpyro_diffusion_da.inference.records import (
     collect,
     record_step,
     unplaced_observations,
-    without_past,
 )
 from numpyro_diffusion_da.program.arrays import argument_names, as_arguments
 from numpyro_diffusion_da.program.scan import TimeInputs
@@ -42,12 +42,15 @@ class KeptStep(NamedTuple):
         parent: number of the call that made the state before the step; None if it is not known.
         mark: array of the state after the step by which this state is recognized.
         record: record of the step as numpy arrays; None for the state that `init` made.
+        past: earlier states of the particles after the step; None for a filter without a lag, and for all steps but
+            the last one.
     """
 
     number: int
     parent: int | None
     mark: Array
     record: dict[str, Any] | None
+    past: Any = None
 
 
 class OnlineFilter(HasFilterResult):
@@ -172,11 +175,10 @@ class OnlineFilter(HasFilterResult):
             # A state that was read from a file is that of the last call.
             made = [step.number for step in self._kept if step.mark is before.log_evidence]
             parent = made[-1] if made else self._kept[-1].number
-        if record is not None and self.algorithm.lag:
-            record = {**record, "past": new.past}
-        if self._kept and self._kept[-1].record is not None:  # only the last record has the earlier states
-            self._kept[-1] = self._kept[-1]._replace(record=without_past(self._kept[-1].record))
-        self._kept.append(KeptStep(self._calls, parent, new.log_evidence, jax.device_get(record)))
+        past = jax.device_get(new.past) if self.algorithm.lag and record is not None else None
+        if self._kept:  # only the last step keeps the earlier states, so that their number is bounded
+            self._kept[-1] = self._kept[-1]._replace(past=None)
+        self._kept.append(KeptStep(self._calls, parent, new.log_evidence, jax.device_get(record), past))
         self._calls += 1
 
     @property
@@ -208,7 +210,9 @@ class OnlineFilter(HasFilterResult):
         program = StateSpaceModel(self.algorithm.model, *self._last_given)
         sizes = {"num_chains": 1, "batch_size": self.batch_size or self.num_particles}
         attributes = attributes_of(self.algorithm, program, self.num_particles)
-        return collect(program.structure, {**attributes, **sizes}, [records])
+        series = jax.tree.map(lambda *v: np.stack(v), *records)
+        past = [] if self._kept[-1].past is None else [self._kept[-1].past]
+        return collect(program.structure, {**attributes, **sizes}, [series], past)
 
     def _warn_of_another_form(self, given: Any) -> None:
         """Warn once if an argument has another shape, type or static value than in the first step."""

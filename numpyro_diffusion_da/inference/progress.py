@@ -40,7 +40,7 @@ def progress(show: bool, what: str, total: int) -> Iterator[Callable[[int, str],
 
 
 @contextmanager
-def step_progress(show: bool, total: int) -> Iterator[Callable[[dict[str, Any]], None]]:
+def step_progress(show: bool, total: int) -> Iterator[Callable[[int, dict[str, Any] | None], None]]:
     """Context manager of a progress bar over the steps of a filter, with ESS and tempering exponent as its note.
 
     Args:
@@ -48,14 +48,17 @@ def step_progress(show: bool, total: int) -> Iterator[Callable[[dict[str, Any]],
         total: number of steps in total.
 
     Yields:
-        Function to call after each step, which takes the statistics of the step.
+        Function to call after some steps, which takes their number and their statistics with a leading axis of time;
+        None for steps that were made before.
     """
     with progress(show, "filtering", total) as advance:
 
-        def after(stats: dict[str, Any]) -> None:
-            """Move the bar by one step."""
-            if show:
-                ess, tempering = (float(np.median(stats[name])) for name in ("ess", "tempering"))
-                advance(1, f"ESS {ess:.0f}  tempering {tempering:.2f}")
+        def after(done: int, stats: dict[str, Any] | None) -> None:
+            """Move the bar by some steps."""
+            if show and stats is None:
+                advance(done, "")
+            elif show and stats is not None:
+                ess, tempering = (float(np.median(stats[name][-1])) for name in ("ess", "tempering"))
+                advance(done, f"ESS {ess:.0f}  tempering {tempering:.2f}")
 
         yield after

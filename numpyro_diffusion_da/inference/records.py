@@ -217,6 +217,43 @@ def _forecast(algorithm: FilterAlgorithm, program: StateSpaceModel, info: Info) 
     return algorithm.parents(program, info.ancestors, forecast)
 
 
+def check_records(
+    records: dict[str, Any], first: int, num_particles: int, guided: bool, sources: Mapping[str, str] = {}
+) -> None:
+    """Check the records of consecutive steps; see `check_record`, which is called where something may be wrong.
+
+    Args:
+        records: records of the steps, as numpy arrays with a leading axis of time.
+        first: index of the first step, for messages.
+        num_particles: number of particles N.
+        guided: whether the filter draws from a diffusion by guidance.
+        sources: name of the deterministic site that holds the places, for each observed site whose places move.
+    """
+    bad = (records["nonfinite_weights"] >= num_particles) | (records["nonfinite_particles"] >= num_particles)
+    for site in records["observations"].values():
+        infinite = np.isinf(site["value"]) if site["value"].dtype.kind == "f" else np.zeros(site["value"].shape, bool)
+        bad = bad | site["bad_error"] | infinite.reshape(len(bad), -1).any(axis=1)
+    for count in records.get("unplaced", {}).values():
+        bad = bad | (count > 0)
+    for i in np.flatnonzero(bad):
+        check_record(at_step(records, int(i)), first + int(i), num_particles, guided, sources)
+
+
+def at_step(records: PyTree, i: int) -> PyTree:
+    """Record of one step, from records with a leading axis of time."""
+    return jax.tree.map(lambda x: x[i], records)
+
+
+def head(records: PyTree, count: int) -> PyTree:
+    """First records, from records with a leading axis of time."""
+    return jax.tree.map(lambda x: x[:count], records)
+
+
+def join(records: Sequence[PyTree]) -> PyTree:
+    """Join records of consecutive steps along their leading axis of time."""
+    return records[0] if len(records) == 1 else jax.tree.map(lambda *parts: np.concatenate(parts), *records)
+
+
 def check_record(
     record: dict[str, Any], step: int, num_particles: int, guided: bool, sources: Mapping[str, str] = {}
 ) -> None:
@@ -279,19 +316,18 @@ def attributes_of(algorithm: FilterAlgorithm, program: StateSpaceModel, num_part
 
 
 def collect(
-    structure: Structure, attributes: dict[str, Any], chains: Sequence[Sequence[dict[str, Any]]]
+    structure: Structure, attributes: dict[str, Any], chains: Sequence[dict[str, Any]], past: Sequence[Any] = ()
 ) -> FilterResult:
     """Make the result of a run from the records of its steps.
 
     Args:
         structure: structure of the program.
         attributes: attributes of the result.
-        chains: records of all steps, as numpy arrays, for each chain. If the filter has a lag, the last record has
-            `State.past` under the name `past`; without it nothing is smoothed.
+        chains: records of the steps of each chain, as numpy arrays with a leading axis of time.
+        past: `State.past` after the last step of each chain, if the filter has a lag; without it nothing is smoothed.
     """
-    past = [steps[-1].get("past") for steps in chains]
-    stacked = [jax.tree.map(lambda *v: np.stack(v), *map(without_past, steps)) for steps in chains]
-    records = jax.tree.map(lambda *v: np.stack(v), *stacked)  # (chain, time, ...)
+    # One chain, the usual case, is not copied.
+    records = jax.tree.map(lambda *v: v[0][None] if len(v) == 1 else np.stack(v), *chains)  # (chain, time, ...)
 
     def by_draw(x: np.ndarray) -> np.ndarray:
         """Move the axis of particles before that of time: (chain, time, draw, ...) -> (chain, draw, time, ...)."""
@@ -320,24 +356,17 @@ def collect(
         rejected=records.get("rejected", {}),
         background={n: Background(**parts) for n, parts in records.get("background", {}).items()},
         metadata={n: x[0] for n, x in records.get("metadata", {}).items()},
-        lagged=_lagged(by_draw(records["lagged"]), past) if "lagged" in records else None,
+        lagged=with_later_states(by_draw(records["lagged"]), past) if "lagged" in records and past else None,
     )
 
 
-def without_past(record: dict[str, Any]) -> dict[str, Any]:
-    """Record of a step that is not the last one: `State.past` is replaced at each step."""
-    return {name: value for name, value in record.items() if name != "past"}
-
-
-def _lagged(left: np.ndarray, past: list[Any]) -> np.ndarray | None:
-    """States given the observations up to L steps later, (chain, draw, time, ...); None if `past` is not known.
+def with_later_states(left: np.ndarray, past: Sequence[Any]) -> np.ndarray:
+    """States given the observations up to L steps later, (chain, draw, time, ...).
 
     Args:
         left: states L steps before each time, (chain, draw, time, ...). The first L of them are before the first time.
         past: the last L states after the last time, (draw, L, ...), for each chain.
     """
-    if any(states is None for states in past):
-        return None
     return np.concatenate([left, np.stack(past)], axis=2)[:, :, -left.shape[2] :]
 
 

@@ -1,23 +1,37 @@
-"""Storage of a run on disk, step by step, from which an interrupted run continues.
+"""Storage of a run on disk: a Zarr group that is the result, from which an interrupted run continues.
 
-    run.json                  settings of the run; a directory holds one run
-    program.json              checksums of the computation, its constants and its arguments, see `identity`
-    chain0/step00012.npz      outputs of a step
-    chain0/state.npz          particles after the last step, and the number of steps done
-    lock                      held by the process that writes; the system releases it when the process ends
+    zarr.json, posterior/, sample_stats/, ...   groups of `results.to_datatree`, appended step by step
+    .run/run.json                   settings of the run; a directory holds one run
+    .run/program.json               checksums of the computation, its constants and its arguments, see `identity`
+    .run/chain0/steps.jsonl         one line for each step: checksums of its inputs and values, and how it went
+    .run/chain0/state-00000012.npz  particles after 12 steps; the last two states are kept
+    .run/arrays-are-made            written after all arrays have been made
+    .run/lock                       held by the process that writes; the system releases it when the process ends
 
-Every file is first written under another name and then renamed, so it is either complete or absent. The state is
-written after the outputs of its step. If a run is interrupted between the two, it repeats that step with the same
-outputs, because the random key of a step depends on its index alone.
+``xarray.open_datatree(directory, engine="zarr")`` opens the result lazily, while the run writes and after it, without
+this library. Values of steps that are not made yet are NaN, -1 or False.
+
+A chunk of steps is committed in this order: its values, its lines, the state after it. Each file is first written under
+another name and then renamed, so it is either complete or absent, and lines that end in the middle are passed over. A
+run that is interrupted between two of these repeats the steps with the same values, because the random key of a step
+depends on its index alone.
+
+Zarr reads a chunk that is missing as if it had never been written. So the lines hold a checksum of each value of each
+step. When a run goes on, all values are compared with them; steps that differ are named and made again.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pathlib
+import shutil
+import warnings
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import filelock
 import jax
@@ -25,6 +39,36 @@ import numpy as np
 from jaxtyping import PyTree
 
 from numpyro_diffusion_da.checksums import DAMAGE, checksum
+
+if TYPE_CHECKING:
+    import xarray
+
+LARGEST_CHUNK = 2**26
+"""Largest number of bytes of a chunk of a Zarr array, if a value of one particle has fewer: 64 MB."""
+
+USUAL_CHUNK = 2**20
+"""Number of bytes below which a chunk holds several steps, so that a long run has few files: 1 MB."""
+
+STEPS = "steps.jsonl"
+"""Name of the file with a line for each step of a chain."""
+
+MOST_STEPS = 256
+"""Largest number of steps in a chunk of a Zarr array."""
+
+STATES = 2
+"""Number of last states that are kept, so that one damaged file costs no more than the last commit."""
+
+
+class Span(NamedTuple):
+    """Consecutive steps of a chain that a run has to make.
+
+    Attributes:
+        first: index of the first step.
+        stop: index after the last step.
+    """
+
+    first: int
+    stop: int
 
 
 class RunStore:
@@ -37,15 +81,26 @@ class RunStore:
     A store is a context manager. Inside it, no other store can write into the directory.
 
     Raises:
-        ValueError: the directory holds a run with other settings (the message names the first that differs), is in use
-            by another run, or a file in it is damaged (the message names the file).
+        ValueError: the directory holds a run with other settings (the message names the first that differs) or
+            something else, is in use by another run, or a file in it is damaged (the message names the file).
     """
 
     def __init__(self, directory: str | os.PathLike[str], identity: dict[str, Any]) -> None:
         self.path = pathlib.Path(directory)
-        self.path.mkdir(parents=True, exist_ok=True)
-        self._lock = filelock.FileLock(self.path / "lock")
+        if self.path.exists() and (
+            not self.path.is_dir() or (not (self.path / ".run").is_dir() and any(self.path.iterdir()))
+        ):
+            raise ValueError(
+                f"{os.fspath(self.path)!r} holds something that is no run of this library; give another directory, or "
+                "empty this one."
+            )
+        self._own = self.path / ".run"
+        self._own.mkdir(parents=True, exist_ok=True)
+        self._lock = filelock.FileLock(self._own / "lock")
         self._identity = json.loads(json.dumps(identity, default=_plain))
+        self._made = self._own / "arrays-are-made"
+        self._arrays: dict[str, Any] = {}
+        self._is_prepared = False
 
     def __enter__(self) -> RunStore:
         """Take the directory, and compare the settings of the run in it with those of this run."""
@@ -75,7 +130,7 @@ class RunStore:
         Raises:
             ValueError: a setting differs, or the file of the settings is damaged.
         """
-        described, identity = self.path / "run.json", self._identity
+        described, identity = self._own / "run.json", self._identity
         if not described.exists():
             _replace(described, json.dumps(identity, indent=1).encode())
             return
@@ -97,7 +152,7 @@ class RunStore:
             ValueError: it is another one (the message names the first part that differs), or the file of the checksums
                 is damaged.
         """
-        path = self.path / "program.json"
+        path = self._own / "program.json"
         if not path.exists():
             _replace(path, json.dumps(found, indent=1).encode())
             return
@@ -113,93 +168,406 @@ class RunStore:
                     "give another directory, or empty this one."
                 )
 
-    def steps_done(self, chain: int) -> int:
-        """Number of steps of a chain that are on disk, 0 if there are none."""
-        return int(self._owned(self._state(chain), chain, None)["steps_done"]) if self._state(chain).exists() else 0
+    # --- what is there ------------------------------------------------------------------------------------------------
 
-    def save(self, chain: int, step: int, inputs: PyTree, outputs: dict[str, Any], state: PyTree) -> None:
-        """Write the outputs of a step with a checksum of its inputs, and then the state after it.
+    def to_make(self, chain: int, inputs: Sequence[str]) -> list[Span]:
+        """Steps of a chain that are not in the directory as this run would make them.
 
         Args:
             chain: index of the chain.
-            step: index of the step.
-            inputs: inputs of the step, a pytree of arrays.
-            outputs: outputs of the step, nested dictionaries of arrays.
-            state: state of the filter after the step, a pytree of arrays.
+            inputs: checksum of the inputs of each step.
+
+        Returns:
+            Spans of steps. The state before each is in the directory, unless it is the initial state. Damaged steps
+            come first.
+
+        Warns:
+            UserWarning: a step or a state is damaged or missing; the message names it.
+
+        Raises:
+            ValueError: a step was made with other inputs, or metadata of the group are damaged.
         """
-        self._step(chain, step).parent.mkdir(exist_ok=True)
-        own = {"inputs": np.asarray(checksum(inputs)), "belongs": np.asarray(self._mark(chain, step))}
-        _replace_arrays(self._step(chain, step), {**_flat(outputs), **own})
-        leaves = {f"leaf{i}": _raw(leaf) for i, leaf in enumerate(jax.tree.leaves(state))}
-        own = {"steps_done": np.asarray(step + 1), "belongs": np.asarray(self._mark(chain, None))}
-        _replace_arrays(self._state(chain), {**leaves, **own})
+        lines, states = self._lines(chain), self._states(chain)
+        for t, line in sorted(lines.items()):
+            if t < len(inputs) and line["inputs"] != inputs[t]:
+                raise ValueError(
+                    f"step {t} in {os.fspath(self.path)!r} was run with other observations or inputs than those "
+                    "given now; give another directory, or empty this one."
+                )
+        done = min(max(states), len(inputs))
+        spans = []
+        if damaged := self._damaged_steps(chain, lines, done):
+            first = max(step for step in states if step <= damaged[0])
+            spans.append(Span(first, damaged[-1] + 1))
+        if done < len(inputs):
+            spans.append(Span(done, len(inputs)))
+        return spans
 
-    def _mark(self, chain: int, step: int | None) -> str:
-        """Checksum of the run, chain and step that a file belongs to."""
-        whose = json.dumps([self._identity, chain, step], sort_keys=True)
-        return checksum({"whose": np.frombuffer(whose.encode(), np.uint8)})
+    def steps_done(self, chain: int) -> int:
+        """Number of steps of a chain that are in the directory, 0 if there are none."""
+        return max(self._states(chain))
 
-    def _owned(self, path: pathlib.Path, chain: int, step: int | None) -> dict[str, np.ndarray]:
-        """Read the arrays of a file, and check that this run wrote it for this chain and step.
+    def _lines(self, chain: int) -> dict[int, dict[str, Any]]:
+        """Line of each step of a chain, the last one if there are several, without damaged ones."""
+        return {
+            line["step"]: line
+            for line in read_lines(self._chain(chain) / STEPS)
+            if line.get("belongs") == self._mark(chain, line["step"])
+        }
+
+    def _states(self, chain: int) -> set[int]:
+        """Numbers of steps after which the state of a chain is in the directory; 0 is one of them.
+
+        Warns:
+            UserWarning: a file is damaged; the message names it.
+        """
+        found = {0}
+        for path in sorted(self._chain(chain).glob("state-*.npz")):
+            step = int(path.stem.removeprefix("state-"))
+            try:
+                self._read_state(path, chain, step)
+            except ValueError as error:
+                warnings.warn(f"{error} The run goes on from an earlier state.", stacklevel=5)
+            else:
+                found.add(step)
+        return found
+
+    def _damaged_steps(self, chain: int, lines: Mapping[int, dict[str, Any]], done: int) -> list[int]:
+        """Indices of the steps whose values are not those that their lines say.
 
         Args:
-            path: path of the file.
             chain: index of the chain.
-            step: index of the step; None for the state of the chain.
+            lines: line of each step.
+            done: number of steps that should be there.
+        """
+        damaged = {t: "its line is missing" for t in range(done) if t not in lines}
+        for name in sorted({name for t in range(done) if t in lines for name in lines[t]["values"]}):
+            array = self._array(name)
+            for start in range(0, done, block := _times_of_chunk(array)):
+                some = range(start, min(start + block, done))
+                try:
+                    values = array[_region(array, chain, some.start, some.stop)]
+                except (*DAMAGE, RuntimeError):
+                    damaged |= {t: f"{name} cannot be read" for t in some if t not in damaged}
+                    # A part of a chunk is written by reading the chunk first, so one that cannot be read is replaced.
+                    array[_region(array, chain, start, start + block)] = array.fill_value
+                    continue
+                for t in some:
+                    if t not in damaged and lines[t]["values"].get(name) != _crc(_at(array, values, t - start)):
+                        damaged[t] = f"{name} is not what was written"
+        if damaged:
+            steps = sorted(damaged)
+            which = (
+                f"step {steps[0]} is" if len(steps) == 1 else f"{len(steps)} steps, the first of them {steps[0]}, are"
+            )
+            warnings.warn(
+                f"{which} damaged in chain {chain} of {os.fspath(self.path)!r} ({damaged[steps[0]]}) and made again.",
+                stacklevel=5,
+            )
+        return sorted(damaged)
+
+    def state(self, chain: int, step: int, like: PyTree) -> PyTree:
+        """Read the state of a chain after some steps, in the structure of `like`.
+
+        Args:
+            chain: index of the chain.
+            step: number of steps, the beginning of a span of `to_make`.
+            like: a state of the same structure; the initial state, which is returned for 0 steps.
+        """
+        if step == 0:
+            return like
+        arrays = self._read_state(self._state(chain, step), chain, step)
+        known, form = jax.tree.flatten(like)
+        return jax.tree.unflatten(form, [_as(leaf, arrays[f"leaf{i}"]) for i, leaf in enumerate(known)])
+
+    def _read_state(self, path: pathlib.Path, chain: int, step: int) -> dict[str, np.ndarray]:
+        """Read the arrays of a state, and check that this run wrote it for this chain and step.
 
         Raises:
             ValueError: the file is missing, damaged, or a copy of a file of another run, chain or step.
         """
         arrays = _read_arrays(path)
         if str(arrays.get("belongs")) != self._mark(chain, step):
-            raise ValueError(
-                f"{os.fspath(path)!r} belongs to another run, chain or step; put the right file back, or {_AGAIN}."
-            )
+            raise ValueError(f"{os.fspath(path)!r} belongs to another run, chain or step.")
         return arrays
 
-    def state(self, chain: int, like: PyTree) -> PyTree:
-        """Read the state of a chain after its last step, in the structure of `like`."""
-        arrays = self._owned(self._state(chain), chain, None)
-        known, form = jax.tree.flatten(like)
-        return jax.tree.unflatten(form, [_as(leaf, arrays[f"leaf{i}"]) for i, leaf in enumerate(known)])
+    # --- what is added ------------------------------------------------------------------------------------------------
 
-    def outputs(self, chain: int, step: int, inputs: PyTree) -> dict[str, Any]:
-        """Read the outputs of a step.
+    def save(
+        self,
+        chain: int,
+        first: int,
+        tree: xarray.DataTree,
+        template: Mapping[str, Any],
+        inputs: Sequence[str],
+        notes: Sequence[Mapping[str, Any]],
+        state: PyTree,
+    ) -> None:
+        """Write consecutive steps: their values, a line for each, and then the state after them.
 
         Args:
             chain: index of the chain.
-            step: index of the step.
-            inputs: inputs of the step, which must be those that it was run with.
-
-        Returns:
-            Outputs of the step, nested dictionaries of numpy arrays.
+            first: index of the first step.
+            tree: result of these steps of this chain, from `results.to_datatree`.
+            template: what else the result has: `chains` and `steps`, its numbers of both, and `time`, its coordinate of
+                time.
+            inputs: checksum of the inputs of each of these steps.
+            notes: what else the line of each of these steps says.
+            state: state of the filter after the steps, a pytree of arrays.
 
         Raises:
-            ValueError: the step was run with other inputs.
+            OSError: it could not be written, because the disk is full for example.
         """
-        arrays = self._owned(self._step(chain, step), chain, step)
-        if str(arrays["inputs"]) != checksum(inputs):
-            raise ValueError(
-                f"step {step} in {os.fspath(self.path)!r} was run with other observations or inputs than those "
-                "given now; give another directory, or empty this one."
-            )
-        return _nested(arrays)
+        try:
+            self._prepare(tree, template)
+            values = self._write(chain, first, len(inputs), tree)
+            self._chain(chain).mkdir(exist_ok=True)
+            lines = [
+                {
+                    **{"step": first + i, "inputs": given, "belongs": self._mark(chain, first + i), **note},
+                    "values": {name: crcs[i] for name, crcs in values.items()},
+                }
+                for i, (given, note) in enumerate(zip(inputs, notes, strict=True))
+            ]
+            with open(self._chain(chain) / STEPS, "ab") as file:
+                # The first line break ends a line that an interrupted commit has left.
+                file.write(b"\n" + b"".join(json.dumps(line, default=_plain).encode() + b"\n" for line in lines))
+                file.flush()
+                os.fsync(file.fileno())
+            done = first + len(inputs)
+            leaves = {f"leaf{i}": _raw(leaf) for i, leaf in enumerate(jax.tree.leaves(state))}
+            own_mark = {"belongs": np.asarray(self._mark(chain, done))}
+            _replace_arrays(self._state(chain, done), {**leaves, **own_mark})
+            for path in sorted(self._chain(chain).glob("state-*.npz"))[:-STATES]:
+                path.unlink()
+        except OSError as error:
+            last = f"step {first}" if len(inputs) == 1 else f"steps {first} to {first + len(inputs) - 1}"
+            raise OSError(
+                error.errno,
+                f"{last} of chain {chain} could not be written to {os.fspath(self.path)!r} "
+                f"({error.strerror or error}); the steps before are kept. Make room, and run again with the same key "
+                "and arguments: the run goes on",
+            ) from error
 
-    def _step(self, chain: int, step: int) -> pathlib.Path:
-        """Path of the outputs of a step."""
-        return self.path / f"chain{chain}" / f"step{step:05d}.npz"
+    def _prepare(self, tree: xarray.DataTree, template: Mapping[str, Any]) -> None:
+        """Make the Zarr arrays of a result, or lengthen them, unless they are there.
 
-    def _state(self, chain: int) -> pathlib.Path:
-        """Path of the state of a chain."""
-        return self.path / f"chain{chain}" / "state.npz"
+        Args:
+            tree: result of some steps of one chain.
+            template: numbers of chains and steps, and the coordinate of time.
+        """
+        import zarr
+
+        sizes = {"chain": template["chains"], "time": template["steps"]}
+        if self._is_prepared:
+            return
+        self._is_prepared = True
+        if self._made.exists():
+            self._lengthen(template)
+            return
+        for part in self.path.iterdir():  # an interrupted beginning
+            if part != self._own:
+                shutil.rmtree(part) if part.is_dir() else part.unlink()
+        with _quiet():
+            root = zarr.open_group(self.path, mode="a")
+            root.attrs.update({str(name): value for name, value in tree.attrs.items()})
+            for group, node in tree.children.items():
+                dataset = node.to_dataset()
+                self._write_coordinates(group, dataset, template)
+                made = root.require_group(group)
+                for name, variable in dataset.data_vars.items():
+                    shape = tuple(sizes.get(str(d), n) for d, n in zip(variable.dims, variable.shape, strict=True))
+                    chunks = _chunks(tuple(map(str, variable.dims)), shape, variable.dtype.itemsize)
+                    made.create_array(
+                        str(name),
+                        shape=shape,
+                        dtype=variable.dtype,
+                        chunks=chunks,
+                        fill_value=_fill(variable.dtype),
+                        compressors=_codecs(),
+                        dimension_names=[str(d) for d in variable.dims],
+                        attributes=dict(variable.attrs),
+                        config={"write_empty_chunks": True},
+                    )
+            zarr.consolidate_metadata(self.path)
+        _replace(self._made, b"")
+
+    def _write_coordinates(self, group: str, dataset: xarray.Dataset, template: Mapping[str, Any]) -> None:
+        """Write the coordinates of a group at the whole lengths of chain and time, with the attributes of the group."""
+        import xarray
+
+        whole = {"chain": np.arange(template["chains"]), "time": template["time"]}
+        found = {
+            str(name): (name, whole[str(name)] if name in whole else _text(values.values), values.attrs)
+            for name, values in dataset.coords.items()
+        }
+        coordinates = xarray.Dataset(coords=found, attrs=dataset.attrs)
+        coordinates.to_zarr(self.path, group=group, mode="a", consolidated=False, zarr_format=3)
+
+    def _lengthen(self, template: Mapping[str, Any]) -> None:
+        """Give all arrays as many steps as the run has, if it has more than before."""
+        import xarray
+        import zarr
+
+        longer = False
+        with _quiet():
+            root = self._root()
+            for group_name, group in root.groups():
+                for name, array in group.arrays():
+                    dims = array.metadata.dimension_names or ()
+                    at = dims.index("time") if "time" in dims else None
+                    if at is None or array.shape[at] >= template["steps"]:
+                        continue
+                    longer = True
+                    if name == "time":
+                        attributes = {k: v for k, v in array.attrs.items() if k not in ("units", "calendar", "dtype")}
+                        shutil.rmtree(self.path / group_name / "time")
+                        new = xarray.Dataset(coords={"time": ("time", template["time"], attributes)})
+                        new.to_zarr(self.path, group=group_name, mode="a", consolidated=False, zarr_format=3)
+                    else:
+                        array.resize((*array.shape[:at], template["steps"], *array.shape[at + 1 :]))
+            if longer:
+                self._arrays.clear()
+                zarr.consolidate_metadata(self.path)
+
+    def _root(self) -> Any:
+        """Zarr group of the result.
+
+        Raises:
+            ValueError: its metadata are damaged. The message names the directory.
+        """
+        import zarr
+
+        try:
+            return zarr.open_group(self.path, mode="r+", use_consolidated=False)
+        except DAMAGE as error:
+            raise ValueError(f"{os.fspath(self.path / 'zarr.json')!r} is damaged ({error}); {_AGAIN}.") from None
+
+    def _array(self, name: str) -> Any:
+        """Zarr array of a variable, by "group/name".
+
+        Raises:
+            ValueError: its metadata are missing or damaged. The message names the file.
+        """
+        import zarr
+
+        if name not in self._arrays:
+            try:
+                with _quiet():
+                    found = zarr.open_array(self.path / name, mode="r+", config={"write_empty_chunks": True})
+            except DAMAGE as error:
+                raise ValueError(
+                    f"{os.fspath(self.path / name / 'zarr.json')!r} is damaged ({error}); {_AGAIN}."
+                ) from None
+            self._arrays[name] = found
+        return self._arrays[name]
+
+    def _write(self, chain: int, first: int, count: int, tree: xarray.DataTree) -> dict[str, list[int]]:
+        """Write the values of steps, and return the checksums of each step's values by variable."""
+        found = {}
+        for group, node in tree.children.items():
+            for name, variable in node.to_dataset().data_vars.items():
+                path = f"{group}/{name}"
+                array, values = self._array(path), np.ascontiguousarray(variable.values)
+                array[_region(array, chain, first, first + count)] = values
+                found[path] = [_crc(_at(array, values, i)) for i in range(count)]
+        return found
+
+    def _mark(self, chain: int, step: int) -> str:
+        """Checksum of the run, chain and step that a file or line belongs to."""
+        whose = json.dumps([self._identity, chain, step], sort_keys=True)
+        return checksum({"whose": np.frombuffer(whose.encode(), np.uint8)})
+
+    def _chain(self, chain: int) -> pathlib.Path:
+        """Directory of a chain."""
+        return self._own / f"chain{chain}"
+
+    def _state(self, chain: int, step: int) -> pathlib.Path:
+        """Path of the state of a chain after some steps."""
+        return self._chain(chain) / f"state-{step:08d}.npz"
 
 
-_AGAIN = "delete the folder of the chain, which is then computed again with the same result"
-"""What to do about a damaged file of a chain."""
+def read_lines(path: pathlib.Path) -> list[dict[str, Any]]:
+    """Read the lines of a file of steps, without those that are damaged or not yet whole; none if there is no file."""
+    found = []
+    for text in path.read_bytes().splitlines() if path.exists() else ():
+        try:
+            line = json.loads(text)
+        except ValueError:
+            continue
+        if isinstance(line, dict) and isinstance(line.get("step"), int) and isinstance(line.get("values"), dict):
+            found.append(line)
+    return found
+
+
+_AGAIN = "empty the directory and run again"
+"""What to do about damage that cannot be mended."""
+
+
+def _chunks(dims: tuple[str, ...], shape: tuple[int, ...], itemsize: int) -> tuple[int, ...]:
+    """Shape of the chunks of an array: one chain; several steps if they are small; several members if not."""
+    chunks = dict(zip(dims, shape, strict=True)) | {"chain": 1, "time": 1}
+    chunks = {dim: max(1, chunks[dim]) for dim in dims}
+    size = itemsize * int(np.prod(list(chunks.values()), dtype=np.int64))
+    if "time" in chunks:
+        chunks["time"] = int(np.clip(USUAL_CHUNK // size, 1, min(MOST_STEPS, max(shape[dims.index("time")], 1))))
+    if "draw" in chunks and size > LARGEST_CHUNK:
+        chunks["draw"] = max(1, chunks["draw"] * LARGEST_CHUNK // size)
+    return tuple(chunks[dim] for dim in dims)
+
+
+def _codecs() -> list[Any]:
+    """Codecs of all arrays: fast compression, and a checksum of the chunk."""
+    from zarr.codecs import Crc32cCodec, ZstdCodec
+
+    return [ZstdCodec(level=1), Crc32cCodec()]
+
+
+def _text(values: np.ndarray) -> np.ndarray:
+    """Values of a coordinate; texts as objects, because Zarr has no standard for texts of fixed length."""
+    return values.astype(object) if values.dtype.kind == "U" else values
+
+
+def _fill(dtype: np.dtype) -> Any:
+    """Value of steps that are not made yet: NaN, -1, 0 if there are no negative numbers, or False."""
+    return {"f": np.nan, "i": -1, "u": 0, "b": False, "c": np.nan}[dtype.kind]
+
+
+def _region(array: Any, chain: int, first: int, stop: int) -> tuple[slice, ...]:
+    """Part of a Zarr array that holds some steps of a chain."""
+    parts = {"chain": slice(chain, chain + 1), "time": slice(first, stop)}
+    return tuple(parts.get(dim, slice(None)) for dim in array.metadata.dimension_names)
+
+
+def _at(array: Any, values: np.ndarray, i: int) -> np.ndarray:
+    """Values of one step, from those of several."""
+    dims = array.metadata.dimension_names
+    return np.take(values, i, dims.index("time")) if "time" in dims else values
+
+
+def _times_of_chunk(array: Any) -> int:
+    """Number of steps in a chunk of an array."""
+    dims = array.metadata.dimension_names
+    return int(array.chunks[dims.index("time")]) if "time" in dims else MOST_STEPS
+
+
+def _crc(values: np.ndarray) -> int:
+    """Checksum of an array."""
+    return zlib.crc32(np.ascontiguousarray(values).tobytes())
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the warnings of zarr about consolidated metadata, text, and the folder of the run in the group."""
+    import zarr.errors
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", zarr.errors.ZarrUserWarning)
+        yield
 
 
 def _read_arrays(path: pathlib.Path) -> dict[str, np.ndarray]:
-    """Read all arrays of an npz file of a chain, by name.
+    """Read all arrays of an npz file, by name.
 
     Raises:
         ValueError: the file is missing or damaged. The message names it.
@@ -209,9 +577,9 @@ def _read_arrays(path: pathlib.Path) -> dict[str, np.ndarray]:
         with open(path, "rb") as opened, np.load(opened) as file:
             return dict(file)
     except FileNotFoundError:
-        raise ValueError(f"{os.fspath(path)!r} is missing; {_AGAIN}.") from None
+        raise ValueError(f"{os.fspath(path)!r} is missing.") from None
     except DAMAGE:
-        raise ValueError(f"{os.fspath(path)!r} is damaged; {_AGAIN}.") from None
+        raise ValueError(f"{os.fspath(path)!r} is damaged.") from None
 
 
 def _read_json(path: pathlib.Path) -> dict[str, Any]:
@@ -223,7 +591,7 @@ def _read_json(path: pathlib.Path) -> dict[str, Any]:
     try:
         return dict(json.loads(path.read_text()))
     except (ValueError, TypeError):
-        raise ValueError(f"{os.fspath(path)!r} is damaged; empty the directory and run again.") from None
+        raise ValueError(f"{os.fspath(path)!r} is damaged; {_AGAIN}.") from None
 
 
 def _plain(value: Any) -> Any:
@@ -259,35 +627,3 @@ def _replace_arrays(path: pathlib.Path, arrays: dict[str, np.ndarray]) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(beside, path)
-
-
-def _flat(tree: dict[str, Any]) -> dict[str, np.ndarray]:
-    """Flatten nested dictionaries to arrays named by their number, and an array `paths` with their keys.
-
-    Names of sites may hold characters that names in an npz file may not.
-    """
-    found = jax.tree_util.tree_flatten_with_path(tree)[0]
-    paths = [[entry.key for entry in path] for path, _ in found]
-    named = {"paths": np.asarray(json.dumps(paths)), "empty": np.asarray(json.dumps(_empty(tree)))}
-    return {**named, **{str(i): np.asarray(x) for i, (_, x) in enumerate(found)}}
-
-
-def _empty(tree: dict[str, Any], above: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
-    """Paths of the dictionaries in nested dictionaries that hold nothing."""
-    below = [path for name, part in tree.items() if isinstance(part, dict) for path in _empty(part, (*above, name))]
-    return below if tree else [above]
-
-
-def _nested(file: Any) -> dict[str, Any]:
-    """Restore nested dictionaries from the arrays that `_flat` made."""
-    tree: dict[str, Any] = {}
-    for path in json.loads(str(file["empty"])):
-        node = tree
-        for name in path:
-            node = node.setdefault(name, {})
-    for i, (*parents, name) in enumerate(json.loads(str(file["paths"]))):
-        node = tree
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[name] = file[str(i)]
-    return tree

@@ -158,8 +158,9 @@ def to_datatree(
     The groups are `posterior`, `prior` if forecasts were kept, `posterior_predictive`, `log_likelihood`,
     `observed_data`, `constant_data` (``{site}_error`` and ``{site}_missing`` for each observed site, and the
     deterministic sites of `FilterResult.metadata`) and `sample_stats` (with ``{site}_background``,
-    ``{site}_background_variance`` and ``{site}_departure`` for each observed site that has a mean and a variance, and
-    ``{site}_rejected`` for a gross-error check). The attribute `description` of a group explains its contents.
+    ``{site}_background_variance``, ``{site}_background_error_variance``, ``{site}_background_members`` and
+    ``{site}_departure`` for each observed site that has a mean and a variance, and ``{site}_rejected`` for a
+    gross-error check). The attribute `description` of a group explains its contents.
     Dimensions are `chain` (independent filters), `draw` (particles), `time`, and then those of the site: the dimensions
     of the layout for the state, ``{site}_dim_0``, ... for others.
 
@@ -217,6 +218,14 @@ def to_datatree(
             f"{site}_{name}": axes.variable(site, values, CHAIN, {"long_name": long_name, "description": description})
             for site in result.background
             for name, values, long_name, description in _of_background(result, site)
+        }
+        | {
+            f"{site}_background_members": (
+                CHAIN,
+                background.members,
+                {"long_name": f"number of particles of the background mean of {site}"},
+            )
+            for site, background in result.background.items()
         },
     }
     axes.check_all_used()
@@ -414,6 +423,12 @@ def _of_background(result: FilterResult, site: str) -> list[tuple[str, np.ndarra
             background.variance,
             f"background variance of {site}",
             "without the observation error; includes the sampling error of the background mean",
+        ),
+        (
+            "background_error_variance",
+            background.error_variance,
+            f"variance of the error of {site} that the filter used",
+            "a mean over the particles",
         ),
         (
             "departure",
