@@ -63,6 +63,7 @@ MARKS = {"gencast.md": needs_gencast, "weathernext2.md": needs_weathernext2} | {
         "choices.md",
         "online.md",
         "emulators.md",
+        "scale.md",
     )
 }
 WITH_EXAMPLES = [pytest.param(page, marks=MARKS.get(page.name, [])) for page in PAGES if examples(page)]

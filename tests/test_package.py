@@ -40,7 +40,7 @@ LEAVES = {"arguments", "checksums"}
 NEIGHBORS = {
     "arviz": {"results"},
     "blackjax": {"smc"},
-    "matplotlib": {"diagnostics", "demos.held_suarez_figures", "demos.lorenz96_figures"},
+    "matplotlib": {"diagnostics", "demos.held_suarez_figures", "demos.lorenz96_figures", "demos.run_figures"},
     # Priors offer their climatology as a NumPyro distribution; results take NumPyro's diagnostics of chains.
     "numpyro": {"program", "priors", "diffusion.prior", "results.summary", "demos"},
     "rich": {"results", "inference", "demos"},
@@ -48,6 +48,7 @@ NEIGHBORS = {
     "torch": {"priors.torch_network"},
     "torchax": {"priors.torch_network"},
     "typer": {"demos.cli"},
+    "zarr": {"inference.storage"},
     "weathernext": {"priors.weathernext"},
     "xarray": {
         "fields",

@@ -247,12 +247,13 @@ def watch(
     """
     from rich.live import Live
 
-    from numpyro_diffusion_da.demos.run_watching import run_figure, run_panel
-    from numpyro_diffusion_da.inference import RunProgress
+    import numpyro_diffusion_da as ndda
+    from numpyro_diffusion_da.demos.run_figures import run_figure
+    from numpyro_diffusion_da.demos.run_watching import run_panel
 
-    def look() -> RunProgress:
+    def look() -> ndda.inference.RunProgress:
         try:
-            return RunProgress.read(store)
+            return ndda.inference.RunProgress.read(store)
         except ValueError as error:
             raise typer.BadParameter(str(error)) from error
 

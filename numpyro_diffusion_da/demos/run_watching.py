@@ -1,9 +1,8 @@
-"""Views of a run in progress for `ndda watch`: a table for the terminal and a figure."""
+"""Views of a run in progress for `ndda watch` in the terminal."""
 
 from __future__ import annotations
 
 import datetime
-from typing import TYPE_CHECKING
 
 import numpy as np
 from rich.console import Group, RenderableType
@@ -11,10 +10,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from numpyro_diffusion_da.inference import RunProgress
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+import numpyro_diffusion_da as ndda
 
 BARS = "▁▂▃▄▅▆▇█"
 WIDTH = 48
@@ -35,7 +31,7 @@ def sparkline(values: np.ndarray, lowest: float, highest: float) -> str:
     return "".join(" " if np.isnan(at) else BARS[int(np.clip(at, 0, len(BARS) - 1))] for at in places)
 
 
-def rows(run: RunProgress) -> list[tuple[str, str, float, float]]:
+def rows(run: ndda.inference.RunProgress) -> list[tuple[str, str, float, float]]:
     """Quantities of a run to show: (label, name in the notes, value at the bottom, value at the top)."""
     particles = float(run.settings.get("num_particles", 1))
     sites = list(run.notes[-1][-1]["departure_ratio"]) if run.notes else []
@@ -46,7 +42,7 @@ def rows(run: RunProgress) -> list[tuple[str, str, float, float]]:
     ]
 
 
-def run_panel(run: RunProgress) -> RenderableType:
+def run_panel(run: ndda.inference.RunProgress) -> RenderableType:
     """View of a run for the terminal.
 
     Args:
@@ -76,31 +72,3 @@ def run_panel(run: RunProgress) -> RenderableType:
     table.add_row("log-evidence", f"{run.series('log_evidence_increment')[-1].sum():.5g}", "sum so far")
     lines += [Text(state), table, Text(f"network passes per particle and step: {passes}. Peak memory: {memory}.")]
     return Group(*lines)
-
-
-def run_figure(run: RunProgress) -> Figure:
-    """Figure of a run: its diagnostics over the steps, one line for each chain.
-
-    Args:
-        run: progress of a run with at least one step.
-    """
-    from matplotlib.figure import Figure
-
-    shown = [*rows(run), ("seconds of a step", "seconds", 0.0, 0.0)]
-    figure = Figure(figsize=(8, 1.7 * len(shown)), layout="constrained")
-    for axes, (label, name, _, highest) in zip(figure.subplots(len(shown), 1, sharex=True), shown, strict=True):
-        for values in run.series(name):
-            axes.plot(np.arange(len(values)), values, linewidth=1)
-        axes.set_ylabel(label)
-        axes.set_xlim(0, max(run.steps - 1, 1))
-        if name == "seconds":
-            axes.set_yscale("log")
-        else:
-            axes.set_ylim(bottom=0)
-        if name.startswith("departure_ratio"):
-            axes.axhline(1.0, color="0.6", linewidth=0.8)
-        elif highest:
-            axes.set_ylim(0, 1.05 * highest)
-    axes.set_xlabel("step")
-    figure.suptitle(f"{run.directory.name}: {run.done} of {run.chains * run.steps} steps")
-    return figure

@@ -16,7 +16,6 @@ from jaxtyping import Array, PRNGKeyArray, PyTree
 
 from numpyro_diffusion_da.arguments import require, require_count, require_flag, require_key, shown
 from numpyro_diffusion_da.checksums import checksum
-from numpyro_diffusion_da.fields.times import time_axis
 from numpyro_diffusion_da.filters.base import FilterAlgorithm, takes_algorithm
 from numpyro_diffusion_da.inference import backward_simulation as backward
 from numpyro_diffusion_da.inference.batching import batch_in_memory, check_batch_size, particles_at_a_time
@@ -42,6 +41,7 @@ from numpyro_diffusion_da.program.arrays import argument_names
 from numpyro_diffusion_da.program.scan import TimeInputs
 from numpyro_diffusion_da.program.state_space import StateSpaceModel
 from numpyro_diffusion_da.results.advice import far_value_advice, lost_advice, rejection_advice, tempering_advice
+from numpyro_diffusion_da.results.axes import times
 from numpyro_diffusion_da.results.background import departure_ratios
 from numpyro_diffusion_da.results.result import FilterResult
 from numpyro_diffusion_da.smc.base import State
@@ -212,7 +212,7 @@ class Filter(HasFilterResult):
                         else:
                             tree = self._tree_of(program, attributes, records)
                             notes = step_notes(records, seconds, self.num_particles)
-                            template = {"chains": self.num_chains, "steps": length, "time": self._times(length)}
+                            template = {"chains": self.num_chains, "steps": length, "time": times(self.time, length)}
                             store.save(chain, first, tree, template, inputs[first : first + count], notes, state)
                         past[-1] = state.past
                         advance(count, records["stats"])
@@ -265,10 +265,6 @@ class Filter(HasFilterResult):
     def _past(self, past: list[Any]) -> list[Any]:
         """States of a lag after the last step of each chain; empty for a filter without a lag."""
         return past if self.algorithm.lag else []
-
-    def _times(self, length: int) -> Any:
-        """Coordinate of the time axis."""
-        return np.arange(length) if self.time is None else time_axis(self.time, length)
 
     def _tree_of(self, program: StateSpaceModel, attributes: dict[str, Any], records: dict[str, Any]) -> DataTree:
         """Tree of some steps of one chain, as the store holds it."""

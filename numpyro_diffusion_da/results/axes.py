@@ -60,7 +60,7 @@ class Axes:
         self.values: dict[str, Any] = {
             "chain": np.arange(chains),
             "draw": np.arange(draws),
-            "time": np.arange(steps) if time is None else time_axis(time, steps),
+            "time": times(time, steps),
         }
         layout = result.layout
         self.layout_values: dict[str, Any] = {} if layout is None else layout.coords()
@@ -185,6 +185,19 @@ class Axes:
             raise ValueError(f"dims has {sorted(unknown)}, but the sites are {sorted(self.site_names)}.")
         if unknown := set(self.given) - set(self.sizes):
             raise ValueError(f"coords has {sorted(unknown)}, but the dimensions are {sorted(self.sizes)}.")
+
+
+def times(time: Any, steps: int) -> Any:
+    """Coordinate of the time axis of a result.
+
+    Args:
+        time: one value per step, or None for 0, 1, ...
+        steps: number of steps.
+
+    Raises:
+        ValueError: the number of values is not the number of steps, or they do not increase.
+    """
+    return np.arange(steps) if time is None else time_axis(time, steps)
 
 
 def names_of_axes(site: str, names: Any) -> tuple[str, ...]:
