@@ -16,7 +16,7 @@ from numpyro.contrib.control_flow import scan
 
 import numpyro_diffusion_da as ndda
 from numpyro_diffusion_da.inference import records
-from numpyro_diffusion_da.smc import Boxcar, Correlation, GaspariCohn
+from numpyro_diffusion_da.smc import Boxcar, Correlation, GaspariCohn, moving_search
 
 D, T = 12, 3
 SITES = np.arange(D)
@@ -173,6 +173,76 @@ def test_functions_of_numpy_alone_are_refused_for_places_that_move():
         jax.jit(lambda at: taper.place((D,), {"y": Y}, places={"at": at}).taper(SITES[:, None]))(jnp.zeros(6))
 
 
+def search_with_room(room):
+    """A taper whose six places of observations move, too many for all pairs to be held, and its neighborhoods."""
+    taper = ndda.Taper(2.0, RING, {"y": "at"}, state=SITES, most_near=room)
+    return jax.jit(lambda at: taper.place((D,), {"y": Y}, places={"at": at}).neighborhoods())
+
+
+def scattered(seed):
+    return np.random.default_rng(seed).normal(size=(45, 2))
+
+
+EDGES = np.concatenate([GLOBE * [0.98, 1.01], [[90, 10], [-90, 3], [0, 180], [0, -180]]])
+
+
+@pytest.mark.parametrize("embedded", [True, False])
+@pytest.mark.parametrize(
+    ("distance", "radius", "state", "rows"),
+    [
+        (RING, 0.6, np.linspace(-5, 30, 40)[:, None], np.linspace(0, 11.9, 50)[:, None]),
+        (ndda.Euclidean(), 0.3, scattered(0), scattered(1)),
+        (ndda.GreatCircle(), 800.0, GLOBE, EDGES),
+        (ndda.GreatCircle(1.0), 0.6, GLOBE, np.tile(GLOBE[:5], (4, 1))),  # copies, and a reach beyond a quarter
+        (
+            ndda.smc.WithHeight(ndda.GreatCircle(), 900),
+            1500.0,
+            HIGH,
+            np.tile(HIGH + np.array([[1.0, 2.0, 0.3]]), (2, 1)),
+        ),
+    ],
+)
+def test_a_search_in_the_step_finds_what_is_near(monkeypatch, embedded, distance, radius, state, rows):
+    """Against fixed places: small chunks, places that are not finite, and all pairs; two tapers, just enough room."""
+    monkeypatch.setattr(moving_search, "CHUNK", 4)
+    if not embedded:
+        distance = type("AllPairs", (type(distance),), {"embedded": lambda self, at: None})(**vars(distance))
+    m, form = len(rows), {"y": ((len(rows),), 1)}
+    rows, lost = np.float32(rows), np.arange(m) % 5 == 1
+    fixed = ndda.Taper(radius, distance, {"y": rows}, state=state).place(state.shape[:1], form)
+    apart = distance(fixed.points, rows)
+    room = int(np.sum(apart[:, ~lost] <= 2.0 * radius * 1.001, axis=1).max())
+    taper = ndda.Taper(radius, distance, {"y": "at"}, state=state, most_near=room)
+
+    def found(at):
+        wide, small = (
+            t.place(state.shape[:1], form, places={"at": at}) for t in (taper, taper.with_radius(0.5 * radius))
+        )
+        assert wide.width() == room < m
+        return wide.neighborhoods_with(state, small)
+
+    which, *values = jax.jit(found)(np.where(lost[:, None], np.nan, rows))
+    assert which.shape == (len(state), room)
+    for weights, c in zip(values, (radius, 0.5 * radius), strict=True):
+        rebuilt = np.zeros(apart.shape)
+        np.add.at(rebuilt, (np.arange(len(state))[:, None], which), weights)
+        np.testing.assert_allclose(rebuilt, np.where(lost, 0.0, fixed.correlation(apart / c)), atol=1e-5)
+
+
+def test_observations_without_room_are_an_error():
+    """Never left out in silence: the number that is needed is named, under vmap too."""
+    near = np.full((2, 6), 3.0, np.float32)
+    near[1, :4] = 9.0
+    np.testing.assert_array_equal(np.sum(search_with_room(6)(near[0]).weights > 0, 1), 6 * (abs(SITES - 3.0) < 4))
+    with pytest.raises(Exception, match=r"6 observations are near one place, and the step has room for 5; give Taper"):
+        jax.block_until_ready(search_with_room(5)(near[0]))
+    with pytest.raises(Exception, match=r"6 observations are near one place, and the step has room for 4"):
+        jax.block_until_ready(jax.vmap(search_with_room(4))(near))
+    for wrong, error in ((0, ValueError), (2.5, TypeError)):
+        with pytest.raises(error, match="Taper got most_near="):
+            ndda.Taper(2.0, RING, {"y": "at"}, most_near=wrong)
+
+
 # --- programs ---------------------------------------------------------------------------------------------------------
 
 
@@ -212,8 +282,10 @@ def test_kernels_take_a_function_of_the_observation():
     named = ndda.Taper(1.5, RING, {"y": "at"}, state=SITES)
     fixed = ndda.Taper(1.5, RING, {"y": [3.0, 8.5]}, state=SITES).place((D,), {"y": ((2,), 1)})
 
-    def moving(observation):
-        return named.place((D,), {"y": ((2,), 1)}, places={"at": observation[1]})
+    searched = dataclasses.replace(named, most_near=1)  # no place is near both
+
+    def moving(taper, observation):
+        return taper.place((D,), {"y": ((2,), 1)}, places={"at": observation[1]})
 
     def log_predictive(x, observation):
         return -0.5 * (observation[0] - x[:2]) ** 2, ()
@@ -226,10 +298,15 @@ def test_kernels_take_a_function_of_the_observation():
 
     kernels = [
         ndda.smc.fa_apf.build_kernel(log_predictive, lambda key, x, y: (x, ()), local=local)
-        for local in (at(fixed), lambda observation: at(moving(observation)))
+        for local in (
+            at(fixed),
+            lambda observation: at(moving(named, observation)),
+            lambda observation: at(moving(searched, observation)),
+        )
     ]
     found = [step(kernel) for kernel in kernels]
-    np.testing.assert_array_equal(*found)
+    np.testing.assert_array_equal(*found[:2])
+    np.testing.assert_array_equal(*found[1:])
     assert np.any(found[0] != x)
 
 

@@ -8,15 +8,16 @@ A `Taper` holds what a user chooses. A `PlacedTaper` holds the position of every
 `Blocks` are the arrays that a compiled step needs. This module knows no filter.
 
 The positions of a `PlacedTaper` are numpy arrays, and everything that follows from them is a constant of the compiled
-step. Positions of observations that move from step to step are JAX arrays. Then correlations are computed in the step,
-for all pairs of a place of the state and an observation, because the number of near ones is not known in advance.
+step. Positions of observations that move from step to step are JAX arrays. Then the near ones are found in the step,
+and their number has a bound (`Taper.most_near`), because shapes of a compiled step are fixed.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -24,11 +25,18 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, Bool, Float, Int
 
-from numpyro_diffusion_da.arguments import numbers_by_name, real_array, require, shown
+from numpyro_diffusion_da.arguments import numbers_by_name, real_array, require, require_count, shown
 from numpyro_diffusion_da.checksums import checksum
 from numpyro_diffusion_da.smc.correlations import Correlation, GaspariCohn
 from numpyro_diffusion_da.smc.distances import Distance, Numbers, array_module
+from numpyro_diffusion_da.smc.moving_search import check_room, near_each
 from numpyro_diffusion_da.smc.neighbor_search import far_apart, pairs_within, partition
+
+MOST_PAIRS = 2**22
+"""Number of pairs of a place and an observation that moves up to which the taper is held for all pairs: 16 MB."""
+
+MOST_NEAR = 512
+"""Default room for the observations near a place, if they move and all pairs are too many."""
 
 MOST_TIMES_MEAN = 3
 """Largest number of places of a block, over the mean number of all blocks."""
@@ -42,7 +50,7 @@ class Neighborhoods(NamedTuple):
         weights: taper of these observations, shape (p, k); 0 in the padding.
     """
 
-    which: Int[np.ndarray, "p k"]
+    which: Int[Numbers, "p k"]
     weights: Float[Numbers, "p k"]
 
 
@@ -69,6 +77,7 @@ class PlacedTaper:
         observations: positions of the whitened residuals, in their order, shape (m, k). JAX arrays may have positions
             that are not finite; their taper is 0.
         correlation: correlation as a function of the distance over c.
+        most_near: room for the observations near a place if positions move; see `Taper`.
     """
 
     radii: Float[np.ndarray, " m"]
@@ -76,16 +85,18 @@ class PlacedTaper:
     points: Float[np.ndarray, "p k"]
     observations: Float[Numbers, "m k"]
     correlation: Correlation = dataclasses.field(default_factory=GaspariCohn)
-    _found: dict[Any, Any] = dataclasses.field(default_factory=dict, init=False, repr=False)
+    most_near: int | None = None
+    _found: dict[Any, Any] = dataclasses.field(default_factory=dict, repr=False)
 
     def __getstate__(self) -> dict[str, Any]:
         """Everything but what searches have found."""
         return {**self.__dict__, "_found": {}}
 
     def _once(self, key: Any, search: Callable[[], Any]) -> Any:
-        """Result of a search, which is made once: a filter needs it in each trace, and it takes seconds at scale."""
-        if not isinstance(self.observations, np.ndarray):
-            return search()
+        """Result of a search, which is made once: a filter needs it in each trace, and it takes seconds at scale.
+
+        Tapers of one model at different steps share the results, so a key says which positions they depend on.
+        """
         if key not in self._found:
             self._found[key] = search()
         return self._found[key]
@@ -118,28 +129,20 @@ class PlacedTaper:
         Raises:
             TypeError: the distance or the correlation takes numpy arrays only.
         """
-        try:
+        with _jax_arrays_only(self.distance, self.correlation):
             return jnp.asarray(self.correlation(self.distance(a, b) / radii))
-        except (jax.errors.TracerArrayConversionError, jax.errors.ConcretizationTypeError) as error:
-            raise TypeError(
-                f"{type(self.distance).__name__} or {type(self.correlation).__name__} is written for numpy arrays and "
-                "cannot take places that move from step to step; write both with jax.numpy functions."
-            ) from error
 
     def neighborhoods(self, at: Float[np.ndarray, "p k"] | None = None) -> Neighborhoods:
         """Find the observations with a positive taper at each position.
 
         They are found by a tree, or where the distance allows none by a comparison of all pairs, in batches that bound
-        the memory. If places move, all observations are near each position, with a taper of 0 where they are too far.
+        the memory. If places move, they are found in the compiled step (`moving_search`); up to `MOST_PAIRS` pairs, all
+        observations are near each position, with a taper of 0 where they are too far.
 
         Args:
             at: positions; by default the places of the state.
         """
-        points = self.points if at is None else at
-        if not isinstance(self.observations, np.ndarray):
-            weights = self.taper(points).astype(jnp.float32)
-            return Neighborhoods(np.broadcast_to(np.arange(weights.shape[1], dtype=np.int32), weights.shape), weights)
-        which, (weights,) = self._once(("near", checksum(points)), lambda: self._near(points, (self,)))
+        which, (weights,) = self._near_in((self,), self.points if at is None else at)
         return Neighborhoods(which, weights)
 
     def neighborhoods_with(
@@ -154,13 +157,49 @@ class PlacedTaper:
         Returns:
             (indices, this taper, the other taper), each of shape (p, k).
         """
-        if not isinstance(self.observations, np.ndarray):
-            index, weights = self.neighborhoods(at)
-            return index, weights, other.taper(at).astype(jnp.float32)
-        # The key holds the other taper itself, so that no later one can have its identity.
-        key = ("near with", checksum(at), other)
-        which, (weights, others) = self._once(key, lambda: self._near(at, (self, other)))
+        which, (weights, others) = self._near_in((self, other), at)
         return which, weights, others
+
+    def room(self, points: int) -> int:
+        """Number of observations that moving neighborhoods have room for.
+
+        Args:
+            points: number of positions that have neighborhoods.
+        """
+        m = len(self.observations)
+        if self.most_near is not None:
+            return min(self.most_near, m)
+        return m if points * m <= MOST_PAIRS else min(MOST_NEAR, m)
+
+    def width(self) -> int:
+        """Number of observations that the neighborhoods of the places of the state hold."""
+        if isinstance(self.observations, np.ndarray):
+            return int(self.neighborhoods().which.shape[1])
+        return self.room(len(self.points))
+
+    def _near_in(
+        self, tapers: tuple[PlacedTaper, ...], at: Float[np.ndarray, "p k"]
+    ) -> tuple[Int[Numbers, "p k"], list[Float[Numbers, "p k"]]]:
+        """Observations with a positive taper at each position, and the values of several tapers at them."""
+        if isinstance(self.observations, np.ndarray):
+            given = [array for taper in tapers for array in (taper.observations, taper.radii)]
+            functions = [x for taper in tapers for x in (taper.distance, taper.correlation)]
+            # What is kept holds the functions too, so that no later ones can have their identities.
+            key = ("near", checksum([at, *given]), *map(id, functions))
+            found: tuple[Any, list[Any]] = self._once(key, lambda: (self._near(at, tapers), functions))[0]
+            return found
+        if self.room(len(at)) >= len(self.radii):
+            every = np.arange(len(self.radii), dtype=np.int32)
+            return np.broadcast_to(every, (len(at), len(every))), [t.taper(at).astype(jnp.float32) for t in tapers]
+        placed = jnp.asarray(self.placed())
+        rows = jnp.where(placed[:, None], self.observations, 0.0)
+        room = self.room(len(at))
+        with _jax_arrays_only(self.distance, self.correlation):
+            found_near = near_each(self.distance, at, rows, 2.0 * self.radii, placed, room)
+            values = [t.correlation(found_near.distances / jnp.asarray(t.radii)[found_near.which]) for t in tapers]
+        fine = jnp.isfinite(found_near.distances)
+        zero = check_room(found_near.counts, room)
+        return found_near.which, [jnp.where(fine, value, 0.0).astype(jnp.float32) + zero for value in values]
 
     def _near(
         self, points: Float[np.ndarray, "p k"], tapers: tuple[PlacedTaper, ...]
@@ -217,7 +256,7 @@ class PlacedTaper:
         if not isinstance(observations, np.ndarray) or count >= m:
             return (np.arange(m) % count).astype(np.int32)
         found: Int[np.ndarray, " m"] = self._once(
-            ("classes", count), lambda: far_apart(self.distance, observations, count)
+            ("classes", count, checksum(observations)), lambda: far_apart(self.distance, observations, count)
         )
         return found
 
@@ -232,8 +271,26 @@ class PlacedTaper:
         """
         if radius == 0.0:
             return Blocks(self.points, np.arange(len(self.points), dtype=np.int32))
-        chosen, of_point = self._once(("blocks", radius), lambda: partition(self.distance, self.points, radius))
+        chosen, of_point = self._once(
+            ("blocks", radius, checksum(self.points)), lambda: partition(self.distance, self.points, radius)
+        )
         return _even(Blocks(self.points[chosen], of_point))
+
+
+@contextlib.contextmanager
+def _jax_arrays_only(distance: Distance, correlation: Correlation) -> Iterator[None]:
+    """Name a distance and a correlation that take numpy arrays only, where they get positions that move.
+
+    Raises:
+        TypeError: one of them takes numpy arrays only.
+    """
+    try:
+        yield
+    except (jax.errors.TracerArrayConversionError, jax.errors.ConcretizationTypeError) as error:
+        raise TypeError(
+            f"{type(distance).__name__} or {type(correlation).__name__} is written for numpy arrays and "
+            "cannot take places that move from step to step; write both with jax.numpy functions."
+        ) from error
 
 
 def _even(blocks: Blocks) -> Blocks:
@@ -294,9 +351,13 @@ class Taper:
             deterministic site in the scan's body that holds the positions of each step.
         state: positions of the state's values; by default the coordinates of the prior's layout.
         correlation: taper as a function of the distance over c: `GaspariCohn()`, which is 5/24 at c, or `Boxcar()`.
+        most_near: room for the observations near one place, which is needed where places move: the step holds this many
+            for each place, or block. A step with more stops with an error that gives the number. None is all
+            observations if there are at most 2^22 pairs of a place and an observation, and 512 otherwise.
 
     Raises:
-        ValueError: a radius is not positive, a position is not finite, or positions do not fit the distance.
+        ValueError: a radius is not positive, `most_near` is below 1, a position is not finite, or positions do not fit
+            the distance.
         TypeError: `distance` is not a `Distance`, or `correlation` is not a `Correlation`.
     """
 
@@ -305,6 +366,7 @@ class Taper:
     observations: Mapping[str, ArrayLike | str]
     state: ArrayLike | None = None
     correlation: Correlation = dataclasses.field(default_factory=GaspariCohn)
+    most_near: int | None = None
     _made: dict[Any, Any] = dataclasses.field(default_factory=dict, init=False, repr=False)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -332,6 +394,8 @@ class Taper:
                 "ndda.GreatCircle()."
             )
         require(self.correlation, Correlation, self, "correlation", "ndda.smc.GaspariCohn()")
+        if self.most_near is not None:
+            require_count(self.most_near, "Taper", "most_near")
         placed = {
             name: value if isinstance(value, str) else self._rows(value, f"site '{name}'", f"observations[{name!r}]")
             for name, value in self.observations.items()
@@ -490,7 +554,10 @@ class Taper:
             counts = {"the state": rows.shape[1]} | {n: x.shape[1] for n, x in zip(observed, placed, strict=True)}
             raise ValueError(f"Taper got positions of {counts} coordinates; give the same coordinates to all.")
         observations = array_module(*placed).concatenate(placed)
-        return PlacedTaper(np.concatenate(radii), self.distance, rows, observations, self.correlation)
+        found = self._made.setdefault("found", {}) if self.moving else {}
+        return PlacedTaper(
+            np.concatenate(radii), self.distance, rows, observations, self.correlation, self.most_near, found
+        )
 
     def _grid_rows(self, axes: Mapping[str, np.ndarray] | None) -> Float[np.ndarray, "n k"]:
         if not axes:

@@ -53,7 +53,7 @@ def class_vectors(rng_key: PRNGKeyArray, n: int, m: int, taper: PlacedTaper | No
         The q vectors of each member. q is at least one, and all together are as many as `LEAST_POOLED` and
         `MOST_POOLED` say, or one for each observation if that is less.
     """
-    near = m if taper is None else taper.neighborhoods().which.shape[1]
+    near = m if taper is None else taper.width()
     wanted = min(m, max(LEAST_POOLED, min(near // 2, MOST_POOLED)))
     each = -(-wanted // n)
     repeats = max(1, n * each // m)
