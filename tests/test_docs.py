@@ -64,6 +64,7 @@ MARKS = {"gencast.md": needs_gencast, "weathernext2.md": needs_weathernext2} | {
         "online.md",
         "emulators.md",
         "scale.md",
+        "observations_table.md",
     )
 }
 WITH_EXAMPLES = [pytest.param(page, marks=MARKS.get(page.name, [])) for page in PAGES if examples(page)]
@@ -150,11 +151,38 @@ def says_of_verification(names):
     assert 0.0625 + 4 * error < value < 0.25 - 4 * error
 
 
-SAYS = {"arviz.md": says_of_arviz, "verification.md": says_of_verification}
+def says_of_observations_table(names):
+    """What docs/observations_table.md says of its rows: one flag each, and what the filter knows of them."""
+    feedback = names["feedback"]
+    flags = dict(zip(feedback["row"], feedback["flag"], strict=True))
+    assert list(flags) == list(range(2, 19))
+    others = {3: "duplicate", 6: "above model", 10: "repeated report", 11: "out of bounds", 12: "missing"}
+    others |= {13: "withheld", 14: "withheld", 17: "off window", 18: "not in model"}
+    assert flags == {row: others.get(row, "used") for row in flags}
+    known = feedback["flag"].isin(["used", "withheld"])
+    assert (feedback["analysis"].notna() == known).all()
+    used = feedback[feedback["flag"] == "used"]
+    background, analysis = (
+        np.sqrt(np.mean(((used["value"] - used[name]) / used["error_used"]) ** 2))
+        for name in ("background", "analysis")
+    )
+    assert analysis < 0.6 * background
+    in_page = (ROOT / "docs" / "observations_table.md").read_text()
+    counts = names["placed"].counts().to_string().split("\n")
+    assert all(line.rstrip() in in_page for line in (counts[0], *counts[2:]))
+    assert names["corrected"].rows["bias_removed"].abs().max() > 0.1
+
+
+SAYS = {
+    "arviz.md": says_of_arviz,
+    "verification.md": says_of_verification,
+    "observations_table.md": says_of_observations_table,
+}
 
 
 @pytest.mark.parametrize("page", WITH_EXAMPLES, ids=lambda p: p.name)
-def test_examples_run(page):
+def test_examples_run(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # some of them write files
     # Of neighbors.md some code is cuthbert's, which relies on rank promotion.
     with jax.numpy_rank_promotion("allow" if page.name == "neighbors.md" else "raise"):
         run(examples(page), page)
