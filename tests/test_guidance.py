@@ -296,8 +296,7 @@ def test_skipped_passes_are_not_executed():
     assert 0 < guided < 4
     assert np.all(np.asarray(record.passes.forward) == 6)
     assert np.all(np.asarray(record.passes.vjp) == 2 * guided)
-    # The first level starts from z = 0 for all draws, so that without guidance it is evaluated once for the batch.
-    assert (counter.forward, counter.vjp) == (5 * members + 1, 2 * guided * members)
+    assert (counter.forward, counter.vjp) == (6 * members, 2 * guided * members)
 
 
 def test_the_level_chooses():

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import numpyro_diffusion_da as ndda
-from numpyro_diffusion_da.diffusion import PriorDenoiser
+from numpyro_diffusion_da.diffusion import PriorDenoiser, UniPC
 
 COVARIANCE = np.array([[1.2, 0.5, 0.1], [0.5, 0.7, -0.2], [0.1, -0.2, 0.4]])
 MEAN = np.array([0.5, -1.0, 2.0])
@@ -176,6 +178,37 @@ def test_evaluations_are_the_counted_passes(sampler, count):
     assert sampler.evaluations(prior.noise_range) == count
     assert (int(memory.passes.forward), int(memory.passes.jvp), int(memory.passes.vjp)) == (count, 0, 0)
     assert int(memory.passes.total()) == count
+
+
+class SeparateUniPC(UniPC):
+    evaluates_at_start: ClassVar[bool] = False
+
+
+class SeparateDDIM(ndda.diffusion.DDIM):
+    evaluates_at_start: ClassVar[bool] = False
+
+
+@pytest.mark.parametrize(
+    ("step", "separate"), [(UniPC(), SeparateUniPC()), (ndda.diffusion.DDIM(0.5), SeparateDDIM(0.5))], ids=repr
+)
+def test_all_levels_share_one_copy_of_the_denoiser(step, separate, monkeypatch):
+    """The loop makes the draws of a loop whose first and last evaluations are its own, to rounding, and counts them."""
+    prior, made = gaussian(), []
+    call = PriorDenoiser.__call__
+    monkeypatch.setattr(PriorDenoiser, "__call__", lambda self, *given: made.append(0) or call(self, *given))
+
+    def draws(step):
+        made.clear()
+        sampler, conditioning = ndda.Sampler(step, ndda.KarrasSchedule(6)), prior.condition(jnp.zeros(3))
+        denoiser = PriorDenoiser(prior, conditioning)
+        one = jax.vmap(lambda key: sampler.draw(key, denoiser, prior.noise, prior.noise_range, (3,)))
+        z, memory = jax.jit(one)(jax.random.split(jax.random.key(4), 5))
+        return z, memory.passes.forward, len(made)
+
+    (z, forward, copies), (expected, counted, before) = draws(step), draws(separate)
+    np.testing.assert_allclose(z, expected, rtol=1e-5, atol=1e-6)
+    np.testing.assert_array_equal(forward, counted)
+    assert (copies, before) == (1, 3)
 
 
 def test_deterministic_sampler_ignores_its_key():

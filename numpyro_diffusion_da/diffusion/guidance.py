@@ -221,10 +221,9 @@ def initial_guidance_state(base: PriorDenoiser, likelihood: Likelihood, solver: 
     The warm start has as many unknowns as the likelihood has residuals.
     """
     location = base.prior.location(base.conditioning)
-    size = num_residuals(likelihood, location)
-    return base.init()._replace(
-        warm_start=solver.init(size, location.dtype), solver_residual=jnp.zeros((), location.dtype)
-    )
+    residual = _residual_shape(likelihood, location)
+    dtype = jnp.result_type(residual.dtype, location.dtype)  # observations may have another precision than the state
+    return base.init()._replace(warm_start=solver.init(residual.shape[0], dtype), solver_residual=jnp.zeros((), dtype))
 
 
 def num_residuals(likelihood: Likelihood, state: Float[Array, ...] | jax.ShapeDtypeStruct) -> int:
@@ -234,13 +233,19 @@ def num_residuals(likelihood: Likelihood, state: Float[Array, ...] | jax.ShapeDt
         likelihood: likelihood of the step's observations.
         state: a state, or its shape and dtype; nothing is computed.
     """
+    return _residual_shape(likelihood, state).shape[0]
+
+
+def _residual_shape(likelihood: Likelihood, state: Float[Array, ...] | jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+    """Return shape and dtype of the residuals that `num_residuals` counts."""
 
     def residual(x: Array) -> Array:
         coordinates = likelihood.coordinates(x, probe_signs(x.shape, x.dtype))
         variances = None if coordinates is None else jnp.ones(coordinates.observed.shape, x.dtype)
         return likelihood.around(coordinates, variances).residual(x)
 
-    return jax.eval_shape(residual, state).shape[0]
+    found: jax.ShapeDtypeStruct = jax.eval_shape(residual, state)
+    return found
 
 
 def linear_system(

@@ -252,17 +252,20 @@ class Sampler(eqx.Module):
         Returns:
             A dictionary of arrays whose leading axis is the step.
         """
+        return _as_arrays(self._constants(noise_range, first), dtype)
+
+    def _constants(self, noise_range: tuple[float, float], first: int) -> dict[str, np.ndarray]:
+        """Return the static inputs of each step in double precision; see `constants`."""
         levels = self.schedule.levels(noise_range)
         start = self._starts(levels)[first:-1]
         stop = levels[first + 1 :]
-        static = {
+        return {
             "index": first + np.arange(len(stop)),
             "level": levels[first:-1],
             "start": start,
             "stop": stop,
             **self.step.coefficients(start, stop),
         }
-        return {name: jnp.asarray(v, jnp.int32 if name == "index" else dtype) for name, v in static.items()}
 
     def __call__(
         self,
@@ -284,6 +287,8 @@ class Sampler(eqx.Module):
         Returns:
             (the denoised latent, of the shape of `z`; guidance state after the last level).
         """
+        if self._is_one_loop:
+            return self._run_one_loop(rng_key, denoiser, noise, noise_range, z, around_mean=False)
         return self._run(rng_key, denoiser, noise, noise_range, z, denoiser.init(), 0)
 
     def draw(
@@ -314,7 +319,9 @@ class Sampler(eqx.Module):
         z = self.initial(start_key, noise, noise_range, shape, dtype) if start is None else start
         if self.forgets_start:
             return self(loop_key, denoiser, noise, noise_range, z)
-        highest, second = self.schedule.levels(noise_range)[:2]
+        highest, second, *others = self.schedule.levels(noise_range)
+        if self._is_one_loop and others:
+            return self._run_one_loop(loop_key, denoiser, noise, noise_range, z, around_mean=True)
         # At z_s = 0, the center of N(0, s^2 C), the dependence of D on z_s (of order 1/s) cancels to first order.
         mean, guidance_state = denoiser(jnp.zeros_like(z), jnp.asarray(highest, z.dtype), denoiser.init())
         return self._run(loop_key, denoiser, noise, noise_range, mean + (second / highest) * z, guidance_state, 1)
@@ -355,6 +362,58 @@ class Sampler(eqx.Module):
         denoised, guidance_state = denoiser(z, jnp.asarray(levels[-1], z.dtype), guidance_state)
         return self.step.finish(denoised, history, np.append(started, levels[-1])), guidance_state
 
+    @property
+    def _is_one_loop(self) -> bool:
+        """Whether all evaluations of the denoiser can be those of one loop over the levels."""
+        return self.step.evaluates_at_start and self.churn is None and self.corrector is None
+
+    def _run_one_loop(
+        self,
+        rng_key: PRNGKeyArray,
+        denoiser: Denoiser,
+        noise: Noise,
+        noise_range: tuple[float, float],
+        start: Array,
+        around_mean: bool,
+    ) -> tuple[Array, GuidanceState]:
+        """Run the loop as `draw` (`around_mean`) or `__call__` do, with one copy of the denoiser in the program.
+
+        The evaluations for the starting point and at the lowest level are the first and the last iteration. A guided
+        denoiser is most of what is compiled for a filter, and each further copy takes as long again.
+        """
+        levels = self.schedule.levels(noise_range)
+        first = 1 if around_mean else 0
+        # An iteration that takes no step has the constants of its neighbor, and its step is not used.
+        rows = np.concatenate([np.zeros(first, int), np.arange(len(levels) - 1 - first), [-1]])
+        kind = np.concatenate([np.zeros(first), np.ones(len(levels) - 1 - first), [2]])
+
+        def body(
+            carry: tuple[Array, PyTree, GuidanceState, Array], c: tuple[Array, Array, dict[str, Array]]
+        ) -> tuple[Any, None]:
+            z, history, guidance_state, _ = carry
+            kind, level, constants = c
+            denoised, guidance_state = denoiser(z, level, guidance_state)
+            step_key = jax.random.split(jax.random.fold_in(rng_key, constants["index"]), 3)[1]
+
+            # The step evaluates the denoiser where it has just been evaluated.
+            def known(z: Array, level: Array, guidance_state: GuidanceState) -> tuple[Array, GuidanceState]:
+                return denoised, guidance_state
+
+            given = StepInputs(step_key, known, noise, z, constants["start"], constants["stop"], constants)
+            moved, kept, _ = self.step(given, history, guidance_state)
+            history = jax.tree.map(lambda new, old: jnp.where(kind == 1, new, old), kept, history)
+            if around_mean:
+                moved = jnp.where(kind == 0, denoised + float(levels[1] / levels[0]) * start, moved)
+            return (moved, history, guidance_state, denoised), None
+
+        # At z_s = 0, the center of N(0, s^2 C), the dependence of D on z_s (of order 1/s) cancels to first order.
+        z = jnp.zeros_like(start) if around_mean else start
+        carry = z, self.step.init(z), denoiser.init(), jnp.zeros_like(z)
+        steps = {name: values[rows] for name, values in self._constants(noise_range, first).items()}
+        over = jnp.asarray(kind, jnp.int32), jnp.asarray(levels, z.dtype), _as_arrays(steps, z.dtype)
+        (_, history, guidance_state, denoised), _ = jax.lax.scan(body, carry, over)
+        return self.step.finish(denoised, history, levels[first:]), guidance_state
+
     def variance_ratio(self, noise_range: tuple[float, float], variances: np.ndarray) -> np.ndarray:
         """Return the variance of draws divided by the right one, for modes of a Gaussian with these variances.
 
@@ -372,13 +431,13 @@ class Sampler(eqx.Module):
             raise ValueError(_NOT_OF_START)
         noise = _Ones([])
 
-        @jax.jit
         def ratios(p: Array) -> Array:
             ends, _ = self.draw(jax.random.key(0), _Modes(p), noise, noise_range, p.shape, p.dtype)
             return ends**2 / p
 
-        with jax.ensure_compile_time_eval():
-            found = np.asarray(ratios(jnp.asarray(variances, float)))
+        # Compiled ahead, so that it also gives numbers inside a JAX trace.
+        p = np.asarray(variances, jax.dtypes.canonicalize_dtype(float))
+        found = np.asarray(jax.jit(ratios).lower(jax.ShapeDtypeStruct(p.shape, p.dtype)).compile()(p))
         if len(noise.shapes) > 1:  # a part of the sampler draws noise that the checks above do not know of
             raise ValueError(_NOT_OF_START)
         return found
@@ -423,6 +482,11 @@ class Sampler(eqx.Module):
 
 
 _NOT_OF_START = "variance_ratio needs a deterministic sampler, without churn, corrector or noisy steps."
+
+
+def _as_arrays(static: dict[str, np.ndarray], dtype: Any) -> dict[str, Array]:
+    """Return static inputs of steps as JAX arrays, the index as a whole number."""
+    return {name: jnp.asarray(v, jnp.int32 if name == "index" else dtype) for name, v in static.items()}
 
 
 class _Modes(Denoiser):

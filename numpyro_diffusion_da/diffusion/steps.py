@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import equinox as eqx
 import jax.numpy as jnp
@@ -47,10 +47,13 @@ class Step(eqx.Module):
     Attributes:
         order: order of convergence in the number of levels.
         evaluations: denoiser evaluations per step.
+        evaluates_at_start: whether the only evaluation of a step is that of `at.z` at `at.start`. A sampler then
+            compiles the denoiser once for all its levels. False is always right.
     """
 
     order: eqx.AbstractVar[int]
     evaluations: eqx.AbstractVar[int]
+    evaluates_at_start: ClassVar[bool] = False
 
     def coefficients(self, start: np.ndarray, stop: np.ndarray) -> dict[str, np.ndarray]:
         """Compute constants of every step in double precision; by default there are none.
@@ -105,6 +108,8 @@ class StochasticStep(Step):
 
     Given the past, the next latent has the distribution N(mean, spread^2 C).
     """
+
+    evaluates_at_start: ClassVar[bool] = True
 
     @property
     def noisy(self) -> bool:
@@ -184,6 +189,7 @@ class AdamsBashforth(Step):
 
     order: int = eqx.field(static=True, default=3, converter=count("AdamsBashforth", "order"))
     evaluations: int = eqx.field(static=True, default=1, init=False)
+    evaluates_at_start: ClassVar[bool] = True
 
     def __check_init__(self) -> None:
         if self.order not in (1, 2, 3, 4):
@@ -222,6 +228,7 @@ class DPMSolverPP2M(Step):
 
     order: int = eqx.field(static=True, default=2, init=False)
     evaluations: int = eqx.field(static=True, default=1, init=False)
+    evaluates_at_start: ClassVar[bool] = True
 
     def coefficients(self, start: np.ndarray, stop: np.ndarray) -> dict[str, np.ndarray]:
         """Return the weight of the difference from the previous denoised value, shape (steps,); 0 at the first step."""
@@ -292,6 +299,7 @@ class UniPC(Step):
 
     order: int = eqx.field(static=True, default=3, init=False)
     evaluations: int = eqx.field(static=True, default=1, init=False)
+    evaluates_at_start: ClassVar[bool] = True
 
     def coefficients(self, start: np.ndarray, stop: np.ndarray) -> dict[str, np.ndarray]:
         """Return the weights of the last denoised values, newest first, shape (steps, 3).

@@ -352,7 +352,8 @@ def ring_climatology(
     spectrum = np.fft.rfft(by_distance[separation]).real
     row = np.fft.irfft(np.maximum(spectrum, 1e-4 * spectrum.max()), sites)
     factor = np.linalg.cholesky(row[(np.arange(sites)[:, None] - np.arange(sites)[None]) % sites])
-    return dist.MultivariateNormal(jnp.full((sites,), mean), scale_tril=jnp.asarray(factor))
+    # NumPyro would check the factor by forty small programs, each compiled in the first run.
+    return dist.MultivariateNormal(jnp.full((sites,), mean), scale_tril=jnp.asarray(factor), validate_args=False)
 
 
 def save_ring_emulator(emulator: RingEmulator, card: dict[str, Any], folder: Path, name: str) -> None:
