@@ -221,6 +221,51 @@ def test_only_what_is_wanted_is_kept(program):
         make(model, keep="x")
 
 
+def test_reductions_some_steps_and_fewer_digits(program, whole, tmp_path):
+    model, y = program
+    Kept = ndda.inference.Kept
+    keep = {
+        "x": Kept(every=3, mantissa_bits=10, mean=True, std=True, quantiles=(0.1, 0.9)),
+        "mean:of both": Kept(particles=False, mean=True),
+    }
+    filter = make(model, directory=tmp_path / "run.zarr", keep=keep)
+    filter.run(KEY, y)
+    tree, x = filter.to_datatree(), whole.result.posterior["x"]
+    kept = tree["posterior/x"].values
+    assert set(tree["posterior"].data_vars) == {"x"}
+    assert np.isnan(kept[:, :, [0, 1]]).all()
+    np.testing.assert_allclose(kept[:, :, [2, 3]], x[:, :, [2, 3]], rtol=2.0**-11)
+    assert (kept[:, :, 2] != x[:, :, 2]).any()
+    assert not list((tmp_path / "run.zarr/posterior/x/c").glob("0/0/0/9"))
+    np.testing.assert_allclose(tree["posterior_mean/x"], x.mean(1), atol=1e-6)
+    np.testing.assert_allclose(tree["posterior_std/x"], x.std(1, ddof=1), rtol=1e-5)
+    quantiles = tree["posterior_quantile/x"]
+    assert quantiles.dims[:3] == ("chain", "time", "quantile")
+    np.testing.assert_allclose(quantiles.sel(quantile=0.9), np.quantile(x, 0.9, axis=1), atol=1e-6)
+    np.testing.assert_allclose(
+        filter.result.reduced["mean"]["mean:of both"], whole.result.posterior["mean:of both"].mean(1), atol=1e-6
+    )
+    filter.print_summary()
+    # Steps that are not kept are not damage, and the run is known by what it keeps.
+    filter.run(KEY, y)
+    with pytest.raises(ValueError, match="holds a run with keep"):
+        make(model, directory=tmp_path / "run.zarr").run(KEY, y)
+    reduced = make(model, keep={"x": Kept(particles=False, mean=True)})
+    reduced.run(KEY, y)
+    assert reduced.result.posterior == {}
+    np.testing.assert_allclose(reduced.to_datatree()["posterior_mean/x"], x.mean(1), atol=1e-6)
+    reduced.print_summary()
+    for wrong, message in (
+        (lambda: make(model, keep={"x": Kept(every=2)}), "but no directory"),
+        (lambda: make(model, keep={"x": "mean"}), r"keep\['x'\]"),
+        (lambda: Kept(particles=False), "keeps nothing"),
+        (lambda: Kept(quantiles=(0.9, 0.1)), "increasing numbers between 0 and 1"),
+        (lambda: Kept(mantissa_bits=24), "give 1 to 23"),
+    ):
+        with pytest.raises((ValueError, TypeError), match=message):
+            wrong()
+
+
 @pytest.fixture
 def copied(kept_run, tmp_path):
     """A copy of the run of two steps, to be damaged."""

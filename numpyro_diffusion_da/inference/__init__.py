@@ -2,6 +2,7 @@
 
 from numpyro_diffusion_da.inference.compilation import Compiled
 from numpyro_diffusion_da.inference.filter import Filter
+from numpyro_diffusion_da.inference.keeping import Kept
 from numpyro_diffusion_da.inference.online_filter import OnlineFilter
 from numpyro_diffusion_da.inference.pmmh import PMMH
 from numpyro_diffusion_da.inference.smc2 import SMC2
@@ -13,6 +14,7 @@ __all__ = [
     "SMC2",
     "Compiled",
     "Filter",
+    "Kept",
     "OnlineFilter",
     "RunProgress",
     "SpreadTrial",

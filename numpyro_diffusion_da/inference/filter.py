@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -23,9 +23,9 @@ from numpyro_diffusion_da.inference.chunks import Pace, run_chunk
 from numpyro_diffusion_da.inference.compilation import Compiled
 from numpyro_diffusion_da.inference.has_result import HasFilterResult
 from numpyro_diffusion_da.inference.identity import computation, versions
+from numpyro_diffusion_da.inference.keeping import Keep, Kept, kept_sites
 from numpyro_diffusion_da.inference.progress import step_progress
 from numpyro_diffusion_da.inference.records import (
-    Keep,
     attributes_of,
     check_metadata_names,
     check_records,
@@ -69,8 +69,10 @@ class Filter(HasFilterResult):
         keep_observed: whether to keep, for every particle, a predictive draw and the log-likelihood of each
             observation (the groups `posterior_predictive` and `log_likelihood`). Their size is particles times
             observations.
-        keep: names of the latent and deterministic sites whose particles are kept; None for all. To save memory, record
-            a reduction of the state with `numpyro.deterministic` and list only that here. A deterministic site that is
+        keep: names of the latent and deterministic sites whose particles are kept; None for all. A mapping from names
+            to `ndda.inference.Kept` keeps reductions over particles, some steps, or fewer digits:
+            ``keep={"x": Kept(particles=False, mean=True, std=True)}``. To keep parts of the state, record them with
+            `numpyro.deterministic` and list only that here. A deterministic site that is
             the same for all particles, such as the places of observations, is always kept, once per time, in
             `FilterResult.metadata`.
         directory: directory of a Zarr group to which steps are written as soon as they are computed, such as
@@ -100,7 +102,7 @@ class Filter(HasFilterResult):
         progress_bar: bool = True,
         keep_forecasts: bool = False,
         keep_observed: bool = True,
-        keep: Sequence[str] | None = None,
+        keep: Sequence[str] | Mapping[str, Kept] | None = None,
         directory: str | os.PathLike[str] | None = None,
         time: Any = None,
         dims: Mapping[str, Sequence[str]] | None = None,
@@ -109,12 +111,9 @@ class Filter(HasFilterResult):
         require_count(num_particles, "Filter", "num_particles")
         require_count(num_chains, "Filter", "num_chains")
         check_batch_size(batch_size, "Filter")
-        is_list = isinstance(keep, Sequence | Set) and not isinstance(keep, str)
-        if keep is not None and not (is_list and keep and all(isinstance(site, str) for site in keep)):
-            raise ValueError(
-                f"Filter got keep={shown(keep)}; give a list of one or more names of latent or deterministic sites, or "
-                "None for all."
-            )
+        kept = kept_sites(keep)
+        if kept is not None and directory is None and any(site.every > 1 for site in kept.values()):
+            raise ValueError("Filter got a site to keep every few steps, but no directory; give both, or every=1.")
         if directory is not None:
             require(directory, (str, os.PathLike), "Filter", "directory", '"my_run"')
         progress_bar = require_flag(progress_bar, "Filter", "progress_bar")
@@ -127,7 +126,7 @@ class Filter(HasFilterResult):
         self.progress_bar = progress_bar
         self.keep_forecasts = keep_forecasts
         self.keep_observed = keep_observed
-        self.keep = None if keep is None else tuple(keep)
+        self.keep = kept
         self.directory = directory
         self.time, self.dims, self.coords = time, dims, coords
         self._result: FilterResult | None = None
@@ -212,7 +211,12 @@ class Filter(HasFilterResult):
                         else:
                             tree = self._tree_of(program, attributes, records)
                             notes = step_notes(records, seconds, self.num_particles)
-                            template = {"chains": self.num_chains, "steps": length, "time": times(self.time, length)}
+                            template = {
+                                "chains": self.num_chains,
+                                "steps": length,
+                                "time": times(self.time, length),
+                                "every": {name: site.every for name, site in (self.keep or {}).items()},
+                            }
                             store.save(chain, first, tree, template, inputs[first : first + count], notes, state)
                         past[-1] = state.past
                         advance(count, records["stats"])
@@ -418,14 +422,17 @@ class Filter(HasFilterResult):
         """Storage of the run's steps; None if nothing is written."""
         if self.directory is None:
             return None
-        kept = {name: getattr(self, name) for name in ("keep", "keep_observed", "keep_forecasts")}
+        kept = {name: getattr(self, name) for name in ("keep_observed", "keep_forecasts")}
+        kept["keep"] = None if self.keep is None else {name: repr(site) for name, site in self.keep.items()}
         kept |= {"dims": _named(self.dims), "coords": _named(self.coords)}
         return RunStore(self.directory, {**attributes, **kept})
 
     def _attributes(self, program: StateSpaceModel, rng_key: PRNGKeyArray) -> dict[str, Any]:
         """Attributes of the result that are enough to repeat the run."""
         seed = {"seed": str(np.asarray(jax.random.key_data(rng_key)).tolist())}
-        return {**attributes_of(self.algorithm, program, self.num_particles), **seed}
+        levels = {kept.quantiles for kept in (self.keep or {}).values() if kept.quantiles}
+        quantiles = {"quantiles": levels.pop()} if levels else {}
+        return {**attributes_of(self.algorithm, program, self.num_particles), **quantiles, **seed}
 
     def to_datatree(
         self,

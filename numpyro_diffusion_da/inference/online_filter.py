@@ -18,8 +18,8 @@ from numpyro_diffusion_da.filters.base import FilterAlgorithm, takes_algorithm
 from numpyro_diffusion_da.inference.batching import check_batch_size, particles_at_a_time
 from numpyro_diffusion_da.inference.compilation import Compiled
 from numpyro_diffusion_da.inference.has_result import HasFilterResult
+from numpyro_diffusion_da.inference.keeping import Keep
 from numpyro_diffusion_da.inference.records import (
-    Keep,
     attributes_of,
     check_places,
     collect,

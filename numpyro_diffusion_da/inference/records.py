@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,58 +13,12 @@ from jaxtyping import Array, Int, PyTree
 from numpyro_diffusion_da.filters.base import FilterAlgorithm
 from numpyro_diffusion_da.filters.placement import place_taper
 from numpyro_diffusion_da.inference.failures import count_failures, far_observation, why
+from numpyro_diffusion_da.inference.keeping import Keep
 from numpyro_diffusion_da.program.scan import TimeInputs
 from numpyro_diffusion_da.program.state_space import StateSpaceModel
 from numpyro_diffusion_da.program.structure import Structure
 from numpyro_diffusion_da.results.result import PER_PARTICLE, Background, FilterResult
 from numpyro_diffusion_da.smc.base import Info
-
-
-class Keep(NamedTuple):
-    """Parts of the particles that a run keeps.
-
-    Attributes:
-        sites: names of the latent and deterministic sites to keep; None for all. Sites in `metadata` are always kept.
-        observed: whether to keep a predictive draw and the log-likelihood of each observation.
-        forecasts: whether to keep the one-step forecast from which each particle was drawn.
-        metadata: names of the deterministic sites that are recorded once per time, not for each particle.
-    """
-
-    sites: tuple[str, ...] | None
-    observed: bool
-    forecasts: bool
-    metadata: tuple[str, ...] = ()
-
-    def of(self, sites: dict[str, dict[str, Array]]) -> dict[str, dict[str, Array]]:
-        """Select the sites to keep.
-
-        Args:
-            sites: values by group and site, from `StateSpaceModel.record`.
-
-        Returns:
-            Kept values by group and site. Groups of observed sites that are not kept are empty.
-
-        Raises:
-            ValueError: `sites` of this object names a site that is not latent or deterministic, or none that particles
-                have.
-        """
-        if not self.observed:
-            sites = {**sites, "posterior_predictive": {}, "log_likelihood": {}}
-        if self.sites is None:
-            return sites
-        if unknown := set(self.sites) - {*sites["posterior"], *self.metadata}:
-            known = sorted({*sites["posterior"], *self.metadata})
-            raise ValueError(
-                f"keep names {sorted(unknown)}, but the latent and deterministic sites are {known}; give names from "
-                "this list."
-            )
-        kept = {name: sites["posterior"][name] for name in self.sites if name not in self.metadata}
-        if not kept:
-            raise ValueError(
-                f"keep names {sorted(self.sites)} only, which are the same for all particles and always recorded; add "
-                f"a site that particles have, one of {sorted(sites['posterior'])}."
-            )
-        return {**sites, "posterior": kept}
 
 
 def record_step(
@@ -88,10 +42,10 @@ def record_step(
         inputs: inputs of the step.
 
     Returns:
-        Nested dictionaries of arrays: `sites`, `stats`, `passes` and `observations`, the numbers of non-finite weights
-        and particles, `failures` (see `count_failures`), `metadata` if there are such sites, `unplaced` if places of
-        observations move (see `unplaced_observations`), `forecast` if it is kept, `background` if the filter records
-        it, `rejected` if the observations were checked, and `lagged` if the filter has a lag of L: the states L steps
+        Nested dictionaries of arrays: `sites`, `reduced` (see `Keep`), `stats`, `passes` and `observations`, the
+        numbers of non-finite weights and particles, `failures` (see `count_failures`), `metadata` if there are such
+        sites, `unplaced` if places of observations move (see `unplaced_observations`), `forecast` if it is kept,
+        `background` if the filter records it, `rejected` if the observations were checked, and `lagged` if the filter has a lag of L: the states L steps
         before on the lines of the new particles.
 
     Raises:
@@ -109,6 +63,7 @@ def record_step(
     return {
         **({"forecast": _forecast(algorithm, program, info)} if keep.forecasts else {}),
         "sites": keep.of(info.proposal.sites),
+        "reduced": keep.reduced(info.proposal.sites["posterior"]),
         **({"metadata": program.metadata(inputs)} if program.structure.metadata_names else {}),
         "stats": {
             "log_weights": info.log_weights,
@@ -350,8 +305,9 @@ def collect(
         forecast=by_draw(records["forecast"]) if "forecast" in records else None,
         sample_stats={n: by_draw(x) if n in PER_PARTICLE else x for n, x in records["stats"].items()},
         network_passes=records["passes"],
-        latent_name=structure.latent_name if has_state else next(iter(groups["posterior"])),
-        layout=emulator.layout if emulator is not None and has_state else None,
+        reduced=records.get("reduced", {}),
+        latent_name=structure.latent_name if has_state or not groups["posterior"] else next(iter(groups["posterior"])),
+        layout=emulator.layout if emulator is not None and (has_state or not groups["posterior"]) else None,
         attributes=attributes,
         rejected=records.get("rejected", {}),
         background={n: Background(**parts) for n, parts in records.get("background", {}).items()},

@@ -253,7 +253,9 @@ class RunStore:
                     array[_region(array, chain, start, start + block)] = array.fill_value
                     continue
                 for t in some:
-                    if t not in damaged and lines[t]["values"].get(name) != _crc(_at(array, values, t - start)):
+                    if t in damaged or name not in lines[t]["values"]:  # steps that are not kept have no checksum
+                        continue
+                    if lines[t]["values"][name] != _crc(_at(array, values, t - start)):
                         damaged[t] = f"{name} is not what was written"
         if damaged:
             steps = sorted(damaged)
@@ -309,8 +311,8 @@ class RunStore:
             chain: index of the chain.
             first: index of the first step.
             tree: result of these steps of this chain, from `results.to_datatree`.
-            template: what else the result has: `chains` and `steps`, its numbers of both, and `time`, its coordinate of
-                time.
+            template: what else the result has: `chains` and `steps`, its numbers of both, `time`, its coordinate of
+                time, and `every`, by site of which only every k-th step is kept.
             inputs: checksum of the inputs of each of these steps.
             notes: what else the line of each of these steps says.
             state: state of the filter after the steps, a pytree of arrays.
@@ -320,12 +322,12 @@ class RunStore:
         """
         try:
             self._prepare(tree, template)
-            values = self._write(chain, first, len(inputs), tree)
+            values = self._write(chain, first, len(inputs), tree, template)
             self._chain(chain).mkdir(exist_ok=True)
             lines = [
                 {
                     **{"step": first + i, "inputs": given, "belongs": self._mark(chain, first + i), **note},
-                    "values": {name: crcs[i] for name, crcs in values.items()},
+                    "values": {name: crcs[i] for name, crcs in values.items() if i in crcs},
                 }
                 for i, (given, note) in enumerate(zip(inputs, notes, strict=True))
             ]
@@ -462,15 +464,31 @@ class RunStore:
             self._arrays[name] = found
         return self._arrays[name]
 
-    def _write(self, chain: int, first: int, count: int, tree: xarray.DataTree) -> dict[str, list[int]]:
-        """Write the values of steps, and return the checksums of each step's values by variable."""
+    def _write(
+        self, chain: int, first: int, count: int, tree: xarray.DataTree, template: Mapping[str, Any]
+    ) -> dict[str, dict[int, int]]:
+        """Write the values of steps.
+
+        Returns:
+            For each variable, by "group/name", the checksum of each step that is kept, counted from the first.
+        """
         found = {}
         for group, node in tree.children.items():
             for name, variable in node.to_dataset().data_vars.items():
                 path = f"{group}/{name}"
                 array, values = self._array(path), np.ascontiguousarray(variable.values)
-                array[_region(array, chain, first, first + count)] = values
-                found[path] = [_crc(_at(array, values, i)) for i in range(count)]
+                every = template["every"].get(variable.attrs.get("site", name), 1) if group == "posterior" else 1
+                if every == 1:
+                    kept = list(range(count))
+                    array[_region(array, chain, first, first + count)] = values
+                else:
+                    kept = [
+                        i for i in range(count) if (first + i + 1) % every == 0 or first + i + 1 == template["steps"]
+                    ]
+                    for i in kept:
+                        at = _region(array, chain, first + i, first + i + 1)
+                        array[at] = np.expand_dims(_at(array, values, i), variable.dims.index("time"))
+                found[path] = {i: _crc(_at(array, values, i)) for i in kept}
         return found
 
     def _mark(self, chain: int, step: int) -> str:
@@ -518,9 +536,9 @@ def _chunks(dims: tuple[str, ...], shape: tuple[int, ...], itemsize: int) -> tup
 
 def _codecs() -> list[Any]:
     """Codecs of all arrays: fast compression, and a checksum of the chunk."""
-    from zarr.codecs import Crc32cCodec, ZstdCodec
+    from zarr.codecs import BloscCodec, Crc32cCodec
 
-    return [ZstdCodec(level=1), Crc32cCodec()]
+    return [BloscCodec(cname="zstd", clevel=1, shuffle="shuffle"), Crc32cCodec()]
 
 
 def _text(values: np.ndarray) -> np.ndarray:
@@ -531,6 +549,11 @@ def _text(values: np.ndarray) -> np.ndarray:
 def _fill(dtype: np.dtype) -> Any:
     """Value of steps that are not made yet: NaN, -1, 0 if there are no negative numbers, or False."""
     return {"f": np.nan, "i": -1, "u": 0, "b": False, "c": np.nan}[dtype.kind]
+
+
+def _is_kept(step: int, every: int, steps: int) -> bool:
+    """Whether a step is one of every k-th, or the last."""
+    return (step + 1) % every == 0 or step + 1 == steps
 
 
 def _region(array: Any, chain: int, first: int, stop: int) -> tuple[slice, ...]:

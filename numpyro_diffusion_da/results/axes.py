@@ -48,11 +48,12 @@ class Axes:
     def __init__(self, result: FilterResult, time: Any, dims: Dims, coords: Coords) -> None:
         for name, value in (("dims", dims), ("coords", coords)):
             require(value, Mapping, "the conversion of a result", name, '{"station": ["Oslo", "Bergen"]}')
-        chains, draws, steps = result.posterior[result.latent_name].shape[:3]
+        chains, draws, steps = result.sizes
         self.result = result
         self.dims = {site: names_of_axes(site, names) for site, names in dims.items()}
         self.sizes: dict[str, int] = {}
-        self.site_names = {*result.posterior, *result.observed_data, *result.metadata}
+        reduced = (name for arrays in result.reduced.values() for name in arrays)
+        self.site_names = {*result.posterior, *reduced, *result.observed_data, *result.metadata}
         self.given = {name: coordinate_values(name, values) for name, values in coords.items()}
         for name in SHARED & set(coords):
             instead = "give it as time=..." if name == "time" else "it counts chains or particles; leave it out"
@@ -61,11 +62,17 @@ class Axes:
             "chain": np.arange(chains),
             "draw": np.arange(draws),
             "time": times(time, steps),
+            "quantile": np.array(result.quantiles),
         }
         layout = result.layout
         self.layout_values: dict[str, Any] = {} if layout is None else layout.coords()
         self.fields = layout
-        if layout is None or not layout.variables or result.posterior[result.latent_name].shape[3:] != layout.shape:
+        states = [
+            (result.posterior, 3),
+            *((arrays, 2) for kind, arrays in result.reduced.items() if kind != "quantile"),
+        ]
+        shapes = [arrays[result.latent_name].shape[n:] for arrays, n in states if result.latent_name in arrays]
+        if layout is None or not layout.variables or any(shape != layout.shape for shape in shapes):
             self.fields = None
         else:
             self.layout_values |= layout.level_coords()
@@ -88,6 +95,7 @@ class Axes:
         """Shapes of a site after its leading axes, in each group that has the site."""
         result = self.result
         arrays = [
+            *((found, 3 if kind == "quantile" else 2) for kind, found in result.reduced.items()),
             (result.posterior, 3),
             (result.posterior_predictive, 3),
             (result.observed_data, 1),
@@ -139,15 +147,19 @@ class Axes:
         units = {} if layout is None else {latent: {"units": layout.units}}
         return {site: self.variable(site, values, leading, units.get(site)) for site, values in arrays.items()}
 
-    def with_state(self, arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    def with_state(self, arrays: Mapping[str, np.ndarray], leading: tuple[str, ...] = PARTICLE) -> dict[str, Any]:
         """Variables of all sites of a group; the state is split into fields if its layout has variables.
+
+        Args:
+            arrays: values of each site.
+            leading: names of their leading axes.
 
         Raises:
             ValueError: `dims` names axes of the split state, or the name of a field is already taken.
         """
         latent, layout = self.result.latent_name, self.fields
         if layout is None or latent not in arrays:
-            return self.sites(arrays, PARTICLE)
+            return self.sites(arrays, leading)
         if latent in self.dims:
             raise ValueError(
                 f"dims names the axes of '{latent}', but its layout splits it into the fields "
@@ -162,8 +174,8 @@ class Axes:
                     "rename the site or the variable of the layout."
                 )
             attributes = {**gridded_data.attributes(layout.variable(name)), "site": latent}
-            fields[name] = self.variable(name, values, PARTICLE, attributes, dims)
-        return {**fields, **self.sites(others, PARTICLE)}
+            fields[name] = self.variable(name, values, leading, attributes, dims)
+        return {**fields, **self.sites(others, leading)}
 
     def coordinates(self, variables: Mapping[str, Any]) -> dict[str, Any]:
         """Coordinates of all dimensions of a group; those without values count 0, 1, ..., as ArviZ's plots require."""

@@ -40,6 +40,13 @@ GROUPS = {
 }
 """Description of each group of a filter result."""
 
+REDUCED = {
+    "posterior_mean": "Mean over the analysis particles.",
+    "posterior_std": "Standard deviation over the analysis particles, with the divisor N - 1.",
+    "posterior_quantile": "Quantiles of the analysis particles.",
+}
+"""Description of each group of reductions over particles."""
+
 SMOOTHED = {
     "genealogy": "Trajectories, equally weighted: each draw is a path of states given all observations.",
     "backward simulation": "Trajectories, equally weighted: each draw is a path of states given all observations.",
@@ -155,8 +162,9 @@ def to_datatree(
 ) -> xarray.DataTree:
     """Convert a filter result to a tree of named and labeled arrays for xarray, netCDF and Zarr.
 
-    The groups are `posterior`, `prior` if forecasts were kept, `posterior_predictive`, `log_likelihood`,
-    `observed_data`, `constant_data` (``{site}_error`` and ``{site}_missing`` for each observed site, and the
+    The groups are `posterior`, `posterior_mean`, `posterior_std` and `posterior_quantile` if the run kept them, `prior`
+    if forecasts were kept, `posterior_predictive`, `log_likelihood`, `observed_data`,
+    `constant_data` (``{site}_error`` and ``{site}_missing`` for each observed site, and the
     deterministic sites of `FilterResult.metadata`) and `sample_stats` (with ``{site}_background``,
     ``{site}_background_variance``, ``{site}_background_error_variance``, ``{site}_background_members`` and
     ``{site}_departure`` for each observed site that has a mean and a variance, and ``{site}_rejected`` for a
@@ -188,7 +196,8 @@ def to_datatree(
 
     require(result, FilterResult, "to_datatree", "result", "filter.result")
     axes = Axes(result, time, {} if dims is None else dims, {} if coords is None else coords)
-    latent = {result.latent_name: result.posterior[result.latent_name]}  # the state comes first
+    first = [name for name in (result.latent_name,) if name in result.posterior]  # the state comes first
+    latent = {name: result.posterior[name] for name in first}
     stats = {
         **result.sample_stats,
         **{f"network_passes_{name}": passes for name, passes in result.network_passes.items()},
@@ -197,6 +206,10 @@ def to_datatree(
     groups = {
         "posterior": axes.with_state({**latent, **result.posterior}),
         "prior": axes.with_state(forecasts),
+        **{
+            f"posterior_{kind}": axes.with_state(arrays, (*CHAIN, "quantile") if kind == "quantile" else CHAIN)
+            for kind, arrays in result.reduced.items()
+        },
         "posterior_predictive": axes.sites(result.posterior_predictive, PARTICLE),
         "log_likelihood": axes.sites(result.log_likelihood, PARTICLE),
         "observed_data": axes.sites(result.observed_data, ("time",)),
@@ -444,7 +457,7 @@ def _description(group: str, result: FilterResult) -> dict[str, str]:
     """Attributes that describe the contents of a group and its values for missing observations."""
     missing = {"missing_observations": MISSING[group]} if group in MISSING else {}
     smoothed = SMOOTHED.get(str(result.attributes.get("smoothing"))) if group == "posterior" else None
-    return {"description": smoothed or GROUPS[group], **missing}
+    return {"description": smoothed or {**GROUPS, **REDUCED}[group], **missing}
 
 
 def _attributes(result: FilterResult | ParameterResult) -> dict[str, Any]:

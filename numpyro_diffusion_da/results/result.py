@@ -62,7 +62,8 @@ class FilterResult:
     """Result of a filter run as numpy arrays; `to_datatree` gives them names.
 
     Attributes:
-        posterior: particles of latent and deterministic sites, each (chain, draw, time, ...); equally weighted.
+        posterior: particles of latent and deterministic sites, each (chain, draw, time, ...); equally weighted. Empty
+            if the run kept reductions only.
         posterior_predictive: one draw of each observed site per particle, error included, (chain, draw, time, ...).
         log_likelihood: log p(y | x) of each observed site, (chain, draw, time, ...); 0 where missing or rejected.
         observed_data: observed values of each observed site, (time, ...), NaN where missing.
@@ -85,6 +86,8 @@ class FilterResult:
             on the inputs of the scan and on arguments of the program only, such as places or numbers of stations.
         lagged: states on the lines of the particles `lag` steps later, which the filter has selected and moved with
             them, (chain, draw, time, ...); None for a filter without a lag. `results.fixed_lag` makes a result of them.
+        reduced: reductions of the particles that the run kept, by kind (`mean`, `std`, `quantile`) and site, (chain,
+            time, ...); quantiles have their axis after time.
     """
 
     posterior: dict[str, np.ndarray]
@@ -103,6 +106,21 @@ class FilterResult:
     metadata: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
     background: dict[str, Background] = dataclasses.field(default_factory=dict)
     lagged: np.ndarray | None = None
+    reduced: dict[str, dict[str, np.ndarray]] = dataclasses.field(default_factory=dict)
+
+    @property
+    def quantiles(self) -> tuple[float, ...]:
+        """Quantiles of `reduced`."""
+        return tuple(self.attributes.get("quantiles", ()))
+
+    @property
+    def sizes(self) -> tuple[int, int, int]:
+        """Numbers of chains, draws and steps."""
+        if self.posterior:
+            chains, draws, steps = next(iter(self.posterior.values())).shape[:3]
+            return chains, draws, steps
+        chains, steps = self.sample_stats["ess"].shape[:2]
+        return chains, int(self.attributes["num_particles"]), steps
 
     def departure(self, site: str) -> np.ndarray:
         """Departure O - B of each value of a site, (chain, time, ...); NaN where missing.

@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 LAGGED = "lagged"
 """Group with the states on the lines of the particles some steps later, for a filter with a lag."""
 
+REDUCED = ("mean", "std", "quantile")
+"""Kinds of reductions over particles."""
+
 PASSES = "network_passes_"
 """Prefix of the numbers of network passes in `sample_stats`."""
 
@@ -92,7 +95,7 @@ def read_result(
             )
     error = {site: constant.pop(f"{site}_error") for site in observed_names}
     mask = {site: ~constant.pop(f"{site}_missing") for site in observed_names}
-    has_state = latent_name in posterior
+    has_state = latent_name in posterior or not posterior
     forecast = sites("prior").get(latent_name) if particles else None
     result = FilterResult(
         posterior=posterior,
@@ -104,11 +107,12 @@ def read_result(
         forecast=forecast,
         sample_stats=stats,
         network_passes=passes,
-        latent_name=latent_name if has_state or not posterior else next(iter(posterior)),
+        latent_name=latent_name if has_state else next(iter(posterior)),
         layout=layout if has_state else None,
         attributes=dict(attributes),
         rejected=rejected,
         metadata=constant,
         background=background,
+        reduced={kind: found for kind in REDUCED if (found := sites(f"posterior_{kind}"))},
     )
     return result, values(LAGGED).get(latent_name) if particles else None

@@ -57,6 +57,8 @@ def summary_table(result: FilterResult, max_rows: int = 8) -> Group:
     require_count(max_rows, "summary_table", "max_rows")
     settings = result.attributes
     title = f"{settings.get('algorithm', 'a filter')} on '{settings.get('model', 'a model')}'"
+    if not result.posterior:
+        return Group(title, _filter_table(result), "The run kept reductions of its particles only.")
     size = int(_defined(result, result.posterior[result.latent_name].shape[3:]).sum())
     chains = result.posterior[result.latent_name].shape[0]
     which = f"the {max_rows} of {size} values with the largest r_hat" if chains > 1 else f"{max_rows} of {size} values"
@@ -72,7 +74,7 @@ def _filter_table(result: FilterResult) -> Any:
     from rich.table import Table
 
     stats = result.sample_stats
-    chains, draws, steps = result.posterior[result.latent_name].shape[:3]
+    chains, draws, steps = result.sizes
     table = Table(box=SIMPLE, show_header=False)
     table.add_row("particles x chains x steps", f"{draws} x {chains} x {steps}")
     observed = sum(int(mask.sum()) for mask in result.observed_mask.values())
