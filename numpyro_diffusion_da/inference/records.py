@@ -45,8 +45,8 @@ def record_step(
         Nested dictionaries of arrays: `sites`, `reduced` (see `Keep`), `stats`, `passes` and `observations`, the
         numbers of non-finite weights and particles, `failures` (see `count_failures`), `metadata` if there are such
         sites, `unplaced` if places of observations move (see `unplaced_observations`), `forecast` if it is kept,
-        `background` if the filter records it, `rejected` if the observations were checked, and `lagged` if the filter has a lag of L: the states L steps
-        before on the lines of the new particles.
+        `background` if the filter records it, `rejected` if the observations were checked, and `lagged` if the filter
+        has a lag of L: the states L steps before on the lines of the new particles.
 
     Raises:
         ValueError: `keep` asks for forecasts and the filter computes none, `keep` names an unknown site, or the filter
