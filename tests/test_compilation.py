@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -103,3 +105,33 @@ def test_gencast_without_its_package_says_what_to_install(monkeypatch, tmp_path,
     with pytest.raises(ImportError, match="not on PyPI") as error:
         ndda.GenCastPrior.from_checkpoint(tmp_path / "a.npz", stats=tmp_path, surface=tmp_path / "a.nc")
     assert ("jax <= 0.8.1" in str(error.value)) == (found == "graphcast")
+
+
+@pytest.mark.slow
+def test_a_second_process_compiles_nothing_that_takes_long(tmp_path):
+    code = """
+import sys, jax, numpy as np, numpyro, numpyro.distributions as dist
+from numpyro.contrib.control_flow import scan
+import numpyro_diffusion_da as ndda
+
+ndda.inference.cache_compiled(sys.argv[1])
+missed = []
+jax.monitoring.register_event_listener(lambda name, **rest: missed.append(name) if name.endswith("cache_misses") else 0)
+
+def model(y):
+    def step(x, y_t):
+        x = numpyro.sample("x", dist.Normal(0.9 * x, 0.5))
+        numpyro.sample("y", dist.Normal(x, 0.3), obs=y_t)
+        return x, None
+    scan(step, 0.0, y)
+
+run = ndda.Filter(ndda.Bootstrap(model), num_particles=8, progress_bar=False)
+run.run(jax.random.key(0), np.zeros(3, np.float32))
+print(len(missed), run.result.posterior["x"].sum())
+"""
+    command = [sys.executable, "-W", "ignore", "-c", code, str(tmp_path / "cache")]
+    outputs = [subprocess.run(command, capture_output=True, text=True, check=True).stdout.split() for _ in range(2)]
+    (first, first_sum), (second, second_sum) = outputs
+    assert int(first) > 0
+    assert int(second) < int(first)
+    assert first_sum == second_sum

@@ -40,6 +40,15 @@ def load(name: str, directory: Path = BENCHMARKS):
 
 
 @pytest.mark.slow
+def test_throughput_runs(tmp_path):
+    out = tmp_path / "table.json"
+    sizes = ("--particles", "20", "--dims", "2", "--steps", "5", "--repeats", "1")
+    assert run_program("throughput.py", *sizes, "--out", str(out)).returncode == 0
+    (row,) = json.loads(out.read_text())
+    assert set(row["seconds"]) == {"this library", "cuthbert", "bare lax.scan"}
+
+
+@pytest.mark.slow
 def test_linear_gaussian_runs(tmp_path):
     out = tmp_path / "table.json"
     tiny = ("--seeds", "1", "--steps", "5", "--particles", "32", "--dims", "4")

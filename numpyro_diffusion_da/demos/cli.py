@@ -84,8 +84,12 @@ def demo(
 
     lorenz96: every second site of Lorenz-96 is observed; runs FA-APF with moved ancestors and five controls.
     held_suarez: global weather observed by 200 stations near the ground; runs FA-APF with moved ancestors and six
-    controls.
+    controls. Compiled programs are kept in the user's cache directory, so that a second demo begins sooner.
     """
+    import numpyro_diffusion_da as ndda
+
+    with contextlib.suppress(OSError):  # without a place for the cache everything is compiled
+        ndda.inference.cache_compiled()
     default_particles, default_truths, default_cycles = DEFAULTS[which]
     run = {Which.LORENZ96: _lorenz96, Which.HELD_SUAREZ: _held_suarez}[which]
     run(

@@ -1,6 +1,7 @@
 """Runs of a filter over time, and inference of global parameters from its evidence."""
 
 from numpyro_diffusion_da.inference.compilation import Compiled
+from numpyro_diffusion_da.inference.compile_cache import cache_compiled
 from numpyro_diffusion_da.inference.filter import Filter
 from numpyro_diffusion_da.inference.keeping import Kept
 from numpyro_diffusion_da.inference.online_filter import OnlineFilter
@@ -19,5 +20,6 @@ __all__ = [
     "RunProgress",
     "SpreadTrial",
     "SpreadTuning",
+    "cache_compiled",
     "tune_spread",
 ]

@@ -1,0 +1,144 @@
+"""Seconds of a bootstrap filter: this library, cuthbert, and a bare loop, side by side.
+
+The model is linear and Gaussian, d values, all observed. Each row is the median over repeats of a whole run after the
+first one, so nothing is compiled. `Filter.run` traces the program anew each time, checks it, and returns a result with
+particles, weights, predictive draws and diagnostics. cuthbert's `filter` returns particles and weights. The bare loop is
+a `lax.scan` of three lines that keeps the particles: no filter can be faster by much.
+
+    python examples/benchmarks/throughput.py
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro
+import numpyro.distributions as dist
+from jaxtyping import Array
+from numpyro.contrib.control_flow import scan
+from rich.console import Console
+from rich.table import Table
+
+import numpyro_diffusion_da as ndda
+
+DECAY, SPREAD, ERROR = 0.9, 0.5, 0.3
+
+
+def program(y: Array) -> None:
+    """State-space model whose noise and errors are independent."""
+
+    def step(x: Array, y_t: Array) -> tuple[Array, None]:
+        x = numpyro.sample("x", dist.Normal(DECAY * x, SPREAD).to_event(1))
+        numpyro.sample("y", dist.Normal(x, ERROR).to_event(1), obs=y_t)
+        return x, None
+
+    scan(step, jnp.zeros(y.shape[1]), y)
+
+
+def of_this_library(n: int, y: np.ndarray) -> Callable[[int], Any]:
+    """Whole run of `Filter`, for a seed."""
+    run = ndda.Filter(ndda.Bootstrap(program), num_particles=n, progress_bar=False, keep_observed=False)
+
+    def filtered(seed: int) -> Any:
+        run.run(jax.random.key(seed), y)
+        return run.result.posterior["x"]
+
+    return filtered
+
+
+def of_cuthbert(n: int, y: np.ndarray) -> Callable[[int], Any]:
+    """Compiled bootstrap filter of cuthbert on the Feynman-Kac model of the same program, for a seed."""
+    import cuthbert
+    from cuthbert.smc import particle_filter
+    from cuthbertlib.resampling import systematic
+
+    parts = ndda.program.feynman_kac.bootstrap(ndda.program.StateSpaceModel(program, (y,)))
+    functions = (parts.init_sample, parts.propagate_sample, parts.log_potential)
+    built = particle_filter.build_filter(*functions, n, systematic.resampling)
+
+    @jax.jit
+    def run(key: Array) -> Any:
+        init_key, run_key = jax.random.split(key)
+        states = cuthbert.filter(built, parts.model_inputs, built.init_prepare(key=init_key), key=run_key)
+        return states.particles, states.log_weights
+
+    return lambda seed: jax.block_until_ready(run(jax.random.key(seed)))
+
+
+def of_a_bare_loop(n: int, y: np.ndarray) -> Callable[[int], Any]:
+    """Compiled loop that resamples, moves and weighs, for a seed."""
+    from blackjax.smc.resampling import systematic
+
+    def filtered(key: Array) -> Array:
+        def step(carry: tuple[Array, Array], given: tuple[Array, Array]) -> tuple[tuple[Array, Array], Array]:
+            (x, log_weights), (y_t, key) = carry, given
+            resampling_key, noise_key = jax.random.split(key)
+            x = x[systematic(resampling_key, jax.nn.softmax(log_weights), n)]
+            x = DECAY * x + SPREAD * jax.random.normal(noise_key, x.shape)
+            return (x, -0.5 * jnp.sum(((y_t - x) / ERROR) ** 2, axis=-1)), x
+
+        first = jnp.zeros((n, y.shape[1])), jnp.zeros(n)
+        return jax.lax.scan(step, first, (jnp.asarray(y), jax.random.split(key, len(y))))[1]
+
+    run = jax.jit(filtered)
+    return lambda seed: np.asarray(run(jax.random.key(seed)))
+
+
+RUNS = {"this library": of_this_library, "cuthbert": of_cuthbert, "bare lax.scan": of_a_bare_loop}
+
+
+def measure(n: int, d: int, steps: int, repeats: int) -> dict[str, float]:
+    """Median seconds of a run of each filter, in turns.
+
+    Args:
+        n: number of particles.
+        d: number of values of the state.
+        steps: number of steps.
+        repeats: number of runs of each, after a first one that compiles.
+    """
+    y = np.sin(np.arange(steps)[:, None] + np.arange(d)).astype(np.float32)
+    runs = {name: make(n, y) for name, make in RUNS.items()}
+    for run in runs.values():
+        run(0)
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for seed in range(1, repeats + 1):
+        for name, run in runs.items():
+            began = time.perf_counter()
+            run(seed)
+            seconds[name].append(time.perf_counter() - began)
+    return {name: float(np.median(values)) for name, values in seconds.items()}
+
+
+def main() -> None:
+    """Print the table, and write it as JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--particles", type=int, nargs="+", default=[1000, 10_000])
+    parser.add_argument("--dims", type=int, nargs="+", default=[1, 20])
+    parser.add_argument("--steps", type=int, nargs="+", default=[100, 1000])
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--out", type=Path, default=Path("throughput.json"))
+    options = parser.parse_args()
+    table = Table("d", "N", "steps", *(f"{name}, s" for name in RUNS), "over cuthbert", "over the bare loop")
+    rows = []
+    for d in options.dims:
+        for n in options.particles:
+            for steps in options.steps:
+                found = measure(n, d, steps, options.repeats)
+                ours, theirs, bare = found.values()
+                rows.append({"d": d, "particles": n, "steps": steps, "seconds": found})
+                numbers = [f"{seconds:.3f}" for seconds in found.values()]
+                table.add_row(str(d), str(n), str(steps), *numbers, f"{ours / theirs:.2f}", f"{ours / bare:.2f}")
+    Console().print(table)
+    options.out.write_text(json.dumps(rows, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
