@@ -62,6 +62,7 @@ MARKS = {"gencast.md": needs_gencast, "weathernext2.md": needs_weathernext2} | {
         "robustness.md",
         "choices.md",
         "online.md",
+        "scale.md",
         "emulators.md",
         "scale.md",
         "observations_table.md",

@@ -38,7 +38,8 @@ from numpyro_diffusion_da.diffusion.denoiser import NetworkPasses
 from numpyro_diffusion_da.program.scan import ObservedSite, TimeInputs
 from numpyro_diffusion_da.program.sites import has_mean_and_variance, mean_and_variance
 from numpyro_diffusion_da.program.state_space import StateSpaceModel
-from numpyro_diffusion_da.smc.base import map_particles, num_particles, particle_keys
+from numpyro_diffusion_da.smc.base import map_particles, particle_keys, total_particles
+from numpyro_diffusion_da.smc.sharding import first, own, rows_at, whole
 from numpyro_diffusion_da.transition.base import DrawRecord
 from numpyro_diffusion_da.transition.gaussian import GaussianDynamics
 from numpyro_diffusion_da.transition.predictive import observed_variances
@@ -114,13 +115,6 @@ def evenly_spread(n: int, members: int) -> np.ndarray:
     return np.arange(min(members, n)) * n // min(members, n)
 
 
-def take(particles: PyTree, which: np.ndarray) -> PyTree:
-    """Select particles by index; all of them are returned without a copy."""
-    if len(which) == num_particles(particles):
-        return particles
-    return jax.tree.map(lambda leaf: leaf[which], particles)
-
-
 class Drawn(NamedTuple):
     """Particle that holds its draw of the next state already.
 
@@ -191,8 +185,7 @@ def rejected_by(
         particles: carries before the step, leading axis N.
         inputs: inputs of the time.
     """
-    first = jax.tree.map(lambda leaf: leaf[0], particles)
-    return screen.reject(background, program.sites(first, inputs).observed)
+    return screen.reject(background, program.sites(first(particles), inputs).observed)
 
 
 def screened(
@@ -226,18 +219,20 @@ def background_of_draws(
     x: Float[Array, "m ..."],
     particles: PyTree,
     inputs: TimeInputs,
+    members: int,
     batch_size: int | None = None,
 ) -> dict[str, SiteBackground]:
     """Background of each observed site, from draws of the next state that have not seen the observations.
 
     Args:
         program: state-space model at given arguments of the program.
-        x: draws, leading axis M.
+        x: draws, leading axis M; on a mesh this device's share of them.
         particles: carries that they were drawn from, leading axis M.
         inputs: inputs of the time.
+        members: number M of draws on all devices.
         batch_size: number of particles used at a time; None for all at once.
     """
-    seen = map_particles(_site_moments(program, inputs), batch_size)(x, particles)
+    seen = whole(map_particles(_site_moments(program, inputs), batch_size)(x, particles), members)
     return {name: _summarized(*moments) for name, moments in seen.items()}
 
 
@@ -268,21 +263,22 @@ def background_of_transition(
         conditioning: conditioning of every particle, leading axis N; None computes it where it is needed.
         batch_size: number of particles used at a time; None for all at once.
     """
-    n, emulator = num_particles(particles), program.structure.emulator
-    passes = no_passes()
-    own = program.conditioning_passes if conditioning is None else NetworkPasses.of()
+    n, emulator = total_particles(particles), program.structure.emulator
+    passes, members = no_passes(), n
+    own_passes = program.conditioning_passes if conditioning is None else NetworkPasses.of()
     # Spread between the forecast means.
     means_of = particles
     if forecast is None:
-        means_of, given = take((particles, conditioning), evenly_spread(n, n if emulator is None else MEANS))
+        which = evenly_spread(n, n if emulator is None else MEANS)
+        (means_of, given), members = rows_at((particles, conditioning), which), len(which)
 
         def mean(carry: PyTree, given: PyTree | None) -> tuple[Array, NetworkPasses]:
             moments = program.transition(carry, inputs, conditioning=given).moments()
-            return moments.mean, moments.passes.plus(own)
+            return moments.mean, moments.passes.plus(own_passes)
 
         forecast, made = map_particles(mean, batch_size)(means_of, given)
-        passes = passes.plus(per_particle(made, n))
-    between = background_of_draws(program, forecast, means_of, inputs, batch_size)
+        passes = passes.plus(per_particle(whole(made, members), n))
+    between = background_of_draws(program, forecast, means_of, inputs, members, batch_size)
     if not between:
         return BackgroundRecord({}, passes)
 
@@ -300,11 +296,12 @@ def background_of_transition(
         exact = isinstance(dynamics, GaussianDynamics)
         variances, products = observed_variances(moments, means, key, exact)
         made = jax.tree.map(lambda count: count * products, moments.passes_per_product)
-        return variances, moments.passes.plus(made).plus(own)
+        return variances, moments.passes.plus(made).plus(own_passes)
 
     some = evenly_spread(n, MEANS if emulator is None else PROBED)
-    keys = particle_keys(rng_key, len(some))
-    variances, made = map_particles(within, batch_size)(keys, *take((particles, conditioning), some))
+    keys = own(particle_keys(rng_key, len(some)))
+    found = map_particles(within, batch_size)(keys, *rows_at((particles, conditioning), some))
+    variances, made = whole(found, len(some))
     sites = {
         name: site._replace(variance=site.variance + _positive_mean(variances[name])) for name, site in between.items()
     }

@@ -28,7 +28,6 @@ from numpyro_diffusion_da.filters.background import (
     no_passes,
     per_particle,
     rejected_by,
-    take,
 )
 from numpyro_diffusion_da.filters.conditioning import held_conditioning
 from numpyro_diffusion_da.program.scan import TimeInputs
@@ -39,10 +38,11 @@ from numpyro_diffusion_da.smc.base import (
     State,
     init,
     map_particles,
-    num_particles,
     particle_keys,
+    total_particles,
 )
 from numpyro_diffusion_da.smc.localization import Taper
+from numpyro_diffusion_da.smc.sharding import own, rows_at, whole
 from numpyro_diffusion_da.transition.base import DrawRecord
 
 ConditionedKernel = Callable[[PRNGKeyArray, State, TimeInputs, PyTree | None], tuple[State, Info]]
@@ -100,6 +100,8 @@ class FilterAlgorithm(abc.ABC):
     """Whether the transition must be a diffusion or Gaussian, and the likelihood of a kind that can guide a draw."""
     needs_gaussian_errors: ClassVar[bool] = False
     """Whether all observed sites must be Gaussian."""
+    can_be_sharded: ClassVar[bool] = False
+    """Whether the kernel takes its particles sharded over a mesh, by the functions of `smc.sharding`."""
     moves_carry: ClassVar[bool] = False
     """Whether an update moves the parameters in the carry, and not only the state."""
     target_ess: float = 0.0
@@ -145,11 +147,12 @@ class FilterAlgorithm(abc.ABC):
             rng_key: random key; that of particle i is fold_in(rng_key, i).
             n: number of particles N.
         """
-        state = init(jax.vmap(program.initial)(particle_keys(rng_key, n)), self.resample_below)
+        keys = own(particle_keys(rng_key, n))
+        state = init(jax.vmap(program.initial)(keys), self.resample_below)
         if self.lag == 0:
             return state
         like = program.structure.shapes.state[program.structure.latent_name]
-        return state._replace(past=jnp.zeros((n, self.lag, *like.shape), like.dtype))
+        return state._replace(past=jnp.zeros((len(keys), self.lag, *like.shape), like.dtype))
 
     def has_evidence(self) -> bool:
         """Whether the filter estimates the evidence log p(y)."""
@@ -225,19 +228,20 @@ class FilterAlgorithm(abc.ABC):
         draw = functools.partial(program.draw, sampler=self.sampler)
 
         def kernel(rng_key: PRNGKeyArray, state: State, inputs: TimeInputs) -> tuple[State, Info]:
-            n = num_particles(state.particles)
+            n = total_particles(state.particles)
+            which = evenly_spread(n, screen.members)
             conditioning = held_conditioning(program, state.particles, inputs, batch_size)
-            some, given = take((state.particles, conditioning), evenly_spread(n, screen.members))
+            some, given = rows_at((state.particles, conditioning), which)
             # Kernels use up to four keys. A fifth one leaves their draws the same with and without a check.
-            keys = particle_keys(jax.random.split(rng_key, 5)[4], num_particles(some))
+            keys = own(particle_keys(jax.random.split(rng_key, 5)[4], len(which)))
             x, record = map_particles(
                 lambda key, carry, given: draw(key, carry, inputs, conditioning=given), batch_size
             )(keys, some, given)
-            sites = background_of_draws(program, x, some, inputs, batch_size)
+            sites = background_of_draws(program, x, some, inputs, len(which), batch_size)
             rejected = rejected_by(screen, program, sites, state.particles, inputs)
             step = self.conditioned_kernel(program.without(rejected), batch_size)
             new, info = step(rng_key, state, inputs, conditioning)
-            check = CheckRecord(rejected, per_particle(record.passes, n))
+            check = CheckRecord(rejected, per_particle(whole(record.passes, len(which)), n))
             return new, info._replace(check=check, background=BackgroundRecord(sites, no_passes()))
 
         return kernel

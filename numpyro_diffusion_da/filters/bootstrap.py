@@ -27,10 +27,11 @@ from numpyro_diffusion_da.smc.base import (
     Resampling,
     State,
     map_particles,
-    num_particles,
     particle_keys,
     represented,
+    total_particles,
 )
+from numpyro_diffusion_da.smc.sharding import added, own
 from numpyro_diffusion_da.transition.base import DrawRecord
 
 
@@ -56,6 +57,7 @@ class Bootstrap(FilterAlgorithm):
             and carried on.
     """
 
+    can_be_sharded: ClassVar[bool] = True
     needs_gaussian: ClassVar[bool] = False
 
     model: Callable[..., Any]
@@ -91,11 +93,12 @@ class Bootstrap(FilterAlgorithm):
 
         def kernel(rng_key: PRNGKeyArray, state: State, inputs: TimeInputs) -> tuple[State, Info]:
             # The draws, with the keys that the kernel gives to `propose`.
-            keys = particle_keys(jax.random.split(rng_key)[1], num_particles(state.particles))
+            n = total_particles(state.particles)
+            keys = own(particle_keys(jax.random.split(rng_key)[1], n))
             x, record = map_particles(lambda key, carry: draw(key, carry, inputs), batch_size)(keys, state.particles)
             drawn = state._replace(particles=(x, state.particles))
-            members, before = represented(background_key(rng_key), drawn)
-            sites = background_of_draws(program, members, before, inputs, batch_size)
+            (members, before), moved = represented(background_key(rng_key), drawn)
+            sites = background_of_draws(program, members, before, inputs, n, batch_size)
             used, said = screened(screen, program, sites, state.particles, inputs)
             step = bootstrap.build_kernel(
                 functools.partial(propose, used),
@@ -106,7 +109,7 @@ class Bootstrap(FilterAlgorithm):
                 self.resample_below,
             )
             new, info = step(rng_key, state._replace(particles=Drawn(state.particles, x, record)), inputs)
-            return new, info._replace(**said)
+            return new, info._replace(**said, traffic=added(info.traffic, moved))
 
         return kernel
 

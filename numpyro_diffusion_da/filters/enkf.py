@@ -22,10 +22,11 @@ from numpyro_diffusion_da.filters.settings import in_full, inflation_setting, sa
 from numpyro_diffusion_da.program.scan import TimeInputs
 from numpyro_diffusion_da.program.state_space import StateSpaceModel
 from numpyro_diffusion_da.smc import enkf
-from numpyro_diffusion_da.smc.base import Info, Kernel, State, map_particles, num_particles, particle_keys
+from numpyro_diffusion_da.smc.base import Info, Kernel, State, map_particles, particle_keys, total_particles
 from numpyro_diffusion_da.smc.ensemble_update import EnsembleUpdate, PerturbedObservations, TransitionSpread
 from numpyro_diffusion_da.smc.inflation import Inflation, Multiplicative, check_inflation, forecast_factor
 from numpyro_diffusion_da.smc.localization import PlacedTaper, Taper
+from numpyro_diffusion_da.smc.sharding import first, own, whole
 from numpyro_diffusion_da.transition.base import DrawRecord
 from numpyro_diffusion_da.transition.departure import transition_spread
 from numpyro_diffusion_da.transition.weights import WeightRecord
@@ -63,6 +64,7 @@ class EnKF(FilterAlgorithm):
             `transition_covariance` is combined with an update that samples none.
     """
 
+    can_be_sharded: ClassVar[bool] = True
     needs_gaussian: ClassVar[bool] = False
     needs_gaussian_errors: ClassVar[bool] = True
     moves_carry: ClassVar[bool] = True
@@ -116,10 +118,9 @@ class EnKF(FilterAlgorithm):
 
         def kernel(rng_key: PRNGKeyArray, state: State, inputs: TimeInputs) -> tuple[State, Info]:
             # The forecast, with the keys that the kernel would draw it with.
-            n = num_particles(state.particles)
+            n = total_particles(state.particles)
             keys = particle_keys(jax.random.split(rng_key, 3)[0], n)
-            first = jax.tree.map(lambda leaf: leaf[0], state.particles)
-            centering = program.centering(keys, first, inputs, self.sampler)
+            centering = program.centering(keys, first(state.particles), inputs, self.sampler)
             # Two uses of the conditioning: the forecast and the covariance of the transition.
             conditioning = None
             if self.transition_covariance:
@@ -127,9 +128,9 @@ class EnKF(FilterAlgorithm):
             draw = map_particles(
                 lambda key, carry, given: program.draw(key, carry, inputs, self.sampler, centering, given), batch_size
             )
-            x, record = draw(keys, state.particles, conditioning)
-            forecast = widened(jax.random.key(0), x, None)
-            sites = background_of_draws(program, forecast, state.particles, inputs, batch_size)
+            x, record = draw(own(keys), state.particles, conditioning)
+            forecast = own(widened(jax.random.key(0), whole(x), None))
+            sites = background_of_draws(program, forecast, state.particles, inputs, n, batch_size)
             used, said = screened(screen, program, sites, state.particles, inputs)
             particles = Drawn(state.particles, x, record, conditioning, state.past)
             # The carry is the first part of `Drawn`, so its arrays have the same indices in both. The past is the last.

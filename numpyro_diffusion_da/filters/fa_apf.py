@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import numpy as np
@@ -35,14 +35,15 @@ from numpyro_diffusion_da.smc.base import (
     Kernel,
     Resampling,
     State,
-    num_particles,
     particle_keys,
+    total_particles,
 )
 from numpyro_diffusion_da.smc.inflation import Inflation, check_inflation, need_forecast
 from numpyro_diffusion_da.smc.kalman_move import KalmanMove, PlacedMove
 from numpyro_diffusion_da.smc.local_ancestors import LocalAncestors
 from numpyro_diffusion_da.smc.localization import PlacedTaper, Taper
 from numpyro_diffusion_da.smc.probing import class_vectors
+from numpyro_diffusion_da.smc.sharding import first, own
 from numpyro_diffusion_da.smc.tempering import Tempering, WeightTempering
 from numpyro_diffusion_da.transition.base import Centering, DrawRecord
 from numpyro_diffusion_da.transition.departure import exact_up_to, predict
@@ -117,6 +118,8 @@ class FAAPF(FilterAlgorithm):
             negative; or an inflation needs a forecast member for each analysis member (`RTPP`,
             `ForecastMultiplicative`).
     """
+
+    can_be_sharded: ClassVar[bool] = True
 
     model: Callable[..., Any]
     weight: PredictiveWeight | None = None
@@ -288,7 +291,7 @@ class FAAPF(FilterAlgorithm):
         def kernel(
             rng_key: PRNGKeyArray, state: State, inputs: TimeInputs, conditioning: PyTree | None
         ) -> tuple[State, Info]:
-            n = num_particles(state.particles)
+            n = total_particles(state.particles)
             centering = self._centering(program, rng_key, state.particles, inputs, conditional=True)
             ahead = None
             if need_forecast(self.inflation):
@@ -311,7 +314,7 @@ class FAAPF(FilterAlgorithm):
             vectors = None
             if here is not None:
                 # A seventh and an eighth key leave the others the same with and without a move.
-                keys = particle_keys(jax.random.split(rng_key, 7)[6], n)
+                keys = own(particle_keys(jax.random.split(rng_key, 7)[6], n))
                 vectors = self._vectors(program, jax.random.split(rng_key, 8)[7], state.particles, inputs, here.taper)
             particles = Probing(state.particles, keys, state.past, vectors, conditioning)
             new, info = step(rng_key, state._replace(particles=particles), inputs)
@@ -344,10 +347,9 @@ class FAAPF(FilterAlgorithm):
         if self.has_evidence() and self.moves is None:
             return None
         # The kernel draws with the second key of the step, and `draw` with the first key of a particle's.
-        keys = particle_keys(jax.random.split(rng_key)[1], num_particles(particles))
+        keys = particle_keys(jax.random.split(rng_key)[1], total_particles(particles))
         draw_keys = jax.vmap(lambda key: jax.random.split(key)[0])(keys)
-        first = jax.tree.map(lambda leaf: leaf[0], particles)
-        return program.centering(draw_keys, first, inputs, self.sampler, conditional)
+        return program.centering(draw_keys, first(particles), inputs, self.sampler, conditional)
 
     def _vectors(
         self,
@@ -372,7 +374,7 @@ class FAAPF(FilterAlgorithm):
         few = m <= exact_up_to(program.structure.emulator is None, moves.most_products)
         if few or (isinstance(weight, Moment) and weight.probes is None):
             return None
-        return class_vectors(rng_key, num_particles(particles), m, taper)
+        return own(class_vectors(rng_key, total_particles(particles), m, taper))
 
     def _check_errors(self, program: StateSpaceModel) -> None:
         """Check that `LikelihoodTempering` can temper all sites.

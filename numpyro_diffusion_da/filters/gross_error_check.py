@@ -31,7 +31,7 @@ from numpyro_diffusion_da.filters.base import FilterAlgorithm, check_algorithm
 from numpyro_diffusion_da.program.scan import ObservedSite, TimeInputs
 from numpyro_diffusion_da.program.sites import mean_and_variance, site_mask
 from numpyro_diffusion_da.program.state_space import StateSpaceModel
-from numpyro_diffusion_da.smc.base import Info, Kernel, State, num_particles
+from numpyro_diffusion_da.smc.base import Info, Kernel, State, total_particles
 from numpyro_diffusion_da.smc.localization import Taper
 
 
@@ -82,6 +82,7 @@ class GrossErrorCheck(FilterAlgorithm):
         require_count(self.members, "GrossErrorCheck", "members", least=2)
         for name in (
             "model",
+            "can_be_sharded",
             "needs_gaussian",
             "needs_gaussian_errors",
             "moves_carry",
@@ -160,7 +161,7 @@ class GrossErrorCheck(FilterAlgorithm):
         step = self.algorithm.kernel(program, batch_size, Screen(reject, self.members))
 
         def kernel(rng_key: PRNGKeyArray, state: State, inputs: TimeInputs) -> tuple[State, Info]:
-            if num_particles(state.particles) < 2:
+            if total_particles(state.particles) < 2:
                 raise ValueError("GrossErrorCheck got one particle, which has no spread; give num_particles=2 or more.")
             return step(rng_key, state, inputs)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 from jaxtyping import Array, PRNGKeyArray, PyTree
@@ -30,6 +30,7 @@ from numpyro_diffusion_da.smc.base import (
     State,
     represented,
 )
+from numpyro_diffusion_da.smc.sharding import added
 
 PATH_SAMPLER = Sampler(SDEDPMSolverPP2M(), KarrasSchedule(24, rho=20.0))
 """Default sampler of `GuidedPF` if the transition's own sampler does not add noise at every step."""
@@ -64,6 +65,8 @@ class GuidedPF(FilterAlgorithm):
         ValueError: `target_ess` is outside [0, 1); `resample_below` is outside [0, 1], or below 1 with a `target_ess`;
             or the sampler does not add noise at every step.
     """
+
+    can_be_sharded: ClassVar[bool] = True
 
     model: Callable[..., Any]
     guidance: Guidance = dataclasses.field(default_factory=lambda: MMPS(DirectSolve()))
@@ -122,11 +125,11 @@ class GuidedPF(FilterAlgorithm):
             conditioned = state._replace(particles=(state.particles, conditioning))
             new, info = step(rng_key, conditioned, inputs)
             key = background_key(rng_key)
-            particles, given = represented(jax.random.fold_in(key, 1), conditioned)
+            (particles, given), moved = represented(jax.random.fold_in(key, 1), conditioned)
             background = background_of_transition(
                 program, key, particles, inputs, conditioning=given, batch_size=batch_size
             )
-            return new, info._replace(background=background)
+            return new, info._replace(background=background, traffic=added(info.traffic, moved))
 
         return kernel
 

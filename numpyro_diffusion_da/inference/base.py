@@ -9,12 +9,14 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from numpyro_diffusion_da.arguments import require_count, require_flag
 from numpyro_diffusion_da.filters.base import FilterAlgorithm
 from numpyro_diffusion_da.inference.batching import check_batch_size, particles_at_a_time, split_batch
 from numpyro_diffusion_da.inference.compilation import Compiled, HoldsCompiled
+from numpyro_diffusion_da.inference.devices import to_host, usable_mesh
 from numpyro_diffusion_da.inference.evidence import EvidenceEstimator, FilterEvidence, check_evidence
 from numpyro_diffusion_da.program.parameters import GlobalParameters
 from numpyro_diffusion_da.program.state_space import StateSpaceModel
@@ -41,6 +43,7 @@ class ParameterInference(HoldsCompiled, abc.ABC):
         batch_size: number of particles moved at a time, over all filters; None for as many as fit into half of the
             device's memory.
         progress_bar: whether to show a progress bar.
+        mesh: devices that share the particles of each filter; None for one device.
         **numbers: other arguments that must be whole numbers of 1 or more (`num_warmup`: 0 or more), by name.
 
     Raises:
@@ -57,6 +60,7 @@ class ParameterInference(HoldsCompiled, abc.ABC):
         num_chains: int,
         batch_size: int | None,
         progress_bar: bool,
+        mesh: Mesh | None,
         **numbers: int,
     ) -> None:
         check_batch_size(batch_size, type(self).__name__)
@@ -67,6 +71,7 @@ class ParameterInference(HoldsCompiled, abc.ABC):
         self.num_chains = int(num_chains)
         self.batch_size = batch_size
         self.progress_bar = require_flag(progress_bar, self, "progress_bar")
+        self.mesh = usable_mesh(mesh, type(self).__name__, algorithm, num_particles)
         self._estimator = EvidenceEstimator(algorithm, num_particles)
         self._filters_at_a_time: int | None = None
         self._compiled: dict[str, Compiled] = {}
@@ -86,9 +91,10 @@ class ParameterInference(HoldsCompiled, abc.ABC):
         parameters = GlobalParameters(StateSpaceModel(self.algorithm.model, args, kwargs))
         known = parameters.placeholder()
         bias_reasons = check_evidence(self.algorithm, known, name)
-        batch = particles_at_a_time(self.batch_size, self.num_particles * self._num_filters(), known)
-        self._filters_at_a_time, of_filter = split_batch(batch, self.num_particles)
-        self._estimator = EvidenceEstimator(self.algorithm, self.num_particles, of_filter)
+        batch = particles_at_a_time(self.batch_size, self.num_particles * self._num_filters(), known, self.mesh)
+        share = self.num_particles if self.mesh is None else self.num_particles // self.mesh.size
+        self._filters_at_a_time, of_filter = split_batch(batch, share)
+        self._estimator = EvidenceEstimator(self.algorithm, self.num_particles, of_filter, self.mesh)
         for part, fn in self._parts(parameters).items():
             self._compiled.setdefault(part, Compiled(fn)).read_anew(fn)
         return parameters, {
@@ -127,7 +133,7 @@ class ParameterInference(HoldsCompiled, abc.ABC):
 
     def _at(self, rng_key: PRNGKeyArray, positions: Any, given: Any) -> tuple[np.ndarray, dict[str, float]]:
         """Log-evidences at `BATCH` positions, shape (BATCH,), and mean network passes of one run of the filter."""
-        evidence = jax.device_get(self._compiled["evaluate"](rng_key, positions, given))
+        evidence = to_host(self._compiled["evaluate"](rng_key, positions, given))
         passes = {f"network_passes_{n}": float(v.mean()) for n, v in evidence.passes._asdict().items()}
         return evidence.state.log_evidence.astype(np.float64), passes
 
@@ -139,7 +145,7 @@ class ParameterInference(HoldsCompiled, abc.ABC):
 
     def _values(self, positions: np.ndarray, given: Any) -> dict[str, np.ndarray]:
         """Convert positions, shape (..., d), to the values of the parameters in their own space, by site."""
-        return {name: np.asarray(value) for name, value in self._compiled["values"](positions, given).items()}
+        return {name: np.asarray(value) for name, value in to_host(self._compiled["values"](positions, given)).items()}
 
     # --- the result ---------------------------------------------------------------------------------------------------
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import numbers
 from typing import Any
 
+from jax.sharding import Mesh
+
 from numpyro_diffusion_da.arguments import shown
 from numpyro_diffusion_da.diffusion.memory import device_memory
 from numpyro_diffusion_da.program.state_space import StateSpaceModel
@@ -45,17 +47,21 @@ def batch_in_memory(batch_size: int | None, number: int, bytes_each: int) -> int
     return None if fits >= number else max(fits, 1)
 
 
-def particles_at_a_time(batch_size: int | None, number: int, program: StateSpaceModel) -> int | None:
+def particles_at_a_time(
+    batch_size: int | None, number: int, program: StateSpaceModel, mesh: Mesh | None = None
+) -> int | None:
     """Number of particles of a program to move at a time.
 
     Args:
         batch_size: argument of the user; None for as many as fit into half of the device's memory.
         number: number of particles in total.
         program: state-space model of the program, which estimates the working memory of one particle.
+        mesh: devices that share the particles; None for one device.
 
     Returns:
-        Number of particles at a time, 1 or more; None if all of them can move at once.
+        Number of particles at a time on each device, 1 or more; None if all of them can move at once.
     """
+    number = number if mesh is None else number // mesh.size
     if batch_size is not None:
         return batch_in_memory(batch_size, number, 1)
     return batch_in_memory(None, number, program.working_bytes())
@@ -66,7 +72,7 @@ def split_batch(batch: int | None, num_particles: int) -> tuple[int | None, int 
 
     Args:
         batch: number of particles moved at a time, over all filters; None for all.
-        num_particles: number of particles N of one filter.
+        num_particles: number of particles of one filter on one device.
 
     Returns:
         (number of filters at a time, number of particles of a filter at a time), each None for all.

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from numpyro_diffusion_da.diffusion.denoiser import NetworkPasses
@@ -14,6 +16,7 @@ from numpyro_diffusion_da.filters.base import FilterAlgorithm
 from numpyro_diffusion_da.program.scan import TimeInputs
 from numpyro_diffusion_da.program.state_space import StateSpaceModel
 from numpyro_diffusion_da.smc.base import State
+from numpyro_diffusion_da.smc.mesh import on_mesh, started_on_mesh
 
 
 class FilterEvidence(NamedTuple):
@@ -34,12 +37,14 @@ class EvidenceEstimator(NamedTuple):
     Attributes:
         algorithm: filter of the program.
         num_particles: number of particles N.
-        batch_size: number of particles moved at a time; None moves all at once.
+        batch_size: number of particles moved at a time on each device; None moves all at once.
+        mesh: devices that share the particles; None for one device.
     """
 
     algorithm: FilterAlgorithm
     num_particles: int
     batch_size: int | None = None
+    mesh: Mesh | None = None
 
     def start(self, rng_key: PRNGKeyArray, program: StateSpaceModel) -> FilterEvidence:
         """Draw N particles of the initial state, before any observation.
@@ -48,7 +53,8 @@ class EvidenceEstimator(NamedTuple):
             rng_key: random key.
             program: state-space model with its global parameters fixed.
         """
-        state = self.algorithm.initial_state(program, rng_key, self.num_particles)
+        initial = functools.partial(self.algorithm.initial_state, program, n=self.num_particles)
+        state = started_on_mesh(initial, self.mesh)(rng_key)
         return FilterEvidence(state, NetworkPasses(*(jnp.zeros(()) for _ in NetworkPasses._fields)))
 
     def step(
@@ -66,7 +72,8 @@ class EvidenceEstimator(NamedTuple):
             (state and cost after the step; increment of the log-evidence, -inf if it was not a number).
         """
         inputs = TimeInputs(t, jax.tree.map(lambda x: x[t], program.inputs()))
-        state, info = self.algorithm.kernel(program, self.batch_size)(rng_key, evidence.state, inputs)
+        kernel = on_mesh(self.algorithm.kernel(program, self.batch_size), self.mesh)
+        state, info = kernel(rng_key, evidence.state, inputs)
         increment = info.log_evidence_increment
         increment = jnp.where(jnp.isnan(increment), -jnp.inf, increment)
         # Nothing here uses the background, so the compiler leaves its network passes out. They are not counted either.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -12,6 +13,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Array, PRNGKeyArray, PyTree
 
 from numpyro_diffusion_da.arguments import require, require_count, require_flag, require_key, shown
@@ -21,6 +23,7 @@ from numpyro_diffusion_da.inference import backward_simulation as backward
 from numpyro_diffusion_da.inference.batching import batch_in_memory, check_batch_size, particles_at_a_time
 from numpyro_diffusion_da.inference.chunks import Pace, run_chunk
 from numpyro_diffusion_da.inference.compilation import Compiled
+from numpyro_diffusion_da.inference.devices import agreed, to_host, usable_mesh
 from numpyro_diffusion_da.inference.has_result import HasFilterResult
 from numpyro_diffusion_da.inference.identity import computation, versions
 from numpyro_diffusion_da.inference.keeping import Keep, Kept, kept_sites
@@ -45,6 +48,7 @@ from numpyro_diffusion_da.results.axes import times
 from numpyro_diffusion_da.results.background import departure_ratios
 from numpyro_diffusion_da.results.result import FilterResult
 from numpyro_diffusion_da.smc.base import State
+from numpyro_diffusion_da.smc.mesh import on_mesh, started_on_mesh
 
 if TYPE_CHECKING:
     from xarray import DataTree
@@ -83,9 +87,13 @@ class Filter(HasFilterResult):
         time: coordinate of the time axis in the directory, and the default of `to_datatree`; see there.
         dims: names of the axes of sites after time, likewise.
         coords: coordinate values of dimensions, likewise.
+        mesh: devices that share the particles, `jax.make_mesh((8,), ("particles",))`; None for one device. The devices
+            may belong to several processes, each of which makes the same run (`jax.distributed`). The result does not
+            depend on it, up to rounding (docs/scale.md).
 
     Raises:
-        ValueError: `num_particles`, `num_chains` or `batch_size` is below 1, or `keep` names no site.
+        ValueError: `num_particles`, `num_chains` or `batch_size` is below 1, `keep` names no site, `mesh` has another
+            axis than "particles", or its devices cannot share the particles equally.
         TypeError: `algorithm` is not a filter, or a number is not a whole number.
     """
 
@@ -107,6 +115,7 @@ class Filter(HasFilterResult):
         time: Any = None,
         dims: Mapping[str, Sequence[str]] | None = None,
         coords: Mapping[str, Any] | None = None,
+        mesh: Mesh | None = None,
     ) -> None:
         require_count(num_particles, "Filter", "num_particles")
         require_count(num_chains, "Filter", "num_chains")
@@ -116,6 +125,7 @@ class Filter(HasFilterResult):
             raise ValueError("Filter got a site to keep every few steps, but no directory; give both, or every=1.")
         if directory is not None:
             require(directory, (str, os.PathLike), "Filter", "directory", '"my_run"')
+        mesh = usable_mesh(mesh, "Filter", algorithm, num_particles, directory)
         progress_bar = require_flag(progress_bar, "Filter", "progress_bar")
         keep_forecasts = require_flag(keep_forecasts, "Filter", "keep_forecasts")
         keep_observed = require_flag(keep_observed, "Filter", "keep_observed")
@@ -129,6 +139,7 @@ class Filter(HasFilterResult):
         self.keep = kept
         self.directory = directory
         self.time, self.dims, self.coords = time, dims, coords
+        self.mesh = mesh
         self._result: FilterResult | None = None
         self._stored: StoredResult | None = None
         self._given: Any = None
@@ -188,7 +199,7 @@ class Filter(HasFilterResult):
                 spans = [Span(0, length)]
                 if store is not None:
                     if chain == 0:  # all chains compute the same
-                        host_xs = jax.device_get(xs)
+                        host_xs = to_host(xs)
                         inputs = [checksum(_at_time(host_xs, t)) for t in range(length)]
                         store.check_computation(self._identity(program, initial, _at_time(host_xs, 0)))
                     spans = store.to_make(chain, inputs)
@@ -222,7 +233,7 @@ class Filter(HasFilterResult):
                         advance(count, records["stats"])
                 if store is not None and not spans:
                     past[-1] = store.state(chain, length, initial).past
-                past[-1] = jax.device_get(past[-1])
+                past[-1] = to_host(past[-1])
         sizes = {"num_chains": self.num_chains, "batch_size": self._batch or self.num_particles}
         attributes = {**attributes, **sizes}
         if store is None:
@@ -257,10 +268,10 @@ class Filter(HasFilterResult):
         """
         pace, most, first = Pace(), None, span.first
         while first < span.stop:
-            count = pace.next(span.stop - first, most)
+            count = agreed(pace.next(span.stop - first, most), self.mesh)
             at = np.asarray(first, np.int32), np.asarray(count, np.int32)
             state, records = self._compiled["steps"](run_key, state, *at, xs, given)
-            buffers = jax.device_get(records)
+            buffers = to_host(records)
             seconds = pace.ended(is_first=most is None)
             most = len(buffers["nonfinite_weights"])
             yield first, head(buffers, count), state, seconds
@@ -336,7 +347,7 @@ class Filter(HasFilterResult):
                 lengths = [made for made in lengths if made]
             whole = [i for i, made in enumerate(lengths) if made == length] or ([0] if lengths else [])
             kept_attributes = {**attributes, "interrupted": "True"}
-            ends = [jax.device_get(past[i]) if i < len(past) else None for i in whole]
+            ends = [to_host(past[i]) if i < len(past) else None for i in whole]
             ends = self._past([] if any(end is None for end in ends) else ends)
             if whole and store is None:
                 self._result = collect(program.structure, kept_attributes, [joined[i] for i in whole], ends)
@@ -373,7 +384,7 @@ class Filter(HasFilterResult):
         emulator = program.structure.diffusion or program.structure.one_pass or ()
         sizes = (self.batch_size, self.num_particles, *emulator)
         if is_new or any(one is not other for one, other in zip(sizes, self._sizes, strict=True)):
-            self._batch = particles_at_a_time(self.batch_size, self.num_particles, program)
+            self._batch = particles_at_a_time(self.batch_size, self.num_particles, program, self.mesh)
             self._sizes = sizes
         self._program = program
         functions = self._functions(program)
@@ -390,7 +401,8 @@ class Filter(HasFilterResult):
 
         def start(rng_key: PRNGKeyArray, given: Any) -> tuple[State, PyTree]:
             at = program.at(*given)
-            return self.algorithm.initial_state(at, rng_key, self.num_particles), at.inputs()
+            initial = functools.partial(self.algorithm.initial_state, at, n=self.num_particles)
+            return started_on_mesh(initial, self.mesh)(rng_key), at.inputs()
 
         length = program.structure.length
 
@@ -398,7 +410,7 @@ class Filter(HasFilterResult):
             rng_key: PRNGKeyArray, state: State, first: Array, count: Array, xs: PyTree, given: Any
         ) -> tuple[State, dict[str, Any]]:
             at = program.at(*given)
-            kernel = self.algorithm.kernel(at, batch_size)
+            kernel = on_mesh(self.algorithm.kernel(at, batch_size), self.mesh)
 
             def step(t: Array, state: State) -> tuple[State, dict[str, Any]]:
                 inputs = _at_time(xs, t)

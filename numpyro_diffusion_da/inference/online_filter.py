@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Array, PRNGKeyArray
 
 from numpyro_diffusion_da.arguments import require, require_count, require_key, shown
@@ -17,6 +18,7 @@ from numpyro_diffusion_da.checksums import named_leaves
 from numpyro_diffusion_da.filters.base import FilterAlgorithm, takes_algorithm
 from numpyro_diffusion_da.inference.batching import check_batch_size, particles_at_a_time
 from numpyro_diffusion_da.inference.compilation import Compiled
+from numpyro_diffusion_da.inference.devices import to_host, usable_mesh
 from numpyro_diffusion_da.inference.has_result import HasFilterResult
 from numpyro_diffusion_da.inference.keeping import Keep
 from numpyro_diffusion_da.inference.records import (
@@ -32,6 +34,7 @@ from numpyro_diffusion_da.program.state_space import StateSpaceModel
 from numpyro_diffusion_da.program.structure import name_of
 from numpyro_diffusion_da.results.result import FilterResult
 from numpyro_diffusion_da.smc.base import Info, State
+from numpyro_diffusion_da.smc.mesh import on_mesh, started_on_mesh
 
 
 class KeptStep(NamedTuple):
@@ -67,15 +70,23 @@ class OnlineFilter(HasFilterResult):
             the device's memory.
         keep_steps: number of last steps that `result`, `to_datatree`, `to_arviz` and `print_summary` hold; 0 keeps
             none, so that the memory does not grow.
+        mesh: devices that share the particles, as for `Filter`; None for one device.
 
     Raises:
-        ValueError: `num_particles` or `batch_size` is below 1, or `keep_steps` is negative.
+        ValueError: `num_particles` or `batch_size` is below 1, `keep_steps` is negative, `mesh` has another axis than
+            "particles", or its devices cannot share the particles equally.
         TypeError: `algorithm` is not a filter, or a number is not a whole number.
     """
 
     @takes_algorithm("num_particles=256")
     def __init__(
-        self, algorithm: FilterAlgorithm, *, num_particles: int, batch_size: int | None = None, keep_steps: int = 0
+        self,
+        algorithm: FilterAlgorithm,
+        *,
+        num_particles: int,
+        batch_size: int | None = None,
+        keep_steps: int = 0,
+        mesh: Mesh | None = None,
     ) -> None:
         require_count(num_particles, "OnlineFilter", "num_particles")
         require_count(keep_steps, "OnlineFilter", "keep_steps", least=0)
@@ -84,6 +95,7 @@ class OnlineFilter(HasFilterResult):
         self.num_particles = int(num_particles)
         self.batch_size = batch_size
         self.keep_steps = int(keep_steps)
+        self.mesh = usable_mesh(mesh, "OnlineFilter", algorithm, num_particles)
         # The state from `init` takes a place too.
         self._kept: collections.deque[KeptStep] = collections.deque(maxlen=keep_steps + 1)
         self._calls = 0
@@ -155,7 +167,7 @@ class OnlineFilter(HasFilterResult):
         new, info, unplaced, record = self._compiled_step(rng_key, state, given)
         taper = self.algorithm.moving_taper()
         if taper is not None and not any(isinstance(count, jax.core.Tracer) for count in unplaced.values()):
-            check_places(jax.device_get(unplaced), taper.moving, None)
+            check_places(to_host(unplaced), taper.moving, None)
         self._keep(new, state, {**record, "sites": info.proposal.sites})
         self._last_given = given if self.keep_steps else None
         return new, info
@@ -175,10 +187,10 @@ class OnlineFilter(HasFilterResult):
             # A state that was read from a file is that of the last call.
             made = [step.number for step in self._kept if step.mark is before.log_evidence]
             parent = made[-1] if made else self._kept[-1].number
-        past = jax.device_get(new.past) if self.algorithm.lag and record is not None else None
+        past = to_host(new.past) if self.algorithm.lag and record is not None else None
         if self._kept:  # only the last step keeps the earlier states, so that their number is bounded
             self._kept[-1] = self._kept[-1]._replace(past=None)
-        self._kept.append(KeptStep(self._calls, parent, new.log_evidence, jax.device_get(record), past))
+        self._kept.append(KeptStep(self._calls, parent, new.log_evidence, to_host(record), past))
         self._calls += 1
 
     @property
@@ -256,7 +268,8 @@ class OnlineFilter(HasFilterResult):
 
     def _init(self, rng_key: PRNGKeyArray, given: Any) -> State:
         """Draw the initial particles; the function that `init` compiles."""
-        return self.algorithm.initial_state(self._at(given), rng_key, self.num_particles)
+        initial = functools.partial(self.algorithm.initial_state, self._at(given), n=self.num_particles)
+        return started_on_mesh(initial, self.mesh)(rng_key)
 
     def _check_state(self, state: State, expected: State) -> None:
         """Check that a state is one of this filter.
@@ -294,10 +307,10 @@ class OnlineFilter(HasFilterResult):
         initial = functools.partial(self.algorithm.initial_state, program, n=self.num_particles)
         self._check_state(state, jax.eval_shape(initial, rng_key))
         inputs = TimeInputs(jnp.asarray(0), jax.tree.map(lambda x: x[0], program.inputs()))
-        batch_size = particles_at_a_time(self.batch_size, self.num_particles, program)
+        batch_size = particles_at_a_time(self.batch_size, self.num_particles, program, self.mesh)
         first = jax.tree.map(lambda x: x[0], state.particles)
         unplaced = unplaced_observations(self.algorithm, program, first, inputs)
-        new, info = self.algorithm.kernel(program, batch_size)(rng_key, state, inputs)
+        new, info = on_mesh(self.algorithm.kernel(program, batch_size), self.mesh)(rng_key, state, inputs)
         record: dict[str, Any] = {}
         if self.keep_steps > 0:
             keep = Keep(None, True, False, program.structure.metadata_names)

@@ -9,11 +9,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from numpyro_diffusion_da.arguments import require_key
 from numpyro_diffusion_da.filters.base import FilterAlgorithm, takes_algorithm
 from numpyro_diffusion_da.inference.base import BATCH, ParameterInference
+from numpyro_diffusion_da.inference.devices import agreed, to_host
 from numpyro_diffusion_da.inference.progress import progress
 from numpyro_diffusion_da.program.parameters import GlobalParameters
 from numpyro_diffusion_da.results.result import ParameterResult
@@ -49,9 +51,11 @@ class PMMH(ParameterInference):
         batch_size: number of particles moved at a time, over all chains, which bounds the memory; None for as many as
             fit into half of the device's memory. Below N, one chain moves at a time.
         progress_bar: whether to show a progress bar over the iterations.
+        mesh: devices that share the particles of each filter, as for `Filter`; None for one device.
 
     Raises:
-        ValueError: `num_warmup` is negative, or another number is below 1.
+        ValueError: `num_warmup` is negative, another number is below 1, `mesh` has another axis than "particles", or
+            its devices cannot share the particles equally.
         TypeError: `algorithm` is not a filter, or a number is not a whole number.
     """
 
@@ -66,9 +70,10 @@ class PMMH(ParameterInference):
         num_chains: int = 1,
         batch_size: int | None = None,
         progress_bar: bool = True,
+        mesh: Mesh | None = None,
     ) -> None:
         numbers = {"num_warmup": num_warmup, "num_samples": num_samples}
-        super().__init__(algorithm, num_particles, num_chains, batch_size, progress_bar, **numbers)
+        super().__init__(algorithm, num_particles, num_chains, batch_size, progress_bar, mesh, **numbers)
         self.num_warmup = num_warmup
         self.num_samples = num_samples
 
@@ -177,7 +182,7 @@ class PMMH(ParameterInference):
         states = []
         for key in keys:
             start_key = jax.random.fold_in(key, self.num_warmup + self.num_samples)
-            cloud, log_priors, gumbel = jax.device_get(self._compiled["cloud"](start_key, given))
+            cloud, log_priors, gumbel = to_host(self._compiled["cloud"](start_key, given))
             logs, _ = self._at(start_key, cloud[:BATCH], given)
             usable = np.isfinite(logs) & np.isfinite(log_priors)
             if not np.any(usable):
@@ -201,12 +206,12 @@ class PMMH(ParameterInference):
         chunks: list[dict[str, np.ndarray]] = []
         with progress(self.progress_bar, "PMMH", total) as advance:
             while done < total:
-                number = min(chunk, CHUNK, total - done)
+                number = agreed(min(chunk, CHUNK, total - done), self.mesh)
                 began = time.monotonic()
                 states, adaptations, kept = self._compiled["move"](
                     keys, states, adaptations, np.asarray(done), np.asarray(number), given
                 )
-                chunks.append({name: values[:, :number] for name, values in jax.device_get(kept).items()})
+                chunks.append({name: values[:, :number] for name, values in to_host(kept).items()})
                 if done > 0:  # the first call also compiles; chunks of another size give the same draws
                     chunk = max(1, int(0.5 * number / (time.monotonic() - began)))
                 done += number

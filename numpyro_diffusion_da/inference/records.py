@@ -76,6 +76,7 @@ def record_step(
             "solver_residual": info.proposal.draw.solver_residual,
             **({} if info.move == () else info.move._asdict()),
             **({} if isinstance(info.resampled, tuple) else {"resampled": info.resampled}),
+            **({} if info.traffic == () else {f"bytes_{n}": x for n, x in info.traffic._asdict().items()}),
         },
         "passes": algorithm.passes(info)._asdict(),
         "observations": program.observations(first, inputs),

@@ -7,11 +7,13 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Array, PRNGKeyArray
 
 from numpyro_diffusion_da.arguments import require_key, require_number
 from numpyro_diffusion_da.filters.base import FilterAlgorithm, takes_algorithm
 from numpyro_diffusion_da.inference.base import BATCH, ParameterInference
+from numpyro_diffusion_da.inference.devices import to_host
 from numpyro_diffusion_da.inference.evidence import FilterEvidence
 from numpyro_diffusion_da.inference.progress import progress
 from numpyro_diffusion_da.program.parameters import GlobalParameters
@@ -45,9 +47,12 @@ class SMC2(ParameterInference):
             None for as many as fit into half of the device's memory. Below N, one parameter particle is handled at a
             time.
         progress_bar: whether to show a progress bar over the steps.
+        mesh: devices that share the state particles of each filter, as for `Filter`; None for one device. Resampling of
+            the parameters then moves nothing between devices.
 
     Raises:
-        ValueError: a number is below 1, or `target_ess` is outside [0, 1].
+        ValueError: a number is below 1, `target_ess` is outside [0, 1], `mesh` has another axis than "particles", or
+            its devices cannot share the state particles equally.
         TypeError: `algorithm` is not a filter, or a number is not a whole number.
     """
 
@@ -63,11 +68,12 @@ class SMC2(ParameterInference):
         num_chains: int = 1,
         batch_size: int | None = None,
         progress_bar: bool = True,
+        mesh: Mesh | None = None,
     ) -> None:
         advice = "give a fraction of the parameter particles, from 0 to 1."
         target_ess = require_number(target_ess, "SMC2", "target_ess", advice, least=0.0, most=1.0)
         numbers = {"num_parameter_particles": num_parameter_particles, "num_moves": num_moves}
-        super().__init__(algorithm, num_particles, num_chains, batch_size, progress_bar, **numbers)
+        super().__init__(algorithm, num_particles, num_chains, batch_size, progress_bar, mesh, **numbers)
         self.num_parameter_particles = num_parameter_particles
         self.num_moves = num_moves
         self.target_ess = target_ess
@@ -104,7 +110,7 @@ class SMC2(ParameterInference):
                 infos = []
                 for t in range(length):
                     state, info = self._compiled["step"](jax.random.fold_in(key, t), state, np.asarray(t), given)
-                    infos.append(jax.device_get(info))
+                    infos.append(to_host(info))
                     if not np.isfinite(infos[-1].log_evidence_increment):
                         raise FloatingPointError(
                             f"no parameter particle has a finite log-evidence at step {t}; check the observations at "

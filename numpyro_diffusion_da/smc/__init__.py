@@ -4,7 +4,7 @@ Each kernel is a module with `init` and `build_kernel`: `fa_apf`, `guided_pf`, `
 but `smc2` also have `as_top_level_api`, which returns a `blackjax.base.SamplingAlgorithm`.
 """
 
-from numpyro_diffusion_da.smc import bootstrap, enkf, fa_apf, guided_pf, pmmh, smc2
+from numpyro_diffusion_da.smc import bootstrap, enkf, fa_apf, guided_pf, pmmh, sharding, smc2
 from numpyro_diffusion_da.smc.base import (
     Info,
     Kernel,
@@ -24,7 +24,9 @@ from numpyro_diffusion_da.smc.inflation import RTPP, RTPS, ForecastMultiplicativ
 from numpyro_diffusion_da.smc.kalman_move import Departure, KalmanMove, MoveRecord, PlacedMove, Predicted
 from numpyro_diffusion_da.smc.local_ancestors import LocalAncestors
 from numpyro_diffusion_da.smc.localization import PlacedTaper, Taper
+from numpyro_diffusion_da.smc.mesh import on_mesh
 from numpyro_diffusion_da.smc.probing import Products
+from numpyro_diffusion_da.smc.sharding import Traffic
 from numpyro_diffusion_da.smc.tempering import LikelihoodTempering, TemperableLogWeight, Tempering, WeightTempering
 
 __all__ = [
@@ -60,6 +62,7 @@ __all__ = [
     "Taper",
     "TemperableLogWeight",
     "Tempering",
+    "Traffic",
     "WeightTempering",
     "WithHeight",
     "bootstrap",
@@ -71,8 +74,10 @@ __all__ = [
     "make_info",
     "map_particles",
     "num_particles",
+    "on_mesh",
     "particle_keys",
     "pmmh",
+    "sharding",
     "smc2",
     "top_level_api",
 ]

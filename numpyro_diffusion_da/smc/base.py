@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key, PRNGKeyArray, PyTree
 
 from numpyro_diffusion_da.arguments import require_fraction, require_number
+from numpyro_diffusion_da.smc.sharding import num_devices, take_ancestors, traffic_of, whole
 
 if TYPE_CHECKING:
     from blackjax.base import SamplingAlgorithm
@@ -67,6 +68,7 @@ class Info(NamedTuple):
         move: record of the moves of the ancestors; () if there were none.
         resampled: whether the particles of the state were resampled; () for a filter that resamples at each step. If
             they were not, `ancestors` are those of the draws that represent them, and of the records of these draws.
+        traffic: `Traffic` between devices, if the particles are sharded over a mesh; () if they are not.
     """
 
     log_weights: Float[Array, " n"]
@@ -85,6 +87,7 @@ class Info(NamedTuple):
     background: PyTree = ()
     move: PyTree = ()
     resampled: PyTree = ()
+    traffic: PyTree = ()
 
 
 def load_blackjax() -> None:
@@ -100,7 +103,7 @@ def init(particles: PyTree, resample_below: float = 1.0) -> State:
         particles: initial particles.
         resample_below: that of the kernel, if it has one; below 1 the state holds weights.
     """
-    log_weights = jnp.zeros(num_particles(particles)) if resample_below < 1.0 else ()
+    log_weights = jnp.zeros(total_particles(particles)) if resample_below < 1.0 else ()
     return State(particles, jnp.zeros(()), log_weights)
 
 
@@ -114,6 +117,15 @@ def num_particles(particles: PyTree) -> int:
     if len(lengths) != 1 or () in lengths:
         raise ValueError(f"particles have leading axes {sorted(lengths)}; give a pytree with one leading axis of N.")
     return int(lengths.pop()[0])
+
+
+def total_particles(particles: PyTree) -> int:
+    """Number N of particles on all devices, from those of this device.
+
+    Args:
+        particles: particles, the length of whose leading axis is N without a mesh and N / D on each of its D devices.
+    """
+    return num_particles(particles) * num_devices()
 
 
 def particle_keys(rng_key: PRNGKeyArray, n: int) -> Key[Array, " n"]:
@@ -266,6 +278,7 @@ def make_info(
     weighing: PyTree,
     proposal: PyTree,
     forecast: PyTree = (),
+    traffic: PyTree = (),
 ) -> Info:
     """Diagnostics of a step.
 
@@ -273,10 +286,11 @@ def make_info(
         log_weights: log-weights before tempering, shape (N,), or (N, b) for b blocks; -inf where not finite.
         ancestors: index of each new particle's ancestor, of the same shape.
         tempering: exponent alpha, or one for each block.
-        particles: new particles, leading axis N.
+        particles: new particles, leading axis N; on a mesh those of this device, and so the records.
         weighing: records of the weight function.
         proposal: records of the draw.
         forecast: records of the forecasts drawn for inflation; () if there are none.
+        traffic: what resampling moved between devices; () without a mesh.
 
     Returns:
         The diagnostics. The weights of blocks do not estimate the evidence, so its increment is then 0.
@@ -293,10 +307,11 @@ def make_info(
         distinct_ancestors=distinct,
         log_weight_std=spread,
         nonfinite_weights=jnp.max(nonfinite) if local else nonfinite,
-        nonfinite_particles=jnp.sum(~jax.vmap(finite_leaves)(particles)),
+        nonfinite_particles=jnp.sum(~whole(jax.vmap(finite_leaves)(particles))),
         weighing=weighing,
         proposal=proposal,
         forecast=forecast,
+        traffic=traffic,
     )
 
 
@@ -368,17 +383,20 @@ def check_resample_below(resample_below: Any, target_ess: float, owner: str) -> 
     return below
 
 
-def represented(rng_key: PRNGKeyArray, state: State) -> PyTree:
+def represented(rng_key: PRNGKeyArray, state: State) -> tuple[PyTree, PyTree]:
     """Equally weighted particles of a state: its own, or resampled ones if it holds weights.
 
     Args:
         rng_key: random key of the resampling.
         state: state of a filter.
+
+    Returns:
+        (particles, `Traffic` of the resampling; () if there is none).
     """
     if isinstance(state.log_weights, tuple):
-        return state.particles
+        return state.particles, ()
     chosen = resampled(rng_key, relative_to_highest(state.log_weights), None)
-    return jax.tree.map(lambda x: x[chosen], state.particles)
+    return take_ancestors(state.particles, chosen), traffic_of(state.particles, chosen)
 
 
 def top_level_api(build_kernel: Callable[Arguments, Kernel]) -> Callable[Arguments, SamplingAlgorithm]:

@@ -32,9 +32,9 @@ from numpyro_diffusion_da.smc.base import (
     init,
     make_info,
     map_particles,
-    num_particles,
     particle_keys,
     top_level_api,
+    total_particles,
 )
 from numpyro_diffusion_da.smc.ensemble_update import (
     EnsembleUpdate,
@@ -45,6 +45,7 @@ from numpyro_diffusion_da.smc.ensemble_update import (
 from numpyro_diffusion_da.smc.inflation import Inflation, check_inflation, forecast_factor, inflated
 from numpyro_diffusion_da.smc.localization import PlacedTaper
 from numpyro_diffusion_da.smc.probing import class_vectors
+from numpyro_diffusion_da.smc.sharding import own, whole
 
 __all__ = ["Info", "State", "as_top_level_api", "build_kernel", "init"]
 
@@ -90,22 +91,23 @@ def build_kernel(
     after = [member for member in inflation if not member.acts_on_forecast]
 
     def kernel(rng_key: PRNGKeyArray, state: State, observation: PyTree) -> tuple[State, Info]:
-        n = num_particles(state.particles)
+        n = total_particles(state.particles)
         if n < 2:
             raise ValueError("EnKF got one particle, but one particle has no covariance; give 2 or more.")
         forecast_key, error_key, advance_key = jax.random.split(rng_key, 3)
 
         # Forecast each member, and widen the forecast.
         forecast = map_particles(lambda key, particle: forecast_fn(key, particle, observation), batch_size)
-        x, record = forecast(particle_keys(forecast_key, n), state.particles)
+        x, record = forecast(own(particle_keys(forecast_key, n)), state.particles)
+        x = whole(x)
         mean = x.mean(0, keepdims=True)
         x = mean + factor * (x - mean)
         # Update all members together.
-        residual = jax.vmap(lambda x, particle: residual_fn(x, particle, observation))(x, state.particles)
+        residual = whole(jax.vmap(lambda x, particle: residual_fn(x, particle, observation))(own(x), state.particles))
         prior = x
         placed = taper(observation) if callable(taper) else taper
         leaves, form = jax.tree.flatten(state.particles)
-        moving = [x, *(leaves[i] for i in carried)]
+        moving = [x, *(whole(leaves[i]) for i in carried)]
         spreading: PyTree = ()
         if spread_fn is None:
             moved = _moved(lambda anomalies: update(error_key, anomalies, residual, placed), moving, moving, placed)
@@ -113,8 +115,8 @@ def build_kernel(
             of = map_particles(lambda vectors, particle: spread_fn(vectors, particle, observation), batch_size)
             # A fifth key leaves the others the same with and without the transition's covariance.
             vectors = class_vectors(jax.random.split(rng_key, 5)[4], n, residual.shape[1], placed)
-            spread, spreading = of(vectors, state.particles)
-            spread = _widened(spread, factor)
+            spread, spreading = of(own(vectors), state.particles)
+            spread = _widened(whole(spread), factor)
             none = [jnp.zeros((n * spread.vectors.shape[1], *a.shape[1:]), a.dtype) for a in moving[1:]]
             products = spread.state_products.reshape(-1, *x.shape[1:])
             columns = _columns([products, *none], placed).reshape(n, -1, sum(a[0].size for a in moving))
@@ -127,16 +129,16 @@ def build_kernel(
             )
         x = moved[0]
         for i, leaf in zip(carried, moved[1:], strict=True):
-            leaves[i] = leaf
+            leaves[i] = own(leaf)
         analyzed = jax.tree.unflatten(form, leaves)
         # The key of the inflation is a fourth one, so that the other three are the same with and without inflation.
-        x = inflated(after, jax.random.split(rng_key, 4)[3], x, prior)
+        x = own(inflated(after, jax.random.split(rng_key, 4)[3], x, prior))
 
         # Turn the analyzed states into particles.
         advance = map_particles(
             lambda key, x, particle, record: advance_fn(key, x, particle, observation, record), batch_size
         )
-        particles, record = advance(particle_keys(advance_key, n), x, analyzed, record)
+        particles, record = advance(own(particle_keys(advance_key, n)), x, analyzed, record)
         zeros = jnp.zeros(n, residual.dtype)
         info = make_info(zeros, jnp.arange(n), jnp.ones(()), particles, spreading, record)
         return State(particles, state.log_evidence), info

@@ -24,6 +24,7 @@ from numpyro_diffusion_da.smc.base import particle_keys
 from numpyro_diffusion_da.smc.correlations import Correlation
 from numpyro_diffusion_da.smc.localization import PlacedTaper
 from numpyro_diffusion_da.smc.probing import Products, pool
+from numpyro_diffusion_da.smc.sharding import map_divided
 
 PointUpdate = Callable[[Float[Array, "n c"], Float[Array, "n k"], Float[Array, " k"], Int[Array, " k"]], Array]
 """Update of one point of the state from the observations near it.
@@ -308,5 +309,5 @@ def _at_each_point(
 
     batch = LARGEST_BLOCK // (n * (2 * k + x.shape[2]) + min(n, k) ** 2)
     inputs = (x, jnp.asarray(which), jnp.asarray(weights, anomalies.dtype))
-    moved = jax.lax.map(at_point, inputs, batch_size=min(max(batch, 1), points))
+    moved = map_divided(at_point, inputs, min(max(batch, 1), points))
     return jnp.moveaxis(moved, 0, 1).reshape(len(predicted), -1)

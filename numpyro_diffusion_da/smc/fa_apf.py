@@ -49,13 +49,14 @@ from numpyro_diffusion_da.smc.base import (
     init,
     make_info,
     map_particles,
-    num_particles,
     particle_keys,
     top_level_api,
+    total_particles,
 )
 from numpyro_diffusion_da.smc.inflation import Inflation, check_inflation, inflated, need_forecast
 from numpyro_diffusion_da.smc.kalman_move import PlacedMove, Predicted
 from numpyro_diffusion_da.smc.local_ancestors import LocalAncestors
+from numpyro_diffusion_da.smc.sharding import own, take_ancestors, traffic_of, whole
 from numpyro_diffusion_da.smc.tempering import Tempering, WeightTempering
 
 __all__ = ["Info", "State", "as_top_level_api", "build_kernel", "init"]
@@ -117,11 +118,12 @@ def build_kernel(
         raise ValueError(f"inflation={tuple(inflation)} needs {missing}, but fa_apf.build_kernel got none.")
 
     def kernel(rng_key: PRNGKeyArray, state: State, observation: PyTree) -> tuple[State, Info]:
-        n = num_particles(state.particles)
+        n = total_particles(state.particles)
         resampling_key, proposal_key = jax.random.split(rng_key)
         # Weigh every particle.
         weigh = map_particles(lambda particle: log_predictive_fn(particle, observation), batch_size)
         predictive, weighing = weigh(state.particles)
+        predictive = whole(predictive)
         departure: Any = None
         if move is not None:
             predictive, departure = predictive
@@ -129,6 +131,7 @@ def build_kernel(
         # Temper and select, and move what is selected.
         here = local(observation) if callable(local) else local
         moving: PyTree = ()
+        traffic: PyTree = ()
         if move is not None:
             moves = move(observation) if callable(move) else move
             # The key of the move is a fourth one, so that the others are the same with and without a move.
@@ -136,17 +139,20 @@ def build_kernel(
             log_weights, ancestors, alpha, parents, moving = moves.select_and_move(
                 move_keys, Predicted(predictive, departure), state.particles, resampling_fn, target_ess, tempering
             )
+            traffic = moves.traffic(state.particles, ancestors)
         elif here is None:
             chosen = tempering.select(resampling_key, predictive, None, resampling_fn, target_ess)
             log_weights, ancestors, alpha = chosen
-            parents = jax.tree.map(lambda x: x[ancestors], state.particles)
+            parents = take_ancestors(state.particles, ancestors)
+            traffic = traffic_of(state.particles, ancestors)
         else:
             chosen = here.select(resampling_key, predictive, resampling_fn, target_ess, tempering)
             log_weights, ancestors, alpha = chosen
             parents = here.glue(state.particles, ancestors)
+            traffic = here.traffic(state.particles, ancestors)
         # Move from the selected particles.
         propose = map_particles(lambda key, particle: propose_fn(key, particle, observation), batch_size)
-        keys = particle_keys(proposal_key, n)
+        keys = own(particle_keys(proposal_key, n))
         particles, proposal = propose(keys, parents)
         # Inflate the new states, and turn them into particles.
         forecast, forecasting = None, ()
@@ -157,12 +163,13 @@ def build_kernel(
         if inflation:
             assert advance_fn is not None
             # The key of the inflation is a third one, so that the other two are the same with and without inflation.
-            x = inflated(inflation, jax.random.split(rng_key, 3)[2], particles, forecast)
+            ensemble, ahead = whole(particles), None if forecast is None else whole(forecast)
+            x = own(inflated(inflation, jax.random.split(rng_key, 3)[2], ensemble, ahead))
             advance = map_particles(
                 lambda key, x, particle, record: advance_fn(key, x, particle, observation, record), batch_size
             )
             particles, proposal = advance(keys, x, parents, proposal)
-        info = make_info(log_weights, ancestors, alpha, particles, weighing, proposal, forecasting)
+        info = make_info(log_weights, ancestors, alpha, particles, weighing, proposal, forecasting, traffic)
         info = info._replace(move=moving)
         return State(particles, state.log_evidence + info.log_evidence_increment), info
 

@@ -32,11 +32,12 @@ from numpyro_diffusion_da.smc.base import (
     init,
     make_info,
     map_particles,
-    num_particles,
     particle_keys,
     select,
     top_level_api,
+    total_particles,
 )
+from numpyro_diffusion_da.smc.sharding import own, take_ancestors, traffic_of, whole
 
 __all__ = ["Info", "State", "as_top_level_api", "build_kernel", "init"]
 
@@ -75,16 +76,18 @@ def build_kernel(
     resample_below = check_resample_below(resample_below, target_ess, "guided_pf.build_kernel")
 
     def kernel(rng_key: PRNGKeyArray, state: State, observation: PyTree) -> tuple[State, Info]:
-        n = num_particles(state.particles)
+        n = total_particles(state.particles)
         resampling_key, proposal_key = jax.random.split(rng_key)
         propose = map_particles(lambda key, particle: propose_fn(key, particle, observation), batch_size)
-        moved, log_weights, record = propose(particle_keys(proposal_key, n), state.particles)
+        moved, log_weights, record = propose(own(particle_keys(proposal_key, n)), state.particles)
+        log_weights = whole(log_weights)
         log_weights = jnp.where(jnp.isfinite(log_weights), log_weights, -jnp.inf)
         if resample_below < 1.0:
             log_weights = log_weights + state.log_weights
         ancestors, alpha = select(resampling_key, log_weights, resampling_fn, target_ess)
-        particles, record = jax.tree.map(lambda x: x[ancestors], (moved, record))
-        info = make_info(log_weights, ancestors, alpha, particles, (), record)
+        particles, record = take_ancestors((moved, record), ancestors)
+        traffic = traffic_of((moved, record), ancestors)
+        info = make_info(log_weights, ancestors, alpha, particles, (), record, traffic=traffic)
         log_evidence = state.log_evidence + info.log_evidence_increment
         if resample_below == 1.0:
             return State(particles, log_evidence), info

@@ -57,6 +57,16 @@ from numpyro_diffusion_da.smc.ensemble_update import kalman_coefficients
 from numpyro_diffusion_da.smc.local_ancestors import LARGEST_BATCH, LocalAncestors, keep_places
 from numpyro_diffusion_da.smc.localization import PlacedTaper
 from numpyro_diffusion_da.smc.probing import Products, pool
+from numpyro_diffusion_da.smc.sharding import (
+    Traffic,
+    from_parts,
+    num_devices,
+    own,
+    take_ancestors,
+    to_parts,
+    traffic_of,
+    whole,
+)
 from numpyro_diffusion_da.smc.tempering import Tempering
 
 FEW_PRODUCTS = 4
@@ -242,7 +252,7 @@ class PlacedMove:
         Args:
             rng_keys: random keys of the resampling and of the perturbed observations.
             predicted: prediction of each particle, leading axis N.
-            particles: particles, leading axis N.
+            particles: particles, leading axis N; on a mesh those of this device, and so the moved ones.
             resampling_fn: resampling function from `blackjax.smc.resampling`; None for systematic resampling.
             target_ess: effective sample size that tempering aims at, as a fraction of N; 0 for no tempering.
             tempering: kind of tempering.
@@ -313,13 +323,14 @@ class PlacedMove:
             total = jnp.sum(jnp.where(keep, wide, 0.0))
             return moved, jnp.where(total > 0, jnp.sum(power) / jnp.where(total > 0, total, 1.0), 0.0)
 
-        moved, used = blocks.map(move, n, present)
+        moved, used = blocks.map_mine(move, n, present)
+        used = blocks.of_all(used)
         arrays = blocks.restore(moved, [leaves[i] for i in moving])
         ancestors = ancestors.T
         if self.local is None:
             log_weights, alpha, ancestors = log_weights[0], alpha[0], ancestors[:, 0]
             d, used = d[0], used[0]
-            parents = jax.tree.leaves(jax.tree.map(lambda x: x[ancestors], particles))
+            parents = jax.tree.leaves(take_ancestors(particles, ancestors))
         else:
             log_weights = log_weights.T
             parents = jax.tree.leaves(self.local.glue(particles, ancestors))
@@ -330,6 +341,21 @@ class PlacedMove:
                 lowest, highest = (b.reshape(*[1] * (parents[i].ndim - b.ndim), *b.shape) for b in self.bounds)
                 parents[i] = jnp.clip(parents[i], lowest, highest)
         return log_weights, ancestors, alpha, jax.tree.unflatten(form, parents), MoveRecord(d, share, used)
+
+    def traffic(self, particles: PyTree, ancestors: Array) -> Traffic | tuple[()]:
+        """Bytes of ancestors that the particles of a device need from other devices; () without a mesh.
+
+        Without blocks the moved arrays are gathered, and only the others are exchanged.
+
+        Args:
+            particles: particles as for `select_and_move`.
+            ancestors: ancestors that it returned.
+        """
+        if self.local is not None:
+            return self.local.traffic(particles, ancestors)
+        moving = (*self.carried, *self.along)
+        stay = [x for i, x in enumerate(jax.tree.leaves(particles)) if i not in moving]
+        return traffic_of(stay, ancestors) if stay else ()
 
 
 def _mean(values: Float[Array, "n m"], usable: Bool[Array, "n k"]) -> Float[Array, " m"]:
@@ -536,8 +562,25 @@ class _Blocks:
         rho, wide = rho.astype(dtype), wide.astype(dtype)
         return _Blocks(which, rho, wide, points, slot, of_point, len(local.state_shape), False, taper)
 
+    @property
+    def mine(self) -> Int[Array, " b"]:
+        """Blocks of this device; the last shares are filled up with the last block. All blocks without a mesh."""
+        return own(jnp.arange(len(self.which)))
+
+    def of_all(self, found: PyTree) -> PyTree:
+        """Results of all blocks, from those of this device's blocks.
+
+        Args:
+            found: arrays with a leading axis of this device's blocks.
+        """
+        return found if self.whole else whole(found, len(self.which))
+
     def map(self, fn: Callable[[Array, Near], Any], n: int, present: Bool[Array, " m"]) -> Any:
-        """Map a function over all blocks, in batches that bound the memory.
+        """Map a function over all blocks; see `map_mine`."""
+        return self.of_all(self.map_mine(fn, n, present))
+
+    def map_mine(self, fn: Callable[[Array, Near], Any], n: int, present: Bool[Array, " m"]) -> Any:
+        """Map a function over the blocks of this device, in batches that bound the memory.
 
         On a CPU, LAPACK's routines share out a large batch over the threads and wait for them. Two of them at the same
         time can wait forever, so batches stay so small that none is shared out.
@@ -550,13 +593,14 @@ class _Blocks:
             n: number of particles.
             present: False where an observation is missing.
         """
-        b, k = self.which.shape
+        mine = jnp.zeros(1, int) if self.whole else self.mine
+        b, k = len(mine), self.which.shape[1]
         batch = LARGEST_BATCH // (n * (4 * k + 8) + 6 * k * k)
         if jax.default_backend() == "cpu":
             batch = min(batch, MOST_SHARED_OUT // (k * k * max(k, n)))
         batch = min(max(1, batch), b)
         if self.whole or k < WORTH_LEAVING_OUT:
-            return jax.lax.map(lambda block: fn(block, self.near(block)), jnp.arange(b), batch_size=batch)
+            return jax.lax.map(lambda block: fn(block, self.near(block)), mine, batch_size=batch)
         sizes = (k // 10, k // 3, k)
 
         def with_size(size: int) -> Callable[[Array], Any]:
@@ -569,7 +613,7 @@ class _Blocks:
             return jax.lax.switch(jnp.searchsorted(jnp.asarray(sizes), most), [with_size(s) for s in sizes], blocks)
 
         # The last batch is filled up with the last block.
-        batches = jnp.minimum(jnp.arange(-(-b // batch) * batch), b - 1).reshape(-1, batch)
+        batches = mine[jnp.minimum(jnp.arange(-(-b // batch) * batch), b - 1)].reshape(-1, batch)
         found = jax.lax.map(batch_of, batches)
         return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:b], found)
 
@@ -584,13 +628,21 @@ class _Blocks:
         return self.positions.between_some(which)
 
     def columns(self, arrays: list[Array]) -> Any:
-        """Build the function from a block to the values of several arrays in it, shape (N, values)."""
+        """Build the function from a block to the values of several arrays in it, shape (N, values).
+
+        Args:
+            arrays: arrays of particles; on a mesh of those of this device.
+        """
         n = len(arrays[0])
         if self.whole:
-            flat = jnp.concatenate([x.reshape(n, -1) for x in arrays], axis=1)
+            flat = whole(jnp.concatenate([x.reshape(n, -1) for x in arrays], axis=1))
             return lambda block: flat
         places = len(self.of_point)
         by_point = jnp.concatenate([self._by_point(x, places) for x in arrays], axis=2)
+        if num_devices() > 1:
+            blocks = to_parts(by_point[:, self.points])
+            first = self.mine[0]
+            return lambda block: blocks[:, block - first].reshape(len(blocks), -1)
         points = jnp.asarray(self.points)
         return lambda block: by_point[:, points[block]].reshape(n, -1)
 
@@ -601,13 +653,20 @@ class _Blocks:
         return jnp.moveaxis(values, 1, 2).reshape(len(array), places, -1)
 
     def restore(self, moved: Array, arrays: list[Array]) -> list[Array]:
-        """Turn the moved values of all blocks, shape (b, N, values), back into arrays."""
+        """Turn moved values back into arrays.
+
+        Args:
+            moved: values of this device's blocks in all particles, shape (b, N, values).
+            arrays: arrays as for `columns`, for their shapes.
+        """
         n = len(arrays[0])
         if self.whole:
             ends = np.cumsum([x.size // n for x in arrays])[:-1]
-            parts = jnp.split(moved[0], ends, axis=1)
+            parts = jnp.split(own(moved[0]), ends, axis=1)
             return [part.reshape(x.shape).astype(x.dtype) for part, x in zip(parts, arrays, strict=True)]
         places = len(self.of_point)
+        if num_devices() > 1:
+            moved = jnp.moveaxis(from_parts(jnp.moveaxis(moved, 0, 1), len(self.which)), 1, 0)
         by_block = moved.reshape(len(moved), n, self.points.shape[1], -1)
         by_point = jnp.moveaxis(by_block[self.of_point, :, self.slot], 0, 1)  # (n, places, values)
         ends = np.cumsum([x.size // n // places for x in arrays])[:-1]

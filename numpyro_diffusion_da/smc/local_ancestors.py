@@ -21,6 +21,7 @@ One block with a taper of 1 everywhere is the same as the global selection of `b
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +30,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
 from numpyro_diffusion_da.smc.base import Resampling, num_particles
 from numpyro_diffusion_da.smc.localization import Neighborhoods, PlacedTaper
+from numpyro_diffusion_da.smc.sharding import Traffic, block_traffic, bytes_each, from_parts, map_divided, own, to_parts
 from numpyro_diffusion_da.smc.tempering import Tempering, WeightTempering
 
 LARGEST_BATCH = 2**24
@@ -120,7 +122,7 @@ class LocalAncestors:
 
         batch = max(1, LARGEST_BATCH // (n * (len(parts) * which.shape[1] + 8)))
         inputs = (which, weights.astype(parts[0].dtype))
-        log_weights, ancestors, alpha = jax.lax.map(of_block, inputs, batch_size=min(batch, len(which)))
+        log_weights, ancestors, alpha = map_divided(of_block, inputs, min(batch, len(which)))
         return log_weights.T, ancestors.T, alpha
 
     def glue(self, particles: PyTree, ancestors: Int[Array, "n b"]) -> PyTree:
@@ -134,8 +136,9 @@ class LocalAncestors:
         Raises:
             ValueError: another array does not end with the axes of a state.
         """
-        of_point = ancestors[:, self.block_of_point]
-        size = len(self.state_shape)
+        # On a mesh each device glues some places of all particles.
+        of_point = ancestors[:, own(self.block_of_point)]
+        places, size = len(self.block_of_point), len(self.state_shape)
 
         def glued(leaf: Array) -> Array:
             if leaf.ndim <= size or leaf.shape[leaf.ndim - size :] != self.state_shape:
@@ -145,9 +148,21 @@ class LocalAncestors:
                     "in `shared` if it is the same for all particles."
                 )
             lead = leaf.shape[1 : leaf.ndim - size]
-            values = leaf.reshape(len(leaf), *lead, len(self.block_of_point), -1)
-            index = of_point.reshape(len(leaf), *(1,) * len(lead), -1, 1)
-            return jnp.take_along_axis(values, index, axis=0).reshape(leaf.shape)
+            values = jnp.moveaxis(leaf.reshape(len(leaf), math.prod(lead), places, -1), 2, 1)
+            parts = to_parts(values)
+            found = jnp.take_along_axis(parts, of_point.reshape(len(parts), -1, 1, 1), axis=0)
+            return jnp.moveaxis(from_parts(found, places), 1, 2).reshape(leaf.shape)
 
         leaves, form = jax.tree.flatten(particles)
         return jax.tree.unflatten(form, [x if i in self.shared else glued(x) for i, x in enumerate(leaves)])
+
+    def traffic(self, particles: PyTree, ancestors: Int[Array, "n b"]) -> Traffic | tuple[()]:
+        """Bytes that `glue` needs from other devices; () without a mesh.
+
+        Args:
+            particles: particles as for `glue`.
+            ancestors: index of the ancestor of each particle in each block, shape (N, b).
+        """
+        glued = [x for i, x in enumerate(jax.tree.leaves(particles)) if i not in self.shared]
+        shares = np.bincount(self.block_of_point, minlength=ancestors.shape[1]) / len(self.block_of_point)
+        return block_traffic(bytes_each(glued), ancestors, shares)

@@ -1,0 +1,127 @@
+"""Particles sharded over devices: that nothing but rounding depends on them, and that what moves is counted."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+SCRIPTS = Path(__file__).parent / "sharding"
+
+
+def run_on_devices(script, *arguments, devices=8, **environment):
+    """Run a script in a process with virtual devices; it prints what it found as JSON."""
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"
+    got = subprocess.run(
+        [sys.executable, str(SCRIPTS / script), *map(str, arguments)],
+        env={**os.environ, "XLA_FLAGS": flags, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p), **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert got.returncode == 0, got.stderr[-3000:]
+    return json.loads(got.stdout[got.stdout.index("{") :])  # gloo says before it who is connected
+
+
+@pytest.fixture(scope="module")
+def parts():
+    return run_on_devices("parts.py")
+
+
+@pytest.mark.parametrize("kind", ["sorted", "any", "one", "own"])
+def test_ancestors_come_to_their_particles(parts, kind):
+    """They are exactly those that indexing gives; those needed are counted one by one, and none moves for nothing."""
+    found = parts[f"exchange, {kind}"]
+    assert found["same"]
+    assert found["needed"] == found["counted"]
+    assert found["moved"] >= found["needed"]
+    assert (found["moved"] == 0) == (found["needed"] == 0)
+
+
+def test_rows_and_places_come_to_their_devices(parts):
+    names = ("gathered", "first", "few", "spread", "mapped", "back")
+    assert [parts[name] for name in names] == [0.0] * len(names)
+    assert parts["signs"]  # a fetched particle keeps a negative zero
+    assert parts["sum"] < 1e-4  # the last device's share of the places is filled up with zeros
+
+
+@pytest.mark.parametrize("name", ["inflated", "carried"])
+def test_kernel_does_not_depend_on_the_devices(parts, name):
+    """What is done with one particle alone rounds as its batch does; sums over particles have one order."""
+    found = parts[f"{name}, 8"]
+    assert found["devices"] == 8
+    assert found["ancestors"] == 0
+    assert found["state"] < 1e-6
+    assert found["evidence"] < 1e-5
+    moved, needed, gathered = found["traffic"]
+    assert moved >= needed > 0
+    assert gathered > 0
+    assert parts[f"{name}, 0"]["traffic"] == []
+
+
+@pytest.mark.parametrize(
+    ("kind", "sentence"),
+    [
+        ("axis", "got a mesh with the axes ('x',); expected one axis, 'particles'"),
+        (
+            "share",
+            "got num_particles=30 and a mesh of 8 devices, which cannot share them equally; give num_particles=32",
+        ),
+        ("kind", "got mesh=8; expected a Mesh: write mesh=jax.make_mesh"),
+    ],
+)
+@pytest.mark.parametrize("owner", ["Filter", "OnlineFilter"])
+def test_unfit_meshes_are_refused(parts, kind, sentence, owner):
+    assert f"{owner} {sentence}" in parts[f"refuses {kind}, {owner}"]
+
+
+# Rounding of what is done with one particle depends on how many of them are done together; the rest has one order.
+NEAR = 2e-5
+
+
+def largest(found):
+    """Largest difference among the arrays of a run from those without a mesh."""
+    return max(found["apart"].values())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "names",
+    ["FAAPF;Bootstrap;GuidedPF", "local;moved", "moved, global;check", "EnKF;EnKF, local;LETKF"],
+)
+def test_runs_do_not_depend_on_the_devices(names):
+    found = run_on_devices("runs.py", names, "1,2,8")
+    for name in names.split(";"):
+        for number in (1, 2, 8):
+            of_run = found[f"{name}, {number}"]
+            assert largest(of_run) < NEAR, (name, number, of_run)
+            assert of_run["bytes_moved"] >= of_run["bytes_needed"] >= 0
+            assert (of_run["bytes_gathered"] > 0) == (number > 1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("names", ["OnlineFilter;PMMH", "SMC2"])
+def test_other_inference_does_not_depend_on_the_devices(names):
+    found = run_on_devices("runs.py", names, "4")
+    for name in names.split(";"):
+        assert largest(found[f"{name}, 4"]) < NEAR, found
+
+
+@pytest.mark.slow
+def test_two_processes_are_as_one():
+    """Two processes with two devices each make the same run, and each has all of its result."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    with ThreadPoolExecutor(2) as pool:
+        both = [pool.submit(run_on_devices, "runs.py", "FAAPF;moved", "4", i, port, devices=2) for i in range(2)]
+        first, second = (process.result() for process in both)
+    assert first == second
+    for name in ("FAAPF", "moved"):
+        assert largest(first[f"{name}, 4"]) < NEAR, first
