@@ -7,7 +7,7 @@ import pytest
 import xarray as xr
 
 import numpyro_diffusion_da as ndda
-from numpyro_diffusion_da.fields import Undefined, Variable, same_unit
+from numpyro_diffusion_da.fields import Undefined, Variable, conversion, same_unit
 
 LATITUDE, LONGITUDE = np.linspace(-90, 90, 7), np.arange(12) * 30.0
 LEVELS = (500, 850, 1000)
@@ -503,6 +503,38 @@ def test_a_layout_that_is_no_grid_is_refused():
 )
 def test_units(a, b, same):
     assert same_unit(a, b) is same
+
+
+@pytest.mark.parametrize(
+    ("value", "a", "b", "expected"),
+    [
+        (-40.0, "degC", "degF", -40.0),
+        (68.0, "°F", "K", 293.15),
+        (20.0, "celsius", "K", 293.15),
+        (1013.25, "mbar", "Pa", 101325.0),
+        (29.92, "inHg", "hPa", 1013.2075),
+        (36.0, "km/h", "m s-1", 10.0),
+        (10.0, "knots", "m/s", 5.144444),
+        (5.0, "g/kg", "kg kg-1", 0.005),
+        (5.0, "g kg**-1", "1", 0.005),
+        (55.0, "%", "1", 0.55),
+        (24.0, "mm/day", "m h-1", 0.001),
+        (6.5, "degC km-1", "K m-1", 0.0065),
+        (180.0, "degrees", "radian", np.pi),
+        (1.0, "kg m-1 s-2", "hPa", 0.01),
+        (1.0, "gpm", "m2 s-2", None),
+        (1.0, "K", "Pa", None),
+        (1.0, "foot-lambert", "K", None),
+    ],
+)
+def test_conversions(value, a, b, expected):
+    found = conversion(a, b)
+    if expected is None:
+        assert found is None
+        return
+    assert found.factor * value + found.offset == pytest.approx(expected, rel=1e-6)
+    back = conversion(b, a)
+    assert back.factor * expected + back.offset == pytest.approx(value, rel=1e-6)
 
 
 # --- precipitation --------------------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """Tables of observations: what is read from CSV, Parquet, NetCDF, pandas and xarray, and what is refused."""
 
 import importlib.util
+import os
 
 import jax
 import numpy as np
@@ -259,6 +260,7 @@ def at_step(xs, t):
     return jax.tree.map(lambda values: values[t], xs)
 
 
+MORE = max(1, int(os.environ.get("NDDA_FUZZ", "1")))  # as in test_fuzz.py
 FUZZ = {"deadline": None, "derandomize": True, "database": None, "suppress_health_check": list(HealthCheck)}
 
 
@@ -269,7 +271,7 @@ def test_fuzzed_tables(tmp_path_factory, text):
 
 
 @pytest.mark.slow
-@settings(max_examples=2000, **FUZZ)
+@settings(max_examples=400 * MORE, **(FUZZ | {"derandomize": MORE == 1}))
 @given(text=tables())
 def test_many_fuzzed_tables(tmp_path_factory, text):
     check_fuzzed(tmp_path_factory.getbasetemp() / "fuzzed.csv", text)

@@ -9,6 +9,7 @@ import numpyro
 import numpyro.distributions as dist
 import pandas
 import pytest
+from conftest import compilations
 from numpyro.contrib.control_flow import scan
 
 import numpyro_diffusion_da as ndda
@@ -414,3 +415,40 @@ def test_groups_have_correlated_errors():
             read_table(table).on(LAYOUT, TIMES, correlation=bad)
     with pytest.raises(ValueError, match="but there are no groups"):
         read_table(table).on(LAYOUT, TIMES).ungroup(np.zeros(3))
+
+
+@pytest.mark.slow
+def test_tables_one_after_another_compile_once():
+    rng = np.random.default_rng(0)
+
+    def table(t, n):
+        return frame("lat", *[(x,) for x in rng.uniform(-80, 80, n)]).assign(
+            lon=rng.uniform(0, 360, n), time=TIMES[t], observation=280.0 + rng.normal(size=n)
+        )
+
+    first = read_table(table(0, 20)).on(LAYOUT, TIMES[:1], window="6h")
+
+    def model(xs):
+        x0 = numpyro.sample("x0", dist.Normal(jnp.full(LAYOUT.shape, 280.0), 3.0).to_event(3))
+
+        def step(x, at):
+            x = numpyro.sample("x", dist.Normal(x, 1.0).to_event(3))
+            numpyro.deterministic("y_place", at["place"])
+            numpyro.sample("y", dist.Normal(first.operator(x, at), at["error"]).to_event(1), obs=at["y"])
+            return x, None
+
+        scan(step, x0, xs)
+
+    grid = np.stack(np.meshgrid(NORTH, EAST, indexing="ij"), -1).reshape(-1, 2)
+    taper = ndda.Taper(2000.0, ndda.GreatCircle(), {"y": "y_place"}, state=grid)
+    online = ndda.OnlineFilter(ndda.EnKF(model, taper=taper), num_particles=20)
+    state = online.init(jax.random.key(0), first.xs)
+    state, _ = online.step(jax.random.key(1), state, first.xs)
+    other = read_table(table(1, 9)).on(LAYOUT, TIMES[1:], window="6h", sizes=first.sizes)
+    key = jax.random.key(2)
+    with compilations() as compiled:
+        state, info = online.step(key, state, other.xs)
+    assert compiled == []
+    background = other.by_row(np.asarray(info.background.sites["y"].mean)[None])
+    assert background.notna().all()
+    assert np.abs(background - 280.0).max() < 5.0

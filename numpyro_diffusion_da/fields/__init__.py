@@ -10,13 +10,15 @@ from numpyro_diffusion_da.fields.datasets import (
     undefined_mask,
 )
 from numpyro_diffusion_da.fields.layout import Layout, Undefined, Variable
-from numpyro_diffusion_da.fields.units import same_unit
+from numpyro_diffusion_da.fields.units import Conversion, conversion, same_unit
 
 __all__ = [
     "SHORT_NAMES",
+    "Conversion",
     "Layout",
     "Undefined",
     "Variable",
+    "conversion",
     "dataset_times",
     "grid",
     "read_states",

@@ -96,7 +96,8 @@ def _refuse_other_pressures(rows: pandas.DataFrame, targets: dict[str, Target], 
     some = rows["name"].isin(levelled).to_numpy() & (rows["flag"].to_numpy() == Flag.USED)
     pressure = rows["pres"].to_numpy(float)[some]
     known = [level for variable in placer.layout.variables for level in variable.levels]
-    if not known or pressure.size == 0:
+    # One level may be beyond the model by itself.
+    if not known or np.unique(pressure).size < 2:
         return
     low, high = 100.0 * min(known), 100.0 * max(known)
     for factor, unit, do in ((100.0, "hPa", "call the column level"), (0.01, "Pa", "call the column pres")):
