@@ -2,8 +2,8 @@
 
 The model is linear and Gaussian, d values, all observed. Each row is the median over repeats of a whole run after the
 first one, so nothing is compiled. `Filter.run` traces the program anew each time, checks it, and returns a result with
-particles, weights, predictive draws and diagnostics. cuthbert's `filter` returns particles and weights. The bare loop is
-a `lax.scan` of three lines that keeps the particles: no filter can be faster by much.
+particles, weights, predictive draws and diagnostics. cuthbert's `filter` returns particles and weights. The bare loop
+is a `lax.scan` of three lines that keeps the particles: no filter can be faster by much.
 
     python examples/benchmarks/throughput.py
 """
