@@ -9,8 +9,11 @@ import sys
 import jax
 import jax.numpy as jnp
 import numpy as np
+import numpyro
+import numpyro.distributions as dist
 import pytest
 from conftest import compilations
+from numpyro.contrib.control_flow import scan
 
 import numpyro_diffusion_da as ndda
 from numpyro_diffusion_da.diffusion import memory
@@ -135,3 +138,28 @@ print(len(missed), run.result.posterior["x"].sum())
     assert int(first) > 0
     assert int(second) < int(first)
     assert first_sum == second_sum
+
+
+def test_solves_of_a_step_run_on_one_thread():
+    from threadpoolctl import threadpool_info
+
+    def threads():
+        return {pool["num_threads"] for pool in threadpool_info() if pool["user_api"] == "blas"}
+
+    before, seen = threads(), []
+
+    def model(y):
+        def step(x, y_t):
+            x = numpyro.sample("x", dist.Normal(0.9 * x, 0.5))
+            jax.debug.callback(lambda: seen.append(threads()))
+            numpyro.sample("y", dist.Normal(x, 0.3), obs=y_t)
+            return x, None
+
+        scan(step, 0.0, y)
+
+    run = ndda.Filter(ndda.Bootstrap(model), num_particles=4, progress_bar=False)
+    run.run(jax.random.key(0), np.zeros(2, np.float32))
+    jax.effects_barrier()
+    assert seen
+    assert all(found == {1} for found in seen)
+    assert threads() == before

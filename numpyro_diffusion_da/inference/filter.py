@@ -39,6 +39,7 @@ from numpyro_diffusion_da.inference.records import (
 )
 from numpyro_diffusion_da.inference.storage import RunStore, Span
 from numpyro_diffusion_da.inference.stored_run import StoredResult, tree_of_steps
+from numpyro_diffusion_da.inference.threads import lapack_on_one_thread
 from numpyro_diffusion_da.inference.watching import step_notes
 from numpyro_diffusion_da.program.arrays import argument_names
 from numpyro_diffusion_da.program.scan import TimeInputs
@@ -191,6 +192,7 @@ class Filter(HasFilterResult):
         with ExitStack() as stack:
             if store is not None:
                 stack.enter_context(store)
+            stack.enter_context(lapack_on_one_thread())
             advance = stack.enter_context(step_progress(self.progress_bar, self.num_chains * length))
             stack.enter_context(self._kept_if_interrupted(program, attributes, chains, past, store))
             for chain in range(self.num_chains):

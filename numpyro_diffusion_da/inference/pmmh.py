@@ -17,6 +17,7 @@ from numpyro_diffusion_da.filters.base import FilterAlgorithm, takes_algorithm
 from numpyro_diffusion_da.inference.base import BATCH, ParameterInference
 from numpyro_diffusion_da.inference.devices import agreed, to_host
 from numpyro_diffusion_da.inference.progress import progress
+from numpyro_diffusion_da.inference.threads import lapack_on_one_thread
 from numpyro_diffusion_da.program.parameters import GlobalParameters
 from numpyro_diffusion_da.results.result import ParameterResult
 from numpyro_diffusion_da.smc import pmmh
@@ -204,7 +205,7 @@ class PMMH(ParameterInference):
         """
         total, done, chunk = self.num_warmup + self.num_samples, 0, 2
         chunks: list[dict[str, np.ndarray]] = []
-        with progress(self.progress_bar, "PMMH", total) as advance:
+        with lapack_on_one_thread(), progress(self.progress_bar, "PMMH", total) as advance:
             while done < total:
                 number = agreed(min(chunk, CHUNK, total - done), self.mesh)
                 began = time.monotonic()

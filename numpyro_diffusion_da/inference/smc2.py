@@ -16,6 +16,7 @@ from numpyro_diffusion_da.inference.base import BATCH, ParameterInference
 from numpyro_diffusion_da.inference.devices import to_host
 from numpyro_diffusion_da.inference.evidence import FilterEvidence
 from numpyro_diffusion_da.inference.progress import progress
+from numpyro_diffusion_da.inference.threads import lapack_on_one_thread
 from numpyro_diffusion_da.program.parameters import GlobalParameters
 from numpyro_diffusion_da.results.result import ParameterResult
 from numpyro_diffusion_da.smc import smc2
@@ -103,7 +104,7 @@ class SMC2(ParameterInference):
         program = parameters.program
         given, length = (program.args, program.kwargs), program.structure.length
         chains = []
-        with progress(self.progress_bar, "SMC^2", self.num_chains * length) as advance:
+        with lapack_on_one_thread(), progress(self.progress_bar, "SMC^2", self.num_chains * length) as advance:
             for chain in range(self.num_chains):
                 key = jax.random.fold_in(rng_key, chain)
                 state = self._compiled["start"](jax.random.fold_in(key, length), given)
