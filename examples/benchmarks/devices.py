@@ -3,9 +3,10 @@
 The particles of stochastic Lorenz-96 (F = 8, 40 sites, step 0.1, noise variance 0.5, every second site observed with an
 error variance of 0.1) are sharded over virtual devices of one processor (`Filter(..., mesh=...)`). "needed" counts the
 ancestors that new particles have on a device which does not hold them: the bound. "moved" is what the collectives
-carry, in particles of 160 bytes; "all" is what they would carry if every device got every particle. "gathered" are the
-bytes of everything else: weights, predicted observations, and for the EnKF the ensemble. Numbers are means over steps,
-summed over devices.
+carry, in particles of 160 bytes; "all" is what they would carry if every device got every particle. "slots kept" is
+what would be needed if each selected particle kept its slot, as it does with a taper. "gathered" are the bytes of
+everything else: weights, predicted observations, and for the EnKF the ensemble. Numbers are means over steps, summed
+over devices.
 
     python examples/benchmarks/devices.py --out devices.json
     python examples/benchmarks/devices.py --filter FAAPF --particles 1024 --devices 8
@@ -75,12 +76,23 @@ def observations(steps: int) -> np.ndarray:
     return np.asarray(found, np.float32)
 
 
+def needed_if_kept(ancestors: np.ndarray, devices: int) -> int:
+    """Number of ancestors that devices lack, each once for each device, if selected particles kept their slots."""
+    n = len(ancestors)
+    share, counts = n // devices, np.bincount(ancestors, minlength=n)
+    kept = np.arange(n)
+    kept[counts == 0] = np.repeat(np.arange(n), np.maximum(counts - 1, 0))
+    return sum(int(np.sum(np.unique(kept[d * share : (d + 1) * share]) // share != d)) for d in range(devices))
+
+
 def row(name: str, particles: int, devices: int, y: np.ndarray) -> dict[str, Any]:
     """Traffic of one run."""
     mesh = jax.make_mesh((devices,), ("particles",), devices=jax.devices()[:devices])
     run = ndda.Filter(FILTERS[name](), num_particles=particles, mesh=mesh, keep_observed=False, progress_bar=False)
     run.run(jax.random.key(0), y)
     stats = run.result.sample_stats
+    ancestors = stats["ancestors"][0].T  # by time
+    kept = [needed_if_kept(of_step, devices) for of_step in ancestors] if ancestors.ndim == 2 else None
     moved, needed, gathered = (float(stats[f"bytes_{n}"].mean()) for n in ("moved", "needed", "gathered"))
     return {
         "filter": name,
@@ -90,6 +102,7 @@ def row(name: str, particles: int, devices: int, y: np.ndarray) -> dict[str, Any
         "needed": needed / PARTICLE,
         "moved": moved / PARTICLE,
         "all": particles * (devices - 1),
+        "slots kept": None if kept is None else float(np.mean(kept)),
         "gathered": gathered,
     }
 
@@ -111,7 +124,8 @@ def main(
     cases = [(name, n, d) for name in names for d in meshes for n in numbers]
     rows = [row(*case, y) for case in track(cases, "runs", console=Console(stderr=True))]
     columns = {"filter": "", "devices": "", "N": "", "ESS / N": ".2f", "needed": ".1f", "moved": ".1f", "all": ""}
-    print_table(console, "Particles per step", rows, {**columns, "gathered": ".0f"}, group="filter")
+    columns |= {"slots kept": ".1f", "gathered": ".0f"}
+    print_table(console, "Particles per step", rows, columns, group="filter")
     write_json(out, {"steps": steps}, rows=rows)
 
 

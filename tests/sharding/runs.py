@@ -136,7 +136,8 @@ def main(names: str, numbers: str, process: str | None = None, port: str | None 
         for number in map(int, numbers.split(",")):
             arrays, traffic = result_of(name, number)
             assert arrays.keys() == plain.keys()
-            apart = {n: float(np.max(np.abs(np.nan_to_num(v) - np.nan_to_num(plain[n])))) for n, v in arrays.items()}
+            both = {n: [np.nan_to_num(np.asarray(of[n], float)) for of in (arrays, plain)] for n in plain}
+            apart = {n: float(np.max(np.abs(one - other))) for n, (one, other) in both.items()}
             found[f"{name}, {number}"] = {"apart": apart, **{n: float(v) for n, v in traffic.items()}}
     print(json.dumps(found, indent=1))
 
