@@ -190,6 +190,22 @@ def test_moving_observations_runs(tmp_path):
 
 
 @pytest.mark.slow
+def test_table_faults_runs(tmp_path):
+    """The benchmark, small: what the checks catch costs nothing, and what is in another unit costs everything."""
+    out = tmp_path / "table.json"
+    load("table_faults").main(20, 2, 0, 4, truths=1, only=["none", "Pa as hPa", "duplicates"], out=out)
+    none, unit, copies = json.loads(out.read_text())["rows"]
+    assert none["caught"] is None
+    assert unit["caught"] == copies["caught"] == 1.0
+    assert none["false alarms"] < 0.02
+    assert copies["checked"] == none["checked"]
+    assert unit["checked"] < 1.2 * none["checked"]
+    assert unit["unchecked"] > 10 * none["unchecked"]
+    with pytest.raises(typer.BadParameter, match="no fault called snow"):
+        load("table_faults").main(only=["snow"])
+
+
+@pytest.mark.slow
 def test_noise_rank_runs(tmp_path):
     """The benchmark, small: with two directions of noise guidance finds nothing, and moved ancestors find the truth."""
     out = tmp_path / "table.json"
