@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import jax
+import jax.extend
 import jax.numpy as jnp
 import numpy as np
 import numpyro
@@ -303,3 +304,101 @@ def test_observations_much_more_accurate_than_the_ensemble_keep_their_digits():
     single = (jnp.asarray(x, jnp.float32) for x in (predicted, innovation.T))
     found = np.asarray(ensemble_update.kalman_coefficients(*single)).T @ anomalies
     np.testing.assert_allclose(found, exact, atol=1e-3)
+
+
+def two_kinds(m, moving, radius=1.5, state=40, room=60):
+    """Taper of two sites of m values each, with different half-widths, at fixed places or at places of the step."""
+    at = {"fine": np.linspace(0.0, 39.5, m), "wide": np.linspace(0.3, 39.8, m)}
+    given = {name: f"{name}_place" for name in at} if moving else at
+    taper = ndda.Taper(
+        {"fine": radius, "wide": 2 * radius},
+        ndda.Ring(40),
+        given,
+        state=np.linspace(0, 40, state, endpoint=False),
+        most_near=room if moving else None,
+    )
+    places = {f"{name}_place": jnp.asarray(rows, jnp.float32) for name, rows in at.items()}
+    return taper.place((state,), {name: ((m,), 1) for name in at}, places=places)
+
+
+@pytest.mark.parametrize("moving", [False, True])
+def test_observations_near_each_observation_are_those_of_all_pairs(moving):
+    which, rho, between = jax.jit(
+        lambda: (*two_kinds(30, moving).near_observations(), two_kinds(30, moving).between_observations())
+    )()
+    found = np.zeros(between.shape)
+    np.add.at(found, (np.arange(60)[:, None], which), rho)
+    np.testing.assert_allclose(found, between, atol=2e-6)
+
+
+def test_without_all_pairs_an_update_is_the_same(monkeypatch):
+    """Conjugate gradients with rows of near observations, against the direct solve."""
+    n, m, d = 12, 30, 40
+    rng = np.random.default_rng(3)
+    x, residual = (jnp.asarray(rng.normal(size=(n, size)), jnp.float32) for size in (d, 2 * m))
+    residual = residual.at[:, 4].set(0.0)  # missing
+    vectors = probing.class_vectors(jax.random.key(1), n, 2 * m, None)
+    root = rng.normal(size=(2 * m, 2 * m)) / 10
+    spread = ensemble_update.TransitionSpread(
+        x, residual, vectors, jnp.asarray(rng.normal(size=(n, vectors.shape[1], d)), jnp.float32),
+        jnp.asarray(vectors @ (root @ root.T), jnp.float32),
+    )  # fmt: skip
+
+    def updates():
+        """Each compiled by itself: LAPACK's solves at the same time can wait for each other."""
+        taper = two_kinds(m, moving=False)
+        of = (
+            lambda: ndda.smc.PerturbedObservations().solve(jax.random.key(0), x, residual, taper),
+            lambda: ensemble_update.with_transition_spread(jax.random.key(0), x, residual, spread, taper),
+            lambda: ensemble_update.with_transition_spread(jax.random.key(0), x, residual, spread),
+        )
+        return [jax.tree.map(np.asarray, jax.jit(update)()) for update in of]
+
+    direct = updates()
+    monkeypatch.setattr(ensemble_update, "MOST_DENSE", 1)
+    monkeypatch.setattr(ensemble_update, "LARGEST_GATHER", 1000)
+    for (dense, exact), (sparse, error) in zip(direct, updates(), strict=True):
+        assert exact == 0.0
+        assert error < 1e-5
+        np.testing.assert_allclose(sparse, dense, atol=2e-5 * np.abs(dense).max())
+
+
+def test_the_residual_of_a_solve_that_stops_early_is_in_the_result(monkeypatch):
+    monkeypatch.setattr(ensemble_update, "MOST_DENSE", 1)
+    monkeypatch.setattr(ensemble_update, "MOST_ITERATIONS", 1)
+
+    def model(y):
+        def step(x, y_t):
+            x = numpyro.sample("x", dist.Normal(0.9 * x, 1.0).to_event(1))
+            numpyro.sample("y", dist.Normal(x, 0.3).to_event(1), obs=y_t)
+            return x, None
+
+        scan(step, jnp.zeros(D), y)
+
+    taper = ndda.Taper(1.0, ndda.Ring(D), {"y": SITES}, state=SITES)
+    run = ndda.Filter(ndda.EnKF(model, taper=taper), num_particles=9, progress_bar=False)
+    run.run(jax.random.key(0), np.ones((2, D), np.float32))
+    residual = run.result.sample_stats["solver_residual"]
+    assert residual.shape == (1, 9, 2)
+    assert np.all((residual > 1e-3) & (residual < 1.0))
+
+
+def largest_array(jaxpr) -> int:
+    """Bytes of the largest array that a program computes, loops and branches included."""
+    sizes = [0]
+    for equation in jaxpr.eqns:
+        sizes += [v.aval.size * v.aval.dtype.itemsize for v in equation.outvars if hasattr(v.aval, "dtype")]
+        sizes += [largest_array(inner) for inner in jax.extend.core.jaxprs_in_params(equation.params)]
+    return max(sizes)
+
+
+@pytest.mark.parametrize("moving", [False, True])
+def test_many_observations_make_no_array_of_all_pairs(moving):
+    n, m, d = 4, 2500, 200
+    x, residual = jax.ShapeDtypeStruct((n, d), jnp.float32), jax.ShapeDtypeStruct((n, 2 * m), jnp.float32)
+
+    def run(x, residual):
+        taper = two_kinds(m, moving, radius=0.05, state=d, room=100)
+        return ndda.smc.PerturbedObservations().solve(jax.random.key(0), x, residual, taper)
+
+    assert largest_array(jax.make_jaxpr(run)(x, residual).jaxpr) < (2 * m) ** 2 * 4 / 10

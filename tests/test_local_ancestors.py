@@ -13,6 +13,7 @@ from numpyro.contrib.control_flow import scan
 from scipy import stats
 
 import numpyro_diffusion_da as ndda
+from numpyro_diffusion_da.inference import records
 from numpyro_diffusion_da.observation import GaussianLikelihood, GeneralLikelihood
 from numpyro_diffusion_da.program import gaussian_observations, general_observation
 from numpyro_diffusion_da.smc import LocalAncestors, local_ancestors
@@ -220,3 +221,21 @@ def test_settings_are_checked():
         ndda.FAAPF(program, taper=TAPER, block_radius=-1.0)
     with pytest.raises(ValueError, match="no taper"):
         ndda.FAAPF(program, block_radius=1.0)
+
+
+def test_weights_of_many_blocks_are_not_kept(monkeypatch, capsys):
+    """All else is there: other statistics, the summary, and the reason why there are no lines to smooth."""
+    monkeypatch.setattr(records, "MOST_OF_BLOCKS", 10)
+    _, y = independent_sites(0, 2)
+    filter_ = run(y, taper=TAPER, move=False)
+    stats = filter_.result.sample_stats
+    assert not {"log_weights", "ancestors"} & set(stats)
+    for name in ("ess", "tempering", "distinct_ancestors", "log_weight_std"):
+        assert stats[name].shape == (1, 2, SITES)
+    filter_.print_summary()
+    shown = capsys.readouterr().out
+    assert f"localized, in {SITES} blocks" in shown
+    assert "ESS before tempering" in shown
+    with pytest.raises(ValueError, match="a parent for each block"):
+        filter_.to_datatree(lag=1)
+    assert filter_.to_datatree()["sample_stats"]["ess"].dims == ("chain", "time", "block")

@@ -66,7 +66,9 @@ def skill_figure(
     )
     count.set_yscale("log", base=2)
     count.yaxis.set_major_formatter("{x:.0f}")
-    count.set(title=f"{next(iter(scores))}: effective particles", ylim=(0.9, 1.1 * len(stats["log_weights"][0])))
+    # The weights of many blocks are not kept.
+    particles = len(stats["log_weights" if "log_weights" in stats else "solver_residual"][0])
+    count.set(title=f"{next(iter(scores))}: effective particles", ylim=(0.9, 1.1 * particles))
     for axes in panels[: len(units) + 1]:
         axes.set(xlabel="days", xlim=(0, days[-1]))
     for axes in rest:

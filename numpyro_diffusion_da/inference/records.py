@@ -20,6 +20,9 @@ from numpyro_diffusion_da.program.structure import Structure
 from numpyro_diffusion_da.results.result import PER_PARTICLE, Background, FilterResult
 from numpyro_diffusion_da.smc.base import Info
 
+MOST_OF_BLOCKS = 2**20
+"""Largest number of particles times blocks up to which a record holds weights and ancestors of blocks: 8 MB a step."""
+
 
 def record_step(
     algorithm: FilterAlgorithm,
@@ -66,14 +69,13 @@ def record_step(
         "reduced": keep.reduced(info.proposal.sites["posterior"]),
         **({"metadata": program.metadata(inputs)} if program.structure.metadata_names else {}),
         "stats": {
-            "log_weights": info.log_weights,
-            "ancestors": info.ancestors,
+            **_of_each_particle(info),
             "ess": info.ess,
             "tempering": info.tempering,
             "log_evidence_increment": info.log_evidence_increment,
             "distinct_ancestors": info.distinct_ancestors,
             "log_weight_std": info.log_weight_std,
-            "solver_residual": info.proposal.draw.solver_residual,
+            "solver_residual": _solver_residual(info),
             **({} if info.move == () else info.move._asdict()),
             **({} if isinstance(info.resampled, tuple) else {"resampled": info.resampled}),
             **({} if info.traffic == () else {f"bytes_{n}": x for n, x in info.traffic._asdict().items()}),
@@ -88,6 +90,19 @@ def record_step(
         "nonfinite_particles": info.nonfinite_particles,
         "failures": count_failures(program.structure, info, particles, new),
     }
+
+
+def _of_each_particle(info: Info) -> dict[str, Array]:
+    """Weights and ancestors of the particles; nothing if they are those of too many blocks."""
+    if info.ancestors.ndim > 1 and info.ancestors.size > MOST_OF_BLOCKS:
+        return {}
+    return {"log_weights": info.log_weights, "ancestors": info.ancestors}
+
+
+def _solver_residual(info: Info) -> Array:
+    """Largest relative residual of the linear solves of each particle: those of its draw, and of a common update."""
+    of_draws: Array = info.proposal.draw.solver_residual
+    return of_draws if isinstance(info.solver_residual, tuple) else jnp.maximum(of_draws, info.solver_residual)
 
 
 def _background(info: Info) -> dict[str, Any]:

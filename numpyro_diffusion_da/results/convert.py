@@ -140,7 +140,10 @@ STATS = {
         "whether the particles were resampled",
         "otherwise they carried their weights on, and the draws were resampled for the result alone",
     ),
-    "solver_residual": ("largest relative residual of the linear solves of a draw", "0 without linear solves"),
+    "solver_residual": (
+        "largest relative residual of the linear solves of a draw, or of an ensemble update",
+        "0 without linear solves",
+    ),
     "acceptance_rate": ("acceptance probability of proposals", "NaN if none was made"),
     "is_accepted": ("whether the proposal was accepted", ""),
     "log_evidence": ("estimate of log p(y | parameters)", "estimate at the current point, made once and kept"),

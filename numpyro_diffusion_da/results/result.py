@@ -73,7 +73,8 @@ class FilterResult:
         forecast: one-step forecast mean E[x' | c] of each particle's ancestor c, (chain, draw, time, ...), or None if
             forecasts were not kept.
         sample_stats: diagnostics of each step, (chain, time), or (chain, draw, time) if they have one value per
-            particle. With localized resampling, weight diagnostics have a trailing block axis.
+            particle. With localized resampling, weight diagnostics have a trailing block axis. Then `log_weights` and
+            `ancestors` are left out if they have more than 2^20 values a step, particles times blocks.
         network_passes: number of forward, jvp and vjp passes of the network per particle and step, and of passes of the
             conditioning network (`conditioning`), each (chain, time).
         latent_name: name of the state in `posterior`; the first site of `posterior` if the state was not kept.
@@ -143,7 +144,7 @@ class FilterResult:
     @property
     def is_local(self) -> bool:
         """Whether resampling is localized; weight diagnostics then have a trailing block axis."""
-        return "log_weights" in self.sample_stats and self.sample_stats["log_weights"].ndim > 3
+        return "ess" in self.sample_stats and self.sample_stats["ess"].ndim > 2
 
 
 @dataclasses.dataclass(frozen=True)

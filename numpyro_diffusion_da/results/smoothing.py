@@ -126,7 +126,8 @@ def _without_genealogy(result: FilterResult, lag: int | None) -> str | None:
     require(result, FilterResult, "smoothing", "result", "filter.result")
     if lag is not None:
         require_count(lag, "smoothing", "lag", least=0)
-    if "ancestors" not in result.sample_stats:
+    # A filter with many blocks keeps no ancestors; what it has smoothed itself is there all the same.
+    if "ancestors" not in result.sample_stats and ("smoothing" in result.attributes or not result.is_local):
         done = "is already smoothed" if "smoothing" in result.attributes else "has no ancestors"
         raise ValueError(f"this result {done}; give the result of the filter, Filter.result.")
     if lag == 0:
@@ -151,7 +152,7 @@ def _without_genealogy(result: FilterResult, lag: int | None) -> str | None:
     if result.lagged is not None:
         kept = result.attributes["lag"]
         return f"{why}; its filter kept the states of lag={kept} only: ask for these, or run it with another lag."
-    asked = stats["ancestors"].shape[2] - 1 if lag is None else int(lag)
+    asked = result.sizes[2] - 1 if lag is None else int(lag)
     return f"{why}; run {algorithm}(model, ..., lag={asked}), {other}, or use Filter.backward_simulation."
 
 

@@ -93,7 +93,9 @@ def _filter_table(result: FilterResult) -> Any:
         if advice is not None:
             table.add_row("", f"[yellow]{escape(advice)}[/yellow]")
     if result.is_local:
-        table.add_row("resampling", f"localized, in {stats['log_weights'].shape[-1]} blocks")
+        table.add_row("resampling", f"localized, in {stats['ess'].shape[-1]} blocks")
+        if "log_weights" not in stats and "smoothing" not in result.attributes:
+            table.add_row("", "weights and ancestors of the blocks are too many to be kept")
     if _selects(result):
         where = "steps and blocks" if result.is_local else "steps"
         low = np.mean(stats["tempering"] < TEMPERED)
@@ -129,7 +131,10 @@ def _filter_table(result: FilterResult) -> Any:
         table.add_row("weights", used)
     worst = np.max(stats["solver_residual"])
     table.add_row("largest solver residual", "no linear solves" if worst == 0 else f"{worst:.1e}")
-    if worst > UNSOLVED:
+    if worst > UNSOLVED and result.attributes.get("algorithm") == "EnKF":
+        table.add_row("", "The linear solve of the update is far from converged: use fewer or less accurate")
+        table.add_row("", "observations, a smaller taper, or update=ndda.smc.SquareRoot().")
+    elif worst > UNSOLVED:
         table.add_row("", "The solve of the guidance is far from converged: draws may miss accurate observations")
         table.add_row("", "by several errors. Compare with guidance=ndda.MMPS(), which makes more products if needed.")
     if (off := result.attributes.get("sampler_variance_error")) is not None:
@@ -154,7 +159,10 @@ def _has_genealogy(result: FilterResult) -> bool:
 
 def _selects(result: FilterResult) -> bool:
     """Whether the weights of any step are unequal."""
-    log_weights = result.sample_stats["log_weights"]
+    stats = result.sample_stats
+    if "log_weights" not in stats:  # those of many blocks, which are not kept
+        return bool(np.any(stats["log_weight_std"] > 0.0))
+    log_weights = stats["log_weights"]
     return bool(np.any(log_weights != log_weights[:, :1]))
 
 

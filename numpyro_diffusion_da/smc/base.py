@@ -69,6 +69,7 @@ class Info(NamedTuple):
         resampled: whether the particles of the state were resampled; () for a filter that resamples at each step. If
             they were not, `ancestors` are those of the draws that represent them, and of the records of these draws.
         traffic: `Traffic` between devices, if the particles are sharded over a mesh; () if they are not.
+        solver_residual: relative residual of the linear solve of an ensemble update; () if there is none.
     """
 
     log_weights: Float[Array, " n"]
@@ -88,6 +89,7 @@ class Info(NamedTuple):
     move: PyTree = ()
     resampled: PyTree = ()
     traffic: PyTree = ()
+    solver_residual: PyTree = ()
 
 
 def load_blackjax() -> None:

@@ -110,7 +110,9 @@ def build_kernel(
         moving = [x, *(whole(leaves[i]) for i in carried)]
         spreading: PyTree = ()
         if spread_fn is None:
-            moved = _moved(lambda anomalies: update(error_key, anomalies, residual, placed), moving, moving, placed)
+            moved, error = _moved(
+                lambda anomalies: update.solve(error_key, anomalies, residual, placed), moving, moving, placed
+            )
         else:
             of = map_particles(lambda vectors, particle: spread_fn(vectors, particle, observation), batch_size)
             # A fifth key leaves the others the same with and without the transition's covariance.
@@ -121,7 +123,7 @@ def build_kernel(
             products = spread.state_products.reshape(-1, *x.shape[1:])
             columns = _columns([products, *none], placed).reshape(n, -1, sum(a[0].size for a in moving))
             spread = spread._replace(state_products=columns)
-            moved = _moved(
+            moved, error = _moved(
                 lambda anomalies: with_transition_spread(error_key, anomalies, residual, spread, placed),
                 moving,
                 [spread.mean, *moving[1:]],
@@ -141,7 +143,7 @@ def build_kernel(
         particles, record = advance(own(particle_keys(advance_key, n)), x, analyzed, record)
         zeros = jnp.zeros(n, residual.dtype)
         info = make_info(zeros, jnp.arange(n), jnp.ones(()), particles, spreading, record)
-        return State(particles, state.log_evidence), info
+        return State(particles, state.log_evidence), info._replace(solver_residual=error)
 
     return kernel
 
@@ -165,26 +167,32 @@ def _columns(arrays: list[Array], taper: PlacedTaper | None) -> Array:
 
 
 def _moved(
-    increments_of: Callable[[Array], Array], arrays: list[Array], around: list[Array], taper: PlacedTaper | None
-) -> list[Array]:
+    increments_of: Callable[[Array], tuple[Array, Array]],
+    arrays: list[Array],
+    around: list[Array],
+    taper: PlacedTaper | None,
+) -> tuple[list[Array], Array]:
     """Move several arrays of an ensemble by one update.
 
     Args:
-        increments_of: function from anomalies to increments, both of shape (N, values).
+        increments_of: function from anomalies to increments, both of shape (N, values), and the residual of the solve.
         arrays: the state and what moves along with it, each with a leading axis of N.
         around: arrays of the same shapes whose anomalies the update takes.
         taper: localization; None for none. Its points run over the last axes of every array.
+
+    Returns:
+        (the moved arrays, relative residual of the linear solve).
     """
     n, places = len(arrays[0]), 1 if taper is None else len(taper.points)
     size = arrays[0].size // n
-    increments = increments_of(_columns([x - x.mean(0, keepdims=True) for x in around], taper))
+    increments, error = increments_of(_columns([x - x.mean(0, keepdims=True) for x in around], taper))
     ends = np.cumsum([x.size // n // places for x in arrays])[:-1]
     moved = []
     for array, part in zip(arrays, jnp.split(increments.reshape(n, places, -1), ends, axis=2), strict=True):
         if taper is not None:
             part = jnp.moveaxis(part.reshape(n, places, -1, size // places), 2, 1)
         moved.append(array + part.reshape(array.shape).astype(array.dtype))
-    return moved
+    return moved, error
 
 
 def _widened(spread: TransitionSpread, factor: Array | float) -> TransitionSpread:

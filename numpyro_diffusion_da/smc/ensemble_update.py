@@ -7,6 +7,9 @@ $Y^T Y / (N - 1)$, and the Kalman gain is
 $$K = X^T Y \, (Y^T Y + (N - 1) I)^{-1}.$$
 
 An update returns the increment of each member. A taper $\rho$ enters each update in its own way.
+
+With many observations, no array of all pairs of them is made: the system is then solved by conjugate gradients, and its
+rows hold near observations only.
 """
 
 from __future__ import annotations
@@ -35,6 +38,18 @@ PointUpdate = Callable[[Float[Array, "n c"], Float[Array, "n k"], Float[Array, "
 LARGEST_BLOCK = 2**24
 """Largest number of values held at a time while several points of the state are updated in parallel: 64 MB."""
 
+MOST_DENSE = 2048
+"""Number of observations up to which a system of equations for all of them is solved directly: a matrix of 16 MB."""
+
+TOLERANCE = 1e-6
+"""Relative residual at which conjugate gradients stop."""
+
+MOST_ITERATIONS = 500
+"""Largest number of iterations of conjugate gradients."""
+
+LARGEST_GATHER = 2**22
+"""Largest number of values held at a time in a product with sparse rows: 16 MB."""
+
 
 class EnsembleUpdate(eqx.Module):
     """Update that turns the members of a forecast into those of the analysis."""
@@ -55,6 +70,28 @@ class EnsembleUpdate(eqx.Module):
             residual: whitened residual R^{-1/2} (y - h(x)) of each member, zero where missing.
             taper: localization at the positions of these values; None for no localization.
         """
+
+    def solve(
+        self,
+        rng_key: PRNGKeyArray,
+        anomalies: Float[Array, "n d"],
+        residual: Float[Array, "n m"],
+        taper: PlacedTaper | None = None,
+    ) -> tuple[Float[Array, "n d"], Float[Array, ""]]:
+        """Compute the increment of each member, and how exact it is.
+
+        An update that solves its equations by iterations overrides this; others are exact to rounding.
+
+        Args:
+            rng_key: random key of the step.
+            anomalies: members minus their mean, flattened.
+            residual: whitened residual R^{-1/2} (y - h(x)) of each member, zero where missing.
+            taper: localization at the positions of these values; None for no localization.
+
+        Returns:
+            (increments, relative residual of the linear solve; 0 if it is solved directly).
+        """
+        return self(rng_key, anomalies, residual, taper), jnp.zeros(())
 
     def check_correlation(self, correlation: Correlation) -> None:
         """Check that the update can use a taper with this correlation function; any is right by default.
@@ -96,6 +133,7 @@ class PerturbedObservations(EnsembleUpdate):
     $$K = (\rho \circ X^T Y) \, (\rho \circ Y^T Y + (N - 1) I)^{-1}.$$
 
     With a taper the update solves a system of m equations, for m observations; without one, of the smaller of m and N.
+    Above `MOST_DENSE` observations, with a taper, it is solved by conjugate gradients, and no matrix of m x m is made.
     """
 
     def check_correlation(self, correlation: Correlation) -> None:
@@ -123,20 +161,38 @@ class PerturbedObservations(EnsembleUpdate):
         Raises:
             ValueError: the correlation of the taper is not positive definite.
         """
+        return self.solve(rng_key, anomalies, residual, taper)[0]
+
+    def solve(
+        self,
+        rng_key: PRNGKeyArray,
+        anomalies: Float[Array, "n d"],
+        residual: Float[Array, "n m"],
+        taper: PlacedTaper | None = None,
+    ) -> tuple[Float[Array, "n d"], Float[Array, ""]]:
+        """Compute the increments, and the relative residual of the linear solve.
+
+        Raises:
+            ValueError: the correlation of the taper is not positive definite.
+        """
         if taper is not None:
             self.check_correlation(taper.correlation)
         n, m = residual.shape
         innovation = _perturbed(rng_key, residual)
         predicted = residual.mean(0, keepdims=True) - residual
         if taper is not None:
-            covariance = taper.between_observations().astype(residual.dtype) * (predicted.T @ predicted)
-            solved = jnp.linalg.solve(covariance + (n - 1) * jnp.eye(m), innovation.T)
+            if m > MOST_DENSE:
+                solved, error = _solved_sparse(predicted, predicted, n - 1.0, innovation.T, taper)
+            else:
+                covariance = taper.between_observations().astype(residual.dtype) * (predicted.T @ predicted)
+                solved = jnp.linalg.solve(covariance + (n - 1) * jnp.eye(m), innovation.T)
+                error = jnp.zeros(())
 
             def at_point(x: Array, nearby: Array, weights: Array, which: Array) -> Array:
                 return solved[which].T @ (weights[:, None] * (nearby.T @ x))
 
-            return _at_each_point(at_point, anomalies, predicted, taper)
-        return kalman_coefficients(predicted, innovation.T).T @ anomalies
+            return _at_each_point(at_point, anomalies, predicted, taper), error
+        return kalman_coefficients(predicted, innovation.T).T @ anomalies, jnp.zeros(())
 
 
 class SquareRoot(EnsembleUpdate):
@@ -203,7 +259,7 @@ def with_transition_spread(
     residual: Float[Array, "n m"],
     spread: TransitionSpread,
     taper: PlacedTaper | None = None,
-) -> Float[Array, "n d"]:
+) -> tuple[Float[Array, "n d"], Float[Array, ""]]:
     r"""Increments of a stochastic update whose covariances are those of the means plus the transition's own.
 
     Let A and Y be the anomalies of the means $m_i = E[x' | c_i]$ and of $h(m_i)$, and V the mean covariance of the
@@ -220,22 +276,33 @@ def with_transition_spread(
         residual: whitened residual of each member, zero where missing.
         spread: spread of each member, leading axis N, with `state_products` of shape (N, q, d).
         taper: localization; None for none.
+
+    Returns:
+        (increments, relative residual of the linear solve). Up to `MOST_DENSE` observations the solve is direct, and
+        its residual is 0.
     """
     n, m = residual.shape
     innovation = _perturbed(rng_key, residual)
     predicted = spread.residual.mean(0, keepdims=True) - spread.residual
     made = pool(Products(spread.vectors, spread.products, jnp.ones((n, m))), jnp.ones(n, bool))
-    between = made.left.T @ made.right
-    between = 0.5 * (between + between.T)
-    sampled = predicted.T @ predicted / (n - 1)
     state = spread.state_products.reshape(len(made.left), -1)
-    if taper is None:
+    error = jnp.zeros(())
+    if m > MOST_DENSE:
+        # Rows of two arrays whose products are the covariance, as its symmetric part.
+        left = jnp.concatenate([predicted / (n - 1), 0.5 * made.left, 0.5 * made.right])
+        right = jnp.concatenate([predicted, made.right, made.left])
+        solved, error = _solved_sparse(left, right, 1.0, innovation.T, taper)
+    else:
+        between = made.left.T @ made.right
+        between = 0.5 * (between + between.T)
+        sampled = predicted.T @ predicted / (n - 1)
+        if taper is not None:
+            rho = jnp.asarray(taper.between_observations(), residual.dtype)
+            sampled = rho * sampled
+            between = between if spread.is_exact else rho * between
         solved = jnp.linalg.solve(sampled + between + jnp.eye(m), innovation.T)
-        gain = arrays.T @ predicted / (n - 1) + state.T @ made.right
-        return (gain @ solved).T
-    rho = jnp.asarray(taper.between_observations(), residual.dtype)
-    between = between if spread.is_exact else rho * between
-    solved = jnp.linalg.solve(rho * sampled + between + jnp.eye(m), innovation.T)
+    if taper is None:
+        return (arrays.T @ (predicted @ solved) / (n - 1) + state.T @ (made.right @ solved)).T, error
 
     def at_point(x: Array, nearby: Array, weights: Array, which: Array) -> Array:
         sampled, own = x[:n].T @ nearby / (n - 1), x[n:].T @ made.right[:, which]
@@ -243,7 +310,56 @@ def with_transition_spread(
         damped = (weights > 0.0).astype(x.dtype) if spread.is_exact else weights
         return ((weights[None] * sampled + damped[None] * own) @ solved[which]).T
 
-    return _at_each_point(at_point, jnp.concatenate([arrays, state]), predicted, taper)
+    return _at_each_point(at_point, jnp.concatenate([arrays, state]), predicted, taper), error
+
+
+def _solved_sparse(
+    left: Float[Array, "r m"],
+    right: Float[Array, "r m"],
+    diagonal: float,
+    wanted: Float[Array, "m c"],
+    taper: PlacedTaper | None,
+) -> tuple[Float[Array, "m c"], Float[Array, ""]]:
+    r"""Solve $(\rho \circ A^T B + \lambda I) z = b$ by conjugate gradients, without an array of all pairs.
+
+    Args:
+        left: array A; A^T B is symmetric.
+        right: array B.
+        diagonal: the number lambda.
+        wanted: the columns b.
+        taper: localization, whose correlation between observations is rho; None for none.
+
+    Returns:
+        (the columns z, |b - (...) z| / |b| over all columns; 0 if b is zero).
+    """
+
+    def in_batches(fn: Callable[[tuple[Array, ...]], Array], inputs: tuple[Array, ...], width: int) -> Array:
+        batch = min(max(1, LARGEST_GATHER // width), len(inputs[0]))
+        found: Array = jax.lax.map(fn, inputs, batch_size=batch)
+        return found
+
+    of_rows, of_columns = left.T, right.T
+    if taper is None:
+
+        def times(z: Array) -> Array:
+            return of_rows @ (right @ z) + diagonal * z
+    else:
+        which, rho = (jnp.asarray(x) for x in taper.near_observations())
+        k = which.shape[1]
+        entries = in_batches(
+            lambda row: row[0] * (of_columns[row[1]] @ row[2]), (rho.astype(left.dtype), which, of_rows), k * len(left)
+        )
+
+        def times(z: Array) -> Array:
+            sums = in_batches(lambda row: row[0] @ z[row[1]], (entries, which), k * z.shape[1])
+            return sums + diagonal * z
+
+    # The correlation of an observation with itself is 1.
+    own = diagonal + jnp.maximum(jnp.sum(left * right, axis=0), 0.0)[:, None]
+    solved, _ = jax.scipy.sparse.linalg.cg(times, wanted, tol=TOLERANCE, maxiter=MOST_ITERATIONS, M=lambda z: z / own)
+    size = jnp.linalg.norm(wanted)
+    off = jnp.linalg.norm(wanted - times(solved))
+    return solved, jnp.where(size > 0.0, off / jnp.where(size > 0.0, size, 1.0), 0.0)
 
 
 def _perturbed(rng_key: PRNGKeyArray, residual: Float[Array, "n m"]) -> Float[Array, "n m"]:

@@ -220,13 +220,43 @@ class PlacedTaper:
             for taper, found in zip(tapers, values, strict=True):
                 found.append(np.asarray(taper.correlation(apart / taper.radii[near]), np.float32))
         filled = np.arange(max(1, counts.max(initial=0)))[None] < counts[:, None]
+        return _padded(filled, columns, np.int32), [_padded(filled, parts, np.float32) for parts in values]
 
-        def padded(parts: list[np.ndarray], dtype: Any) -> np.ndarray:
-            array = np.zeros(filled.shape, dtype)
-            array[filled] = np.concatenate([np.empty(0, dtype), *parts])
-            return array
+    def near_observations(self) -> Neighborhoods:
+        """Find the observations near each observation, with the correlation between them from the smaller radius.
 
-        return padded(columns, np.int32), [padded(parts, np.float32) for parts in values]
+        These are the positive values of `between_observations`, without an array of all pairs. They are found as
+        `neighborhoods` finds those near the places of the state.
+        """
+        if isinstance(self.observations, np.ndarray):
+            # What is kept holds the functions too, so that no later ones can have their identities.
+            functions = (self.distance, self.correlation)
+            key = ("between", checksum([self.observations, self.radii]), *map(id, functions))
+            found: Neighborhoods = self._once(key, lambda: (self._near_observations(), functions))[0]
+            return found
+        placed = jnp.asarray(self.placed())
+        rows = jnp.where(placed[:, None], self.observations, 0.0)
+        radii, room = jnp.asarray(self.radii), self.room(len(self.radii))
+        with _jax_arrays_only(self.distance, self.correlation):
+            near = near_each(self.distance, rows, rows, 2.0 * self.radii, placed, room)
+            ratio = near.distances / jnp.minimum(radii[:, None], radii[near.which])
+            values = self.correlation(ratio)
+        fine = placed[:, None] & jnp.isfinite(near.distances)
+        zero = check_room(jnp.where(placed, near.counts, 0), room)
+        return Neighborhoods(near.which, jnp.where(fine, values, 0.0).astype(jnp.float32) + zero)
+
+    def _near_observations(self) -> Neighborhoods:
+        """Neighborhoods that `near_observations` returns for positions that do not move."""
+        observations: Any = self.observations
+        counts, columns, values = np.zeros(len(observations), int), [], []
+        for rows, near, apart in pairs_within(self.distance, observations, observations, 2.0 * self.radii):
+            value = self.correlation(apart / np.minimum(self.radii[rows], self.radii[near]))
+            keep = value > 0.0
+            counts += np.bincount(rows[keep], minlength=len(observations))
+            columns.append(near[keep].astype(np.int32))
+            values.append(np.asarray(value[keep], np.float32))
+        filled = np.arange(max(1, counts.max(initial=0)))[None] < counts[:, None]
+        return Neighborhoods(_padded(filled, columns, np.int32), _padded(filled, values, np.float32))
 
     def between_some(self, which: Int[Array, " k"]) -> Float[Array, "k k"]:
         """Correlation between some of the observations, from the smaller of the two radii.
@@ -275,6 +305,13 @@ class PlacedTaper:
             ("blocks", radius, checksum(self.points)), lambda: partition(self.distance, self.points, radius)
         )
         return _even(Blocks(self.points[chosen], of_point))
+
+
+def _padded(filled: Bool[np.ndarray, "p k"], parts: list[np.ndarray], dtype: Any) -> np.ndarray:
+    """Array with the values of all parts, one after another, where `filled` is True, and 0 elsewhere."""
+    array = np.zeros(filled.shape, dtype)
+    array[filled] = np.concatenate([np.empty(0, dtype), *parts])
+    return array
 
 
 @contextlib.contextmanager
