@@ -285,6 +285,7 @@ class PlacedMove:
         leaves, form = jax.tree.flatten(particles)
         moving = (*self.carried, *self.along)
         tested, columns = (blocks.columns([leaves[i] for i in which]) for which in (self.carried, moving))
+        sizes = [jax.eval_shape(of, 0).shape[1] for of in (tested, columns)]
 
         def weigh(block: Array, near: Near) -> tuple[Array, Array, Array, Array, Array]:
             which, rho, _ = near
@@ -297,7 +298,7 @@ class PlacedMove:
             )
             return log_weights, alpha, d, jnp.any(power > 0), jnp.any((rho > 0) & selects_only[which])
 
-        log_weights, alpha, d, seen, selects = blocks.map(weigh, n, present)
+        log_weights, alpha, d, seen, selects = blocks.map(weigh, n, sizes[0], present)
         if self.selection_share is None:
             mean = jnp.sum(jnp.where(seen, d, 0.0)) / jnp.maximum(jnp.sum(seen), 1)
             share = jnp.maximum(0.0, 1.0 - 1.0 / jnp.maximum(mean, 1.0))
@@ -312,7 +313,7 @@ class PlacedMove:
             nearby, taper = _near(weights, which, rho, blocks.whole)
             return keep_places(tempering.resample(rng_keys[0], nearby, taper, used_alpha[block], resampling_fn))
 
-        ancestors = blocks.map(select, n, present)
+        ancestors = blocks.map(select, n, 0, present)
 
         def move(block: Array, near: Near) -> tuple[Array, Array]:
             which, rho, wide = near
@@ -323,7 +324,7 @@ class PlacedMove:
             total = jnp.sum(jnp.where(keep, wide, 0.0))
             return moved, jnp.where(total > 0, jnp.sum(power) / jnp.where(total > 0, total, 1.0), 0.0)
 
-        moved, used = blocks.map_mine(move, n, present)
+        moved, used = blocks.map_mine(move, n, sizes[1], present)
         used = blocks.of_all(used)
         arrays = blocks.restore(moved, [leaves[i] for i in moving])
         ancestors = ancestors.T
@@ -575,11 +576,11 @@ class _Blocks:
         """
         return found if self.whole else whole(found, len(self.which))
 
-    def map(self, fn: Callable[[Array, Near], Any], n: int, present: Bool[Array, " m"]) -> Any:
+    def map(self, fn: Callable[[Array, Near], Any], n: int, values: int, present: Bool[Array, " m"]) -> Any:
         """Map a function over all blocks; see `map_mine`."""
-        return self.of_all(self.map_mine(fn, n, present))
+        return self.of_all(self.map_mine(fn, n, values, present))
 
-    def map_mine(self, fn: Callable[[Array, Near], Any], n: int, present: Bool[Array, " m"]) -> Any:
+    def map_mine(self, fn: Callable[[Array, Near], Any], n: int, values: int, present: Bool[Array, " m"]) -> Any:
         """Map a function over the blocks of this device, in batches that bound the memory.
 
         On a CPU, LAPACK's routines share out a large batch over the threads and wait for them. Two of them at the same
@@ -591,11 +592,12 @@ class _Blocks:
         Args:
             fn: function of the index of a block and the observations near it.
             n: number of particles.
+            values: number of values of one particle in a block that the function takes.
             present: False where an observation is missing.
         """
         mine = jnp.zeros(1, int) if self.whole else self.mine
         b, k = len(mine), self.which.shape[1]
-        batch = LARGEST_BATCH // (n * (4 * k + 8) + 6 * k * k)
+        batch = LARGEST_BATCH // (n * (4 * k + 4 * values + 8) + 6 * k * k)
         if jax.default_backend() == "cpu":
             batch = min(batch, MOST_SHARED_OUT // (k * k * max(k, n)))
         batch = min(max(1, batch), b)
