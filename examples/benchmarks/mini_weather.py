@@ -8,7 +8,7 @@ ensemble Kalman filter with the true equations and their whole state, which requ
 
 Scores are averages over the last 5 days, in standard deviations of the climate: RMSE of the mean over all, observed and
 unobserved channels, spread divided by RMSE, and CRPS. "forecast" is the RMSE of a 5-day forecast of the emulator from
-the last ensemble.
+the last ensemble. The JSON file also has the rank histograms of each truth, for observed and unobserved channels.
 
 Truths come from the test runs; settings were chosen on the validation run (`--split validation`). On another kind of
 processor, generate.py makes other runs, because rounding differs. Scores then differ like those of other truths.
@@ -85,17 +85,19 @@ def truths(folder: Path, split: str, count: int, length: int) -> tuple[np.ndarra
     return np.stack(found), places
 
 
-def scores_so_far(out: Path, settings: dict[str, Any], names: list[str]) -> dict[str, list[dict[str, float]]]:
-    """Scores of each filter, one entry per truth, from an interrupted run; empty lists for a new run."""
+def found_so_far(
+    out: Path, settings: dict[str, Any], names: list[str]
+) -> tuple[dict[str, list[dict[str, float]]], dict[str, list[dict[str, list[float]]]]]:
+    """Scores and rank histograms of each filter, one entry per truth, from an interrupted run; empty for a new run."""
     if not out.exists():
-        return {name: [] for name in names}
+        return {name: [] for name in names}, {name: [] for name in names}
     found = json.loads(out.read_text())
     if found["settings"] != settings or list(found["scores"]) != names:
         raise typer.BadParameter(
             f"{out} has scores for {found['settings']} and {', '.join(found['scores'])}, but this run has {settings} "
             f"and {', '.join(names)}; give another --out, or remove the file."
         )
-    return found["scores"]
+    return found["scores"], found["ranks"]
 
 
 def main(
@@ -158,7 +160,8 @@ def main(
         "split": split,
     }
     names = only or list(held_suarez_demo.FILTERS)
-    rows = scores_so_far(out, settings, [*names, *([TRUE_MODEL] if true_model else [])])
+    rows, ranks = found_so_far(out, settings, [*names, *([TRUE_MODEL] if true_model else [])])
+    observed = experiment.observed_channels(prior)
     true_filter = TrueModelFilter(data_folder, split, experiment, prior, particles) if true_model else None
     for i in track(range(len(rows[names[0]]), count), description="truths"):
         # One truth at a time with its own key, so that scores do not depend on the number of truths.
@@ -173,8 +176,14 @@ def main(
             scores = {key: float(value[0]) for key, value in result.scores(name).items()}
             key = jax.random.fold_in(jax.random.key(100), i)
             rows[name].append(scores | {"forecast": forecast_error(key, run.last, states[i, -1])})
+            ranks[name].append(
+                {
+                    part: result.rank_frequencies(name, channels)[1].tolist()
+                    for part, channels in (("observed", observed), ("unobserved", ~observed))
+                }
+            )
         # Write after every truth, so that an interrupted run loses one truth at most.
-        write_json(out, settings, scores=rows)
+        write_json(out, settings, scores=rows, ranks=ranks)
     shown = []
     for name, scores in rows.items():
         row: dict[str, Any] = {"filter": name}
