@@ -52,15 +52,22 @@ def run_chunk(
     size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(record))
     capacity = max(1, min(most, LONGEST, MOST_BYTES // max(size, 1)))
 
+    def make(index: Array, before: list[Array]) -> tuple[list[Array], list[Array]]:
+        found = jax.core.eval_jaxpr(traced.jaxpr, traced.consts, index, *before)
+        return [_strong(x) for x in found[: len(before)]], found[len(before) :]
+
     def one(i: Array, carry: tuple[list[Array], list[Array]]) -> tuple[list[Array], list[Array]]:
         before, records = carry
-        found = jax.core.eval_jaxpr(traced.jaxpr, traced.consts, first + i, *before)
-        after = [_strong(x) for x in found[: len(before)]]
-        new = found[len(before) :]
+        after, new = make(first + i, before)
         return after, [jax.lax.dynamic_update_index_in_dim(all_, x, i, 0) for all_, x in zip(records, new, strict=True)]
 
-    empty = [jnp.zeros((capacity, *x.shape), x.dtype) for x in jax.tree.leaves(record)]
-    after, records = jax.lax.fori_loop(0, count, one, (jax.tree.leaves(state), empty))
+    leaves = jax.tree.leaves(state)
+    if capacity == 1:  # large states: a buffer would hold the record a second time
+        after, single = make(first, leaves)
+        records = [x[None] for x in single]
+    else:
+        empty = [jnp.zeros((capacity, *x.shape), x.dtype) for x in jax.tree.leaves(record)]
+        after, records = jax.lax.fori_loop(0, count, one, (leaves, empty))
     return jax.tree.unflatten(form, after), jax.tree.unflatten(jax.tree.structure(record), records)
 
 
