@@ -236,6 +236,7 @@ def sentences(filter, y):
     return [str(warning.message) for warning in caught], printed.get()
 
 
+@pytest.mark.slow
 def test_a_run_says_when_it_is_lost_and_names_an_impossible_value(online):
     y = observations()
     right, printed = sentences(online, y)
@@ -312,6 +313,7 @@ def test_a_lost_filter_of_lorenz96_warns_and_a_right_one_does_not():
     assert 0.6 < ratios[1].value < 1.25
 
 
+@pytest.mark.slow
 def test_results_online_and_stored_have_the_same_background(online, tmp_path):
     y = observations(3)
     stored = {"algorithm": ndda.EnKF(closed_form), "num_particles": 8, "progress_bar": False, "directory": tmp_path}

@@ -80,6 +80,7 @@ def one_step(algorithm, batch_size):
     return np.asarray(state.particles), np.asarray(info.ancestors), algorithm.passes(info), RAN[0] / N
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n == "FA-APF" else pytest.mark.slow) for n in CASES])
 def test_the_conditioning_runs_once_a_particle_where_it_can_is_counted_and_gives_the_same_particles(name, monkeypatch):
     """Callbacks say how often it ran. Held or not, the same numbers go into the same operations.

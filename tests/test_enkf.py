@@ -210,6 +210,7 @@ def test_a_program_and_a_taper_that_do_not_fit(model, taper, sentence):
         ndda.EnKF(model, taper=taper).kernel(ndda.program.StateSpaceModel(model, (Y,)))
 
 
+@pytest.mark.slow
 def test_a_transition_without_noise_is_taken():
     """It is only sampled: `Delta` gives what a `Normal` of next to no spread gives."""
     y = jnp.asarray(np.random.default_rng(0).normal(size=(3, 2)), jnp.float32)

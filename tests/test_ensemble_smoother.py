@@ -159,6 +159,7 @@ def local(name: str) -> ndda.Filter:
     return filter_
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [pytest.param("moved", marks=pytest.mark.slow), "EnKF"])
 def test_localized_states_are_those_of_the_carry_and_nearer_to_the_truth(name: str) -> None:
     filter_, x = local(name), truth()[0][:-LAG]
@@ -184,6 +185,7 @@ def test_one_time_after_another_gives_the_whole_run() -> None:
     np.testing.assert_allclose(online.smoothed(LAG).posterior["x"], whole[:, :, -5:], atol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_run_that_was_interrupted_goes_on(tmp_path, monkeypatch) -> None:
     _, y = truth()
     filter_ = copy.copy(local("EnKF"))

@@ -27,6 +27,7 @@ def test_truth_is_what_was_packed(tmp_path):
         held_suarez.unpacked({**packed, "scale": np.ones(3)})
 
 
+@pytest.mark.slow
 def test_scores_are_by_area_and_channel():
     """Of a run that is known, against the weighted sums written out."""
     rng = np.random.default_rng(0)

@@ -168,6 +168,7 @@ def test_one_wide_block_is_the_move_without_a_taper() -> None:
         np.testing.assert_array_equal(near[1][:, 0], far[1])
 
 
+@pytest.mark.slow
 def test_leaving_out_missing_observations_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """Many observations near each block, and few of them present: nowhere, in one place, and everywhere."""
     d, m, n = 6, 130, 24

@@ -79,6 +79,7 @@ def test_tilted_moments_are_those_of_quadrature(kind):
     np.testing.assert_allclose(got.variance, exact[2], rtol=0.01)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [k if k == "Poisson" else pytest.param(k, marks=pytest.mark.slow) for k in GUIDED])
 def test_guidance_and_moment_weight_are_exact_for_one_observation_of_a_gaussian(kind):
     """E[z | z_s, y] and p(y): the Gaussian that stands for the likelihood has its mean, whatever its shape."""

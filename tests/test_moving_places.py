@@ -15,7 +15,7 @@ from conftest import compilations
 from numpyro.contrib.control_flow import scan
 
 import numpyro_diffusion_da as ndda
-from numpyro_diffusion_da.inference import records
+from numpyro_diffusion_da.inference import keeping, records
 from numpyro_diffusion_da.smc import Boxcar, Correlation, GaspariCohn, moving_search
 
 D, T = 12, 3
@@ -246,6 +246,7 @@ def test_observations_without_room_are_an_error():
 # --- programs ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", [*QUICK, *(pytest.param(n, marks=pytest.mark.slow) for n in FILTERS if n not in QUICK)]
 )
@@ -423,7 +424,7 @@ def test_results_hold_metadata_and_errors_of_each_step(moved, tmp_path):
 
 
 def test_names_of_sites_to_keep_and_of_metadata_are_checked(structure):
-    keep = records.Keep(("good",), True, False, structure.structure.metadata_names)
+    keep = keeping.Keep({"good": ndda.inference.Kept()}, True, False, structure.structure.metadata_names)
     with pytest.raises(ValueError, match=r"keep names \['good'\] only, .* a site that particles have, one of \['x'\]"):
         keep.of({"posterior": {"x": jnp.zeros(2)}})
     with pytest.raises(ValueError, match=r"keep names \['bad'\], but .* sites are \['flags', 'good', 'pairs', "):

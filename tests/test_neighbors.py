@@ -153,6 +153,7 @@ def evidence_and_means(parts, key, n, runs):
     return map(np.stack, zip(*[run(k) for k in jax.random.split(key, runs)], strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["bootstrap", pytest.param("guided", marks=pytest.mark.slow)])
 def test_particle_filters_of_cuthbert(small, kind):
     y = small.simulate(3, 4)[1].astype(np.float32)

@@ -71,6 +71,7 @@ def test_online_is_the_whole_run_and_steps_after_the_first_compile_nothing(serie
             np.testing.assert_allclose(ours[name], theirs[name], atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_kept_on_disk_after_two_steps_and_taken_up_by_another_filter(series, online_filters, tmp_path):
     model, y = series
     online, other = online_filters(ndda.FAAPF), ndda.OnlineFilter(ndda.FAAPF(model), num_particles=6)

@@ -189,6 +189,7 @@ def test_what_guides_must_say_what_it_has_seen():
         step_of(PATH_SAMPLER).weighted_draw(jax.random.key(0), likelihood(), ndda.MMPS(Silent()))
 
 
+@pytest.mark.slow
 def test_guided_pf_on_a_program(small):
     """Settings, diagnostics and evidence of a run; the transition's own sampler where it has noise."""
     _, y = small.simulate(0, 2)

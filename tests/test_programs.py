@@ -178,6 +178,7 @@ def forecast(length):
     return model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [ndda.Bootstrap, pytest.param(ndda.EnKF, marks=pytest.mark.slow)])
 def test_conditioned_data_that_end_before_the_scan_are_missing_beyond(make):
     result = run(make(handlers.condition(forecast(8), {"y": jnp.asarray(Y)})), n=1024)
@@ -331,6 +332,7 @@ def test_cond_with_a_latent_site_is_named(where):
         run(ndda.Bootstrap(model), Y)
 
 
+@pytest.mark.slow
 def test_a_factor_is_a_term_of_the_likelihood():
     """The log-density of a Gaussian observation, written as a factor, gives the same posterior and evidence."""
 

@@ -34,6 +34,7 @@ def parts():
     return run_on_devices("parts.py")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["sorted", "any", "one", "own"])
 def test_ancestors_come_to_their_particles(parts, kind):
     """They are exactly those that indexing gives; those needed are counted one by one, and none moves for nothing."""

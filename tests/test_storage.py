@@ -107,7 +107,13 @@ def single(compiled_for_single_steps):
         yield compiled_for_single_steps
 
 
-@pytest.mark.parametrize("when", ["within the values", "before the lines", "within a line", "before the state"])
+@pytest.mark.parametrize(
+    "when",
+    [
+        *(pytest.param(when, marks=pytest.mark.slow) for when in ("within the values", "before the lines")),
+        *("within a line", "before the state"),
+    ],
+)
 def test_a_run_that_died_goes_on(program, whole, single, tmp_path, monkeypatch, when):
     """The sixth step is the second of the second chain."""
     _, y = program
@@ -412,6 +418,7 @@ def test_a_directory_has_one_owner(program, whole, copied):
     writing(whole, copied).run(KEY, program[1])
 
 
+@pytest.mark.slow
 def test_what_is_not_kept_is_not_missed(tmp_path):
     y = np.array([0.1, 0.2, 0.3, 0.4], np.float32)
     settings = {"keep": ["mean:of both"], "keep_observed": False}

@@ -64,7 +64,7 @@ def run_chunk(
     leaves = jax.tree.leaves(state)
     if capacity == 1:  # large states: a buffer would hold the record a second time
         after, single = make(first, leaves)
-        records = [x[None] for x in single]
+        records = [jnp.asarray(x)[None] for x in single]
     else:
         empty = [jnp.zeros((capacity, *x.shape), x.dtype) for x in jax.tree.leaves(record)]
         after, records = jax.lax.fori_loop(0, count, one, (leaves, empty))

@@ -18,7 +18,7 @@ MANTISSA_BITS = 23
 
 @dataclasses.dataclass(frozen=True)
 class Kept:
-    """What a run keeps of the particles of one site, an element of ``Filter(keep={"x": Kept(...)})``.
+    """Choice of what a run keeps of the particles of one site: ``Filter(keep={"x": Kept(...)})``.
 
     Reductions are over the equally weighted particles of a chain and a time. They are the groups `posterior_mean`,
     `posterior_std` and `posterior_quantile` of a `DataTree`, and `FilterResult.reduced`.
