@@ -58,6 +58,7 @@ def in_standard_errors(x: np.ndarray, mean: np.ndarray, covariance: np.ndarray) 
     return found[0], found[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "seed"),
     [("moved", 0), *(pytest.param(name, 0, marks=pytest.mark.slow) for name in list(GLOBAL)[1:])],
@@ -173,6 +174,7 @@ def test_localized_states_are_those_of_the_carry_and_nearer_to_the_truth(name: s
     assert 0.6 < draws[0].std(1).mean() / error.mean() < 1.4
 
 
+@pytest.mark.slow
 def test_one_time_after_another_gives_the_whole_run() -> None:
     _, y = truth()
     init_key, run_key = jax.random.split(jax.random.fold_in(jax.random.key(1), 0))

@@ -164,6 +164,7 @@ def test_one_particle(closed_form):
     assert np.all(np.isfinite(filter.result.posterior["x"]))
 
 
+@pytest.mark.slow
 def test_closed_form_transition_uses_the_exact_weight(closed_form):
     model, y = closed_form
     filter = make(model)

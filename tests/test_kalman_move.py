@@ -93,6 +93,7 @@ def test_a_gaussian_ensemble_gets_the_moments_of_the_kalman_filter() -> None:
         assert 2.5 < few / many < 6.5
 
 
+@pytest.mark.slow
 def test_products_with_random_signs_are_pooled() -> None:
     """Without a taper their off-diagonal parts are left out; the diagonal is exact for the same V."""
     c = draw(400, 0)
@@ -155,6 +156,7 @@ def test_what_is_missing_or_undefined_does_not_matter() -> None:
     np.testing.assert_array_equal(jnp.isnan(with_land), jnp.isnan(land))
 
 
+@pytest.mark.slow
 def test_one_wide_block_is_the_move_without_a_taper() -> None:
     c = draw(100, 4)
     wide = ndda.Taper(1e6, ndda.Euclidean(), {"y": np.arange(M)}, state=np.arange(D)).place((D,), {"y": ((M,), 1)})
@@ -210,6 +212,7 @@ def ring(y: jax.Array) -> None:
     scan(step, (start, start), y)
 
 
+@pytest.mark.slow
 def test_a_program_with_two_frames_moves_both() -> None:
     taper = ndda.Taper(3.0, ndda.Ring(12), {"y": np.arange(0, 12, 2)}, state=np.arange(12))
     y = jax.random.normal(jax.random.key(0), (4, 6))
@@ -280,6 +283,7 @@ def test_an_observation_without_a_variance_selects_with_all_its_power() -> None:
     assert float(none[4].moved_share) == 1.0
 
 
+@pytest.mark.slow
 def test_equal_weights_leave_everything_to_the_move_and_no_genealogy_smooths_what_moved() -> None:
     run = ndda.Filter(ndda.FAAPF(ring, weight=ndda.Equal(), move=True), num_particles=16, progress_bar=False)
     run.run(jax.random.key(1), jnp.ones((2, 6)))

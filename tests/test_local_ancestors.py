@@ -223,6 +223,7 @@ def test_settings_are_checked():
         ndda.FAAPF(program, block_radius=1.0)
 
 
+@pytest.mark.slow
 def test_weights_of_many_blocks_are_not_kept(monkeypatch, capsys):
     """All else is there: other statistics, the summary, and the reason why there are no lines to smooth."""
     monkeypatch.setattr(records, "MOST_OF_BLOCKS", 10)

@@ -403,6 +403,7 @@ def test_a_taper_in_attributes_names_its_site():
 # --- results ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_results_hold_metadata_and_errors_of_each_step(moved, tmp_path):
     result = moved.result
     assert list(result.posterior) == ["x"]  # as `keep` says; metadata are kept in any case

@@ -45,6 +45,7 @@ def test_ancestors_come_to_their_particles(parts, kind):
     assert (found["moved"] == 0) == (found["needed"] == 0)
 
 
+@pytest.mark.slow
 def test_rows_and_places_come_to_their_devices(parts):
     names = ("gathered", "first", "few", "spread", "mapped", "back")
     assert [parts[name] for name in names] == [0.0] * len(names)
@@ -52,6 +53,7 @@ def test_rows_and_places_come_to_their_devices(parts):
     assert parts["sum"] < 1e-4  # the last device's share of the places is filled up with zeros
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["inflated", "carried"])
 def test_kernel_does_not_depend_on_the_devices(parts, name):
     """What is done with one particle alone rounds as its batch does; sums over particles have one order."""

@@ -316,6 +316,7 @@ def test_trajectories_are_the_exact_smoother(seed):
     assert expected < error_in_sd(paths, mean, variance).mean() < 3 * expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_lag_comes_nearer_to_the_smoother(seed):
     result, model, y = filtered(seed)

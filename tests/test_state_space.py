@@ -277,6 +277,7 @@ def test_all_particles_non_finite_names_step_and_count(with_errors):
         with_errors.run(KEY, Y, ERRORS, np.where(np.arange(4) == 2, np.nan, STILL))
 
 
+@pytest.mark.slow
 def test_several_sites_carry_pytree_and_deterministic():
     def model(y, temperature):
         def step(carry, given):

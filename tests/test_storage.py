@@ -333,6 +333,7 @@ def test_a_folder_of_something_else_is_refused(program, whole, tmp_path):
         writing(whole, tmp_path).run(KEY, program[1])
 
 
+@pytest.mark.slow
 def test_a_full_disk_loses_nothing(program, whole, single, tmp_path, monkeypatch):
     monkeypatch.setattr(storage, "_replace_arrays", _full)
     with pytest.raises(OSError, match=r"step 0 of chain 0 could not be written to .*No space left.* the run goes on"):
@@ -443,6 +444,7 @@ def test_numbers_of_any_library_are_settings(tmp_path):
         ndda.Filter(ndda.Bootstrap(model), num_particles=2.5)
 
 
+@pytest.mark.slow
 def test_a_carry_with_a_random_key_goes_on(tmp_path):
     def model(y):
         def step(carry, y_t):
@@ -485,6 +487,7 @@ def test_a_run_that_ends_early_leaves_its_own_steps_and_no_older_result(program,
             _ = filter.result
 
 
+@pytest.mark.slow
 def test_a_filter_that_has_run_can_be_copied_and_pickled(program, whole):
     linear = ndda.Filter(ndda.Bootstrap(_module_level), num_particles=8, progress_bar=False)
     linear.run(KEY, np.zeros(2, np.float32))

@@ -47,6 +47,7 @@ def test_spread_of_a_calibrated_ensemble_is_its_skill(members):
         assert abs(ratio * np.sqrt(members / (members + 1)) - 1) > 8 * error
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("members", [2, 5, 50])
 def test_crps_of_a_gaussian_ensemble_has_its_closed_form_for_any_size(members):
     points = 20_000
