@@ -44,7 +44,7 @@ def windows(window: Any, times: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         return np.append(half[:1], half), np.append(half, half[-1:])
     pair = window if isinstance(window, (tuple, list)) and len(window) == 2 else None
     before, after = (_length(part) for part in pair) if pair is not None else (_length(window) / 2,) * 2
-    if before < np.timedelta64(0) or after < np.timedelta64(0) or before + after == np.timedelta64(0):
+    if before < np.timedelta64(0, "us") or after < np.timedelta64(0, "us") or before + after == np.timedelta64(0, "us"):
         raise ValueError(f"got window={shown(window)}, which has no length; {ADVICE}.")
     return np.repeat(before, len(times)), np.repeat(after, len(times))
 
@@ -78,7 +78,7 @@ def cycles(at: np.ndarray, times: np.ndarray, before: np.ndarray, after: np.ndar
     later = np.searchsorted(times, at, side="right")
     earlier, later = later - 1, np.minimum(later, len(times) - 1)
     since, until = at - times[np.maximum(earlier, 0)], times[later] - at
-    zero = np.timedelta64(0)
+    zero = np.timedelta64(0, "us")
     in_earlier = (earlier >= 0) & (since <= after[np.maximum(earlier, 0)])
     in_later = (until > zero) & (until < before[later])
     nearer = in_later & (~in_earlier | (until < since))
