@@ -169,6 +169,7 @@ def test_xarray_alone_opens_the_directory(program, whole, single, tmp_path):
     total, *stations = out.stdout.split()
     np.testing.assert_allclose(float(total), whole.result.posterior["x"][:, :, 2].sum(), rtol=1e-5)
     assert stations == ["Oslo", "Bergen"]
+    assert labeled.to_arviz()["posterior"]["time"].values[0] == times[0]
     tree, expected = labeled.to_datatree(), whole.to_datatree(time=times, dims=labeled.dims, coords=labeled.coords)
     assert not tree["posterior/x"].variable._in_memory
     for name, group in expected.children.items():

@@ -81,38 +81,35 @@ def _strong(x: Any) -> Array:
 class Pace:
     """Number of steps of the next chunk, so that a chunk takes about `SECONDS`.
 
-    The first chunk of a run is one step, because it may be compiled and its time says nothing.
+    The first chunk is one step, because it may be compiled and its time says nothing. The second one is short.
     """
 
     def __init__(self) -> None:
+        self._most = 1
         self._count = 0
         self._measured: float | None = None
         self._began = 0.0
+        self._is_compiled = False
 
-    def next(self, left: int, most: int | None) -> int:
+    def next(self, left: int) -> int:
         """Number of steps of the next chunk, which begins now.
 
         Args:
             left: number of steps that are left.
-            most: capacity of a chunk; None before the first one.
         """
-        if most is None or self._count == 0:
-            count = 1
-        elif self._measured is None:
-            count = 8
-        else:
-            count = int(min(SECONDS / max(self._measured, 1e-9), 16 * self._count))
-        self._count = max(1, min(count, left, most or 1))
+        count = 8.0 if self._measured is None else min(SECONDS / max(self._measured, 1e-9), 16 * self._count)
+        self._count = max(1, min(int(count), left, self._most))
         self._began = time.perf_counter()
         return self._count
 
-    def ended(self, is_first: bool) -> float:
+    def ended(self, most: int) -> float:
         """Note that the chunk has ended, and return the seconds that each of its steps took.
 
         Args:
-            is_first: whether the chunk may have been compiled.
+            most: number of steps that a chunk can have.
         """
         seconds = (time.perf_counter() - self._began) / self._count
-        if not is_first:
+        if self._is_compiled:
             self._measured = seconds
+        self._most, self._is_compiled = most, True
         return seconds

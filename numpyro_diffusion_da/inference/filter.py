@@ -85,7 +85,7 @@ class Filter(HasFilterResult):
             another machine and without this library; it is the tree of `to_datatree`. If a run is interrupted, run it
             again with the same key and arguments: it continues after the last step on disk, and gives the same result
             as a run without interruption. With a directory the steps are not held in memory. None writes nothing.
-        time: coordinate of the time axis in the directory, and the default of `to_datatree`; see there.
+        time: coordinate of the time axis in the directory, and the default of `to_datatree` and `to_arviz`; see there.
         dims: names of the axes of sites after time, likewise.
         coords: coordinate values of dimensions, likewise.
         mesh: devices that share the particles, `jax.make_mesh((8,), ("particles",))`; None for one device. The devices
@@ -187,6 +187,10 @@ class Filter(HasFilterResult):
         sources = {} if taper is None else taper.moving
         self._result, self._stored = None, None  # a run that does not end must not leave the result of the one before
         length = program.structure.length
+        template: dict[str, Any] = {"chains": self.num_chains, "steps": length}
+        if store is not None:
+            template["time"] = times(self.time, length)
+            template["every"] = {name: site.every for name, site in (self.keep or {}).items()}
         chains: list[list[Any]] = []
         past: list[Any] = []
         with ExitStack() as stack:
@@ -205,11 +209,11 @@ class Filter(HasFilterResult):
                         inputs = [checksum(_at_time(host_xs, t)) for t in range(length)]
                         store.check_computation(self._identity(program, initial, _at_time(host_xs, 0)))
                     spans = store.to_make(chain, inputs)
-                    if self.algorithm.lag and store.steps_done(chain) > length:
+                    if self.algorithm.lag and (held := store.steps_done(chain)) > length:
                         raise ValueError(
-                            f"{os.fspath(store.path)!r} holds {store.steps_done(chain)} steps, and the states of "
-                            f"lag={self.algorithm.lag} after the last of them only; give all "
-                            f"{store.steps_done(chain)} times, or another directory."
+                            f"{os.fspath(store.path)!r} holds {held} steps, and the states of "
+                            f"lag={self.algorithm.lag} after the last of them only; give all {held} times, or another "
+                            "directory."
                         )
                     advance(length - sum(span.stop - span.first for span in spans), None)
                 chains.append([])
@@ -222,14 +226,8 @@ class Filter(HasFilterResult):
                         if store is None:
                             chains[-1].append(records)
                         else:
-                            tree = self._tree_of(program, attributes, records)
+                            tree = tree_of_steps(program.structure, attributes, records, self.dims, self.coords)
                             notes = step_notes(records, seconds, self.num_particles)
-                            template = {
-                                "chains": self.num_chains,
-                                "steps": length,
-                                "time": times(self.time, length),
-                                "every": {name: site.every for name, site in (self.keep or {}).items()},
-                            }
                             store.save(chain, first, tree, template, inputs[first : first + count], notes, state)
                         past[-1] = state.past
                         advance(count, records["stats"])
@@ -268,24 +266,19 @@ class Filter(HasFilterResult):
             (index of the first step of a chunk, records of its steps as numpy arrays, state after it, seconds of a
             step).
         """
-        pace, most, first = Pace(), None, span.first
+        pace, first = Pace(), span.first
         while first < span.stop:
-            count = agreed(pace.next(span.stop - first, most), self.mesh)
+            count = agreed(pace.next(span.stop - first), self.mesh)
             at = np.asarray(first, np.int32), np.asarray(count, np.int32)
             state, records = self._compiled["steps"](run_key, state, *at, xs, given)
             buffers = to_host(records)
-            seconds = pace.ended(is_first=most is None)
-            most = len(buffers["nonfinite_weights"])
+            seconds = pace.ended(most=len(buffers["nonfinite_weights"]))
             yield first, head(buffers, count), state, seconds
             first += count
 
     def _past(self, past: list[Any]) -> list[Any]:
         """States of a lag after the last step of each chain; empty for a filter without a lag."""
         return past if self.algorithm.lag else []
-
-    def _tree_of(self, program: StateSpaceModel, attributes: dict[str, Any], records: dict[str, Any]) -> DataTree:
-        """Tree of some steps of one chain, as the store holds it."""
-        return tree_of_steps(program.structure, attributes, records, self.dims, self.coords)
 
     def _identity(self, program: StateSpaceModel, state: State, inputs: TimeInputs) -> dict[str, str]:
         """Checksums of the computation of this run: its initial state, its step, and the arguments that they use.
@@ -448,36 +441,9 @@ class Filter(HasFilterResult):
         quantiles = {"quantiles": levels.pop()} if levels else {}
         return {**attributes_of(self.algorithm, program, self.num_particles), **quantiles, **seed}
 
-    def to_datatree(
-        self,
-        *,
-        lag: int | None = 0,
-        time: Any = None,
-        dims: Mapping[str, Sequence[str]] | None = None,
-        coords: Mapping[str, Any] | None = None,
-    ) -> DataTree:
-        """Result as an `xarray.DataTree`, made by `results.to_datatree`.
-
-        If the run has a directory, and none of these arguments is given, the tree is opened from the directory, and its
-        arrays are read when they are used.
-
-        Args:
-            lag: number of later steps whose observations each draw has seen: 0 for the filter, more for fixed-lag
-                smoothing, None for whole trajectories given all observations (see `smoothed`).
-            time: coordinate of the time axis, one value per step; by default that of this filter, else 0, 1, ...
-            dims: names of a site's axes after time: ``{"y": ["station"]}``; by default those of this filter.
-            coords: coordinates of dimensions: ``{"station": ["Oslo", "Bergen"]}``; by default those of this filter.
-
-        Raises:
-            RuntimeError: there is no result yet.
-            ValueError: `time`, `dims` or `coords` do not fit the result, or the result cannot be smoothed with this
-                lag (see `smoothed`).
-        """
-        if self._stored is not None and lag == 0 and time is None and dims is None and coords is None:
-            return self._stored.tree()
-        given = {"time": time, "dims": dims, "coords": coords}
-        labels = {name: getattr(self, name) if value is None else value for name, value in given.items()}
-        return super().to_datatree(lag=lag, **labels)
+    def _stored_tree(self) -> DataTree | None:
+        """Tree of the last run's directory, whose arrays are read when they are used; None without a directory."""
+        return None if self._stored is None else self._stored.tree()
 
     @property
     def result(self) -> FilterResult:

@@ -15,7 +15,15 @@ if TYPE_CHECKING:
 
 
 class HasFilterResult(HoldsCompiled, abc.ABC):
-    """Base class of objects with a `FilterResult`, which they smooth, convert and summarize."""
+    """Base class of objects with a `FilterResult`, which they smooth, convert and summarize.
+
+    Attributes:
+        time: default of the argument `time` of conversions; likewise `dims` and `coords`.
+    """
+
+    time: Any = None
+    dims: Mapping[str, Sequence[str]] | None = None
+    coords: Mapping[str, Any] | None = None
 
     @property
     @abc.abstractmethod
@@ -46,6 +54,14 @@ class HasFilterResult(HoldsCompiled, abc.ABC):
         """
         return smoothing.trajectories(self.result) if lag is None else smoothing.fixed_lag(self.result, lag)
 
+    def _stored_tree(self) -> xarray.DataTree | None:
+        """Tree of the result as it is stored, with its own labels; None if it is in memory only."""
+        return None
+
+    def _labels(self, **given: Any) -> dict[str, Any]:
+        """Labels for a conversion: those given, else those of this object."""
+        return {name: getattr(self, name) if value is None else value for name, value in given.items()}
+
     def _at_lag(self, lag: int | None) -> FilterResult:
         """Result of the filter for a lag of 0, and the smoothed one for any other lag."""
         return self.result if lag == 0 else self.smoothed(lag)
@@ -60,12 +76,15 @@ class HasFilterResult(HoldsCompiled, abc.ABC):
     ) -> xarray.DataTree:
         """Result as an `xarray.DataTree`, made by `results.to_datatree`.
 
+        If the run has a directory, and none of these arguments is given, the tree is opened from the directory, and its
+        arrays are read when they are used.
+
         Args:
             lag: number of later steps whose observations each draw has seen: 0 for the filter, more for fixed-lag
                 smoothing, None for whole trajectories given all observations (see `smoothed`).
-            time: coordinate of the time axis, one value per step; None for 0, 1, ...
-            dims: names of a site's axes after time: ``{"y": ["station"]}``.
-            coords: coordinates of dimensions: ``{"station": ["Oslo", "Bergen"]}``.
+            time: coordinate of the time axis, one value per step; by default that of this filter, else 0, 1, ...
+            dims: names of a site's axes after time: ``{"y": ["station"]}``; by default those of this filter.
+            coords: coordinates of dimensions: ``{"station": ["Oslo", "Bergen"]}``; by default those of this filter.
 
         Raises:
             RuntimeError: there is no result yet.
@@ -74,7 +93,11 @@ class HasFilterResult(HoldsCompiled, abc.ABC):
         """
         from numpyro_diffusion_da.results import convert
 
-        return convert.to_datatree(self._at_lag(lag), time=time, dims=dims, coords=coords)
+        if lag == 0 and time is None and dims is None and coords is None:
+            stored = self._stored_tree()
+            if stored is not None:
+                return stored
+        return convert.to_datatree(self._at_lag(lag), **self._labels(time=time, dims=dims, coords=coords))
 
     def to_arviz(
         self,
@@ -91,9 +114,9 @@ class HasFilterResult(HoldsCompiled, abc.ABC):
         Args:
             lag: number of later steps whose observations each draw has seen: 0 for the filter, more for fixed-lag
                 smoothing, None for whole trajectories given all observations (see `smoothed`).
-            time: coordinate of the time axis, one value per step; None for 0, 1, ...
-            dims: names of a site's axes after time: ``{"y": ["station"]}``.
-            coords: coordinates of dimensions: ``{"station": ["Oslo", "Bergen"]}``.
+            time: coordinate of the time axis, one value per step; by default that of this filter, else 0, 1, ...
+            dims: names of a site's axes after time: ``{"y": ["station"]}``; by default those of this filter.
+            coords: coordinates of dimensions: ``{"station": ["Oslo", "Bergen"]}``; by default those of this filter.
 
         Raises:
             RuntimeError: there is no result yet.
@@ -102,7 +125,7 @@ class HasFilterResult(HoldsCompiled, abc.ABC):
         """
         from numpyro_diffusion_da.results import convert
 
-        return convert.to_arviz(self._at_lag(lag), time=time, dims=dims, coords=coords)
+        return convert.to_arviz(self._at_lag(lag), **self._labels(time=time, dims=dims, coords=coords))
 
     def print_summary(self) -> None:
         """Print a summary of the result: weights, evidence, cost, and the state at the last time.

@@ -158,7 +158,7 @@ class Keep(NamedTuple):
 
 
 def kept_sites(keep: Any) -> dict[str, Kept] | None:
-    """What to keep of each site, from the argument `keep` of a `Filter`.
+    """Choice of what to keep of each site, from the argument `keep` of a `Filter`.
 
     Args:
         keep: None, a list of names, or a mapping from names to `Kept`.

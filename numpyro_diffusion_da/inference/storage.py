@@ -101,6 +101,7 @@ class RunStore:
         self._made = self._own / "arrays-are-made"
         self._arrays: dict[str, Any] = {}
         self._is_prepared = False
+        self._whole_states: dict[int, set[int]] = {}
 
     def __enter__(self) -> RunStore:
         """Take the directory, and compare the settings of the run in it with those of this run."""
@@ -218,10 +219,14 @@ class RunStore:
     def _states(self, chain: int) -> set[int]:
         """Numbers of steps after which the state of a chain is in the directory; 0 is one of them.
 
+        The files of a chain are read once: those that this store writes later are whole.
+
         Warns:
             UserWarning: a file is damaged; the message names it.
         """
-        found = {0}
+        if chain in self._whole_states:
+            return self._whole_states[chain]
+        found = self._whole_states[chain] = {0}
         for path in sorted(self._chain(chain).glob("state-*.npz")):
             step = int(path.stem.removeprefix("state-"))
             try:
@@ -340,8 +345,11 @@ class RunStore:
             leaves = {f"leaf{i}": _raw(leaf) for i, leaf in enumerate(jax.tree.leaves(state))}
             own_mark = {"belongs": np.asarray(self._mark(chain, done))}
             _replace_arrays(self._state(chain, done), {**leaves, **own_mark})
+            states = self._states(chain) | {done}
             for path in sorted(self._chain(chain).glob("state-*.npz"))[:-STATES]:
+                states.discard(int(path.stem.removeprefix("state-")))
                 path.unlink()
+            self._whole_states[chain] = states
         except OSError as error:
             last = f"step {first}" if len(inputs) == 1 else f"steps {first} to {first + len(inputs) - 1}"
             raise OSError(

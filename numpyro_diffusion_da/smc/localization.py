@@ -17,7 +17,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -40,6 +40,9 @@ MOST_NEAR = 512
 
 MOST_TIMES_MEAN = 3
 """Largest number of places of a block, over the mean number of all blocks."""
+
+PairFunction = Callable[[Numbers, Numbers, Numbers], Numbers]
+"""Function of pairs: (distances, indices of the positions, indices of the observations) -> values of the pairs."""
 
 
 class Neighborhoods(NamedTuple):
@@ -181,46 +184,15 @@ class PlacedTaper:
         self, tapers: tuple[PlacedTaper, ...], at: Float[np.ndarray, "p k"]
     ) -> tuple[Int[Numbers, "p k"], list[Float[Numbers, "p k"]]]:
         """Observations with a positive taper at each position, and the values of several tapers at them."""
+        functions = [_at_radii(taper) for taper in tapers]
         if isinstance(self.observations, np.ndarray):
-            given = [array for taper in tapers for array in (taper.observations, taper.radii)]
-            functions = [x for taper in tapers for x in (taper.distance, taper.correlation)]
-            # What is kept holds the functions too, so that no later ones can have their identities.
-            key = ("near", checksum([at, *given]), *map(id, functions))
-            found: tuple[Any, list[Any]] = self._once(key, lambda: (self._near(at, tapers), functions))[0]
-            return found
+            given: list[Any] = [array for taper in tapers for array in (taper.observations, taper.radii)]
+            kept = [x for taper in tapers for x in (taper.distance, taper.correlation)]
+            return self._search("near", at, functions, [at, *given], kept)
         if self.room(len(at)) >= len(self.radii):
             every = np.arange(len(self.radii), dtype=np.int32)
             return np.broadcast_to(every, (len(at), len(every))), [t.taper(at).astype(jnp.float32) for t in tapers]
-        placed = jnp.asarray(self.placed())
-        rows = jnp.where(placed[:, None], self.observations, 0.0)
-        room = self.room(len(at))
-        with _jax_arrays_only(self.distance, self.correlation):
-            found_near = near_each(self.distance, at, rows, 2.0 * self.radii, placed, room)
-            values = [t.correlation(found_near.distances / jnp.asarray(t.radii)[found_near.which]) for t in tapers]
-        fine = jnp.isfinite(found_near.distances)
-        zero = check_room(found_near.counts, room)
-        return found_near.which, [jnp.where(fine, value, 0.0).astype(jnp.float32) + zero for value in values]
-
-    def _near(
-        self, points: Float[np.ndarray, "p k"], tapers: tuple[PlacedTaper, ...]
-    ) -> tuple[Int[np.ndarray, "p k"], list[Float[np.ndarray, "p k"]]]:
-        """Observations with a positive taper at each position, and the values of several tapers at them.
-
-        Returns:
-            (indices, values of each taper), each of shape (p, k), padded by 0.
-        """
-        counts, columns = np.zeros(len(points), int), []
-        values: list[list[np.ndarray]] = [[] for _ in tapers]
-        observations: Any = self.observations
-        for rows, near, apart in pairs_within(self.distance, points, observations, 2.0 * self.radii):
-            keep = self.correlation(apart / self.radii[near]) > 0.0
-            rows, near, apart = rows[keep], near[keep], apart[keep]
-            counts += np.bincount(rows, minlength=len(points))
-            columns.append(near.astype(np.int32))
-            for taper, found in zip(tapers, values, strict=True):
-                found.append(np.asarray(taper.correlation(apart / taper.radii[near]), np.float32))
-        filled = np.arange(max(1, counts.max(initial=0)))[None] < counts[:, None]
-        return _padded(filled, columns, np.int32), [_padded(filled, parts, np.float32) for parts in values]
+        return self._search_moving(at, functions, np.ones(len(at), bool))
 
     def near_observations(self) -> Neighborhoods:
         """Find the observations near each observation, with the correlation between them from the smaller radius.
@@ -228,35 +200,80 @@ class PlacedTaper:
         These are the positive values of `between_observations`, without an array of all pairs. They are found as
         `neighborhoods` finds those near the places of the state.
         """
-        if isinstance(self.observations, np.ndarray):
-            # What is kept holds the functions too, so that no later ones can have their identities.
-            functions = (self.distance, self.correlation)
-            key = ("between", checksum([self.observations, self.radii]), *map(id, functions))
-            found: Neighborhoods = self._once(key, lambda: (self._near_observations(), functions))[0]
-            return found
-        placed = jnp.asarray(self.placed())
-        rows = jnp.where(placed[:, None], self.observations, 0.0)
-        radii, room = jnp.asarray(self.radii), self.room(len(self.radii))
-        with _jax_arrays_only(self.distance, self.correlation):
-            near = near_each(self.distance, rows, rows, 2.0 * self.radii, placed, room)
-            ratio = near.distances / jnp.minimum(radii[:, None], radii[near.which])
-            values = self.correlation(ratio)
-        fine = placed[:, None] & jnp.isfinite(near.distances)
-        zero = check_room(jnp.where(placed, near.counts, 0), room)
-        return Neighborhoods(near.which, jnp.where(fine, values, 0.0).astype(jnp.float32) + zero)
 
-    def _near_observations(self) -> Neighborhoods:
-        """Neighborhoods that `near_observations` returns for positions that do not move."""
-        observations: Any = self.observations
-        counts, columns, values = np.zeros(len(observations), int), [], []
-        for rows, near, apart in pairs_within(self.distance, observations, observations, 2.0 * self.radii):
-            value = self.correlation(apart / np.minimum(self.radii[rows], self.radii[near]))
-            keep = value > 0.0
-            counts += np.bincount(rows[keep], minlength=len(observations))
-            columns.append(near[keep].astype(np.int32))
-            values.append(np.asarray(value[keep], np.float32))
-        filled = np.arange(max(1, counts.max(initial=0)))[None] < counts[:, None]
-        return Neighborhoods(_padded(filled, columns, np.int32), _padded(filled, values, np.float32))
+        def smaller(apart: Numbers, rows: Numbers, near: Numbers) -> Numbers:
+            xp = array_module(near)
+            radii = xp.asarray(self.radii)
+            return self.correlation(apart / xp.minimum(radii[rows], radii[near]))
+
+        if isinstance(self.observations, np.ndarray):
+            given = [self.observations, self.radii]
+            found = self._search("between", self.observations, [smaller], given, [self.distance, self.correlation])
+        else:
+            placed = jnp.asarray(self.placed())
+            found = self._search_moving(jnp.where(placed[:, None], self.observations, 0.0), [smaller], placed)
+        which, (weights,) = found
+        return Neighborhoods(which, weights)
+
+    def _search(
+        self,
+        what: str,
+        at: Float[np.ndarray, "p k"],
+        functions: Sequence[PairFunction],
+        given: Sequence[np.ndarray],
+        kept: Sequence[Any],
+    ) -> tuple[Any, list[Any]]:
+        """Observations where the first function of pairs is positive, and the values of all; searched once.
+
+        Args:
+            what: name of the search.
+            at: positions.
+            functions: functions of pairs of a position and an observation.
+            given: arrays that the result depends on.
+            kept: distances and correlations that it depends on.
+
+        Returns:
+            (indices, values of each function), each of shape (p, k), padded by 0.
+        """
+
+        def search() -> tuple[Any, list[Any]]:
+            counts, columns = np.zeros(len(at), int), []
+            values: list[list[np.ndarray]] = [[] for _ in functions]
+            observations: Any = self.observations
+            for rows, near, apart in pairs_within(self.distance, at, observations, 2.0 * self.radii):
+                found = [np.asarray(function(apart, rows, near)) for function in functions]
+                keep = found[0] > 0.0
+                counts += np.bincount(rows[keep], minlength=len(at))
+                columns.append(near[keep].astype(np.int32))
+                for parts, value in zip(values, found, strict=True):
+                    parts.append(value[keep].astype(np.float32))
+            filled = np.arange(max(1, counts.max(initial=0)))[None] < counts[:, None]
+            return _padded(filled, columns, np.int32), [_padded(filled, parts, np.float32) for parts in values]
+
+        # What is kept holds the functions too, so that no later ones can have their identities.
+        key = (what, checksum(list(given)), *map(id, kept))
+        result: tuple[Any, list[Any]] = self._once(key, lambda: (search(), kept))[0]
+        return result
+
+    def _search_moving(
+        self, at: Float[Numbers, "p k"], functions: Sequence[PairFunction], exists: Bool[Numbers, " p"]
+    ) -> tuple[Any, list[Any]]:
+        """Result of `_search` for observations that move, found in the compiled step.
+
+        Args:
+            at: positions, finite.
+            functions: functions of pairs of a position and an observation.
+            exists: False for positions that have no observations near them.
+        """
+        placed, room = jnp.asarray(self.placed()), self.room(len(at))
+        observations = jnp.where(placed[:, None], self.observations, 0.0)
+        with _jax_arrays_only(self.distance, self.correlation):
+            near = near_each(self.distance, at, observations, 2.0 * self.radii, placed, room)
+            rows = jnp.arange(len(at))[:, None]
+            values = [jnp.asarray(function(near.distances, rows, near.which)) for function in functions]
+        fine = jnp.asarray(exists)[:, None] & jnp.isfinite(near.distances)
+        zero = check_room(jnp.where(exists, near.counts, 0), room)
+        return near.which, [jnp.where(fine, value, 0.0).astype(jnp.float32) + zero for value in values]
 
     def between_some(self, which: Int[Array, " k"]) -> Float[Array, "k k"]:
         """Correlation between some of the observations, from the smaller of the two radii.
@@ -305,6 +322,15 @@ class PlacedTaper:
             ("blocks", radius, checksum(self.points)), lambda: partition(self.distance, self.points, radius)
         )
         return _even(Blocks(self.points[chosen], of_point))
+
+
+def _at_radii(taper: PlacedTaper) -> PairFunction:
+    """Function of pairs of a position and an observation that gives the taper of the observation."""
+
+    def function(apart: Numbers, rows: Numbers, near: Numbers) -> Numbers:
+        return taper.correlation(apart / array_module(near).asarray(taper.radii)[near])
+
+    return function
 
 
 def _padded(filled: Bool[np.ndarray, "p k"], parts: list[np.ndarray], dtype: Any) -> np.ndarray:

@@ -156,13 +156,22 @@ def _fetched(particles: PyTree, which: Int[np.ndarray, " m"]) -> PyTree:
 
 def _on_plain(fn: Callable[[Array], Array], values: PyTree) -> PyTree:
     """Apply a function to arrays; random keys are given as their plain numbers."""
+    return jax.tree.map(lambda x: _like(x, fn(_plain(x))), values)
 
-    def applied(x: Array) -> Array:
-        if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
-            return jax.random.wrap_key_data(fn(jax.random.key_data(x)), impl=jax.random.key_impl(x))
-        return fn(x)
 
-    return jax.tree.map(applied, values)
+def _is_key(x: Any) -> bool:
+    """Whether an array holds random keys."""
+    return bool(jnp.issubdtype(x.dtype, jax.dtypes.prng_key))
+
+
+def _plain(x: Array) -> Array:
+    """Array of plain numbers, of an array that may hold random keys."""
+    return jax.random.key_data(x) if _is_key(x) else x
+
+
+def _like(x: Array, plain: Array) -> Array:
+    """Array of the kind of x, from plain numbers."""
+    return jax.random.wrap_key_data(plain, impl=jax.random.key_impl(x)) if _is_key(x) else plain
 
 
 def map_divided(fn: Callable[[Any], Any], values: PyTree, batch_size: int) -> PyTree:
@@ -284,21 +293,15 @@ def take_ancestors(particles: PyTree, ancestors: Int[Array, " N"]) -> PyTree:
         return found
 
     leaves, form = jax.tree.flatten(particles)
-    keys = [jnp.issubdtype(x.dtype, jax.dtypes.prng_key) for x in leaves]
-    plain = [jax.random.key_data(x) if is_key else x for x, is_key in zip(leaves, keys, strict=True)]
-    found = [
-        jax.random.wrap_key_data(x, impl=jax.random.key_impl(leaf)) if is_key else x
-        for x, leaf, is_key in zip(exchanged(*plain), leaves, keys, strict=True)
-    ]
-    return jax.tree.unflatten(form, found)
+    found = exchanged(*map(_plain, leaves))
+    return jax.tree.unflatten(form, map(_like, leaves, found))
 
 
 def bytes_each(particles: PyTree) -> int:
     """Number of bytes of one particle, of particles with a leading axis."""
     found = 0
     for x in jax.tree.leaves(particles):
-        is_key = jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
-        plain = jax.eval_shape(jax.random.key_data, x) if is_key else x
+        plain = jax.eval_shape(_plain, x)
         found += int(np.prod(plain.shape[1:], dtype=int)) * plain.dtype.itemsize
     return found
 

@@ -70,7 +70,7 @@ def limits_of(name: str, unit: str) -> tuple[float, float]:
 
 @dataclasses.dataclass(frozen=True)
 class Context:
-    """What a check may know beside the rows.
+    """Knowledge of the model that a check may use beside the rows.
 
     Attributes:
         layout: layout of the state.
@@ -92,7 +92,7 @@ class Context:
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """What a check found.
+    """Flags of rows that a check found, and rows that it adds.
 
     Attributes:
         flags: flag of each row, `Flag.USED` for those that it lets pass.
@@ -475,10 +475,15 @@ class Thinning(QualityCheck):
         return wrong
 
 
+def _on_sphere(rows: pandas.DataFrame) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Cartesian coordinates of the places of rows on the unit sphere."""
+    north, east = np.deg2rad(rows["lat"].to_numpy(float)), np.deg2rad(rows["lon"].to_numpy(float))
+    return np.cos(north) * np.cos(east), np.cos(north) * np.sin(east), np.sin(north)
+
+
 def _positions(rows: pandas.DataFrame, height_scale: float) -> np.ndarray:
     """Positions in km, on the sphere and with the logarithm of pressure as a fourth coordinate."""
-    north, east = np.deg2rad(rows["lat"].to_numpy(float)), np.deg2rad(rows["lon"].to_numpy(float))
-    sphere = [np.cos(north) * np.cos(east), np.cos(north) * np.sin(east), np.sin(north)]
+    sphere = _on_sphere(rows)
     height = height_scale * np.nan_to_num(np.log(rows["pres"].to_numpy(float) / 1e5))
     return np.stack([*(EARTH_RADIUS * part for part in sphere), height], axis=-1)
 
@@ -565,8 +570,7 @@ class Superobbing(QualityCheck):
     def _mean(self, rows: pandas.DataFrame, context: Context, number: int) -> dict[str, Any]:
         """Row with the mean of rows of one cell, quantity and step."""
         first = rows.iloc[0]
-        north, east = np.deg2rad(rows["lat"].to_numpy(float)), np.deg2rad(rows["lon"].to_numpy(float))
-        x, y, z = (np.cos(north) * np.cos(east)).mean(), (np.cos(north) * np.sin(east)).mean(), np.sin(north).mean()
+        x, y, z = (coordinate.mean() for coordinate in _on_sphere(rows))
         value = rows["value"].to_numpy(float)
         quantity = context.targets[first["name"]].quantity
         if quantity is not None and quantity.period is not None:

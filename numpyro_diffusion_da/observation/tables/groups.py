@@ -9,6 +9,7 @@ import numpy as np
 
 from numpyro_diffusion_da.arguments import is_number, require_number, shown
 from numpyro_diffusion_da.observation.tables.flags import Flag
+from numpyro_diffusion_da.observation.tables.table import where
 
 if TYPE_CHECKING:
     import pandas
@@ -89,14 +90,14 @@ def groups_of(
     for cycle, part in found:
         g, n = at[cycle], len(part)
         at[cycle] += 1
-        where = [slot[cycle, int(row)] for row in part.index]
+        slots = [slot[cycle, int(row)] for row in part.index]
         error = part["error_used"].to_numpy(float)
-        positions[cycle, g, :n], y[cycle, g, :n] = where, part["value"].to_numpy(float)
+        positions[cycle, g, :n], y[cycle, g, :n] = slots, part["value"].to_numpy(float)
         covariance[cycle, g, :n, :n] = error[:, None] * _correlations(part, correlation) * error
         east = np.deg2rad(part["lon"].to_numpy(float))
         middle = np.rad2deg(np.arctan2(np.sin(east).mean(), np.cos(east).mean())) % 360.0
         place[cycle, g] = part["lat"].mean(), middle
-        xs["y"][cycle, where] = np.nan
+        xs["y"][cycle, slots] = np.nan
     return {"rows": positions, "y": y, "covariance": covariance, "place": place}
 
 
@@ -107,15 +108,13 @@ def _correlations(part: pandas.DataFrame, correlation: Any) -> np.ndarray:
         return np.where(np.eye(n, dtype=bool), 1.0, float(correlation))
     matrix = np.asarray(correlation(part), float)
     first = part.index[0]
-    where = (
-        f"{part.at[first, 'source']}, row {part.at[first, 'row']}: the group '{part.at[first, 'group']}' of {n} rows"
-    )
+    what = f"{where(part, first)}: the group '{part.at[first, 'group']}' of {n} rows"
     if matrix.shape != (n, n):
-        raise ValueError(f"{where} got correlations of shape {matrix.shape}; give a matrix of shape {(n, n)}.")
+        raise ValueError(f"{what} got correlations of shape {matrix.shape}; give a matrix of shape {(n, n)}.")
     symmetric = np.allclose(matrix, matrix.T, atol=1e-6) and np.allclose(np.diag(matrix), 1.0, atol=1e-6)
     if not symmetric or not np.linalg.eigvalsh(matrix).min() > SMALLEST_EIGENVALUE:
         raise ValueError(
-            f"{where} got a matrix that is not one of correlations; give a symmetric positive definite matrix with "
+            f"{what} got a matrix that is not one of correlations; give a symmetric positive definite matrix with "
             "ones on its diagonal."
         )
     return matrix

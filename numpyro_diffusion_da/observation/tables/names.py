@@ -43,7 +43,7 @@ ON_LEVELS = ("geopotential", "specific_humidity", "temperature", *(f"{c}_compone
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """What the rows of one name observe.
+    """Variable or derived quantity that the rows of one name observe.
 
     Attributes:
         name: name of the variable or quantity, in results.
@@ -112,7 +112,7 @@ class Names:
             self.targets.append(({quantity.name, *quantity.aliases}, target))
 
     def find(self, name: str, has_level: bool) -> Target | None:
-        """What a name means for rows with or without a pressure.
+        """Target that a name means for rows with or without a pressure.
 
         Returns:
             The target; None if the name is known and the layout has nothing of it.

@@ -15,6 +15,7 @@ from numpyro_diffusion_da.observation.tables.checks import limits_of
 from numpyro_diffusion_da.observation.tables.flags import Flag
 from numpyro_diffusion_da.observation.tables.names import Names, Target
 from numpyro_diffusion_da.observation.tables.quantities import LAYER_TOP
+from numpyro_diffusion_da.observation.tables.table import where
 
 if TYPE_CHECKING:
     import pandas
@@ -204,6 +205,6 @@ def refuse_no_error(rows: pandas.DataFrame) -> None:
         first = rows.index[int(np.flatnonzero(wrong)[0])]
         name = rows.at[first, "name"]
         raise ValueError(
-            f"{rows.at[first, 'source']}, row {rows.at[first, 'row']}: '{name}' has no error ({int(wrong.sum())} "
+            f"{where(rows, first)}: '{name}' has no error ({int(wrong.sum())} "
             f"rows); give a column error, or errors={{'{name}': ...}} in {rows.at[first, 'unit']}."
         )

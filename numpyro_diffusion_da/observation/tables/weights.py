@@ -13,6 +13,7 @@ from numpyro_diffusion_da.observation.tables.geometry import VECTORS, Horizontal
 from numpyro_diffusion_da.observation.tables.names import Names, Target
 from numpyro_diffusion_da.observation.tables.quantities import LAYER_TOP, PRESSURE
 from numpyro_diffusion_da.observation.tables.rows import column, set_flag
+from numpyro_diffusion_da.observation.tables.table import where
 
 if TYPE_CHECKING:
     import pandas
@@ -105,7 +106,7 @@ def _refuse_other_pressures(rows: pandas.DataFrame, targets: dict[str, Target], 
         if np.all((pressure < low) | (pressure > high)) and inside.mean() > 0.5:
             first = rows.index[int(np.flatnonzero(some)[0])]
             raise ValueError(
-                f"{rows.at[first, 'source']}, row {rows.at[first, 'row']}: the pressure is {pressure[0]:g} Pa, and no "
+                f"{where(rows, first)}: the pressure is {pressure[0]:g} Pa, and no "
                 f"row is between the model's levels of {low:g} and {high:g} Pa, but most are if given in {unit}; {do}."
             )
 
