@@ -40,12 +40,22 @@ def load(name: str, directory: Path = BENCHMARKS):
 
 
 @pytest.mark.slow
-def test_throughput_runs(tmp_path):
-    out = tmp_path / "table.json"
-    sizes = ("--particles", "20", "--dims", "2", "--steps", "5", "--repeats", "1")
-    assert run_program("throughput.py", *sizes, "--out", str(out)).returncode == 0
-    (row,) = json.loads(out.read_text())
-    assert set(row["seconds"]) == {"this library", "cuthbert", "bare lax.scan"}
+def test_benchmarks_of_scale_run(tmp_path):
+    sizes = {
+        "throughput.py": ("--particles", "20", "--dims", "2", "--steps", "5", "--repeats", "1"),
+        "first_step.py": ("--filters", "Bootstrap", "--particles", "8", "--repeats", "1"),
+        "large_local.py": (
+            *("--latitudes", "19", "--longitudes", "36", "--observations", "500", "--members", "8"),
+            *("--radius", "1500", "--block", "1000"),
+        ),
+    }
+    for name, arguments in sizes.items():
+        out = tmp_path / "table.json"
+        result = run_program(name, *arguments, "--out", str(out))
+        assert result.returncode == 0, result.stderr
+        rows = json.loads(out.read_text())["rows"]
+        assert all(value > 0 for row in rows for key, value in row.items() if key.endswith(("CPU s", ", s")))
+    assert len(rows) == 6
 
 
 @pytest.mark.slow

@@ -10,22 +10,22 @@ is a `lax.scan` of three lines that keeps the particles: no filter can be faster
 
 from __future__ import annotations
 
-import argparse
-import json
+import itertools
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import numpyro
 import numpyro.distributions as dist
+import typer
 from jaxtyping import Array
 from numpyro.contrib.control_flow import scan
+from report import json_file, print_table, write_json
 from rich.console import Console
-from rich.table import Table
 
 import numpyro_diffusion_da as ndda
 
@@ -117,28 +117,24 @@ def measure(n: int, d: int, steps: int, repeats: int) -> dict[str, float]:
     return {name: float(np.median(values)) for name, values in seconds.items()}
 
 
-def main() -> None:
-    """Print the table, and write it as JSON."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--particles", type=int, nargs="+", default=[1000, 10_000])
-    parser.add_argument("--dims", type=int, nargs="+", default=[1, 20])
-    parser.add_argument("--steps", type=int, nargs="+", default=[100, 1000])
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--out", type=Path, default=Path("throughput.json"))
-    options = parser.parse_args()
-    table = Table("d", "N", "steps", *(f"{name}, s" for name in RUNS), "over cuthbert", "over the bare loop")
+def main(
+    particles: Annotated[list[int] | None, typer.Option(min=2, help="Particles; may be repeated [1000].")] = None,
+    dims: Annotated[list[int] | None, typer.Option(min=1, help="Values of the state; may be repeated [1, 20].")] = None,
+    steps: Annotated[list[int] | None, typer.Option(min=1, help="Steps; may be repeated [100, 1000].")] = None,
+    repeats: Annotated[int, typer.Option(min=1, help="Runs of each filter, in turns.")] = 5,
+    out: Annotated[Path | None, typer.Option(callback=json_file, help="JSON file to write the table to.")] = None,
+) -> None:
+    """Print the median seconds of whole runs."""
     rows = []
-    for d in options.dims:
-        for n in options.particles:
-            for steps in options.steps:
-                found = measure(n, d, steps, options.repeats)
-                ours, theirs, bare = found.values()
-                rows.append({"d": d, "particles": n, "steps": steps, "seconds": found})
-                numbers = [f"{seconds:.3f}" for seconds in found.values()]
-                table.add_row(str(d), str(n), str(steps), *numbers, f"{ours / theirs:.2f}", f"{ours / bare:.2f}")
-    Console().print(table)
-    options.out.write_text(json.dumps(rows, indent=1) + "\n")
+    for d, n, length in itertools.product(dims or [1, 20], particles or [1000], steps or [100, 1000]):
+        found = measure(n, d, length, repeats)
+        ours, theirs, bare = found.values()
+        seconds = {f"{name}, s": value for name, value in found.items()}
+        ratios = {"over cuthbert": ours / theirs, "over the bare loop": ours / bare}
+        rows.append({"d": d, "N": n, "steps": length, **seconds, **ratios})
+    print_table(Console(), f"bootstrap filters, medians of {repeats} runs", rows)
+    write_json(out, {"repeats": repeats}, rows=rows)
 
 
 if __name__ == "__main__":
-    main()
+    typer.run(main)
