@@ -17,6 +17,7 @@ from numpyro_diffusion_da import inference as inference
 from numpyro_diffusion_da import observation as observation
 from numpyro_diffusion_da import priors as priors
 from numpyro_diffusion_da import program as program
+from numpyro_diffusion_da import report as report
 from numpyro_diffusion_da import results as results
 from numpyro_diffusion_da import smc as smc
 from numpyro_diffusion_da import transition as transition

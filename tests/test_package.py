@@ -25,6 +25,7 @@ MAY_IMPORT = {
     "results": {"fields"},
     "diffusion": {"fields", "observation"},
     "diagnostics": {"fields", "results"},
+    "report": {"diagnostics"},
     "transition": {"diffusion", "observation", "smc"},
     "priors": {"diffusion", "fields"},
     "program": {"transition", "diffusion", "observation"},
@@ -40,7 +41,14 @@ LEAVES = {"arguments", "checksums"}
 NEIGHBORS = {
     "arviz": {"results"},
     "blackjax": {"smc"},
-    "matplotlib": {"diagnostics", "demos.held_suarez_figures", "demos.lorenz96_figures", "demos.run_figures"},
+    "jinja2": {"report.page"},
+    "matplotlib": {
+        "diagnostics",
+        "report.figures",
+        "demos.held_suarez_figures",
+        "demos.lorenz96_figures",
+        "demos.run_figures",
+    },
     # Priors offer their climatology as a NumPyro distribution; results take NumPyro's diagnostics of chains.
     "numpyro": {"program", "priors", "diffusion.prior", "results.summary", "demos"},
     "rich": {"results", "inference", "demos"},

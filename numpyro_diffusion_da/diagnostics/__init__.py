@@ -1,5 +1,6 @@
 """Scores against a truth, diagnostics against observations, spectra and figures."""
 
+from numpyro_diffusion_da.diagnostics.feedback import PRESSURE_LEVELS, REGIONS, REJECTIONS, Feedback
 from numpyro_diffusion_da.diagnostics.innovations import (
     Consistency,
     Departures,
@@ -36,10 +37,14 @@ from numpyro_diffusion_da.diagnostics.verification import (
 
 __all__ = [
     "PALETTE",
+    "PRESSURE_LEVELS",
+    "REGIONS",
+    "REJECTIONS",
     "Consistency",
     "Departures",
     "ErrorVariances",
     "Estimate",
+    "Feedback",
     "Flatness",
     "area_weights",
     "background_consistency",
