@@ -52,7 +52,7 @@ from rich.console import Console
 from rich.table import Table
 
 import numpyro_diffusion_da as ndda
-from numpyro_diffusion_da.demos import cli
+from numpyro_diffusion_da.commands import output_folder
 from numpyro_diffusion_da.fields import SHORT_NAMES, static_field
 from numpyro_diffusion_da.priors import write_synthetic_gencast
 
@@ -335,7 +335,7 @@ def main(
     precision: Annotated[str, typer.Option(help="float32, tensorfloat32 or bfloat16.")] = "float32",
     resolution: Annotated[float | None, typer.Option(help="Degrees; by default that of the data.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of observation errors and filters.")] = 0,
-    out: Annotated[Path, typer.Option(help="Directory of all output.", callback=cli.output_folder)] = Path(
+    out: Annotated[Path, typer.Option(help="Directory of all output.", callback=output_folder)] = Path(
         "gencast_assimilation"
     ),
     dry_run: Annotated[

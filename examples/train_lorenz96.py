@@ -33,7 +33,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from numpyro_diffusion_da.demos import cli
+from numpyro_diffusion_da.commands import output_folder
 from numpyro_diffusion_da.demos import lorenz96_system as lorenz96
 from numpyro_diffusion_da.diffusion import DPMSolverPP2M, KarrasSchedule, Sampler
 from numpyro_diffusion_da.fields import Layout
@@ -329,9 +329,9 @@ def finite(value: Any) -> Any:
 
 
 def main(
-    out: Annotated[
-        Path, typer.Option(help="folder for lorenz96.npz and lorenz96.json", callback=cli.output_folder)
-    ] = Path("lorenz96_emulator"),
+    out: Annotated[Path, typer.Option(help="folder for lorenz96.npz and lorenz96.json", callback=output_folder)] = Path(
+        "lorenz96_emulator"
+    ),
     seed: Annotated[int, typer.Option(help="seed of data, initial weights and training")] = 0,
     steps: Annotated[
         int, typer.Option(help="optimizer steps of the mean network; the residual network takes half as many")

@@ -42,7 +42,7 @@ from train_lorenz96 import (
 )
 
 import numpyro_diffusion_da as ndda
-from numpyro_diffusion_da.demos import cli
+from numpyro_diffusion_da.commands import output_folder
 from numpyro_diffusion_da.demos import lorenz96_system as lorenz96
 from numpyro_diffusion_da.priors import (
     RingNoiseNetwork,
@@ -157,9 +157,9 @@ def covariance_errors(emulator: RingOnePassEmulator, rng_key: jax.Array, states:
 
 
 def main(
-    out: Annotated[
-        Path, typer.Option(help=f"folder for {NAME}.npz and {NAME}.json", callback=cli.output_folder)
-    ] = Path("lorenz96_one_pass_emulator"),
+    out: Annotated[Path, typer.Option(help=f"folder for {NAME}.npz and {NAME}.json", callback=output_folder)] = Path(
+        "lorenz96_one_pass_emulator"
+    ),
     seed: Annotated[int, typer.Option(help="seed of data, initial weights and training")] = 0,
     steps: Annotated[int, typer.Option(help="optimizer steps")] = 4000,
     members: Annotated[int, typer.Option(help="members of the CRPS in training", min=2)] = 4,

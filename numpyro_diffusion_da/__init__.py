@@ -7,7 +7,9 @@ The names here are those of a first program. Everything else is one folder down:
 `ndda.diagnostics.crps`, `ndda.results.to_datatree`, `ndda.smc.fa_apf`.
 """
 
+import importlib
 from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
 
 from numpyro_diffusion_da import diagnostics as diagnostics
 from numpyro_diffusion_da import diffusion as diffusion
@@ -53,6 +55,20 @@ from numpyro_diffusion_da.smc import (
     Taper,
 )
 from numpyro_diffusion_da.transition import Dirac, Equal, Moment
+
+if TYPE_CHECKING:
+    from numpyro_diffusion_da import assimilation as assimilation
+
+LATER = ("assimilation",)
+"""Folders that are imported when they are first used: pydantic takes long to import."""
+
+
+def __getattr__(name: str) -> Any:
+    """Import a folder of `LATER`."""
+    if name in LATER:
+        return importlib.import_module(f"{__name__}.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
 
 __version__ = version("numpyro-diffusion-da")
 

@@ -6,19 +6,19 @@ import pytest
 from typer.testing import CliRunner
 
 import numpyro_diffusion_da as ndda
-from numpyro_diffusion_da.demos import cli
+from numpyro_diffusion_da import commands
 from numpyro_diffusion_da.demos import lorenz96_demo as twin
 
 
 def test_demo_of_an_unknown_system_is_refused(tmp_path):
-    result = CliRunner().invoke(cli.app, ["demo", "jupiter", "--out", str(tmp_path)])
+    result = CliRunner().invoke(commands.app, ["demo", "jupiter", "--out", str(tmp_path)])
     assert result.exit_code == 2
     assert "'jupiter' is not one of" in result.output
     assert "held_suarez" in result.output
 
 
 def test_demo_refuses_what_leaves_nothing_to_score(tmp_path):
-    result = CliRunner().invoke(cli.app, ["demo", "--out", str(tmp_path), "--cycles", "5", "--spin-up", "5"])
+    result = CliRunner().invoke(commands.app, ["demo", "--out", str(tmp_path), "--cycles", "5", "--spin-up", "5"])
     assert result.exit_code == 2
     assert "more cycles" in result.output
 
@@ -28,13 +28,13 @@ def test_demo_refuses_at_once_a_folder_that_it_cannot_write_to(which, tmp_path, 
     def computed(*args):
         raise AssertionError("computed before the folder was checked")
 
-    monkeypatch.setattr(cli, "_lorenz96", computed)
-    monkeypatch.setattr(cli, "_held_suarez", computed)
+    monkeypatch.setattr("numpyro_diffusion_da.commands.demo._lorenz96", computed)
+    monkeypatch.setattr("numpyro_diffusion_da.commands.demo._held_suarez", computed)
     (tmp_path / "file").write_text("")
     (tmp_path / "nowhere").symlink_to(tmp_path / "gone")
     outs = [tmp_path / "file", tmp_path / "file" / "below", tmp_path / "nowhere"]
     for out in (*outs, *(Path(name) for name in ("/proc/demo",) if Path("/proc").is_dir())):
-        result = CliRunner().invoke(cli.app, ["demo", which, "--out", str(out)], env={"COLUMNS": "300"})
+        result = CliRunner().invoke(commands.app, ["demo", which, "--out", str(out)], env={"COLUMNS": "300"})
         assert result.exit_code == 2, result.output
         assert "cannot write to" in result.output
         assert "give a folder" in result.output
@@ -43,13 +43,13 @@ def test_demo_refuses_at_once_a_folder_that_it_cannot_write_to(which, tmp_path, 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["demo", "--help"], ["info", "--help"]])
 def test_help(arguments):
-    result = CliRunner().invoke(cli.app, arguments)
+    result = CliRunner().invoke(commands.app, arguments)
     assert result.exit_code == 0
     assert "Usage" in result.output
 
 
 def test_info_names_versions_and_card():
-    result = CliRunner().invoke(cli.app, ["info"], catch_exceptions=False)
+    result = CliRunner().invoke(commands.app, ["info"], catch_exceptions=False)
     assert ndda.__version__ in result.output
     assert "lorenz96" in result.output
     assert "noise_variance" in result.output

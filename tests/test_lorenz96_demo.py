@@ -10,7 +10,7 @@ import xarray
 from conftest import BENCHMARKS, load_program
 from typer.testing import CliRunner
 
-from numpyro_diffusion_da.demos import cli
+from numpyro_diffusion_da import commands
 from numpyro_diffusion_da.demos import lorenz96_demo as twin
 
 SIZES = {"truths": 6, "cycles": 90, "spin_up": 30, "particles": 256, "seed": 1000}
@@ -34,7 +34,7 @@ def run_demo(folder):
     try:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(twin, "run_twin", recorded)
-            done = CliRunner().invoke(cli.app, ["demo", "--out", str(folder), *sizes], catch_exceptions=False)
+            done = CliRunner().invoke(commands.app, ["demo", "--out", str(folder), *sizes], catch_exceptions=False)
     finally:
         jax.config.update("jax_disable_most_optimizations", True)
     assert done.exit_code == 0

@@ -95,7 +95,7 @@ def test_parquet(tmp_path, monkeypatch):
         with pytest.raises(ValueError, match=r"b.parquet cannot be read as Parquet \("):
             read_table(tmp_path / "b.parquet")
     monkeypatch.setitem(__import__("sys").modules, "pyarrow", None)
-    with pytest.raises(ImportError, match=r"a.pq is a Parquet file, which needs pyarrow; pip install '.*\[parquet\]'"):
+    with pytest.raises(ImportError, match=r"a.pq is a Parquet file, which needs pyarrow; pip install pyarrow"):
         read_table(write(tmp_path, "", "a.pq"))
 
 

@@ -18,6 +18,7 @@ import numpyro_diffusion_da as ndda
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ndda.__name__
+importlib.import_module("numpyro_diffusion_da.assimilation")  # the root waits with it until it is used
 FOLDERS = [m for m in vars(ndda).values() if isinstance(m, ModuleType) and hasattr(m, "__all__")]
 NAMESPACES = [
     value for folder in FOLDERS for name in folder.__all__ if isinstance(value := getattr(folder, name), ModuleType)

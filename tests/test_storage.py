@@ -24,7 +24,7 @@ from numpyro.contrib.control_flow import scan
 from typer.testing import CliRunner
 
 import numpyro_diffusion_da as ndda
-from numpyro_diffusion_da.demos import cli
+from numpyro_diffusion_da import commands
 from numpyro_diffusion_da.inference import storage
 
 KEY = jax.random.key(3)
@@ -356,11 +356,11 @@ def test_a_run_can_be_watched(whole, kept_run, tmp_path):
     expected = whole.result.background["y"].expected[1, 1].sum()
     ratio = (whole.result.departure("y")[1, 1] ** 2).sum() / expected
     np.testing.assert_allclose(progress.series("departure_ratio.y")[1][1], ratio, rtol=1e-5)
-    shown = CliRunner().invoke(cli.app, ["watch", str(kept_run), "--figure", str(tmp_path / "run.png")])
+    shown = CliRunner().invoke(commands.app, ["watch", str(kept_run), "--figure", str(tmp_path / "run.png")])
     assert shown.exit_code == 0, shown.output
     assert "4 of 4 steps" in shown.output
     assert (tmp_path / "run.png").stat().st_size > 10_000
-    refused = CliRunner().invoke(cli.app, ["watch", str(tmp_path)], env={"COLUMNS": "300"})
+    refused = CliRunner().invoke(commands.app, ["watch", str(tmp_path)], env={"COLUMNS": "300"})
     assert refused.exit_code == 2
     assert "holds no run" in refused.output
 

@@ -17,7 +17,7 @@ from rich.measure import Measurement
 from rich.table import Table
 
 import numpyro_diffusion_da as ndda
-from numpyro_diffusion_da.demos import cli
+from numpyro_diffusion_da.commands import output_folder
 
 
 def mean_and_error(name: str, values: Sequence[float] | np.ndarray) -> dict[str, float | None]:
@@ -90,7 +90,7 @@ def json_file(path: Path | None) -> Path | None:
     if path is not None:
         if path.is_dir():
             raise typer.BadParameter(f"'{path}' is a folder; give a file, such as {path / 'scores.json'}.")
-        cli.output_folder(path.parent)
+        output_folder(path.parent)
     return path
 
 

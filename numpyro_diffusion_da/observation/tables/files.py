@@ -157,9 +157,7 @@ def _read_parquet(path: Path) -> RawTable:
     try:
         import pyarrow
     except ImportError:
-        raise ImportError(
-            f"{path.name} is a Parquet file, which needs pyarrow; pip install 'numpyro-diffusion-da[parquet]'."
-        ) from None
+        raise ImportError(f"{path.name} is a Parquet file, which needs pyarrow; pip install pyarrow.") from None
     try:
         frame = pandas.read_parquet(path, engine="pyarrow")
     except (OSError, ValueError, pyarrow.ArrowException) as error:

@@ -1,4 +1,4 @@
-"""Command line interface `ndda`: runs the demos and prints versions and data cards."""
+"""`ndda demo`: the two twin experiments."""
 
 from __future__ import annotations
 
@@ -6,49 +6,16 @@ import contextlib
 import enum
 import json
 import os
-import platform
-import tempfile
 import time
 from collections.abc import Callable, Iterator
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
 
-app = typer.Typer(
-    help="Filter observations through a pretrained diffusion emulator, without training.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-)
-
-
-def output_folder(path: Path) -> Path:
-    """Check, before anything is computed, that a folder for output can be made and written to.
-
-    Args:
-        path: the folder, which need not exist.
-
-    Returns:
-        The folder.
-
-    Raises:
-        typer.BadParameter: `path` is a file, or the folder cannot be written to.
-    """
-    existing = next(folder for folder in (path, *path.absolute().parents) if os.path.lexists(folder))
-    try:
-        if not existing.is_dir():
-            raise NotADirectoryError(f"'{existing}' is not a folder")
-        with tempfile.TemporaryFile(dir=existing):
-            pass
-    except OSError as error:
-        why = str(error) if isinstance(error, NotADirectoryError) else f"'{existing}': {error.strerror}"
-        raise typer.BadParameter(f"cannot write to '{path}': {why}; give a folder that can be written to.") from error
-    return path
+from numpyro_diffusion_da.commands.folders import output_folder
 
 
 class Which(enum.Enum):
@@ -62,7 +29,6 @@ DEFAULTS = {Which.LORENZ96: (256, 5, 60), Which.HELD_SUAREZ: (64, 1, 30)}
 """Default numbers of particles, truths and cycles for each system."""
 
 
-@app.command()
 def demo(
     which: Annotated[Which, typer.Argument(help="System to run.")] = Which.LORENZ96,
     out: Annotated[
@@ -234,65 +200,3 @@ def _held_suarez(out: Path, seed: int, particles: int, truths: int, cycles: int,
         f"Took {time.perf_counter() - started:.0f} s. Wrote {out}/demo.nc (xarray.open_datatree), {out}/demo.json and "
         f"the figures {', '.join(f'{name}.png' for name in figures)}."
     )
-
-
-@app.command()
-def watch(
-    store: Annotated[Path, typer.Argument(help="Directory of a run: Filter(..., directory=STORE).")],
-    figure: Annotated[
-        Path | None, typer.Option(help="PNG file to draw the run to, anew every few seconds, or once with --once.")
-    ] = None,
-    once: Annotated[bool, typer.Option("--once", help="Show the run as it is now, and end.")] = False,
-    every: Annotated[float, typer.Option(min=0.2, help="Seconds between two looks.")] = 2.0,
-) -> None:
-    """Watch a run as it goes: progress, time left, ESS, tempering, observations against the background, passes, memory.
-
-    The run is another process, which this command does not disturb. It ends when the run has made all its steps.
-    """
-    from rich.live import Live
-
-    import numpyro_diffusion_da as ndda
-    from numpyro_diffusion_da.demos.run_figures import run_figure
-    from numpyro_diffusion_da.demos.run_watching import run_panel
-
-    def look() -> ndda.inference.RunProgress:
-        try:
-            return ndda.inference.RunProgress.read(store)
-        except ValueError as error:
-            raise typer.BadParameter(str(error)) from error
-
-    console = Console()
-    found = look()
-    with Live(run_panel(found), console=console, auto_refresh=False) as live:
-        while True:
-            if figure is not None and found.done:
-                run_figure(found).savefig(figure, dpi=130)
-            if once or found.done >= found.chains * found.steps:
-                break
-            time.sleep(every)
-            found = look()
-            live.update(run_panel(found), refresh=True)
-    if figure is not None and found.done:
-        console.print(f"Wrote the figure {figure}.")
-
-
-@app.command()
-def info() -> None:
-    """Print versions, devices, and the priors in the package with their data cards."""
-    import jax
-
-    import numpyro_diffusion_da as ndda
-
-    console = Console()
-    table = Table("package", "version", header_style="bold")
-    table.add_row("python", platform.python_version())
-    for name in ("numpyro-diffusion-da", "jax", "numpyro", "blackjax", "xarray", "arviz", "weathernext"):
-        try:
-            table.add_row(name, version(name))
-        except PackageNotFoundError:
-            table.add_row(name, "not installed")
-    console.print(table)
-    console.print(f"devices: {', '.join(str(d) for d in jax.devices())}")
-    for name in ndda.priors.SHIPPED:
-        console.print(f"[bold]{name}[/bold]")
-        console.print_json(json.dumps(ndda.load_prior(name).card))

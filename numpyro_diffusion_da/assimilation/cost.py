@@ -1,0 +1,77 @@
+"""What a run will cost, before it is made: network passes, memory and disk."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from numpyro_diffusion_da.diffusion.prior import DiffusionPrior
+
+if TYPE_CHECKING:
+    from numpyro_diffusion_da.assimilation.config import RunConfig
+    from numpyro_diffusion_da.assimilation.emulator import Emulator
+    from numpyro_diffusion_da.assimilation.prepared import PreparedRun
+
+PRODUCTS = {"cheap": 2, "accurate": 4}
+"""Products of the guidance's solver at each noise level; of the accurate one an estimate (docs/method.md)."""
+
+CHECKED = 64
+"""Largest number of particles of which the background check draws a forecast."""
+
+
+def passes_of(config: RunConfig, emulator: Emulator) -> float:
+    """Estimated network passes per particle and step, those of the conditioning network not counted.
+
+    Args:
+        config: the configuration.
+        emulator: the prior.
+    """
+    prior, settings = emulator.prior, config.filter
+    if isinstance(prior, DiffusionPrior):
+        assert emulator.sampler is not None
+        free = emulator.sampler.draw_evaluations(prior.noise_range)
+    else:
+        free = prior.generator_passes  # type: ignore[attr-defined]
+    if settings.method in ("enkf", "bootstrap"):
+        return free
+    products = PRODUCTS[settings.guidance] if isinstance(prior, DiffusionPrior) else 6
+    guided = free * (1 + products)
+    checked = free * min(1.0, CHECKED / settings.particles) if config.quality.background_check is not False else 0.0
+    weights = 2 * (1 + products) if settings.method == "fa_apf" else 0
+    return guided + weights + checked
+
+
+def cost_of(run: PreparedRun) -> list[str]:
+    """Lines that say what a run will cost.
+
+    Args:
+        run: the prepared run.
+    """
+    config, emulator, steps = run.config, run.emulator, len(run.times)
+    particles = config.filter.particles
+    state = 4 * emulator.prior.layout.size
+    members = config.output.members or particles
+    disk = state * steps * (particles + members + 2)
+    if config.output.background:
+        disk += state * (steps - 1) * (members + 2 + (particles if emulator.frames > 1 else 0))
+    passes = passes_of(config, emulator)
+    conditioning = emulator.prior.conditioning_passes
+    plus = f" + {conditioning} of the conditioning network" if conditioning else ""
+    hours = emulator.step / np.timedelta64(1, "h")
+    return [
+        f"{steps} steps of {hours:g} h, from {run.times[0]} to {run.times[-1]}, with {particles} particles.",
+        f"About {passes:.0f}{plus} network passes per particle and step: "
+        f"{(passes + conditioning) * particles * steps:,.0f} in all.",
+        f"The ensemble takes {_bytes(state * particles * emulator.frames)} of memory, and the folder up to "
+        f"{_bytes(disk)} of disk.",
+    ]
+
+
+def _bytes(count: float) -> str:
+    """Number of bytes with a unit that a person reads."""
+    for unit in ("bytes", "KiB", "MiB", "GiB"):
+        if count < 1024 or unit == "GiB":
+            return f"{count:.0f} {unit}" if unit == "bytes" else f"{count:.1f} {unit}"
+        count /= 1024
+    raise AssertionError

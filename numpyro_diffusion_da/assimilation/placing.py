@@ -1,0 +1,119 @@
+"""Observations of a run, placed on the prior's grid and on the times of the analyses."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from numpyro_diffusion_da.assimilation.config import QualitySettings, RunConfig
+from numpyro_diffusion_da.assimilation.emulator import Emulator
+from numpyro_diffusion_da.assimilation.first_guess import open_dataset
+from numpyro_diffusion_da.fields.datasets import static_field
+from numpyro_diffusion_da.observation.tables.checks import (
+    Blacklist,
+    Bounds,
+    Duplicates,
+    HeightDifference,
+    QualityCheck,
+    QualityColumn,
+    Superobbing,
+    Thinning,
+    Withheld,
+)
+from numpyro_diffusion_da.observation.tables.placed import PlacedObservations
+from numpyro_diffusion_da.observation.tables.table import ObservationTable, read_table
+
+GRAVITY = 9.80665
+"""Standard acceleration of gravity, m s-2."""
+
+
+def place_observations(
+    config: RunConfig, emulator: Emulator, times: np.ndarray, table: ObservationTable | None = None
+) -> PlacedObservations:
+    """Read the tables of a configuration, and place them on the prior's grid and on times.
+
+    Args:
+        config: the configuration.
+        emulator: the prior of the run.
+        times: times of the analyses.
+        table: the observations, if they are not read from the files of the configuration.
+
+    Raises:
+        FileNotFoundError: a file is missing.
+        ValueError: a table cannot be read or placed. The message names the file and the row.
+    """
+    given = config.observations
+    if table is None:
+        codes = {} if given.missing_codes is None else {"missing_codes": given.missing_codes}
+        variables = {name: to or None for name, to in given.variables.items()}
+        table = read_table(
+            [str(file) for file in given.files], columns=given.columns, variables=variables, units=given.units, **codes
+        )
+    return table.on(
+        emulator.prior.layout,
+        times,
+        window=given.window,
+        errors=errors_of(config) or None,
+        quality=checks_of(config.quality, config, emulator.prior),
+    )
+
+
+def errors_of(config: RunConfig) -> dict[Any, float]:
+    """Errors of rows without one of their own, as `ObservationTable.on` takes them: "ship/t" becomes ("ship", "t").
+
+    Args:
+        config: the configuration.
+    """
+    return {tuple(name.split("/", 1)) if "/" in name else name: error for name, error in config.errors.items()}
+
+
+def checks_of(quality: QualitySettings, config: RunConfig, prior: Any) -> list[QualityCheck]:
+    """Checks of a configuration, in their order.
+
+    Args:
+        quality: table `[quality]` of the configuration.
+        config: the configuration.
+        prior: the prior, for its climate.
+
+    Raises:
+        ValueError: a check needs what the prior or the configuration does not have.
+    """
+    found: list[QualityCheck] = []
+    if quality.accepted:
+        found.append(QualityColumn(quality.accepted))
+    if quality.blacklist:
+        found.append(Blacklist(**quality.blacklist))
+    if quality.bounds:
+        found.append(Bounds.of(prior, factor=quality.bounds_factor) if _has_climate(prior) else Bounds())
+    if quality.height_difference is not None:
+        found.append(HeightDifference(_orography(config, prior), quality.height_difference))
+    if quality.duplicates:
+        found.append(Duplicates())
+    if quality.superobbing_km is not None:
+        found.append(Superobbing(quality.superobbing_km))
+    if quality.thinning_km is not None:
+        found.append(Thinning(quality.thinning_km))
+    if quality.withheld:
+        by_fraction = isinstance(quality.withheld, float)
+        found.append(Withheld(quality.withheld) if by_fraction else Withheld(stations=quality.withheld))  # type: ignore[arg-type]
+    return found
+
+
+def _has_climate(prior: Any) -> bool:
+    return hasattr(prior, "climate_statistics")
+
+
+def _orography(config: RunConfig, prior: Any) -> np.ndarray:
+    """Height of the prior's surface in m, from the file of the key `prior.surface`."""
+    if config.prior.surface is None:
+        raise ValueError(
+            "quality.height_difference needs the height of the prior's surface; give prior.surface, a file with "
+            "geopotential_at_surface."
+        )
+    coordinates = prior.layout.coords()
+    with open_dataset(config.prior.surface) as dataset:
+        geopotential = static_field(
+            dataset, "geopotential_at_surface", coordinates["latitude"], coordinates["longitude"]
+        )
+    return geopotential / GRAVITY

@@ -1,0 +1,119 @@
+"""Everything that a run needs, read and checked before anything is computed."""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+from typing import Any
+
+import numpy as np
+import numpyro.distributions as dist
+
+from numpyro_diffusion_da.arguments import require
+from numpyro_diffusion_da.assimilation.config import RunConfig
+from numpyro_diffusion_da.assimilation.cost import cost_of
+from numpyro_diffusion_da.assimilation.emulator import Emulator, open_prior
+from numpyro_diffusion_da.assimilation.first_guess import first_guess
+from numpyro_diffusion_da.assimilation.placing import place_observations
+from numpyro_diffusion_da.assimilation.program import PREVIOUS, STATE, assimilation_program, filter_of
+from numpyro_diffusion_da.diffusion.prior import EmulatorPrior
+from numpyro_diffusion_da.filters.base import FilterAlgorithm
+from numpyro_diffusion_da.inference.filter import Filter
+from numpyro_diffusion_da.inference.keeping import Kept
+from numpyro_diffusion_da.observation.tables.placed import PlacedObservations
+from numpyro_diffusion_da.observation.tables.table import ObservationTable
+
+STORE = "store.zarr"
+"""Name of the filter's directory in the folder of a run."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class PreparedRun:
+    """Everything that a run needs, read and checked, before anything is computed. `prepare` makes it.
+
+    Attributes:
+        config: the configuration.
+        emulator: the prior, with its step and its sampler.
+        times: times of the analyses, datetime64[s].
+        placed: the observations on the grid and the times.
+        first_guess: distribution of the states one step before the first analysis.
+        inputs: arrays for the scan: those of the observations, and forcings.
+        algorithm: the filter.
+        checksum: SHA-256 of the prior as it was opened.
+    """
+
+    config: RunConfig
+    emulator: Emulator
+    times: np.ndarray
+    placed: PlacedObservations
+    first_guess: dist.Distribution
+    inputs: dict[str, Any]
+    algorithm: FilterAlgorithm
+    checksum: str
+
+    @property
+    def folder(self) -> pathlib.Path:
+        """Folder of the run."""
+        return self.config.output.folder
+
+    def report(self) -> str:
+        """Text with the number of rows by flag, and with what the run will cost."""
+        return "\n".join([self.placed.report(), "", *cost_of(self)])
+
+    def filter(self, progress_bar: bool = True) -> Filter:
+        """Filter that writes into the store of the run.
+
+        Args:
+            progress_bar: whether to show a progress bar over the steps.
+        """
+        settings = self.config.filter
+        keep = {STATE: Kept()}
+        if self.emulator.frames > 1:
+            keep[PREVIOUS] = Kept(every=1 if self.config.output.background else len(self.times))
+        return Filter(
+            self.algorithm,
+            num_particles=settings.particles,
+            batch_size=settings.batch_size,
+            progress_bar=progress_bar,
+            keep=keep,
+            keep_observed=False,
+            directory=self.folder / STORE,
+            time=self.times.astype("datetime64[ns]"),
+        )
+
+
+def prepare(
+    config: RunConfig, *, prior: EmulatorPrior | None = None, table: ObservationTable | None = None
+) -> PreparedRun:
+    """Read and check everything that a run needs; nothing is computed or written.
+
+    Args:
+        config: the configuration.
+        prior: the emulator, if the configuration does not name one.
+        table: the observations in place of the files of the configuration.
+
+    Raises:
+        FileNotFoundError: a file is missing.
+        ValueError: something in the configuration or in a file is not what is needed. The message names it.
+    """
+    require(config, RunConfig, "prepare", "config", 'RunConfig.read("run.toml")')
+    if config.output.members is not None and config.output.members > config.filter.particles:
+        raise ValueError(
+            f"output.members is {config.output.members}, but the filter has {config.filter.particles} particles; give "
+            "as many or fewer."
+        )
+    if prior is None:
+        prior = open_prior(config.prior)
+    else:
+        require(prior, EmulatorPrior, "prepare", "prior", 'ndda.load_prior("held_suarez")')
+    checksum = prior.provenance()["prior_checksum"]
+    emulator = Emulator.of(config, prior)
+    times = emulator.times(config)
+    placed = place_observations(config, emulator, times, table)
+    guess = first_guess(config.first_guess, emulator, times[0])
+    inputs = dict(placed.xs)
+    if emulator.frames > 1:
+        inputs["forcings"] = emulator.forcings(times)
+    program = assimilation_program(emulator, placed.operator, guess, config.filter)
+    algorithm = filter_of(program, emulator, config.filter, config.quality)
+    return PreparedRun(config, emulator, times, placed, guess, inputs, algorithm, checksum)

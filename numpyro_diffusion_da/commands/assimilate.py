@@ -1,0 +1,112 @@
+"""`ndda assimilate` and what follows it: forecasts, scores and a report of the run."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+Folder = Annotated[Path, typer.Argument(help="Folder of a run of `ndda assimilate`.", metavar="FOLDER")]
+
+
+@contextlib.contextmanager
+def _in_sentences(console: Console) -> Iterator[None]:
+    """Say errors that a person can mend, and warnings, in one sentence each, in place of a traceback."""
+
+    def show(message: Any, *where: Any, **more: Any) -> None:
+        console.print(f"[yellow]Warning:[/yellow] {escape(str(message))}", soft_wrap=True)
+
+    with warnings.catch_warnings():
+        warnings.showwarning = show
+        try:
+            yield
+        except KeyboardInterrupt:
+            console.print("Interrupted. The same command goes on after the last step that is on disk.", soft_wrap=True)
+            raise typer.Exit(130) from None
+        except (ValueError, OSError, ImportError, FloatingPointError, MemoryError) as error:
+            console.print(f"[red]Error:[/red] {escape(str(error))}", soft_wrap=True)
+            raise typer.Exit(2) from None
+
+
+def assimilate(
+    configuration: Annotated[Path, typer.Argument(help="Configuration of the run, such as run.toml.")],
+    check: Annotated[
+        bool,
+        typer.Option("--check", help="Read everything, place every row, say what the run will cost, and run nothing."),
+    ] = False,
+) -> None:
+    """Assimilate tables of observations as a configuration says, and write the analyses into its folder.
+
+    A run that was interrupted goes on when it is started again. docs/assimilate.md describes the configuration and the
+    files that are written.
+    """
+    import numpyro_diffusion_da as ndda
+
+    console = Console()
+    with _in_sentences(console):
+        config = ndda.assimilation.RunConfig.read(configuration)
+        with contextlib.suppress(OSError):  # without a place for the cache everything is compiled
+            ndda.inference.cache_compiled()
+        run = ndda.assimilation.prepare(config)
+        console.print(escape(run.report()), soft_wrap=True)
+        if check:
+            return
+        if ndda.assimilation.is_finished(run):
+            console.print(f"This run has finished: its analyses are in {escape(str(run.folder))}.", soft_wrap=True)
+            return
+        done = ndda.assimilation.run_prepared(run)
+        console.print(
+            f"Wrote analysis.zarr, feedback.parquet and cycles.csv into {escape(str(done.folder))}. Figures and words: "
+            f"ndda report {escape(str(done.folder))}",
+            soft_wrap=True,
+        )
+
+
+def forecast(
+    folder: Folder,
+    steps: Annotated[int | None, typer.Option(min=1, help="Number of steps.")] = None,
+    until: Annotated[str | None, typer.Option(help="Time of the last step, such as 2026-01-05T00.")] = None,
+) -> None:
+    """Forecast from the last analysis of a run, and write forecast.zarr into its folder."""
+    import numpyro_diffusion_da as ndda
+
+    console = Console()
+    with _in_sentences(console):
+        path = ndda.assimilation.forecast(folder, steps=steps, until=until)
+        console.print(f"Wrote {escape(str(path))}.", soft_wrap=True)
+
+
+def verify(
+    folder: Folder,
+    against: Annotated[
+        Path | None, typer.Option(help="NetCDF file or Zarr group with the truth or a reanalysis, on any finer grid.")
+    ] = None,
+) -> None:
+    """Score the analyses of a run, and its forecast, against a gridded truth and against withheld rows."""
+    import numpyro_diffusion_da as ndda
+
+    console = Console()
+    with _in_sentences(console):
+        scores = ndda.assimilation.verify(folder, against=against)
+        table = Table(*map(str, scores.columns), header_style="bold")
+        for row in scores.itertuples(index=False):
+            table.add_row(*(f"{cell:.4g}" if isinstance(cell, float) else str(cell) for cell in row))
+        console.print(table)
+        console.print(f"Wrote {escape(str(folder / 'verification.csv'))}.", soft_wrap=True)
+
+
+def report(folder: Folder) -> None:
+    """Write report.html into the folder of a run: what it found, in figures and words."""
+    import numpyro_diffusion_da as ndda
+
+    console = Console()
+    with _in_sentences(console):
+        ndda.assimilation.Run.open(folder)
+        console.print(f"Wrote {escape(str(ndda.report.write_report(folder)))}.", soft_wrap=True)
