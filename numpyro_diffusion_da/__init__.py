@@ -7,7 +7,7 @@ The names here are those of a first program. Everything else is one folder down:
 `ndda.diagnostics.crps`, `ndda.results.to_datatree`, `ndda.smc.fa_apf`.
 """
 
-import importlib
+from importlib import import_module
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
@@ -66,7 +66,7 @@ LATER = ("assimilation",)
 def __getattr__(name: str) -> Any:
     """Import a folder of `LATER`."""
     if name in LATER:
-        return importlib.import_module(f"{__name__}.{name}")
+        return import_module(f"{__name__}.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

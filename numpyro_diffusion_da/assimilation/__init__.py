@@ -11,8 +11,8 @@ from numpyro_diffusion_da.assimilation.config import (
     TimeSettings,
 )
 from numpyro_diffusion_da.assimilation.emulator import Emulator, open_prior
-from numpyro_diffusion_da.assimilation.first_guess import EnsembleGuess, FrameGuess, first_guess
-from numpyro_diffusion_da.assimilation.forecast import forecast
+from numpyro_diffusion_da.assimilation.forecasting import forecast
+from numpyro_diffusion_da.assimilation.guesses import EnsembleGuess, FrameGuess, first_guess
 from numpyro_diffusion_da.assimilation.outputs import feedback_of
 from numpyro_diffusion_da.assimilation.placing import checks_of, place_observations
 from numpyro_diffusion_da.assimilation.prepared import PreparedRun, prepare

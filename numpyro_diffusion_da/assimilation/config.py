@@ -386,7 +386,7 @@ def _read_toml(path: pathlib.Path) -> dict[str, Any]:
         raise ValueError(f"byte {error.start} is not UTF-8; save the file as UTF-8.") from None
     except (ValueError, RecursionError, OverflowError) as error:  # among them TOMLDecodeError
         first = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(f"it is not TOML ({first}); texts and times need quotation marks.") from None
+        raise ValueError(f"it is not TOML ({first}); texts need quotation marks.") from None
 
 
 def _key(key: str) -> str:

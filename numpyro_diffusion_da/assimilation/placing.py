@@ -8,7 +8,7 @@ import numpy as np
 
 from numpyro_diffusion_da.assimilation.config import QualitySettings, RunConfig
 from numpyro_diffusion_da.assimilation.emulator import Emulator
-from numpyro_diffusion_da.assimilation.first_guess import open_dataset
+from numpyro_diffusion_da.assimilation.guesses import open_dataset
 from numpyro_diffusion_da.fields.datasets import static_field
 from numpyro_diffusion_da.observation.tables.checks import (
     Blacklist,

@@ -13,7 +13,7 @@ from numpyro_diffusion_da.arguments import require
 from numpyro_diffusion_da.assimilation.config import RunConfig
 from numpyro_diffusion_da.assimilation.cost import cost_of
 from numpyro_diffusion_da.assimilation.emulator import Emulator, open_prior
-from numpyro_diffusion_da.assimilation.first_guess import first_guess
+from numpyro_diffusion_da.assimilation.guesses import first_guess
 from numpyro_diffusion_da.assimilation.placing import place_observations
 from numpyro_diffusion_da.assimilation.program import PREVIOUS, STATE, assimilation_program, filter_of
 from numpyro_diffusion_da.diffusion.prior import EmulatorPrior

@@ -11,8 +11,8 @@ import numpy as np
 
 from numpyro_diffusion_da.assimilation.emulator import open_prior
 from numpyro_diffusion_da.assimilation.files import replacing
-from numpyro_diffusion_da.assimilation.first_guess import open_dataset
-from numpyro_diffusion_da.assimilation.forecast import FORECAST, LEAD, emulator_of
+from numpyro_diffusion_da.assimilation.forecasting import FORECAST, LEAD, emulator_of
+from numpyro_diffusion_da.assimilation.guesses import open_dataset
 from numpyro_diffusion_da.assimilation.run import Run
 from numpyro_diffusion_da.diagnostics.verification import area_weights, crps, rmse, spread
 from numpyro_diffusion_da.diffusion.prior import EmulatorPrior
