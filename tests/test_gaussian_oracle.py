@@ -574,6 +574,18 @@ def test_projected_solve_lifts_eigenvalues_to_one():
     )
 
 
+@pytest.mark.parametrize("size", [1, 2])  # solved in closed form
+def test_small_projected_solves_are_those_of_the_eigenvectors(size):
+    rng = np.random.default_rng(size)
+    projected = rng.normal(size=(200, size, size)) * 10 ** rng.uniform(-2, 2, (200, 1, 1))
+    projected[0], projected[1] = 0.0, 3.0 * np.eye(size)
+    rhs = rng.normal(size=(200, size))
+    values, vectors = np.linalg.eigh(0.5 * (projected + projected.swapaxes(1, 2)))
+    expected = np.einsum("nij,nj,nkj,nk->ni", vectors, 1.0 / np.maximum(values, 1.0), vectors, rhs)
+    found = jax.vmap(linear_solve.projected_solve)(jnp.asarray(projected), jnp.asarray(rhs))
+    np.testing.assert_allclose(found, expected, atol=2e-5)
+
+
 def test_krylov_needs_a_product():
     with pytest.raises(ValueError, match="products=0; give 1 or more"):
         ndda.diffusion.KrylovSolve(0)

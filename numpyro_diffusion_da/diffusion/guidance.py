@@ -162,8 +162,9 @@ class MMPSDenoiser(ObservingDenoiser):
         self, z_s: Float[Array, ...], noise_level: Float[Array, ""], guidance_state: GuidanceState
     ) -> tuple[Float[Array, ...], GuidanceState]:
         """Return the guided D_y(z_s, s), of the shape of `z_s`, and the next guidance state."""
-        denoised, solution, _, guidance_state = self._solve(z_s, noise_level, guidance_state)
-        return denoised + noise_level**2 * self.noise.covariance_product(solution.image), guidance_state
+        # The solver combines the moved latents s^2 C J^T S H^T v, so that the answer needs no further product with C.
+        denoised, solution, _, guidance_state = self._solve(z_s, noise_level, guidance_state, lambda _, moved: moved)
+        return denoised + solution.image, guidance_state
 
     def directions(
         self, z_s: Float[Array, ...], noise_level: Float[Array, ""], guidance_state: GuidanceState
@@ -173,7 +174,9 @@ class MMPSDenoiser(ObservingDenoiser):
         Raises:
             TypeError: the solver does not return its directions.
         """
-        denoised, solution, residual, guidance_state = self._solve(z_s, noise_level, guidance_state)
+        denoised, solution, residual, guidance_state = self._solve(
+            z_s, noise_level, guidance_state, lambda pulled, _: pulled
+        )
         if solution.directions is None:
             raise TypeError(
                 f"{type(self.solver).__name__} does not return the directions it has seen, which path weights need; "
@@ -184,15 +187,30 @@ class MMPSDenoiser(ObservingDenoiser):
         return denoised, GuidanceDirections(basis, basis @ residual, basis @ columns.T, images), guidance_state
 
     def _solve(
-        self, z_s: Float[Array, ...], noise_level: Float[Array, ""], guidance_state: GuidanceState
+        self,
+        z_s: Float[Array, ...],
+        noise_level: Float[Array, ""],
+        guidance_state: GuidanceState,
+        image: Callable[[Array, Array], Array],
     ) -> tuple[Array, Solution, Array, GuidanceState]:
-        """Return (D, the solution v of the linear system, the residual r, the next guidance state)."""
+        """Solve the linear system at one noise level.
+
+        Args:
+            z_s: noised latent.
+            noise_level: s, a positive scalar.
+            guidance_state: guidance state after the noise level before.
+            image: function (p, s^2 C p) -> image of v that the solution combines, with p = J^T S H^T v.
+
+        Returns:
+            (D; the solution v of the linear system; the residual r; the next guidance state).
+        """
         denoised, pull = self.base.with_pullback(z_s, noise_level)
 
         # For a true denoiser J C is symmetric, so S J C S = S C J^T S: a product needs one vjp and no jvp.
         def covariance(w: Array) -> tuple[Array, Array]:
             pulled = pull(w)
-            return noise_level**2 * self.noise.covariance_product(pulled), pulled
+            moved = noise_level**2 * self.noise.covariance_product(pulled)
+            return moved, image(pulled, moved)
 
         solution, residual, products, guidance_state = solve_system(
             self.base, self.likelihood, self.solver, denoised, covariance, guidance_state
