@@ -10,6 +10,7 @@ from numpyro_diffusion_da.assimilation.config import (
     RunConfig,
     TimeSettings,
 )
+from numpyro_diffusion_da.assimilation.earth2studio import Earth2StudioAssimilation
 from numpyro_diffusion_da.assimilation.emulator import Emulator, open_prior
 from numpyro_diffusion_da.assimilation.forecasting import forecast
 from numpyro_diffusion_da.assimilation.guesses import EnsembleGuess, FrameGuess, first_guess
@@ -21,6 +22,7 @@ from numpyro_diffusion_da.assimilation.run import Run, assimilate, is_finished, 
 from numpyro_diffusion_da.assimilation.verification import verify
 
 __all__ = [
+    "Earth2StudioAssimilation",
     "Emulator",
     "EnsembleGuess",
     "FilterSettings",
