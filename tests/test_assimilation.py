@@ -1,9 +1,32 @@
 """From a configuration and a table to analyses on disk: `ndda.assimilation` and the commands of `ndda`."""
 
-import numpy as np
-import pytest
+import json
+import re
+import tomllib
+from pathlib import Path
 
-from numpyro_diffusion_da.assimilation import RunConfig
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro.distributions as dist
+import pandas
+import pytest
+import xarray
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from typer.testing import CliRunner
+
+import numpyro_diffusion_da as ndda
+from numpyro_diffusion_da import commands
+from numpyro_diffusion_da.assimilation import (
+    Emulator,
+    RunConfig,
+    assimilate,
+    first_guess,
+    forecast,
+    prepare,
+    verify,
+)
 from numpyro_diffusion_da.fields import Layout, Variable
 
 MEAN = np.array([280.0, 1000.0], np.float32)
@@ -68,3 +91,345 @@ def test_a_configuration_from_a_file(tmp_path):
         RunConfig.read(path)
     with pytest.raises(FileNotFoundError, match=r"there is no file .*; give the path of a configuration"):
         RunConfig.read(tmp_path / "none.toml")
+
+
+def prior_of(frames=1):
+    """Relaxation to a mean, with independent errors; conditioned on one state or on two."""
+
+    def forecast(state):
+        mean = jnp.broadcast_to(MEAN, LAYOUT.shape)
+        return mean + 0.9 * ((state if frames == 1 else state[1]) - mean)
+
+    climate = dist.Normal(jnp.broadcast_to(MEAN, LAYOUT.shape), jnp.full(LAYOUT.shape, 4.0)).to_event(3)
+    scale = np.array([1.0, 2.0], np.float32)
+    if frames == 1:
+        return ndda.priors.DeterministicPrior(forecast, layout=LAYOUT, scale=scale, climatology=climate)
+
+    class Pairs(ndda.priors.DeterministicPrior):
+        """A prior with forcings, as those of the weather models."""
+
+        TIME_STEP = np.timedelta64(6, "h")
+
+        def forcings(self, times):
+            return jnp.arange(1.0 * len(times))
+
+    return Pairs(forecast, layout=LAYOUT, scale=scale, condition=lambda pair, inputs: (pair[0] + 0.0 * inputs, pair[1]))
+
+
+def table_of(steps=3):
+    """Twelve stations with both variables at each step, with one gross error and one row that is off all windows."""
+    rng = np.random.default_rng(0)
+    place = pandas.DataFrame({"lat": rng.uniform(-70, 70, 12), "lon": rng.uniform(0, 360, 12)})
+    parts = [
+        place.assign(
+            time=pandas.Timestamp("2026-01-01") + pandas.Timedelta(hours=6 * t),
+            station=[f"S{i}" for i in range(12)],
+            variable=name,
+            observation=mean + rng.normal(size=12),
+        )
+        for t in range(steps)
+        for name, mean in (("t2m", 280.0), ("sp", 1000.0))
+    ]
+    table = pandas.concat(parts, ignore_index=True)
+    table.loc[14, "observation"] = 1100.0
+    table.loc[1, "time"] = pandas.Timestamp("2026-02-01")
+    return table
+
+
+def configuration(tmp_path, **tables):
+    table_of().to_csv(tmp_path / "a.csv", index=False)
+    return RunConfig(
+        times={"start": "2026-01-01T00", "end": "2026-01-01T12", "step": "6h"},
+        observations={"files": tmp_path / "a.csv", "window": "2h"},
+        **{
+            "errors": {"2m_temperature": 1.0, "surface_pressure": 1.0},
+            "quality": {"withheld": ["S3", "S4"], "bounds": False},
+            "filter": {"method": "enkf", "particles": 6, "taper_km": 3000},
+            "output": {"folder": tmp_path / "run", "members": 4},
+            **tables,
+        },
+    )
+
+
+def test_check_places_every_row_and_writes_nothing(tmp_path):
+    report = prepare(configuration(tmp_path), prior=prior_of()).report()
+    assert report.startswith("59 of 72 rows are used at 3 times, 0 of them without any.")
+    assert "3 steps of 6 h, from 2026-01-01T00:00:00 to 2026-01-01T12:00:00, with 6 particles." in report
+    # A forecast of one pass is its conditioning.
+    assert "About 0 network passes per particle and step, and 1 of the conditioning network: 18 in all." in report
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("tables", "message"),
+    [
+        ({"output": {"members": 7}}, "output.members is 7, but the filter has 6 particles; give as many or fewer"),
+        ({"filter": {"sampler": "fast"}}, "filter.sampler is 'fast', but DeterministicPrior draws in one pass"),
+        (
+            {"filter": {"error_factor": 1.3}},
+            "filter.error_factor is 1.3, but DeterministicPrior has no with_errors_times",
+        ),
+        ({"first_guess": {"kind": "frames", "file": "none.nc"}}, r"there is no file 'none.nc'; give a NetCDF file or"),
+        ({"errors": {"t2m": 1.0}}, r"a.csv, row 2: '2m_temperature' has no error"),
+        ({"quality": {"height_difference": 100}}, "quality.height_difference needs .*; give prior.surface"),
+    ],
+)
+def test_what_does_not_fit_the_prior_is_refused(tmp_path, tables, message):
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        prepare(configuration(tmp_path, **tables), prior=prior_of())
+
+
+def test_times(tmp_path):
+    prior = prior_of()
+    for times, message in (
+        ({"start": "2026-01-01T00", "end": "2026-01-01T09", "step": "6h"}, "last step before it is at 2026-01-01T06"),
+        (
+            {"start": "2026-01-01T00", "end": "2026-01-01T12"},
+            "times.step is missing, and DeterministicPrior states none",
+        ),
+        ({"start": "1900-01-01", "end": "2026-01-01", "step": "1h"}, "steps; give 100000 at most"),
+    ):
+        config = configuration(tmp_path).model_copy(update={"times": RunConfig(**{**TABLES, "times": times}).times})
+        with pytest.raises(ValueError, match=message):
+            prepare(config, prior=prior)
+
+
+def states_of(members, times):
+    """Dataset of states that count members and times."""
+    values = (
+        MEAN + np.arange(members)[:, None, None, None, None] + 10.0 * np.arange(len(times))[None, :, None, None, None]
+    )
+    values = np.broadcast_to(values, (members, len(times), *LAYOUT.shape))
+    return ndda.fields.to_dataset(values, LAYOUT, {"number": np.arange(members), "time": times})
+
+
+def test_first_guesses(tmp_path):
+    """States of a file one step before the start: an ensemble's mean and covariance, frames with anomalies."""
+    prior, path = prior_of(), tmp_path / "b.nc"
+    states_of(5, ["2025-12-31T12", "2025-12-31T18"]).to_netcdf(path, engine="h5netcdf")
+
+    def guess(prior=prior, **settings):
+        config = configuration(tmp_path, first_guess={"file": path, **settings})
+        return first_guess(config.first_guess, Emulator.of(config, prior), np.datetime64("2026-01-01T00:00:00"))
+
+    for smoothing in (0.0, 0.5):
+        ensemble = guess(kind="ensemble", smoothing=smoothing)
+        draws = ensemble.sample(jax.random.key(0), (4000,))[:, 0, 0, 0] - MEAN[0] - 10.0
+        np.testing.assert_allclose(draws.mean(), 2.0, atol=0.1)  # members 0 to 4 have the mean 2 and the variance 2
+        np.testing.assert_allclose(draws.var(), 2.0, atol=0.15)
+        assert (np.unique(np.round(draws, 3)).size == 5) == (smoothing == 0.0)
+    with pytest.raises(ValueError, match=r"b.nc' has several members; give kind = \"ensemble\""):
+        guess(kind="frames")
+    states_of(1, ["2025-12-31T12", "2025-12-31T18"]).isel(number=0).to_netcdf(path, engine="h5netcdf")
+    frames = guess(kind="frames", spread=0.5)
+    draws = np.asarray(jax.vmap(frames.sample)(jax.random.split(jax.random.key(0), 200)))
+    np.testing.assert_allclose(draws.mean((0, 1, 2)), MEAN + 10.0, atol=0.1)
+    np.testing.assert_allclose(draws.std((0, 1, 2)), 2.0, rtol=0.05)
+    pairs = guess(prior=prior_of(2), kind="frames").sample(jax.random.key(0))
+    np.testing.assert_array_equal(
+        pairs, np.broadcast_to(MEAN + 10.0 * np.arange(2)[:, None, None, None], (2, *LAYOUT.shape))
+    )
+    with pytest.raises(ValueError, match=r"b.nc' has no members: none of the dimensions number, realization"):
+        guess(kind="ensemble")
+    states_of(1, ["2026-01-01T00"]).isel(number=0).to_netcdf(path, engine="h5netcdf")
+    with pytest.raises(ValueError, match=r"no state at 2025-12-31T18:00:00.* or start at 2026-01-01T06:00:00"):
+        guess(kind="frames")
+
+
+@pytest.mark.slow
+def test_a_run_from_a_table_to_a_forecast(tmp_path):
+    """Analyses, feedback, cycles, forecast and scores of a small run, against their definitions."""
+    config, prior = configuration(tmp_path, output={"folder": tmp_path / "run", "background": True}), prior_of()
+    run = assimilate(config, prior=prior, progress_bar=False)
+    members, mean, spread = (run.analysis(group).load() for group in ("members", "mean", "spread"))
+    for name in ("2m_temperature", "surface_pressure"):
+        assert members[name].dims == ("time", "number", "latitude", "longitude")
+        np.testing.assert_allclose(members[name].mean("number"), mean[name], rtol=1e-6)
+        np.testing.assert_allclose(members[name].std("number", ddof=1), spread[name], rtol=1e-3)
+    assert members["number"].attrs["standard_name"] == "realization"
+    assert members["2m_temperature"].attrs["standard_name"] == "air_temperature"
+
+    feedback = run.feedback()
+    assert len(feedback) == 72
+    assert feedback["flag"].value_counts().to_dict() == {
+        "used": 58,
+        "withheld": 12,
+        "off window": 1,
+        "far from background": 1,
+    }
+    compared = feedback[feedback["cycle"] >= 0]
+    assert compared[["background", "background_spread", "analysis", "analysis_crps"]].notna().all(axis=None)
+    assert feedback.loc[1, ["background", "analysis"]].isna().all()
+    used = feedback[feedback["flag"] == "used"]
+    assert np.mean((used["value"] - used["analysis"]) ** 2) < np.mean((used["value"] - used["background"]) ** 2)
+    cycles = pandas.read_csv(run.folder / "cycles.csv")
+    assert cycles[["used", "rejected", "withheld"]].sum().tolist() == [58, 1, 12]
+    increment = mean.isel(time=2) - xarray.open_zarr(run.folder / "background.zarr", group="mean").isel(time=1)
+    area = ndda.diagnostics.area_weights(increment["latitude"])
+    expected = np.sqrt((increment["2m_temperature"] ** 2).weighted(area).mean())
+    np.testing.assert_allclose(cycles["increment_rms_2m_temperature"][2], expected, rtol=1e-4)
+
+    before = {path: path.read_bytes() for path in run.folder.rglob("*") if path.is_file()}
+    assimilate(config, prior=prior)  # has finished
+    assert {path: path.read_bytes() for path in run.folder.rglob("*") if path.is_file()} == before
+    changed = configuration(tmp_path, output={"folder": tmp_path / "run", "background": True, "seed": 1})
+    with pytest.raises(ValueError, match=r"holds a run with output.seed = 0, but now it is 1; give another folder"):
+        assimilate(changed, prior=prior)
+
+    forecast(run.folder, steps=2, prior=prior)
+    made = xarray.open_zarr(run.folder / "forecast.zarr").load()
+    assert made["surface_pressure"].dims == ("time", "prediction_timedelta", "number", "latitude", "longitude")
+    assert made.sizes == {"time": 1, "prediction_timedelta": 2, "number": 6, "latitude": 4, "longitude": 6}
+    assert made["time"].values == members["time"].values[-1]
+    np.testing.assert_array_equal(made["prediction_timedelta"] / np.timedelta64(1, "h"), [6, 12])
+    one = made["surface_pressure"].isel(time=0, prediction_timedelta=0) - MEAN[1]
+    of_members = one - 0.9 * (members["surface_pressure"].isel(time=-1) - MEAN[1])
+    np.testing.assert_allclose(of_members.std(), 2.0, rtol=0.15)
+    assert abs(of_members.mean()) < 0.5
+
+    truth = mean.assign_coords(time=mean["time"])
+    truth.to_netcdf(tmp_path / "truth.nc", engine="h5netcdf")
+    scores = verify(run.folder, against=tmp_path / "truth.nc", prior=prior)
+    of_truth = scores[scores["against"] == "truth"].set_index("variable")
+    assert (of_truth["rmse"] < 1e-4).all()
+    expected = np.sqrt(7 / 6 * (spread["2m_temperature"] ** 2).weighted(area).mean())
+    np.testing.assert_allclose(of_truth.loc["2m_temperature", "spread"], expected, rtol=1e-4)
+    rows = scores[(scores["what"] == "analysis") & (scores["against"] == "withheld rows")].set_index("variable")
+    own = feedback[(feedback["flag"] == "withheld") & (feedback["name"] == "surface_pressure")]
+    np.testing.assert_allclose(
+        rows.loc["surface_pressure", "rmse"], np.sqrt(np.mean((own["value"] - own["analysis"]) ** 2))
+    )
+
+
+@pytest.mark.slow
+def test_an_interrupted_run_goes_on_and_pairs_of_states(tmp_path, monkeypatch):
+    """A prior of two states; a run that ends before its outputs makes the same ones when it is started again."""
+    path, prior = tmp_path / "b.nc", prior_of(2)
+    states_of(6, ["2025-12-31T12", "2025-12-31T18"]).to_netcdf(path, engine="h5netcdf")
+    guess = {"kind": "ensemble", "file": path}
+
+    def run(name):
+        output = {"folder": tmp_path / name, "background": True}
+        times = {"start": "2026-01-01T00", "end": "2026-01-01T12"}
+        config = configuration(tmp_path, first_guess=guess, output=output)
+        return config.model_copy(update={"times": RunConfig(**{**TABLES, "times": times}).times})
+
+    whole = assimilate(run("whole"), prior=prior, progress_bar=False)
+    with monkeypatch.context() as broken:
+        broken.setattr("numpyro_diffusion_da.assimilation.run.write_outputs", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            assimilate(run("parts"), prior=prior, progress_bar=False)
+    with pytest.raises(ValueError, match=r"has not finished; run ndda assimilate .*run.toml again"):
+        forecast(tmp_path / "parts", steps=1, prior=prior)
+    parts = assimilate(run("parts"), prior=prior, progress_bar=False)
+    xarray.testing.assert_identical(whole.analysis().load(), parts.analysis().load())
+    pandas.testing.assert_frame_equal(whole.feedback(), parts.feedback())
+    forecast(tmp_path / "parts", until="2026-01-01T18", prior=prior)
+    assert xarray.open_zarr(tmp_path / "parts" / "forecast.zarr").sizes["number"] == 6
+
+
+def test_commands_say_errors_in_a_sentence(tmp_path):
+    def output(*arguments):
+        result = CliRunner().invoke(commands.app, [*map(str, arguments)], env={"COLUMNS": "300"})
+        assert result.exit_code == 2, result.output
+        return result.output
+
+    assert "Error: there is no file" in output("assimilate", tmp_path / "run.toml")
+    for command in ("forecast", "verify", "report"):
+        assert f"Error: '{tmp_path}' holds no run" in output(command, tmp_path)
+    (tmp_path / "run.toml").write_text("[filter]\nparticels = 3\n")
+    assert "the nearest known one is 'particles'" in output("assimilate", tmp_path / "run.toml", "--check")
+    assert "has not finished" in output("forecast", tmp_path)
+
+
+def keys():
+    """Rows of the table of keys, from the classes that read them."""
+    for table, field in RunConfig.model_fields.items():
+        for key, one in getattr(field.annotation, "model_fields", {}).items():
+            default = "needed" if one.is_required() else ""
+            if one.default not in (None, (), {}) and not one.is_required():
+                plain = str(one.default) if isinstance(one.default, Path) else one.default
+                default = f"`{json.dumps(plain)}`"
+            yield " ".join(f"| `{table}.{key}` | {default} | {one.description} |".split())
+
+
+def test_the_page_has_every_key():
+    page = (Path(__file__).parent.parent / "docs" / "assimilate.md").read_text()
+    rows = [line for line in page.split("## All keys")[1].splitlines() if line.startswith("| `")]
+    assert [row for row in rows if "errors.NAME" not in row] == list(keys())
+    for text in re.findall(r"```toml\n(.*?)```", page, re.DOTALL):
+        RunConfig(**{**TABLES, **tomllib.loads(text)})
+
+
+KEYS = {
+    table: list(getattr(field.annotation, "model_fields", {"t2m": None, "a/b": None}))
+    for table, field in RunConfig.model_fields.items()
+}
+VALUES = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(),
+    st.floats(),
+    st.text(max_size=5),
+    st.sampled_from(
+        ["2026-01-01", "2026-01-01T06", "6h", "12 h", "enkf", "frames", "a.csv", "t2m", "/", ".", "\0", "1e9d"]
+    ),
+    st.dates(),
+    st.datetimes(),
+    st.lists(st.sampled_from(["a", "6h", "a.csv", 1, -2.5, True]), max_size=3),
+    st.dictionaries(st.sampled_from(["a", "stations", "t2m"]), st.sampled_from(["b", "K", 1, ["x"]]), max_size=2),
+)
+TABLE_OF = {
+    table: st.dictionaries(st.sampled_from([*keys, "a", ""]), VALUES, max_size=3) for table, keys in KEYS.items()
+}
+ANY_TABLES = st.fixed_dictionaries({}, optional={**{t: s | VALUES for t, s in TABLE_OF.items()}, "fliter": VALUES})
+
+
+def in_one_sentence(make):
+    """A result, or an error of the kinds that the command says, in one sentence."""
+    try:
+        return make()
+    except (ValueError, OSError) as error:
+        message = str(error)
+        assert message.endswith("."), message
+        assert "\n" not in message, message
+        assert "Traceback" not in message
+        assert len(message) < 600, message
+
+
+@given(ANY_TABLES)
+@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+def test_any_tables_are_a_configuration_or_one_sentence(tables):
+    config = in_one_sentence(lambda: RunConfig(**tables))
+    valid = in_one_sentence(lambda: RunConfig(**{**TABLES, **tables}))
+    for made in (config, valid):
+        if made is not None:
+            again = RunConfig(**tomllib.loads(made.to_toml()))
+            assert again.values() == made.values()
+
+
+@given(
+    st.one_of(
+        st.text(), st.binary().map(lambda b: b.decode("latin1")), st.sampled_from(["[" * 5000, "a = " + "9" * 5000])
+    )
+)
+@settings(max_examples=50, deadline=None, suppress_health_check=list(HealthCheck))
+def test_any_file_is_a_configuration_or_one_sentence(tmp_path, text):
+    (tmp_path / "run.toml").write_bytes(text.encode("utf-8", "surrogatepass"))
+    in_one_sentence(lambda: RunConfig.read(tmp_path / "run.toml"))
+
+
+@pytest.mark.slow
+@given(st.data())
+@settings(max_examples=1500, deadline=None, suppress_health_check=list(HealthCheck))
+def test_any_configuration_is_prepared_or_refused_in_one_sentence(tmp_path, data):
+    """Nothing is computed, and nothing is written beside the table."""
+    prior = prior_of(1)
+    base = configuration(tmp_path).model_dump(mode="python")
+    there = sorted(path.name for path in tmp_path.iterdir())
+    for table in data.draw(st.lists(st.sampled_from(sorted(KEYS)), max_size=2)):
+        base[table] = {**base[table], **data.draw(TABLE_OF[table])}
+    config = in_one_sentence(lambda: RunConfig(**base))
+    if config is not None:
+        in_one_sentence(lambda: prepare(config, prior=prior).report())
+    assert sorted(path.name for path in tmp_path.iterdir()) == there

@@ -66,6 +66,7 @@ MARKS = {"gencast.md": needs_gencast, "weathernext2.md": needs_weathernext2} | {
         "emulators.md",
         "scale.md",
         "observations_table.md",
+        "assimilate.md",
     )
 }
 WITH_EXAMPLES = [pytest.param(page, marks=MARKS.get(page.name, [])) for page in PAGES if examples(page)]

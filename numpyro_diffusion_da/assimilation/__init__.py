@@ -18,7 +18,7 @@ from numpyro_diffusion_da.assimilation.outputs import feedback_of
 from numpyro_diffusion_da.assimilation.placing import checks_of, place_observations
 from numpyro_diffusion_da.assimilation.prepared import PreparedRun, prepare
 from numpyro_diffusion_da.assimilation.program import assimilation_program, filter_of
-from numpyro_diffusion_da.assimilation.run import Run, assimilate, is_finished, run_prepared
+from numpyro_diffusion_da.assimilation.run import Run, assimilate, claim_folder, is_finished, run_prepared
 from numpyro_diffusion_da.assimilation.verification import verify
 
 __all__ = [
@@ -39,6 +39,7 @@ __all__ = [
     "assimilate",
     "assimilation_program",
     "checks_of",
+    "claim_folder",
     "feedback_of",
     "filter_of",
     "first_guess",

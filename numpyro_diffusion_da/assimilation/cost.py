@@ -57,11 +57,11 @@ def cost_of(run: PreparedRun) -> list[str]:
         disk += state * (steps - 1) * (members + 2 + (particles if emulator.frames > 1 else 0))
     passes = passes_of(config, emulator)
     conditioning = emulator.prior.conditioning_passes
-    plus = f" + {conditioning} of the conditioning network" if conditioning else ""
+    plus = f", and {conditioning} of the conditioning network" if conditioning else ""
     hours = emulator.step / np.timedelta64(1, "h")
     return [
         f"{steps} steps of {hours:g} h, from {run.times[0]} to {run.times[-1]}, with {particles} particles.",
-        f"About {passes:.0f}{plus} network passes per particle and step: "
+        f"About {passes:.0f} network passes per particle and step{plus}: "
         f"{(passes + conditioning) * particles * steps:,.0f} in all.",
         f"The ensemble takes {_bytes(state * particles * emulator.frames)} of memory, and the folder up to "
         f"{_bytes(disk)} of disk.",

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from numpyro_diffusion_da.assimilation.config import PriorSettings, RunConfig, step_of
+from numpyro_diffusion_da.assimilation.config import MOST_STEPS, PriorSettings, RunConfig, step_of
 from numpyro_diffusion_da.diffusion.prior import DiffusionPrior, EmulatorPrior
 from numpyro_diffusion_da.diffusion.sampler import Sampler
 from numpyro_diffusion_da.diffusion.schedule import KarrasSchedule
@@ -135,7 +135,13 @@ class Emulator:
                 f"times.end = {config.times.end} is no whole number of steps of {hours} after times.start = "
                 f"{config.times.start}; the last step before it is at {last}."
             )
-        return start + np.arange((end - start) // self.step + 1) * self.step
+        count = int((end - start) // self.step) + 1
+        if count > MOST_STEPS:
+            raise ValueError(
+                f"times.start = {config.times.start} and times.end = {config.times.end} make {count} steps; give "
+                f"{MOST_STEPS} at most."
+            )
+        return start + np.arange(count) * self.step
 
     def forcings(self, times: np.ndarray) -> Any:
         """Inputs of the steps that lead to some times, with a leading axis of steps; None for a prior without.

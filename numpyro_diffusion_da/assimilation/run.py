@@ -120,7 +120,6 @@ def run_prepared(run: PreparedRun, progress_bar: bool = True) -> Run:
         ValueError: the folder holds another run.
         FloatingPointError: all weights or all particles of a step are non-finite; the message names the step.
     """
-    check_same(run)
     claim_folder(run)
     started = time.perf_counter()
     run.filter(progress_bar).run(jax.random.key(run.config.output.seed), run.inputs)
@@ -210,12 +209,15 @@ def check_same(run: PreparedRun) -> None:
 def claim_folder(run: PreparedRun) -> None:
     """Make the folder of a run and write its configuration into it, if it is not there.
 
+    `run_prepared` does so itself.
+
     Args:
         run: the prepared run.
 
     Raises:
-        ValueError: the folder cannot be written to.
+        ValueError: the folder holds another run, or cannot be written to.
     """
+    check_same(run)
     try:
         run.folder.mkdir(parents=True, exist_ok=True)
         if not (run.folder / CONFIGURATION).is_file():

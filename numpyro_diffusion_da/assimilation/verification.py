@@ -13,6 +13,7 @@ from numpyro_diffusion_da.assimilation.emulator import open_prior
 from numpyro_diffusion_da.assimilation.files import replacing
 from numpyro_diffusion_da.assimilation.forecasting import FORECAST, LEAD, emulator_of
 from numpyro_diffusion_da.assimilation.guesses import open_dataset
+from numpyro_diffusion_da.assimilation.outputs import departures_of
 from numpyro_diffusion_da.assimilation.run import Run
 from numpyro_diffusion_da.diagnostics.verification import area_weights, crps, rmse, spread
 from numpyro_diffusion_da.diffusion.prior import EmulatorPrior
@@ -55,7 +56,7 @@ def verify(
     import pandas
 
     run = Run.open(folder)
-    rows = list(_of_rows(run.feedback()))
+    rows = list(_of_rows(run.feedback(), run.analysis("mean")))
     if against is not None:
         rows += _of_truth(run, pathlib.Path(against), prior)
     if not rows:
@@ -69,14 +70,16 @@ def verify(
     return table
 
 
-def _of_rows(feedback: pandas.DataFrame) -> Iterator[dict[str, Any]]:
-    """Scores of withheld rows, by variable, and by level where rows are on levels of pressure."""
-    from numpyro_diffusion_da.assimilation.outputs import departures_of
+def _of_rows(feedback: pandas.DataFrame, analysis: Any) -> Iterator[dict[str, Any]]:
+    """Scores of withheld rows, by variable, and by the nearest level of the prior where rows have a pressure."""
+    import pandas
 
     withheld = feedback[(feedback["flag"] == Flag.WITHHELD) & np.isfinite(feedback["analysis"].to_numpy(float))]
     for what in ("background", "analysis"):
         there = withheld[np.isfinite(withheld[what].to_numpy(float))]
-        for name, some in there.groupby("name", sort=True):
+        for (name, level), some in there.groupby(
+            ["name", pandas.Series(_levels(there, analysis), there.index)], sort=True, dropna=False
+        ):
             departure = departures_of(some.assign(background=some[what]))
             error = some["error_used"].to_numpy(float)
             of_mean = float(np.sqrt(np.mean(departure**2)))
@@ -86,7 +89,7 @@ def _of_rows(feedback: pandas.DataFrame) -> Iterator[dict[str, Any]]:
                 "against": "withheld rows",
                 "lead_hours": 0.0,
                 "variable": name,
-                "level": np.nan,
+                "level": level,
                 "unit": some["unit"].iloc[0],
                 "count": len(some),
                 "rmse": of_mean,
@@ -94,6 +97,17 @@ def _of_rows(feedback: pandas.DataFrame) -> Iterator[dict[str, Any]]:
                 "spread_skill": expected / of_mean if of_mean else np.nan,
                 "crps": float(some[f"{what}_crps"].mean()),
             }
+
+
+def _levels(rows: pandas.DataFrame, analysis: Any) -> np.ndarray:
+    """Level of the prior, in hPa, that is nearest to the pressure of each row; NaN for rows without a pressure."""
+    pressure = rows["pres"].to_numpy(float) / 100.0
+    if "level" not in analysis.coords:
+        return np.full(len(rows), np.nan)
+    levels = analysis["level"].values.astype(float)
+    with np.errstate(invalid="ignore"):
+        nearest = levels[np.argmin(np.abs(np.log(levels) - np.log(pressure)[:, None]), axis=1)]
+    return np.where(np.isfinite(pressure), nearest, np.nan)
 
 
 def _of_truth(run: Run, against: pathlib.Path, prior: EmulatorPrior | None) -> list[dict[str, Any]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +13,9 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+
+COMPILED = ".compiled"
+"""Name of the folder of compiled programs in the folder of a run."""
 
 Folder = Annotated[Path, typer.Argument(help="Folder of a run of `ndda assimilate`.", metavar="FOLDER")]
 
@@ -35,6 +39,13 @@ def _in_sentences(console: Console) -> Iterator[None]:
             raise typer.Exit(2) from None
 
 
+def _cache_compiled(folder: Path) -> None:
+    """Keep compiled programs in the folder of a run, so that it goes on sooner, or where the environment says."""
+    import numpyro_diffusion_da as ndda
+
+    ndda.inference.cache_compiled(None if "JAX_COMPILATION_CACHE_DIR" in os.environ else folder / COMPILED)
+
+
 def assimilate(
     configuration: Annotated[Path, typer.Argument(help="Configuration of the run, such as run.toml.")],
     check: Annotated[
@@ -52,8 +63,6 @@ def assimilate(
     console = Console()
     with _in_sentences(console):
         config = ndda.assimilation.RunConfig.read(configuration)
-        with contextlib.suppress(OSError):  # without a place for the cache everything is compiled
-            ndda.inference.cache_compiled()
         run = ndda.assimilation.prepare(config)
         console.print(escape(run.report()), soft_wrap=True)
         if check:
@@ -61,6 +70,8 @@ def assimilate(
         if ndda.assimilation.is_finished(run):
             console.print(f"This run has finished: its analyses are in {escape(str(run.folder))}.", soft_wrap=True)
             return
+        ndda.assimilation.claim_folder(run)
+        _cache_compiled(run.folder)
         done = ndda.assimilation.run_prepared(run)
         console.print(
             f"Wrote analysis.zarr, feedback.parquet and cycles.csv into {escape(str(done.folder))}. Figures and words: "
@@ -79,6 +90,7 @@ def forecast(
 
     console = Console()
     with _in_sentences(console):
+        _cache_compiled(ndda.assimilation.Run.open(folder).folder)
         path = ndda.assimilation.forecast(folder, steps=steps, until=until)
         console.print(f"Wrote {escape(str(path))}.", soft_wrap=True)
 
