@@ -1,5 +1,6 @@
 """From a configuration and a table to analyses on disk: `ndda.assimilation` and the commands of `ndda`."""
 
+import inspect
 import json
 import re
 import tomllib
@@ -433,3 +434,27 @@ def test_any_configuration_is_prepared_or_refused_in_one_sentence(tmp_path, data
     if config is not None:
         in_one_sentence(lambda: prepare(config, prior=prior).report())
     assert sorted(path.name for path in tmp_path.iterdir()) == there
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "more"),
+    [
+        ("GenCastPrior", "gencast", {"stats": "stats"}),
+        ("WeatherNext2Prior", "weathernext2", {"configuration": "WeatherNext2"}),
+    ],
+)
+def test_checkpoints_are_opened_as_their_priors_ask(monkeypatch, name, key, more):
+    """The arguments fit the method that opens the files; the packages of these priors need not be there."""
+    method = getattr(ndda, name).from_checkpoint
+    asked = []
+
+    def opened(*arguments, **keywords):
+        asked.append(inspect.signature(method).bind(*arguments, **keywords).arguments)
+        return "the prior"
+
+    monkeypatch.setattr(getattr(ndda, name), "from_checkpoint", opened)
+    settings = RunConfig(**{**TABLES, "prior": {key: "a.npz", "surface": "era5.nc", "resolution": 1, **more}}).prior
+    assert ndda.assimilation.open_prior(settings) == "the prior"
+    expected = {"checkpoint": Path("a.npz"), "surface": Path("era5.nc"), "resolution": 1.0, "precision": "float32"}
+    assert expected.items() <= asked[0].items()
+    assert str(asked[0].get("stats") or asked[0].get("config")) in ("stats", "WeatherNext2")

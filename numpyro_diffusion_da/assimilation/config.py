@@ -428,7 +428,7 @@ def sentence(error: pydantic.ValidationError) -> str:
     wrong = [one for one in found if _place(one["loc"])[0] == where]
     own = next((one for one in wrong if one["type"] == "value_error"), None)
     if own is not None:
-        return f"{where}: {own['ctx']['error']}{others}"
+        return f"{where}: {str(own['ctx']['error']).removesuffix('.')}{others}."
     expected = " or ".join(dict.fromkeys(_expected(one) for one in wrong))
     return f"{where} is {shown(first['input'])}; it should be {expected}{_described(field)}{others}."
 

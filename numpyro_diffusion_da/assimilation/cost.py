@@ -56,7 +56,9 @@ def cost_of(run: PreparedRun) -> list[str]:
     if config.output.background:
         disk += state * (steps - 1) * (members + 2 + (particles if emulator.frames > 1 else 0))
     passes = passes_of(config, emulator)
-    conditioning = emulator.prior.conditioning_passes
+    # Moved ancestors have another conditioning than before.
+    moves = config.filter.method == "fa_apf" and config.filter.taper_km is not False
+    conditioning = (2 if moves else 1) * emulator.prior.conditioning_passes
     plus = f", and {conditioning} of the conditioning network" if conditioning else ""
     hours = emulator.step / np.timedelta64(1, "h")
     return [

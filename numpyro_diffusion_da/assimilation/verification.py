@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import pathlib
 from collections.abc import Iterator
@@ -17,7 +18,8 @@ from numpyro_diffusion_da.assimilation.outputs import departures_of
 from numpyro_diffusion_da.assimilation.run import Run
 from numpyro_diffusion_da.diagnostics.verification import area_weights, crps, rmse, spread
 from numpyro_diffusion_da.diffusion.prior import EmulatorPrior
-from numpyro_diffusion_da.fields.datasets import dataset_times, read_states
+from numpyro_diffusion_da.fields.datasets import SHORT_NAMES, dataset_times, read_states
+from numpyro_diffusion_da.fields.layout import Layout
 from numpyro_diffusion_da.observation.tables.flags import Flag
 
 if TYPE_CHECKING:
@@ -40,7 +42,8 @@ def verify(
 
     Args:
         folder: folder of a run that has finished.
-        against: NetCDF file or Zarr group with the truth, or a reanalysis; None scores withheld rows only.
+        against: NetCDF file or Zarr group with the truth, or a reanalysis; None scores withheld rows only. Variables
+            that it lacks are not scored.
         prior: the emulator, if the configuration of the run does not name one.
 
     Returns:
@@ -114,19 +117,13 @@ def _of_truth(run: Run, against: pathlib.Path, prior: EmulatorPrior | None) -> l
     """Scores of analyses and forecast against a gridded truth, by variable and level."""
     prior = open_prior(run.config.prior) if prior is None else prior
     emulator = emulator_of(run.config, run.facts, prior)
-    layout = emulator.prior.layout
     found: list[dict[str, Any]] = []
     with open_dataset(against) as truth:
+        layout = _of_those_in(truth, emulator.prior.layout, against)
+        fill = getattr(prior, "fill_values", dict)()
+        fill = {name: value for name, value in fill.items() if name in {v.name for v in layout.variables}}
         has = dataset_times(truth)
-        sources = [("analysis", run.analysis("members"), "time")]
-        if (run.folder / FORECAST).is_dir():
-            import xarray
-
-            made = xarray.open_zarr(run.folder / FORECAST, chunks=None).isel(time=0)
-            valid = made["time"].values + made[LEAD].values
-            sources.append(("forecast", made.assign_coords(valid=(LEAD, valid)), LEAD))
-        for what, members, dim in sources:
-            valid = members["valid"].values if dim == LEAD else members["time"].values
+        for what, members, dim, valid in _sources(run):
             common = [i for i, time in enumerate(valid) if time in has]
             if not common and what == "analysis":
                 raise ValueError(
@@ -134,15 +131,35 @@ def _of_truth(run: Run, against: pathlib.Path, prior: EmulatorPrior | None) -> l
                 )
             parts = []
             for i in common:
-                states = read_states(truth, layout, valid[i : i + 1], fill=getattr(prior, "fill_values", dict)())
+                states = read_states(truth, layout, valid[i : i + 1], fill=fill)
                 parts.append(_scores(layout, members.isel({dim: i}), states[0]))
-            if dim == LEAD:
-                for i, part in zip(common, parts, strict=True):
-                    hours = float(members[LEAD].values[i] / np.timedelta64(1, "h"))
-                    found += _rows(layout, [part], what, hours)
-            else:
+            if what == "analysis":
                 found += _rows(layout, parts, what, 0.0)
+                continue
+            for i, part in zip(common, parts, strict=True):
+                found += _rows(layout, [part], what, float(members[dim].values[i] / np.timedelta64(1, "h")))
     return found
+
+
+def _sources(run: Run) -> Iterator[tuple[str, Any, str, np.ndarray]]:
+    """What is scored: its name, members, dimension of times, and the times for which its states are."""
+    import xarray
+
+    analysis = run.analysis("members")
+    yield "analysis", analysis, "time", analysis["time"].values
+    if (run.folder / FORECAST).is_dir():
+        made = xarray.open_zarr(run.folder / FORECAST, chunks=None).isel(time=0)
+        yield "forecast", made, LEAD, made["time"].values + made[LEAD].values
+
+
+def _of_those_in(truth: Any, layout: Layout, against: pathlib.Path) -> Layout:
+    """Layout of the variables that a truth has."""
+    there = [v for v in layout.variables if {v.name, *SHORT_NAMES.get(v.name, ())} & set(truth.data_vars)]
+    if not there:
+        names = ", ".join(variable.name for variable in layout.variables)
+        raise ValueError(f"'{against}' has no variable of the prior; give a truth with some of {names}.")
+    channels = sum(variable.num_channels for variable in there)
+    return dataclasses.replace(layout, shape=(*layout.shape[:-1], channels), variables=tuple(there))
 
 
 def _scores(layout: Any, members: Any, truth: np.ndarray) -> dict[tuple[str, float], tuple[float, float, float]]:
