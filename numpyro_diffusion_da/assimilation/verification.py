@@ -120,7 +120,7 @@ def _of_truth(run: Run, against: pathlib.Path, prior: EmulatorPrior | None) -> l
     found: list[dict[str, Any]] = []
     with open_dataset(against) as truth:
         layout = _of_those_in(truth, emulator.prior.layout, against)
-        fill = getattr(prior, "fill_values", dict)()
+        fill: dict[str, float] = getattr(prior, "fill_values", dict)()
         fill = {name: value for name, value in fill.items() if name in {v.name for v in layout.variables}}
         has = dataset_times(truth)
         for what, members, dim, valid in _sources(run):
