@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from monte_carlo import allowance
 from test_emulators import ROOT, A, D, Q, X, exact_drift
 
 import numpyro_diffusion_da as ndda
@@ -103,7 +104,7 @@ def row_of(make):
     _, _, weighed = run(lambda key: make(PATH_SAMPLER).weighted_draw(key, LIKELIHOOD, GUIDANCE), 1)
     weight = np.exp(np.asarray(log_weight, float) - evidence)
     always = np.std(weight) < 2e-3
-    unbiased = abs(weight.mean() - 1.0) < 4 * weight.std() / len(weight) ** 0.5 + 0.005
+    unbiased = abs(weight.mean() - 1.0) < allowance(weight) + 0.005
     passes = [int(n.passes.total()[0]) for n in (plain, guided, weighed)]
     conditioning = dynamics.prior.conditioning_passes if hasattr(dynamics, "prior") else 0
     return " | ".join(

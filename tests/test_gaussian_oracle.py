@@ -14,6 +14,7 @@ import pytest
 import scipy.linalg
 import scipy.stats
 from conftest import LinearGaussian
+from monte_carlo import assert_mean, excess
 from numpyro.contrib.control_flow import scan
 
 import numpyro_diffusion_da as ndda
@@ -98,14 +99,12 @@ def wasserstein(mean1: np.ndarray, covariance1: np.ndarray, mean2: np.ndarray, c
     return float(np.sqrt(max(squared, 0.0) / np.trace(covariance2)))
 
 
-def assert_moments(draws: np.ndarray, mean: np.ndarray, covariance: np.ndarray, sigmas: float = 5.0) -> None:
-    """Mean and every entry of the covariance within `sigmas` of their own standard errors."""
-    n = len(draws)
+def assert_moments(draws: np.ndarray, mean: np.ndarray, covariance: np.ndarray) -> None:
+    """Mean and every entry of the covariance are those of the draws."""
     # Variance that the truth does not have would be a miss, not noise: rounding is all that is allowed there.
     tiny = 1e-4 * np.sqrt(np.trace(covariance))
-    assert np.all(np.abs(draws.mean(0) - mean) < sigmas * draws.std(0) / np.sqrt(n) + tiny)
-    products = (draws - mean)[:, :, None] * (draws - mean)[:, None, :]
-    assert np.all(np.abs(products.mean(0) - covariance) < sigmas * products.std(0) / np.sqrt(n) + tiny**2)
+    assert_mean(draws, mean, tolerance=tiny)
+    assert_mean((draws - mean)[:, :, None] * (draws - mean)[:, None, :], covariance, tolerance=tiny**2)
 
 
 # --- the guided draw --------------------------------------------------------------------------------------------------
@@ -372,6 +371,9 @@ def closed_form_program(model: LinearGaussian):
     return program
 
 
+PARTICLES = 512
+
+
 @functools.cache
 def closed_form_filter(name: str) -> ndda.Filter:
     """One compiled filter, used for every seed."""
@@ -381,11 +383,11 @@ def closed_form_filter(name: str) -> ndda.Filter:
         "dirac": ndda.FAAPF(program, weight=ndda.Dirac(), target_ess=0.0),
         "moment, tempered": ndda.FAAPF(program, target_ess=0.5),
     }[name]
-    return ndda.Filter(algorithm, num_particles=512, num_chains=16, progress_bar=False)
+    return ndda.Filter(algorithm, num_particles=PARTICLES, num_chains=24, progress_bar=False)
 
 
 def run_closed_form(name: str, seed: int, steps: int = 12) -> tuple[LinearGaussian, np.ndarray, ndda.FilterResult]:
-    """(model, observations, result of 16 independent filters)."""
+    """(model, observations, result of 24 independent filters)."""
     model = LinearGaussian.make(seed, 4)
     _, y = model.simulate(100 + seed, steps)
     initial = np.linalg.cholesky(scipy.linalg.solve_discrete_lyapunov(model.transition, model.covariance))
@@ -394,27 +396,21 @@ def run_closed_form(name: str, seed: int, steps: int = 12) -> tuple[LinearGaussi
     return model, y, particle_filter.result
 
 
-def assert_limit(result: ndda.FilterResult, limit: Limit, sigmas: float = 6.0) -> None:
-    """Mean and variance within `sigmas` standard errors of the limit, over independent filters, which are not loose."""
+def assert_limit(result: ndda.FilterResult, limit: Limit, noticed_in_evidence: float | None = None) -> None:
+    """Mean over independent filters of mean, variance, and exp(log-evidence), which is unbiased as no logarithm is."""
     x = result.posterior["x"].astype(np.float64)  # (chain, draw, time, d)
-    for estimate, truth, unit in (
-        (x.mean(1), limit.mean, np.sqrt(limit.variance)),
-        (x.var(1, ddof=1), limit.variance, limit.variance),
-    ):
-        se = estimate.std(0, ddof=1) / np.sqrt(len(estimate))
-        assert np.all(np.abs(estimate.mean(0) - truth) < sigmas * se)
-        assert np.mean(se / unit) < 0.05
+    spread = np.sqrt(limit.variance)
+    assert_mean(x.mean(1) / spread, limit.mean / spread, noticed=0.3)
+    assert_mean(x.var(1, ddof=1) / limit.variance, 1.0, noticed=0.3)
+    log_evidence = result.sample_stats["log_evidence_increment"].sum(1, dtype=np.float64)
+    assert_mean(np.exp(log_evidence - limit.log_evidence), 1.0, noticed=noticed_in_evidence)
 
 
 @pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_moment_weights_give_the_kalman_filter(seed):
     model, y, result = run_closed_form("moment", seed)
     exact = Limit.kalman(model, y)
-    assert_limit(result, exact)
-    # exp(log evidence) is unbiased, the logarithm is not.
-    ratio = np.exp(result.sample_stats["log_evidence_increment"].astype(np.float64).sum(1) - exact.log_evidence)
-    assert abs(ratio.mean() - 1.0) < 5 * ratio.std(ddof=1) / np.sqrt(len(ratio))
-    assert ratio.std() < 0.5
+    assert_limit(result, exact, noticed_in_evidence=0.6)
     assert np.all(result.sample_stats["tempering"] == 1.0)
 
 
@@ -425,10 +421,7 @@ def test_dirac_weights_have_their_own_limit(seed):
     model, y, result = run_closed_form("dirac", seed)
     limit, exact = Limit.dirac(model, y), Limit.kalman(model, y)
     assert_limit(result, limit)
-    ratio = np.exp(result.sample_stats["log_evidence_increment"].astype(np.float64).sum(1) - limit.log_evidence)
-    assert abs(ratio.mean() - 1.0) < 5 * ratio.std(ddof=1) / np.sqrt(len(ratio))
-    with pytest.raises(AssertionError):
-        assert_limit(result, exact)
+    assert excess(result.posterior["x"].mean(1), exact.mean) > 1.5
 
 
 @pytest.mark.slow
@@ -439,7 +432,7 @@ def test_tempering_is_sensible():
     exact = Limit.kalman(model, y)
     alpha, ess = tempered.sample_stats["tempering"], tempered.sample_stats["ess"]
     assert np.all((alpha > 0) & (alpha <= 1))
-    np.testing.assert_array_equal(alpha == 1.0, ess >= 0.5 * 512)
+    np.testing.assert_array_equal(alpha == 1.0, ess >= 0.5 * PARTICLES)
     assert 0.0 < np.mean(alpha < 1.0) < 1.0
 
     def ratio(result):
@@ -457,18 +450,16 @@ def test_tempering_is_sensible():
 def test_diffusion_filter_is_the_kalman_filter():
     """The whole way: denoiser, guidance, sampler, weights, filter."""
     model = LinearGaussian.make(0, 4)
-    _, y = model.simulate(100, 8)
+    _, y = model.simulate(100, 6)
     sampler = ndda.Sampler(ndda.diffusion.AdamsBashforth(3), ndda.KarrasSchedule(48, 7.0, 2e-3))
     guidance = ndda.MMPS(ndda.diffusion.DirectSolve())
     algorithm = ndda.FAAPF(model.diffusion_program(), ndda.Moment(), 0.0, guidance, sampler)
-    particle_filter = ndda.Filter(algorithm, num_particles=512, num_chains=8, progress_bar=False)
+    particle_filter = ndda.Filter(algorithm, num_particles=128, num_chains=40, progress_bar=False)
     particle_filter.run(jax.random.key(0), jnp.asarray(y))
     result, exact = particle_filter.result, Limit.kalman(model, y)
     assert_limit(result, exact)
-    ratio = np.exp(result.sample_stats["log_evidence_increment"].astype(np.float64).sum(1) - exact.log_evidence)
-    assert abs(ratio.mean() - 1.0) < 5 * ratio.std(ddof=1) / np.sqrt(len(ratio))
     passes = {name: set(np.unique(v)) for name, v in result.network_passes.items()}
-    few = 16 / 512  # of 512 particles, at which the background takes one pass of each kind
+    few = 16 / 128  # of 128 particles, at which the background takes one pass of each kind
     # Weight and draw, two observations.
     assert passes == {"forward": {1 + 48 + few}, "jvp": {0}, "vjp": {2 + 2 * 48 + few}, "conditioning": {0}}
 

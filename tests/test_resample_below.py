@@ -8,6 +8,7 @@ import numpy as np
 import numpyro
 import numpyro.distributions as dist
 import pytest
+from monte_carlo import assert_mean
 from numpyro.contrib.control_flow import scan
 
 import numpyro_diffusion_da as ndda
@@ -53,14 +54,12 @@ def test_evidence_and_moments_are_those_of_the_kalman_filter(kind, capsys):
     resampled = result.sample_stats["resampled"]
     assert 0.1 < resampled.mean() < 0.9
     ratio = np.exp(result.sample_stats["log_evidence_increment"].astype(float).sum(1) - evidence)
-    assert abs(ratio.mean() - 1) < 4 * ratio.std() / CHAINS**0.5
+    assert_mean(ratio, 1.0)
     x = result.posterior["x"].astype(float)
     for got, expected, unit in ((x.mean(1), mean, variance**0.5), (x.var(1), variance, variance)):
-        error = (got.mean(0) - expected) / unit
-        assert np.all(np.abs(error) < 4 * (got / unit).std(0) / CHAINS**0.5 + 2 / N)
+        assert_mean(got / unit, expected / unit, tolerance=2 / N)
     # The background at a step is the prediction from the weighted particles of the last one.
-    ahead = result.background["y"].mean
-    assert np.all(np.abs(ahead.mean(0)[1:] - A * mean[:-1]) < 4 * ahead.std(0)[1:] / CHAINS**0.5 + 0.02)
+    assert_mean(result.background["y"].mean[:, 1:], A * mean[:-1], tolerance=0.02)
     filter_.print_summary()
     assert "steps with resampling" in capsys.readouterr().out
     with pytest.raises(ValueError, match="carried their weights from step to step"):

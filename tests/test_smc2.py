@@ -10,6 +10,7 @@ import numpyro
 import numpyro.distributions as dist
 import pytest
 from conftest import compilations
+from monte_carlo import assert_mean
 from numpyro.contrib.control_flow import scan
 
 import numpyro_diffusion_da as ndda
@@ -59,14 +60,13 @@ def test_conjugate_posterior_at_every_time():
     variance = 1.0 / (1 / 4.0 + k)
     mean = variance * np.cumsum(SEEN, dtype=float)
     means = info.draws[..., 0].mean(2, dtype=float)
-    se = means.std(0, ddof=1) / 8
-    assert np.all(np.abs(means.mean(0) - mean) < 4 * se + 2 / 128)
+    assert_mean(means, mean, tolerance=2 / 128)
     spread = info.draws[..., 0].var(2, dtype=float)
-    assert np.all(np.abs(spread.mean(0) / variance - 1) < 4 * spread.std(0, ddof=1) / 8 / variance + 0.05)
+    assert_mean(spread / variance, 1.0, tolerance=0.05)
     covariance = np.eye(6) + 4.0
     exact = -0.5 * SEEN @ np.linalg.solve(covariance, SEEN) - 0.5 * np.linalg.slogdet(2 * np.pi * covariance)[1]
     ratio = np.exp(state.log_evidence.astype(float) - exact)
-    assert abs(ratio.mean() - 1) < 4 * ratio.std(ddof=1) / 8
+    assert_mean(ratio, 1.0)
     np.testing.assert_allclose(info.log_evidence_increment.sum(1), state.log_evidence, rtol=1e-4)
 
 

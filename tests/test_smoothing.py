@@ -14,6 +14,7 @@ import numpyro.distributions as dist
 import pytest
 import scipy.linalg
 from conftest import LinearGaussian
+from monte_carlo import assert_mean, excess
 from numpyro.contrib.control_flow import scan
 
 import numpyro_diffusion_da as ndda
@@ -224,7 +225,7 @@ def program(y, a, initial_factor, factor):
 
 
 PARTICLE_FILTER = ndda.Filter(
-    ndda.FAAPF(program, weight=ndda.Moment(), target_ess=0.0), num_particles=512, num_chains=16, progress_bar=False
+    ndda.FAAPF(program, weight=ndda.Moment(), target_ess=0.0), num_particles=512, num_chains=24, progress_bar=False
 )
 
 
@@ -235,7 +236,7 @@ def factors(model: LinearGaussian) -> tuple[np.ndarray, np.ndarray]:
 
 @functools.cache
 def filtered(seed: int) -> tuple[ndda.FilterResult, LinearGaussian, np.ndarray]:
-    """(result of 16 independent filters, model, observations); one compile for all seeds."""
+    """(result of 24 independent filters, model, observations); one compile for all seeds."""
     model = LinearGaussian.make(seed, 4)
     _, y = model.simulate(100 + seed, STEPS)
     PARTICLE_FILTER.run(jax.random.key(seed), *map(jnp.asarray, (y, model.transition, *factors(model))))
@@ -286,6 +287,13 @@ def exact(model: LinearGaussian, y: np.ndarray, lag: int) -> tuple[np.ndarray, n
     return np.array(means), np.array(covariances)
 
 
+def assert_smoother(paths: ndda.FilterResult, mean: np.ndarray, variance: np.ndarray, noticed: float = 0.5) -> None:
+    """Mean and second moment over independent filters, whose errors know of the coalescence, are the exact ones."""
+    departure = (paths.posterior["x"].astype(float) - mean) / np.sqrt(variance)  # (chain, draw, time, d)
+    assert_mean(departure.mean(1), 0.0, noticed=noticed)
+    assert_mean((departure**2).mean(1), 1.0, noticed=2 * noticed)
+
+
 def error_in_sd(result: ndda.FilterResult, mean: np.ndarray, variance: np.ndarray) -> np.ndarray:
     """RMS over steps and components of the means' error, each chain's."""
     return np.sqrt(np.mean((result.posterior["x"].mean(1) - mean) ** 2 / variance, axis=(1, 2)))
@@ -298,17 +306,9 @@ def test_trajectories_are_the_exact_smoother(seed):
     result, model, y = filtered(seed)
     mean, variance = rauch_tung_striebel(model, y)
     paths = ndda.results.trajectories(result)
-    departure = paths.posterior["x"].astype(float) - mean  # (chain, draw, time, d)
-    for estimate, truth, unit in (
-        (departure.mean(1), 0.0, np.sqrt(variance)),
-        ((departure**2).mean(1), variance, variance),
-    ):
-        se = estimate.std(0, ddof=1) / np.sqrt(len(estimate))
-        assert np.all(np.abs(estimate.mean(0) - truth) < 6 * se)
-        assert np.mean(se / unit) < 0.1
+    assert_smoother(paths, mean, variance)
     # The filter's own particles are another law, and the test can tell.
-    other = result.posterior["x"].astype(float).mean(1) - mean
-    assert np.any(np.abs(other.mean(0)) > 12 * other.std(0, ddof=1) / np.sqrt(len(other)))
+    assert excess(result.posterior["x"].mean(1), mean) > 2
     # Copies are no draws: the error is that of the number of lines, not of particles.
     lines = paths.sample_stats["distinct_lines"]
     assert lines[:, 0].max() < 128

@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 import xarray as xr
+from monte_carlo import assert_mean
 
 import numpyro_diffusion_da as ndda
 from numpyro_diffusion_da.diagnostics import area_weights
@@ -38,7 +39,7 @@ def test_white_noise_is_flat():
     assert power == pytest.approx(each.mean(0))
     expected = np.full(n // 2, 2 / n)
     expected[-1] = 1 / n
-    assert np.all(np.abs(power - expected) < 4 * each.std(0) / np.sqrt(rings))
+    assert_mean(each, expected)
 
 
 def test_roughness_is_the_mean_of_the_spectrum():

@@ -379,7 +379,7 @@ run.run(jax.random.key(3), y)
 
 
 @pytest.mark.slow
-def test_twenty_kills_at_random_moments_lose_nothing(tmp_path):
+def test_kills_at_random_moments_lose_nothing(tmp_path):
     """The process is killed again and again; a short last run finishes, with the particles of a run without kills."""
     y = np.sin(np.arange(300, dtype=np.float32))
     make_ = lambda directory: ndda.Filter(  # noqa: E731
@@ -387,7 +387,7 @@ def test_twenty_kills_at_random_moments_lose_nothing(tmp_path):
     )
     moments = np.random.default_rng(0)
     slowly = KILLED.replace("print(", "ndda.inference.chunks.SECONDS = 0.001; print(")
-    for _ in range(20):
+    for _ in range(8):
         command = [
             sys.executable,
             "-W",

@@ -150,27 +150,10 @@ def kernels() -> None:
             }
 
 
-def refusals() -> None:
-    """Sentences about meshes that do not fit."""
-    model = lambda: None  # noqa: E731
-    given = {
-        "axis": jax.make_mesh((2,), ("x",), devices=jax.devices()[:2]),
-        "share": jax.make_mesh((8,), ("particles",)),
-        "kind": 8,
-    }
-    for name, value in given.items():
-        for make in (ndda.Filter, ndda.OnlineFilter):
-            try:
-                make(ndda.Bootstrap(model), num_particles=30, mesh=value)
-            except (TypeError, ValueError) as error:
-                FOUND[f"refuses {name}, {make.__name__}"] = str(error)
-
-
 if __name__ == "__main__":
     jax.config.update("jax_numpy_rank_promotion", "raise")
     jax.config.update("jax_disable_most_optimizations", True)
     exchanges()
     parts()
     kernels()
-    refusals()
     print(json.dumps(FOUND, indent=1))
