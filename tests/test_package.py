@@ -68,6 +68,7 @@ NEIGHBORS = {
         "observation.tables",
         "results",
         "diagnostics",
+        "report.folder",
         "priors.gencast",
         "priors.weathernext",
         "priors.weathernext2",

@@ -1,6 +1,6 @@
 """Scores against a truth, diagnostics against observations, spectra and figures."""
 
-from numpyro_diffusion_da.diagnostics.feedback import PRESSURE_LEVELS, REGIONS, REJECTIONS, Feedback
+from numpyro_diffusion_da.diagnostics.feedback import PRESSURE_LEVELS, REGIONS, REJECTIONS, Feedback, departure
 from numpyro_diffusion_da.diagnostics.innovations import (
     Consistency,
     Departures,
@@ -51,6 +51,7 @@ __all__ = [
     "background_departures",
     "consistency",
     "crps",
+    "departure",
     "departures",
     "energy_score",
     "error_variances",

@@ -22,7 +22,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from numpyro_diffusion_da.arguments import require, require_count, require_number, shown
-from numpyro_diffusion_da.diagnostics.verification import flatness
 
 if TYPE_CHECKING:
     import pandas
@@ -60,7 +59,8 @@ def departure(value: Any, expected: Any, unit: Any = None) -> np.ndarray:
     """
     difference = np.asarray(value, float) - np.asarray(expected, float)
     direction = np.isin(np.asarray(unit, object).astype(str), ("degree", "degrees"))
-    return np.where(direction, 180.0 - np.mod(180.0 - difference, 360.0), difference)
+    with np.errstate(invalid="ignore"):
+        return np.where(direction, 180.0 - np.mod(180.0 - difference, 360.0), difference)
 
 
 def _ratio_p_value(groups: _Groups, normalized: np.ndarray) -> tuple[np.ndarray, ...]:
@@ -152,8 +152,21 @@ class Feedback:
         Args:
             condition: True for the rows to keep, as in ``feedback.where(feedback.rows["type"] == "ship")``.
         """
-        kept = self.rows[np.asarray(condition, bool)]
-        return Feedback(kept, **self._settings)
+        return self._of(self.rows[np.asarray(condition, bool)])
+
+    def _of(self, rows: pandas.DataFrame) -> Feedback:
+        """Feedback of rows that have the computed columns already."""
+        new = object.__new__(Feedback)
+        new.rows, new.block, new._settings = rows.reset_index(drop=True), self.block, self._settings
+        return new
+
+    def assign(self, **columns: Any) -> Feedback:
+        """Feedback with further columns of the rows, to group by.
+
+        Args:
+            **columns: values of each column, one for each of `rows`.
+        """
+        return Feedback(self.rows.assign(**columns), **self._settings)
 
     def counts(self, by: By = "name") -> pandas.DataFrame:
         """Number of rows by flag.
@@ -169,7 +182,8 @@ class Feedback:
 
         keys = self._keys(by, None)
         if not len(self.rows):
-            return pandas.DataFrame(columns=["rows", "rejected"], dtype=float)
+            index = pandas.MultiIndex.from_arrays([[]] * len(keys), names=keys)
+            return pandas.DataFrame(columns=["rows", "rejected"], dtype=float, index=index)
         totals = self.rows["flag"].value_counts()
         flags = [flag for flag in _FIRST_FLAGS if flag in totals.index]
         flags += [flag for flag in totals.index if flag not in flags]
@@ -321,11 +335,12 @@ class Feedback:
     def pit_flatness(
         self, by: By = (), *, bins: int = 10, flags: Sequence[str] = ("used", "withheld")
     ) -> pandas.DataFrame:
-        r"""Test of the histograms of `pit_counts` for flatness.
+        r"""Test of the histograms of `pit_counts` for flatness, with rows of a cycle that depend on each other.
 
-        Pearson's chi-square is divided by the mean design effect of the bins, that is the variance of the share of a
-        bin over cycles relative to that of independent rows (Rao & Scott 1981, J. Am. Stat. Assoc. 76, 221), and at
-        least 1. `flatness` then tests the counts as so many independent values, and its parts.
+        Pearson's chi-square is divided by the mean design effect of the bins, and its degrees of freedom are corrected
+        for the scatter of these effects (Rao & Scott 1981, J. Am. Stat. Assoc. 76, 221; Thomas & Rao 1987, 82, 630, for
+        its reference, an F-distribution over cycles). A design effect is the variance of a share over cycles relative
+        to that of independent rows; its mean is taken to be at least 1.
 
         Args:
             by: columns to group by; none for all rows together.
@@ -334,25 +349,33 @@ class Feedback:
 
         Returns:
             A row for each group with `count`, `cycles`, `effective` (the number of independent rows that they are
-            worth), `chi_square`, `p_value`, `bias`, `bias_p`, `dispersion` and `dispersion_p`, as in `flatness`; NaN
-            where rows are in fewer than two blocks of cycles.
+            worth), `chi_square` (corrected; its expectation is bins - 1) and `p_value`. Further, as in `flatness`, the
+            components linear and quadratic in the rank, as t-statistics: `bias` with `bias_p`, positive if the
+            background is too low, and `dispersion` with `dispersion_p`, positive for a U, that is too little spread.
+            NaN where rows are in fewer than two blocks of cycles.
         """
+        import scipy.stats
+
         require_count(bins, "pit_flatness", "bins", 3)
         groups, at = self._pit(by, bins, flags)
         means = [groups.mean((at == k).astype(float)) for k in range(bins)]
-        share, se = (np.stack([mean[i] for mean in means], axis=-1) for i in (0, 1))
+        share = np.stack([mean.value for mean in means], axis=-1)
+        covariance = groups.covariance(np.stack([mean.terms for mean in means], axis=-1))
+        # Variances relative to those of independent rows; the shares sum to 1, which leaves bins - 1 directions.
+        effects = covariance * (groups.count * bins)[:, None, None]
+        mean_effect = np.maximum(np.trace(effects, axis1=1, axis2=2) / (bins - 1), 1.0)
+        scatter = np.sum(effects**2, axis=(1, 2)) / ((bins - 1) * mean_effect**2)
         frame = groups.frame()
-        p = 1.0 / bins
-        effect = np.mean(se**2, axis=-1) * groups.count / (p * (1.0 - p))
-        frame["effective"] = groups.count / np.maximum(effect, 1.0)
-        names = ("chi_square", "p_value", "bias", "bias_p_value", "dispersion", "dispersion_p_value")
-        tests = np.full((len(frame), len(names)), np.nan)
-        for i, effective in enumerate(frame["effective"]):
-            if np.isfinite(effective):
-                test = flatness(share[i] * groups.count[i], effective=min(effective, groups.count[i]))
-                tests[i] = [getattr(test, name) for name in names]
-        for i, name in enumerate(names):
-            frame[name.replace("_p_value", "_p")] = tests[:, i]
+        frame["effective"] = groups.count / mean_effect
+        frame["chi_square"] = frame["effective"] * bins * np.sum((share - 1.0 / bins) ** 2, axis=-1)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            freedom = (bins - 1) / np.maximum(scatter, 1.0)
+            ratio = frame["chi_square"] / (bins - 1)
+            frame["p_value"] = scipy.stats.f.sf(ratio, freedom, freedom * (groups.blocks - 1))
+            ranks = np.arange(bins) - (bins - 1) / 2
+            for name, contrast in (("bias", ranks), ("dispersion", ranks**2 - np.mean(ranks**2))):
+                frame[name] = (share @ contrast) / np.sqrt(covariance @ contrast @ contrast)
+                frame[f"{name}_p"] = 2.0 * scipy.stats.t.sf(np.abs(frame[name]), groups.blocks - 1)
         return frame
 
     def scores(self, by: By = "name", *, flags: Sequence[str] = ("withheld",)) -> pandas.DataFrame:
@@ -401,16 +424,17 @@ class Feedback:
             flags: flags of the rows to take.
 
         Returns:
-            A row for each name and station with `unit`, `type`, `count`, `cycles`, `mean`, `mean_se`, `rms`, `ratio`
-            (mean of (O - B)^2 over P + R), `bias` (mean of O - B over the root of P + R), `others` (median of `bias`
-            over the stations of this name) and `rejected`, the share of its rows that checks rejected; sorted by the
-            size of `bias` - `others` over its standard error. Rows without a station are left out.
+            A row for each name and station with `unit`, `type`, `count`, `cycles`, `mean`, `mean_se`, `mean_p` and
+            `rms` as in `departures`; `ratio`, `ratio_se`, `p_value`, `bias` and `bias_se` as in `consistency`; `others`
+            (median of `bias` over the stations of this name) and `rejected`, the share of its rows that checks
+            rejected. Rows are sorted by the size of `bias` - `others` over its standard error. Observations without a
+            station are left out.
         """
         at_stations = self.where(self.rows["station"] != "")
         by = ["name", "station"]
         frame = at_stations.departures(by, flags=flags)[["count", "cycles", "mean", "mean_se", "mean_p", "rms"]]
         of_ratio = at_stations.consistency(by, flags=flags)
-        frame = frame.join(of_ratio[["ratio", "ratio_se", "bias", "bias_se"]])
+        frame = frame.join(of_ratio[["ratio", "ratio_se", "p_value", "bias", "bias_se"]])
         first = at_stations.rows.groupby(by)[["unit", "type"]].first()
         frame = first.join(frame, how="left")
         frame["others"] = frame.groupby("name")["bias"].transform("median")
@@ -426,29 +450,30 @@ class Feedback:
         are high.
 
         Args:
-            by: columns to group by; `name` is put before them if it is not among them.
+            by: columns to group by; none for all rows together.
             degrees: height of a box in degrees, from 0.1 to 90.
             flags: flags of the rows that departures are of.
 
         Returns:
-            A row for each group and box (levels `south` and `west` of the index), with `north`, `east`, `count`,
-            `cycles`, `mean`, `mean_se`, `bias` (mean of O - B over the root of P + R), `rows` and `rejected`.
+            A row for each group and box (`south` and `west` are the last levels of the index), with `north`, `east`,
+            `rows`, `rejected` (share of its checked rows, as in `counts`), `count`, `cycles` and `bias` (mean of O - B
+            over the root of P + R); and, if `name` is in `by`, `mean` and `mean_se` of O - B.
         """
         advice = "give the height of a box in degrees, from 0.1 to 90."
         degrees = require_number(degrees, "boxes", "degrees", advice, least=0.1, most=90.0)
         south, west, width = _box(self.rows["lat"].to_numpy(), self.rows["lon"].to_numpy(), degrees)
         there = np.isfinite(south)
-        placed = Feedback(self.rows.assign(south=south, west=west, width=width)[there], **self._settings)
-        keys = [*placed._keys(by, "name"), "south", "west"]
-        counts = placed.counts(keys)[["rows", "rejected"]]
-        means = placed.departures(keys, flags=flags)[["count", "cycles", "mean", "mean_se"]]
-        frame = counts.join(means, how="outer").join(placed.consistency(keys, flags=flags)[["bias"]])
+        placed = self._of(self.rows.assign(south=south, west=west, width=width)[there])
+        keys = [*placed._keys(by, None), "south", "west"]
+        frame = placed.counts(keys)[["rows", "rejected"]]
+        frame = frame.join(placed.consistency(keys, flags=flags)[["count", "cycles", "bias"]])
+        if "name" in keys:
+            frame = frame.join(placed.departures(keys, flags=flags)[["mean", "mean_se"]])
         widths = placed.rows.groupby("south")["width"].first()
         at = frame.index.get_level_values("south")
         frame["north"] = np.minimum(at + 180.0 / np.ceil(180.0 / degrees), 90.0)
         frame["east"] = frame.index.get_level_values("west") + widths.reindex(at).to_numpy()
-        frame["count"] = frame["count"].fillna(0).astype(int)
-        return frame
+        return frame.fillna({"count": 0, "cycles": 0}).astype({"count": int, "cycles": int})
 
     def _pit(self, by: By, bins: int, flags: Sequence[str]) -> tuple[_Groups, np.ndarray]:
         """Groups of the rows with a PIT, and the bin of each row."""
@@ -457,9 +482,7 @@ class Feedback:
         require_count(bins, "pit_counts", "bins", 2)
         pit = self.rows["background_pit"].to_numpy()
         pit = np.where(np.isfinite(pit), pit, scipy.stats.norm.cdf(self.rows["normalized"].to_numpy()))
-        ranked = Feedback.__new__(Feedback)
-        ranked.rows, ranked.block, ranked._settings = self.rows.assign(pit=pit), self.block, self._settings
-        groups = ranked._groups(by, flags, ("pit",))
+        groups = self._of(self.rows.assign(pit=pit))._groups(by, flags, ("pit",))
         return groups, np.clip((groups.rows["pit"].to_numpy() * bins).astype(int), 0, bins - 1)
 
     def _keys(self, by: By, first: str | None) -> list[str]:
@@ -527,6 +550,16 @@ class _Groups:
         more = self.blocks > 1
         return np.sqrt(np.where(more, squares * self.blocks / np.where(more, self.blocks - 1.0, 1.0), np.nan))
 
+    def covariance(self, terms: np.ndarray) -> np.ndarray:
+        """Covariance of the sums of several columns of `terms`, shape (group, column, column), as `standard_error`."""
+        columns = terms.shape[1]
+        sums = np.stack([np.bincount(self.pair, one, len(self.group_of_pair)) for one in terms.T], axis=-1)
+        found = np.full((len(self.index), columns, columns), np.nan)
+        for i in np.flatnonzero(self.blocks > 1):
+            own = sums[self.group_of_pair == i]
+            found[i] = own.T @ own * (len(own) / (len(own) - 1.0))
+        return found
+
 
 class _Mean(NamedTuple):
     """Mean of each group, its standard error, and the deviation of each row that adds to it."""
@@ -537,10 +570,13 @@ class _Mean(NamedTuple):
 
 
 def _text(values: Any, count: int) -> np.ndarray:
-    """Column of texts, empty where missing."""
+    """Column of texts, empty where missing; `factorize` gives those the code -1."""
+    import pandas
+
     if values is None:
         return np.full(count, "", object)
-    return np.array(["" if missing else str(v) for v, missing in zip(values, values.isna(), strict=True)], object)
+    code, unique = pandas.factorize(np.asarray(values, object))
+    return np.array([*map(str, unique), ""], object)[code]
 
 
 def _numbers(rows: pandas.DataFrame, name: str) -> np.ndarray:

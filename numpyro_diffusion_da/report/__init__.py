@@ -11,6 +11,7 @@ from numpyro_diffusion_da.report.findings import (
     FindingKind,
     Findings,
 )
+from numpyro_diffusion_da.report.folder import Spectrum, read_spectra
 from numpyro_diffusion_da.report.page import html, write_report
 
 __all__ = [
@@ -23,6 +24,8 @@ __all__ = [
     "Finding",
     "FindingKind",
     "Findings",
+    "Spectrum",
     "html",
+    "read_spectra",
     "write_report",
 ]

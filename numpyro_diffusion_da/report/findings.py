@@ -11,6 +11,7 @@ import numpy as np
 
 from numpyro_diffusion_da.arguments import require_number
 from numpyro_diffusion_da.diagnostics import REJECTIONS, Feedback
+from numpyro_diffusion_da.report.text import listed, plus_minus, share
 
 if TYPE_CHECKING:
     import pandas
@@ -68,7 +69,7 @@ class FindingKind(enum.StrEnum):
     STATION_NOISE = "noisy station"
     REJECTIONS = "many rejections"
     ANALYSIS_TOO_SURE = "analysis too sure"
-    ANALYSIS_TOO_WIDE = "spread of the analysis too large"
+    ANALYSIS_TOO_WIDE = "analysis's spread too large"
     RANKS = "ranks not flat"
 
 
@@ -79,6 +80,7 @@ class Finding:
     Attributes:
         kind: what is wrong.
         group: the rows it is about, by column: ``{"name": "temperature", "level": 850.0}``; empty for all rows.
+        subject: these rows in words.
         text: the finding in words, with its numbers.
         value: the statistic: a ratio, a normalized mean, a share, or chi-square.
         standard_error: its standard error over cycles; NaN for a share and for chi-square.
@@ -89,6 +91,7 @@ class Finding:
 
     kind: FindingKind
     group: Mapping[str, Any]
+    subject: str
     text: str
     value: float
     standard_error: float
@@ -142,11 +145,24 @@ class Findings(Sequence[Finding]):
         self.tests = 0
         self._alpha = rate / 7
         found = list(self._rejections())
+        self._rest = self.feedback
         if self.judged:
-            overall = list(self._overall())
-            groups = [*self._sizes(), *self._biases()]
+            stations = list(self._stations())
+            # Other tests are of the rows that a faulty station does not explain.
+            faulty = {(one.group["name"], one.group["station"]) for one in stations}
+            if faulty:
+                pairs = zip(rows["name"], rows["station"], strict=True)
+                self._rest = self.feedback.where([pair not in faulty for pair in pairs])
+            sizes, groups = list(self._sizes()), list(self._biases())
+            # A few faulty groups do not make the whole faulty; if most are, their fault is that of the whole.
+            if 2 * len(sizes) <= self._groups:
+                texts = {str(tuple(one.group.values())) for one in sizes}
+                keys = (str(key) for key in self._rest.rows[_BY].itertuples(index=False, name=None))
+                if texts:
+                    self._rest = self._rest.where([key not in texts for key in keys])
+            overall, groups = list(self._overall()), [*sizes, *groups]
             ranks = [] if overall or groups else list(self._ranks())
-            found = [*overall, *self._withheld(), *groups, *self._stations(), *found, *ranks]
+            found = [*overall, *groups, *self._withheld(), *stations, *found, *ranks]
         self._found = tuple(found)
         self.calibrated = self.judged and not found
         self.sentence = self._sentence(int(here.sum()))
@@ -176,156 +192,148 @@ class Findings(Sequence[Finding]):
             if not len(rows):
                 return "Nothing to judge: the table has no rows."
             flags = rows["flag"].value_counts()
-            most = ", ".join(f"{n} {flag}" for flag, n in flags.head(3).items())
-            return f"Nothing to judge: no row has a background. Of {len(rows)} rows are {most}."
-        overall = self.feedback.consistency(()).iloc[0]
-        of = f"{count} observations in {self.cycles} cycles"
-        ratio = f"(O - B)^2 / (P + R) = {_pm(overall['ratio'], overall['ratio_se'])}"
-        others = [one.text for one in self if one.kind not in (FindingKind.TOO_SURE, FindingKind.TOO_WIDE)]
+            most = ", ".join(f"{n} are {flag}" for flag, n in flags.head(3).items())
+            what = "a background with its spread and an error"
+            return f"Nothing to judge: no row that is used has {what}. Of {len(rows)} rows, {most}."
+        table = self._rest.consistency(())
+        if not len(table):
+            return f"Too few rows to judge calibration. {_capital(self._others())}."
+        ratio = f"(O - B)^2 / (P + R) = {plus_minus(table['ratio'].iloc[0], table['ratio_se'].iloc[0])}"
+        of = f"{count} observations in {self.cycles} {'cycle' if self.cycles == 1 else 'cycles'}"
+        others = self._others()
         if not self.judged:
             start = f"Too few cycles to judge calibration ({self.cycles}, at least {LEAST_CYCLES}): {ratio}, {of}"
         elif self.calibrated:
             return f"Calibrated: {of} agree with background spread and observation errors, {ratio}."
-        elif len(others) < len(self):
+        elif self[0].kind in (FindingKind.TOO_SURE, FindingKind.TOO_WIDE):
             start = self[0].text
         else:
-            start = f"Calibrated as a whole ({ratio}, {of})"
-            return f"{start}, but: {_listed(others)}."
-        return f"{start}. {_capital(_listed(others))}." if others else f"{start}."
+            return f"Calibrated as a whole ({ratio}, {of}), but: {others}."
+        return f"{start}. {_capital(others)}." if others else f"{start}."
+
+    def _others(self) -> str:
+        """All findings but those about all rows, the subjects of each kind together."""
+        subjects: dict[FindingKind, list[str]] = {}
+        for one in self:
+            if one.kind in _PHRASES:
+                subjects.setdefault(one.kind, []).append(one.subject)
+        return "; ".join(f"{_PHRASES[kind]} {listed(names)}".strip() for kind, names in subjects.items())
 
     def _overall(self) -> Iterator[Finding]:
-        table = self.feedback.consistency(())
-        for _, row, threshold in self._significant(table, "p_value", _is_wrong(table["ratio"])):
+        table = self._rest.consistency(())
+        for _, row, threshold in self._significant(table, "p_value", _is_wrong(table)):
             sure = row["ratio"] > 1
-            words = (
+            start = (
                 "Too sure: observations are farther from" if sure else "Spread too large: observations are nearer to"
             )
-            text = (
-                f"{words} the background than its spread and their errors say, (O - B)^2 / (P + R) = "
-                f"{_pm(row['ratio'], row['ratio_se'])}"
-            )
+            value = plus_minus(row["ratio"], row["ratio_se"])
+            text = f"{start} the background than its spread and their errors say, (O - B)^2 / (P + R) = {value}"
             kind = FindingKind.TOO_SURE if sure else FindingKind.TOO_WIDE
-            yield Finding(kind, {}, text, row["ratio"], row["ratio_se"], 1.0, row["p_value"], threshold)
+            yield Finding(kind, {}, "all rows", text, row["ratio"], row["ratio_se"], 1.0, row["p_value"], threshold)
 
     def _sizes(self) -> Iterator[Finding]:
-        by = ["name", "level", "type"]
-        table = self._long_enough(self.feedback.consistency(by))
-        variances = self.feedback.error_variances(by)
-        for key, row, threshold in self._significant(table, "p_value", _is_wrong(table["ratio"])):
-            large = row["ratio"] > 1
-            blamed = _blamed(variances.loc[key], large) if key in variances.index else "sum"
-            kinds = {
-                ("observation", True): FindingKind.ERROR_TOO_SMALL,
-                ("observation", False): FindingKind.ERROR_TOO_LARGE,
-                ("background", True): FindingKind.SPREAD_TOO_SMALL,
-                ("background", False): FindingKind.SPREAD_TOO_LARGE,
-                ("sum", True): FindingKind.SUM_TOO_SMALL,
-                ("sum", False): FindingKind.SUM_TOO_LARGE,
-            }
-            kind, group = kinds[blamed, large], dict(zip(by, key, strict=True))
-            text = f"{kind} for {self._named(group)}: (O - B)^2 / (P + R) = {_pm(row['ratio'], row['ratio_se'])}"
-            yield Finding(kind, group, text, row["ratio"], row["ratio_se"], 1.0, row["p_value"], threshold)
+        names = ["observation_ratio", "background_ratio", "difference", "difference_se"]
+        table = self._long_enough(self._rest.consistency(_BY)).join(self._rest.error_variances(_BY)[names])
+        self._groups = len(table)
+        for key, row, threshold in self._significant(table, "p_value", _is_wrong(table)):
+            group = dict(zip(_BY, key, strict=True))
+            kind, subject = _KINDS[_blamed(row), row["ratio"] > 1], self._named(group)
+            text = f"{kind} for {subject}: (O - B)^2 / (P + R) = {plus_minus(row['ratio'], row['ratio_se'])}"
+            yield Finding(kind, group, subject, text, row["ratio"], row["ratio_se"], 1.0, row["p_value"], threshold)
 
     def _biases(self) -> Iterator[Finding]:
-        by = ["name", "level", "type"]
-        table = self._long_enough(self.feedback.departures(by))
-        table = table.join(self.feedback.consistency(by)[["bias"]])
+        normalized = self._rest.consistency(_BY)[["bias"]]
+        table = self._long_enough(self._rest.departures(_BY)).join(normalized)
         units = self.feedback.rows.groupby("name")["unit"].first()
         for key, row, threshold in self._significant(table, "mean_p", table["bias"].abs() > WRONG_BIAS):
-            group = dict(zip(by, key, strict=True))
-            text = (
-                f"O - B of {self._named(group)} is biased: {_pm(row['mean'], row['mean_se'])} {units[key[0]]}".rstrip()
+            group = dict(zip(_BY, key, strict=True))
+            subject, value = self._named(group), plus_minus(row["mean"], row["mean_se"])
+            text = f"O - B of {subject} is biased: {value} {units[key[0]]}".rstrip()
+            yield Finding(
+                FindingKind.BIAS, group, subject, text, row["mean"], row["mean_se"], 0.0, row["mean_p"], threshold
             )
-            yield Finding(FindingKind.BIAS, group, text, row["mean"], row["mean_se"], 0.0, row["mean_p"], threshold)
 
     def _stations(self) -> Iterator[Finding]:
+        import pandas
         from scipy.stats import t
 
-        table = self._long_enough(self.feedback.stations())
-        others = table["others"].where(table.groupby("name")["bias"].transform("size") > 2, 0.0)
+        table = self.feedback.stations()
+        # Of two stations, none can be told from the other: what they share is a finding about their variable.
+        table = self._long_enough(
+            table[table["count"].gt(0).groupby(table.index.get_level_values(0)).transform("sum") > 2]
+        )
+        off = np.minimum(table["bias"].abs(), (table["bias"] - table["others"]).abs())
         with np.errstate(divide="ignore", invalid="ignore"):
-            of_bias = np.minimum(table["bias"].abs(), (table["bias"] - others).abs())
-            p_bias = 2.0 * t.sf((of_bias / table["bias_se"]).to_numpy(float), table["cycles"].to_numpy(float) - 1)
-        by = ["name", "station"]
-        keys = self.feedback.where(self.feedback.rows["station"] != "").consistency(by)["p_value"]
+            p_bias = 2.0 * t.sf((off / table["bias_se"]).to_numpy(float), table["cycles"].to_numpy(float) - 1)
         usual = table.groupby("name")["ratio"].transform("median").clip(lower=1.0)
-        noisy = table["ratio"] > NOISY_STATION * usual
-        p_noise = keys.reindex(table.index).where(table["ratio"] > 1.0, 1.0).to_numpy()
-        import pandas
-
-        both = pandas.concat(
-            [
-                table.assign(p=p_bias, large=of_bias > WRONG_STATION, what="bias"),
-                table.assign(p=p_noise, large=noisy, what="noise"),
-            ]
-        ).set_index("what", append=True)
-        for key, row, threshold in self._significant(both, "p", both["large"]):
-            group = {"name": key[0], "station": key[1]}
-            if key[2] == "bias":
-                value = _pm(row["mean"], row["mean_se"])
-                text = f"station {key[1]} is biased: O - B of {key[0]} is {value} {row['unit']}".rstrip()
-                kind, numbers = FindingKind.STATION_BIAS, (row["mean"], row["mean_se"], 0.0)
+        # A bias is no noise.
+        noisy = table["ratio"] - table["bias"] ** 2 > NOISY_STATION * usual
+        p_noise = table["p_value"].where(table["ratio"] > 1.0, 1.0)
+        tests = [
+            table.assign(p=p_bias, large=off > WRONG_STATION, kind=FindingKind.STATION_BIAS),
+            table.assign(p=p_noise, large=noisy, kind=FindingKind.STATION_NOISE),
+        ]
+        both = pandas.concat(tests)
+        for (name, station), row, threshold in self._significant(both, "p", both["large"]):
+            if row["kind"] == FindingKind.STATION_BIAS:
+                numbers = (row["mean"], row["mean_se"], 0.0)
+                value = f"{plus_minus(row['mean'], row['mean_se'])} {row['unit']}".rstrip()
+                text = f"station {station} is biased: O - B of {name} is {value}, that of others is not"
             else:
-                value = _pm(row["ratio"], row["ratio_se"])
-                text = f"station {key[1]} is noisy: (O - B)^2 / (P + R) of {key[0]} is {value}"
-                kind, numbers = FindingKind.STATION_NOISE, (row["ratio"], row["ratio_se"], 1.0)
-            yield Finding(kind, group, text, *numbers, row["p"], threshold)
+                numbers = (row["ratio"], row["ratio_se"], 1.0)
+                value = plus_minus(row["ratio"], row["ratio_se"])
+                text = f"station {station} is noisy: (O - B)^2 / (P + R) of {name} is {value}"
+            group, subject = {"name": name, "station": station}, f"{station} ({name})"
+            yield Finding(row["kind"], group, subject, text, *numbers, row["p"], threshold)
 
     def _rejections(self) -> Iterator[Finding]:
         import pandas
         from scipy.stats import binom
 
-        tables = []
-        for by in (["name", "type"], ["name", "station"]):
-            counts = self.feedback.counts(by)
-            if "station" in by and len(counts):
-                counts = counts[counts.index.get_level_values("station") != ""]
-            if not len(counts):
-                continue
-            share = counts["rejected"].fillna(0.0)
-            flags = [flag for flag in counts.columns if flag in ("used", "withheld") or flag in REJECTIONS]
-            checked = counts[flags].sum(axis=1)
-            rejected = (share * checked).round()
-            p = binom.sf(rejected.to_numpy() - 1, checked.to_numpy(), MANY_REJECTIONS)
-            reasons = counts[[flag for flag in flags if flag in REJECTIONS]]
-            table = pandas.DataFrame({"share": share, "p": p, "rejected": rejected, "checked": checked})
-            table["reason"] = reasons.idxmax(axis=1) if reasons.shape[1] else ""
-            table.index = pandas.MultiIndex.from_tuples([(by[1], *key) for key in table.index])
-            tables.append(table)
-        if not tables:
-            return
-        table = pandas.concat(tables)
-        named = set()
-        for key, row, threshold in self._significant(table, "p", table["share"] > MANY_REJECTIONS):
-            column, name, value = key
-            # A station that is named does not need its type named again, nor the other way round.
+        types = _rejected(self.feedback.counts(["name", "type"]), "type")
+        stations = _rejected(self.feedback.counts(["name", "station"]), "station")
+        stations = stations[stations.index.get_level_values("value") != ""]
+        usual = types.groupby("name")[["rejected", "checked"]].sum()
+        usual = (usual["rejected"] / usual["checked"]).rename("usual")
+        # A station stands out from its variable, whose rejections are a finding by themselves.
+        table = pandas.concat([types.assign(usual=0.0), stations.join(usual, on="name")])
+        table["usual"] = table["usual"].clip(lower=MANY_REJECTIONS)
+        table["share"] = table["rejected"] / table["checked"]
+        table["p"] = binom.sf(table["rejected"] - 1, table["checked"], table["usual"])
+        for (name, column, value), row, threshold in self._significant(table, "p", table["share"] > table["usual"]):
             group = {"name": name, column: value}
-            label = f"station {value} ({name})" if column == "station" else self._named(group)
-            text = f"{row['share']:.0%} of {label} rejected ({row['rejected']:.0f} rows, most {row['reason']})"
-            if column == "type":
-                named.add(name)
-            elif name in named and row["share"] < 0.5:
-                continue
+            subject = f"{name} of station {value}" if column == "station" else self._named(group)
+            rows = f"{row['rejected']:.0f} of {row['checked']:.0f} rows, most of them {row['reason']}"
+            text = f"{share(row['share'])} of {subject} are rejected: {rows}"
             yield Finding(
-                FindingKind.REJECTIONS, group, text, row["share"], float("nan"), MANY_REJECTIONS, row["p"], threshold
+                FindingKind.REJECTIONS,
+                group,
+                subject,
+                text,
+                row["share"],
+                float("nan"),
+                row["usual"],
+                row["p"],
+                threshold,
             )
 
     def _withheld(self) -> Iterator[Finding]:
-        table = self._long_enough(self.feedback.scores())
-        for key, row, threshold in self._significant(table, "analysis_ratio_p", _is_wrong(table["analysis_ratio"])):
+        table = self._long_enough(self._rest.scores())
+        wrong = (table["analysis_ratio"] > WRONG_RATIO) | (table["analysis_ratio"] < 1.0 / WRONG_RATIO)
+        for key, row, threshold in self._significant(table, "analysis_ratio_p", wrong):
             sure = row["analysis_ratio"] > 1
-            words = "too sure" if sure else "too wide"
-            value = _pm(row["analysis_ratio"], row["analysis_ratio_se"])
-            text = f"the analysis of {key} is {words} at withheld observations: (O - A)^2 / (P + R) = {value}"
             kind = FindingKind.ANALYSIS_TOO_SURE if sure else FindingKind.ANALYSIS_TOO_WIDE
+            value = plus_minus(row["analysis_ratio"], row["analysis_ratio_se"])
+            text = f"{kind} for {key}: (O - A)^2 / (P + R) of withheld rows is {value}"
             numbers = (row["analysis_ratio"], row["analysis_ratio_se"], 1.0, row["analysis_ratio_p"])
-            yield Finding(kind, {"name": key}, text, *numbers, threshold)
+            yield Finding(kind, {"name": key}, str(key), text, *numbers, threshold)
 
     def _ranks(self) -> Iterator[Finding]:
-        table = self.feedback.pit_flatness(())
+        table = self._rest.pit_flatness(())
         for _, row, threshold in self._significant(table, "p_value", np.ones(len(table), bool)):
-            text = f"ranks of observations are not flat: χ² = {row['chi_square']:.0f} for 9 degrees of freedom"
-            yield Finding(FindingKind.RANKS, {}, text, row["chi_square"], float("nan"), 9.0, row["p_value"], threshold)
+            text = f"ranks of observations are not flat: chi-square is {row['chi_square']:.0f}, and 9 is expected"
+            numbers = (row["chi_square"], float("nan"), 9.0, row["p_value"])
+            yield Finding(FindingKind.RANKS, {}, "", text, *numbers, threshold)
 
     def _long_enough(self, table: pandas.DataFrame) -> pandas.DataFrame:
         """Groups that were observed in enough cycles."""
@@ -357,32 +365,63 @@ class Findings(Sequence[Finding]):
         return f"{text} ({group['type']})" if group.get("type") and kinds > 1 else text
 
 
-def _is_wrong(ratio: Any) -> Any:
-    return (ratio > WRONG_RATIO) | (ratio < 1.0 / WRONG_RATIO)
+def _is_wrong(table: pandas.DataFrame) -> Any:
+    """Whether the ratio of a group matters. A bias is a finding of its own, and adds its square to a ratio."""
+    return (table["ratio"] - table["bias"] ** 2 > WRONG_RATIO) | (table["ratio"] < 1.0 / WRONG_RATIO)
 
 
-def _blamed(row: pandas.Series, large: bool) -> str:
+def _blamed(row: pandas.Series) -> str:
     """Which of P and R Desroziers' estimates blame: the one that is farther off, if they differ beyond chance."""
     from scipy.stats import t
 
     difference, se = row["difference"], row["difference_se"]
+    # Where observations have no neighbors, both ratios are the same but for rounding.
+    if not abs(difference) > 0.1 * abs(row["observation_ratio"] + row["background_ratio"]) / 2.0:
+        return "sum"
     if not se > 0 or 2.0 * t.sf(abs(difference) / se, row["cycles"] - 1) > 0.01:
         return "sum"
-    return "observation" if (difference > 0) == large else "background"
+    return "observation" if (difference > 0) == (row["ratio"] > 1) else "background"
 
 
-def _pm(value: float, error: float) -> str:
-    """A number with its standard error, in as many digits as the error allows."""
-    if not np.isfinite(error) or error <= 0:
-        return f"{value:.3g}"
-    digits = int(np.clip(1 - np.floor(np.log10(error)), 0, 6))
-    return f"{value:.{digits}f} ± {error:.{digits}f}"
+def _rejected(counts: pandas.DataFrame, column: str) -> pandas.DataFrame:
+    """Rejected and checked rows of each name and `value` of a column, and the flag that most of them have."""
+    import pandas
 
-
-def _listed(texts: Sequence[str], most: int = 4) -> str:
-    more = len(texts) - most
-    return "; ".join(texts[:most]) + (f"; and {more} more" if more > 0 else "")
+    rejections = [flag for flag in counts.columns if flag in REJECTIONS]
+    kept = [flag for flag in counts.columns if flag in ("used", "withheld")]
+    table = pandas.DataFrame({"rejected": counts[rejections].sum(axis=1).astype(float)}, index=counts.index)
+    table["checked"] = table["rejected"] + counts[kept].sum(axis=1).astype(float)
+    table["reason"] = counts[rejections].idxmax(axis=1) if rejections and len(counts) else ""
+    names, values = (counts.index.get_level_values(i) for i in (0, 1))
+    table.index = pandas.MultiIndex.from_arrays(
+        [names, [column] * len(names), values], names=["name", "column", "value"]
+    )
+    return table[table["checked"] > 0]
 
 
 def _capital(text: str) -> str:
     return text[:1].upper() + text[1:]
+
+
+_BY = ["name", "level", "type"]
+
+_KINDS = {
+    ("observation", True): FindingKind.ERROR_TOO_SMALL,
+    ("observation", False): FindingKind.ERROR_TOO_LARGE,
+    ("background", True): FindingKind.SPREAD_TOO_SMALL,
+    ("background", False): FindingKind.SPREAD_TOO_LARGE,
+    ("sum", True): FindingKind.SUM_TOO_SMALL,
+    ("sum", False): FindingKind.SUM_TOO_LARGE,
+}
+
+# What stands before the subjects of findings of a kind in the first line.
+_PHRASES = {
+    **{kind: f"{kind} for" for kind in _KINDS.values()},
+    FindingKind.BIAS: "bias of",
+    FindingKind.ANALYSIS_TOO_SURE: "analysis too sure for",
+    FindingKind.ANALYSIS_TOO_WIDE: "analysis's spread too large for",
+    FindingKind.STATION_BIAS: "biased station",
+    FindingKind.STATION_NOISE: "noisy station",
+    FindingKind.REJECTIONS: "many rejections of",
+    FindingKind.RANKS: "ranks not flat",
+}
