@@ -155,11 +155,9 @@ class Findings(Sequence[Finding]):
                 self._rest = self.feedback.where([pair not in faulty for pair in pairs])
             sizes, groups = list(self._sizes()), list(self._biases())
             # A few faulty groups do not make the whole faulty; if most are, their fault is that of the whole.
-            if 2 * len(sizes) <= self._groups:
-                texts = {str(tuple(one.group.values())) for one in sizes}
-                keys = (str(key) for key in self._rest.rows[_BY].itertuples(index=False, name=None))
-                if texts:
-                    self._rest = self._rest.where([key not in texts for key in keys])
+            if 0 < 2 * len(sizes) <= self._groups:
+                named = [one.group for one in sizes]
+                self._rest = self._rest.where(~np.logical_or.reduce([_is_of(self._rest.rows, one) for one in named]))
             overall, groups = list(self._overall()), [*sizes, *groups]
             ranks = [] if overall or groups else list(self._ranks())
             found = [*overall, *groups, *self._withheld(), *stations, *found, *ranks]
@@ -368,6 +366,12 @@ class Findings(Sequence[Finding]):
 def _is_wrong(table: pandas.DataFrame) -> Any:
     """Whether the ratio of a group matters. A bias is a finding of its own, and adds its square to a ratio."""
     return (table["ratio"] - table["bias"] ** 2 > WRONG_RATIO) | (table["ratio"] < 1.0 / WRONG_RATIO)
+
+
+def _is_of(rows: pandas.DataFrame, group: Mapping[str, Any]) -> np.ndarray:
+    """Rows of a group; a level may be missing."""
+    same_level = (rows["level"] == group["level"]) | (rows["level"].isna() & np.isnan(group["level"]))
+    return (same_level & (rows["name"] == group["name"]) & (rows["type"] == group["type"])).to_numpy()
 
 
 def _blamed(row: pandas.Series) -> str:
