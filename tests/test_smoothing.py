@@ -148,6 +148,7 @@ def test_draws_are_the_lines_that_the_filter_moved_along(algorithm):
     assert np.all(counts[:, 0] < 32)
 
 
+@pytest.mark.slow  # test_ensemble_smoother.py has the sentence of other lags
 def test_an_ensemble_kalman_filter_has_no_genealogy():
     particle_filter = ndda.Filter(ndda.EnKF(program_with_increments), num_particles=8, progress_bar=False)
     particle_filter.run(jax.random.key(0), jnp.zeros((2, 2)))
