@@ -1,15 +1,17 @@
-"""Seconds of a bootstrap filter: this library, cuthbert, and a bare loop, side by side.
+"""Seconds of a bootstrap filter: this library, cuthbert, particles where it is installed, and a bare loop.
 
 The model is linear and Gaussian, d values, all observed. Each row is the median over repeats of a whole run after the
 first one, so nothing is compiled. `Filter.run` traces the program anew each time, checks it, and returns a result with
-particles, weights, predictive draws and diagnostics. cuthbert's `filter` returns particles and weights. The bare loop
-is a `lax.scan` of three lines that keeps the particles: no filter can be faster by much.
+particles, weights, predictive draws and diagnostics. cuthbert's `filter` returns particles and weights. The package
+`particles` keeps its history; it has a column if it is installed. The bare loop is a `lax.scan` of three lines that
+keeps the particles: no filter can be faster by much.
 
     python examples/benchmarks/throughput.py
 """
 
 from __future__ import annotations
 
+import importlib.util
 import itertools
 import time
 from collections.abc import Callable
@@ -73,6 +75,39 @@ def of_cuthbert(n: int, y: np.ndarray) -> Callable[[int], Any]:
     return lambda seed: jax.block_until_ready(run(jax.random.key(seed)))
 
 
+def of_particles(n: int, y: np.ndarray) -> Callable[[int], Any]:
+    """Whole run of the package `particles` with its history of particles, for a seed."""
+    import particles
+    from particles import distributions, state_space_models
+
+    def law(mean: np.ndarray, spread: float) -> Any:
+        if y.shape[1] == 1:
+            return distributions.Normal(loc=mean, scale=spread)
+        columns = np.atleast_2d(mean).T
+        return distributions.IndepProd(*[distributions.Normal(loc=column, scale=spread) for column in columns])
+
+    class LinearGaussian(state_space_models.StateSpaceModel):
+        def PX0(self) -> Any:  # noqa: N802 (names of the package)
+            return law(np.zeros((1, y.shape[1])) if y.shape[1] > 1 else np.zeros(()), SPREAD)
+
+        def PX(self, t: int, xp: np.ndarray) -> Any:  # noqa: N802
+            return law(DECAY * xp, SPREAD)
+
+        def PY(self, t: int, xp: np.ndarray, x: np.ndarray) -> Any:  # noqa: N802
+            return law(x, ERROR)
+
+    data = list(y if y.shape[1] > 1 else y[:, 0])
+    model = state_space_models.Bootstrap(ssm=LinearGaussian(), data=data)
+
+    def filtered(seed: int) -> Any:
+        np.random.seed(seed)  # noqa: NPY002 (the package draws from NumPy's global generator)
+        run = particles.SMC(fk=model, N=n, resampling="systematic", store_history=True)
+        run.run()
+        return run.hist.X
+
+    return filtered
+
+
 def of_a_bare_loop(n: int, y: np.ndarray) -> Callable[[int], Any]:
     """Compiled loop that resamples, moves and weighs, for a seed."""
     from blackjax.smc.resampling import systematic
@@ -92,7 +127,9 @@ def of_a_bare_loop(n: int, y: np.ndarray) -> Callable[[int], Any]:
     return lambda seed: np.asarray(run(jax.random.key(seed)))
 
 
-RUNS = {"this library": of_this_library, "cuthbert": of_cuthbert, "bare lax.scan": of_a_bare_loop}
+RUNS = {"this library": of_this_library, "cuthbert": of_cuthbert, "bare loop": of_a_bare_loop}
+if importlib.util.find_spec("particles") is not None:
+    RUNS["particles"] = of_particles
 
 
 def measure(n: int, d: int, steps: int, repeats: int) -> dict[str, float]:
@@ -128,9 +165,9 @@ def main(
     rows = []
     for d, n, length in itertools.product(dims or [1, 20], particles or [1000], steps or [100, 1000]):
         found = measure(n, d, length, repeats)
-        ours, theirs, bare = found.values()
+        ours = found["this library"]
         seconds = {f"{name}, s": value for name, value in found.items()}
-        ratios = {"over cuthbert": ours / theirs, "over the bare loop": ours / bare}
+        ratios = {f"over {name}": ours / value for name, value in found.items() if name != "this library"}
         rows.append({"d": d, "N": n, "steps": length, **seconds, **ratios})
     print_table(Console(), f"bootstrap filters, medians of {repeats} runs", rows)
     write_json(out, {"repeats": repeats}, rows=rows)
