@@ -131,7 +131,10 @@ def _of_truth(run: Run, against: pathlib.Path, prior: EmulatorPrior | None) -> l
                 )
             parts = []
             for i in common:
-                states = read_states(truth, layout, valid[i : i + 1], fill=fill)
+                try:
+                    states = read_states(truth, layout, valid[i : i + 1], fill=fill)
+                except ValueError as error:
+                    raise ValueError(f"'{against}': {error}") from None
                 parts.append(_scores(layout, members.isel({dim: i}), states[0]))
             if what == "analysis":
                 found += _rows(layout, parts, what, 0.0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import warnings
 from collections.abc import Iterator
@@ -107,10 +108,16 @@ def verify(
     console = Console()
     with _in_sentences(console):
         scores = ndda.assimilation.verify(folder, against=against)
-        table = Table(*map(str, scores.columns), header_style="bold")
-        for row in scores.itertuples(index=False):
-            table.add_row(*(f"{cell:.4g}" if isinstance(cell, float) else str(cell) for cell in row))
-        console.print(table)
+        for against_what, some in scores.groupby("against", sort=False):
+            table = Table(
+                "", "variable", "hours", "n", "RMSE", "spread", "ratio", "CRPS", title=f"against {against_what}"
+            )
+            for row in some.itertuples(index=False):
+                level = "" if math.isnan(row.level) else f" {row.level:g} hPa"
+                numbers = (f"{score:.3g}" for score in (row.rmse, row.spread, row.spread_skill, row.crps))
+                name = f"{row.variable}{level} [{row.unit}]"
+                table.add_row(row.what, escape(name), f"{row.lead_hours:g}", str(row.count), *numbers)
+            console.print(table)
         console.print(f"Wrote {escape(str(folder / 'verification.csv'))}.", soft_wrap=True)
 
 
