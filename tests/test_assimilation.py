@@ -288,10 +288,14 @@ def test_a_run_from_a_table_to_a_forecast(tmp_path):
     np.testing.assert_allclose(of_members.std(), 2.0, rtol=0.15)
     assert abs(of_members.mean()) < 0.5
 
-    truth = mean.assign_coords(time=mean["time"])
-    truth.to_netcdf(tmp_path / "truth.nc", engine="h5netcdf")
+    later = made.mean("number").isel(time=0, drop=True).rename(prediction_timedelta="time")
+    later = later.assign_coords(time=made["time"].values + later["time"].values).isel(time=slice(1))
+    xarray.concat([mean, later], "time").to_netcdf(tmp_path / "truth.nc", engine="h5netcdf")
     scores = verify(run.folder, against=tmp_path / "truth.nc", prior=prior)
-    of_truth = scores[scores["against"] == "truth"].set_index("variable")
+    of_forecast = scores[scores["what"] == "forecast"]
+    assert of_forecast["lead_hours"].tolist() == [6.0, 6.0]
+    assert (of_forecast["rmse"] < 1e-3).all()
+    of_truth = scores[(scores["against"] == "truth") & (scores["what"] == "analysis")].set_index("variable")
     assert (of_truth["rmse"] < 1e-4).all()
     expected = np.sqrt(7 / 6 * (spread["2m_temperature"] ** 2).weighted(area).mean())
     np.testing.assert_allclose(of_truth.loc["2m_temperature", "spread"], expected, rtol=1e-4)

@@ -99,7 +99,7 @@ def forecast(
 def verify(
     folder: Folder,
     against: Annotated[
-        Path | None, typer.Option(help="NetCDF file or Zarr group with the truth or a reanalysis, on any finer grid.")
+        Path | None, typer.Option(help="NetCDF file or Zarr group with the truth, on a grid with the prior's points.")
     ] = None,
 ) -> None:
     """Score the analyses of a run, and its forecast, against a gridded truth and against withheld rows."""
@@ -109,14 +109,15 @@ def verify(
     with _in_sentences(console):
         scores = ndda.assimilation.verify(folder, against=against)
         for against_what, some in scores.groupby("against", sort=False):
-            table = Table(
-                "", "variable", "hours", "n", "RMSE", "spread", "ratio", "CRPS", title=f"against {against_what}"
-            )
+            has_leads = bool(some["lead_hours"].any())
+            heads = ("", "variable", *["hours"][:has_leads], "n", "RMSE", "spread", "ratio", "CRPS")
+            table = Table(*heads, title=f"against {against_what}")
             for row in some.itertuples(index=False):
                 level = "" if math.isnan(row.level) else f" {row.level:g} hPa"
                 numbers = (f"{score:.3g}" for score in (row.rmse, row.spread, row.spread_skill, row.crps))
                 name = f"{row.variable}{level} [{row.unit}]"
-                table.add_row(row.what, escape(name), f"{row.lead_hours:g}", str(row.count), *numbers)
+                lead = [f"{row.lead_hours:g}"][:has_leads]
+                table.add_row(row.what, escape(name), *lead, str(row.count), *numbers)
             console.print(table)
         console.print(f"Wrote {escape(str(folder / 'verification.csv'))}.", soft_wrap=True)
 
