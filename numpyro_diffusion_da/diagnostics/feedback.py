@@ -437,6 +437,7 @@ class Feedback:
         frame = frame.join(of_ratio[["ratio", "ratio_se", "p_value", "bias", "bias_se"]])
         first = at_stations.rows.groupby(by)[["unit", "type"]].first()
         frame = first.join(frame, how="left")
+        frame = frame.fillna({"count": 0, "cycles": 0}).astype({"count": int, "cycles": int})
         frame["others"] = frame.groupby("name")["bias"].transform("median")
         frame = frame.join(at_stations.counts(by)["rejected"])
         order = ((frame["bias"] - frame["others"]) / frame["bias_se"]).abs()

@@ -336,8 +336,15 @@ def spectra(series: Mapping[str, Any], title: str, unit: str) -> Panel:
         styles = ((BLUE, "--"), (ORANGE, "-"), (GREEN, ":"))
         for (name, power), (color, style) in zip(series.items(), styles, strict=False):
             axes.plot(np.arange(1, len(power) + 1), power, color=color, ls=style, label=name)
+        top = max(float(np.max(power)) for power in series.values())
         axes.set_xscale("log")
         axes.set_yscale("log")
+        if top > 0:
+            axes.set_ylim(1e-7 * top, 3.0 * top)
+        for axis in (axes.xaxis, axes.yaxis):
+            # The default labels of a logarithmic axis are TeX, which is off because names may hold a dollar.
+            axis.set_major_formatter("{x:g}")
+            axis.set_minor_formatter("")
         axes.set(title=title, xlabel="zonal wavenumber", ylabel=f"power ({unit})²" if unit else "power")
         _legend(axes)
 

@@ -116,9 +116,10 @@ class Findings(Sequence[Finding]):
     The families: the mean of $(O - B)^2 / (P + R)$ of all rows; the same by name, level and type, where Desroziers'
     estimates tell which of P and R is to blame, if they differ by more than their sampling error; the mean of O - B by
     name, level and type; the mean of each station (against 0, and against the median of stations that observe the same,
-    the larger of both p-values) and its ratio; the share of rejections by name and type, and by station (a binomial
-    test against `MANY_REJECTIONS`, far above the share that a check rejects of right observations); the mean of
-    $(O - A)^2 / (P_A + R)$ of withheld rows by name; and the flatness of the ranks of all rows.
+    the larger of both p-values; its standard error is at least the usual one of these stations) and its ratio; the
+    share of rejections by name and type, and by station (a binomial test against `MANY_REJECTIONS`, far above the share
+    that a check rejects of right observations); the mean of $(O - A)^2 / (P_A + R)$ of withheld rows by name; and the
+    flatness of the ranks of all rows.
 
     Args:
         feedback: a `ndda.diagnostics.Feedback`, or a frame for one.
@@ -261,8 +262,9 @@ class Findings(Sequence[Finding]):
             table[table["count"].gt(0).groupby(table.index.get_level_values(0)).transform("sum") > 2]
         )
         off = np.minimum(table["bias"].abs(), (table["bias"] - table["others"]).abs())
+        se, freedom = _pooled(table)
         with np.errstate(divide="ignore", invalid="ignore"):
-            p_bias = 2.0 * t.sf((off / table["bias_se"]).to_numpy(float), table["cycles"].to_numpy(float) - 1)
+            p_bias = 2.0 * t.sf((off / se).to_numpy(float), freedom.to_numpy(float))
         usual = table.groupby("name")["ratio"].transform("median").clip(lower=1.0)
         # A bias is no noise.
         noisy = table["ratio"] - table["bias"] ** 2 > NOISY_STATION * usual
@@ -366,6 +368,21 @@ class Findings(Sequence[Finding]):
 def _is_wrong(table: pandas.DataFrame) -> Any:
     """Whether the ratio of a group matters. A bias is a finding of its own, and adds its square to a ratio."""
     return (table["ratio"] - table["bias"] ** 2 > WRONG_RATIO) | (table["ratio"] < 1.0 / WRONG_RATIO)
+
+
+def _pooled(table: pandas.DataFrame) -> tuple[pandas.Series, pandas.Series]:
+    """Standard error of the bias of each station, at least the usual one, and its degrees of freedom.
+
+    The usual one is the median over the stations of a variable, which many cycles stand behind. A station whose own is
+    more than 1.5 times as large is another kind of station, and is judged by its own cycles alone.
+    """
+    each = table["bias_se"] * np.sqrt(table["cycles"])
+    usual = each.groupby(table.index.get_level_values("name")).transform("median") / np.sqrt(table["cycles"])
+    own = table["cycles"] - 1.0
+    freedom = own.where(
+        table["bias_se"] > 1.5 * usual, own.groupby(own.index.get_level_values("name")).transform("sum")
+    )
+    return np.maximum(table["bias_se"], usual), freedom
 
 
 def _is_of(rows: pandas.DataFrame, group: Mapping[str, Any]) -> np.ndarray:

@@ -59,9 +59,13 @@ def read_spectra(folder: Path, *, times: int = 8, members: int = 8) -> list[Spec
     fields = {}
     for name, store in (("background", "background.zarr"), ("analysis", "analysis.zarr")):
         if (folder / store).is_dir():
-            fields[f"{name} members"] = xarray.open_zarr(folder / store, group="members", chunks=None)
+            fields[f"{name} members"] = xarray.open_zarr(
+                folder / store, group="members", chunks=None, consolidated=False
+            )
             if name == "analysis":
-                fields["analysis mean"] = xarray.open_zarr(folder / store, group="mean", chunks=None)
+                fields["analysis mean"] = xarray.open_zarr(
+                    folder / store, group="mean", chunks=None, consolidated=False
+                )
     if "analysis members" not in fields:
         return []
     found = []

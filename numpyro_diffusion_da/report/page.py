@@ -383,7 +383,7 @@ def _stations(feedback: Feedback) -> list[Table]:
             name,
             row["type"],
             f"{row['count']:.0f}",
-            f"{plus_minus(row['mean'], row['mean_se'])} {row['unit']}".rstrip(),
+            f"{plus_minus(row['mean'], row['mean_se'])} {row['unit']}".rstrip() if row["count"] else number(np.nan),
             plus_minus(row["bias"], row["bias_se"]),
             number(row["others"]),
             plus_minus(row["ratio"], row["ratio_se"]),

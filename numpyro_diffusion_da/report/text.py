@@ -31,7 +31,7 @@ def share(value: float) -> str:
     """A share in percent; a dash if there is none."""
     if not np.isfinite(value):
         return "\N{EN DASH}"
-    return "0 %" if value == 0 else ("< 0.1 %" if value < 0.001 else f"{100 * value:.3g} %")
+    return "0 %" if value == 0 else ("< 0.1 %" if 0 < value < 0.001 else f"{100 * value:.3g} %")
 
 
 def probability(value: float) -> str:
