@@ -23,6 +23,7 @@ from numpyro_diffusion_da.assimilation import (
     Emulator,
     RunConfig,
     assimilate,
+    bias_of,
     first_guess,
     forecast,
     prepare,
@@ -141,8 +142,8 @@ def configuration(tmp_path, **tables):
     table_of().to_csv(tmp_path / "a.csv", index=False)
     return RunConfig(
         times={"start": "2026-01-01T00", "end": "2026-01-01T12", "step": "6h"},
-        observations={"files": tmp_path / "a.csv", "window": "2h"},
         **{
+            "observations": {"files": tmp_path / "a.csv", "window": "2h"},
             "errors": {"2m_temperature": 1.0, "surface_pressure": 1.0},
             "quality": {"withheld": ["S3", "S4"], "bounds": False},
             "filter": {"method": "enkf", "particles": 6, "taper_km": 3000},
@@ -204,37 +205,66 @@ def states_of(members, times):
     return ndda.fields.to_dataset(values, LAYOUT, {"number": np.arange(members), "time": times})
 
 
-def test_first_guesses(tmp_path):
-    """States of a file one step before the start: an ensemble's mean and covariance, frames with anomalies."""
+def guess_of(tmp_path, prior, **settings):
+    config = configuration(tmp_path, first_guess={"file": tmp_path / "b.nc", **settings})
+    return first_guess(config.first_guess, Emulator.of(config, prior), np.datetime64("2026-01-01T00:00:00"))
+
+
+def test_first_guesses_that_a_file_does_not_have(tmp_path):
     prior, path = prior_of(), tmp_path / "b.nc"
     states_of(5, ["2025-12-31T12", "2025-12-31T18"]).to_netcdf(path, engine="h5netcdf")
+    mean = guess_of(tmp_path, prior, kind="ensemble").mean  # members count from 0 to 4, times by 10
+    np.testing.assert_allclose(mean, np.broadcast_to(MEAN + 12.0, LAYOUT.shape))
+    with pytest.raises(ValueError, match=r"b.nc' has several members; give kind = \"ensemble\""):
+        guess_of(tmp_path, prior, kind="frames")
+    states_of(1, ["2026-01-01T00"]).isel(number=0).to_netcdf(path, engine="h5netcdf")
+    with pytest.raises(ValueError, match=r"no state at 2025-12-31T18:00:00.* or start at 2026-01-01T06:00:00"):
+        guess_of(tmp_path, prior, kind="frames")
 
-    def guess(prior=prior, **settings):
-        config = configuration(tmp_path, first_guess={"file": path, **settings})
-        return first_guess(config.first_guess, Emulator.of(config, prior), np.datetime64("2026-01-01T00:00:00"))
 
-    for smoothing in (0.0, 0.5):
-        ensemble = guess(kind="ensemble", smoothing=smoothing)
+@pytest.mark.slow
+def test_draws_of_first_guesses(tmp_path):
+    """Draws have an ensemble's mean and covariance; frames have anomalies of the climate added."""
+    prior, path = prior_of(), tmp_path / "b.nc"
+    states_of(5, ["2025-12-31T12", "2025-12-31T18"]).to_netcdf(path, engine="h5netcdf")
+    for smoothing in (0.0, 0.5, 1.0):
+        ensemble = guess_of(tmp_path, prior, kind="ensemble", smoothing=smoothing)
         draws = ensemble.sample(jax.random.key(0), (4000,))[:, 0, 0, 0] - MEAN[0] - 10.0
         np.testing.assert_allclose(draws.mean(), 2.0, atol=0.1)  # members 0 to 4 have the mean 2 and the variance 2
         np.testing.assert_allclose(draws.var(), 2.0, atol=0.15)
         assert (np.unique(np.round(draws, 3)).size == 5) == (smoothing == 0.0)
-    with pytest.raises(ValueError, match=r"b.nc' has several members; give kind = \"ensemble\""):
-        guess(kind="frames")
     states_of(1, ["2025-12-31T12", "2025-12-31T18"]).isel(number=0).to_netcdf(path, engine="h5netcdf")
-    frames = guess(kind="frames", spread=0.5)
+    frames = guess_of(tmp_path, prior, kind="frames", spread=0.5)
     draws = np.asarray(jax.vmap(frames.sample)(jax.random.split(jax.random.key(0), 200)))
     np.testing.assert_allclose(draws.mean((0, 1, 2)), MEAN + 10.0, atol=0.1)
     np.testing.assert_allclose(draws.std((0, 1, 2)), 2.0, rtol=0.05)
-    pairs = guess(prior=prior_of(2), kind="frames").sample(jax.random.key(0))
-    np.testing.assert_array_equal(
-        pairs, np.broadcast_to(MEAN + 10.0 * np.arange(2)[:, None, None, None], (2, *LAYOUT.shape))
-    )
+    pairs = guess_of(tmp_path, prior_of(2), kind="frames").sample(jax.random.key(0))
+    both = np.broadcast_to(MEAN + 10.0 * np.arange(2)[:, None, None, None], (2, *LAYOUT.shape))
+    np.testing.assert_array_equal(pairs, both)
     with pytest.raises(ValueError, match=r"b.nc' has no members: none of the dimensions number, realization"):
-        guess(kind="ensemble")
-    states_of(1, ["2026-01-01T00"]).isel(number=0).to_netcdf(path, engine="h5netcdf")
-    with pytest.raises(ValueError, match=r"no state at 2025-12-31T18:00:00.* or start at 2026-01-01T06:00:00"):
-        guess(kind="frames")
+        guess_of(tmp_path, prior, kind="ensemble")
+
+
+def test_biases_of_an_earlier_run_are_removed(tmp_path):
+    """Station S5 is 2 too high in a first run: most of it is known at the last step, nothing at the first."""
+    config, prior = configuration(tmp_path), prior_of()
+    rows = prepare(config, prior=prior).placed.rows
+    off = np.where(rows["station"] == "S5", 2.0, 0.0)
+    rows = rows.assign(background=rows["value"] - off, background_spread=0.1)
+    first = tmp_path / "first"
+    first.mkdir()
+    with pytest.raises(ValueError, match="first' holds no finished run; give the folder of one"):
+        bias_of(first, ("station",))
+    (first / "run.json").write_text(json.dumps({"times": ["2026-01-01T00", "2026-01-01T06", "2026-01-01T12"]}))
+    rows.to_parquet(first / "feedback.parquet")
+    with pytest.raises(ValueError, match=r"bias_by names 'satellite', but the rows of .*first' have no such column"):
+        bias_of(first, ("satellite",))
+    given = {"files": tmp_path / "a.csv", "window": "2h", "bias_from": first}
+    second = prepare(configuration(tmp_path, observations=given), prior=prior).placed.rows
+    removed = second[second["station"] == "S5"].groupby("cycle")["bias_removed"].mean()
+    assert removed[0] == 0.0
+    assert 0.8 < removed[1] < removed[2] < 2.0
+    assert (second.loc[second["station"] == "S6", "bias_removed"].abs() < 0.1).all()
 
 
 @pytest.mark.slow

@@ -15,7 +15,7 @@ from numpyro_diffusion_da.assimilation.emulator import Emulator, open_prior
 from numpyro_diffusion_da.assimilation.forecasting import forecast
 from numpyro_diffusion_da.assimilation.guesses import EnsembleGuess, FrameGuess, first_guess
 from numpyro_diffusion_da.assimilation.outputs import feedback_of
-from numpyro_diffusion_da.assimilation.placing import checks_of, place_observations
+from numpyro_diffusion_da.assimilation.placing import bias_of, checks_of, place_observations
 from numpyro_diffusion_da.assimilation.prepared import PreparedRun, prepare
 from numpyro_diffusion_da.assimilation.program import assimilation_program, filter_of
 from numpyro_diffusion_da.assimilation.run import Run, assimilate, claim_folder, is_finished, run_prepared
@@ -38,6 +38,7 @@ __all__ = [
     "TimeSettings",
     "assimilate",
     "assimilation_program",
+    "bias_of",
     "checks_of",
     "claim_folder",
     "feedback_of",

@@ -152,6 +152,10 @@ class ObservationSettings(Settings):
         default={}, description="names of variables in the files = names of the prior's; false leaves one out"
     )
     units: dict[Text, Text] = Field(default={}, description="units of variables whose rows have none")
+    bias_from: Path | None = Field(
+        default=None, description="folder of an earlier run whose departures give the biases of instruments to remove"
+    )
+    bias_by: tuple[Text, ...] = Field(default=("station",), description="columns that tell instruments apart")
     missing_codes: tuple[float, ...] | None = Field(default=None, description="numbers that mean a missing value")
 
     @pydantic.field_validator("files", mode="before")

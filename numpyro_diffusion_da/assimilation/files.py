@@ -8,6 +8,9 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+FACTS, FEEDBACK = "run.json", "feedback.parquet"
+"""Names in the folder of a run that other runs read."""
+
 
 def replace_text(path: pathlib.Path, text: str) -> None:
     """Write a text file under another name, and rename it.

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 
 from numpyro_diffusion_da.assimilation.emulator import Emulator
-from numpyro_diffusion_da.assimilation.files import replacing
+from numpyro_diffusion_da.assimilation.files import FEEDBACK, replacing
 from numpyro_diffusion_da.assimilation.prepared import PreparedRun
 from numpyro_diffusion_da.assimilation.program import OBSERVATION, PREVIOUS
 from numpyro_diffusion_da.diagnostics.verification import area_weights, crps
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     import pandas
     import xarray
 
-ANALYSIS, BACKGROUND, FEEDBACK, CYCLES = "analysis.zarr", "background.zarr", "feedback.parquet", "cycles.csv"
+ANALYSIS, BACKGROUND, CYCLES = "analysis.zarr", "background.zarr", "cycles.csv"
 """Names in the folder of a run."""
 
 BATCH_BYTES = 2**27

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
+import pathlib
 from typing import Any
 
 import numpy as np
 
 from numpyro_diffusion_da.assimilation.config import QualitySettings, RunConfig
 from numpyro_diffusion_da.assimilation.emulator import Emulator
+from numpyro_diffusion_da.assimilation.files import FACTS, FEEDBACK
 from numpyro_diffusion_da.assimilation.guesses import open_dataset
 from numpyro_diffusion_da.fields.datasets import static_field
+from numpyro_diffusion_da.observation.tables.bias import InstrumentBias
 from numpyro_diffusion_da.observation.tables.checks import (
     Blacklist,
     Bounds,
@@ -56,7 +60,30 @@ def place_observations(
         window=given.window,
         errors=errors_of(config) or None,
         quality=checks_of(config.quality, config, emulator.prior),
+        bias=None if given.bias_from is None else bias_of(given.bias_from, given.bias_by),
     )
+
+
+def bias_of(folder: pathlib.Path, by: tuple[str, ...]) -> InstrumentBias:
+    """Biases of instruments from the departures of an earlier run.
+
+    Args:
+        folder: folder of the run.
+        by: columns that tell instruments apart.
+
+    Raises:
+        ValueError: the folder holds no finished run, or its rows have no such column.
+    """
+    import pandas
+
+    if not (folder / FACTS).is_file():
+        raise ValueError(f"observations.bias_from '{folder}' holds no finished run; give the folder of one.")
+    times = json.loads((folder / FACTS).read_text())["times"]
+    rows = pandas.read_parquet(folder / FEEDBACK)
+    if missing := [name for name in by if name not in rows]:
+        raise ValueError(f"observations.bias_by names {missing[0]!r}, but the rows of '{folder}' have no such column.")
+    rows["background_variance"] = rows["background_spread"] ** 2
+    return InstrumentBias.estimate(rows, times, by)
 
 
 def errors_of(config: RunConfig) -> dict[Any, float]:

@@ -14,15 +14,15 @@ import jax
 import numpy as np
 
 from numpyro_diffusion_da.assimilation.config import RunConfig
-from numpyro_diffusion_da.assimilation.files import replace_text
-from numpyro_diffusion_da.assimilation.outputs import ANALYSIS, FEEDBACK, write_outputs
+from numpyro_diffusion_da.assimilation.files import FACTS, FEEDBACK, replace_text
+from numpyro_diffusion_da.assimilation.outputs import ANALYSIS, write_outputs
 from numpyro_diffusion_da.assimilation.prepared import STORE, PreparedRun, prepare
 from numpyro_diffusion_da.diffusion.prior import EmulatorPrior
 from numpyro_diffusion_da.inference.identity import versions
 from numpyro_diffusion_da.observation.tables.table import ObservationTable
 
-CONFIGURATION, FACTS = "run.toml", "run.json"
-"""Names in the folder of a run."""
+CONFIGURATION = "run.toml"
+"""Name of the configuration in the folder of a run."""
 
 
 @dataclasses.dataclass(frozen=True)
