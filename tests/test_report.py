@@ -249,7 +249,9 @@ def test_a_page_of_little(left):
     ],
 )
 def test_a_page_without_optional_parts(change):
-    page = Page(ndda.report.html(change(feedback(cycles=9, stations=4)).reset_index(drop=True)))
+    rows = feedback(cycles=9, stations=4)
+    rows = change(rows[rows["name"] == "u_component_of_wind"]).reset_index(drop=True)
+    page = Page(ndda.report.html(rows))
     assert len(page.all("table")) >= 1
     assert "nan" not in " ".join(page.texts).lower().split()
 
