@@ -39,6 +39,7 @@ from numpyro_diffusion_da.program.scan import ObservedSite, TimeInputs
 from numpyro_diffusion_da.program.sites import has_mean_and_variance, mean_and_variance
 from numpyro_diffusion_da.program.state_space import StateSpaceModel
 from numpyro_diffusion_da.smc.base import map_particles, particle_keys, total_particles
+from numpyro_diffusion_da.smc.rows import sum_rows
 from numpyro_diffusion_da.smc.sharding import first, own, rows_at, whole
 from numpyro_diffusion_da.transition.base import DrawRecord
 from numpyro_diffusion_da.transition.gaussian import GaussianDynamics
@@ -233,7 +234,7 @@ def background_of_draws(
         batch_size: number of particles used at a time; None for all at once.
     """
     seen = whole(map_particles(_site_moments(program, inputs), batch_size)(x, particles), members)
-    return {name: _summarized(*moments) for name, moments in seen.items()}
+    return {name: _summarized(means, variances, members) for name, (means, variances) in seen.items()}
 
 
 def background_of_transition(
@@ -329,29 +330,29 @@ def _site_moments(
 
 def _positive_mean(values: Float[Array, "m ..."]) -> Float[Array, ...]:
     """Mean over the finite members, or 0 if it is negative: a learned covariance may not be positive."""
-    return jnp.maximum(_finite_mean(values, jnp.isfinite(values)), 0.0)
+    return jnp.maximum(_finite_mean(values, map_particles(jnp.isfinite)(values)), 0.0)
 
 
 def _finite_mean(values: Float[Array, "m ..."], usable: Bool[Array, "m ..."]) -> Float[Array, ...]:
     """Mean over the usable members; NaN where there are none."""
-    count = jnp.sum(usable, axis=0)
-    total = jnp.sum(jnp.where(usable, values, 0.0), axis=0)
+    count = sum_rows(usable)
+    total = sum_rows(map_particles(lambda used, value: jnp.where(used, value, 0.0))(usable, values))
     return jnp.where(count > 0, total / jnp.maximum(count, 1), jnp.nan)
 
 
-def _summarized(means: Float[Array, "m ..."], variances: Float[Array, "m ..."]) -> SiteBackground:
+def _summarized(means: Float[Array, "m ..."], variances: Float[Array, "m ..."], members: int) -> SiteBackground:
     """Background of a site from E[y | x'] and Var[y | x'] of M members, each of shape (M, *value).
 
     Members that are not finite are left out. One member alone has no variance, which is NaN then.
     """
-    usable = jnp.isfinite(means)
-    count = jnp.sum(usable, axis=0)
+    usable = map_particles(jnp.isfinite)(means)
+    count = sum_rows(usable)
     mean = _finite_mean(means, usable)
-    squares = jnp.sum(jnp.where(usable, (means - mean[None]) ** 2, 0.0), axis=0)
+    squares = sum_rows(map_particles(lambda used, seen: jnp.where(used, (seen - mean) ** 2, 0.0))(usable, means))
     unbiased = jnp.where(count > 1, squares / jnp.maximum(count - 1, 1), jnp.nan)
     return SiteBackground(
         mean=mean,
         variance=(1.0 + 1.0 / jnp.maximum(count, 1)) * unbiased,
         error_variance=_finite_mean(variances, usable),
-        members=jnp.asarray(len(means)),
+        members=jnp.asarray(members),
     )

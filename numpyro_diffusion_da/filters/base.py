@@ -42,6 +42,7 @@ from numpyro_diffusion_da.smc.base import (
     total_particles,
 )
 from numpyro_diffusion_da.smc.localization import Taper
+from numpyro_diffusion_da.smc.rows import take_rows
 from numpyro_diffusion_da.smc.sharding import own, rows_at, whole
 from numpyro_diffusion_da.transition.base import DrawRecord
 
@@ -148,7 +149,7 @@ class FilterAlgorithm(abc.ABC):
             n: number of particles N.
         """
         keys = own(particle_keys(rng_key, n))
-        state = init(jax.vmap(program.initial)(keys), self.resample_below)
+        state = init(map_particles(program.initial)(keys), self.resample_below)
         if self.lag == 0:
             return state
         like = program.structure.shapes.state[program.structure.latent_name]
@@ -183,7 +184,7 @@ class FilterAlgorithm(abc.ABC):
             ancestors: index of each new particle's ancestor, shape (N,), or (N, b) for b blocks.
             values: values by the particle before resampling, leading axis N.
         """
-        return values[ancestors]
+        return take_rows(values, ancestors)
 
     def conditioned_kernel(self, program: StateSpaceModel, batch_size: int | None = None) -> ConditionedKernel:
         """Build the kernel of the program for particles whose conditioning may be known already.

@@ -21,6 +21,7 @@ from numpyro_diffusion_da.diffusion.memory import device_memory
 from numpyro_diffusion_da.program.scan import TimeInputs
 from numpyro_diffusion_da.program.state_space import StateSpaceModel
 from numpyro_diffusion_da.smc.base import map_particles, num_particles
+from numpyro_diffusion_da.smc.rows import are_rows_apart
 from numpyro_diffusion_da.transition.base import DrawRecord
 from numpyro_diffusion_da.transition.weights import WeightRecord
 
@@ -37,7 +38,7 @@ def held_conditioning(
     """Conditioning of every particle, leading axis N; None where each use computes it anew.
 
     It is None if the transition is not that of an emulator, if its conditioning runs no network, or if the conditioning
-    of all particles takes more than `SHARE_OF_MEMORY`.
+    of all particles takes more than `SHARE_OF_MEMORY` and is not streamed with the particles.
 
     Args:
         program: state-space model at given arguments of the program.
@@ -47,7 +48,8 @@ def held_conditioning(
     """
     leaves = conditioning_leaves(program)
     bytes_each = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
-    if not leaves or 2 * num_particles(particles) * bytes_each > SHARE_OF_MEMORY * device_memory():
+    fits = are_rows_apart() or 2 * num_particles(particles) * bytes_each <= SHARE_OF_MEMORY * device_memory()
+    if not leaves or not fits:
         return None
     return map_particles(lambda carry: program.conditioning(carry, inputs), batch_size)(particles)
 

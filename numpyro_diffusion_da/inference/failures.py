@@ -7,11 +7,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, PyTree
+from jaxtyping import Array, PyTree
 
 from numpyro_diffusion_da.program.structure import Structure
 from numpyro_diffusion_da.results.background import FAR, FarValue
-from numpyro_diffusion_da.smc.base import Info
+from numpyro_diffusion_da.smc.base import Info, finite_leaves, map_particles
 
 
 def count_failures(structure: Structure, info: Info, before: PyTree, after: PyTree) -> dict[str, Any]:
@@ -30,7 +30,7 @@ def count_failures(structure: Structure, info: Info, before: PyTree, after: PyTr
     """
     sites = info.proposal.sites
     forecast = getattr(info.weighing, "forecast", None)
-    totals = {name: jnp.sum(v.reshape(len(v), -1), axis=1) for name, v in sites["log_likelihood"].items()}
+    totals = {name: map_particles(jnp.sum)(v) for name, v in sites["log_likelihood"].items()}
     return {
         "before": _by_leaf(structure, before),
         "carry": _by_leaf(structure, after),
@@ -49,8 +49,7 @@ def _by_leaf(structure: Structure, carry: PyTree) -> dict[str, Array]:
 
 def _count(values: Array) -> Array:
     """Number of particles, along the leading axis, with a value that is not finite."""
-    finite: Bool[Array, ...] = jnp.isfinite(values)
-    return jnp.sum(~jnp.all(finite.reshape(len(values), -1), axis=1))
+    return jnp.sum(~map_particles(finite_leaves)(values))
 
 
 def why(failures: dict[str, Any], what: str, step: int, num_particles: int, guided: bool) -> str:

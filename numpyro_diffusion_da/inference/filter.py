@@ -39,6 +39,16 @@ from numpyro_diffusion_da.inference.records import (
 )
 from numpyro_diffusion_da.inference.storage import RunStore, Span
 from numpyro_diffusion_da.inference.stored_run import StoredResult, tree_of_steps
+from numpyro_diffusion_da.inference.streamed_run import (
+    NotStreamable,
+    StepTrees,
+    StreamedFilter,
+    fits_in_memory,
+    large_leaves,
+    make_step,
+    needs_all_at_once,
+    rows_at_a_time,
+)
 from numpyro_diffusion_da.inference.threads import lapack_on_one_thread
 from numpyro_diffusion_da.inference.watching import step_notes
 from numpyro_diffusion_da.program.arrays import argument_names
@@ -91,14 +101,18 @@ class Filter(HasFilterResult):
         mesh: devices that share the particles, `jax.make_mesh((8,), ("particles",))`; None for one device. The devices
             may belong to several processes, each of which makes the same run (`jax.distributed`). The result does not
             depend on it, up to rounding (docs/scale.md).
+        stream_particles: whether particles stay in files of the directory, and are read, moved and written in batches,
+            so that memory holds a few batches and not all particles (docs/scale.md). None streams them if the run has
+            a directory and they do not fit into half of the memory. The result does not depend on it, up to rounding.
 
     Raises:
         ValueError: `num_particles`, `num_chains` or `batch_size` is below 1, `keep` names no site, `mesh` has another
-            axis than "particles", or its devices cannot share the particles equally.
+            axis than "particles", its devices cannot share the particles equally, or particles cannot be streamed:
+            without a directory, with a mesh, with quantiles in `keep`, or with a filter that needs all of them at once.
         TypeError: `algorithm` is not a filter, or a number is not a whole number.
     """
 
-    without_compiled: ClassVar[Mapping[str, Any]] = {"_program": None, "_compiled": {}}
+    without_compiled: ClassVar[Mapping[str, Any]] = {"_program": None, "_compiled": {}, "_streamed": None}
 
     @takes_algorithm("num_particles=256")
     def __init__(
@@ -117,6 +131,7 @@ class Filter(HasFilterResult):
         dims: Mapping[str, Sequence[str]] | None = None,
         coords: Mapping[str, Any] | None = None,
         mesh: Mesh | None = None,
+        stream_particles: bool | None = None,
     ) -> None:
         require_count(num_particles, "Filter", "num_particles")
         require_count(num_chains, "Filter", "num_chains")
@@ -130,6 +145,11 @@ class Filter(HasFilterResult):
         progress_bar = require_flag(progress_bar, "Filter", "progress_bar")
         keep_forecasts = require_flag(keep_forecasts, "Filter", "keep_forecasts")
         keep_observed = require_flag(keep_observed, "Filter", "keep_observed")
+        if stream_particles is not None:
+            stream_particles = require_flag(stream_particles, "Filter", "stream_particles")
+        if stream_particles:
+            _check_streaming(algorithm, directory, mesh, kept)
+        self.stream_particles = stream_particles
         self.algorithm = algorithm
         self.num_particles = int(num_particles)
         self.num_chains = int(num_chains)
@@ -149,6 +169,7 @@ class Filter(HasFilterResult):
         self._batch: int | None = None
         self._sizes: tuple[Any, ...] = ()  # what `_batch` follows from, apart from the structure of the program
         self._compiled: dict[str, Compiled] = {}
+        self._streamed: StreamedFilter | None = None
 
     def run(self, rng_key: PRNGKeyArray, *args: Any, **kwargs: Any) -> None:
         """Filter the observations in the arguments of the program; `result` holds the result afterwards.
@@ -201,7 +222,7 @@ class Filter(HasFilterResult):
             stack.enter_context(self._kept_if_interrupted(program, attributes, chains, past, store))
             for chain in range(self.num_chains):
                 init_key, run_key = jax.random.split(jax.random.fold_in(rng_key, chain))
-                initial, xs = self._compiled["start"](init_key, given)
+                initial, xs, trees = self._begin(init_key, given, attributes, template)
                 spans = [Span(0, length)]
                 if store is not None:
                     if chain == 0:  # all chains compute the same
@@ -218,7 +239,18 @@ class Filter(HasFilterResult):
                     advance(length - sum(span.stop - span.first for span in spans), None)
                 chains.append([])
                 past.append(None)
-                for span in spans:
+                if trees is not None:
+                    assert store is not None
+
+                    def ready(t: int, records: dict[str, Any], seconds: float) -> Mapping[str, Any]:
+                        check_records(records, t, self.num_particles, guided, sources)
+                        return step_notes(records, seconds, self.num_particles)[0]
+
+                    keys = init_key, run_key
+                    steps = self._streamed_steps(store, chain, initial, spans, keys, xs, given, trees, template, inputs)
+                    for records in steps(ready):
+                        advance(1, records["stats"])
+                for span in spans if trees is None else ():
                     begin = initial if store is None else store.state(chain, span.first, initial)
                     for first, records, state, seconds in self._steps(run_key, begin, span, xs, given):
                         check_records(records, first, self.num_particles, guided, sources)
@@ -231,10 +263,11 @@ class Filter(HasFilterResult):
                             store.save(chain, first, tree, template, inputs[first : first + count], notes, state)
                         past[-1] = state.past
                         advance(count, records["stats"])
-                if store is not None and not spans:
+                if store is not None and not spans and self.algorithm.lag:
                     past[-1] = store.state(chain, length, initial).past
                 past[-1] = to_host(past[-1])
-        sizes = {"num_chains": self.num_chains, "batch_size": self._batch or self.num_particles}
+        batch = self._batch if self._streamed is None else self._streamed.batch
+        sizes = {"num_chains": self.num_chains, "batch_size": batch or self.num_particles}
         attributes = {**attributes, **sizes}
         if store is None:
             found = collect(program.structure, attributes, [join(records) for records in chains], self._past(past))
@@ -275,6 +308,87 @@ class Filter(HasFilterResult):
             seconds = pace.ended(most=len(buffers["nonfinite_weights"]))
             yield first, head(buffers, count), state, seconds
             first += count
+
+    def _begin(
+        self, init_key: PRNGKeyArray, given: Any, attributes: dict[str, Any], template: dict[str, Any]
+    ) -> tuple[Any, PyTree, StepTrees | None]:
+        """Begin a chain.
+
+        Args:
+            init_key: random key of the first state.
+            given: arguments of the program.
+            attributes: attributes of the result.
+            template: what `RunStore.save` takes; a streamed run adds its numbers of particles.
+
+        Returns:
+            (the first state, or its shapes and dtypes if particles are streamed; inputs of the scan at all times; trees
+            of streamed steps, or None).
+
+        Raises:
+            ValueError: particles are to be streamed, and the filter needs all of them at once.
+        """
+        if self._streamed is None:
+            return *self._compiled["start"](init_key, given), None
+        assert self._program is not None
+        xs = self._compiled["inputs"](given)
+        try:
+            initial, record = self._streamed.shapes(init_key, xs, given)
+        except NotStreamable as error:
+            name = type(self.algorithm).__name__
+            raise ValueError(
+                f"Filter cannot stream the particles of {name}, whose step needs too much of all particles at once: "
+                f"{error}; give stream_particles=False, and fewer particles if they do not fit into memory."
+            ) from None
+        template |= {"draws": self.num_particles, "batch": self._streamed.batch}
+        return initial, xs, StepTrees(self._program.structure, attributes, record, self.dims, self.coords)
+
+    def _streamed_steps(
+        self,
+        store: RunStore,
+        chain: int,
+        shapes: Any,
+        spans: Sequence[Span],
+        keys: tuple[PRNGKeyArray, PRNGKeyArray],
+        xs: PyTree,
+        given: Any,
+        trees: StepTrees,
+        template: Mapping[str, Any],
+        inputs: Sequence[str],
+    ) -> Callable[[Callable[[int, dict[str, Any], float], Mapping[str, Any]]], Iterator[dict[str, Any]]]:
+        """Build the iterator over steps of a chain whose particles are in files; it makes and writes them.
+
+        Args:
+            store: storage of the run.
+            chain: index of the chain.
+            shapes: shapes and dtypes of the state.
+            spans: steps to make.
+            keys: random keys of the first state, and of the steps.
+            xs: inputs of the scan at all times.
+            given: arguments of the program.
+            trees: trees of the steps.
+            template: what `RunStore.save` takes.
+            inputs: checksum of the inputs of each step.
+
+        Returns:
+            Function of another one, (index of the step, its record, seconds) -> notes, which raises if the step has
+            failed. It yields the record of each step, without what particles have.
+        """
+        assert self._streamed is not None
+        streamed = self._streamed
+
+        def steps(ready: Callable[[int, dict[str, Any], float], Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
+            for span in spans:
+                if span.first:
+                    state = store.streamed_state(chain, span.first, shapes, large_leaves(shapes))
+                else:
+                    state = streamed.first_state(store.new_rows(chain, "first"), keys[0], given)
+                for t in range(span.first, span.stop):
+                    state, records = make_step(
+                        streamed, store, trees, template, (chain, t), state, keys[1], xs, given, inputs[t], ready
+                    )
+                    yield records
+
+        return steps
 
     def _past(self, past: list[Any]) -> list[Any]:
         """States of a lag after the last step of each chain; empty for a filter without a lag."""
@@ -382,6 +496,7 @@ class Filter(HasFilterResult):
             self._batch = particles_at_a_time(self.batch_size, self.num_particles, program, self.mesh)
             self._sizes = sizes
         self._program = program
+        self._plan_streaming(program, is_new)
         functions = self._functions(program)
         if is_new or not self._compiled:
             self._compiled = {name: Compiled(fn) for name, fn in functions.items()}
@@ -389,6 +504,43 @@ class Filter(HasFilterResult):
             for name, fn in functions.items():
                 self._compiled[name].read_anew(fn)
         return program
+
+    def _plan_streaming(self, program: StateSpaceModel, is_new: bool) -> None:
+        """Decide whether particles are streamed, and prepare it.
+
+        Args:
+            program: state-space model of the program.
+            is_new: whether nothing of an earlier run can be used.
+        """
+        streams = self.stream_particles
+        if streams is None:
+            alone = self.directory is not None and self.mesh is None and not _quantiles(self.keep)
+            streams = alone and not fits_in_memory(program.structure, self.num_particles)
+            streams = streams and needs_all_at_once(self.algorithm) is None
+        if not streams:
+            self._streamed = None
+            return
+        batch = rows_at_a_time(self.batch_size, self._batch, program.structure, self.num_particles)
+        functions = self._streamed_functions(program)
+        if is_new or self._streamed is None or self._streamed.batch != batch:
+            self._streamed = StreamedFilter(*functions, batch)
+        else:
+            self._streamed.read_anew(*functions)
+
+    def _streamed_functions(self, program: StateSpaceModel) -> tuple[Callable[..., Any], Callable[..., Any]]:
+        """Functions of the first state and of a step, for `StreamedFilter`."""
+        keep = self._keep
+
+        def start(nothing: Any, rng_key: PRNGKeyArray, given: Any) -> tuple[State, tuple[()]]:
+            return self.algorithm.initial_state(program.at(*given), rng_key, self.num_particles), ()
+
+        def step(state: State, rng_key: PRNGKeyArray, t: Array, xs: PyTree, given: Any) -> tuple[State, dict[str, Any]]:
+            at = program.at(*given)
+            inputs = _at_time(xs, t)
+            new, info = self.algorithm.kernel(at, None)(jax.random.fold_in(rng_key, t), state, inputs)
+            return new, record_step(self.algorithm, at, keep, info, state.particles, new.particles, inputs)
+
+        return start, step
 
     def _functions(self, program: StateSpaceModel) -> dict[str, Callable[..., Any]]:
         """Functions to compile: draw of initial particles, filter step, and backward simulation step."""
@@ -417,7 +569,10 @@ class Filter(HasFilterResult):
         def back(given: Any, *of_step: Any) -> backward.Selection:
             return backward.select(program.at(*given), *of_step)
 
-        return {"start": start, "steps": steps, "back": back}
+        def inputs(given: Any) -> PyTree:
+            return program.at(*given).inputs()
+
+        return {"start": start, "inputs": inputs, "steps": steps, "back": back}
 
     @property
     def _keep(self) -> Keep:
@@ -451,6 +606,7 @@ class Filter(HasFilterResult):
 
         Raises:
             RuntimeError: `run` has not been called.
+            MemoryError: the run has a directory, and its arrays do not fit into memory.
         """
         if self._result is None and self._stored is not None:
             self._result = self._stored.read()
@@ -521,6 +677,46 @@ class Filter(HasFilterResult):
 def _at_time(xs: PyTree, t: int | Array) -> TimeInputs:
     """Inputs of step t, from inputs of all times."""
     return TimeInputs(jnp.asarray(t), jax.tree.map(lambda x: x[t], xs))
+
+
+def _quantiles(keep: Mapping[str, Kept] | None) -> bool:
+    """Whether a run keeps quantiles of a site."""
+    return any(kept.quantiles for kept in (keep or {}).values())
+
+
+def _check_streaming(
+    algorithm: FilterAlgorithm, directory: Any, mesh: Mesh | None, keep: Mapping[str, Kept] | None
+) -> None:
+    """Check that the particles of a run can be streamed.
+
+    Args:
+        algorithm: filter of a program.
+        directory: directory of the run.
+        mesh: devices of the run.
+        keep: what to keep of each site.
+
+    Raises:
+        ValueError: they cannot; the message says why and what to do.
+    """
+    if directory is None:
+        raise ValueError(
+            'Filter got stream_particles=True and no directory, where particles are; give directory="run.zarr".'
+        )
+    if mesh is not None:
+        raise ValueError(
+            "Filter got stream_particles=True and a mesh, whose devices hold all particles together; give one of them."
+        )
+    if _quantiles(keep):
+        raise ValueError(
+            "Filter got stream_particles=True and quantiles in keep, which need all particles of a site at once; keep "
+            "mean=True and std=True, or compute quantiles from the directory: "
+            'xarray.open_datatree("run.zarr")["posterior/x"].quantile(0.9, "draw").'
+        )
+    if (reason := needs_all_at_once(algorithm)) is not None:
+        raise ValueError(
+            f"Filter got stream_particles=True, but {type(algorithm).__name__} needs all particles at once: {reason}; "
+            "use FAAPF, GuidedPF or Bootstrap without this option, or leave stream_particles out."
+        )
 
 
 def _named(values: Mapping[str, Any] | None) -> str:

@@ -11,6 +11,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from numpyro_diffusion_da.arguments import require, require_count, require_flag, require_number, shown
+from numpyro_diffusion_da.smc.base import map_particles
+from numpyro_diffusion_da.smc.rows import sum_rows
 
 MANTISSA_BITS = 23
 """Number of mantissa bits of a float32."""
@@ -67,7 +69,8 @@ class Kept:
         """Values of the particles as they are kept, leading axis N."""
         if self.mantissa_bits is None or values.dtype != jnp.float32:
             return values
-        return rounded(values, self.mantissa_bits)
+        bits = self.mantissa_bits
+        return map_particles(lambda value: rounded(value, bits))(values)
 
 
 def rounded(values: Float[Array, ...], mantissa_bits: int) -> Float[Array, ...]:
@@ -149,12 +152,24 @@ class Keep(NamedTuple):
                 continue
             values = posterior[name]
             if kept.mean:
-                found["mean"][name] = jnp.mean(values, axis=0)
+                found["mean"][name] = _mean(values)
             if kept.std:
-                found["std"][name] = jnp.std(values, axis=0, ddof=1)
+                found["std"][name] = _std(values)
             if kept.quantiles:
                 found["quantile"][name] = jnp.quantile(values, jnp.asarray(kept.quantiles), axis=0)
         return {kind: sites for kind, sites in found.items() if sites}
+
+
+def _mean(values: Float[Array, "n ..."]) -> Float[Array, ...]:
+    """Mean over particles, whose rows may be on disk."""
+    return sum_rows(values) / len(values)
+
+
+def _std(values: Float[Array, "n ..."]) -> Float[Array, ...]:
+    """Standard deviation over particles, with the divisor N - 1; they are read a second time."""
+    mean = _mean(values)
+    squares = map_particles(lambda value: (value - mean) ** 2)(values)
+    return jnp.sqrt(sum_rows(squares) / (len(values) - 1))
 
 
 def kept_sites(keep: Any) -> dict[str, Kept] | None:

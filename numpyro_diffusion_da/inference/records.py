@@ -19,6 +19,7 @@ from numpyro_diffusion_da.program.state_space import StateSpaceModel
 from numpyro_diffusion_da.program.structure import Structure
 from numpyro_diffusion_da.results.result import PER_PARTICLE, Background, FilterResult
 from numpyro_diffusion_da.smc.base import Info
+from numpyro_diffusion_da.smc.sharding import first
 
 MOST_OF_BLOCKS = 2**20
 """Largest number of particles times blocks up to which a record holds weights and ancestors of blocks: 8 MB a step."""
@@ -61,8 +62,8 @@ def record_step(
             f"keep names {sorted(keep.sites)}, but the filter smooths '{name}' with lag={algorithm.lag}; add the name "
             "to keep, or leave lag out of the filter."
         )
-    first = jax.tree.map(lambda x: x[0], particles)
-    unplaced = unplaced_observations(algorithm, program, first, inputs)
+    one = first(particles)
+    unplaced = unplaced_observations(algorithm, program, one, inputs)
     return {
         **({"forecast": _forecast(algorithm, program, info)} if keep.forecasts else {}),
         "sites": keep.of(info.proposal.sites),
@@ -81,7 +82,7 @@ def record_step(
             **({} if info.traffic == () else {f"bytes_{n}": x for n, x in info.traffic._asdict().items()}),
         },
         "passes": algorithm.passes(info)._asdict(),
-        "observations": program.observations(first, inputs),
+        "observations": program.observations(one, inputs),
         **({"unplaced": unplaced} if unplaced else {}),
         **({} if info.check == () else {"rejected": info.check.rejected}),
         **_background(info),

@@ -5,6 +5,7 @@
     .run/program.json               checksums of the computation, its constants and its arguments, see `identity`
     .run/chain0/steps.jsonl         one line for each step: checksums of its inputs and values, and how it went
     .run/chain0/state-00000012.npz  particles after 12 steps; the last two states are kept
+    .run/chain0/rows-00000012/      particles after 12 steps, if they are streamed; the npz file has their checksums
     .run/arrays-are-made            written after all arrays have been made
     .run/lock                       held by the process that writes; the system releases it when the process ends
 
@@ -23,6 +24,7 @@ step. When a run goes on, all values are compared with them; steps that differ a
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import os
 import pathlib
@@ -39,6 +41,7 @@ import numpy as np
 from jaxtyping import PyTree
 
 from numpyro_diffusion_da.checksums import DAMAGE, checksum
+from numpyro_diffusion_da.inference.row_files import RowFile, StoredRows
 
 if TYPE_CHECKING:
     import xarray
@@ -57,6 +60,10 @@ MOST_STEPS = 256
 
 STATES = 2
 """Number of last states that are kept, so that one damaged file costs no more than the last commit."""
+
+
+Crcs = dict[str, dict[int, int]]
+"""Checksum of each step, counted from the first, for each variable by "group/name"."""
 
 
 class Span(NamedTuple):
@@ -250,8 +257,11 @@ class RunStore:
             array = self._array(name)
             for start in range(0, done, block := _times_of_chunk(array)):
                 some = range(start, min(start + block, done))
+                found: dict[int, int] = dict.fromkeys(some, 0)
                 try:
-                    values = array[_region(array, chain, some.start, some.stop)]
+                    for draws in _parts_of_draws(array):  # so that no more than a chunk is in memory
+                        values = array[_region(array, chain, some.start, some.stop, draws)]
+                        found = {t: _crc(_at(array, values, t - start), found[t]) for t in some}
                 except (*DAMAGE, RuntimeError):
                     damaged |= {t: f"{name} cannot be read" for t in some if t not in damaged}
                     # A part of a chunk is written by reading the chunk first, so one that cannot be read is replaced.
@@ -260,7 +270,7 @@ class RunStore:
                 for t in some:
                     if t in damaged or name not in lines[t]["values"]:  # steps that are not kept have no checksum
                         continue
-                    if lines[t]["values"][name] != _crc(_at(array, values, t - start)):
+                    if lines[t]["values"][name] != found[t]:
                         damaged[t] = f"{name} is not what was written"
         if damaged:
             steps = sorted(damaged)
@@ -285,7 +295,60 @@ class RunStore:
             return like
         arrays = self._read_state(self._state(chain, step), chain, step)
         known, form = jax.tree.flatten(like)
-        return jax.tree.unflatten(form, [_as(leaf, arrays[f"leaf{i}"]) for i, leaf in enumerate(known)])
+
+        def leaf_of(i: int, leaf: Any) -> Any:
+            if f"rows{i}" not in arrays:
+                return _as(leaf, arrays[f"leaf{i}"])
+            return _as(leaf, self._stored_rows(chain, step, i, arrays).whole())
+
+        return jax.tree.unflatten(form, [leaf_of(i, leaf) for i, leaf in enumerate(known)])
+
+    def streamed_state(self, chain: int, step: int, like: PyTree, large: Sequence[bool]) -> PyTree:
+        """Read the state of a chain after some steps, whose particles stay in files.
+
+        Args:
+            chain: index of the chain.
+            step: number of steps, the beginning of a span of `to_make`; 1 or more.
+            like: shapes and dtypes of the state.
+            large: whether each of its arrays is to be in a file; if it is not yet, it is written to one.
+        """
+        arrays = self._read_state(self._state(chain, step), chain, step)
+        known, form = jax.tree.flatten(like)
+        folder = self.new_rows(chain, "read")
+
+        def leaf_of(i: int, leaf: Any) -> Any:
+            if f"rows{i}" in arrays:
+                return self._stored_rows(chain, step, i, arrays)
+            values = arrays[f"leaf{i}"]
+            if not large[i]:
+                return _as(leaf, values)
+            file = RowFile(folder / f"leaf{i}", len(values), values.shape[1:], values.dtype)
+            file.write(0, values)
+            return StoredRows(file)
+
+        return jax.tree.unflatten(form, [leaf_of(i, leaf) for i, leaf in enumerate(known)])
+
+    def _stored_rows(self, chain: int, step: int, i: int, arrays: Mapping[str, np.ndarray]) -> StoredRows:
+        """Array number i of a state, whose rows are in a file."""
+        shape, (name, dtype), crc = arrays[f"shape{i}"].tolist(), arrays[f"file{i}"].tolist(), int(arrays[f"rows{i}"])
+        path = self._rows(chain, step) / name
+        return StoredRows(RowFile(path, shape[0], tuple(shape[1:]), np.dtype(dtype)), arrays.get(f"at{i}"), crc)
+
+    def new_rows(self, chain: int, name: str) -> pathlib.Path:
+        """Empty folder for rows that are being made.
+
+        Args:
+            chain: index of the chain.
+            name: name of the folder.
+        """
+        path = self._chain(chain) / f"{name}.part"
+        shutil.rmtree(path, ignore_errors=True)
+        path.mkdir(parents=True)
+        return path
+
+    def _rows(self, chain: int, step: int) -> pathlib.Path:
+        """Folder of the rows of a state."""
+        return self._chain(chain) / f"rows-{step:08d}"
 
     def _read_state(self, path: pathlib.Path, chain: int, step: int) -> dict[str, np.ndarray]:
         """Read the arrays of a state, and check that this run wrote it for this chain and step.
@@ -296,6 +359,15 @@ class RunStore:
         arrays = _read_arrays(path)
         if str(arrays.get("belongs")) != self._mark(chain, step):
             raise ValueError(f"{os.fspath(path)!r} belongs to another run, chain or step.")
+        for name in arrays:
+            if name.startswith("rows"):
+                rows = self._stored_rows(chain, step, int(name.removeprefix("rows")), arrays)
+                try:
+                    is_whole = rows.file.checksum() == rows.checksum
+                except OSError:
+                    is_whole = False
+                if not is_whole:
+                    raise ValueError(f"{os.fspath(rows.file.path)!r} is missing or damaged.")
         return arrays
 
     # --- what is added ------------------------------------------------------------------------------------------------
@@ -325,33 +397,135 @@ class RunStore:
         Raises:
             OSError: it could not be written, because the disk is full for example.
         """
-        try:
-            self._prepare(tree, template)
+        with self.writing(chain, first, len(inputs)):
+            self.prepare(tree, template)
             values = self._write(chain, first, len(inputs), tree, template)
-            self._chain(chain).mkdir(exist_ok=True)
-            lines = [
-                {
-                    **{"step": first + i, "inputs": given, "belongs": self._mark(chain, first + i), **note},
-                    "values": {name: crcs[i] for name, crcs in values.items() if i in crcs},
-                }
-                for i, (given, note) in enumerate(zip(inputs, notes, strict=True))
-            ]
-            with open(self._chain(chain) / STEPS, "ab") as file:
-                # The first line break ends a line that an interrupted commit has left.
-                file.write(b"\n" + b"".join(json.dumps(line, default=_plain).encode() + b"\n" for line in lines))
-                file.flush()
-                os.fsync(file.fileno())
-            done = first + len(inputs)
-            leaves = {f"leaf{i}": _raw(leaf) for i, leaf in enumerate(jax.tree.leaves(state))}
-            own_mark = {"belongs": np.asarray(self._mark(chain, done))}
-            _replace_arrays(self._state(chain, done), {**leaves, **own_mark})
-            states = self._states(chain) | {done}
-            for path in sorted(self._chain(chain).glob("state-*.npz"))[:-STATES]:
-                states.discard(int(path.stem.removeprefix("state-")))
+            self._commit(chain, first, values, inputs, notes, state)
+
+    def save_draws(
+        self, chain: int, step: int, draws: slice, tree: xarray.DataTree, template: Mapping[str, Any], crcs: Crcs
+    ) -> None:
+        """Write what some particles have at one step; `save_streamed` writes the rest. Particles come in their order.
+
+        Args:
+            chain: index of the chain.
+            step: index of the step.
+            draws: which of the particles.
+            tree: their result, from `results.to_datatree`, of groups that particles have only.
+            template: see `save`.
+            crcs: checksums of the particles before, to which these are added.
+        """
+        self._write(chain, step, 1, tree, template, draws, crcs)
+
+    def save_streamed(
+        self,
+        chain: int,
+        step: int,
+        tree: xarray.DataTree,
+        template: Mapping[str, Any],
+        inputs: str,
+        notes: Mapping[str, Any],
+        state: PyTree,
+        folder: pathlib.Path,
+        crcs: Crcs,
+    ) -> PyTree:
+        """Write a step whose particles are streamed: what `save_draws` has not, a line, and then the state after it.
+
+        Args:
+            chain: index of the chain.
+            step: index of the step.
+            tree: the result without what particles have.
+            template: see `save`.
+            inputs: checksum of the inputs of the step.
+            notes: what else its line says.
+            state: state after the step, with arrays and `StoredRows`.
+            folder: folder of the files of the state, from `new_rows`; what else is in it is deleted.
+            crcs: checksums of what `save_draws` has written.
+
+        Returns:
+            The state, whose files have moved.
+
+        Raises:
+            OSError: it could not be written.
+        """
+        with self.writing(chain, step, 1):
+            values = self._write(chain, step, 1, tree, template, crcs=crcs)
+            own = {leaf.file.path for leaf in jax.tree.leaves(state) if isinstance(leaf, StoredRows)}
+            for path in folder.iterdir():
+                if path not in own:
+                    path.unlink()
+            for leaf in jax.tree.leaves(state):
+                if isinstance(leaf, StoredRows):
+                    leaf.file.sync()
+            there = self._rows(chain, step + 1)
+            shutil.rmtree(there, ignore_errors=True)
+            os.replace(folder, there)
+
+            def moved(leaf: Any) -> Any:
+                if not isinstance(leaf, StoredRows):
+                    return leaf
+                return dataclasses.replace(leaf, file=dataclasses.replace(leaf.file, path=there / leaf.file.path.name))
+
+            state = jax.tree.map(moved, state)
+            self._commit(chain, step, values, [inputs], [notes], state)
+            for path in self._chain(chain).glob("*.part"):  # what the step began from
+                shutil.rmtree(path, ignore_errors=True)
+        return state
+
+    def _commit(
+        self,
+        chain: int,
+        first: int,
+        values: Crcs,
+        inputs: Sequence[str],
+        notes: Sequence[Mapping[str, Any]],
+        state: PyTree,
+    ) -> None:
+        """Write the lines of steps whose values are written, and then the state after them; see `save`."""
+        self._chain(chain).mkdir(exist_ok=True)
+        lines = [
+            {
+                **{"step": first + i, "inputs": given, "belongs": self._mark(chain, first + i), **note},
+                "values": {name: crcs[i] for name, crcs in values.items() if i in crcs},
+            }
+            for i, (given, note) in enumerate(zip(inputs, notes, strict=True))
+        ]
+        with open(self._chain(chain) / STEPS, "ab") as file:
+            # The first line break ends a line that an interrupted commit has left.
+            file.write(b"\n" + b"".join(json.dumps(line, default=_plain).encode() + b"\n" for line in lines))
+            file.flush()
+            os.fsync(file.fileno())
+        done = first + len(inputs)
+        arrays = {"belongs": np.asarray(self._mark(chain, done))}
+        for i, leaf in enumerate(jax.tree.leaves(state)):
+            arrays |= _of_leaf(i, leaf)
+        _replace_arrays(self._state(chain, done), arrays)
+        states = self._states(chain) | {done}
+        for path in sorted(self._chain(chain).glob("state-*.npz"))[:-STATES]:
+            step = int(path.stem.removeprefix("state-"))
+            # A run that mends old steps goes on from the files of the state that it has just written.
+            if step != done or not self._rows(chain, step).exists():
+                states.discard(step)
                 path.unlink()
-            self._whole_states[chain] = states
+                shutil.rmtree(self._rows(chain, step), ignore_errors=True)
+        for path in self._chain(chain).glob("rows-*"):  # a state that was replaced by one in memory
+            if not self._state(chain, int(path.name.removeprefix("rows-"))).exists():
+                shutil.rmtree(path)
+        self._whole_states[chain] = states
+
+    @contextlib.contextmanager
+    def writing(self, chain: int, first: int, count: int) -> Iterator[None]:
+        """Context in which an error of the file system says which steps could not be written.
+
+        Args:
+            chain: index of the chain.
+            first: index of the first step.
+            count: number of steps.
+        """
+        try:
+            yield
         except OSError as error:
-            last = f"step {first}" if len(inputs) == 1 else f"steps {first} to {first + len(inputs) - 1}"
+            last = f"step {first}" if count == 1 else f"steps {first} to {first + count - 1}"
             raise OSError(
                 error.errno,
                 f"{last} of chain {chain} could not be written to {os.fspath(self.path)!r} "
@@ -359,7 +533,7 @@ class RunStore:
                 "and arguments: the run goes on",
             ) from error
 
-    def _prepare(self, tree: xarray.DataTree, template: Mapping[str, Any]) -> None:
+    def prepare(self, tree: xarray.DataTree, template: Mapping[str, Any]) -> None:
         """Make the Zarr arrays of a result, or lengthen them, unless they are there.
 
         Args:
@@ -368,7 +542,8 @@ class RunStore:
         """
         import zarr
 
-        sizes = {"chain": template["chains"], "time": template["steps"]}
+        sizes = {"chain": template["chains"], "time": template["steps"], "draw": template.get("draws")}
+        sizes = {name: size for name, size in sizes.items() if size is not None}
         if self._is_prepared:
             return
         self._is_prepared = True
@@ -387,7 +562,8 @@ class RunStore:
                 made = root.require_group(group)
                 for name, variable in dataset.data_vars.items():
                     shape = tuple(sizes.get(str(d), n) for d, n in zip(variable.dims, variable.shape, strict=True))
-                    chunks = _chunks(tuple(map(str, variable.dims)), shape, variable.dtype.itemsize)
+                    dims = tuple(map(str, variable.dims))
+                    chunks = _chunks(dims, shape, variable.dtype.itemsize, template.get("batch"))
                     made.create_array(
                         str(name),
                         shape=shape,
@@ -407,6 +583,8 @@ class RunStore:
         import xarray
 
         whole = {"chain": np.arange(template["chains"]), "time": template["time"]}
+        if "draws" in template:
+            whole["draw"] = np.arange(template["draws"])
         found = {
             str(name): (name, whole[str(name)] if name in whole else _text(values.values), values.attrs)
             for name, values in dataset.coords.items()
@@ -473,14 +651,30 @@ class RunStore:
         return self._arrays[name]
 
     def _write(
-        self, chain: int, first: int, count: int, tree: xarray.DataTree, template: Mapping[str, Any]
-    ) -> dict[str, dict[int, int]]:
+        self,
+        chain: int,
+        first: int,
+        count: int,
+        tree: xarray.DataTree,
+        template: Mapping[str, Any],
+        draws: slice = slice(None),
+        crcs: Crcs | None = None,
+    ) -> Crcs:
         """Write the values of steps.
+
+        Args:
+            chain: index of the chain.
+            first: index of the first step.
+            count: number of steps.
+            tree: their values.
+            template: see `save`.
+            draws: particles to which the values belong.
+            crcs: checksums so far, to which those of the values are added; None for none.
 
         Returns:
             For each variable, by "group/name", the checksum of each step that is kept, counted from the first.
         """
-        found = {}
+        found = {} if crcs is None else crcs
         for group, node in tree.children.items():
             for name, variable in node.to_dataset().data_vars.items():
                 path = f"{group}/{name}"
@@ -488,15 +682,16 @@ class RunStore:
                 every = template["every"].get(variable.attrs.get("site", name), 1) if group == "posterior" else 1
                 if every == 1:
                     kept = list(range(count))
-                    array[_region(array, chain, first, first + count)] = values
+                    array[_region(array, chain, first, first + count, draws)] = values
                 else:
                     kept = [
                         i for i in range(count) if (first + i + 1) % every == 0 or first + i + 1 == template["steps"]
                     ]
                     for i in kept:
-                        at = _region(array, chain, first + i, first + i + 1)
+                        at = _region(array, chain, first + i, first + i + 1, draws)
                         array[at] = np.expand_dims(_at(array, values, i), variable.dims.index("time"))
-                found[path] = {i: _crc(_at(array, values, i)) for i in kept}
+                before = found.get(path, {})
+                found[path] = {i: _crc(_at(array, values, i), before.get(i, 0)) for i in kept}
         return found
 
     def _mark(self, chain: int, step: int) -> str:
@@ -530,8 +725,11 @@ _AGAIN = "empty the directory and run again"
 """What to do about damage that cannot be mended."""
 
 
-def _chunks(dims: tuple[str, ...], shape: tuple[int, ...], itemsize: int) -> tuple[int, ...]:
-    """Shape of the chunks of an array: one chain; several steps if they are small; several members if not."""
+def _chunks(dims: tuple[str, ...], shape: tuple[int, ...], itemsize: int, batch: int | None = None) -> tuple[int, ...]:
+    """Shape of the chunks of an array: one chain; several steps if they are small; several members if not.
+
+    Large arrays of a run that writes its particles in batches have chunks of no more than a batch.
+    """
     chunks = dict(zip(dims, shape, strict=True)) | {"chain": 1, "time": 1}
     chunks = {dim: max(1, chunks[dim]) for dim in dims}
     size = itemsize * int(np.prod(list(chunks.values()), dtype=np.int64))
@@ -539,6 +737,8 @@ def _chunks(dims: tuple[str, ...], shape: tuple[int, ...], itemsize: int) -> tup
         chunks["time"] = int(np.clip(USUAL_CHUNK // size, 1, min(MOST_STEPS, max(shape[dims.index("time")], 1))))
     if "draw" in chunks and size > LARGEST_CHUNK:
         chunks["draw"] = max(1, chunks["draw"] * LARGEST_CHUNK // size)
+    if "draw" in chunks and batch is not None and size > USUAL_CHUNK:
+        chunks["draw"] = min(chunks["draw"], batch)
     return tuple(chunks[dim] for dim in dims)
 
 
@@ -564,9 +764,9 @@ def _is_kept(step: int, every: int, steps: int) -> bool:
     return (step + 1) % every == 0 or step + 1 == steps
 
 
-def _region(array: Any, chain: int, first: int, stop: int) -> tuple[slice, ...]:
-    """Part of a Zarr array that holds some steps of a chain."""
-    parts = {"chain": slice(chain, chain + 1), "time": slice(first, stop)}
+def _region(array: Any, chain: int, first: int, stop: int, draws: slice = slice(None)) -> tuple[slice, ...]:
+    """Part of a Zarr array that holds some steps of a chain, of all particles or of some."""
+    parts = {"chain": slice(chain, chain + 1), "time": slice(first, stop), "draw": draws}
     return tuple(parts.get(dim, slice(None)) for dim in array.metadata.dimension_names)
 
 
@@ -582,9 +782,31 @@ def _times_of_chunk(array: Any) -> int:
     return int(array.chunks[dims.index("time")]) if "time" in dims else MOST_STEPS
 
 
-def _crc(values: np.ndarray) -> int:
-    """Checksum of an array."""
-    return zlib.crc32(np.ascontiguousarray(values).tobytes())
+def _parts_of_draws(array: Any) -> list[slice]:
+    """Parts of the particles of an array, a chunk each; one part if it has no axis of particles."""
+    dims = array.metadata.dimension_names
+    if "draw" not in dims:
+        return [slice(None)]
+    size, count = array.shape[dims.index("draw")], array.chunks[dims.index("draw")]
+    return [slice(start, min(start + count, size)) for start in range(0, size, count)]
+
+
+def _crc(values: np.ndarray, before: int = 0) -> int:
+    """Checksum of an array, or of the values before it and the array, which come one after the other."""
+    return zlib.crc32(np.ascontiguousarray(values).tobytes(), before)
+
+
+def _of_leaf(i: int, leaf: Any) -> dict[str, np.ndarray]:
+    """Arrays of a file of a state that say what its array number i is."""
+    if not isinstance(leaf, StoredRows):
+        return {f"leaf{i}": _raw(leaf)}
+    file = leaf.file
+    found = {
+        f"rows{i}": np.asarray(leaf.checksum),
+        f"shape{i}": np.asarray([file.n, *file.shape]),
+        f"file{i}": np.asarray([file.path.name, file.dtype.name]),
+    }
+    return found if leaf.indices is None else {**found, f"at{i}": leaf.indices}
 
 
 @contextlib.contextmanager
@@ -639,8 +861,16 @@ def _raw(leaf: Any) -> np.ndarray:
 def _as(like: Any, raw: np.ndarray) -> Any:
     """Leaf of the kind of `like`, from an array that `_raw` made."""
     if jax.dtypes.issubdtype(like.dtype, jax.dtypes.prng_key):
-        return jax.random.wrap_key_data(jax.numpy.asarray(raw), impl=jax.random.key_impl(like))
+        return jax.random.wrap_key_data(jax.numpy.asarray(raw), impl=_key_impl(like))
     return jax.numpy.asarray(raw)
+
+
+def _key_impl(like: Any) -> Any:
+    """Kind of the random keys of an array, or of a shape and dtype."""
+    if isinstance(like, jax.Array):
+        return jax.random.key_impl(like)
+    known = ("threefry2x32", "rbg", "unsafe_rbg")
+    return next(name for name in known if jax.random.key(0, impl=name).dtype == like.dtype)
 
 
 def _replace(path: pathlib.Path, content: bytes) -> None:

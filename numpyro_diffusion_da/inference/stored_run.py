@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from numpyro_diffusion_da.diffusion.memory import host_memory
 from numpyro_diffusion_da.inference.records import collect, with_later_states
 from numpyro_diffusion_da.program.structure import Structure
 from numpyro_diffusion_da.results import convert, stored
@@ -75,10 +77,20 @@ class StoredResult:
 
         Args:
             particles: whether to read what each particle has, and not only the rest.
+
+        Raises:
+            MemoryError: the particles do not fit into memory.
         """
         structure, emulator = self.structure, self.structure.emulator
+        tree = self.tree()
+        size = sum(int(v.nbytes) for node in tree.subtree for v in node.data_vars.values())
+        if particles and size > 0.8 * host_memory():
+            raise MemoryError(
+                f"the result in {os.fspath(self.path)!r} has {size / 1e9:.1f} GB, which do not fit into memory; use "
+                "to_datatree(), whose arrays are read when they are used."
+            )
         found, left = stored.read_result(
-            self.tree(),
+            tree,
             structure.latent_name,
             None if emulator is None else emulator.layout,
             structure.observed_names,

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key, PRNGKeyArray, PyTree
 
 from numpyro_diffusion_da.arguments import require_fraction, require_number
+from numpyro_diffusion_da.smc.rows import are_rows_apart, map_rows
 from numpyro_diffusion_da.smc.sharding import num_devices, take_ancestors, traffic_of, whole
 
 if TYPE_CHECKING:
@@ -143,11 +144,14 @@ def map_particles(fn: Callable[..., Any], batch_size: int | None = None) -> Call
 
     Args:
         fn: a function of one particle.
-        batch_size: number of particles mapped at a time, which bounds the memory; None maps all at once.
+        batch_size: number of particles mapped at a time, which bounds the memory; None maps all at once. Inside
+            `rows.rows_apart` it has no effect, because whoever makes the map then makes the batches.
 
     Returns:
         Function of the same arguments, each with a leading axis of particles.
     """
+    if are_rows_apart():
+        return functools.partial(map_rows, fn)
     load_blackjax()
     from blackjax.smc.base import map_kernel
 
@@ -309,7 +313,7 @@ def make_info(
         distinct_ancestors=distinct,
         log_weight_std=spread,
         nonfinite_weights=jnp.max(nonfinite) if local else nonfinite,
-        nonfinite_particles=jnp.sum(~whole(jax.vmap(finite_leaves)(particles))),
+        nonfinite_particles=jnp.sum(~whole(map_particles(finite_leaves)(particles))),
         weighing=weighing,
         proposal=proposal,
         forecast=forecast,

@@ -24,6 +24,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
+from numpyro_diffusion_da.smc.rows import are_rows_apart, like, plain, take_rows
+
 AXIS = "particles"
 """Name of the mesh's axis over which particles are sharded."""
 
@@ -116,9 +118,12 @@ def first(particles: PyTree) -> PyTree:
     Args:
         particles: particles of a device, with a leading axis.
     """
-    if num_devices() == 1:
-        return jax.tree.map(lambda x: x[0], particles)
-    return jax.tree.map(lambda x: x[0], _fetched(particles, np.zeros(1, int)))
+    one = np.zeros(1, int)
+    if num_devices() > 1:
+        particles = _fetched(particles, one)
+    elif are_rows_apart():
+        particles = take_rows(particles, one)
+    return jax.tree.map(lambda x: x[0], particles)
 
 
 def rows_at(particles: PyTree, which: Int[np.ndarray, " m"]) -> PyTree:
@@ -132,7 +137,7 @@ def rows_at(particles: PyTree, which: Int[np.ndarray, " m"]) -> PyTree:
     if len(which) == devices * size:
         return particles
     if devices == 1:
-        return jax.tree.map(lambda x: x[which], particles)
+        return take_rows(particles, which)
     if len(which) % devices == 0:
         by_device = which.reshape(devices, -1) - size * np.arange(devices)[:, None]
         if (by_device == by_device[:1]).all():  # every device has its share already, at the same places
@@ -156,22 +161,7 @@ def _fetched(particles: PyTree, which: Int[np.ndarray, " m"]) -> PyTree:
 
 def _on_plain(fn: Callable[[Array], Array], values: PyTree) -> PyTree:
     """Apply a function to arrays; random keys are given as their plain numbers."""
-    return jax.tree.map(lambda x: _like(x, fn(_plain(x))), values)
-
-
-def _is_key(x: Any) -> bool:
-    """Whether an array holds random keys."""
-    return bool(jnp.issubdtype(x.dtype, jax.dtypes.prng_key))
-
-
-def _plain(x: Array) -> Array:
-    """Array of plain numbers, of an array that may hold random keys."""
-    return jax.random.key_data(x) if _is_key(x) else x
-
-
-def _like(x: Array, plain: Array) -> Array:
-    """Array of the kind of x, from plain numbers."""
-    return jax.random.wrap_key_data(plain, impl=jax.random.key_impl(x)) if _is_key(x) else plain
+    return jax.tree.map(lambda x: like(x, fn(plain(x))), values)
 
 
 def map_divided(fn: Callable[[Any], Any], values: PyTree, batch_size: int) -> PyTree:
@@ -254,7 +244,7 @@ def take_ancestors(particles: PyTree, ancestors: Int[Array, " N"]) -> PyTree:
     """
     devices = num_devices()
     if devices == 1:
-        return jax.tree.map(lambda x: x[ancestors], particles)
+        return take_rows(particles, ancestors)
     n, me = len(ancestors) // devices, jax.lax.axis_index(AXIS)
     present, size = _present(ancestors), _round_size(len(ancestors) // devices)
     rounds, mine = _rounds(present), own(ancestors)
@@ -293,16 +283,16 @@ def take_ancestors(particles: PyTree, ancestors: Int[Array, " N"]) -> PyTree:
         return found
 
     leaves, form = jax.tree.flatten(particles)
-    found = exchanged(*map(_plain, leaves))
-    return jax.tree.unflatten(form, map(_like, leaves, found))
+    found = exchanged(*map(plain, leaves))
+    return jax.tree.unflatten(form, map(like, leaves, found))
 
 
 def bytes_each(particles: PyTree) -> int:
     """Number of bytes of one particle, of particles with a leading axis."""
     found = 0
     for x in jax.tree.leaves(particles):
-        plain = jax.eval_shape(_plain, x)
-        found += int(np.prod(plain.shape[1:], dtype=int)) * plain.dtype.itemsize
+        numbers = jax.eval_shape(plain, x)
+        found += int(np.prod(numbers.shape[1:], dtype=int)) * numbers.dtype.itemsize
     return found
 
 

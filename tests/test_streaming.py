@@ -1,0 +1,204 @@
+"""Particles in files: the same particles as in memory, and no more memory than a few batches."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro
+import numpyro.distributions as dist
+import pytest
+import xarray
+from numpyro.contrib.control_flow import scan
+
+import numpyro_diffusion_da as ndda
+from numpyro_diffusion_da.inference import Kept, row_files
+
+KEY = jax.random.key(5)
+PARTICLES = 40
+
+
+def model(y):
+    """A pair as carry: a state of 80 bytes, which is in files, and a number, which is in memory."""
+
+    def step(carry, y_t):
+        x, count = carry
+        x = numpyro.sample("x", dist.Normal(0.9 * x, 0.5).to_event(1))
+        numpyro.deterministic("largest", x.max())
+        numpyro.sample("y", dist.Normal(x[::2], 0.4).to_event(1), obs=y_t)
+        return (x, count + 1), None
+
+    scan(step, (numpyro.sample("x0", dist.Normal(jnp.zeros(20), 1.0).to_event(1)), 0), y)
+
+
+Y = np.random.default_rng(0).normal(size=(4, 10)).astype(np.float32)
+Y[2, :3] = np.nan
+
+
+def make(algorithm, directory, streamed=True, **settings):
+    arguments = {"num_particles": PARTICLES, "num_chains": 2, "batch_size": 16, "progress_bar": False, **settings}
+    return ndda.Filter(algorithm, directory=directory, stream_particles=streamed, **arguments)
+
+
+def assert_same_trees(a, b):
+    """Sums over particles differ in their rounding, everything else not at all."""
+    assert a.groups == b.groups
+    for group in a.groups:
+        for name, values in a[group].data_vars.items():
+            summed = group.startswith("/posterior_") or "_background" in name or "_departure" in name
+            same = np.testing.assert_allclose if summed else np.testing.assert_array_equal
+            same(values.values, b[group][name].values, **({"rtol": 1e-5, "atol": 1e-6} if summed else {}))
+        assert {n: list(v.values) for n, v in a[group].coords.items()} == {
+            n: list(v.values) for n, v in b[group].coords.items()
+        }
+    assert {**a.attrs, "batch_size": 0} == {**b.attrs, "batch_size": 0}
+
+
+def compare(algorithm, tmp_path, **settings):
+    streamed = make(algorithm, tmp_path / "streamed", **settings)
+    streamed.run(KEY, Y)
+    whole = make(algorithm, tmp_path / "whole", streamed=False, **settings)
+    whole.run(KEY, Y)
+    assert_same_trees(streamed.to_datatree(), whole.to_datatree())
+    return streamed, whole
+
+
+def test_streamed_particles_are_those_in_memory(tmp_path):
+    """Also the checksums of the lines: the run in memory goes on from the streamed one, and the other way round."""
+    keep = {"x": Kept(mean=True, std=True, mantissa_bits=12), "largest": Kept()}
+    streamed, whole = compare(ndda.Bootstrap(model), tmp_path, keep=keep)
+    longer = np.concatenate([Y, Y[::-1]])
+    for filter, directory in ((streamed, "whole"), (whole, "streamed")):
+        filter.directory = tmp_path / directory
+        filter.run(KEY, longer)
+    assert_same_trees(streamed.to_datatree(), whole.to_datatree())
+    assert streamed.result.posterior["x"].shape == (2, PARTICLES, 8, 20)
+
+
+ALGORITHMS = {
+    "guided": lambda: ndda.GuidedPF(model),
+    "moment": lambda: ndda.FAAPF(model),
+    "equal": lambda: ndda.FAAPF(model, weight=ndda.Equal()),
+    "tempered": lambda: ndda.FAAPF(model, weight=ndda.Dirac(), target_ess=0.5),
+    "checked guided": lambda: ndda.GrossErrorCheck(ndda.FAAPF(model), 2.0, members=8),
+    "checked bootstrap": lambda: ndda.GrossErrorCheck(ndda.Bootstrap(model), 2.0),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_all_filters_stream(name, tmp_path):
+    settings = {"keep_forecasts": True} if name in ("moment", "tempered") else {}
+    compare(ALGORITHMS[name](), tmp_path, num_chains=1, **settings)
+
+
+@pytest.mark.slow
+def test_an_emulator_streams(small, tmp_path):
+    prior = ndda.load_prior("lorenz96")
+
+    def emulated(y):
+        def step(x, y_t):
+            x = numpyro.sample("x", ndda.DiffusionTransition(prior, x, sampler=ndda.Sampler.cheap()))
+            numpyro.sample("y", dist.Normal(x[::2], 0.5).to_event(1), obs=y_t)
+            return x, None
+
+        scan(step, numpyro.sample("x0", prior.climatology()), y)
+
+    y = np.random.default_rng(0).normal(size=(2, 20)).astype(np.float32)
+    results = []
+    for streamed in (True, False):
+        filter = make(ndda.FAAPF(emulated), tmp_path / str(streamed), streamed, num_particles=12, num_chains=1)
+        filter.batch_size = 5
+        filter.run(KEY, y)
+        results.append(filter.result)
+    a, b = results
+    np.testing.assert_allclose(a.posterior["x"], b.posterior["x"], atol=2e-3)
+    np.testing.assert_array_equal(a.sample_stats["ancestors"], b.sample_stats["ancestors"])
+
+
+PROGRAM = """
+import sys
+sys.path.insert(0, sys.argv[2])
+import test_streaming as test
+filter = test.make(test.ndda.Bootstrap(test.model), sys.argv[1], num_chains=1, batch_size=1)
+filter.run(test.KEY, test.np.tile(test.Y, (2, 1)))
+"""
+
+
+@pytest.mark.slow
+def test_a_run_that_is_killed_inside_a_step_goes_on(tmp_path):
+    directory = tmp_path / "killed.zarr"
+    command = [sys.executable, "-W", "ignore", "-c", PROGRAM, str(directory), os.path.dirname(__file__)]
+    chain = directory / ".run/chain0"
+    for made in (2, 5):  # killed while the file of the next particles grows
+        with subprocess.Popen(command) as process:
+            while not ((chain / f"state-{made:08d}.npz").exists() and list(chain.glob("next.part/rows-1-*"))):
+                assert process.poll() is None
+                time.sleep(0.001)
+            process.send_signal(signal.SIGKILL)
+        assert list(chain.glob("next.part/rows-1-*"))
+    other = [str(tmp_path / "whole.zarr") if part == str(directory) else part for part in command]
+    for run in (command, other):  # tests compile with other options than a process of its own
+        assert subprocess.run(run, check=False).returncode == 0
+    found, whole = xarray.open_datatree(directory), xarray.open_datatree(other[-2])
+    for group, node in whole.children.items():
+        for name, values in node.data_vars.items():
+            np.testing.assert_array_equal(found[group][name].values, values.values)
+
+
+@pytest.mark.slow
+def test_damaged_rows_are_named_and_the_step_is_made_again(tmp_path):
+    filter = make(ndda.Bootstrap(model), tmp_path / "run", num_chains=1)
+    filter.run(KEY, Y)
+    before = filter.result.posterior["x"]
+    longer = make(ndda.Bootstrap(model), tmp_path / "run", num_chains=1)
+    (rows,) = (tmp_path / "run/.run/chain0/rows-00000004").iterdir()
+    flipped = bytearray(rows.read_bytes())
+    flipped[100] ^= 1
+    rows.write_bytes(flipped)
+    with pytest.warns(UserWarning, match="rows-00000004.*damaged.*goes on from an earlier state"):
+        longer.run(KEY, np.concatenate([Y, Y[:1]]))
+    np.testing.assert_array_equal(longer.result.posterior["x"][:, :, :4], before)
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "settings", "message"),
+    [
+        (ndda.Bootstrap(model), {"directory": None}, "no directory"),
+        (ndda.EnKF(model), {}, "EnKF needs all particles at once: its update"),
+        (ndda.FAAPF(model, move=True), {}, "its move is a regression"),
+        (ndda.FAAPF(model, inflation=[ndda.Multiplicative(1.1)]), {}, "its inflation"),
+        (ndda.GrossErrorCheck(ndda.FAAPF(model, lag=2)), {}, "its lag"),
+        (ndda.Bootstrap(model, resample_below=0.5), {}, "resample_below=0.5"),
+        (ndda.Bootstrap(model), {"keep": {"x": Kept(quantiles=(0.5,))}}, "quantiles"),
+        (ndda.Bootstrap(model), {"mesh": jax.make_mesh((1,), ("particles",))}, "a mesh"),
+    ],
+)
+def test_what_needs_all_particles_is_refused(algorithm, settings, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        make(algorithm, settings.pop("directory", tmp_path), **settings)
+
+
+def test_row_files_read_rows_in_any_order(tmp_path):
+    rows = np.random.default_rng(0).normal(size=(9, 3)).astype(np.float32)
+    file = row_files.RowFile(tmp_path / "rows", 9, (3,), rows.dtype)
+    for start in (3, 0, 6):
+        file.write(start, rows[start : start + 3])
+    for indices in (np.arange(9), np.array([8, 1, 1, 2, 5]), np.array([4])):
+        np.testing.assert_array_equal(file.read(indices), rows[indices])
+
+
+def test_particles_that_do_not_fit_are_streamed_by_themselves(monkeypatch, tmp_path):
+    monkeypatch.setattr("numpyro_diffusion_da.inference.streamed_run.host_memory", lambda: 1000)
+    monkeypatch.setattr("numpyro_diffusion_da.inference.stored_run.host_memory", lambda: 1000)
+    filter = make(ndda.Bootstrap(model), tmp_path / "run", None, num_chains=1)
+    filter.run(KEY, Y[:1])
+    assert list((tmp_path / "run/.run/chain0").glob("rows-*"))
+    with pytest.raises(MemoryError, match="do not fit into memory; use to_datatree"):
+        _ = filter.result
