@@ -69,6 +69,7 @@ def compare(algorithm, tmp_path, **settings):
     return streamed, whole
 
 
+@pytest.mark.slow
 def test_streamed_particles_are_those_in_memory(tmp_path):
     """Also the checksums of the lines: the run in memory goes on from the streamed one, and the other way round."""
     keep = {"x": Kept(mean=True, std=True, mantissa_bits=12), "largest": Kept()}
@@ -197,8 +198,17 @@ def test_row_files_read_rows_in_any_order(tmp_path):
 def test_particles_that_do_not_fit_are_streamed_by_themselves(monkeypatch, tmp_path):
     monkeypatch.setattr("numpyro_diffusion_da.inference.streamed_run.host_memory", lambda: 1000)
     monkeypatch.setattr("numpyro_diffusion_da.inference.stored_run.host_memory", lambda: 1000)
-    filter = make(ndda.Bootstrap(model), tmp_path / "run", None, num_chains=1)
-    filter.run(KEY, Y[:1])
-    assert list((tmp_path / "run/.run/chain0").glob("rows-*"))
+    keep = {"x": Kept(mean=True, std=True)}
+    filter = make(ndda.Bootstrap(model), tmp_path / "run", None, num_chains=1, keep=keep)
+    filter.run(KEY, Y[:2])
+    assert list((tmp_path / "run/.run/chain0").glob("rows-00000002/*"))
+    tree = filter.to_datatree()
+    x, stats = tree["posterior/x"].values, tree["sample_stats"]
+    np.testing.assert_allclose(tree["posterior_mean/x"], x.mean(1), atol=1e-5)
+    np.testing.assert_allclose(tree["posterior_std/x"], x.std(1, ddof=1), atol=1e-5)
+    squares = (Y[:2] - x[..., ::2]) ** 2
+    np.testing.assert_allclose(tree["log_likelihood/y"], -squares / 0.32 - np.log(0.4 * np.sqrt(2 * np.pi)), atol=1e-4)
+    for t in range(2):
+        assert len(np.unique(x[0, :, t], axis=0)) == stats["distinct_ancestors"][0, t]
     with pytest.raises(MemoryError, match="do not fit into memory; use to_datatree"):
         _ = filter.result
