@@ -45,6 +45,7 @@ def test_benchmarks_of_scale_run(tmp_path):
     sizes = {
         "throughput.py": ("--particles", "20", "--dims", "2", "--steps", "5", "--repeats", "1"),
         "overhead.py": ("--particles", "8", "--steps", "2", "--repeats", "1"),
+        "memory.py": ("--filters", "Bootstrap", "--particles", "8", "--kilobytes", "1", "--steps", "2", "--batch", "4"),
         "first_step.py": ("--filters", "Bootstrap", "--particles", "8", "--repeats", "1"),
         "large_local.py": (
             *("--latitudes", "19", "--longitudes", "36", "--observations", "500", "--members", "8"),
