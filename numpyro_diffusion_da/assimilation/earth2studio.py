@@ -461,7 +461,7 @@ def _step(prior: EmulatorPrior, step: Any) -> np.timedelta64:
         found: Any = own if step is None else pandas.Timedelta(step).to_timedelta64()
     except (ValueError, TypeError, OverflowError):
         raise TypeError(f'got step={shown(step)}; give a time difference such as "12h".') from None
-    if not found > np.timedelta64(0):
+    if not found > np.timedelta64(0, "ns"):
         raise ValueError(f'got step={shown(step)}; give a positive time difference such as "12h".')
     if own is not None and found != own:
         raise ValueError(

@@ -90,8 +90,14 @@ def _map_now(*operands: Any, jaxpr: Any, shared: int, n: int) -> list[Array]:
     return mapped(jaxpr, list(operands[:shared]), list(operands[shared:]), n)
 
 
-def _without_unused(used: list[bool], eqn: Any) -> tuple[list[bool], Any]:
-    """Leave out what no used output of a map depends on, as `partial_eval.dce_jaxpr` asks."""
+def _without_unused(used: list[bool], *rest: Any) -> tuple[list[bool], Any]:
+    """Leave out what no used output of a map depends on, as `partial_eval.dce_jaxpr` asks.
+
+    Args:
+        used: whether each output is used.
+        *rest: the equation, and before it, from JAX 0.12 on, which inputs are alive.
+    """
+    eqn = rest[-1]
     if not any(used):
         return [False] * len(eqn.invars), None
     jaxpr, consts, rows = partial_eval.dce_jaxpr_consts(eqn.params["jaxpr"], used)
