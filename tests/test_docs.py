@@ -17,7 +17,11 @@ import numpyro_diffusion_da as ndda
 ROOT = Path(__file__).parent.parent
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
 WITHOUT_EXAMPLES = [ROOT / "examples" / "README.md", *sorted((ROOT / "docs" / "reference").glob("*.md"))]
-FOLDERS = ["numpyro_diffusion_da", "tests", "examples", "examples/benchmarks", "examples/mini_weather"]
+FOLDERS = [
+    "numpyro_diffusion_da",
+    "tests",
+    *(f"examples{sub}" for sub in ("", "/assimilation", "/benchmarks", "/mini_weather")),
+]
 SMALLER = {
     "num_particles=256": "num_particles=16",
     "num_chains=4": "num_chains=2",

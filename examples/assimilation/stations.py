@@ -8,7 +8,7 @@ ships surface pressure on their way. Into the table go what tables have in them:
 - one land station gives hPa and says Pa, and another one gives -999 for a missing value;
 - two sondes give degC and say so; a third one gives degC and says K;
 - ships move, and one of them reports no position in one row;
-- the thermometer of one sonde drifts by 0.6 K a day;
+- the thermometer of one sonde drifts by 1.5 K a day;
 - all stations between 0 and 90 degrees east are silent for a day.
 
     python stations.py --out ten_minutes               # writes stations.csv and truth.nc
@@ -97,7 +97,7 @@ def with_faults(rng: np.random.Generator, frame, times: np.ndarray):
     value[celsius] -= 273.15
     frame.loc[celsius & (station != "R003"), "units"] = "degC"
     since = (frame["time"] - times[0]) / np.timedelta64(24, "h")
-    value[(station == "R004") & (variable == "t")] += 0.6 * since
+    value[(station == "R004") & (variable == "t")] += 1.5 * since
     frame["observation"] = value.round(2)
     frame.loc[frame.index[(station == "SHIP1")][1], ["lat", "lon"]] = np.nan
     again = frame[station.isin(["L004", "R005"])]
