@@ -23,8 +23,8 @@ With `--gaps`, at that share of the times no station reports, and for four times
     ndda assimilate month/run.toml                     # stop it with Ctrl-C, and start it again: it goes on
 
 What to expect: `--check` counts the rows that are set aside, by reason: duplicates and repeated reports, out of bounds
-(Pa, and degC called K), missing, off window. The filter rejects few others. The drifting sonde is among the report's
-worst stations.
+(Pa, and degC called K), and missing. The filter rejects no others. It uses the drifting sonde, which the report then
+lists among the most conspicuous stations.
 """
 
 from __future__ import annotations
