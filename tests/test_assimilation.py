@@ -433,7 +433,7 @@ def in_one_sentence(make):
 
 
 @given(ANY_TABLES)
-@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
 def test_any_tables_are_a_configuration_or_one_sentence(tables):
     config = in_one_sentence(lambda: RunConfig(**tables))
     valid = in_one_sentence(lambda: RunConfig(**{**TABLES, **tables}))

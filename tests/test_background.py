@@ -75,7 +75,7 @@ def test_from_one_known_state_the_background_is_exact(kind):
     assert all(np.all(count == 0) for count in result.network_passes.values())
 
 
-@pytest.mark.parametrize("kind", [ndda.EnKF, ndda.Bootstrap])
+@pytest.mark.parametrize("kind", [ndda.EnKF, pytest.param(ndda.Bootstrap, marks=pytest.mark.slow)])
 def test_an_ensemble_that_saw_nothing_is_its_own_background(kind):
     """Without observations the analysis is the forecast, inflated as the update would take it."""
     inflated = {"inflation": (ndda.ForecastMultiplicative(1.5),)} if kind is ndda.EnKF else {}

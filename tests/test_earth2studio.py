@@ -162,6 +162,7 @@ def test_a_generator_is_a_kalman_filter_at_each_place(model):
     assert np.all(np.abs(rows["analysis"] - rows["value"]) < np.abs(rows["background"] - rows["value"]))
 
 
+@pytest.mark.slow
 def test_a_call_is_each_analysis_by_itself(model):
     times = START + np.array([0, 24]) * HOUR
     both = pandas.concat([frame(time, SEEN) for time in times], ignore_index=True)

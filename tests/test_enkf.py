@@ -332,6 +332,7 @@ def test_observations_near_each_observation_are_those_of_all_pairs(moving):
     np.testing.assert_allclose(found, between, atol=2e-6)
 
 
+@pytest.mark.slow
 def test_without_all_pairs_an_update_is_the_same(monkeypatch):
     """Conjugate gradients with rows of near observations, against the direct solve."""
     n, m, d = 12, 30, 40

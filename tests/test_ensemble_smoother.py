@@ -204,6 +204,7 @@ def test_a_run_that_was_interrupted_goes_on(tmp_path, monkeypatch) -> None:
         filter_.run(jax.random.key(1), y[:5])
 
 
+@pytest.mark.slow
 def test_other_lags_are_refused_and_a_lag_of_zero_is_the_filter() -> None:
     filter_ = local("EnKF")
     result = filter_.result

@@ -156,6 +156,7 @@ def closed_form(small):
     return model, small.simulate(4, 3)[1]
 
 
+@pytest.mark.slow
 def test_one_particle(closed_form):
     """It has no variance, and weights, resampling and background cope."""
     model, y = closed_form
@@ -193,9 +194,8 @@ def test_wrong_settings(program):
         _ = make(program[0]).result
 
 
-@pytest.mark.parametrize(
-    "algorithm", [ndda.Bootstrap, *(pytest.param(a, marks=pytest.mark.slow) for a in (ndda.FAAPF, ndda.EnKF))]
-)
+@pytest.mark.parametrize("algorithm", [ndda.Bootstrap, ndda.FAAPF, ndda.EnKF])
+@pytest.mark.slow
 def test_a_second_run_calls_the_program_a_few_times(algorithm):
     """Also of a program whose structure takes a third look, for its mean is not linear."""
     calls = []

@@ -136,7 +136,11 @@ def test_guided_flow_is_the_exact_posterior(seed, singular):
 
 
 @pytest.mark.parametrize(
-    ("seed", "singular", "solver"), [(1, False, ndda.diffusion.KrylovSolve()), (2, True, ndda.diffusion.DirectSolve())]
+    ("seed", "singular", "solver"),
+    [
+        pytest.param(1, False, ndda.diffusion.KrylovSolve(), marks=pytest.mark.slow),
+        (2, True, ndda.diffusion.DirectSolve()),
+    ],
 )
 def test_default_sampler(seed, singular, solver):
     """16 levels, with exact solves or two products: a law within a tenth of the posterior's spread of the posterior."""

@@ -121,6 +121,7 @@ def test_products_of_single_observations_are_exact_without_a_taper() -> None:
     np.testing.assert_allclose(found, SPREAD * np.outer(slopes[0], slopes[0]), rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_selection_that_uses_everything_leaves_no_move() -> None:
     c = draw(100, 1)
     found = predicted(c)
@@ -140,6 +141,7 @@ def test_selection_is_used_where_the_ensemble_is_not_gaussian() -> None:
     assert both > 0.8
 
 
+@pytest.mark.slow
 def test_what_is_missing_or_undefined_does_not_matter() -> None:
     c = draw(100, 3)
     some = np.array([Y[0], np.nan, np.nan])

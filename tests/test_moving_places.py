@@ -276,6 +276,7 @@ def test_steps_made_online_take_the_places_of_their_inputs(moved):
         online.step(jax.random.key(0), state, lost)
 
 
+@pytest.mark.slow
 def test_kernels_take_a_function_of_the_observation():
     """Toy kernels: the observation is (values, places); a function of it is what a constant at its places is."""
     x = np.random.default_rng(0).normal(size=(8, D)).astype(np.float32)

@@ -485,7 +485,8 @@ def with_error(y, error):
     scan(step, 0.0, (y, error))
 
 
-@pytest.mark.parametrize("make", [exact, pytest.param(ndda.EnKF, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("make", [exact, ndda.EnKF])
 def test_the_error_of_a_missing_value_does_not_matter(make, exactly):
     """Tables have NaN for both, also at the first time."""
     y = np.where(np.arange(8) % 3 == 0, np.nan, PADDED)

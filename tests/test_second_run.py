@@ -70,7 +70,7 @@ def has_run():
     return filter_
 
 
-@pytest.mark.parametrize("what", CHANGES)
+@pytest.mark.parametrize("what", ["values", pytest.param("operations", marks=pytest.mark.slow)])
 def test_what_the_program_reads_is_read_anew(has_run, monkeypatch, what):
     read, attributes, compiles = CHANGES[what]
     before = particles(has_run)

@@ -440,7 +440,11 @@ def test_enkf_in_ensemble_space_is_the_same():
 RESAMPLING = [resampling.systematic, resampling.stratified, resampling.multinomial, resampling.residual]
 
 
-@pytest.mark.parametrize("resampling_fn", RESAMPLING, ids=lambda fn: fn.__name__)
+@pytest.mark.parametrize(
+    "resampling_fn",
+    [*RESAMPLING[:3], pytest.param(RESAMPLING[3], marks=pytest.mark.slow)],
+    ids=lambda fn: fn.__name__,
+)
 def test_zero_weight_is_never_selected(resampling_fn):
     """In float32, many keys, with the last particle and whole stretches impossible."""
     n, keys = 1000, jax.random.split(jax.random.key(0), 500)

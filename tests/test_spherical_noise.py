@@ -124,7 +124,7 @@ def test_double_and_half_precision():
 # --- draws ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("grid", GRIDS)
+@pytest.mark.parametrize("grid", [GRIDS[0], pytest.param(GRIDS[1], marks=pytest.mark.slow)])
 def test_draws_have_the_covariance(grid):
     """Channels are independent, so that 20 000 of them are 20 000 draws."""
     noise = ndda.diffusion.SphericalNoise(*grid)

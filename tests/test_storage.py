@@ -110,8 +110,11 @@ def single(compiled_for_single_steps):
 @pytest.mark.parametrize(
     "when",
     [
-        *(pytest.param(when, marks=pytest.mark.slow) for when in ("within the values", "before the lines")),
-        *("within a line", "before the state"),
+        *(
+            pytest.param(when, marks=pytest.mark.slow)
+            for when in ("within the values", "before the lines", "within a line")
+        ),
+        "before the state",
     ],
 )
 def test_a_run_that_died_goes_on(program, whole, single, tmp_path, monkeypatch, when):
@@ -179,6 +182,7 @@ def test_xarray_alone_opens_the_directory(program, whole, single, tmp_path):
             assert group[variable].dims == tree[name][variable].dims
 
 
+@pytest.mark.slow
 def test_a_longer_series_goes_on_from_a_shorter(program, whole, tmp_path):
     """The longer one by a filter that shares nothing with the first, as in another process."""
     model, y = program
@@ -302,7 +306,12 @@ DAMAGES = {
 }
 
 
-@pytest.mark.parametrize("damage", DAMAGES)
+SLOW_DAMAGES = ("values cut off", "values deleted", "a line deleted")
+
+
+@pytest.mark.parametrize(
+    "damage", [pytest.param(name, marks=pytest.mark.slow) if name in SLOW_DAMAGES else name for name in DAMAGES]
+)
 def test_what_is_damaged_is_named_and_made_again(program, whole, single, copied, damage):
     name, act, message = DAMAGES[damage]
     act(copied / name)
@@ -434,6 +443,7 @@ def test_what_is_not_kept_is_not_missed(tmp_path):
     assert filter.result.posterior_predictive == {}
 
 
+@pytest.mark.slow
 def test_numbers_of_any_library_are_settings(tmp_path):
     model, y = _module_level, np.zeros(1, np.float32)
     settings = {"num_particles": np.int64(8), "num_chains": 1, "directory": tmp_path, "progress_bar": False}
@@ -579,6 +589,7 @@ def test_a_run_is_known_by_what_it_computes(unchanged, change):
     assert any(re.search(where, name) for name in changed), changed
 
 
+@pytest.mark.slow
 def test_what_computes_the_same_has_one_identity(program, unchanged):
     """Also of a program that is made again, and of a filter that only now is traced."""
     assert _computed() == unchanged
