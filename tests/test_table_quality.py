@@ -332,6 +332,13 @@ def test_bias_is_the_exact_posterior():
     assert list(bias.latest().index) == [("A", "t2m")]
 
 
+def test_bias_of_a_direction_goes_the_short_way_round():
+    values, background = np.array([2.0, 358.0, 5.0]), np.array([357.0, 353.0, 0.0])  # 5 degrees each
+    feedback = feedback_of([0, 0, 1], values, background, 1.0, name="wind_direction", unit="degree")
+    bias = InstrumentBias.estimate(feedback, TIMES, stddev=1e4, drift=0.0)
+    np.testing.assert_allclose(bias.estimates["bias"], 5.0, rtol=1e-6)
+
+
 def test_bias_is_removed_as_known_before_each_step():
     table = frame("time station", *[(t, s) for t in (*TIMES, "2026-01-02T00") for s in ("A", "B")], observation=283.0)
     feedback = feedback_of([0, 1], [283.0, 284.0], 280.0, 0.01, name="2m_temperature")

@@ -1,6 +1,6 @@
 """Scores against a truth, diagnostics against observations, spectra and figures."""
 
-from numpyro_diffusion_da.diagnostics.feedback import PRESSURE_LEVELS, REGIONS, REJECTIONS, Feedback, departure
+from numpyro_diffusion_da.diagnostics.feedback import PRESSURE_LEVELS, REGIONS, REJECTIONS, Feedback
 from numpyro_diffusion_da.diagnostics.innovations import (
     Consistency,
     Departures,
@@ -34,6 +34,7 @@ from numpyro_diffusion_da.diagnostics.verification import (
     spread,
     spread_skill,
 )
+from numpyro_diffusion_da.fields.departures import departure
 
 __all__ = [
     "PALETTE",

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from numpyro_diffusion_da.arguments import require, require_count, require_number, shown
+from numpyro_diffusion_da.fields.departures import departure
 
 if TYPE_CHECKING:
     import pandas
@@ -47,20 +48,6 @@ _CENTRAL_HALF = 0.6744897501960817
 _FIRST_FLAGS = ("used", "withheld", "far from background")
 _NUMBERS = ("value", "error_used", "background", "background_spread", "analysis", "analysis_spread", "pres")
 _SCORES = ("background_pit", "background_crps", "analysis_crps")
-
-
-def departure(value: Any, expected: Any, unit: Any = None) -> np.ndarray:
-    """Observation minus expectation; for a direction in degrees the shorter way round, above -180 and up to 180.
-
-    Args:
-        value: observed values.
-        expected: their background or analysis.
-        unit: unit of each value, or of all. Values in "degree" (or "degrees") are directions.
-    """
-    difference = np.asarray(value, float) - np.asarray(expected, float)
-    direction = np.isin(np.asarray(unit, object).astype(str), ("degree", "degrees"))
-    with np.errstate(invalid="ignore"):
-        return np.where(direction, 180.0 - np.mod(180.0 - difference, 360.0), difference)
 
 
 def _ratio_p_value(groups: _Groups, normalized: np.ndarray) -> tuple[np.ndarray, ...]:
@@ -137,7 +124,7 @@ class Feedback:
         with np.errstate(divide="ignore", invalid="ignore"):
             normalized = rows["o_b"].to_numpy() / np.sqrt(rows["expected"].to_numpy())
         rows["normalized"] = np.where(np.isfinite(normalized), normalized, np.nan)
-        rows["level"] = _nearest_level(rows["pres"].to_numpy() / 100.0, np.asarray(levels, float))
+        rows["level"] = nearest_level(rows["pres"].to_numpy() / 100.0, np.asarray(levels, float))
         rows["region"] = _region(rows["lat"].to_numpy(), rows["lon"].to_numpy(), regions)
         self.rows = rows
         self._settings: dict[str, Any] = {"levels": levels, "regions": regions, "block": block}
@@ -411,7 +398,8 @@ class Feedback:
                 z = d / np.sqrt(variance)
             frame[f"{name}_ratio"], frame[f"{name}_ratio_se"], _, frame[f"{name}_ratio_p"] = _ratio_p_value(groups, z)
             crps = rows[f"{name}_crps"].to_numpy()
-            frame[f"{name}_crps"], frame[f"{name}_crps_se"], _ = groups.mean(_gaussian_crps(crps, d, variance))
+            crps = np.where(np.isfinite(crps), crps, gaussian_crps(d, np.sqrt(variance)))
+            frame[f"{name}_crps"], frame[f"{name}_crps_se"], _ = groups.mean(crps)
         frame["crps_skill"] = 1.0 - frame["analysis_crps"] / frame["background_crps"].where(
             frame["background_crps"] > 0
         )
@@ -590,8 +578,13 @@ def _numbers(rows: pandas.DataFrame, name: str) -> np.ndarray:
         raise ValueError(f"Feedback got the column '{name}' with values that are no numbers.") from None
 
 
-def _nearest_level(pressure: np.ndarray, levels: np.ndarray) -> np.ndarray:
-    """The level in hPa that is nearest to each pressure, in its logarithm; NaN where there is no pressure."""
+def nearest_level(pressure: np.ndarray, levels: np.ndarray) -> np.ndarray:
+    """Level that is nearest to each pressure, in the logarithm of pressure; NaN where there is no pressure.
+
+    Args:
+        pressure: pressures in hPa, shape (row,).
+        levels: levels in hPa, shape (level,).
+    """
     with np.errstate(divide="ignore", invalid="ignore"):
         distance = np.abs(np.log(pressure)[:, None] - np.log(levels))
     there = np.isfinite(pressure) & (pressure > 0)
@@ -622,13 +615,16 @@ def _box(lat: np.ndarray, lon: np.ndarray, degrees: float) -> tuple[np.ndarray, 
     return tuple(np.where(there, values, np.nan) for values in found)  # type: ignore[return-value]
 
 
-def _gaussian_crps(crps: np.ndarray, departures: np.ndarray, variance: np.ndarray) -> np.ndarray:
-    """The CRPS that rows have, and that of a Gaussian for those that have none."""
+def gaussian_crps(departures: np.ndarray, spread: np.ndarray) -> np.ndarray:
+    """CRPS of a Gaussian distribution (Gneiting et al. 2005, Mon. Weather Rev. 133, 1098, equation 5).
+
+    Args:
+        departures: observation minus mean, shape (row,).
+        spread: standard deviation, shape (row,).
+    """
     from scipy.stats import norm
 
     with np.errstate(divide="ignore", invalid="ignore"):
-        spread = np.sqrt(variance)
         z = departures / spread
         # The formula itself: importing scoringrules takes several seconds.
-        gaussian = spread * (z * (2.0 * norm.cdf(z) - 1.0) + 2.0 * norm.pdf(z) - 1.0 / np.sqrt(np.pi))
-    return np.where(np.isfinite(crps), crps, gaussian)
+        return spread * (z * (2.0 * norm.cdf(z) - 1.0) + 2.0 * norm.pdf(z) - 1.0 / np.sqrt(np.pi))

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from numpyro_diffusion_da.arguments import require, require_number, shown
+from numpyro_diffusion_da.fields.departures import departure
 from numpyro_diffusion_da.observation.tables.flags import Flag
 from numpyro_diffusion_da.observation.tables.windows import step_times
 
@@ -96,7 +97,8 @@ class InstrumentBias:
         used = feedback[(feedback["flag"] == Flag.USED) & feedback["background"].notna()]
         removed = used["bias_removed"].fillna(0.0) if "bias_removed" in used else 0.0
         variance = used["background_variance"].fillna(0.0) if "background_variance" in used else 0.0
-        used = used.assign(_departure=used["value"] + removed - used["background"], _variance=variance)
+        departures = departure(used["value"] + removed, used["background"], used.get("unit"))
+        used = used.assign(_departure=departures, _variance=variance)
         found = [] if previous is None else previous.estimates.to_dict("records")
         for key, part in used.groupby([*columns, "name"], sort=True):
             start = None if previous is None else previous._last(key)
