@@ -127,6 +127,7 @@ def test_a_month_with_gaps_goes_on_where_it_was_stopped(tmp_path, monkeypatch):
     assert cycles["used"][0] > 0
     assert json.loads((tmp_path / "run" / "run.json").read_text())["particles"] == 4
     with xarray.open_zarr(tmp_path / "run" / "analysis.zarr", group="mean", chunks=None) as mean:
+        # Cycles without rows are forecasts, and are written as the others: none is left at the fill value.
         assert np.isfinite(mean["surface_pressure"]).all()
         assert mean.sizes["time"] == 6
 
@@ -142,4 +143,5 @@ def test_gencast_from_a_table(tmp_path):
     run("assimilate", configuration("gencast", tmp_path, **small))
     feedback = pandas.read_parquet(tmp_path / "run" / "feedback.parquet")
     assert set(feedback["cycle"]) == {0, 1}
+    # The weights are random, so no value is known; each row that is used has its background.
     assert np.isfinite(feedback["background"][feedback["flag"] == "used"]).all()

@@ -475,7 +475,7 @@ def _unknown(loc: tuple[int | str, ...]) -> str:
 
 
 def _expected(one: Any) -> str:
-    """What a value should be, in the words of pydantic where these are plain."""
+    """Words for what a value should be, those of pydantic where they are plain."""
     words = {
         "int_type": "a whole number",
         "int_from_float": "a whole number",

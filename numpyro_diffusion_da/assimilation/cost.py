@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from numpyro_diffusion_da.diffusion.prior import DiffusionPrior
+from numpyro_diffusion_da.fields.times import hours
 
 if TYPE_CHECKING:
     from numpyro_diffusion_da.assimilation.config import RunConfig
@@ -60,9 +59,8 @@ def cost_of(run: PreparedRun) -> list[str]:
     moves = config.filter.method == "fa_apf" and config.filter.taper_km is not False
     conditioning = (2 if moves else 1) * emulator.prior.conditioning_passes
     plus = f", and {conditioning} of the conditioning network" if conditioning else ""
-    hours = emulator.step / np.timedelta64(1, "h")
     return [
-        f"{steps} steps of {hours:g} h, from {run.times[0]} to {run.times[-1]}, with {particles} particles.",
+        f"{steps} steps of {hours(emulator.step)}, from {run.times[0]} to {run.times[-1]}, with {particles} particles.",
         f"About {passes:.0f} network passes per particle and step{plus}: "
         f"{(passes + conditioning) * particles * steps:,.0f} in all.",
         f"The ensemble takes {_bytes(state * particles * emulator.frames)} of memory, and the folder up to "

@@ -30,16 +30,16 @@ from numpyro_diffusion_da.assimilation.earth2studio_names import (
 )
 from numpyro_diffusion_da.assimilation.emulator import Emulator
 from numpyro_diffusion_da.assimilation.guesses import FrameGuess
+from numpyro_diffusion_da.assimilation.placing import bounds_of
 from numpyro_diffusion_da.assimilation.program import OBSERVATION, STATE, assimilation_program, filter_of
 from numpyro_diffusion_da.diffusion.prior import DiffusionPrior, EmulatorPrior
 from numpyro_diffusion_da.diffusion.sampler import Sampler
 from numpyro_diffusion_da.fields.grids import Grid
 from numpyro_diffusion_da.fields.layout import Layout
-from numpyro_diffusion_da.fields.times import utc_times
+from numpyro_diffusion_da.fields.times import hours, utc_times
 from numpyro_diffusion_da.filters.base import FilterAlgorithm
 from numpyro_diffusion_da.inference.online_filter import OnlineFilter
 from numpyro_diffusion_da.observation import (
-    Bounds,
     Duplicates,
     ObservationOperator,
     PlacedObservations,
@@ -158,8 +158,7 @@ class Earth2StudioAssimilation:
         self._grid, self._channels = Grid.of(prior.layout), channels(prior.layout)
         self.step = _step(prior, step)
         if quality is None:
-            has_climate = callable(getattr(prior, "climate_statistics", None))
-            quality = [Bounds.of(prior) if has_climate else Bounds(), Duplicates()]
+            quality = [bounds_of(prior, QualitySettings().bounds_factor), Duplicates()]
         self._placing: dict[str, Any] = {
             "window": self.step if window is None else window,
             "errors": errors,
@@ -174,7 +173,6 @@ class Earth2StudioAssimilation:
         self._emulator = Emulator(
             prior=prior,
             step=self.step,
-            frames=2 if callable(getattr(prior, "forcings", None)) else 1,
             sampler=Sampler.cheap() if draws and sampler is None else sampler,
         )
         placed = read_table(_no_rows()).on(prior.layout, [np.datetime64(0, "s")], window=self.step)
@@ -321,7 +319,7 @@ class Earth2StudioAssimilation:
         if np.any(apart != np.round(apart)) or apart[0] < 1:
             raise ValueError(
                 f"an analysis at {wanted[np.argmax((apart != np.round(apart)) | (apart < 1))]} was requested, but "
-                f"analyses are {_hours(self.step)} apart and the last one is of {since}; request times that are whole "
+                f"analyses are {hours(self.step)} apart and the last one is of {since}; request times that are whole "
                 "steps after it."
             )
         return since + self.step * np.arange(1, int(apart[-1]) + 1)
@@ -464,14 +462,8 @@ def _step(prior: EmulatorPrior, step: Any) -> np.timedelta64:
     if not found > np.timedelta64(0, "ns"):
         raise ValueError(f'got step={shown(step)}; give a positive time difference such as "12h".')
     if own is not None and found != own:
-        raise ValueError(
-            f"got step={shown(step)}, but a step of {type(prior).__name__} is {_hours(own)}; leave it out."
-        )
+        raise ValueError(f"got step={shown(step)}, but a step of {type(prior).__name__} is {hours(own)}; leave it out.")
     return np.timedelta64(found, "ns")
-
-
-def _hours(step: np.timedelta64) -> str:
-    return f"{step / np.timedelta64(1, 'h'):g} h"
 
 
 def _names(variables: Any, layout: Layout, has_pressure: bool) -> dict[str, str]:
@@ -590,7 +582,7 @@ def _frames(first: Any, model: Earth2StudioAssimilation) -> tuple[np.datetime64,
     steps = model.step * np.arange(1 - model._emulator.frames, 1)
     if len(times) != len(steps) or not np.array_equal(times - times[-1], steps):
         raise ValueError(
-            f"the first guess is of {times}, expected {len(steps)} frames {_hours(model.step)} apart; fetch the lead "
+            f"the first guess is of {times}, expected {len(steps)} frames {hours(model.step)} apart; fetch the lead "
             "times of init_coords()."
         )
     fields = first.isel(time=0).transpose(*expected[1:]).assign_coords(lead_time=times).rename(lead_time="time")

@@ -14,7 +14,7 @@ from numpyro_diffusion_da.diffusion.prior import DiffusionPrior, EmulatorPrior
 from numpyro_diffusion_da.diffusion.sampler import Sampler
 from numpyro_diffusion_da.diffusion.schedule import KarrasSchedule
 from numpyro_diffusion_da.diffusion.steps import DPMSolverPP2M
-from numpyro_diffusion_da.fields.times import utc_times
+from numpyro_diffusion_da.fields.times import hours, utc_times
 from numpyro_diffusion_da.priors.gencast.prior import GenCastPrior
 from numpyro_diffusion_da.priors.shipped import load_prior
 from numpyro_diffusion_da.priors.weathernext2.prior import WeatherNext2Prior
@@ -66,14 +66,17 @@ class Emulator:
     Attributes:
         prior: the prior, of which forecasts and draws are made.
         step: time of one step.
-        frames: number of last states that it is conditioned on, 1 or 2.
         sampler: sampler of its draws; None for an emulator of one pass.
     """
 
     prior: EmulatorPrior
     step: np.timedelta64
-    frames: int
     sampler: Sampler | None
+
+    @property
+    def frames(self) -> int:
+        """Number of last states that the prior is conditioned on: 2 if it has forcings of its steps, else 1."""
+        return 2 if callable(getattr(self.prior, "forcings", None)) else 1
 
     @staticmethod
     def of(config: RunConfig, prior: EmulatorPrior) -> Emulator:
@@ -100,8 +103,9 @@ class Emulator:
         if own is None and given is None:
             raise ValueError(f'times.step is missing, and {type(prior).__name__} states none; add it, as in "12h".')
         if own is not None and given is not None and own != given:
-            hours = f"{own / np.timedelta64(1, 'h'):g}h"
-            raise ValueError(f"times.step is {config.times.step!r}, but a step of the prior is {hours}; leave it out.")
+            raise ValueError(
+                f"times.step is {config.times.step!r}, but a step of the prior is {hours(own)}; leave it out."
+            )
         step = own if own is not None else given
         assert step is not None
         factor = config.filter.error_factor
@@ -114,9 +118,7 @@ class Emulator:
                     "out."
                 )
             prior = prior.with_errors_times(factor)
-        return Emulator(
-            prior, step.astype("timedelta64[s]"), 2 if hasattr(prior, "forcings") else 1, sampler_of(config, prior)
-        )
+        return Emulator(prior, step.astype("timedelta64[s]"), sampler_of(config, prior))
 
     def times(self, config: RunConfig) -> np.ndarray:
         """Times of the analyses, datetime64[s].
@@ -130,9 +132,8 @@ class Emulator:
         start, end = (np.datetime64(text) for text in (config.times.start, config.times.end))
         if (end - start) % self.step != np.timedelta64(0, "s"):
             last = start + (end - start) // self.step * self.step
-            hours = f"{self.step / np.timedelta64(1, 'h'):g} h"
             raise ValueError(
-                f"times.end = {config.times.end} is no whole number of steps of {hours} after times.start = "
+                f"times.end = {config.times.end} is no whole number of steps of {hours(self.step)} after times.start = "
                 f"{config.times.start}; the last step before it is at {last}."
             )
         count = int((end - start) // self.step) + 1

@@ -17,7 +17,7 @@ from numpyro_diffusion_da.assimilation.prepared import STORE
 from numpyro_diffusion_da.assimilation.run import Run
 from numpyro_diffusion_da.diffusion.prior import EmulatorPrior
 from numpyro_diffusion_da.fields.datasets import to_dataset
-from numpyro_diffusion_da.fields.times import utc_times
+from numpyro_diffusion_da.fields.times import hours, utc_times
 
 FORECAST = "forecast.zarr"
 """Name in the folder of a run."""
@@ -112,9 +112,9 @@ def _number_of_steps(emulator: Emulator, last: np.datetime64, steps: int | None,
     if until is not None:
         end = utc_times([until], "until")[0].astype("datetime64[s]")
         if end <= last or (end - last) % emulator.step != np.timedelta64(0, "s"):
-            hours = f"{emulator.step / np.timedelta64(1, 'h'):g} h"
             raise ValueError(
-                f"until is {end}, which is no whole number of steps of {hours} after the analysis at {last}."
+                f"until is {end}, which is no whole number of steps of {hours(emulator.step)} after the analysis at "
+                f"{last}."
             )
         steps = int((end - last) // emulator.step)
     require_count(steps, "forecast", "steps")

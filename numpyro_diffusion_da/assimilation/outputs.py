@@ -17,8 +17,10 @@ from numpyro_diffusion_da.assimilation.emulator import Emulator
 from numpyro_diffusion_da.assimilation.files import FEEDBACK, replacing
 from numpyro_diffusion_da.assimilation.prepared import PreparedRun
 from numpyro_diffusion_da.assimilation.program import OBSERVATION, PREVIOUS
-from numpyro_diffusion_da.diagnostics.verification import area_weights, crps
+from numpyro_diffusion_da.diagnostics.feedback import gaussian_crps
+from numpyro_diffusion_da.diagnostics.verification import area_weights, crps, rmse
 from numpyro_diffusion_da.fields.datasets import to_dataset
+from numpyro_diffusion_da.fields.departures import departure
 from numpyro_diffusion_da.fields.layout import Layout
 from numpyro_diffusion_da.observation.tables.flags import Flag
 from numpyro_diffusion_da.observation.tables.placed import PlacedObservations
@@ -130,7 +132,7 @@ class GroupedWriter:
         self.path, self.layout, self.kept = path, layout, kept
 
     def write(self, times: np.ndarray, states: np.ndarray) -> None:
-        """Append cycles.
+        """Append members, mean and spread of some cycles to the store.
 
         Args:
             times: their times.
@@ -241,12 +243,9 @@ def _forecasts(tree: xarray.DataTree, run: PreparedRun) -> dict[str, np.ndarray]
             )
             writer.write(run.times[t : t + 1].astype("datetime64[ns]"), states[:, None])
             increment = stored_states(tree, layout, slice(t, t + 1))[:, 0].mean(0) - states.mean(0)
-            for name, (dims, values, _) in layout.split(increment).items():
-                of_points = weights if dims[-2:] == ("latitude", "longitude") else 1.0
-                square = np.broadcast_to(of_points, values.shape) * values**2
-                defined = np.isfinite(values)
-                area = np.broadcast_to(of_points, values.shape)[defined].sum()
-                rms[name][t] = float(np.sqrt(square[defined].sum() / area))
+            for name, (_, values, _) in layout.split(increment).items():
+                defined = np.where(np.isfinite(values), 0.0, np.nan)
+                rms[name][t] = rmse(values[None], defined, weights=weights)
     return rms
 
 
@@ -311,12 +310,10 @@ def feedback_of(placed: PlacedObservations, columns: Mapping[str, np.ndarray]) -
     frame = placed.feedback(rejected=columns.get("rejected"), **given)
     value, error = frame["value"].to_numpy(float), frame["error_used"].to_numpy(float)
     spread = np.hypot(frame["background_spread"].to_numpy(float), error)
+    o_b = departure(value, frame["background"], frame["unit"])
     with np.errstate(divide="ignore", invalid="ignore"):
-        z = (value - frame["background"].to_numpy(float)) / spread
-    frame["background_pit"] = scipy.special.ndtr(z)
-    density = np.exp(-0.5 * z**2) / np.sqrt(2.0 * np.pi)
-    # Gneiting et al. 2005, Mon. Weather Rev. 133, 1098, equation 5.
-    frame["background_crps"] = spread * (z * (2.0 * scipy.special.ndtr(z) - 1.0) + 2.0 * density - np.pi**-0.5)
+        frame["background_pit"] = scipy.special.ndtr(o_b / spread)
+    frame["background_crps"] = gaussian_crps(o_b, spread)
     for name, quantity in placed.operator.quantities.items():
         if quantity[0].period is not None:
             of_circle = (frame["name"] == name).to_numpy(bool)
@@ -351,9 +348,9 @@ def cycles_of(
     used = feedback[(feedback["flag"] == Flag.USED) & np.isfinite(feedback["background_pit"].to_numpy(float))]
     cycle = used["cycle"].to_numpy(int)
     expected = used["background_spread"].to_numpy(float) ** 2 + used["error_used"].to_numpy(float) ** 2
-    departure = departures_of(used)
+    square = departure(used["value"], used["background"], used["unit"]) ** 2
     with np.errstate(divide="ignore", invalid="ignore"):
-        ratio = np.bincount(cycle, departure**2, len(times)) / np.bincount(cycle, expected, len(times))
+        ratio = np.bincount(cycle, square, len(times)) / np.bincount(cycle, expected, len(times))
     columns = {
         "time": pandas.DatetimeIndex(times).strftime("%Y-%m-%dT%H:%M:%SZ"),
         "used": count(Flag.USED),
@@ -366,14 +363,3 @@ def cycles_of(
         **{f"increment_rms_{name}": values for name, values in rms.items()},
     }
     return pandas.DataFrame(columns)
-
-
-def departures_of(frame: pandas.DataFrame) -> np.ndarray:
-    """Value minus background of each row; of angles the short way round, in (-180, 180].
-
-    Args:
-        frame: rows with the columns `value`, `background` and `unit`.
-    """
-    found = frame["value"].to_numpy(float) - frame["background"].to_numpy(float)
-    is_angle = (frame["unit"] == "degree").to_numpy(bool)
-    return np.where(is_angle, 180.0 - (180.0 - found) % 360.0, found)

@@ -112,7 +112,7 @@ def checks_of(quality: QualitySettings, config: RunConfig, prior: Any) -> list[Q
     if quality.blacklist:
         found.append(Blacklist(**quality.blacklist))
     if quality.bounds:
-        found.append(Bounds.of(prior, factor=quality.bounds_factor) if _has_climate(prior) else Bounds())
+        found.append(bounds_of(prior, quality.bounds_factor))
     if quality.height_difference is not None:
         found.append(HeightDifference(_orography(config, prior), quality.height_difference))
     if quality.duplicates:
@@ -127,8 +127,14 @@ def checks_of(quality: QualitySettings, config: RunConfig, prior: Any) -> list[Q
     return found
 
 
-def _has_climate(prior: Any) -> bool:
-    return hasattr(prior, "climate_statistics")
+def bounds_of(prior: Any, factor: float) -> Bounds:
+    """Bounds from the climate of a prior, or those of any weather for a prior without statistics of its climate.
+
+    Args:
+        prior: the prior.
+        factor: largest distance from the mean of the climate, in standard deviations.
+    """
+    return Bounds.of(prior, factor) if callable(getattr(prior, "climate_statistics", None)) else Bounds()
 
 
 def _orography(config: RunConfig, prior: Any) -> np.ndarray:

@@ -14,11 +14,12 @@ from numpyro_diffusion_da.assimilation.emulator import open_prior
 from numpyro_diffusion_da.assimilation.files import replacing
 from numpyro_diffusion_da.assimilation.forecasting import FORECAST, LEAD, emulator_of
 from numpyro_diffusion_da.assimilation.guesses import open_dataset
-from numpyro_diffusion_da.assimilation.outputs import departures_of
 from numpyro_diffusion_da.assimilation.run import Run
+from numpyro_diffusion_da.diagnostics.feedback import nearest_level
 from numpyro_diffusion_da.diagnostics.verification import area_weights, crps, rmse, spread
 from numpyro_diffusion_da.diffusion.prior import EmulatorPrior
 from numpyro_diffusion_da.fields.datasets import SHORT_NAMES, dataset_times, read_states
+from numpyro_diffusion_da.fields.departures import departure
 from numpyro_diffusion_da.fields.layout import Layout
 from numpyro_diffusion_da.observation.tables.flags import Flag
 
@@ -83,9 +84,9 @@ def _of_rows(feedback: pandas.DataFrame, analysis: Any) -> Iterator[dict[str, An
         for (name, level), some in there.groupby(
             ["name", pandas.Series(_levels(there, analysis), there.index)], sort=True, dropna=False
         ):
-            departure = departures_of(some.assign(background=some[what]))
+            found = departure(some["value"], some[what], some["unit"])
             error = some["error_used"].to_numpy(float)
-            of_mean = float(np.sqrt(np.mean(departure**2)))
+            of_mean = float(np.sqrt(np.mean(found**2)))
             expected = float(np.sqrt(np.mean(some[f"{what}_spread"].to_numpy(float) ** 2 + error**2)))
             yield {
                 "what": what,
@@ -104,13 +105,9 @@ def _of_rows(feedback: pandas.DataFrame, analysis: Any) -> Iterator[dict[str, An
 
 def _levels(rows: pandas.DataFrame, analysis: Any) -> np.ndarray:
     """Level of the prior, in hPa, that is nearest to the pressure of each row; NaN for rows without a pressure."""
-    pressure = rows["pres"].to_numpy(float) / 100.0
     if "level" not in analysis.coords:
         return np.full(len(rows), np.nan)
-    levels = analysis["level"].values.astype(float)
-    with np.errstate(invalid="ignore"):
-        nearest = levels[np.argmin(np.abs(np.log(levels) - np.log(pressure)[:, None]), axis=1)]
-    return np.where(np.isfinite(pressure), nearest, np.nan)
+    return nearest_level(rows["pres"].to_numpy(float) / 100.0, analysis["level"].values.astype(float))
 
 
 def _of_truth(run: Run, against: pathlib.Path, prior: EmulatorPrior | None) -> list[dict[str, Any]]:
@@ -145,7 +142,7 @@ def _of_truth(run: Run, against: pathlib.Path, prior: EmulatorPrior | None) -> l
 
 
 def _sources(run: Run) -> Iterator[tuple[str, Any, str, np.ndarray]]:
-    """What is scored: its name, members, dimension of times, and the times for which its states are."""
+    """Yield what is scored: its name, members, dimension of times, and the times for which its states are."""
     import xarray
 
     analysis = run.analysis("members")

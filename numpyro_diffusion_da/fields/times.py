@@ -147,12 +147,17 @@ def check_spacing(times: np.ndarray, step: np.timedelta64, what: str) -> None:
     if bad.any():
         at = int(np.flatnonzero(bad)[0])
         raise ValueError(
-            f"{what} need times {_hours(step)} apart, but {_word(times[at])} is followed by {_word(times[at + 1])}, "
-            f"{_hours(steps[at])} later; give consecutive times, {_hours(step)} apart."
+            f"{what} need times {hours(step)} apart, but {_word(times[at])} is followed by {_word(times[at + 1])}, "
+            f"{hours(steps[at])} later; give consecutive times, {hours(step)} apart."
         )
 
 
-def _hours(step: np.timedelta64) -> str:
+def hours(step: np.timedelta64) -> str:
+    """Text of a time difference in hours, such as "12 h".
+
+    Args:
+        step: the time difference.
+    """
     return f"{step / np.timedelta64(1, 'h'):g} h"
 
 

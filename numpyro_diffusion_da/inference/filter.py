@@ -40,7 +40,6 @@ from numpyro_diffusion_da.inference.records import (
 from numpyro_diffusion_da.inference.storage import RunStore, Span
 from numpyro_diffusion_da.inference.stored_run import StoredResult, tree_of_steps
 from numpyro_diffusion_da.inference.streamed_run import (
-    NotStreamable,
     StepTrees,
     StreamedFilter,
     fits_in_memory,
@@ -49,6 +48,7 @@ from numpyro_diffusion_da.inference.streamed_run import (
     needs_all_at_once,
     rows_at_a_time,
 )
+from numpyro_diffusion_da.inference.streaming import NotStreamable
 from numpyro_diffusion_da.inference.threads import lapack_on_one_thread
 from numpyro_diffusion_da.inference.watching import step_notes
 from numpyro_diffusion_da.program.arrays import argument_names
@@ -247,8 +247,9 @@ class Filter(HasFilterResult):
                         return step_notes(records, seconds, self.num_particles)[0]
 
                     keys = init_key, run_key
-                    steps = self._streamed_steps(store, chain, initial, spans, keys, xs, given, trees, template, inputs)
-                    for records in steps(ready):
+                    for records in self._streamed_steps(
+                        store, chain, initial, spans, keys, xs, given, trees, template, inputs, ready
+                    ):
                         advance(1, records["stats"])
                 for span in spans if trees is None else ():
                     begin = initial if store is None else store.state(chain, span.first, initial)
@@ -312,7 +313,7 @@ class Filter(HasFilterResult):
     def _begin(
         self, init_key: PRNGKeyArray, given: Any, attributes: dict[str, Any], template: dict[str, Any]
     ) -> tuple[Any, PyTree, StepTrees | None]:
-        """Begin a chain.
+        """Draw the first state of a chain, or find the shapes of a streamed one.
 
         Args:
             init_key: random key of the first state.
@@ -354,8 +355,9 @@ class Filter(HasFilterResult):
         trees: StepTrees,
         template: Mapping[str, Any],
         inputs: Sequence[str],
-    ) -> Callable[[Callable[[int, dict[str, Any], float], Mapping[str, Any]]], Iterator[dict[str, Any]]]:
-        """Build the iterator over steps of a chain whose particles are in files; it makes and writes them.
+        ready: Callable[[int, dict[str, Any], float], Mapping[str, Any]],
+    ) -> Iterator[dict[str, Any]]:
+        """Make and write the steps of a chain whose particles are in files.
 
         Args:
             store: storage of the run.
@@ -368,27 +370,25 @@ class Filter(HasFilterResult):
             trees: trees of the steps.
             template: what `RunStore.save` takes.
             inputs: checksum of the inputs of each step.
+            ready: function (index of the step, its record, seconds) -> notes, which raises if the step has failed.
 
-        Returns:
-            Function of another one, (index of the step, its record, seconds) -> notes, which raises if the step has
-            failed. It yields the record of each step, without what particles have.
+        Yields:
+            Record of each step, without what particles have.
         """
         assert self._streamed is not None
         streamed = self._streamed
-
-        def steps(ready: Callable[[int, dict[str, Any], float], Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
-            for span in spans:
-                if span.first:
-                    state = store.streamed_state(chain, span.first, shapes, large_leaves(shapes))
-                else:
-                    state = streamed.first_state(store.new_rows(chain, "first"), keys[0], given)
-                for t in range(span.first, span.stop):
-                    state, records = make_step(
-                        streamed, store, trees, template, (chain, t), state, keys[1], xs, given, inputs[t], ready
-                    )
-                    yield records
-
-        return steps
+        if spans:
+            store.prepare(trees.template(), template)
+        for span in spans:
+            if span.first:
+                state = store.streamed_state(chain, span.first, shapes, large_leaves(shapes))
+            else:
+                state = streamed.first_state(store.new_rows(chain, "first"), keys[0], given)
+            for t in range(span.first, span.stop):
+                state, records = make_step(
+                    streamed, store, trees, template, (chain, t), state, keys[1], xs, given, inputs[t], ready
+                )
+                yield records
 
     def _past(self, past: list[Any]) -> list[Any]:
         """States of a lag after the last step of each chain; empty for a filter without a lag."""

@@ -17,7 +17,7 @@ from numpyro_diffusion_da.filters.gross_error_check import GrossErrorCheck
 from numpyro_diffusion_da.inference.devices import to_host
 from numpyro_diffusion_da.inference.storage import Crcs, RunStore
 from numpyro_diffusion_da.inference.stored_run import tree_of_steps
-from numpyro_diffusion_da.inference.streaming import NotStreamable, StreamedStep, is_large
+from numpyro_diffusion_da.inference.streaming import StreamedStep, is_large
 from numpyro_diffusion_da.program.structure import Structure
 from numpyro_diffusion_da.results.result import PER_PARTICLE
 
@@ -134,7 +134,7 @@ class StreamedFilter:
         xs: PyTree,
         given: Any,
     ) -> tuple[PyTree, dict[str, Any]]:
-        """Make a step.
+        """Make a step of a chain: new particles into files, and what particles have to a sink.
 
         Args:
             folder: folder for the files of the new state.
@@ -286,7 +286,6 @@ def make_step(
     """
     chain, t = at
     began, crcs = time.perf_counter(), Crcs()
-    store.prepare(trees.template(), template)
     folder = store.new_rows(chain, "next")
 
     def sink(start: int, stop: int, rows: dict[int, np.ndarray]) -> None:
@@ -299,15 +298,3 @@ def make_step(
     notes = ready(t, records, time.perf_counter() - began)
     new = store.save_streamed(chain, t, trees.of_rest(record), template, inputs, notes, new, folder, crcs)
     return new, records
-
-
-__all__ = [
-    "NotStreamable",
-    "StepTrees",
-    "StreamedFilter",
-    "fits_in_memory",
-    "large_leaves",
-    "make_step",
-    "needs_all_at_once",
-    "rows_at_a_time",
-]

@@ -142,7 +142,7 @@ class _Plan:
         self._close()
 
     def _add(self, eqn: Any) -> None:
-        """Add an equation."""
+        """Put an equation of the step in the stage that can compute it first."""
         if eqn.primitive is take_rows_p and eqn.invars[0] in self._rows:
             x, at = eqn.invars
             rows = self._rows[x]

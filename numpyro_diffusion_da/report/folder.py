@@ -38,7 +38,7 @@ def read_cycles(folder: Path) -> pandas.DataFrame | None:
 
 
 def read_facts(folder: Path) -> dict[str, Any]:
-    """What a run says of itself, empty if it says nothing."""
+    """Read the facts that a run has written about itself; empty if there are none."""
     path = folder / "run.json"
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 

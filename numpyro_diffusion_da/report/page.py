@@ -120,11 +120,45 @@ class Section(NamedTuple):
     wide: bool = False
 
 
+class _Numbers(NamedTuple):
+    """Numbers of a feedback that several parts of a report show, by name and level.
+
+    Attributes:
+        departures: O - B, and O - A of used rows in columns that end in "_a".
+        consistency: (O - B)^2 / (P + R).
+        variances: Desroziers' estimates.
+        units: unit of each name.
+    """
+
+    departures: pandas.DataFrame
+    consistency: pandas.DataFrame
+    variances: pandas.DataFrame
+    units: pandas.Series
+
+    @classmethod
+    def of(cls, feedback: Feedback) -> _Numbers:
+        """Compute the numbers of a feedback."""
+        by = ["name", "level"]
+        return cls(
+            _before_and_after(feedback, by),
+            feedback.consistency(by),
+            feedback.error_variances(by),
+            feedback.rows.groupby("name")["unit"].first(),
+        )
+
+
+def _before_and_after(feedback: Feedback, by: Sequence[str]) -> pandas.DataFrame:
+    """Table of departures from the background, beside those of used rows from the analysis (columns with "_a")."""
+    of_a = feedback.departures(by, of="analysis", flags="used").add_suffix("_a")
+    return feedback.departures(by).join(of_a)
+
+
 def _sections(
     feedback: Feedback, findings: Findings, cycles: pandas.DataFrame | None, spectra: Sequence[Spectrum]
 ) -> list[Section]:
-    of_b = feedback.departures(["name", "level"])
-    names = of_b["count"].groupby("name").sum().sort_values(ascending=False, kind="stable").index[:MOST_PANELS]
+    numbers = _Numbers.of(feedback)
+    rows_of = numbers.departures["count"].groupby("name").sum()
+    names = rows_of.sort_values(ascending=False, kind="stable").index[:MOST_PANELS]
     names = sorted(names)
     times = _times(feedback, cycles)
     return [
@@ -135,17 +169,19 @@ def _sections(
             "Departures",
             "Departures by variable and level",
             _DEPARTURES,
-            [_departures(feedback)] if len(of_b) else [],
-            _profiles(feedback, names),
+            [_departures(numbers)] if len(numbers.departures) else [],
+            _profiles(numbers, names),
         ),
-        Section("time", "Over time", "Departures over time", _TIME, [], _over_time(feedback, names, times)),
+        Section(
+            "time", "Over time", "Departures over time", _TIME, [], _over_time(feedback, names, times, numbers.units)
+        ),
         Section(
             "consistency",
             "Spread and errors",
             "Spread and errors",
             _CONSISTENCY,
             _groups(feedback),
-            _ratios(feedback),
+            _ratios(numbers),
             True,
         ),
         Section("ranks", "Ranks", "Ranks of observations", _RANKS, [], _ranks(feedback, names)),
@@ -154,13 +190,13 @@ def _sections(
             "R and P",
             "Which of R and P is wrong?",
             _VARIANCES,
-            _variances(feedback),
-            _variance_dots(feedback),
+            _variances(numbers),
+            _variance_dots(numbers),
             True,
         ),
-        Section("withheld", "Withheld", "Withheld observations", _WITHHELD, _withheld(feedback), []),
+        Section("withheld", "Withheld", "Withheld observations", _WITHHELD, _withheld(feedback, numbers.units), []),
         Section("stations", "Stations", "Stations", _STATIONS, _stations(feedback), []),
-        Section("maps", "Maps", "Maps", _MAPS, [], _maps(feedback, names), True),
+        Section("maps", "Maps", "Maps", _MAPS, [], _maps(feedback, names, numbers.units), True),
         Section("filter", "Filter", "Filter", _FILTER, [], _filter(cycles, times)),
         Section("spectra", "Spectra", "Spectra", _SPECTRA, [], _spectra(spectra)),
     ]
@@ -185,15 +221,15 @@ def _findings(findings: Findings) -> Table:
 def _counts(feedback: Feedback) -> list[Table]:
     tables = []
     several = feedback.rows["type"].nunique() > 1
-    for by, what in ((["name", "type"] if several else ["name"], "variable"),):
-        counts = feedback.counts(by)
-        flags = [name for name in counts.columns if name not in ("rows", "rejected")]
-        rows = [
-            [*_key(key), *(f"{int(row[flag])}" for flag in flags), f"{int(row['rows'])}", share(row["rejected"])]
-            for key, row in counts.iterrows()
-        ]
-        if rows:
-            tables.append(_table(f"Rows by {what} and flag", [*by, *flags, "all", "rejected"], rows, len(by)))
+    by = ["name", "type"] if several else ["name"]
+    counts = feedback.counts(by)
+    flags = [name for name in counts.columns if name not in ("rows", "rejected")]
+    rows = [
+        [*_key(key), *(f"{int(row[flag])}" for flag in flags), f"{int(row['rows'])}", share(row["rejected"])]
+        for key, row in counts.iterrows()
+    ]
+    if rows:
+        tables.append(_table("Rows by variable and flag", [*by, *flags, "all", "rejected"], rows, len(by)))
     counts = feedback.counts(["name", "level"])
     counts = counts[counts["rejected"] > 0]
     if len(counts):
@@ -202,15 +238,12 @@ def _counts(feedback: Feedback) -> list[Table]:
     return tables
 
 
-def _departures(feedback: Feedback) -> Table:
-    by = ["name", "level"]
-    of_a = feedback.departures(by, of="analysis", flags="used").add_suffix("_a")
-    table = feedback.departures(by).join(of_a).join(feedback.consistency(by)[["ratio", "ratio_se"]])
-    units = feedback.rows.groupby("name")["unit"].first()
+def _departures(numbers: _Numbers) -> Table:
+    table = numbers.departures.join(numbers.consistency[["ratio", "ratio_se"]])
     rows = [
         [
             *_key(key),
-            units[key[0]],
+            numbers.units[key[0]],
             f"{row['count']:.0f}",
             plus_minus(row["mean"], row["mean_se"]),
             plus_minus(row["rms"], row["rms_se"]),
@@ -225,30 +258,22 @@ def _departures(feedback: Feedback) -> Table:
     return _table("Departures, with standard errors over cycles", [*columns, "(O - B)^2 / (P + R)"], rows)
 
 
-def _profiles(feedback: Feedback, names: Sequence[str]) -> list[Panel]:
-    by = ["name", "level"]
-    of_a = feedback.departures(by, of="analysis", flags="used").add_suffix("_a")
-    table = feedback.departures(by).join(of_a)
-    units = feedback.rows.groupby("name")["unit"].first()
+def _profiles(numbers: _Numbers, names: Sequence[str]) -> list[Panel]:
     panels = []
     for name in names:
-        one = table.xs(name, level="name")
+        one = numbers.departures.xs(name, level="name")
         one = one[np.isfinite(one.index.to_numpy(float))]
         if len(one) > 1:
-            panels.append(figures.profile(one, name, units[name]))
+            panels.append(figures.profile(one, name, numbers.units[name]))
     return panels
 
 
-def _over_time(feedback: Feedback, names: Sequence[str], times: Mapping[int, Any]) -> list[Panel]:
+def _over_time(feedback: Feedback, names: Sequence[str], times: Mapping[int, Any], units: pandas.Series) -> list[Panel]:
     numbers = np.unique(feedback.rows["cycle"])
     # Many cycles are drawn in groups of consecutive ones.
     width = -(-len(numbers) // MOST_TIMES)
     first = feedback.rows["cycle"] // width * width
-    grouped = feedback.assign(period=first)
-    by = ["name", "period"]
-    of_a = grouped.departures(by, of="analysis", flags="used")[["rms"]].add_suffix("_a")
-    table = grouped.departures(by).join(of_a)
-    units = feedback.rows.groupby("name")["unit"].first()
+    table = _before_and_after(feedback.assign(period=first), ["name", "period"])
     panels = []
     for name in names:
         one = table.xs(name, level="name")
@@ -278,11 +303,10 @@ def _groups(feedback: Feedback) -> list[Table]:
     return tables
 
 
-def _ratios(feedback: Feedback) -> list[Panel]:
-    table = feedback.consistency(["name", "level"])
+def _ratios(numbers: _Numbers) -> list[Panel]:
+    table = numbers.consistency.iloc[:40]
     if not len(table):
         return []
-    table = table.iloc[:40]
     labels = [_label(key) for key in table.index]
     series = [("", figures.BLUE, table["ratio"], table["ratio_se"])]
     worst = int(np.argmax(np.abs(np.log(np.maximum(table["ratio"].to_numpy(), 1e-6)))))
@@ -302,13 +326,11 @@ def _ranks(feedback: Feedback, names: Sequence[str]) -> list[Panel]:
     return panels
 
 
-def _variances(feedback: Feedback) -> list[Table]:
-    table = feedback.error_variances(["name", "level"])
-    units = feedback.rows.groupby("name")["unit"].first()
+def _variances(numbers: _Numbers) -> list[Table]:
     rows = [
         [
             *_key(key),
-            units[key[0]],
+            numbers.units[key[0]],
             number(np.sqrt(row["observation_given"])),
             _root(row["observation"], row["observation_se"]),
             plus_minus(row["observation_ratio"], row["observation_ratio_se"]),
@@ -316,7 +338,7 @@ def _variances(feedback: Feedback) -> list[Table]:
             _root(row["background"], row["background_se"]),
             plus_minus(row["background_ratio"], row["background_ratio_se"]),
         ]
-        for key, row in table.iterrows()
+        for key, row in numbers.variances.iterrows()
     ]
     columns = [
         "name",
@@ -339,8 +361,8 @@ def _root(variance: float, error: float) -> str:
     return plus_minus(np.sqrt(variance), error / (2.0 * np.sqrt(variance)))
 
 
-def _variance_dots(feedback: Feedback) -> list[Panel]:
-    table = feedback.error_variances(["name", "level"]).iloc[:40]
+def _variance_dots(numbers: _Numbers) -> list[Panel]:
+    table = numbers.variances.iloc[:40]
     if not len(table):
         return []
     labels = [_label(key) for key in table.index]
@@ -352,9 +374,8 @@ def _variance_dots(feedback: Feedback) -> list[Panel]:
     return [figures.dots(labels, series, 1.0, "ratio, with 2 standard errors", alt)]
 
 
-def _withheld(feedback: Feedback) -> list[Table]:
+def _withheld(feedback: Feedback, units: pandas.Series) -> list[Table]:
     table = feedback.scores()
-    units = feedback.rows.groupby("name")["unit"].first()
     rows = [
         [
             str(key),
@@ -405,7 +426,7 @@ def _stations(feedback: Feedback) -> list[Table]:
     return [_table("The most conspicuous stations", columns, rows, 3)] if rows else []
 
 
-def _maps(feedback: Feedback, names: Sequence[str]) -> list[Panel]:
+def _maps(feedback: Feedback, names: Sequence[str], units: pandas.Series) -> list[Panel]:
     rows = feedback.rows
     lat, lon = (rows.loc[rows[c].notna(), c] for c in ("lat", "lon"))
     if not len(lat) or not len(lon):
@@ -413,7 +434,6 @@ def _maps(feedback: Feedback, names: Sequence[str]) -> list[Panel]:
     extent = max(float(lat.max() - lat.min()), float(lon.max() - lon.min()) / 2.0)
     degrees = 10.0 if extent > 60 else max(extent / 8.0, 0.25)
     boxes = feedback.boxes(degrees=degrees)
-    units = rows.groupby("name")["unit"].first()
     panels = []
     for name in names:
         one = boxes.xs(name, level="name").reset_index()
@@ -478,7 +498,7 @@ def _times(feedback: Feedback, cycles: pandas.DataFrame | None) -> dict[int, Any
 
 
 def _summary(feedback: Feedback, cycles: pandas.DataFrame | None) -> list[tuple[str, str]]:
-    """What the run was, in a few numbers."""
+    """Pairs of a word and a number that sum a run up: rows, variables, cycles, first and last time."""
     rows = feedback.rows
     flags = rows["flag"].value_counts()
     numbers = sorted(set(rows["cycle"][rows["cycle"] >= 0]))
