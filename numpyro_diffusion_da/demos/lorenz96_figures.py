@@ -87,7 +87,7 @@ def twin_figure(experiment: TwinExperiment, result: TwinResult) -> Figure:
     axes.set_xlabel("cycle (scores start at the dotted line)")
     axes.set_ylabel("RMSE")
     axes.set_title(f"error of the ensemble mean, all sites, mean over {len(errors)} truths", fontsize=10)
-    axes.legend(fontsize=8, ncols=2, frameon=False)
+    axes.legend(fontsize=8, ncols=3, frameon=False)
 
     axes = lower.add_subplot(grid[0, 1])
     site = 1  # not observed, because the observed sites are the multiples of `experiment.every`
