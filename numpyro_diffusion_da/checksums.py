@@ -12,7 +12,17 @@ import jax
 import numpy as np
 from jaxtyping import PyTree
 
-DAMAGE = (zipfile.BadZipFile, zlib.error, EOFError, OSError, ValueError, KeyError, TypeError, AttributeError)
+DAMAGE = (
+    zipfile.BadZipFile,
+    zlib.error,
+    EOFError,
+    OSError,
+    ValueError,
+    KeyError,
+    TypeError,
+    AttributeError,
+    RuntimeError,  # a flipped bit says that the file is encrypted, or of a kind that zipfile does not know
+)
 """Errors of numpy and zipfile for files that are cut off, overwritten or no .npz files."""
 
 

@@ -24,7 +24,7 @@ import numpyro.distributions as dist
 import pandas
 import pytest
 import xarray
-from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import HealthCheck, Phase, assume, given, settings
 from hypothesis import strategies as st
 from numpyro import handlers
 from numpyro.contrib.control_flow import scan
@@ -61,6 +61,7 @@ def fuzz(examples):
         derandomize=not MORE,
         deadline=None,
         database=None,
+        phases=[Phase.explicit, Phase.generate],  # each example runs a filter: shrinking one took five minutes
         suppress_health_check=list(HealthCheck),
     )
 

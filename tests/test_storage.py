@@ -19,6 +19,7 @@ import numpy as np
 import numpyro
 import numpyro.distributions as dist
 import pytest
+import xarray
 from numpyro import handlers
 from numpyro.contrib.control_flow import scan
 from typer.testing import CliRunner
@@ -321,11 +322,23 @@ def test_what_is_damaged_is_named_and_made_again(program, whole, single, copied,
     assert_same(again.result, whole.result)
 
 
-@pytest.mark.parametrize("name", [".run/run.json", ".run/program.json", "posterior/x/zarr.json"])
-def test_other_damaged_files_are_named(program, whole, copied, name):
+@pytest.mark.parametrize("name", [".run/run.json", ".run/program.json", ".run/layout.npz"])
+def test_damaged_files_of_settings_are_named(program, whole, copied, name):
     truncate(copied / name)
     with pytest.raises(ValueError, match=f"{name}' is damaged"):
         writing(whole, copied).run(KEY, program[1])
+
+
+@pytest.mark.parametrize("steps", [2, 4])
+@pytest.mark.parametrize("name", ["zarr.json", "posterior/x/zarr.json", "sample_stats/time/c/0"])
+def test_damaged_metadata_and_coordinates_are_put_back(program, whole, copied, tmp_path, name, steps):
+    """In a run that is whole, and in one that goes on: the directory is that of a run without damage."""
+    writing(whole, tmp_path / "undamaged").run(KEY, program[1][:steps])
+    truncate(copied / name)
+    with pytest.warns(UserWarning, match=f"{name}' is damaged or missing, and written again"):
+        writing(whole, copied).run(KEY, program[1][:steps])
+    found, expected = (xarray.open_datatree(d, engine="zarr") for d in (copied, tmp_path / "undamaged"))
+    xarray.testing.assert_identical(found, expected)
 
 
 def test_values_and_states_of_another_chain_are_made_again(program, whole, copied):

@@ -6,7 +6,7 @@
     .run/chain0/steps.jsonl         one line for each step: checksums of its inputs and values, and how it went
     .run/chain0/state-00000012.npz  particles after 12 steps; the last two states are kept
     .run/chain0/rows-00000012/      particles after 12 steps, if they are streamed; the npz file has their checksums
-    .run/arrays-are-made            written after all arrays have been made
+    .run/layout.npz                 metadata and coordinates of the group, written after all arrays have been made
     .run/lock                       held by the process that writes; the system releases it when the process ends
 
 ``xarray.open_datatree(directory, engine="zarr")`` opens the result lazily, while the run writes and after it, without
@@ -19,6 +19,7 @@ depends on its index alone.
 
 Zarr reads a chunk that is missing as if it had never been written. So the lines hold a checksum of each value of each
 step. When a run goes on, all values are compared with them; steps that differ are named and made again.
+Metadata and coordinates do not change while a run writes: those that differ from the copy of them are put back.
 """
 
 from __future__ import annotations
@@ -105,7 +106,7 @@ class RunStore:
         self._own.mkdir(parents=True, exist_ok=True)
         self._lock = filelock.FileLock(self._own / "lock")
         self._identity = json.loads(json.dumps(identity, default=_plain))
-        self._made = self._own / "arrays-are-made"
+        self._made = self._own / "layout.npz"
         self._arrays: dict[str, Any] = {}
         self._is_prepared = False
         self._whole_states: dict[int, set[int]] = {}
@@ -121,6 +122,7 @@ class RunStore:
             ) from None
         try:
             self._check_identity()
+            self._put_back_layout()
         except BaseException:
             self._lock.release()
             raise
@@ -149,6 +151,50 @@ class RunStore:
                     f"{os.fspath(self.path)!r} holds a run with {name} = {found.get(name)!r}, but this run has "
                     f"{identity.get(name)!r}; give another directory, or empty this one."
                 )
+
+    def _put_back_layout(self) -> None:
+        """Write metadata and coordinates of the group again that are not as they were made.
+
+        Warns:
+            UserWarning: some are not; the message names the first.
+
+        Raises:
+            ValueError: the copy of them is missing or damaged.
+        """
+        if not self._made.exists() and not any(self._own.glob("chain*/*")):
+            return  # nothing has been made yet
+        try:
+            files = _read_arrays(self._made)
+        except ValueError as error:
+            raise ValueError(f"{str(error)[:-1]}; {_AGAIN}.") from None
+        if str(files.pop("belongs", None)) != self._mark(0, 0):
+            raise ValueError(f"{os.fspath(self._made)!r} is damaged; {_AGAIN}.")
+        damaged = [name for name, content in sorted(files.items()) if _bytes(self.path / name) != content.tobytes()]
+        for name in damaged:
+            path = self.path / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            _replace(path, files[name].tobytes())
+        if damaged:
+            warnings.warn(
+                f"{os.fspath(self.path / damaged[0])!r} is damaged or missing"
+                f"{f', and {len(damaged) - 1} more' * (len(damaged) > 1)}, and written again.",
+                stacklevel=4,
+            )
+
+    def _keep_layout(self, tree: xarray.DataTree) -> None:
+        """Keep a copy of the metadata and coordinates of the group.
+
+        Args:
+            tree: tree of the result, whose data variables are values and no coordinates.
+        """
+        values = {(group, str(name), "c") for group, node in tree.children.items() for name in node.data_vars}
+        paths = [path.relative_to(self.path) for path in sorted(self.path.rglob("*")) if path.is_file()]
+        files = {
+            path.as_posix(): np.frombuffer((self.path / path).read_bytes(), np.uint8)
+            for path in paths
+            if path.parts[0] != self._own.name and path.parts[:3] not in values
+        }
+        _replace_arrays(self._made, {**files, "belongs": np.asarray(self._mark(0, 0))})
 
     def check_computation(self, found: dict[str, str]) -> None:
         """Check that the computation is the one with which the run began; the first call stores it.
@@ -262,7 +308,7 @@ class RunStore:
                     for draws in _parts_of_draws(array):  # so that no more than a chunk is in memory
                         values = array[_region(array, chain, some.start, some.stop, draws)]
                         found = {t: _crc(_at(array, values, t - start), found[t]) for t in some}
-                except (*DAMAGE, RuntimeError):
+                except DAMAGE:
                     damaged |= {t: f"{name} cannot be read" for t in some if t not in damaged}
                     # A part of a chunk is written by reading the chunk first, so one that cannot be read is replaced.
                     array[_region(array, chain, start, start + block)] = array.fill_value
@@ -548,7 +594,7 @@ class RunStore:
             return
         self._is_prepared = True
         if self._made.exists():
-            self._lengthen(template)
+            self._lengthen(tree, template)
             return
         for part in self.path.iterdir():  # an interrupted beginning
             if part != self._own:
@@ -576,7 +622,7 @@ class RunStore:
                         config={"write_empty_chunks": True},
                     )
             zarr.consolidate_metadata(self.path)
-        _replace(self._made, b"")
+        self._keep_layout(tree)
 
     def _write_coordinates(self, group: str, dataset: xarray.Dataset, template: Mapping[str, Any]) -> None:
         """Write the coordinates of a group at the whole lengths of chain and time, with the attributes of the group."""
@@ -592,7 +638,7 @@ class RunStore:
         coordinates = xarray.Dataset(coords=found, attrs=dataset.attrs)
         coordinates.to_zarr(self.path, group=group, mode="a", consolidated=False, zarr_format=3)
 
-    def _lengthen(self, template: Mapping[str, Any]) -> None:
+    def _lengthen(self, tree: xarray.DataTree, template: Mapping[str, Any]) -> None:
         """Give all arrays as many steps as the run has, if it has more than before."""
         import xarray
         import zarr
@@ -610,13 +656,16 @@ class RunStore:
                     if name == "time":
                         attributes = {k: v for k, v in array.attrs.items() if k not in ("units", "calendar", "dtype")}
                         shutil.rmtree(self.path / group_name / "time")
-                        new = xarray.Dataset(coords={"time": ("time", template["time"], attributes)})
+                        time = ("time", template["time"], attributes)
+                        # Writing a dataset replaces the attributes of its group.
+                        new = xarray.Dataset(coords={"time": time}, attrs=dict(group.attrs))
                         new.to_zarr(self.path, group=group_name, mode="a", consolidated=False, zarr_format=3)
                     else:
                         array.resize((*array.shape[:at], template["steps"], *array.shape[at + 1 :]))
             if longer:
                 self._arrays.clear()
                 zarr.consolidate_metadata(self.path)
+                self._keep_layout(tree)
 
     def _root(self) -> Any:
         """Zarr group of the result.
@@ -871,6 +920,14 @@ def _key_impl(like: Any) -> Any:
         return jax.random.key_impl(like)
     known = ("threefry2x32", "rbg", "unsafe_rbg")
     return next(name for name in known if jax.random.key(0, impl=name).dtype == like.dtype)
+
+
+def _bytes(path: pathlib.Path) -> bytes | None:
+    """Content of a file; None if it cannot be read."""
+    try:
+        return path.read_bytes()
+    except OSError:
+        return None
 
 
 def _replace(path: pathlib.Path, content: bytes) -> None:
