@@ -119,7 +119,7 @@ def prior_of(frames=1):
 
 
 def table_of(steps=3):
-    """Twelve stations with both variables at each step, with one gross error and one row that is off all windows."""
+    """Twelve stations with both variables at each step, two gross errors, and one row that is off all windows."""
     rng = np.random.default_rng(0)
     place = pandas.DataFrame({"lat": rng.uniform(-70, 70, 12), "lon": rng.uniform(0, 360, 12)})
     parts = [
@@ -133,7 +133,7 @@ def table_of(steps=3):
         for name, mean in (("t2m", 280.0), ("sp", 1000.0))
     ]
     table = pandas.concat(parts, ignore_index=True)
-    table.loc[14, "observation"] = 1100.0
+    table.loc[[14, 15], "observation"] = 1100.0
     table.loc[1, "time"] = pandas.Timestamp("2026-02-01")
     return table
 
@@ -156,6 +156,7 @@ def configuration(tmp_path, **tables):
 def test_check_places_every_row_and_writes_nothing(tmp_path):
     report = prepare(configuration(tmp_path), prior=prior_of()).report()
     assert report.startswith("59 of 72 rows are used at 3 times, 0 of them without any.")
+    assert "surface_pressure: 2 of 12 stations are withheld, 6 of 36 rows." in report
     assert "3 steps of 6 h, from 2026-01-01T00:00:00 to 2026-01-01T12:00:00, with 6 particles." in report
     # A forecast of one pass is its conditioning.
     assert "About 0 network passes per particle and step, and 1 of the conditioning network: 18 in all." in report
@@ -284,7 +285,8 @@ def test_a_run_from_a_table_to_a_forecast(tmp_path):
     assert len(feedback) == 72
     assert feedback["flag"].value_counts().to_dict() == {
         "used": 58,
-        "withheld": 12,
+        "withheld": 11,
+        "withheld, far from background": 1,
         "off window": 1,
         "far from background": 1,
     }
@@ -294,7 +296,7 @@ def test_a_run_from_a_table_to_a_forecast(tmp_path):
     used = feedback[feedback["flag"] == "used"]
     assert np.mean((used["value"] - used["analysis"]) ** 2) < np.mean((used["value"] - used["background"]) ** 2)
     cycles = pandas.read_csv(run.folder / "cycles.csv")
-    assert cycles[["used", "rejected", "withheld"]].sum().tolist() == [58, 1, 12]
+    assert cycles[["used", "rejected", "withheld", "withheld_rejected"]].sum().tolist() == [58, 1, 11, 1]
     increment = mean.isel(time=2) - xarray.open_zarr(run.folder / "background.zarr", group="mean").isel(time=1)
     area = ndda.diagnostics.area_weights(increment["latitude"])
     expected = np.sqrt((increment["2m_temperature"] ** 2).weighted(area).mean())
@@ -334,6 +336,7 @@ def test_a_run_from_a_table_to_a_forecast(tmp_path):
     np.testing.assert_allclose(
         rows.loc["surface_pressure", "rmse"], np.sqrt(np.mean((own["value"] - own["analysis"]) ** 2))
     )
+    assert rows["left_out"].to_dict() == {"2m_temperature": 0, "surface_pressure": 1}
 
 
 @pytest.mark.slow

@@ -195,7 +195,7 @@ def test_withheld():
     placed = place(table, Withheld(0.2, seed=1))
     rows = placed.rows
     apart = (rows["flag"] == Flag.WITHHELD).to_numpy()
-    assert 0.1 < apart.mean() < 0.3
+    assert apart.mean() == 0.2
     np.testing.assert_array_equal(apart[::2], apart[1::2])
     ids = placed.xs["id"]
     assert np.isnan(placed.xs["y"][np.isin(ids, rows.index[apart])]).all()
@@ -204,8 +204,25 @@ def test_withheld():
     np.testing.assert_array_equal(place(longer, Withheld(0.2, seed=1)).rows["flag"][:n], rows["flag"])
     assert (place(table, Withheld(0.2, seed=2)).rows["flag"] != rows["flag"]).any()
     named = place(table.assign(station=None), Withheld(0.5))  # by places
-    assert 0.3 < (named.rows["flag"] == Flag.WITHHELD).mean() < 0.7
+    assert (named.rows["flag"] == Flag.WITHHELD).mean() == 0.5
     assert flags(table[:3], Withheld(stations=["S1"])) == ["used", "used", "withheld"]
+
+
+def test_a_fraction_is_that_of_each_variable_as_nearly_as_stations_allow():
+    """20 sondes of which half have wind too: two of them are withheld, one with wind, whatever the seed."""
+    rows = [(f"S{i}", "t2m") for i in range(20)] + [(f"S{i}", "u10m") for i in range(10)] + [("T", "v10m")] * 3
+    table = frame("station variable", *rows).assign(units=None, lat=np.arange(33.0))
+    table.loc[table["variable"] != "t2m", "observation"] = 5.0
+    for seed in range(5):
+        found = place(table, Withheld(0.1, seed=seed)).withheld()
+        assert found.loc["2m_temperature"].tolist() == [2, 20, 2, 20]
+        assert found.loc["10m_u_component_of_wind"].tolist() == [1, 10, 1, 10]
+        assert found.loc["10m_v_component_of_wind"].tolist() == [0, 1, 0, 3]
+    both = place(table[:2], Withheld(0.01))
+    assert both.withheld()["stations"].tolist() == [1]  # at least one of two
+    assert "2m_temperature: 1 of 2 stations are withheld, 1 of 2 rows." in both.report()
+    assert flags(table[:1], Withheld(0.9)) == ["used"]
+    assert flags(table[:3], Withheld(0.99)).count("used") == 1
 
 
 def test_a_check_of_ones_own():
@@ -226,8 +243,9 @@ def test_a_filter_completes_the_record():
         station=[f"S{i}" for i in range(n)],
     )  # fmt: skip
     table.loc[5, "observation"] = 330.0
+    table.loc[11, "observation"] = 230.0
     table.loc[8, "observation"] = -999.0
-    placed = place(table, Bounds(), Duplicates(), Withheld(0.2))
+    placed = place(table, Bounds(), Duplicates(), Withheld(0.2, ["S11"]))
 
     def model(xs):
         x0 = numpyro.sample("x0", dist.Normal(jnp.full(LAYOUT.shape, 280.0), 3.0).to_event(3))
@@ -246,13 +264,15 @@ def test_a_filter_completes_the_record():
     background = result.background["y"]
     feedback = placed.feedback(
         rejected=result.rejected["y"].any(0),
+        threshold=5.0,
         background=background.mean[0],
         background_spread=np.sqrt(background.variance[0]),
         analysis=result.posterior["y_mean"][0].mean(0),
     )
     assert len(feedback) == n
     counts = collections.Counter(feedback["flag"])
-    assert counts["far from background"] == counts["missing"] == 1, counts
+    assert counts["far from background"] == counts["missing"] == counts["withheld, far from background"] == 1, counts
+    assert feedback["flag"].iloc[11] == "withheld, far from background"
     assert feedback["flag"].iloc[5] == "far from background"
     assert feedback.loc[feedback["flag"] == "missing", "background"].isna().all()
     used = feedback[feedback["flag"] == "used"]
@@ -266,6 +286,8 @@ def test_a_filter_completes_the_record():
     np.testing.assert_allclose(placed.by_row(again)[apart.index], apart["analysis"], rtol=1e-5)
     with pytest.raises(ValueError, match="feedback got a column 'value', which the table has"):
         placed.feedback(value=placed.xs["y"])
+    with pytest.raises(ValueError, match="feedback got a threshold, but no background and background_variance"):
+        placed.feedback(threshold=5.0)
 
 
 @pytest.mark.parametrize(

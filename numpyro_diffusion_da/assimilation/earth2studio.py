@@ -38,6 +38,7 @@ from numpyro_diffusion_da.fields.grids import Grid
 from numpyro_diffusion_da.fields.layout import Layout
 from numpyro_diffusion_da.fields.times import hours, utc_times
 from numpyro_diffusion_da.filters.base import FilterAlgorithm
+from numpyro_diffusion_da.filters.gross_error_check import GrossErrorCheck
 from numpyro_diffusion_da.inference.online_filter import OnlineFilter
 from numpyro_diffusion_da.observation import (
     Duplicates,
@@ -182,6 +183,7 @@ class Earth2StudioAssimilation:
             made = filter_of(model, self._emulator, FilterSettings(), QualitySettings())
         else:
             made = algorithm(model)
+        self._threshold = _threshold(made)
         self.filter = OnlineFilter(made, num_particles=num_particles)
 
     def init_coords(self) -> tuple[OrderedDict[str, np.ndarray], ...] | None:
@@ -387,7 +389,7 @@ class Earth2StudioAssimilation:
                 record.append(_departures(info, placed, members, weights, k))
         if record:
             columns = {name: np.stack([one[name] for one in record]) for name in record[0]}
-            rows = placed.feedback(rejected=columns.pop("rejected"), **columns)
+            rows = placed.feedback(rejected=columns.pop("rejected"), threshold=self._threshold, **columns)
             for k, one in enumerate(found):
                 # Rows that belong to no step are told once, with the last one.
                 one["feedback"] = rows[(rows["cycle"] == k) | ((rows["cycle"] < 0) & (k == len(found) - 1))]
@@ -617,6 +619,14 @@ def _undefined(layout: Layout) -> np.ndarray:
         for _ in range(variable.num_channels)
     ]
     return np.stack(masks)
+
+
+def _threshold(algorithm: FilterAlgorithm) -> float | None:
+    """Threshold of a filter's background check of the observations; None for a filter without."""
+    if not isinstance(algorithm, GrossErrorCheck):
+        return None
+    given = algorithm.threshold
+    return given.get(OBSERVATION) if isinstance(given, Mapping) else given
 
 
 def _members(state: State, info: Info) -> tuple[np.ndarray, np.ndarray]:

@@ -56,7 +56,8 @@ def write_outputs(run: PreparedRun, store: pathlib.Path) -> dict[str, Any]:
         columns = _observed(tree, run.placed)
         columns |= _analyses(tree, run)
         rms = _forecasts(tree, run)
-        feedback = feedback_of(run.placed, columns)
+        check = run.config.quality.background_check
+        feedback = feedback_of(run.placed, columns, None if check is False else check)
         with replacing(run.folder / FEEDBACK) as part:
             feedback.to_parquet(part, engine="pyarrow", index=False)
         with replacing(run.folder / CYCLES) as part:
@@ -293,12 +294,15 @@ def _observed(tree: xarray.DataTree, placed: PlacedObservations) -> dict[str, np
     return found
 
 
-def feedback_of(placed: PlacedObservations, columns: Mapping[str, np.ndarray]) -> pandas.DataFrame:
+def feedback_of(
+    placed: PlacedObservations, columns: Mapping[str, np.ndarray], threshold: float | None = None
+) -> pandas.DataFrame:
     """Rows of the tables with what became of them.
 
     Args:
         placed: the placed observations.
         columns: arrays of the shape of ``xs["y"]`` by the name of their column, and `rejected`.
+        threshold: that of the background check, for withheld rows; None for none.
 
     Returns:
         One row for each row of the tables and each mean that superobbing added.
@@ -307,7 +311,7 @@ def feedback_of(placed: PlacedObservations, columns: Mapping[str, np.ndarray]) -
 
     names = ("background", "background_spread", "analysis", "analysis_spread", "analysis_crps")
     given = {name: columns.get(name, np.full(placed.xs["y"].shape, np.nan)) for name in names}
-    frame = placed.feedback(rejected=columns.get("rejected"), **given)
+    frame = placed.feedback(rejected=columns.get("rejected"), threshold=threshold, **given)
     value, error = frame["value"].to_numpy(float), frame["error_used"].to_numpy(float)
     spread = np.hypot(frame["background_spread"].to_numpy(float), error)
     o_b = departure(value, frame["background"], frame["unit"])
@@ -356,6 +360,7 @@ def cycles_of(
         "used": count(Flag.USED),
         "rejected": count(Flag.FAR_FROM_BACKGROUND),
         "withheld": count(Flag.WITHHELD),
+        "withheld_rejected": count(Flag.WITHHELD_FAR),
         "ess": median("ess"),
         "tempering": median("tempering"),
         "log_evidence_increment": median("log_evidence_increment"),

@@ -20,6 +20,7 @@ from numpyro_diffusion_da.diffusion.prior import EmulatorPrior
 from numpyro_diffusion_da.filters.base import FilterAlgorithm
 from numpyro_diffusion_da.inference.filter import Filter
 from numpyro_diffusion_da.inference.keeping import Kept
+from numpyro_diffusion_da.observation.tables.flags import Flag
 from numpyro_diffusion_da.observation.tables.placed import PlacedObservations
 from numpyro_diffusion_da.observation.tables.table import ObservationTable
 
@@ -58,7 +59,20 @@ class PreparedRun:
 
     def report(self) -> str:
         """Text with the number of rows by flag, and with what the run will cost."""
-        return "\n".join([self.placed.report(), "", *cost_of(self)])
+        return "\n".join([self.placed.report(), *self._withheld_nothing(), "", *cost_of(self)])
+
+    def _withheld_nothing(self) -> list[str]:
+        """Sentences about stations or a fraction of `quality.withheld` that withhold no row."""
+        given, rows = self.config.quality.withheld, self.placed.rows
+        apart = rows[rows["flag"] == Flag.WITHHELD]
+        if isinstance(given, tuple):
+            has = set(apart["station"]) if "station" in apart else set()
+            return [
+                f"quality.withheld names {name!r}, but withholds no row of it." for name in given if name not in has
+            ]
+        if given and apart.empty:
+            return [f"quality.withheld = {given:g} withholds nothing: fewer than two stations have rows to use."]
+        return []
 
     def filter(self, progress_bar: bool = True) -> Filter:
         """Filter that writes into the store of the run.

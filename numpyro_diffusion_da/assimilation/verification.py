@@ -49,8 +49,8 @@ def verify(
 
     Returns:
         Table with the columns `what` (analysis, background or forecast), `against` (truth or withheld rows),
-        `lead_hours`, `variable`, `level` (hPa), `unit`, `count` (times, or rows), `rmse`, `spread`, `spread_skill` and
-        `crps`.
+        `lead_hours`, `variable`, `level` (hPa), `unit`, `count` (times, or rows), `rmse`, `spread`, `spread_skill`,
+        `crps` and `left_out`: withheld rows that are not scored, because the background check rejects them.
 
     Raises:
         FileNotFoundError: there is no such truth.
@@ -78,28 +78,33 @@ def _of_rows(feedback: pandas.DataFrame, analysis: Any) -> Iterator[dict[str, An
     """Scores of withheld rows, by variable, and by the nearest level of the prior where rows have a pressure."""
     import pandas
 
-    withheld = feedback[(feedback["flag"] == Flag.WITHHELD) & np.isfinite(feedback["analysis"].to_numpy(float))]
+    apart = feedback["flag"].isin([Flag.WITHHELD, Flag.WITHHELD_FAR])
+    withheld = feedback[apart & np.isfinite(feedback["analysis"].to_numpy(float))]
     for what in ("background", "analysis"):
         there = withheld[np.isfinite(withheld[what].to_numpy(float))]
-        for (name, level), some in there.groupby(
+        for (name, level), both in there.groupby(
             ["name", pandas.Series(_levels(there, analysis), there.index)], sort=True, dropna=False
         ):
+            some = both[both["flag"] == Flag.WITHHELD]
             found = departure(some["value"], some[what], some["unit"])
             error = some["error_used"].to_numpy(float)
-            of_mean = float(np.sqrt(np.mean(found**2)))
-            expected = float(np.sqrt(np.mean(some[f"{what}_spread"].to_numpy(float) ** 2 + error**2)))
+            of_mean, expected = (
+                float(np.sqrt(np.mean(square))) if len(some) else np.nan
+                for square in (found**2, some[f"{what}_spread"].to_numpy(float) ** 2 + error**2)
+            )
             yield {
                 "what": what,
                 "against": "withheld rows",
                 "lead_hours": 0.0,
                 "variable": name,
                 "level": level,
-                "unit": some["unit"].iloc[0],
+                "unit": both["unit"].iloc[0],
                 "count": len(some),
                 "rmse": of_mean,
                 "spread": expected,
                 "spread_skill": expected / of_mean if of_mean else np.nan,
                 "crps": float(some[f"{what}_crps"].mean()),
+                "left_out": len(both) - len(some),
             }
 
 
@@ -200,6 +205,7 @@ def _rows(layout: Any, parts: list[Any], what: str, lead_hours: float) -> list[d
                 "spread": float(np.sqrt(variance)),
                 "spread_skill": float(np.sqrt(variance / square)) if square else np.nan,
                 "crps": float(of_members),
+                "left_out": 0,
             }
         )
     return rows

@@ -119,6 +119,8 @@ def verify(
                 lead = [f"{row.lead_hours:g}"][:has_leads]
                 table.add_row(row.what, escape(name), *lead, str(row.count), *numbers)
             console.print(table)
+        if left_out := int(scores.loc[scores["what"] == "analysis", "left_out"].sum()):
+            console.print(f"{left_out} withheld rows are not scored: they are far from the background.", soft_wrap=True)
         console.print(f"Wrote {escape(str(folder / 'verification.csv'))}.", soft_wrap=True)
 
 

@@ -39,13 +39,19 @@ REGIONS = {
 }
 """Regions by name: south, north, west and east, in degrees."""
 
-REJECTIONS = ("bad quality", "out of bounds", "height difference", "far from background")
+REJECTIONS = (
+    "bad quality",
+    "out of bounds",
+    "height difference",
+    "far from background",
+    "withheld, far from background",
+)
 """Flags of rows that a check of their quality rejected."""
 
 _CENTRAL_HALF = 0.6744897501960817
 """Normalized departures of a calibrated filter are below this with a probability of one half."""
 
-_FIRST_FLAGS = ("used", "withheld", "far from background")
+_FIRST_FLAGS = ("used", "withheld", "far from background", "withheld, far from background")
 _NUMBERS = ("value", "error_used", "background", "background_spread", "analysis", "analysis_spread", "pres")
 _SCORES = ("background_pit", "background_crps", "analysis_crps")
 

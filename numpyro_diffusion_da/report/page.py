@@ -28,6 +28,9 @@ MOST_ROWS = 60
 MOST_STATIONS = 15
 """Number of stations in the table of stations."""
 
+LEFT_OUT = "withheld, far from background"
+"""Flag of withheld rows that are left out of scores."""
+
 MOST_TIMES = 60
 """Number of cycles from which cycles are drawn in groups."""
 
@@ -376,11 +379,15 @@ def _variance_dots(numbers: _Numbers) -> list[Panel]:
 
 def _withheld(feedback: Feedback, units: pandas.Series) -> list[Table]:
     table = feedback.scores()
+    # Names of which all rows are left out are there too, without scores.
+    left_out = feedback.rows["name"][feedback.rows["flag"] == LEFT_OUT].value_counts()
+    table = table.reindex(table.index.union(left_out.index).rename("name"))
     rows = [
         [
             str(key),
             units[key],
-            f"{row['count']:.0f}",
+            f"{np.nan_to_num(row['count']):.0f}",
+            f"{left_out.get(key, 0)}",
             number(row["background_rmse"]),
             number(row["analysis_rmse"]),
             number(row["analysis_spread"]),
@@ -391,7 +398,17 @@ def _withheld(feedback: Feedback, units: pandas.Series) -> list[Table]:
         ]
         for key, row in table.iterrows()
     ]
-    columns = ["name", "unit", "rows", "RMS O - B", "RMS O - A", "spread of A and R", "spread / RMS", "CRPS of B"]
+    columns = [
+        "name",
+        "unit",
+        "rows",
+        "left out",
+        "RMS O - B",
+        "RMS O - A",
+        "spread of A and R",
+        "spread / RMS",
+        "CRPS of B",
+    ]
     columns += ["CRPS of A", "gain in CRPS"]
     return [_table("Scores of withheld rows", columns, rows)] if rows else []
 
@@ -562,8 +579,8 @@ def _math(text: str) -> str:
 
 
 _ROWS = """Each row of the table has one flag. <em>Rejected</em> is the share with the flags <em>bad quality</em>,
-<em>out of bounds</em>, <em>height difference</em> or <em>far from background</em>, among these and the rows that are
-used or withheld."""
+<em>out of bounds</em>, <em>height difference</em> or <em>far from background</em>, also where it is withheld, among
+these and the rows that are used or withheld."""
 
 _DEPARTURES = """O is the observation, B its forecast before the filter saw it, A the analysis. <em>Expected</em> is the
 root of the mean of P + R. B is compared with used and withheld rows, A with used ones, which it has seen."""
@@ -582,7 +599,8 @@ _VARIANCES = """The means of (O &minus; A)(O &minus; B) and of (A &minus; B)(O &
 of the filter is near the optimal one. Their sum is measured, its division is not: where observations have no neighbors,
 both ratios say the same. Believe a difference between the ratios rather than their sizes."""
 
-_WITHHELD = """These rows were not assimilated, so they verify the analysis. Spread / RMS is 1 if calibrated, below 1 if
+_WITHHELD = """These rows were not assimilated, so they verify the analysis. Rows that the background check rejects
+are <em>left out</em>: they say more of themselves than of the analysis. Spread / RMS is 1 if calibrated, below 1 if
 too sure. The CRPS measures the whole distribution, lower is better. All include the error of the observation."""
 
 _STATIONS = """Sorted by how far the mean of O &minus; B is from that of other stations with this variable, in standard

@@ -604,8 +604,14 @@ class Withheld(QualityCheck):
     """Rows that are compared with the analysis and not assimilated, for an honest verification.
 
     A station is withheld as a whole, at all times, because its next report says almost the same. Rows without a station
-    are known by their place. Which ones are withheld depends on their names and the seed only, so a longer table
-    withholds the same ones. Give this check last: a duplicate of a withheld row would tell the filter its value.
+    are known by their place. Give this check last: a duplicate of a withheld row would tell the filter its value.
+
+    The number of stations withheld is the nearest one to the fraction of those that report, at least one if there are
+    two or more, and never all. Stations that report the same variables share them in proportion, and what remains is
+    shared so that each variable comes as near to the fraction as it can. Among equals, a number that depends on the
+    name of the station and the seed decides, so further reports of the same stations and variables change
+    nothing. Other stations may
+    change the choice: name the stations where tables arrive one by one.
 
     Args:
         fraction: fraction of the stations that is withheld, 0 to below 1.
@@ -632,16 +638,65 @@ class Withheld(QualityCheck):
 
     def rejects(self, rows: pandas.DataFrame, context: Context) -> Bool[np.ndarray, " row"]:
         """Rows of the chosen stations."""
+        import pandas
+
+        keys, of_row = np.unique(station_keys(rows), return_inverse=True)
         station = rows["station"].to_numpy(object) if "station" in rows else np.full(len(rows), None, object)
-        places = zip(rows["lat"].to_numpy(float), rows["lon"].to_numpy(float) % 360.0, strict=True)
-        keys = [
-            f"station {name}" if isinstance(name, str) else f"place {lat:.2f} {lon:.2f}"
-            for name, (lat, lon) in zip(station, places, strict=True)
-        ]
-        chosen = {key: self._draw(key) < self.fraction for key in set(keys)}
-        return np.array([chosen[key] for key in keys], bool) | np.isin(station.astype(str), self.stations)
+        named = np.isin(station.astype(str), self.stations)
+        # What each station reports; those that are withheld by name are no part of the choice.
+        name_of_row, names = pandas.factorize(rows["name"].to_numpy(object))
+        reports = np.zeros((len(keys), len(names)), bool)
+        reports[of_row[~named], name_of_row[~named]] = True
+        others = np.flatnonzero(reports.any(axis=1))
+        chosen = np.zeros(len(keys), bool)
+        chosen[others] = self._choice(reports[others], np.array([self._draw(key) for key in keys[others]]))
+        return chosen[of_row] | named
+
+    def _choice(self, reports: np.ndarray, draws: np.ndarray) -> np.ndarray:
+        """Stations that the fraction withholds, as a mask.
+
+        Args:
+            reports: whether a station reports a variable, shape (station, variable).
+            draws: number of each station that decides among equals; the smallest ones are withheld.
+        """
+        chosen = np.zeros(len(reports), bool)
+        if not self.fraction or len(reports) < 2:
+            return chosen
+        wanted = min(max(1, round(self.fraction * len(reports))), len(reports) - 1)
+        kinds, kind = np.unique(reports, axis=0, return_inverse=True)
+        kind = kind.reshape(-1)
+        order = np.lexsort((draws, kind))
+        size = np.bincount(kind, minlength=len(kinds))
+        rank = np.empty(len(reports), int)
+        rank[order] = np.arange(len(reports)) - np.repeat(np.cumsum(size) - size, size)
+        # Each kind of station gives a whole number of its share, and some give one more.
+        share = np.floor(self.fraction * size).astype(int)
+        target = self.fraction * reports.sum(axis=0)
+        first = draws[order[np.cumsum(size) - size]]
+        full = np.zeros(len(kinds), bool)
+        for _ in range(wanted - int(share.sum())):
+            off = ((share @ kinds + kinds - target) ** 2 / target).sum(axis=1)
+            best = np.lexsort((first, np.round(off, 9), full))[0]
+            share[best] += 1
+            full[best] = True
+        return rank < share[kind]
 
     def _draw(self, key: str) -> float:
         """Number from 0 to 1 that depends on the key and the seed only."""
         digest = hashlib.blake2b(f"{self.seed} {key}".encode(), digest_size=8).digest()
         return int.from_bytes(digest, "big") / 2.0**64
+
+
+def station_keys(rows: pandas.DataFrame) -> np.ndarray:
+    """Text that tells each row's station from others; rows without a station are known by their place.
+
+    Args:
+        rows: rows with `lat`, `lon` and perhaps `station`.
+    """
+    station = rows["station"].to_numpy(object) if "station" in rows else np.full(len(rows), None, object)
+    places = zip(rows["lat"].to_numpy(float), rows["lon"].to_numpy(float) % 360.0, strict=True)
+    keys = [
+        f"station {name}" if isinstance(name, str) else f"place {lat:.2f} {lon:.2f}"
+        for name, (lat, lon) in zip(station, places, strict=True)
+    ]
+    return np.array(keys, object).astype(str)

@@ -29,6 +29,7 @@ class Flag(enum.StrEnum):
         SUPEROBBED: it is a part of a mean over several rows, which is a row of its own.
         WITHHELD: it is compared with the analysis, and not assimilated.
         FAR_FROM_BACKGROUND: a filter's gross-error check rejected it.
+        WITHHELD_FAR: it is withheld, and the check would have rejected it; it is no measure of the analysis.
     """
 
     USED = "used"
@@ -49,3 +50,4 @@ class Flag(enum.StrEnum):
     SUPEROBBED = "superobbed"
     WITHHELD = "withheld"
     FAR_FROM_BACKGROUND = "far from background"
+    WITHHELD_FAR = "withheld, far from background"

@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING, Any
 import jax
 import numpy as np
 
-from numpyro_diffusion_da.arguments import real_values
+from numpyro_diffusion_da.arguments import real_values, require_number
+from numpyro_diffusion_da.fields.departures import departure
 from numpyro_diffusion_da.fields.layout import Layout
+from numpyro_diffusion_da.observation.tables.checks import station_keys
 from numpyro_diffusion_da.observation.tables.flags import Flag
 from numpyro_diffusion_da.observation.tables.operator import ObservationOperator
 
@@ -67,13 +69,42 @@ class PlacedObservations:
         found = found[[flag for flag in map(str, Flag) if flag in found.columns]]
         return found.rename_axis(index="name", columns="flag")
 
+    def withheld(self) -> pandas.DataFrame:
+        """Number of withheld stations and rows by name, beside those that are withheld or used.
+
+        Rows without a station are known by their place.
+
+        Returns:
+            A row for each name with rows that are used or withheld. Columns: `stations` and `rows` (withheld),
+            `of_stations` and `of_rows` (withheld or used).
+        """
+        import pandas
+
+        apart = (self.rows["flag"] == Flag.WITHHELD).to_numpy()
+        kept = apart | (self.rows["flag"] == Flag.USED).to_numpy()
+        some = self.rows[kept]
+        counted = pandas.DataFrame({"name": some["name"], "station": station_keys(some), "apart": apart[kept]})
+        of_name, withheld = counted.groupby("name"), counted[counted["apart"]].groupby("name")
+        found = {
+            "stations": withheld["station"].nunique(),
+            "of_stations": of_name["station"].nunique(),
+            "rows": withheld.size(),
+            "of_rows": of_name.size(),
+        }
+        return pandas.DataFrame(found).fillna(0).astype(int)
+
     def report(self) -> str:
-        """Text with the number of rows by name and flag, and the notes."""
+        """Text with the number of rows by name and flag, what is withheld, and the notes."""
         empty = int(np.sum(~np.isfinite(self.xs["y"]).any(axis=1)))
         used = int(np.sum(self.rows["flag"] == Flag.USED))
         lines = [f"{used} of {len(self.rows)} rows are used at {len(self.times)} times, {empty} of them without any."]
         if len(self.rows):
             lines.append(self.counts().to_string())
+        if (self.rows["flag"] == Flag.WITHHELD).any():
+            lines += [
+                f"{name}: {row.stations} of {row.of_stations} stations are withheld, {row.rows} of {row.of_rows} rows."
+                for name, row in self.withheld().iterrows()
+            ]
         return "\n".join([*lines, *self.notes])
 
     def observe(self, states: Any, step: int) -> jax.Array:
@@ -130,12 +161,15 @@ class PlacedObservations:
         found[step, groups["rows"][step, group, row]] = array[step, group, row]
         return found
 
-    def feedback(self, *, rejected: Any = None, **columns: Any) -> pandas.DataFrame:
+    def feedback(self, *, rejected: Any = None, threshold: float | None = None, **columns: Any) -> pandas.DataFrame:
         """Rows with columns of a filter's run, and with the flags that its gross-error check adds.
 
         Args:
             rejected: True where a gross-error check rejected an observation, shape of ``xs["y"]``, as
                 ``result.rejected["y"].any(0)``. Such rows have the flag `Flag.FAR_FROM_BACKGROUND`.
+            threshold: that of the check, for withheld rows, which the filter does not see: those that are further from
+                the background, in expected standard deviations, have the flag `Flag.WITHHELD_FAR`. It needs the columns
+                `background` and `background_variance` or `background_spread`. None for no check.
             **columns: arrays of the shape of ``xs["y"]`` by the name of their column: `background`,
                 `background_variance`, `analysis`.
 
@@ -143,7 +177,8 @@ class PlacedObservations:
             `rows` with these columns, one row for each row of the table.
 
         Raises:
-            ValueError: an array has another shape, or a column exists.
+            ValueError: an array has another shape, a column exists, or the threshold has no background or is not
+                positive.
         """
         frame = self.rows.copy()
         for name, values in columns.items():
@@ -153,4 +188,20 @@ class PlacedObservations:
         if rejected is not None:
             far = self.by_row(np.asarray(rejected, bool)).fillna(False).to_numpy(bool)
             frame.loc[far & (frame["flag"] == Flag.USED).to_numpy(), "flag"] = str(Flag.FAR_FROM_BACKGROUND)
+        if threshold is not None:
+            frame.loc[self._far(frame, threshold) & (frame["flag"] == Flag.WITHHELD).to_numpy(), "flag"] = str(
+                Flag.WITHHELD_FAR
+            )
         return frame
+
+    def _far(self, frame: pandas.DataFrame, threshold: float) -> np.ndarray:
+        """Rows further from their background than a number of expected standard deviations."""
+        advice = "give a positive number of standard deviations, or None."
+        factor = require_number(threshold, "feedback", "threshold", advice, above=0.0)
+        if "background" not in frame or not {"background_variance", "background_spread"} & set(frame):
+            raise ValueError("feedback got a threshold, but no background and background_variance; give them too.")
+        has_variance = "background_variance" in frame
+        variance = frame["background_variance"] if has_variance else frame["background_spread"] ** 2
+        expected = np.sqrt(variance.to_numpy(float) + frame["error_used"].to_numpy(float) ** 2)
+        o_b = departure(frame["value"].to_numpy(float), frame["background"].to_numpy(float), frame["unit"])
+        return np.abs(o_b) > factor * expected
