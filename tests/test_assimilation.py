@@ -9,6 +9,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import numpyro
 import numpyro.distributions as dist
 import pandas
 import pytest
@@ -23,6 +24,7 @@ from numpyro_diffusion_da.assimilation import (
     Emulator,
     RunConfig,
     assimilate,
+    assimilation_program,
     bias_of,
     first_guess,
     forecast,
@@ -128,6 +130,7 @@ def table_of(steps=3):
             station=[f"S{i}" for i in range(12)],
             variable=name,
             observation=mean + rng.normal(size=12),
+            group=[f"G{i % 4}" if name == "sp" else None for i in range(12)],
         )
         for t in range(steps)
         for name, mean in (("t2m", 280.0), ("sp", 1000.0))
@@ -163,9 +166,32 @@ def test_check_places_every_row_and_writes_nothing(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def correlated(tmp_path, **tables):
+    observations = {"files": tmp_path / "a.csv", "window": "2h", "correlation": 0.5}
+    return configuration(tmp_path, **{"observations": observations, **tables})
+
+
+def test_groups_have_correlated_errors(tmp_path):
+    """The key `correlation` makes one event of each group, with a covariance of half the variance."""
+    run = prepare(correlated(tmp_path), prior=prior_of())
+    assert "30 rows in 12 groups have errors with the correlation 0.5." in run.report()
+    program = assimilation_program(run.emulator, run.placed.operator, run.first_guess, run.config.filter)
+    trace = numpyro.handlers.trace(numpyro.handlers.seed(program, 0)).get_trace(run.inputs)
+    at = {name: trace[name]["fn"].base_dist for name in ("y", "y_groups")}
+    seen, rows = np.asarray(at["y"].loc), run.inputs["groups"]["rows"]
+    np.testing.assert_allclose(at["y_groups"].loc, np.take_along_axis(seen[:, None], rows, axis=2), rtol=1e-6)
+    # Rows with one group of station S0, S4, S8, of which S4 is withheld.
+    np.testing.assert_allclose(at["y_groups"].covariance_matrix[0, 0, :3, :3], [[1, 0.5, 0], [0.5, 1, 0], [0, 0, 1]])
+    assert dict(run.algorithm.algorithm.taper.observations) == {"y": "y_place", "y_groups": "y_groups_place"}
+
+
 @pytest.mark.parametrize(
     ("tables", "message"),
     [
+        (
+            {"observations": {"files": "a.csv", "correlation": 0.5}, "filter": {"likelihood": "huber"}},
+            "observations.correlation is 0.5, but filter.likelihood = 'huber' has independent errors",
+        ),
         ({"output": {"members": 7}}, "output.members is 7, but the filter has 6 particles; give as many or fewer"),
         ({"filter": {"sampler": "fast"}}, "filter.sampler is 'fast', but DeterministicPrior draws in one pass"),
         (
@@ -271,7 +297,7 @@ def test_biases_of_an_earlier_run_are_removed(tmp_path):
 @pytest.mark.slow
 def test_a_run_from_a_table_to_a_forecast(tmp_path):
     """Analyses, feedback, cycles, forecast and scores of a small run, against their definitions."""
-    config, prior = configuration(tmp_path, output={"folder": tmp_path / "run", "background": True}), prior_of()
+    config, prior = correlated(tmp_path, output={"folder": tmp_path / "run", "background": True}), prior_of()
     run = assimilate(config, prior=prior, progress_bar=False)
     members, mean, spread = (run.analysis(group).load() for group in ("members", "mean", "spread"))
     for name in ("2m_temperature", "surface_pressure"):
@@ -305,7 +331,7 @@ def test_a_run_from_a_table_to_a_forecast(tmp_path):
     before = {path: path.read_bytes() for path in run.folder.rglob("*") if path.is_file()}
     assimilate(config, prior=prior)  # has finished
     assert {path: path.read_bytes() for path in run.folder.rglob("*") if path.is_file()} == before
-    changed = configuration(tmp_path, output={"folder": tmp_path / "run", "background": True, "seed": 1})
+    changed = correlated(tmp_path, output={"folder": tmp_path / "run", "background": True, "seed": 1})
     with pytest.raises(ValueError, match=r"holds a run with output.seed = 0, but now it is 1; give another folder"):
         assimilate(changed, prior=prior)
 

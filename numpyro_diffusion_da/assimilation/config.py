@@ -152,6 +152,10 @@ class ObservationSettings(Settings):
         default={}, description="names of variables in the files = names of the prior's; false leaves one out"
     )
     units: dict[Text, Text] = Field(default={}, description="units of variables whose rows have none")
+    correlation: Fraction | None = Field(
+        default=None,
+        description="correlation of the errors of two rows of a step with the same `group`; by default independent",
+    )
     bias_from: Path | None = Field(
         default=None, description="folder of an earlier run whose departures give the biases of instruments to remove"
     )

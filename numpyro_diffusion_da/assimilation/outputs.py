@@ -16,7 +16,7 @@ import numpy as np
 from numpyro_diffusion_da.assimilation.emulator import Emulator
 from numpyro_diffusion_da.assimilation.files import FEEDBACK, replacing
 from numpyro_diffusion_da.assimilation.prepared import PreparedRun
-from numpyro_diffusion_da.assimilation.program import OBSERVATION, PREVIOUS
+from numpyro_diffusion_da.assimilation.program import GROUPS, OBSERVATION, PREVIOUS
 from numpyro_diffusion_da.diagnostics.feedback import gaussian_crps
 from numpyro_diffusion_da.diagnostics.verification import area_weights, crps, rmse
 from numpyro_diffusion_da.fields.datasets import to_dataset
@@ -291,6 +291,8 @@ def _observed(tree: xarray.DataTree, placed: PlacedObservations) -> dict[str, np
         found["background_spread"] = np.sqrt(np.asarray(stats[f"{OBSERVATION}_background_variance"].values, float))
     if f"{OBSERVATION}_rejected" in stats:
         found["rejected"] = np.asarray(stats[f"{OBSERVATION}_rejected"].values, bool)
+    if f"{GROUPS}_rejected" in stats:
+        found["rejected"] = found["rejected"] | placed.ungroup(np.asarray(stats[f"{GROUPS}_rejected"].values, bool))
     return found
 
 

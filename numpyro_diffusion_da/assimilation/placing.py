@@ -61,6 +61,7 @@ def place_observations(
         errors=errors_of(config) or None,
         quality=checks_of(config.quality, config, emulator.prior),
         bias=None if given.bias_from is None else bias_of(given.bias_from, given.bias_by),
+        correlation=given.correlation or None,
     )
 
 

@@ -21,6 +21,7 @@ from numpyro_diffusion_da.filters.base import FilterAlgorithm
 from numpyro_diffusion_da.inference.filter import Filter
 from numpyro_diffusion_da.inference.keeping import Kept
 from numpyro_diffusion_da.observation.tables.flags import Flag
+from numpyro_diffusion_da.observation.tables.groups import grouped
 from numpyro_diffusion_da.observation.tables.placed import PlacedObservations
 from numpyro_diffusion_da.observation.tables.table import ObservationTable
 
@@ -59,7 +60,16 @@ class PreparedRun:
 
     def report(self) -> str:
         """Text with the number of rows by flag, and with what the run will cost."""
-        return "\n".join([self.placed.report(), *self._withheld_nothing(), "", *cost_of(self)])
+        return "\n".join([self.placed.report(), *self._withheld_nothing(), *self._groups(), "", *cost_of(self)])
+
+    def _groups(self) -> list[str]:
+        """Sentence about the rows with correlated errors."""
+        correlation = self.config.observations.correlation
+        if not correlation:
+            return []
+        rows = self.placed.rows[grouped(self.placed.rows)]
+        count = rows.groupby(["cycle", "group"]).ngroups if len(rows) else 0
+        return [f"{len(rows)} rows in {count} groups have errors with the correlation {correlation:g}."]
 
     def _withheld_nothing(self) -> list[str]:
         """Sentences about stations or a fraction of `quality.withheld` that withhold no row."""
@@ -120,6 +130,11 @@ def prepare(
         prior = open_prior(config.prior)
     else:
         require(prior, EmulatorPrior, "prepare", "prior", 'ndda.load_prior("held_suarez")')
+    if config.observations.correlation and config.filter.likelihood != "normal":
+        raise ValueError(
+            f"observations.correlation is {config.observations.correlation}, but filter.likelihood = "
+            f"{config.filter.likelihood!r} has independent errors; leave one of them out."
+        )
     checksum = prior.provenance()["prior_checksum"]
     emulator = Emulator.of(config, prior)
     times = emulator.times(config)
@@ -129,5 +144,5 @@ def prepare(
     if emulator.frames > 1:
         inputs["forcings"] = emulator.forcings(times)
     program = assimilation_program(emulator, placed.operator, guess, config.filter)
-    algorithm = filter_of(program, emulator, config.filter, config.quality)
+    algorithm = filter_of(program, emulator, config.filter, config.quality, "groups" in placed.xs)
     return PreparedRun(config, emulator, times, placed, guess, inputs, algorithm, checksum)

@@ -28,6 +28,9 @@ from numpyro_diffusion_da.smc.localization import Taper
 STATE, OBSERVATION, PLACE, PREVIOUS = "x", "y", "y_place", "previous"
 """Names of sites of the program: the state, its observations, their places, and the state before."""
 
+GROUPS, GROUPS_PLACE = "y_groups", "y_groups_place"
+"""Names of sites of the program: observations with correlated errors, and the places of their groups."""
+
 RELAXATION = 0.5
 """Relaxation of the EnKF's spread to its prior for the shipped weather (docs/mini_weather.md)."""
 
@@ -48,7 +51,8 @@ def assimilation_program(
 
     Returns:
         Program of `xs`, the arrays of a placed table (`PlacedObservations.xs`) and, for a prior with forcings, these as
-        `forcings`. Its sites are the state "x", its observations "y" and, with a taper, their places "y_place".
+        `forcings`. Its sites are the state "x", its observations "y" and, with a taper, their places "y_place". If rows
+        have correlated errors, "y_groups" and "y_groups_place" are those of the groups.
     """
     has_places = settings.method in LOCAL and settings.taper_km is not False
 
@@ -61,6 +65,12 @@ def assimilation_program(
         else:
             errors = dist.Normal(seen, at["error"])
         numpyro.sample(OBSERVATION, errors.to_event(1), obs=at["y"])
+        if "groups" in at:
+            groups = at["groups"]
+            if has_places:
+                numpyro.deterministic(GROUPS_PLACE, groups["place"])
+            of_groups = dist.MultivariateNormal(seen[groups["rows"]], covariance_matrix=groups["covariance"])
+            numpyro.sample(GROUPS, of_groups.to_event(1), obs=groups["y"])
 
     def weather(xs: Any) -> None:
         x0 = numpyro.sample("x0", first_guess)
@@ -85,7 +95,11 @@ def assimilation_program(
 
 
 def filter_of(
-    program: Callable[[Any], None], emulator: Emulator, settings: FilterSettings, quality: QualitySettings
+    program: Callable[[Any], None],
+    emulator: Emulator,
+    settings: FilterSettings,
+    quality: QualitySettings,
+    grouped: bool = False,
 ) -> FilterAlgorithm:
     """Make the filter of a program.
 
@@ -94,10 +108,12 @@ def filter_of(
         emulator: the prior of the run.
         settings: table `[filter]` of a configuration.
         quality: table `[quality]`, for the background check.
+        grouped: whether the program has a site of groups with correlated errors.
     """
     taper = None
     if settings.method in LOCAL and settings.taper_km is not False:
-        taper = Taper(settings.taper_km, GreatCircle(), {OBSERVATION: PLACE})
+        places = {OBSERVATION: PLACE, **({GROUPS: GROUPS_PLACE} if grouped else {})}
+        taper = Taper(settings.taper_km, GreatCircle(), places)
     relaxation = settings.inflation
     if relaxation is None:
         relaxation = RELAXATION if settings.method == "enkf" else 0.0
