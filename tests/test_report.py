@@ -256,6 +256,40 @@ def test_a_page_without_optional_parts(change):
     assert "nan" not in " ".join(page.texts).lower().split()
 
 
+def test_increments_and_coastlines_of_a_run(tmp_path):
+    """Analysis minus background over the cycles that both have, and the circle of a round continent."""
+    latitude, longitude = np.linspace(88.0, -88.0, 45), np.arange(0.0, 360.0, 4.0)
+    times = pd.date_range("2026-01-01", periods=3, freq="12h")
+    rng = np.random.default_rng(0)
+    dims = ("time", "level", "latitude", "longitude")
+    after = xarray.Dataset(
+        {
+            "z": (dims, rng.normal(size=(3, 2, 45, 90)), {"units": "m"}),
+            "t": (dims[:1] + dims[2:], np.ones((3, 45, 90))),
+        },
+        coords={"time": times, "level": [850.0, 500.0], "latitude": latitude, "longitude": longitude},
+    )
+    before = after.isel(time=slice(1, None)) - xarray.DataArray([1.0, 3.0], {"time": times[1:]})
+    for name, fields in (("analysis", after), ("background", before)):
+        fields.to_zarr(tmp_path / f"{name}.zarr", group="mean", consolidated=False)
+    t, z = ndda.report.read_increments(tmp_path, ["t"])
+    assert (t.name, z.name, z.level, z.unit, z.cycles) == ("t", "z", 500.0, "m", 2)
+    np.testing.assert_allclose(z.field, 2.0)
+    assert z.rms == pytest.approx(np.sqrt(5.0))
+    assert ndda.report.read_increments(tmp_path / "none") == []
+
+    assert ndda.report.read_coast(tmp_path) == []
+    (tmp_path / "run.toml").write_text(f"[prior]\nsurface = {str(tmp_path / 'mask.nc')!r}\n")
+    assert ndda.report.read_coast(tmp_path) == []  # the file is not there any more
+    off = np.hypot(latitude[:, None] - 10.0, (longitude + 180.0) % 360.0 - 180.0)
+    mask = xarray.Dataset(
+        {"lsm": (("lat", "lon"), np.clip((32.0 - off) / 4.0, 0.0, 1.0))}, {"lat": latitude, "lon": longitude}
+    )
+    mask.to_netcdf(tmp_path / "mask.nc", engine="h5netcdf")
+    coast = np.concatenate(ndda.report.read_coast(tmp_path))
+    np.testing.assert_allclose(np.hypot(coast[:, 1] - 10.0, (coast[:, 0] + 180.0) % 360.0 - 180.0), 30.0, atol=0.4)
+
+
 @pytest.mark.slow
 def test_the_folder_of_a_run(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"has no feedback.parquet"):
@@ -273,7 +307,10 @@ def test_the_folder_of_a_run(tmp_path):
         coords={"level": [850.0, 500.0], "latitude": np.linspace(75, -75, 6), "longitude": longitude},
     )
     fields.to_zarr(tmp_path / "analysis.zarr", group="members", consolidated=False)
-    fields.mean("number").to_zarr(tmp_path / "analysis.zarr", group="mean", consolidated=False)
+    mean = fields.mean("number").assign_coords(time=pd.date_range("2026-01-01", periods=2, freq="12h"))
+    mean.to_zarr(tmp_path / "analysis.zarr", group="mean", consolidated=False)
+    (0.5 * mean).to_zarr(tmp_path / "background.zarr", group="mean", consolidated=False)
+    fields.to_zarr(tmp_path / "background.zarr", group="members", consolidated=False)
     path = ndda.report.write_report(tmp_path)
     assert path == tmp_path / "report.html"
     texts = "".join(Page(path.read_text(encoding="utf-8")).texts)
@@ -283,6 +320,7 @@ def test_the_folder_of_a_run(tmp_path):
         "prior: name",
         "held_suarez",
         "temperature at 500 hPa",
+        "Mean over 2 cycles; RMS over cycles and area: 1.06",
     ):
         assert words in texts
     (spectrum,) = ndda.report.read_spectra(tmp_path)

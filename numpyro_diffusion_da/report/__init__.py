@@ -11,7 +11,7 @@ from numpyro_diffusion_da.report.findings import (
     FindingKind,
     Findings,
 )
-from numpyro_diffusion_da.report.folder import Spectrum, read_spectra
+from numpyro_diffusion_da.report.folder import Increment, Spectrum, read_coast, read_increments, read_spectra
 from numpyro_diffusion_da.report.page import html, write_report
 
 __all__ = [
@@ -24,8 +24,11 @@ __all__ = [
     "Finding",
     "FindingKind",
     "Findings",
+    "Increment",
     "Spectrum",
     "html",
+    "read_coast",
+    "read_increments",
     "read_spectra",
     "write_report",
 ]

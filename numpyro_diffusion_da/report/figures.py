@@ -49,6 +49,10 @@ _STYLE: Any = {
 }
 
 
+Coast = Sequence[np.ndarray]
+"""Coastlines: arrays of longitude and latitude in degrees, shape (point, 2)."""
+
+
 class Panel:
     """One figure of a report: the SVG text, what it shows in words, and its caption.
 
@@ -59,7 +63,8 @@ class Panel:
     """
 
     def __init__(self, svg: str, alt: str, caption: str = "") -> None:
-        self.svg, self.alt, self.caption = svg, alt, caption
+        self.svg, self.caption = svg, caption
+        self.alt = f"{alt} {caption}".strip()
 
 
 def _draw(draw: Any, alt: str, caption: str = "", size: tuple[float, float] = (4.6, 2.9)) -> Panel:
@@ -238,7 +243,14 @@ def ranks(counts: Any, name: str, p_value: float) -> Panel:
     )
 
 
-def box_map(table: pandas.DataFrame, column: str, title: str, unit: str, clear: np.ndarray | None = None) -> Panel:
+def box_map(
+    table: pandas.DataFrame,
+    column: str,
+    title: str,
+    unit: str,
+    clear: np.ndarray | None = None,
+    coast: Coast = (),
+) -> Panel:
     """Boxes on a map, colored by a column.
 
     Args:
@@ -247,8 +259,8 @@ def box_map(table: pandas.DataFrame, column: str, title: str, unit: str, clear: 
         title: title of the map.
         unit: unit of the column.
         clear: for values of both signs, True where a value differs from 0; others are gray. None for values from 0 on.
+        coast: coastlines.
     """
-    from matplotlib.cm import ScalarMappable
     from matplotlib.collections import PatchCollection
     from matplotlib.colors import BoundaryNorm, ListedColormap, to_rgb
     from matplotlib.patches import Rectangle
@@ -277,31 +289,123 @@ def box_map(table: pandas.DataFrame, column: str, title: str, unit: str, clear: 
         south, north = float(table["south"].min()), float(table["north"].max())
         if (east - west) > 180 or (north - south) > 90:
             west, east, south, north = -180.0, 180.0, -90.0, 90.0
-            axes.set_xticks(range(-180, 181, 60))
-            axes.set_yticks(range(-90, 91, 30))
-        axes.set(title=title, xlim=(west, east), ylim=(south, north), xlabel="longitude", ylabel="latitude")
-        axes.set_aspect(1.0 / np.cos(np.deg2rad(min(abs(south + north) / 2.0, 75.0))))
-        for spine in axes.spines.values():
-            spine.set_visible(True)
-        bar = axes.figure.colorbar(
-            ScalarMappable(norm, colormap),
-            ax=axes,
-            orientation="horizontal",
-            aspect=40,
-            pad=0.04,
-            shrink=0.8,
-            extend="max" if clear is None else "both",
-            ticks=edges,
-            drawedges=False,
-        )
-        bar.set_ticklabels([f"{edge:.3g}" for edge in edges])
-        bar.set_label(unit or "value")
-        bar.outline.set_linewidth(0.4)
+        _map_axes(axes, title, (south, north, west, east), coast)
+        _color_bar(axes, norm, colormap, unit, "max" if clear is None else "both")
 
     at = int(np.argmax(np.abs(shown)))
     corner = f"{table['south'].iloc[at]:g} degrees north, {table['west'].iloc[at]:g} degrees east"
     place = f"the largest is {number(shown[at])} {unit} in the box whose southwestern corner is at {corner}"
     return _draw(draw, f"Map of {title}: {len(table)} boxes; {place}.", size=(4.9, 3.5))
+
+
+def _map_axes(axes: Any, title: str, ends: tuple[float, float, float, float], coast: Coast) -> None:
+    """Labels of meridians and parallels, coastlines and frame of a map between south, north, west and east."""
+    import matplotlib.ticker as ticker
+    from matplotlib.collections import LineCollection
+
+    south, north, west, east = ends
+    for axis, first, last, signs in ((axes.xaxis, west, east, "EW"), (axes.yaxis, south, north, "NS")):
+        if last - first > 90.0:
+            axis.set_major_locator(ticker.MultipleLocator(60.0 if last - first > 180.0 else 30.0))
+        else:
+            axis.set_major_locator(ticker.MaxNLocator(5, steps=[1, 2, 5, 10]))
+        axis.set_major_formatter(ticker.FuncFormatter(lambda value, _, signs=signs: _degrees(value, *signs)))
+    if coast:
+        # A region may cross the date line, and begin at 0 or at -180 degrees.
+        copies = [np.add(line, (turn, 0.0)) for line in coast for turn in (-360.0, 0.0, 360.0)]
+        copies = [line for line in copies if line[:, 0].max() > west and line[:, 0].min() < east]
+        axes.add_collection(LineCollection(copies, colors=_INK, linewidths=0.5, alpha=0.8))
+    axes.set(title=title, xlim=(west, east), ylim=(south, north))
+    axes.grid(alpha=0.3)
+    axes.set_aspect(1.0 / np.cos(np.deg2rad(min(abs(south + north) / 2.0, 75.0))))
+    for spine in axes.spines.values():
+        spine.set_visible(True)
+
+
+def _degrees(value: float, positive: str, negative: str) -> str:
+    """Meridian or parallel in words, as 60°W."""
+    value = (value + 180.0) % 360.0 - 180.0 if positive == "E" and abs(value) > 180.0 else value
+    letter = "" if value in (0.0, 180.0, -180.0) else positive if value > 0 else negative
+    return f"{abs(value):g}°{letter}"
+
+
+def _color_bar(axes: Any, norm: Any, colormap: Any, unit: str, extend: str) -> None:
+    """Horizontal color bar of a map, with the edges of its colors."""
+    from matplotlib.cm import ScalarMappable
+
+    bar = axes.figure.colorbar(
+        ScalarMappable(norm, colormap),
+        ax=axes,
+        orientation="horizontal",
+        aspect=40,
+        pad=0.04,
+        shrink=0.8,
+        extend=extend,
+        ticks=norm.boundaries,
+        drawedges=False,
+    )
+    bar.set_ticklabels([f"{edge:.3g}" for edge in norm.boundaries])
+    bar.set_label(unit or "value")
+    bar.outline.set_linewidth(0.4)
+
+
+def field_map(
+    values: np.ndarray,
+    latitude: np.ndarray,
+    longitude: np.ndarray,
+    title: str,
+    unit: str,
+    caption: str = "",
+    coast: Coast = (),
+) -> Panel:
+    """Field of both signs on a map, as an image.
+
+    Args:
+        values: the field, shape (latitude, longitude); NaN where it is undefined.
+        latitude: latitudes in degrees, in order.
+        longitude: longitudes in degrees, in order.
+        title: title of the map.
+        unit: unit of the field.
+        caption: text below the map.
+        coast: coastlines.
+    """
+    from matplotlib.colors import BoundaryNorm, ListedColormap, to_rgb
+
+    longitude, order = _unwrapped(np.asarray(longitude, float))
+    values = np.asarray(values, float)[:, order]
+    size = np.abs(values[np.isfinite(values)])
+    largest = _nice(float(np.quantile(size, 0.98))) if size.size and size.max() > 0 else 1.0
+    edges = largest * np.array([-1.0, -0.7, -0.4, -0.1, 0.1, 0.4, 0.7, 1.0])
+    colors = [(*to_rgb(BLUE), alpha) for alpha in (1.0, 0.65, 0.3)]
+    colors += [(*to_rgb(GRAY), 0.08), *((*to_rgb(ORANGE), alpha) for alpha in (0.3, 0.65, 1.0))]
+    norm, colormap = BoundaryNorm(edges, len(colors)), ListedColormap(colors)
+
+    def draw(axes: Any) -> None:
+        shown = np.clip(values, edges[0], 0.999 * edges[-1])
+        axes.pcolormesh(longitude, latitude, shown, norm=norm, cmap=colormap, shading="nearest", rasterized=True)
+        ends = [float(end) for axis in (latitude, longitude) for end in (np.min(axis), np.max(axis))]
+        half = [abs(axis[1] - axis[0]) / 2.0 if len(axis) > 1 else 1.0 for axis in (latitude, longitude)]
+        south, north = max(ends[0] - half[0], -90.0), min(ends[1] + half[0], 90.0)
+        _map_axes(axes, title, (south, north, ends[2] - half[1], ends[3] + half[1]), coast)
+        _color_bar(axes, norm, colormap, unit, "both")
+
+    alt = f"Map of {title}: undefined everywhere."
+    if size.size:
+        i, j = np.unravel_index(np.nanargmax(np.abs(values)), values.shape)
+        place = f"{_degrees(float(latitude[i]), *'NS')} {_degrees(float(longitude[j]), *'EW')}"
+        alt = f"Map of {title}: the largest is {number(values[i, j])} {unit} at {place}."
+    return _draw(draw, alt, caption, size=(4.9, 3.5))
+
+
+def _unwrapped(longitude: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Longitudes from west to east without a jump, and the order of them: from -180 to 180 if they go around."""
+    step = np.median(np.diff(np.sort(longitude % 360.0))) if len(longitude) > 1 else 360.0
+    if len(longitude) * step > 359.0:
+        found = (longitude + 180.0) % 360.0 - 180.0
+    else:
+        found = np.rad2deg(np.unwrap(np.deg2rad(longitude)))
+    order = np.argsort(found)
+    return found[order], order
 
 
 def lines(

@@ -13,7 +13,16 @@ from numpyro_diffusion_da.diagnostics import Feedback
 from numpyro_diffusion_da.report import figures
 from numpyro_diffusion_da.report.figures import Panel
 from numpyro_diffusion_da.report.findings import Findings
-from numpyro_diffusion_da.report.folder import Spectrum, read_cycles, read_facts, read_feedback, read_spectra
+from numpyro_diffusion_da.report.folder import (
+    Increment,
+    Spectrum,
+    read_coast,
+    read_cycles,
+    read_facts,
+    read_feedback,
+    read_increments,
+    read_spectra,
+)
 from numpyro_diffusion_da.report.text import number, plus_minus, probability, share
 
 if TYPE_CHECKING:
@@ -40,7 +49,8 @@ def write_report(folder: str | Path) -> Path:
 
     Args:
         folder: folder of a run. It needs `feedback.parquet`. What else it has is shown too: `cycles.csv`, `run.json`,
-            and spectra of `analysis.zarr` and `background.zarr`.
+            spectra of `analysis.zarr` and `background.zarr`, and maps of increments where both are there. Coastlines
+            are those of the land-sea mask of the prior, if its file is still there.
 
     Returns:
         The path of the file, `report.html` in the folder.
@@ -49,11 +59,14 @@ def write_report(folder: str | Path) -> Path:
         FileNotFoundError: the folder has no feedback.
     """
     folder = Path(folder)
+    feedback = read_feedback(folder)
     text = html(
-        read_feedback(folder),
+        feedback,
         cycles=read_cycles(folder),
         facts=read_facts(folder),
         spectra=read_spectra(folder),
+        increments=read_increments(folder, feedback["name"][feedback["flag"] == "used"].value_counts().index),
+        coast=read_coast(folder),
         title=folder.resolve().name,
     )
     path = folder / "report.html"
@@ -67,6 +80,8 @@ def html(
     cycles: pandas.DataFrame | None = None,
     facts: Mapping[str, Any] | None = None,
     spectra: Sequence[Spectrum] = (),
+    increments: Sequence[Increment] = (),
+    coast: Sequence[np.ndarray] = (),
     title: str = "Assimilation report",
     false_alarm_rate: float = 0.01,
 ) -> str:
@@ -79,6 +94,8 @@ def html(
             `increment_rms_NAME`.
         facts: what to say of the run, by name.
         spectra: spectra of fields.
+        increments: mean increments of fields.
+        coast: coastlines for the maps, arrays of longitude and latitude in degrees, shape (point, 2).
         title: title of the page.
         false_alarm_rate: share of faultless runs that may have a finding, see `Findings`.
     """
@@ -96,7 +113,9 @@ def html(
         findings=findings,
         summary=_summary(feedback, cycles),
         false_alarm_rate=share(false_alarm_rate),
-        sections=[one for one in _sections(feedback, findings, cycles, spectra) if one.tables or one.panels],
+        sections=[
+            one for one in _sections(feedback, findings, cycles, spectra, increments, coast) if one.tables or one.panels
+        ],
         facts=_flat(facts or {}),
     )
 
@@ -157,7 +176,12 @@ def _before_and_after(feedback: Feedback, by: Sequence[str]) -> pandas.DataFrame
 
 
 def _sections(
-    feedback: Feedback, findings: Findings, cycles: pandas.DataFrame | None, spectra: Sequence[Spectrum]
+    feedback: Feedback,
+    findings: Findings,
+    cycles: pandas.DataFrame | None,
+    spectra: Sequence[Spectrum],
+    increments: Sequence[Increment],
+    coast: Sequence[np.ndarray],
 ) -> list[Section]:
     numbers = _Numbers.of(feedback)
     rows_of = numbers.departures["count"].groupby("name").sum()
@@ -199,7 +223,8 @@ def _sections(
         ),
         Section("withheld", "Withheld", "Withheld observations", _WITHHELD, _withheld(feedback, numbers.units), []),
         Section("stations", "Stations", "Stations", _STATIONS, _stations(feedback), []),
-        Section("maps", "Maps", "Maps", _MAPS, [], _maps(feedback, names, numbers.units), True),
+        Section("maps", "Maps", "Maps", _MAPS, [], _maps(feedback, names, numbers.units, coast), True),
+        Section("increments", "Increments", "Increments", _INCREMENTS, [], _increments(increments, coast), True),
         Section("filter", "Filter", "Filter", _FILTER, [], _filter(cycles, times)),
         Section("spectra", "Spectra", "Spectra", _SPECTRA, [], _spectra(spectra)),
     ]
@@ -443,7 +468,7 @@ def _stations(feedback: Feedback) -> list[Table]:
     return [_table("The most conspicuous stations", columns, rows, 3)] if rows else []
 
 
-def _maps(feedback: Feedback, names: Sequence[str], units: pandas.Series) -> list[Panel]:
+def _maps(feedback: Feedback, names: Sequence[str], units: pandas.Series, coast: Sequence[np.ndarray]) -> list[Panel]:
     rows = feedback.rows
     lat, lon = (rows.loc[rows[c].notna(), c] for c in ("lat", "lon"))
     if not len(lat) or not len(lon):
@@ -457,11 +482,22 @@ def _maps(feedback: Feedback, names: Sequence[str], units: pandas.Series) -> lis
         one = one[one["count"] > 0]
         if len(one):
             clear = (one["mean"].abs() > 2.0 * one["mean_se"].fillna(0.0)).to_numpy()
-            panels.append(figures.box_map(one, "mean", f"mean O - B of {name}", units[name], clear))
+            panels.append(figures.box_map(one, "mean", f"mean O - B of {name}", units[name], clear, coast))
     of_all = feedback.boxes((), degrees=degrees).reset_index()
     of_all = of_all[of_all["rejected"].notna()].assign(rejected=lambda frame: 100.0 * frame["rejected"])
     if len(of_all) and of_all["rejected"].max() > 0:
-        panels.append(figures.box_map(of_all, "rejected", "rejected rows", "%"))
+        panels.append(figures.box_map(of_all, "rejected", "rejected rows", "%", coast=coast))
+    return panels
+
+
+def _increments(increments: Sequence[Increment], coast: Sequence[np.ndarray]) -> list[Panel]:
+    panels = []
+    for one in increments:
+        name = one.name if np.isnan(one.level) else f"{one.name} at {one.level:g} hPa"
+        cycles = "one cycle" if one.cycles == 1 else f"{one.cycles} cycles"
+        caption = f"Mean over {cycles}; RMS over cycles and area: {number(one.rms)} {one.unit}".strip() + "."
+        title = f"mean A - B of {name}"
+        panels.append(figures.field_map(one.field, one.latitude, one.longitude, title, one.unit, caption, coast))
     return panels
 
 
@@ -608,6 +644,10 @@ errors. <em>Others</em> is their median."""
 
 _MAPS = """Boxes of nearly equal area. A mean within two standard errors of 0 is gray. Colors end at the 95th
 percentile."""
+
+_INCREMENTS = """A is the analysis and B a forecast from the analysis before, both means over the members. A mean over
+cycles that is far from 0, compared with the RMS, is a bias of the model or of the observations there. Colors end at the
+98th percentile."""
 
 _FILTER = """What the filter says of its steps. An effective sample size near 1 means that a single particle holds all
 weight; tempering of 1 is none."""
