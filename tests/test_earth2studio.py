@@ -227,3 +227,83 @@ def test_wrong_use_is_refused_in_one_sentence(model):
     ]:
         with pytest.raises(ValueError, match=words):
             make(**wrong)
+
+
+RECENT, BEFORE = 0.6, 0.3
+"""Memory of a process of second order: of the last state and of the one before."""
+
+
+class Pairs(ndda.priors.DeterministicPrior):
+    """A prior of two frames with forcings, as the weather models are."""
+
+    TIME_STEP = np.timedelta64(12, "h")
+
+    def forcings(self, times):
+        return jnp.arange(1.0 * len(times))
+
+    def frames(self, dataset, times):
+        return ndda.fields.read_states(dataset, self.layout, times)
+
+
+def of_pair(pair):
+    return MEAN + RECENT * (pair[1] - MEAN) + BEFORE * (pair[0] - MEAN)
+
+
+def second_order(operator):
+    """The process of `Pairs`, as a program that compiles in no time."""
+
+    def model(xs, *frames):
+        def step(pair, at):
+            x = numpyro.sample("x", dist.Normal(of_pair(pair), NOISE).to_event(3))
+            numpyro.sample("y", dist.Normal(operator(x, at), at["error"]).to_event(1), obs=at["y"])
+            return (pair[1], x), None
+
+        scan(step, frames, xs)
+
+    return model
+
+
+def test_a_prior_of_two_frames_starts_from_what_a_source_gives():
+    """Frames in Pa and K, and a Kalman filter of second order at observed and at other places."""
+    prior = Pairs(of_pair, layout=LAYOUT, scale=NOISE, condition=lambda pair, inputs: (pair[0] + 0.0 * inputs, pair[1]))
+    programs = []
+
+    def own_program(program):
+        programs.append(program)
+        return ndda.EnKF(program)
+
+    model = Earth2StudioAssimilation(
+        prior, ndda.EnKF, num_particles=400, errors=ERROR, program=second_order, reserve=8, outputs=("mean",)
+    )
+    (coords,) = model.init_coords()
+    np.testing.assert_array_equal(coords["lead_time"] / HOUR, [-12, 0])
+    factor = np.array([100.0, 1.0, 1.0])[:, None, None]
+    states = [factor * (np.moveaxis(MEAN, -1, 0) + anomaly) for anomaly in (2.0, -1.0)]
+    coords = {**coords, "time": np.array([START - 12 * HOUR])}
+    first = xarray.DataArray(np.array([states], np.float32), coords, tuple(coords))
+    generator = model.create_generator(first)
+    next(generator)
+    (one,), (two,) = generator.send(frame(START, SEEN)), generator.send(None)
+    np.testing.assert_array_equal([one.time.values[0], two.time.values[0]], [START, START + 12 * HOUR])
+    gain = NOISE**2 / (NOISE**2 + ERROR**2)
+    for (_, lat, lon, _), departure, name in zip(SEEN, (3.0, 2.0, -3.0), ("sp", "t850", "t500"), strict=True):
+        size, center = (100.0, 1000.0) if name == "sp" else (1.0, 280.0 if name == "t850" else 260.0)
+        of_one, of_two = ((each.sel(variable=name)[0] / size - center) for each in (one, two))
+        at = {"lat": lat, "lon": lon}
+        assert abs(float(of_one.sel(at)) - gain * departure) < 0.35
+        assert abs(float(of_two.sel(at)) - RECENT * float(of_one.sel(at)) + BEFORE) < 0.25
+    assert abs(float((two.sel(variable="t500") - 260.0).mean()) + BEFORE) < 0.25
+    with pytest.raises(ValueError, match=r"Pairs starts from 2 frames; give them as the first argument"):
+        model.create_generator()
+    with pytest.raises(ValueError, match=r"expected 2 frames 12 h apart; fetch the lead times of init_coords\(\)"):
+        model.create_generator(first.isel(lead_time=[1]))
+
+    # The program that it makes by itself begins at these frames too.
+    Earth2StudioAssimilation(prior, own_program, errors=ERROR)
+    frames = [jnp.asarray(MEAN + anomaly) for anomaly in (2.0, -1.0)]
+    xs = {**model._place([frame(START, SEEN)], np.array([START])).xs, "forcings": jnp.zeros(1)}
+    seeded = numpyro.handlers.seed(programs[0], 0)
+    trace = numpyro.handlers.trace(seeded).get_trace(xs, *frames)
+    np.testing.assert_array_equal(trace["x0"]["value"], frames)
+    np.testing.assert_array_equal(trace["previous"]["value"][0], frames[1])
+    assert abs(float((trace["x"]["value"][0] - MEAN).mean())) < 0.6

@@ -587,8 +587,10 @@ def _frames(first: Any, model: Earth2StudioAssimilation) -> tuple[np.datetime64,
             f"the first guess is of {times}, expected {len(steps)} frames {hours(model.step)} apart; fetch the lead "
             "times of init_coords()."
         )
-    fields = first.isel(time=0).transpose(*expected[1:]).assign_coords(lead_time=times).rename(lead_time="time")
-    has = {str(name) for name in fields.variable.values}
+    fields = (
+        first.isel(time=0, drop=True).transpose(*expected[1:]).assign_coords(lead_time=times).rename(lead_time="time")
+    )
+    has = {str(name) for name in fields["variable"].values}
     variables: dict[str, tuple[tuple[str, ...], np.ndarray, dict[str, str]]] = {}
     for variable in model.layout.variables:
         own = [channel for channel in channels(model.layout) if channel.variable == variable.name]
