@@ -14,7 +14,8 @@ import numpyro.distributions as dist
 import pandas
 import pytest
 import xarray
-from hypothesis import HealthCheck, given, settings
+from fuzzing import fuzz
+from hypothesis import given
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
@@ -462,7 +463,7 @@ def in_one_sentence(make):
 
 
 @given(ANY_TABLES)
-@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@fuzz(40)
 def test_any_tables_are_a_configuration_or_one_sentence(tables):
     config = in_one_sentence(lambda: RunConfig(**tables))
     valid = in_one_sentence(lambda: RunConfig(**{**TABLES, **tables}))
@@ -477,7 +478,7 @@ def test_any_tables_are_a_configuration_or_one_sentence(tables):
         st.text(), st.binary().map(lambda b: b.decode("latin1")), st.sampled_from(["[" * 5000, "a = " + "9" * 5000])
     )
 )
-@settings(max_examples=50, deadline=None, suppress_health_check=list(HealthCheck))
+@fuzz(40)
 def test_any_file_is_a_configuration_or_one_sentence(tmp_path, text):
     (tmp_path / "run.toml").write_bytes(text.encode("utf-8", "surrogatepass"))
     in_one_sentence(lambda: RunConfig.read(tmp_path / "run.toml"))
@@ -485,7 +486,7 @@ def test_any_file_is_a_configuration_or_one_sentence(tmp_path, text):
 
 @pytest.mark.slow
 @given(st.data())
-@settings(max_examples=1500, deadline=None, suppress_health_check=list(HealthCheck))
+@fuzz(150)
 def test_any_configuration_is_prepared_or_refused_in_one_sentence(tmp_path, data):
     """Nothing is computed, and nothing is written beside the table."""
     prior = prior_of(1)

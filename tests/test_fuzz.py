@@ -1,15 +1,13 @@
 """Fuzzed input: a right result, or one sentence of this library that names the argument, site, file or step.
 
-Hypothesis draws the input. The examples are the same on every run, and bounded. `NDDA_FUZZ=20` draws twenty times as
-many, other ones each time, to look for faults. `python -m pytest tests/test_fuzz.py -m slow -s` prints how many
-examples each family had, and how they ended.
+`python -m pytest tests/test_fuzz.py -m slow -s` prints how many examples each family had, and how they ended.
+`fuzzing.py` says how to draw more.
 """
 
 import collections
 import json
 import linecache
 import math
-import os
 import shutil
 import sys
 import tempfile
@@ -24,7 +22,8 @@ import numpyro.distributions as dist
 import pandas
 import pytest
 import xarray
-from hypothesis import HealthCheck, Phase, assume, given, settings
+from fuzzing import fuzz
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from numpyro import handlers
 from numpyro.contrib.control_flow import scan
@@ -39,7 +38,6 @@ from numpyro_diffusion_da.program import StateSpaceModel
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
 LIBRARY = str(Path(ndda.__file__).parent)
-MORE = int(os.environ.get("NDDA_FUZZ", "0"))
 COUNTS = collections.defaultdict(collections.Counter)
 
 
@@ -52,18 +50,6 @@ def counts():
         print(f"\n{'family':24}{'examples':>10}{'right':>10}{'refused':>10}", file=sys.stderr)
         for family, *numbers in rows:
             print(f"{family:24}" + "".join(f"{n:10}" for n in numbers), file=sys.stderr)
-
-
-def fuzz(examples):
-    """Settings of Hypothesis: as many examples, the same on every run."""
-    return settings(
-        max_examples=examples * max(MORE, 1),
-        derandomize=not MORE,
-        deadline=None,
-        database=None,
-        phases=[Phase.explicit, Phase.generate],  # each example runs a filter: shrinking one took five minutes
-        suppress_health_check=list(HealthCheck),
-    )
 
 
 def complaint(error, names):

@@ -1,14 +1,14 @@
 """Tables of observations: what is read from CSV, Parquet, NetCDF, pandas and xarray, and what is refused."""
 
 import importlib.util
-import os
 
 import jax
 import numpy as np
 import pandas
 import pytest
 import xarray
-from hypothesis import HealthCheck, given, settings
+from fuzzing import fuzz
+from hypothesis import given
 from hypothesis import strategies as st
 
 from numpyro_diffusion_da.fields import Layout, Variable
@@ -260,18 +260,14 @@ def at_step(xs, t):
     return jax.tree.map(lambda values: values[t], xs)
 
 
-MORE = max(1, int(os.environ.get("NDDA_FUZZ", "1")))  # as in test_fuzz.py
-FUZZ = {"deadline": None, "derandomize": True, "database": None, "suppress_health_check": list(HealthCheck)}
-
-
-@settings(max_examples=25, **FUZZ)
+@fuzz(25)
 @given(text=tables())
 def test_fuzzed_tables(tmp_path_factory, text):
     check_fuzzed(tmp_path_factory.getbasetemp() / "fuzzed.csv", text)
 
 
 @pytest.mark.slow
-@settings(max_examples=400 * MORE, **(FUZZ | {"derandomize": MORE == 1}))
+@fuzz(300)
 @given(text=tables())
 def test_many_fuzzed_tables(tmp_path_factory, text):
     check_fuzzed(tmp_path_factory.getbasetemp() / "fuzzed.csv", text)

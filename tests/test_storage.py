@@ -329,8 +329,9 @@ def test_damaged_files_of_settings_are_named(program, whole, copied, name):
         writing(whole, copied).run(KEY, program[1])
 
 
-@pytest.mark.parametrize("steps", [2, 4])
-@pytest.mark.parametrize("name", ["zarr.json", "posterior/x/zarr.json", "sample_stats/time/c/0"])
+@pytest.mark.parametrize(
+    ("name", "steps"), [("zarr.json", 2), ("posterior/x/zarr.json", 4), ("sample_stats/time/c/0", 2)]
+)
 def test_damaged_metadata_and_coordinates_are_put_back(program, whole, copied, tmp_path, name, steps):
     """In a run that is whole, and in one that goes on: the directory is that of a run without damage."""
     writing(whole, tmp_path / "undamaged").run(KEY, program[1][:steps])
