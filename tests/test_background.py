@@ -59,7 +59,8 @@ def kalman(y, start, covariance, h):
     return np.array(means), np.array(variances)
 
 
-@pytest.mark.parametrize("kind", [ndda.FAAPF, pytest.param(ndda.GuidedPF, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", [ndda.FAAPF, ndda.GuidedPF])
 def test_from_one_known_state_the_background_is_exact(kind):
     """All particles have one forecast mean, so all of the variance is that of the transition: no sampling error."""
     start, y = np.array([1.0, -2.0, 0.5, 3.0], np.float32), np.array([[0.2, np.nan, 1.0]], np.float32)
@@ -75,7 +76,8 @@ def test_from_one_known_state_the_background_is_exact(kind):
     assert all(np.all(count == 0) for count in result.network_passes.values())
 
 
-@pytest.mark.parametrize("kind", [ndda.EnKF, pytest.param(ndda.Bootstrap, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", [ndda.EnKF, ndda.Bootstrap])
 def test_an_ensemble_that_saw_nothing_is_its_own_background(kind):
     """Without observations the analysis is the forecast, inflated as the update would take it."""
     inflated = {"inflation": (ndda.ForecastMultiplicative(1.5),)} if kind is ndda.EnKF else {}

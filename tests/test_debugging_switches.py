@@ -35,7 +35,8 @@ def run(algorithm):
     return filter_.result.posterior["x"]
 
 
-@pytest.mark.parametrize("algorithm", [ndda.Bootstrap, *(pytest.param(a, marks=pytest.mark.slow) for a in SLOWER)])
+@pytest.mark.slow
+@pytest.mark.parametrize("algorithm", [ndda.Bootstrap, *SLOWER])
 def test_a_filter_runs_under_all_switches(algorithm):
     plain = run(algorithm)
     with jax.debug_nans(True), jax.checking_leaks(), jax.debug_key_reuse(True), jax.numpy_rank_promotion("raise"):

@@ -68,7 +68,7 @@ MARKS = {"gencast.md": needs_gencast, "weathernext2.md": needs_weathernext2} | {
         "online.md",
         "scale.md",
         "emulators.md",
-        "scale.md",
+        "numpyro.md",
         "observations_table.md",
         "assimilate.md",
     )

@@ -234,7 +234,7 @@ def test_a_transition_without_noise_is_taken():
     np.testing.assert_allclose(found[0], found[1], atol=1e-4)
 
 
-@pytest.mark.parametrize("radius", [None, 1e6, 1.0])
+@pytest.mark.parametrize("radius", [None, *(pytest.param(radius, marks=pytest.mark.slow) for radius in (1e6, 1.0))])
 def test_the_covariance_of_the_transition_is_computed_and_not_sampled(radius):
     """All members start at one state, so nothing is sampled: ten of them have the mean of the Kalman filter."""
     d, error = 4, 0.5
@@ -365,6 +365,7 @@ def test_without_all_pairs_an_update_is_the_same(monkeypatch):
         np.testing.assert_allclose(sparse, dense, atol=2e-5 * np.abs(dense).max())
 
 
+@pytest.mark.slow
 def test_the_residual_of_a_solve_that_stops_early_is_in_the_result(monkeypatch):
     monkeypatch.setattr(ensemble_update, "MOST_DENSE", 1)
     monkeypatch.setattr(ensemble_update, "MOST_ITERATIONS", 1)

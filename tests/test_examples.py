@@ -416,6 +416,7 @@ def test_published_settings_refuse():
             load("published_settings").main(**{"cycles": None, "burn_in": None, **arguments})
 
 
+@pytest.mark.slow
 def test_smoother_of_the_benchmark():
     smoothing = load("smoothing")
     a, initial, y = smoothing.simulate(np.random.default_rng(0), 3, 10)

@@ -91,7 +91,8 @@ def test_second_step_and_second_run_compile_nothing(program, compiled):
     assert compiled_by_length[0] == compiled_by_length[1] > 0
 
 
-@pytest.mark.parametrize("batch_size", [1, pytest.param(7, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("batch_size", [1, 7])
 def test_batch_size_does_not_change_the_particles(program, reference, batch_size):
     model, y = program
     filter = make(model, batch_size=batch_size)

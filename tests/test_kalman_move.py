@@ -257,6 +257,7 @@ def test_a_radius_needs_a_taper() -> None:
         KalmanMove(selection_share=True)
 
 
+@pytest.mark.slow
 def test_bounds_hold_for_moved_states_and_have_to_fit() -> None:
     c = draw(100, 5)
     found = predicted(c, np.array([9.0, -9.0, 9.0]))

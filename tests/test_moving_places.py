@@ -229,6 +229,7 @@ def test_a_search_in_the_step_finds_what_is_near(monkeypatch, embedded, distance
         np.testing.assert_allclose(rebuilt, np.where(lost, 0.0, fixed.correlation(apart / c)), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_observations_without_room_are_an_error():
     """Never left out in silence: the number that is needed is named, under vmap too."""
     near = np.full((2, 6), 3.0, np.float32)
@@ -312,6 +313,7 @@ def test_kernels_take_a_function_of_the_observation():
     assert np.any(found[0] != x)
 
 
+@pytest.mark.slow
 def test_places_compile_nothing_anew(moved):
     other = {**AT, "place": (AT["place"] + 3.3).astype(np.float32)}
     again = copy.copy(moved)

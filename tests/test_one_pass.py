@@ -136,7 +136,9 @@ def by_quadrature(log_likelihood):
     return np.log(density.sum() * cell) + logs.max(), np.average(x, axis=0, weights=density)
 
 
-@pytest.mark.parametrize("solver", [DirectSolve(), KrylovSolve(), KrylovSolve(products=1)])
+@pytest.mark.parametrize(
+    "solver", [DirectSolve(), *(pytest.param(KrylovSolve(products=k), marks=pytest.mark.slow) for k in (None, 1))]
+)
 @pytest.mark.parametrize("observed", [slice(0, 1), slice(0, 4)])  # fewer and more than numbers of noise
 def test_weighted_draws_of_a_nonlinear_emulator_are_unbiased(solver, observed):
     prior = ndda.NoiseConditionedPrior(bent, noise_shape=2, layout=4)

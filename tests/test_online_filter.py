@@ -95,6 +95,7 @@ def walk(y, error=0.5):
     scan(step, jnp.zeros(()), y)
 
 
+@pytest.mark.slow
 def test_steps_are_kept_when_asked_and_new_shapes_warn(capsys, recwarn):
     y = np.arange(8.0, dtype=np.float32).reshape(4, 2)
     none = ndda.OnlineFilter(ndda.Bootstrap(walk), num_particles=3)

@@ -195,6 +195,7 @@ def test_conditioned_data_of_more_times_than_the_scan_are_refused():
         run(ndda.Bootstrap(handlers.condition(forecast(3), {"y": jnp.asarray(Y)})))
 
 
+@pytest.mark.slow
 def test_a_mask_around_the_scan_acts_on_its_observations():
     def masked(y):
         with handlers.mask(mask=False):
@@ -270,6 +271,7 @@ def test_a_hidden_markov_model():
             run(make(hidden_markov), y)
 
 
+@pytest.mark.slow
 def test_a_discrete_and_a_continuous_state():
     """A switching program: with noise that does not depend on the class, x is that of a Kalman filter."""
 
@@ -296,6 +298,7 @@ def test_a_discrete_and_a_continuous_state():
         run(ndda.FAAPF(switching), Y, jnp.array([0.5, 0.5]))
 
 
+@pytest.mark.slow
 def test_cond_without_latent_sites_runs(simply):
     def model(y):
         error = cond(jnp.asarray(True), lambda _: 0.3, lambda _: 3.0, None)
@@ -400,6 +403,7 @@ def test_an_array_of_any_type_becomes_one_of_numbers(kind):
     np.testing.assert_array_equal(converted, plain.astype(np.float32))
 
 
+@pytest.mark.slow
 def test_a_table_or_a_labeled_array_is_filtered_as_its_values():
     plain, series = _as_given()["pandas Series"]
     labeled = _as_given()["DataArray"][1]
@@ -454,6 +458,7 @@ def test_an_observation_is_never_broadcast(shape):
         run(ndda.Bootstrap(two_values), np.zeros(shape, np.float32))
 
 
+@pytest.mark.slow
 def test_counts_stay_whole_numbers():
     def model(y):
         def step(x, y_t):

@@ -85,10 +85,8 @@ def test_streamed_particles_are_those_in_memory(tmp_path):
 ALGORITHMS = {
     "guided": lambda: ndda.GuidedPF(model),
     "moment": lambda: ndda.FAAPF(model),
-    "equal": lambda: ndda.FAAPF(model, weight=ndda.Equal()),
     "tempered": lambda: ndda.FAAPF(model, weight=ndda.Dirac(), target_ess=0.5),
     "checked guided": lambda: ndda.GrossErrorCheck(ndda.FAAPF(model), 2.0, members=8),
-    "checked bootstrap": lambda: ndda.GrossErrorCheck(ndda.Bootstrap(model), 2.0),
 }
 
 
@@ -195,6 +193,7 @@ def test_row_files_read_rows_in_any_order(tmp_path):
         np.testing.assert_array_equal(file.read(indices), rows[indices])
 
 
+@pytest.mark.slow
 def test_particles_that_do_not_fit_are_streamed_by_themselves(monkeypatch, tmp_path):
     monkeypatch.setattr("numpyro_diffusion_da.inference.streamed_run.host_memory", lambda: 1000)
     monkeypatch.setattr("numpyro_diffusion_da.inference.stored_run.host_memory", lambda: 1000)

@@ -275,6 +275,7 @@ def test_refusals():
         make(weight=Halved(), tempering=TEMPERING).run(KEY, Y)
 
 
+@pytest.mark.slow
 def test_a_run_warns_of_strong_tempering(tempered, capsys):
     with pytest.warns(UserWarning, match=r"tempered to alpha = 0\.0.*FAAPF\(model, taper=ndda\.Taper.*more particles"):
         tempered.run(KEY, Y + 30.0)
