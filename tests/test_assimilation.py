@@ -69,6 +69,12 @@ TABLES = {
         ({"first_guess": {"kind": "ensemble"}}, 'first_guess: kind = "ensemble" needs file'),
         ({"observations": {"files": []}}, "observations.files: it is empty; name one file or more"),
         ({"observations": {"files": ["a"], "window": "x"}}, 'observations.window: it should be a width such as "6h"'),
+        ({"observations": {"files": ["a"], "window": ["0h", "0h"]}}, "observations.window: it should be a width such"),
+        (
+            {"observations": {"files": ["a"], "window": ["1h"] * 3}},
+            "window is .*; it should be a text or a list of 2 at",
+        ),
+        ({"prior": {"name": "held_suarez", "stats": "a"}}, "prior: stats is not used with name; leave it out"),
     ],
 )
 def test_a_wrong_configuration_is_refused_by_its_key(tables, message):
@@ -200,7 +206,8 @@ def test_groups_have_correlated_errors(tmp_path):
             "filter.error_factor is 1.3, but DeterministicPrior has no with_errors_times",
         ),
         ({"first_guess": {"kind": "frames", "file": "none.nc"}}, r"there is no file 'none.nc'; give a NetCDF file or"),
-        ({"errors": {"t2m": 1.0}}, r"a.csv, row 2: '2m_temperature' has no error"),
+        ({"errors": {"sp": 1.0}}, r"a.csv, row 2: '2m_temperature' has no error"),
+        ({"errors": {"t3m": 1.0}}, "errors names 't3m', which is not known, or is it 't2m'"),
         ({"quality": {"height_difference": 100}}, "quality.height_difference needs .*; give prior.surface"),
     ],
 )
@@ -405,6 +412,13 @@ def test_commands_say_errors_in_a_sentence(tmp_path):
     (tmp_path / "run.toml").write_text("[filter]\nparticels = 3\n")
     assert "the nearest known one is 'particles'" in output("assimilate", tmp_path / "run.toml", "--check")
     assert "has not finished" in output("forecast", tmp_path)
+    # A check refuses the folder that a run would refuse, after what it says of the rows.
+    config = configuration(tmp_path, prior={"name": "held_suarez"}, output={"folder": tmp_path / "a.csv"})
+    config = config.model_copy(update={"times": RunConfig(**TABLES).times})
+    (tmp_path / "run.toml").write_text(config.to_toml())
+    found = output("assimilate", tmp_path / "run.toml", "--check")
+    assert "20 of 72 rows are used" in found  # surface pressure at two times, without two stations
+    assert f"Error: output.folder '{tmp_path / 'a.csv'}' is no folder" in found
 
 
 def keys():

@@ -139,7 +139,7 @@ def test_a_month_with_gaps_goes_on_where_it_was_stopped(tmp_path, monkeypatch):
 )
 def test_gencast_from_a_table(tmp_path):
     example("gencast_stations", out=tmp_path, steps=2, stations=20)
-    small = {"end": ("2019-03-30T18", "2019-03-30T06"), "filter": ("particles = 8", "particles = 2")}
+    small = {"end": ("2019-03-31T00", "2019-03-30T12"), "filter": ("particles = 8", "particles = 2")}
     run("assimilate", configuration("gencast", tmp_path, **small))
     feedback = pandas.read_parquet(tmp_path / "run" / "feedback.parquet")
     assert set(feedback["cycle"]) == {0, 1}

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from numpyro_diffusion_da.fields import Layout, Variable
-from numpyro_diffusion_da.observation import Flag, read_table
+from numpyro_diffusion_da.observation import Blacklist, Flag, read_table
 
 CSV = """# stations of a winter
 time,lat,lon,variable,level,observation,units,error,station,Type,wmo block
@@ -142,6 +142,10 @@ BAD = {
         "time,lat,lon,variable,observation,pres\n2019-03-29,1,2,t,3,-5\n",
         r"pres is -5; give a pressure in Pa",
     ),
+    "level": (
+        "time,lat,lon,variable,observation,level\n2019-03-29,1,2,t,3,85000\n",
+        r"a.csv, row 2: level is 85000; give a pressure in hPa, up to 1200; pres is the column of pressures in Pa.",
+    ),
     "levels": (
         "time,lat,lon,variable,observation,pres,level\n2019-03-29,1,2,t,3,85000,85\n",
         r"a.csv, row 2: pres is 85000 Pa and level is 85 hPa; give the same pressure in both, or one of them.",
@@ -188,6 +192,27 @@ def table_of(**columns):
 def test_wrong_arguments(tmp_path, call, message):
     with pytest.raises((ValueError, TypeError, FileNotFoundError), match=message):
         call(tmp_path)
+
+
+def test_names_that_match_nothing_are_said():
+    """Names in any case; those of errors are known or refused; those of units and variables may be of another table."""
+    table = table_of(
+        time=["2019-03-29"] * 2, lat=[1.0, 2.0], lon=[2.0, 3.0], variable=["T2M", "T850"], observation=[280.0] * 2
+    )
+    read = read_table(table, units={"foo": "K"}, variables={"T2M": "2m_temperature"})
+    assert read.notes == ("units has 'foo', but no row has this variable.",)
+    placed = read.on(LAYOUT, ["2019-03-29"], window="2h", errors={"t2m": 1.0, ("ship", "t"): 2.0, "t850": 3.0})
+    rows = placed.rows
+    assert dict(zip(rows["name"], rows["error_used"], strict=True)) == {"2m_temperature": 1.0, "temperature": 3.0}
+    assert list(rows["pres"].dropna()) == [85000.0]
+    black = read.on(LAYOUT, ["2019-03-29"], window="2h", errors=1.0, quality=[Blacklist(variables=["T850"])])
+    assert list(black.rows["flag"]) == ["used", "blacklisted"]
+    with pytest.raises(ValueError, match="errors names 'temprature', which is not known, or is it 'temperature'"):
+        read.on(LAYOUT, ["2019-03-29"], window="2h", errors={"temprature": 1.0})
+    with pytest.raises(ValueError, match="a correlation of errors was given, but the table has no column group"):
+        read.on(LAYOUT, ["2019-03-29"], window="2h", errors=1.0, correlation=0.5)
+    early = read.on(LAYOUT, ["2026-01-01"], window="2h", errors=1.0).report()
+    assert "All rows are off the windows: their times are from 2019-03-29T00:00 to 2019-03-29T00:00 UTC." in early
 
 
 def test_a_file_that_is_no_netcdf(tmp_path):

@@ -13,6 +13,9 @@ With the published files (docs/gencast.md) only paths change: `gencast`, `stats`
 
     python gencast_stations.py --out gencast --data source-era5_date-2019-03-29_res-1.0_levels-13_steps-30.nc
 
+The made-up atmosphere begins at the date in the name of the published file. The program prints the times of the
+analyses, which are `start` and `end` in run.toml: with a file that begins at another time, change them too.
+
 Observed are temperature at 2 m, wind at 10 m and pressure at mean sea level at stations, and temperature and wind at
 850 and 500 hPa by sondes. What to expect: the random weights let no forecast be trusted, so the background check
 rejects rows; with the real weights it rejects few.
@@ -36,6 +39,7 @@ GROUND = {"t2m": ("K", 1.0), "u10m": ("m s-1", 1.0), "v10m": ("m s-1", 1.0), "ms
 """Unit and standard deviation of the error of what a station observes."""
 SONDE = {"t": ("K", 1.0), "u": ("m s-1", 2.0), "v": ("m s-1", 2.0)}
 LEVELS = (500, 850)
+START = "2019-03-29T00"
 VARIABLES = (
     ndda.Variable("2m_temperature", "K"),
     *(ndda.Variable(f"10m_{c}_component_of_wind", "m s-1") for c in "uv"),
@@ -85,13 +89,14 @@ def main(
     """Write the table, and the files of a random network if no data are given."""
     out.mkdir(parents=True, exist_ok=True)
     if data is None:
-        data = Path(ndda.priors.write_synthetic_gencast(out, levels=LEVELS).data)
+        data = Path(ndda.priors.write_synthetic_gencast(out, levels=LEVELS, start=START).data)
     with xarray.open_dataset(data, engine="h5netcdf") as dataset:
         layout, times = layout_of(dataset), ndda.fields.dataset_times(dataset)[2 : steps + 2]
         states = ndda.fields.read_states(dataset, layout, times)
     frame = table(np.random.default_rng(seed), layout, states, times, stations)
     frame.to_csv(out / "stations.csv", index=False)
-    Console().print(f"Wrote {len(frame)} rows into {out / 'stations.csv'}, from {times[0]} to {times[-1]}.")
+    first, last = (np.datetime_as_string(time, "m") for time in times[[0, -1]])
+    Console().print(f"Wrote {len(frame)} rows into {out / 'stations.csv'}, for analyses from {first} to {last}.")
 
 
 if __name__ == "__main__":

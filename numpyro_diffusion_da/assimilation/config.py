@@ -71,7 +71,11 @@ class PriorSettings(Settings):
         if len(given) > 1:
             raise ValueError(f"{' and '.join(given)} are given; give one of name, gencast and weathernext2.")
         needs = {"gencast": ("stats", "surface"), "weathernext2": ("configuration", "surface")}
+        own = {"name": ("surface",), **{kind: (*keys, "resolution", "attention") for kind, keys in needs.items()}}
         for kind in given:
+            for key in ("stats", "configuration", "surface", "resolution", "attention"):
+                if getattr(self, key) is not None and key not in own[kind]:
+                    raise ValueError(f"{key} is not used with {kind}; leave it out.")
             for key in needs.get(kind, ()):
                 if getattr(self, key) is None:
                     raise ValueError(f"{kind} needs {key} too; add it.")
@@ -177,9 +181,10 @@ class ObservationSettings(Settings):
     @pydantic.field_validator("window")
     @classmethod
     def _length(cls, value: Any) -> Any:
-        for part in (value,) if isinstance(value, str) else value or ():
-            if np.isnat(step_of(part)):
-                raise ValueError(f'it should be a width such as "6h", or a pair of them, not {shown(value)}.')
+        widths = [step_of(part) for part in ((value,) if isinstance(value, str) else value or ())]
+        none = np.timedelta64(0, "s")
+        if widths and not (all(width >= none for width in widths) and max(widths) > none):
+            raise ValueError(f'it should be a width such as "6h", or a pair of them, not {shown(value)}.')
         return value
 
 
@@ -491,6 +496,8 @@ def _expected(one: Any) -> str:
         "bool_type": "true or false",
         "path_type": "a path",
         "tuple_type": "a list",
+        "too_long": "a list of {max_length} at most",
+        "missing": "a longer list",
         "dict_type": "a table",
         "model_type": "a table",
         "greater_than": "more than {gt:g}",

@@ -60,7 +60,7 @@ class PreparedRun:
 
     def report(self) -> str:
         """Text with the number of rows by flag, and with what the run will cost."""
-        return "\n".join([self.placed.report(), *self._withheld_nothing(), *self._groups(), "", *cost_of(self)])
+        return "\n".join([self.placed.report(), *self._no_such_rows(), *self._groups(), "", *cost_of(self)])
 
     def _groups(self) -> list[str]:
         """Sentence about the rows with correlated errors."""
@@ -70,6 +70,16 @@ class PreparedRun:
         rows = self.placed.rows[grouped(self.placed.rows)]
         count = rows.groupby(["cycle", "group"]).ngroups if len(rows) else 0
         return [f"{len(rows)} rows in {count} groups have errors with the correlation {correlation:g}."]
+
+    def _no_such_rows(self) -> list[str]:
+        """Sentences about what `quality.blacklist` and `quality.withheld` name, and no row has."""
+        rows = self.placed.rows
+        found = []
+        for key, names in self.config.quality.blacklist.items():
+            columns = {"stations": ["station"], "types": ["type"], "variables": ["name", "variable"]}[key]
+            has = {value for column in columns if column in rows for value in rows[column]}
+            found += [f"quality.blacklist names {name!r}, but no row has it." for name in names if name not in has]
+        return [*found, *self._withheld_nothing()]
 
     def _withheld_nothing(self) -> list[str]:
         """Sentences about stations or a fraction of `quality.withheld` that withhold no row."""

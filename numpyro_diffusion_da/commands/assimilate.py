@@ -66,9 +66,10 @@ def assimilate(
         config = ndda.assimilation.RunConfig.read(configuration)
         run = ndda.assimilation.prepare(config)
         console.print(escape(run.report()), soft_wrap=True)
+        finished = ndda.assimilation.is_finished(run)  # refuses the folder of another run, or of something else
         if check:
             return
-        if ndda.assimilation.is_finished(run):
+        if finished:
             console.print(f"This run has finished: its analyses are in {escape(str(run.folder))}.", soft_wrap=True)
             return
         ndda.assimilation.claim_folder(run)

@@ -64,9 +64,7 @@ SPELLINGS = {
     "N": ("newton", "newtons"),
 }
 """Other spellings of each unit, in lower case."""
-CANONICAL = {
-    other: unit for unit, others in SPELLINGS.items() for other in (*others, *(u for u in (unit,) if len(u) > 2))
-}
+CANONICAL = {other: unit for unit, others in SPELLINGS.items() for other in (*others, unit.lower())}
 SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻⁺", "0123456789-+")
 DERIVED = {"Pa": {"kg": 1, "m": -1, "s": -2}, "N": {"kg": 1, "m": 1, "s": -2}, "J": {"kg": 1, "m": 2, "s": -2}}
 SCALES = {
@@ -150,8 +148,11 @@ def same_unit(a: str, b: str) -> bool:
 
 
 def _name(word: str) -> str:
-    """Usual spelling of a unit; the word itself if it has none."""
-    return CANONICAL.get(word.strip().lower(), word.strip())
+    """Usual spelling of a unit in any case; the word itself if it has none."""
+    word = word.strip()
+    # Prefixes differ by case only: Mg is not mg, but MG is.
+    mixed = len(word) == 2 and not (word.islower() or word.isupper())
+    return word if word in SPELLINGS or mixed else CANONICAL.get(word.lower(), word)
 
 
 def _powers(unit: str) -> dict[str, int]:

@@ -159,7 +159,7 @@ class Blacklist(QualityCheck):
     Args:
         stations: names in the column `station`.
         types: names in the column `type`.
-        variables: names of variables or derived quantities, as the layout has them.
+        variables: names of variables or derived quantities, as the layout or the table has them.
 
     Raises:
         TypeError: an argument holds no texts.
@@ -180,7 +180,8 @@ class Blacklist(QualityCheck):
     def rejects(self, rows: pandas.DataFrame, context: Context) -> Bool[np.ndarray, " row"]:
         """Rows with one of the stations, one of the types and one of the variables, of those that are given."""
         of_station = _of(rows, "station", tuple(self.stations)) & _of(rows, "type", tuple(self.types))
-        return of_station & _of(rows, "name", tuple(self.variables))
+        variables = tuple(self.variables)
+        return of_station & (_of(rows, "name", variables) | _of(rows, "variable", variables))
 
 
 @dataclasses.dataclass(frozen=True)

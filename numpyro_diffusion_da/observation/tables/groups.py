@@ -67,8 +67,14 @@ def groups_of(
         (time, group, row), the last with a further axis; and `place`, the mean place of each group, (time, group, 2).
 
     Raises:
-        ValueError: a matrix of correlations is none. The message names the file and the row.
+        ValueError: the rows have no column `group`, or a matrix of correlations is none. The message names the file and
+            the row.
     """
+    if "group" not in rows:
+        raise ValueError(
+            "a correlation of errors was given, but the table has no column group; leave the correlation out, or say "
+            "which column it is: columns={'your name': 'group'}."
+        )
     some = rows[grouped(rows)]
     found = [(int(key[0]), part) for key, part in some.groupby(["cycle", "group"], sort=True)]
     steps = len(xs["y"])

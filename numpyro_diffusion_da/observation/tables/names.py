@@ -125,8 +125,9 @@ class Names:
             return found
         if name.lower() in self._all():
             return None
-        if self._stem(name) is not None:
-            return self._with_level(name)
+        for own in (name, name.lower()):
+            if self._stem(own) is not None:
+                return self._with_level(own)
         near = difflib.get_close_matches(name, sorted(self._here() | self._all()), n=1, cutoff=0.6)
         raise KeyError(near[0] if near else "")
 

@@ -105,6 +105,10 @@ class PlacedObservations:
                 f"{name}: {row.stations} of {row.of_stations} stations are withheld, {row.rows} of {row.of_rows} rows."
                 for name, row in self.withheld().iterrows()
             ]
+        off = self.rows["flag"] == Flag.OFF_WINDOW
+        if off.any() and not (self.rows["cycle"] >= 0).any():
+            first, last = (str(time)[:16].replace(" ", "T") for time in self.rows.loc[off, "time"].agg(["min", "max"]))
+            lines.append(f"All rows are off the windows: their times are from {first} to {last} UTC.")
         return "\n".join([*lines, *self.notes])
 
     def observe(self, states: Any, step: int) -> jax.Array:

@@ -19,6 +19,7 @@ from numpyro_diffusion_da.observation.tables.options import Options
 from numpyro_diffusion_da.observation.tables.placed import PlacedObservations
 from numpyro_diffusion_da.observation.tables.quantities import DerivedQuantity
 from numpyro_diffusion_da.observation.tables.rows import (
+    by_known_names,
     check_errors,
     converted,
     errors_of,
@@ -71,7 +72,7 @@ def place(table: ObservationTable, layout: Layout, times: Any, options: Options)
         rows["bias_removed"] = options.bias.of(rows, at)
         rows["value"] = rows["value"] - rows["bias_removed"]
     set_apart(rows, targets, placer)
-    rows["error_used"] = errors_of(rows, options.errors)
+    rows["error_used"] = errors_of(rows, by_known_names(options.errors, names))
     context = Context(layout, at, lambda some, field: apply(some, targets, placer, field), targets)
     for check in checks:
         rows = _checked(rows, check, context)

@@ -63,7 +63,7 @@ def resolved(table: ObservationTable, names: Names) -> tuple[pandas.DataFrame, d
         try:
             target = None if meant is None else names.find(meant, levelled)
         except KeyError as error:
-            near = f", or is it {error.args[0]!r}?" if error.args[0] else "?"
+            near = f", or is it {error.args[0]!r}?" if error.args[0] else "."
             count = int(here.sum())
             raise ValueError(
                 f"{table.where(rows.index[int(np.flatnonzero(here)[0])])}: the variable is '{meant}' ({count} rows), "
@@ -183,6 +183,47 @@ def errors_of(rows: pandas.DataFrame, errors: float | Mapping[Any, float] | None
         for n, p, t in zip(names, levels_, types, strict=True)
     ]
     return np.where(np.isnan(own), found, own)
+
+
+def by_known_names(errors: float | Mapping[Any, float] | None, names: Names) -> float | Mapping[Any, float] | None:
+    """Errors by the names of the layout and the derived quantities: "t" is "temperature", "t850" a channel of it.
+
+    Args:
+        errors: errors as the user gave them; those by a name of the layout count before others.
+        names: what a name means.
+
+    Raises:
+        ValueError: a name is not known.
+    """
+    if not isinstance(errors, Mapping):
+        return errors
+    found: dict[Any, float] = {}
+    for key, error in errors.items():
+        own = key if isinstance(key, str) else key[1]
+        try:
+            meant = _known_names(own, names)
+        except KeyError as unknown:
+            near = f", or is it {unknown.args[0]!r}?" if unknown.args[0] else "."
+            raise ValueError(f"errors names {own!r}, which is not known{near} Give some of {names.words()}.") from None
+        found |= {(name if isinstance(key, str) else (key[0], name)): error for name in meant}
+    return {**found, **{key: error for key, error in errors.items() if key in found}}
+
+
+def _known_names(name: str, names: Names) -> set[str]:
+    """Variables, quantities or channels that a name means; none if the layout has nothing of it."""
+    stem, _, level = name.rpartition("_")
+    try:
+        targets = [names.find(name, has_level) for has_level in (True, False)]
+    except KeyError:
+        if not stem or not level.replace(".", "", 1).isdigit():
+            raise
+        target = names.find(stem, True)
+        return set() if target is None else {f"{target.name}_{float(level):g}"}
+    return {
+        target.name if target.level is None else f"{target.name}_{target.level:g}"
+        for target in targets
+        if target is not None
+    }
 
 
 def check_errors(errors: Any) -> None:

@@ -35,6 +35,8 @@ SPELLINGS = {
 UNITS = {"pres": "Pa", "level": "hPa", "elev": "m", "footprint": "km", "layer_top": "hPa"}
 """Unit of each column that has one of its own."""
 RESERVED = ("source", "row")
+HIGHEST_LEVEL = 1200.0
+"""Largest value of the column `level` in hPa; a larger one is in another unit."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -196,6 +198,9 @@ def read_table(
         notes += said
     joined = pandas.concat(parts, ignore_index=True) if len(parts) > 1 else parts[0]
     joined.index.name = "id"
+    has = set(joined["variable"])
+    for name, given in (("variables", variables), ("units", units)):
+        notes += [f"{name} has {key!r}, but no row has this variable." for key in given or {} if key not in has]
     return ObservationTable(joined, tuple(notes), dict(variables or {}), dict(units or {}))
 
 
@@ -382,7 +387,8 @@ def _pressures(found: dict[str, Any], raw: RawTable) -> np.ndarray:
     count = len(found["row"])
     pressure, level = (np.asarray(found.get(name, np.full(count, np.nan))) for name in ("pres", "level"))
     _refuse(pressure <= 0, pressure, "pres", "a pressure in Pa", raw)
-    _refuse(level <= 0, level, "level", "a pressure in hPa", raw)
+    advice = "a pressure in hPa, up to 1200; pres is the column of pressures in Pa"
+    _refuse((level <= 0) | (level > HIGHEST_LEVEL), level, "level", advice, raw)
     both = np.abs(pressure - 100.0 * level) > 1e-3 * pressure
     if both.any():
         at = int(np.flatnonzero(both)[0])
