@@ -61,6 +61,24 @@ def test_benchmarks_of_scale_run(tmp_path):
     assert len(rows) == 6
 
 
+@pytest.mark.parametrize(("name", "peer"), [("throughput_enkf", "dapper"), ("throughput_guided", "torch")])
+def test_a_missing_peer_is_named(name, peer, monkeypatch):
+    benchmark = load(name)
+    monkeypatch.setattr("importlib.util.find_spec", lambda module: None)
+    with pytest.raises(SystemExit, match=f"compares with {peer}, which is not installed: pip install"):
+        benchmark.main()
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # DAPPER's own
+def test_enkf_is_as_accurate_as_dappers(tmp_path):
+    pytest.importorskip("dapper", reason="DAPPER is not installed: pip install dapper")
+    out = tmp_path / "table.json"
+    load("throughput_enkf").main([100], ["perturbed"], cycles=120, burn_in=60, repeats=2, out=out)
+    (row,) = json.loads(out.read_text())["rows"]
+    assert row["RMSE"] == pytest.approx(row["DAPPER's RMSE"], rel=0.15)
+
+
 @pytest.mark.slow
 def test_linear_gaussian_runs(tmp_path):
     out = tmp_path / "table.json"

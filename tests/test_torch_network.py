@@ -397,6 +397,17 @@ def test_benchmark_runs(tmp_path, capsys):
     assert "vjp in a scan" in capsys.readouterr().out
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit")  # azula's imports
+def test_benchmark_counts_the_passes_of_azula(tmp_path):
+    pytest.importorskip("azula", reason="azula is not installed")
+    small = {"width": 8, "levels": 3, "iterations": 1, "training": 1, "repeats": 1}
+    out = tmp_path / "t.json"
+    load_program(BENCHMARKS / "throughput_guided.py").main(["perceptron"], [2], **small, out=out)
+    (row,) = json.loads(out.read_text())["rows"]
+    # One product at each level, and azula's for the answer.
+    assert (row["passes"], row["azula's"]) == ("3 + 3 vjp", "3 + 6 vjp")
+
+
 # --- the two packages -----------------------------------------------------------------------------------------------
 
 SETTINGS = """

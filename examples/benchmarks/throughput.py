@@ -162,6 +162,8 @@ def main(
     out: Annotated[Path | None, typer.Option(callback=json_file, help="JSON file to write the table to.")] = None,
 ) -> None:
     """Print the median seconds of whole runs."""
+    if "particles" not in RUNS:
+        print("The package particles is not installed, and its column is left out: pip install particles")
     rows = []
     for d, n, length in itertools.product(dims or [1, 20], particles or [1000], steps or [100, 1000]):
         found = measure(n, d, length, repeats)
