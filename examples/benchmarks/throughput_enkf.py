@@ -66,7 +66,10 @@ INFLATIONS = {
     "perturbed": {20: 1.25, 100: 1.02, 1000: 1.0},
     "square root": {20: 1.1, 100: 1.02, 1000: 1.0},
 }
-"""Inflation by update and number of members; with these, no filter loses the truth. 1.02 for other numbers."""
+"""Inflation by update and number of members; 1.02 for other numbers.
+
+That of 20 perturbed members was chosen with this library alone, on the truth that is scored.
+"""
 
 
 def program(y: Array) -> None:
