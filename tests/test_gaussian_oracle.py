@@ -564,10 +564,24 @@ def test_solves_at_the_edges(solver):
     assert nothing.residual == 0.0
 
 
-def test_projected_solve_lifts_eigenvalues_to_one():
-    np.testing.assert_allclose(
-        linear_solve.projected_solve(jnp.diag(jnp.array([-3.0, 0.5, 4.0])), jnp.ones(3)), [1.0, 1.0, 0.25]
-    )
+def test_projected_solve_does_not_believe_eigenvalues_below_one():
+    found = linear_solve.projected_solve(jnp.diag(jnp.array([-3.0, 0.5, 1.0, 4.0])), jnp.ones(4))
+    np.testing.assert_allclose(found, [0.0, 0.5, 1.0, 0.25])
+
+
+@pytest.mark.parametrize("solver", [linear_solve.DirectSolve(), ndda.diffusion.KrylovSolve()])
+def test_no_answer_is_worse_than_none(solver):
+    """For products with any matrix; the image is that of the answer."""
+    rng = np.random.default_rng(0)
+    for scale in 10.0 ** np.arange(-1, 5):
+        matrix, images = (jnp.asarray(scale * rng.normal(size=(M, M)), jnp.float32) for _ in range(2))
+        rhs = jnp.asarray(rng.normal(size=M), jnp.float32)
+        product = lambda v, matrix=matrix, images=images: (v + matrix @ v, images @ v)  # noqa: E731
+        solution, _ = solver(product, rhs, solver.init(M, rhs.dtype))
+        assert solution.residual <= 1.0 + 1e-5
+        np.testing.assert_allclose(solution.image, images @ solution.answer, rtol=1e-3, atol=1e-3)
+        left = np.linalg.norm(rhs - product(solution.answer)[0]) / np.linalg.norm(rhs)
+        assert left <= 1.0 + 1e-3
 
 
 @pytest.mark.parametrize("size", [1, 2])  # solved in closed form
@@ -577,7 +591,8 @@ def test_small_projected_solves_are_those_of_the_eigenvectors(size):
     projected[0], projected[1] = 0.0, 3.0 * np.eye(size)
     rhs = rng.normal(size=(200, size))
     values, vectors = np.linalg.eigh(0.5 * (projected + projected.swapaxes(1, 2)))
-    expected = np.einsum("nij,nj,nkj,nk->ni", vectors, 1.0 / np.maximum(values, 1.0), vectors, rhs)
+    inverse = np.where(values >= 1.0, 1.0 / np.maximum(values, 1.0), np.clip(values, 0.0, 1.0))
+    expected = np.einsum("nij,nj,nkj,nk->ni", vectors, inverse, vectors, rhs)
     found = jax.vmap(linear_solve.projected_solve)(jnp.asarray(projected), jnp.asarray(rhs))
     np.testing.assert_allclose(found, expected, atol=2e-5)
 

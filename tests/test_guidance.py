@@ -378,17 +378,17 @@ def safeguard():
 
 @pytest.mark.slow
 def test_safeguard_bounds_a_network_with_random_weights(safeguard):
-    """Plain conjugate gradients send draws several times as far from the data; no draw is right for such a network."""
+    """Plain conjugate gradients send draws far away; guarded ones fit the data, as far as such a network has any."""
     case = safeguard.Case(safeguard.random_network(1.0), jnp.zeros(safeguard.SITES), 0.1)
     of_system = case.systems()
     assert of_system["asymmetry"] > 0.5
     assert of_system["smallest eigenvalue"] < -100.0
     unguarded = case.draws(safeguard.ConjugateGradients(3), 8)
     guarded = case.draws(ndda.diffusion.KrylovSolve(3), 8)
-    assert not unguarded["farthest"] < 4.0 * guarded["farthest"]
-    assert guarded["farthest"] < 200.0
-    assert guarded["misfit"] < 70.0
-    assert guarded["solver residual"] > 1.0  # the raised eigenvalues show
+    assert not unguarded["farthest"] < 100.0 * guarded["farthest"]
+    assert guarded["farthest"] < 10.0
+    assert guarded["misfit"] < 2.0
+    assert guarded["solver residual"] > 0.9  # what the network's Jacobian does not allow shows
 
 
 @pytest.mark.slow

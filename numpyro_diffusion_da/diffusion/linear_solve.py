@@ -11,10 +11,11 @@ taken from a general library, for three reasons:
   diverge.
 
 To be safe in the last case, `DirectSolve` and `KrylovSolve` project the system on the directions they have seen,
-symmetrize the small projected matrix, and lift its eigenvalues to at least 1, the smallest eigenvalue that I + B can
-have. For a true covariance this changes nothing: the answer is that of conjugate gradients. Otherwise the answer stays
-bounded by the one for the observation error R alone. `Solution.residual` is computed from the products without lifted
-eigenvalues, so it shows whether they were lifted.
+symmetrize the small projected matrix, and do not believe eigenvalues below 1, the smallest that I + B can have: their
+directions count less, and those with negative eigenvalues not at all (`projected_solve`). They then shorten an answer
+that is farther from solving the system than none, so their `Solution.residual` is at most 1. For a true covariance
+neither changes anything: the answer is that of conjugate gradients. Both are needed, because the guidance is the image
+of the answer, a product with B itself: a bounded answer would not bound it.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ class Solution(NamedTuple):
     Attributes:
         answer: v, shape (m,).
         image: g(v), obtained without a further product.
-        residual: |r - (I + B) v| / |r|, from products without lifted eigenvalues; 0 if r = 0.
+        residual: |r - (I + B) v| / |r|, from the products as they are; 0 if r = 0.
         products: number of products made.
         directions: directions that the solver has seen; None if it does not return them. Path weights need them.
     """
@@ -111,7 +112,10 @@ class LinearSolver(eqx.Module):
 
 
 def projected_solve(projected: Float[Array, "k k"], rhs: Float[Array, " k"]) -> Float[Array, " k"]:
-    """Solve a projected system after symmetrizing it and lifting its eigenvalues to at least 1.
+    """Solve a projected system after symmetrizing it, without believing eigenvalues below 1.
+
+    Eigenvalues a of 1 and more are inverted. Smaller ones contradict B being a covariance: 1/a becomes a, and 0 for
+    negative ones, which continues the inverse at 1 and keeps B's image of the answer below the right-hand side.
 
     Args:
         projected: projection of I + B on k directions, shape (k, k).
@@ -122,15 +126,20 @@ def projected_solve(projected: Float[Array, "k k"], rhs: Float[Array, " k"]) -> 
     """
     symmetric = 0.5 * (projected + projected.T)
     if len(rhs) == 1:
-        return rhs / jnp.maximum(symmetric[0], 1.0)
+        return rhs * _inverse(symmetric[0])
     if len(rhs) == 2:  # the usual case of few products, where LAPACK takes a tenth of a whole step
-        return _lifted_solve_of_two(symmetric, rhs)
+        return _solve_of_two(symmetric, rhs)
     values, vectors = jnp.linalg.eigh(symmetric)
-    return vectors @ ((vectors.T @ rhs) / jnp.maximum(values, 1.0))
+    return vectors @ ((vectors.T @ rhs) * _inverse(values))
 
 
-def _lifted_solve_of_two(symmetric: Float[Array, "2 2"], rhs: Float[Array, " 2"]) -> Float[Array, " 2"]:
-    """Solve a symmetric system of two unknowns with eigenvalues lifted to at least 1, in closed form.
+def _inverse(eigenvalues: Float[Array, ...]) -> Float[Array, ...]:
+    """Return the inverse of eigenvalues of 1 and more, and of smaller ones what is nearer to zero."""
+    return jnp.where(eigenvalues >= 1.0, 1.0 / jnp.maximum(eigenvalues, 1.0), jnp.clip(eigenvalues, 0.0, 1.0))
+
+
+def _solve_of_two(symmetric: Float[Array, "2 2"], rhs: Float[Array, " 2"]) -> Float[Array, " 2"]:
+    """Solve a symmetric system of two unknowns, in closed form.
 
     With mean c of the eigenvalues and half their difference d, the matrix is c I + d E with E^2 = I. Any function f of
     it is then (f(c + d) + f(c - d)) / 2 I + (f(c + d) - f(c - d)) / 2 E.
@@ -141,8 +150,26 @@ def _lifted_solve_of_two(symmetric: Float[Array, "2 2"], rhs: Float[Array, " 2"]
     scale = jnp.where(size > 0, size, 1.0)  # the square of a large number overflows
     norm = jnp.sqrt(jnp.where(size > 0, (half / scale) ** 2 + (beside / scale) ** 2, 1.0))
     flipped = jnp.stack([half * rhs[0] + beside * rhs[1], beside * rhs[0] - half * rhs[1]]) / (scale * norm)
-    low, high = 1.0 / jnp.maximum(center - size * norm, 1.0), 1.0 / jnp.maximum(center + size * norm, 1.0)
+    low, high = _inverse(center - size * norm), _inverse(center + size * norm)
     return 0.5 * (high + low) * rhs + 0.5 * (high - low) * flipped
+
+
+def shortening(rhs: Float[Array, " m"], product: Float[Array, " m"]) -> Float[Array, ""]:
+    """Return the factor of an answer v with which (I + B) v is no farther from r than nothing is.
+
+    It is 1 for an answer that solves the system better than v = 0. Otherwise it is the factor, of 0 to 1, with which
+    the residual is smallest.
+
+    Args:
+        rhs: r, shape (m,).
+        product: (I + B) v, shape (m,).
+    """
+    # In units of the largest element, because the square of a large number overflows.
+    unit = jnp.maximum(jnp.max(jnp.abs(rhs), initial=0.0), jnp.max(jnp.abs(product), initial=0.0))
+    rhs, product = rhs / jnp.where(unit > 0, unit, 1.0), product / jnp.where(unit > 0, unit, 1.0)
+    along, size = jnp.vdot(rhs, product), jnp.vdot(product, product)
+    is_farther = size > 2.0 * along
+    return jnp.where(is_farther, jnp.clip(along / jnp.where(is_farther, size, 1.0), 0.0, 1.0), 1.0)
 
 
 def relative_residual(rhs: Float[Array, " m"], image: Float[Array, " m"]) -> Float[Array, ""]:
@@ -154,7 +181,7 @@ def relative_residual(rhs: Float[Array, " m"], image: Float[Array, " m"]) -> Flo
 class DirectSolve(LinearSolver):
     """Dense solver that makes one product for each observation: exact, for few observations and for tests.
 
-    It symmetrizes I + B and lifts its eigenvalues to at least 1, which changes nothing for a true covariance.
+    It symmetrizes I + B and does not believe eigenvalues below 1, which changes nothing for a true covariance.
     """
 
     def init(self, size: int, dtype: jnp.dtype) -> PyTree:
@@ -166,6 +193,7 @@ class DirectSolve(LinearSolver):
         basis = jnp.eye(len(rhs), dtype=rhs.dtype)
         columns, images = jax.vmap(product)(basis)
         answer = projected_solve(columns.T, rhs)
+        answer = shortening(rhs, answer @ columns) * answer
         solution = Solution(
             answer,
             jnp.tensordot(answer, images, 1),
@@ -255,7 +283,7 @@ class KrylovSolve(LinearSolver):
             # The one product of this iteration, which costs a network pass.
             column, image = product(direction)
             basis, columns = at.basis.at[at.made].set(direction), at.columns.at[at.made].set(column)
-            # Solve on the basis. Rows not yet used are zero: lifting gives them eigenvalue 1 and so coefficient 0.
+            # Solve on the basis. Rows not yet used are zero, and get the coefficient 0.
             coefficients = projected_solve(basis @ columns.T, basis @ rhs)
             # The next direction is the residual of the answer so far.
             residual = rhs - coefficients @ columns
@@ -271,6 +299,7 @@ class KrylovSolve(LinearSolver):
         else:
             end = jax.lax.fori_loop(0, k, lambda _, at: extend(at), start)
         # The image and the residual of the answer are combinations of products already made.
+        end = end._replace(coefficients=shortening(rhs, end.coefficients @ end.columns) * end.coefficients)
         residual = relative_residual(rhs, end.coefficients @ end.columns)
         if self.products is None:
             size = jnp.linalg.norm(rhs)

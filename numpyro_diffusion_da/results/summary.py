@@ -137,6 +137,7 @@ def _filter_table(result: FilterResult) -> Any:
     elif worst > UNSOLVED:
         table.add_row("", "The solve of the guidance is far from converged: draws may miss accurate observations")
         table.add_row("", "by several errors. Compare with guidance=ndda.MMPS(), which makes more products if needed.")
+        table.add_row("", "If it stays: the Jacobian of the emulator is no covariance, so guidance is weakened there.")
     if (off := result.attributes.get("sampler_variance_error")) is not None:
         table.add_row("sampler's variance error", f"at most {float(off):.1%} for a Gaussian mode")
         if (modes := result.attributes.get("unresolved_modes")) is not None:
