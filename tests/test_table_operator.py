@@ -408,7 +408,11 @@ def test_sizes_and_ids():
             {},
             r"row 0: the pressure is 850 Pa, and no row .* if given in hPa; call",
         ),
-        ({"level": [85000.0, 50000.0]}, {}, r"no row is between the model's levels .* most are if given in Pa; call"),
+        (
+            {"level": [85000.0, 50000.0]},
+            {},
+            r"row 0: level is 85000; give a pressure in hPa, up to .* \(2 rows are such\)",
+        ),
         ({}, {"instrument": "platform"}, r"got instrument='platform', but the table has no column 'platform'"),
         ({}, {"quality": "Duplicates"}, "got quality='Duplicates'; give a list"),
         ({}, {"quality": [3]}, "got quality=3; expected a QualityCheck"),
