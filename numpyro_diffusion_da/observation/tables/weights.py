@@ -75,7 +75,7 @@ def set_apart(rows: pandas.DataFrame, targets: dict[str, Target], placer: Placer
     outside = np.zeros(len(rows), bool)
     outside[used] = ~placer.horizontal.covers(places, column(rows, "footprint")[used])
     set_flag(rows, outside, Flag.OUTSIDE_GRID)
-    _refuse_other_pressures(rows, targets, placer)
+    _refuse_hpa_for_pa(rows, targets, placer)
     for name, target in targets.items():
         here = np.flatnonzero((rows["name"].to_numpy() == name) & (rows["flag"].to_numpy() == Flag.USED))
         if not here.size:
@@ -87,11 +87,11 @@ def set_apart(rows: pandas.DataFrame, targets: dict[str, Target], placer: Placer
             set_flag(rows, every, flag)
 
 
-def _refuse_other_pressures(rows: pandas.DataFrame, targets: dict[str, Target], placer: Placer) -> None:
+def _refuse_hpa_for_pa(rows: pandas.DataFrame, targets: dict[str, Target], placer: Placer) -> None:
     """Refuse a table whose pressures are all above the model, and between its levels if they were in hPa.
 
     Raises:
-        ValueError: the pressures look like another unit.
+        ValueError: the pressures look like hPa.
     """
     levelled = [name for name, target in targets.items() if target.has_level]
     some = rows["name"].isin(levelled).to_numpy() & (rows["flag"].to_numpy() == Flag.USED)
@@ -101,14 +101,13 @@ def _refuse_other_pressures(rows: pandas.DataFrame, targets: dict[str, Target], 
     if not known or np.unique(pressure).size < 2:
         return
     low, high = 100.0 * min(known), 100.0 * max(known)
-    for factor, unit, do in ((100.0, "hPa", "call the column level"), (0.01, "Pa", "call the column pres")):
-        inside = (factor * pressure >= 0.99 * low) & (factor * pressure <= 1.01 * high)
-        if np.all((pressure < low) | (pressure > high)) and inside.mean() > 0.5:
-            first = rows.index[int(np.flatnonzero(some)[0])]
-            raise ValueError(
-                f"{where(rows, first)}: the pressure is {pressure[0]:g} Pa, and no "
-                f"row is between the model's levels of {low:g} and {high:g} Pa, but most are if given in {unit}; {do}."
-            )
+    inside = (100.0 * pressure >= 0.99 * low) & (100.0 * pressure <= 1.01 * high)
+    if np.all((pressure < low) | (pressure > high)) and inside.mean() > 0.5:
+        first = rows.index[int(np.flatnonzero(some)[0])]
+        raise ValueError(
+            f"{where(rows, first)}: the pressure is {pressure[0]:g} Pa, and no row is between the model's levels of "
+            f"{low:g} and {high:g} Pa, but most are if given in hPa; call the column level."
+        )
 
 
 def apply(rows: pandas.DataFrame, targets: dict[str, Target], placer: Placer, field: np.ndarray) -> np.ndarray:
