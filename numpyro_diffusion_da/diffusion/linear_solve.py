@@ -13,9 +13,9 @@ taken from a general library, for three reasons:
 To be safe in the last case, `DirectSolve` and `KrylovSolve` project the system on the directions they have seen,
 symmetrize the small projected matrix, and do not believe eigenvalues below 1, the smallest that I + B can have: their
 directions count less, and those with negative eigenvalues not at all (`projected_solve`). They then shorten an answer
-that is farther from solving the system than none, so their `Solution.residual` is at most 1. For a true covariance
-neither changes anything: the answer is that of conjugate gradients. Both are needed, because the guidance is the image
-of the answer, a product with B itself: a bounded answer would not bound it.
+that is farther from solving the system than none, unless it solves it in the directions seen (`shortening`). For a true
+covariance neither changes anything: the answer is that of conjugate gradients. Both are needed, because the guidance is
+the image of the answer, a product with B itself: a bounded answer would not bound it.
 """
 
 from __future__ import annotations
@@ -154,21 +154,31 @@ def _solve_of_two(symmetric: Float[Array, "2 2"], rhs: Float[Array, " 2"]) -> Fl
     return 0.5 * (high + low) * rhs + 0.5 * (high - low) * flipped
 
 
-def shortening(rhs: Float[Array, " m"], product: Float[Array, " m"]) -> Float[Array, ""]:
+BELIEVED = 0.05
+"""Residual in the directions of a projection, relative to |r|, up to which it is rounding: B is a covariance there."""
+
+
+def shortening(
+    rhs: Float[Array, " m"], product: Float[Array, " m"], basis: Float[Array, "k m"] | None = None
+) -> Float[Array, ""]:
     """Return the factor of an answer v with which (I + B) v is no farther from r than nothing is.
 
     It is 1 for an answer that solves the system better than v = 0. Otherwise it is the factor, of 0 to 1, with which
-    the residual is smallest.
+    the residual is smallest. It is also 1 where the answer solves the system in the directions of the basis: after few
+    products with a true covariance the residual may be large outside them, and the answer is the best all the same.
 
     Args:
         rhs: r, shape (m,).
         product: (I + B) v, shape (m,).
+        basis: orthonormal or zero directions in which v was found; None for all.
     """
     # In units of the largest element, because the square of a large number overflows.
     unit = jnp.maximum(jnp.max(jnp.abs(rhs), initial=0.0), jnp.max(jnp.abs(product), initial=0.0))
     rhs, product = rhs / jnp.where(unit > 0, unit, 1.0), product / jnp.where(unit > 0, unit, 1.0)
     along, size = jnp.vdot(rhs, product), jnp.vdot(product, product)
     is_farther = size > 2.0 * along
+    if basis is not None:
+        is_farther &= jnp.linalg.norm(basis @ (rhs - product)) > BELIEVED * jnp.linalg.norm(rhs)
     return jnp.where(is_farther, jnp.clip(along / jnp.where(is_farther, size, 1.0), 0.0, 1.0), 1.0)
 
 
@@ -299,7 +309,8 @@ class KrylovSolve(LinearSolver):
         else:
             end = jax.lax.fori_loop(0, k, lambda _, at: extend(at), start)
         # The image and the residual of the answer are combinations of products already made.
-        end = end._replace(coefficients=shortening(rhs, end.coefficients @ end.columns) * end.coefficients)
+        factor = shortening(rhs, end.coefficients @ end.columns, end.basis)
+        end = end._replace(coefficients=factor * end.coefficients)
         residual = relative_residual(rhs, end.coefficients @ end.columns)
         if self.products is None:
             size = jnp.linalg.norm(rhs)
