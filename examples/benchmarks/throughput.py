@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import importlib.util
 import itertools
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
@@ -28,6 +27,7 @@ from jaxtyping import Array
 from numpyro.contrib.control_flow import scan
 from report import json_file, print_table, write_json
 from rich.console import Console
+from timing import in_turns
 
 import numpyro_diffusion_da as ndda
 
@@ -142,16 +142,8 @@ def measure(n: int, d: int, steps: int, repeats: int) -> dict[str, float]:
         repeats: number of runs of each, after a first one that compiles.
     """
     y = np.sin(np.arange(steps)[:, None] + np.arange(d)).astype(np.float32)
-    runs = {name: make(n, y) for name, make in RUNS.items()}
-    for run in runs.values():
-        run(0)
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
-    for seed in range(1, repeats + 1):
-        for name, run in runs.items():
-            began = time.perf_counter()
-            run(seed)
-            seconds[name].append(time.perf_counter() - began)
-    return {name: float(np.median(values)) for name, values in seconds.items()}
+    found = in_turns({name: make(n, y) for name, make in RUNS.items()}, repeats)
+    return {name: timing.median for name, timing in found.items()}
 
 
 def main(

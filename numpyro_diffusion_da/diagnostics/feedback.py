@@ -39,19 +39,16 @@ REGIONS = {
 }
 """Regions by name: south, north, west and east, in degrees."""
 
-REJECTIONS = (
-    "bad quality",
-    "out of bounds",
-    "height difference",
-    "far from background",
-    "withheld, far from background",
-)
+LEFT_OUT = "withheld, far from background"
+"""Flag of withheld rows that are left out of scores."""
+
+REJECTIONS = ("bad quality", "out of bounds", "height difference", "far from background", LEFT_OUT)
 """Flags of rows that a check of their quality rejected."""
 
 _CENTRAL_HALF = 0.6744897501960817
 """Normalized departures of a calibrated filter are below this with a probability of one half."""
 
-_FIRST_FLAGS = ("used", "withheld", "far from background", "withheld, far from background")
+_FIRST_FLAGS = ("used", "withheld", "far from background", LEFT_OUT)
 _NUMBERS = ("value", "error_used", "background", "background_spread", "analysis", "analysis_spread", "pres")
 _SCORES = ("background_pit", "background_crps", "analysis_crps")
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from numpyro_diffusion_da.diagnostics import Feedback
+from numpyro_diffusion_da.diagnostics.feedback import LEFT_OUT
 from numpyro_diffusion_da.report import figures
 from numpyro_diffusion_da.report.figures import Panel
 from numpyro_diffusion_da.report.findings import Findings
@@ -36,9 +37,6 @@ MOST_ROWS = 60
 
 MOST_STATIONS = 15
 """Number of stations in the table of stations."""
-
-LEFT_OUT = "withheld, far from background"
-"""Flag of withheld rows that are left out of scores."""
 
 MOST_TIMES = 60
 """Number of cycles from which cycles are drawn in groups."""

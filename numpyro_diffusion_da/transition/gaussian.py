@@ -192,7 +192,7 @@ class GaussianDynamics(Dynamics):
         # Residual left at the moved x, linearized at the mean, for the ratio of densities in `weighted_draw`.
         left = innovation + error - (covariance @ gain - gain)
         values, vectors = jnp.linalg.eigh(0.5 * (covariance + covariance.T))
-        values = jnp.maximum(values, 1.0)  # as in `projected_solve`
+        values = jnp.maximum(values, 1.0)  # only rounding can make them smaller
         ratio = -0.5 * jnp.sum((vectors.T @ residual) ** 2 / values) - 0.5 * jnp.sum(jnp.log(values))
         moved = x + self.moments().covariance_product(pull(gain))
         return moved, record, ratio + 0.5 * jnp.vdot(left, left)

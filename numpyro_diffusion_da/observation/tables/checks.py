@@ -610,9 +610,8 @@ class Withheld(QualityCheck):
     The number of stations withheld is the nearest one to the fraction of those that report, at least one if there are
     two or more, and never all. Stations that report the same variables share them in proportion, and what remains is
     shared so that each variable comes as near to the fraction as it can. Among equals, a number that depends on the
-    name of the station and the seed decides, so further reports of the same stations and variables change
-    nothing. Other stations may
-    change the choice: name the stations where tables arrive one by one.
+    name of the station and the seed decides, so further reports of the same stations and variables change nothing.
+    Other stations may change the choice: name the stations where tables arrive one by one.
 
     Args:
         fraction: fraction of the stations that is withheld, 0 to below 1.
