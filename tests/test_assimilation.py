@@ -74,7 +74,23 @@ TABLES = {
             {"observations": {"files": ["a"], "window": ["1h"] * 3}},
             "window is .*; it should be a text or a list of 2 at",
         ),
-        ({"prior": {"name": "held_suarez", "stats": "a"}}, "prior: stats is not used with name; leave it out"),
+        (
+            {"prior": {"name": "held_suarez", "stats": "a"}},
+            "prior: stats is not used with name, only with gencast; lea",
+        ),
+        ({"prior": {"precision": "bfloat16"}}, "prior: precision is not used without a checkpoint, only with gencast "),
+        (
+            {"first_guess": {"spread": 0.5}},
+            'spread is not used with kind = "climatology", only with "frames"; leave it',
+        ),
+        (
+            {"filter": {"method": "enkf", "guidance": "cheap"}},
+            'filter: guidance is not used with method = "enkf", only with "fa_apf" or "guided_pf"; leave it out',
+        ),
+        ({"filter": {"method": "bootstrap", "taper_km": 2500.0}}, 'taper_km is not used with method = "bootstrap", o'),
+        ({"filter": {"huber_threshold": 2}}, 'threshold is not used with likelihood = "normal", only with "huber"; l'),
+        ({"quality": {"bounds": False, "bounds_factor": 9}}, "bounds_factor is not used with bounds = false; leave"),
+        ({"observations": {"files": "a", "bias_by": ["type"]}}, "bias_by is not used without bias_from; leave it out"),
     ],
 )
 def test_a_wrong_configuration_is_refused_by_its_key(tables, message):
@@ -199,6 +215,9 @@ def test_groups_have_correlated_errors(tmp_path):
             {"observations": {"files": "a.csv", "correlation": 0.5}, "filter": {"likelihood": "huber"}},
             "observations.correlation is 0.5, but filter.likelihood = 'huber' has independent errors",
         ),
+        ({"prior": {"name": "held_suarez"}}, "prepare got a prior, and prior.name names one too; leave one of them"),
+        ({"quality": {"bounds_factor": 9}}, "bounds_factor is 9, but DeterministicPrior has no statistics of its clim"),
+        ({"filter": {"guidance": "cheap"}}, "filter.guidance is 'cheap', but DeterministicPrior draws in one pass"),
         ({"output": {"members": 7}}, "output.members is 7, but the filter has 6 particles; give as many or fewer"),
         ({"filter": {"sampler": "fast"}}, "filter.sampler is 'fast', but DeterministicPrior draws in one pass"),
         (
@@ -504,10 +523,10 @@ def test_any_file_is_a_configuration_or_one_sentence(tmp_path, text):
 def test_any_configuration_is_prepared_or_refused_in_one_sentence(tmp_path, data):
     """Nothing is computed, and nothing is written beside the table."""
     prior = prior_of(1)
-    base = configuration(tmp_path).model_dump(mode="python")
+    base = configuration(tmp_path).model_dump(mode="python", exclude_unset=True)
     there = sorted(path.name for path in tmp_path.iterdir())
     for table in data.draw(st.lists(st.sampled_from(sorted(KEYS)), max_size=2)):
-        base[table] = {**base[table], **data.draw(TABLE_OF[table])}
+        base[table] = {**base.get(table, {}), **data.draw(TABLE_OF[table])}
     config = in_one_sentence(lambda: RunConfig(**base))
     if config is not None:
         in_one_sentence(lambda: prepare(config, prior=prior).report())

@@ -13,7 +13,7 @@ import os
 import pathlib
 import tomllib
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 import numpy as np
 import pydantic
@@ -43,6 +43,43 @@ class Settings(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=False)
 
+    def unused(self) -> dict[str, str]:
+        """Keys that have no effect beside the other ones, each with words that say beside which, and which have it."""
+        return {}
+
+    @pydantic.model_validator(mode="after")
+    def _refuse_unused(self) -> Self:
+        for key, beside in self.unused().items():
+            if key in self.model_fields_set and getattr(self, key) not in (None, False):  # nor 0
+                raise ValueError(f"{key} is not used {beside}; leave it out.")
+        return self
+
+
+def _only_with(key: str, value: str, takers: Mapping[str, tuple[str, ...]]) -> dict[str, str]:
+    """Keys that have an effect only with some values of another key, and not with the one that it has.
+
+    Args:
+        key: the other key.
+        value: what it has.
+        takers: values of the other key that each key needs.
+    """
+    return {
+        name: f'with {key} = "{value}", only with {" or ".join(map(json.dumps, needed))}'
+        for name, needed in takers.items()
+        if value not in needed
+    }
+
+
+NEEDED_BY = {"gencast": ("stats", "surface"), "weathernext2": ("configuration", "surface")}
+"""Keys that a checkpoint needs, by the key that names it."""
+
+TAKEN_BY = {
+    "stats": ("gencast",),
+    "configuration": ("weathernext2",),
+    **dict.fromkeys(("resolution", "attention", "precision"), tuple(NEEDED_BY)),
+}
+"""Keys that only some checkpoints take."""
+
 
 class PriorSettings(Settings):
     """Table `[prior]`: the emulator that makes forecasts. Give `name`, `gencast` or `weathernext2`."""
@@ -70,16 +107,21 @@ class PriorSettings(Settings):
         given = [key for key in ("name", "gencast", "weathernext2") if getattr(self, key) is not None]
         if len(given) > 1:
             raise ValueError(f"{' and '.join(given)} are given; give one of name, gencast and weathernext2.")
-        needs = {"gencast": ("stats", "surface"), "weathernext2": ("configuration", "surface")}
-        own = {"name": ("surface",), **{kind: (*keys, "resolution", "attention") for kind, keys in needs.items()}}
         for kind in given:
-            for key in ("stats", "configuration", "surface", "resolution", "attention"):
-                if getattr(self, key) is not None and key not in own[kind]:
-                    raise ValueError(f"{key} is not used with {kind}; leave it out.")
-            for key in needs.get(kind, ()):
+            for key in NEEDED_BY.get(kind, ()):
                 if getattr(self, key) is None:
                     raise ValueError(f"{kind} needs {key} too; add it.")
         return self
+
+    def unused(self) -> dict[str, str]:
+        """Keys of checkpoints that are not given."""
+        given = [key for key in ("name", *NEEDED_BY) if getattr(self, key) is not None]
+        beside = f"with {given[0]}, only" if given else "without a checkpoint, only"
+        return {
+            key: f"{beside} with {' or '.join(takers)}"
+            for key, takers in TAKEN_BY.items()
+            if not set(takers) & set(given)
+        }
 
 
 class FirstGuessSettings(Settings):
@@ -103,9 +145,17 @@ class FirstGuessSettings(Settings):
     def _file(self) -> FirstGuessSettings:
         if self.kind != "climatology" and self.file is None:
             raise ValueError(f'kind = "{self.kind}" needs file; add it.')
-        if self.kind == "climatology" and self.file is not None:
-            raise ValueError('file is not used with kind = "climatology"; give kind = "ensemble" or "frames".')
         return self
+
+    def unused(self) -> dict[str, str]:
+        """Keys of other kinds of first guesses."""
+        takers = {
+            "file": ("ensemble", "frames"),
+            "spread": ("frames",),
+            "smoothing": ("ensemble",),
+            "interpolate": ("ensemble", "frames"),
+        }
+        return _only_with("kind", self.kind, takers)
 
 
 class TimeSettings(Settings):
@@ -166,6 +216,10 @@ class ObservationSettings(Settings):
     bias_by: tuple[Text, ...] = Field(default=("station",), description="columns that tell instruments apart")
     missing_codes: tuple[float, ...] | None = Field(default=None, description="numbers that mean a missing value")
 
+    def unused(self) -> dict[str, str]:
+        """The columns of biases, without biases."""
+        return {"bias_by": "without bias_from"} if self.bias_from is None else {}
+
     @pydantic.field_validator("files", mode="before")
     @classmethod
     def _one_file(cls, value: Any) -> Any:
@@ -217,6 +271,14 @@ class QualitySettings(Settings):
         description="largest distance from the forecast, in expected standard deviations; false for no check",
     )
 
+    def unused(self) -> dict[str, str]:
+        """The size of bounds, without bounds."""
+        return {} if self.bounds else {"bounds_factor": "with bounds = false"}
+
+
+LOCAL = ("fa_apf", "enkf")
+"""Filters that take a taper, and inflation."""
+
 
 class FilterSettings(Settings):
     """Table `[filter]`: the filter and what it is made of."""
@@ -245,10 +307,17 @@ class FilterSettings(Settings):
         default=None,
         description="noise levels of a draw: 8, 16 with a cheap step, or the library's default",
     )
-    guidance: Literal["cheap", "accurate"] = Field(
-        default="cheap", description="products of the guidance's solver: two at each level, or as many as it needs"
+    guidance: Literal["cheap", "accurate"] | None = Field(
+        default=None,
+        description="products of the guidance's solver: two at each level (cheap, by default), or as many as it needs",
     )
     batch_size: Count | None = Field(default=None, description="particles moved at a time; by default as memory allows")
+
+    def unused(self) -> dict[str, str]:
+        """Keys of other methods, and of another likelihood."""
+        takers = {"taper_km": LOCAL, "inflation": LOCAL, "guidance": ("fa_apf", "guided_pf")}
+        found = _only_with("method", self.method, takers)
+        return found | _only_with("likelihood", self.likelihood, {"huber_threshold": ("huber",)})
 
 
 class OutputSettings(Settings):
@@ -347,12 +416,19 @@ class RunConfig(Settings):
         return self.model_copy(update=tables)
 
     def values(self) -> dict[str, Any]:
-        """Values by table and key, as JSON and TOML hold them: with absolute paths, without keys that are None."""
+        """Values by table and key, as JSON and TOML hold them, with absolute paths.
+
+        Keys that are None and keys that have no effect beside the others are left out.
+        """
         given = self.with_paths_from(pathlib.Path.cwd())
-        return dict(given.model_dump(mode="json", exclude_none=True))
+        found = dict(given.model_dump(mode="json", exclude_none=True))
+        for table in found:
+            if isinstance(settings := getattr(given, table), Settings):
+                found[table] = {key: value for key, value in found[table].items() if key not in settings.unused()}
+        return found
 
     def to_toml(self) -> str:
-        """Text of a TOML file with every key that has a value, and with absolute paths."""
+        """Text of a TOML file with every key that has a value and an effect, and with absolute paths."""
         lines = []
         for table, keys in self.values().items():
             lines += ["", f"[{table}]", *(f"{_key(key)} = {_toml(value)}" for key, value in keys.items())]

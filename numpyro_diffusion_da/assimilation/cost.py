@@ -34,7 +34,7 @@ def passes_of(config: RunConfig, emulator: Emulator) -> float:
         free = prior.generator_passes  # type: ignore[attr-defined]
     if settings.method in ("enkf", "bootstrap"):
         return free
-    products = PRODUCTS[settings.guidance] if isinstance(prior, DiffusionPrior) else 6
+    products = PRODUCTS[settings.guidance or "cheap"] if isinstance(prior, DiffusionPrior) else 6
     guided = free * (1 + products)
     checked = free * min(1.0, CHECKED / settings.particles) if config.quality.background_check is not False else 0.0
     weights = 2 * (1 + products) if settings.method == "fa_apf" else 0

@@ -106,6 +106,11 @@ class Emulator:
             raise ValueError(
                 f"times.step is {config.times.step!r}, but a step of the prior is {hours(own)}; leave it out."
             )
+        if config.filter.guidance is not None and not isinstance(prior, DiffusionPrior):
+            raise ValueError(
+                f"filter.guidance is {config.filter.guidance!r}, but {type(prior).__name__} draws in one pass; leave "
+                "it out."
+            )
         step = own if own is not None else given
         assert step is not None
         factor = config.filter.error_factor

@@ -48,6 +48,10 @@ def place_observations(
         ValueError: a table cannot be read or placed. The message names the file and the row.
     """
     given = config.observations
+    if table is not None and (unused := {"columns", "variables", "units", "missing_codes"} & given.model_fields_set):
+        raise ValueError(
+            f"observations.{min(unused)} is not used with a table that was read already; give it to read_table."
+        )
     if table is None:
         codes = {} if given.missing_codes is None else {"missing_codes": given.missing_codes}
         variables = {name: to or None for name, to in given.variables.items()}
@@ -113,7 +117,14 @@ def checks_of(quality: QualitySettings, config: RunConfig, prior: Any) -> list[Q
     if quality.blacklist:
         found.append(Blacklist(**quality.blacklist))
     if quality.bounds:
-        found.append(bounds_of(prior, quality.bounds_factor))
+        bounds = bounds_of(prior, quality.bounds_factor)
+        found.append(bounds)
+        usual = type(quality).model_fields["bounds_factor"].default
+        if bounds.mean is None and quality.bounds_factor != usual:
+            raise ValueError(
+                f"quality.bounds_factor is {quality.bounds_factor:g}, but {type(prior).__name__} has no statistics of "
+                "its climate; leave it out."
+            )
     if quality.height_difference is not None:
         found.append(HeightDifference(_orography(config, prior), quality.height_difference))
     if quality.duplicates:

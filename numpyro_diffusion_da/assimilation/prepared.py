@@ -10,7 +10,7 @@ import numpy as np
 import numpyro.distributions as dist
 
 from numpyro_diffusion_da.arguments import require
-from numpyro_diffusion_da.assimilation.config import RunConfig
+from numpyro_diffusion_da.assimilation.config import NEEDED_BY, RunConfig
 from numpyro_diffusion_da.assimilation.cost import cost_of
 from numpyro_diffusion_da.assimilation.emulator import Emulator, open_prior
 from numpyro_diffusion_da.assimilation.guesses import first_guess
@@ -140,6 +140,8 @@ def prepare(
         prior = open_prior(config.prior)
     else:
         require(prior, EmulatorPrior, "prepare", "prior", 'ndda.load_prior("held_suarez")')
+        if named := [key for key in ("name", *NEEDED_BY) if getattr(config.prior, key) is not None]:
+            raise ValueError(f"prepare got a prior, and prior.{named[0]} names one too; leave one of them out.")
     if config.observations.correlation and config.filter.likelihood != "normal":
         raise ValueError(
             f"observations.correlation is {config.observations.correlation}, but filter.likelihood = "

@@ -9,7 +9,7 @@ import numpyro
 import numpyro.distributions as dist
 from numpyro.contrib.control_flow import scan
 
-from numpyro_diffusion_da.assimilation.config import FilterSettings, QualitySettings
+from numpyro_diffusion_da.assimilation.config import LOCAL, FilterSettings, QualitySettings
 from numpyro_diffusion_da.assimilation.emulator import Emulator
 from numpyro_diffusion_da.diffusion.guidance import MMPS
 from numpyro_diffusion_da.diffusion.prior import DiffusionPrior
@@ -33,9 +33,6 @@ GROUPS, GROUPS_PLACE = "y_groups", "y_groups_place"
 
 RELAXATION = 0.5
 """Relaxation of the EnKF's spread to its prior for the shipped weather (docs/mini_weather.md)."""
-
-LOCAL = ("fa_apf", "enkf")
-"""Filters that take a taper."""
 
 
 def assimilation_program(
@@ -119,7 +116,7 @@ def filter_of(
         relaxation = RELAXATION if settings.method == "enkf" else 0.0
     inflation = (RTPS(relaxation),) if relaxation else ()
     guided: dict[str, Any] = {}
-    if isinstance(emulator.prior, DiffusionPrior) and settings.guidance == "cheap":
+    if isinstance(emulator.prior, DiffusionPrior) and settings.guidance != "accurate":
         guided["guidance"] = MMPS.cheap()
     found: FilterAlgorithm
     if settings.method == "fa_apf":
