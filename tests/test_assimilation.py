@@ -64,6 +64,7 @@ TABLES = {
         ({"times": {"start": "2026-01-02"}}, r"times.end is missing; add it \(time of the last analysis\)"),
         ({"quality": {"withheld": 2}}, "quality.withheld is 2; it should be less than 1 or a list"),
         ({"quality": {"blacklist": {"kinds": ["a"]}}}, "quality.blacklist.kinds is 'kinds'; it should be 'stations'"),
+        ({"quality": {"blacklist": {"types": []}}}, "quality.blacklist: it names no stations, types or variables"),
         ({"errors": {"t": -1}}, "errors.t is -1; it should be more than 0"),
         ({"prior": {"gencast": "a.npz"}}, "prior: gencast needs stats too; add it"),
         ({"first_guess": {"kind": "ensemble"}}, 'first_guess: kind = "ensemble" needs file'),
@@ -233,6 +234,46 @@ def test_groups_have_correlated_errors(tmp_path):
 def test_what_does_not_fit_the_prior_is_refused(tmp_path, tables, message):
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         prepare(configuration(tmp_path, **tables), prior=prior_of())
+
+
+@pytest.mark.parametrize(
+    ("change", "tables", "message"),
+    [
+        ({"lat": "north"}, {}, 'no column \'lat\'.* Name it: observations.columns = {"your name" = "lat"}.'),
+        ({}, {"columns": {"a": "lat"}}, "no column 'a', which observations.columns names"),
+        ({"lat": "LAT", "group": "latitude"}, {}, "has 'LAT' and 'latitude' for .*columns = {LAT = .lat.}"),
+        ({}, {"correlation": 0.5, "columns": {"group": "g"}}, 'is: observations.columns = {"your name" = "group"}'),
+        (
+            {"name": "t3m"},
+            {},
+            r"observations.variables = {t3m = ...}, of .* with observations.variables = {t3m = fals",
+        ),
+        ({"value": 2.0}, {}, r"give a column units, or observations.units = {t2m = ...}\."),
+        (
+            {},
+            {"window": None},
+            r"such as observations.window = .3h., .*, such as observations.window = \[.3h., .0h.\]",
+        ),
+        ({}, {"errors": {}}, r"'2m_temperature' has no error .* or errors = {2m_temperature = ...} in K"),
+        ({}, {"accepted": [1]}, "the table has no column 'quality' for quality.accepted; it has"),
+    ],
+)
+def test_messages_name_keys_where_a_configuration_gives_the_arguments(tmp_path, change, tables, message):
+    """The same errors name the arguments `columns=` and others where a program reads the table."""
+    rest = {name: tables.pop(name) for name in ("errors",) if name in tables}
+    rest |= {"quality": {"accepted": tables.pop("accepted")}} if "accepted" in tables else {}
+    given = {"files": tmp_path / "a.csv", "window": "2h"} | tables
+    config = configuration(tmp_path, observations={k: v for k, v in given.items() if v}, **rest)
+    if given["window"] is None:
+        one = {"start": "2026-01-01T00", "end": "2026-01-01T00", "step": "6h"}
+        config = config.model_copy(update={"times": RunConfig(**{**TABLES, "times": one}).times})
+    table = table_of().rename(columns=change)
+    if "name" in change:
+        table["variable"] = change["name"]
+    table["observation"] = change.get("value", table["observation"])
+    table.to_csv(tmp_path / "a.csv", index=False)
+    with pytest.raises(ValueError, match=message):
+        prepare(config, prior=prior_of())
 
 
 def test_times(tmp_path):

@@ -40,7 +40,7 @@ MAY_IMPORT = {
     "commands": set(),
 }
 # Modules of the root that every folder may import, and that import nothing of the package.
-LEAVES = {"arguments", "checksums"}
+LEAVES = {"arguments", "checksums", "spelling"}
 
 # Where a neighbor is imported, anywhere in a module: a folder, or one of its modules.
 NEIGHBORS = {

@@ -303,7 +303,7 @@ def test_a_filter_completes_the_record():
         (lambda: Blacklist(stations=3), "stations=3; give texts"),
         (lambda: QualityColumn("01"), "accepted='01'; give the good marks"),
         (lambda: QualityColumn([]), "got no accepted marks"),
-        (lambda: flags(frame("lat", (0.0,)), QualityColumn([0])), "column='quality', which the table does not have"),
+        (lambda: flags(frame("lat", (0.0,)), QualityColumn([0])), "no column 'quality' for QualityColumn; it has so"),
         (lambda: HeightDifference("x"), "got orography='x'"),
         (lambda: flags(frame("elev", (0.0,)), HeightDifference(np.zeros((2, 2)))), r"orography of shape \(2, 2\)"),
         (lambda: Duplicates(one_report=1), "one_report=1; give True or False"),

@@ -6,6 +6,7 @@ the list with these classes.
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import difflib
 import json
@@ -21,6 +22,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from numpyro_diffusion_da.arguments import shown
 from numpyro_diffusion_da.fields.times import utc_times
+from numpyro_diffusion_da.spelling import Spelling, spelled_as
 
 LARGEST_FILE = 2**20
 """Largest number of bytes of a configuration: 1 MB."""
@@ -271,6 +273,13 @@ class QualitySettings(Settings):
         description="largest distance from the forecast, in expected standard deviations; false for no check",
     )
 
+    @pydantic.field_validator("blacklist")
+    @classmethod
+    def _some(cls, value: dict[str, tuple[str, ...]]) -> dict[str, tuple[str, ...]]:
+        if value and not any(value.values()):
+            raise ValueError("it names no stations, types or variables; name some, or leave it out.")
+        return value
+
     def unused(self) -> dict[str, str]:
         """The size of bounds, without bounds."""
         return {} if self.bounds else {"bounds_factor": "with bounds = false"}
@@ -487,11 +496,44 @@ def _toml(value: Any) -> str:
     """Value as TOML spells it."""
     if isinstance(value, str):
         return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+    if value is ...:
+        return "..."
+    if value is None:
+        return "false"
     if isinstance(value, Mapping):
         return "{" + ", ".join(f"{_key(key)} = {_toml(one)}" for key, one in value.items()) + "}"
     if isinstance(value, list | tuple):
         return "[" + ", ".join(map(_toml, value)) + "]"
     return str(value).lower() if isinstance(value, bool) else repr(value)
+
+
+KEYS: Mapping[str, str | None] = {
+    **{f"read_table.{name}": f"observations.{name}" for name in ("columns", "variables", "units")},
+    **{name: f"observations.{name}" for name in ("window", "correlation")},
+    "errors": "errors",
+    "accepted": "quality.accepted",
+    "threshold": "quality.background_check",
+    "inflation": "filter.inflation",
+    "taper": "filter.taper_km",
+    "FAAPF": 'filter.method = "fa_apf"',
+    "weight": "",
+    "error_variances": "ndda report",
+    "prior.stats": "prior.stats",
+    "prior.resolution": "prior.resolution",
+    "prior.config": "prior.configuration",
+    "interpolate": "",
+    "without_precipitation": "",
+}
+"""Keys by the argument that they give, for messages; "" for an argument that no key gives."""
+
+
+def in_keys(keys: Mapping[str, str | None] = KEYS) -> contextlib.AbstractContextManager[None]:
+    """Name keys of a configuration, not arguments, in the messages of what is called within.
+
+    Args:
+        keys: keys by the argument that they give.
+    """
+    return spelled_as(Spelling(keys, _toml))
 
 
 # --- messages ---------------------------------------------------------------------------------------------------------

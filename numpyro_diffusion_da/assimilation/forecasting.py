@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from numpyro_diffusion_da.arguments import require_count
-from numpyro_diffusion_da.assimilation.config import RunConfig
+from numpyro_diffusion_da.assimilation.config import RunConfig, in_keys
 from numpyro_diffusion_da.assimilation.emulator import Emulator, open_prior
 from numpyro_diffusion_da.assimilation.files import replacing
 from numpyro_diffusion_da.assimilation.outputs import append, last_states, spread_evenly
@@ -96,7 +96,8 @@ def emulator_of(config: RunConfig, facts: dict[str, object], prior: EmulatorPrio
     Raises:
         ValueError: it is another prior than that of the run.
     """
-    prior = open_prior(config.prior) if prior is None else prior
+    with in_keys():
+        prior = open_prior(config.prior) if prior is None else prior
     if prior.provenance()["prior_checksum"] != facts["prior_checksum"]:
         raise ValueError(
             f"the prior is not that of the run: its checksum is {prior.provenance()['prior_checksum'][:12]}, but the "

@@ -11,7 +11,7 @@ import numpy as np
 import numpyro.distributions as dist
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from numpyro_diffusion_da.assimilation.config import FirstGuessSettings
+from numpyro_diffusion_da.assimilation.config import FirstGuessSettings, in_keys
 from numpyro_diffusion_da.assimilation.emulator import Emulator
 from numpyro_diffusion_da.fields.datasets import dataset_times, read_states
 
@@ -164,7 +164,8 @@ def first_guess(settings: FirstGuessSettings, emulator: Emulator, start: np.date
     times = start - emulator.step * np.arange(emulator.frames, 0, -1)
     with open_dataset(settings.file) as dataset:
         try:
-            members = _members(dataset, emulator, times, settings)
+            with in_keys({"interpolate": "first_guess.interpolate"}):
+                members = _members(dataset, emulator, times, settings)
         except ValueError as error:
             raise ValueError(f"first_guess.file '{settings.file}': {error}") from None
     if settings.kind == "ensemble":

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from numpyro_diffusion_da.assimilation.config import QualitySettings, RunConfig
+from numpyro_diffusion_da.assimilation.config import KEYS, QualitySettings, RunConfig, in_keys
 from numpyro_diffusion_da.assimilation.emulator import Emulator
 from numpyro_diffusion_da.assimilation.files import FACTS, FEEDBACK
 from numpyro_diffusion_da.assimilation.guesses import open_dataset
@@ -58,6 +58,15 @@ def place_observations(
         table = read_table(
             [str(file) for file in given.files], columns=given.columns, variables=variables, units=given.units, **codes
         )
+        return _placed(table, config, emulator, times)
+    # What it does not have was named in Python.
+    with in_keys(dict.fromkeys(name for name in KEYS if name.startswith("read_table."))):
+        return _placed(table, config, emulator, times)
+
+
+def _placed(table: ObservationTable, config: RunConfig, emulator: Emulator, times: np.ndarray) -> PlacedObservations:
+    """Observations of a table on the prior's grid and on times."""
+    given = config.observations
     return table.on(
         emulator.prior.layout,
         times,

@@ -10,7 +10,7 @@ import numpy as np
 import numpyro.distributions as dist
 
 from numpyro_diffusion_da.arguments import require
-from numpyro_diffusion_da.assimilation.config import NEEDED_BY, RunConfig
+from numpyro_diffusion_da.assimilation.config import NEEDED_BY, RunConfig, in_keys
 from numpyro_diffusion_da.assimilation.cost import cost_of
 from numpyro_diffusion_da.assimilation.emulator import Emulator, open_prior
 from numpyro_diffusion_da.assimilation.guesses import first_guess
@@ -131,6 +131,12 @@ def prepare(
         ValueError: something in the configuration or in a file is not what is needed. The message names it.
     """
     require(config, RunConfig, "prepare", "config", 'RunConfig.read("run.toml")')
+    with in_keys():
+        return _prepared(config, prior, table)
+
+
+def _prepared(config: RunConfig, prior: EmulatorPrior | None, table: ObservationTable | None) -> PreparedRun:
+    """Everything that a run needs."""
     if config.output.members is not None and config.output.members > config.filter.particles:
         raise ValueError(
             f"output.members is {config.output.members}, but the filter has {config.filter.particles} particles; give "

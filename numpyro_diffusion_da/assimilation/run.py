@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from numpyro_diffusion_da.assimilation.config import RunConfig
+from numpyro_diffusion_da.assimilation.config import RunConfig, in_keys
 from numpyro_diffusion_da.assimilation.files import FACTS, FEEDBACK, replace_text
 from numpyro_diffusion_da.assimilation.outputs import ANALYSIS, write_outputs
 from numpyro_diffusion_da.assimilation.prepared import STORE, PreparedRun, prepare
@@ -122,7 +122,8 @@ def run_prepared(run: PreparedRun, progress_bar: bool = True) -> Run:
     """
     claim_folder(run)
     started = time.perf_counter()
-    run.filter(progress_bar).run(jax.random.key(run.config.output.seed), run.inputs)
+    with in_keys():
+        run.filter(progress_bar).run(jax.random.key(run.config.output.seed), run.inputs)
     filtered = time.perf_counter()
     facts = write_outputs(run, run.folder / STORE)
     facts["seconds"] = {"filter": filtered - started, "outputs": time.perf_counter() - filtered}

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from numpyro_diffusion_da.assimilation.config import in_keys
 from numpyro_diffusion_da.assimilation.emulator import open_prior
 from numpyro_diffusion_da.assimilation.files import replacing
 from numpyro_diffusion_da.assimilation.forecasting import FORECAST, LEAD, emulator_of
@@ -62,7 +63,8 @@ def verify(
     run = Run.open(folder)
     rows = list(_of_rows(run.feedback(), run.analysis("mean")))
     if against is not None:
-        rows += _of_truth(run, pathlib.Path(against), prior)
+        with in_keys():
+            rows += _of_truth(run, pathlib.Path(against), prior)
     if not rows:
         raise ValueError(
             f"the run in '{run.folder}' has no withheld rows; give a truth to verify against, or run with "

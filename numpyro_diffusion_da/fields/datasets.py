@@ -26,6 +26,7 @@ from numpyro_diffusion_da.fields.layout import Layout, Variable
 from numpyro_diffusion_da.fields.plausibility import check_decoded, check_fill_values, check_plausible, check_surface
 from numpyro_diffusion_da.fields.times import check_increasing, utc_times
 from numpyro_diffusion_da.fields.units import same_unit
+from numpyro_diffusion_da.spelling import spelled
 
 if TYPE_CHECKING:
     import xarray
@@ -506,9 +507,10 @@ def _precipitation(
         tried.append(f"the {len(offsets)} values of '{name}' that end at each time")
     if without:
         return np.zeros(shape, np.float32)
+    how = spelled("without_precipitation", True)
     raise ValueError(
-        f"the dataset has neither {', nor '.join(tried)}; add one of them, or read initial frames with "
-        "without_precipitation=True."
+        f"the dataset has neither {', nor '.join(tried)}; add one of them"
+        f"{how and f', or read initial frames with {how}'}."
     )
 
 

@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Float
 
+from numpyro_diffusion_da.spelling import spelled
+
 SAME_POINT = 1e-3
 """Largest distance, in degrees, at which two grid points count as the same.
 
@@ -122,7 +124,8 @@ def locate(source: np.ndarray, name: str, target: np.ndarray, interpolate: bool)
         f"and {int(off.sum())} of these points are not in the dataset"
     )
     if not interpolate:
-        raise ValueError(f"{between}; give a dataset that has them, or interpolate bilinearly with interpolate=True.")
+        how = spelled("interpolate", True)
+        raise ValueError(f"{between}; give a dataset that has them{how and f', or interpolate bilinearly with {how}'}.")
     order = np.argsort(np.mod(source, 360.0) if periodic else source)
     ascending = source[order]
     if periodic:

@@ -8,6 +8,7 @@ import numpy as np
 
 from numpyro_diffusion_da.results.background import Ratio, first_far_value
 from numpyro_diffusion_da.results.result import FilterResult
+from numpyro_diffusion_da.spelling import spelled
 
 TOO_MANY = 1.0 / 3.0
 """Rejected share of the checked observations above which the filter is more likely wrong than the observations."""
@@ -39,8 +40,9 @@ def rejection_advice(result: FilterResult) -> str | None:
     return (
         f"the gross-error check rejected {share:.0%} of the observations. Either the ensemble has lost the truth, or "
         "the given observation errors are too small. A filter that rejects the observations that could correct it does "
-        "not recover; raise the threshold, increase the spread by inflation, or check the observation errors with "
-        "ndda.diagnostics.error_variances."
+        f"not recover; raise {spelled('threshold', python='the threshold')}, increase the spread by "
+        f"{spelled('inflation', python='inflation')}, or check the observation errors with "
+        f"{spelled('error_variances', python='ndda.diagnostics.error_variances')}."
     )
 
 
@@ -51,13 +53,14 @@ def tempering_advice(result: FilterResult) -> str | None:
         return None
     algorithm, weight = (str(result.attributes.get(name, "")) for name in ("algorithm", "weight"))
     if result.is_local:
-        instead = ["give each block fewer observations by a smaller radius of the taper"]
+        instead = [f"give each block fewer observations by a smaller {spelled('taper', python='radius of the taper')}"]
     elif algorithm == "FAAPF":
-        instead = ["select ancestors by nearby observations, with FAAPF(model, taper=ndda.Taper(...))"]
+        how = spelled("taper", python="FAAPF(model, taper=ndda.Taper(...))")
+        instead = [f"select ancestors by nearby observations, with {how}"]
     else:
-        instead = ["use ndda.FAAPF(model), which weights particles before it moves them"]
-    if weight == "Dirac()":
-        instead += ["include the spread of the transition in the weights, weight=ndda.Moment()"]
+        instead = [f"use {spelled('FAAPF', python='ndda.FAAPF(model)')}, which weights particles before it moves them"]
+    if weight == "Dirac()" and (how := spelled("weight", python="weight=ndda.Moment()")):
+        instead += [f"include the spread of the transition in the weights, {how}"]
     return (
         f"weights are tempered to alpha = {alpha:.2g} (median), below {TEMPERED}: untempered weights would keep only a "
         "few particles, and tempered weights use less of the observations; "
@@ -86,9 +89,10 @@ def lost_advice(ratios: Mapping[str, Ratio]) -> str | None:
         return None
     return (
         f"{LOST_WORDS}: (O - B)^2 / (P + R) is {', '.join(lost)}, and should be 1. The ensemble has lost the truth, or "
-        "its spread or the given observation errors are too small; increase the spread by inflation "
-        "(ndda.inference.tune_spread finds the amount), localize with taper=ndda.Taper(...), take more particles, or "
-        "check the observation errors with ndda.diagnostics.error_variances."
+        "its spread or the given observation errors are too small; increase the spread by "
+        f"{spelled('inflation', python='inflation (ndda.inference.tune_spread finds the amount)')}, localize with "
+        f"{spelled('taper', python='taper=ndda.Taper(...)')}, take more particles, or check the "
+        f"observation errors with {spelled('error_variances', python='ndda.diagnostics.error_variances')}."
     )
 
 
@@ -103,7 +107,8 @@ def wide_advice(ratios: Mapping[str, Ratio]) -> str | None:
         return None
     return (
         f"observations of {', '.join(wide)} are far closer to the forecast than the filter expects; use less "
-        "inflation, or check whether the observation errors or the noise of the transition are too large."
+        f"{spelled('inflation', python='inflation')}, or check whether the observation errors or the noise of the "
+        "transition are too large."
     )
 
 

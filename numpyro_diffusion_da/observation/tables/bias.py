@@ -26,6 +26,7 @@ from numpyro_diffusion_da.arguments import require, require_number, shown
 from numpyro_diffusion_da.fields.departures import departure
 from numpyro_diffusion_da.observation.tables.flags import Flag
 from numpyro_diffusion_da.observation.tables.windows import step_times
+from numpyro_diffusion_da.spelling import spelled
 
 if TYPE_CHECKING:
     import pandas
@@ -128,7 +129,10 @@ class InstrumentBias:
             ValueError: the rows lack a column.
         """
         if missing := [name for name in self.by if name not in rows]:
-            raise ValueError(f"a bias is known by the column {missing[0]!r}, which the table does not have; add it.")
+            raise ValueError(
+                f"a bias is known by the column {missing[0]!r}, which the table does not have; add it, or say which "
+                f"column it is: {spelled('read_table.columns', {'your name': missing[0]})}."
+            )
         found = np.zeros(len(rows))
         keys = [*self.by, "name"]
         known = {key: part for key, part in self.estimates.groupby(keys, sort=False)}

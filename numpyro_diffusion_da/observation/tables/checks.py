@@ -30,6 +30,7 @@ from numpyro_diffusion_da.fields.units import conversion
 from numpyro_diffusion_da.observation.tables.flags import Flag
 from numpyro_diffusion_da.observation.tables.geometry import EARTH_RADIUS, Horizontal
 from numpyro_diffusion_da.observation.tables.names import Target
+from numpyro_diffusion_da.spelling import spelled
 
 if TYPE_CHECKING:
     import pandas
@@ -211,7 +212,7 @@ class QualityColumn(QualityCheck):
         """Rows whose mark is another one, or missing."""
         if self.column not in rows:
             raise ValueError(
-                f"QualityColumn got column={shown(self.column)}, which the table does not have; it has "
+                f"the table has no column {self.column!r} for {spelled('accepted', python='QualityColumn')}; it has "
                 f"{', '.join(map(str, rows.columns[:12]))}."
             )
         good = {_mark(mark) for mark in self.accepted}

@@ -73,7 +73,7 @@ def _read_file(path: Path) -> RawTable:
     suffix = path.suffix.lower()
     if suffix not in (*CSV, *PARQUET, *NETCDF):
         raise ValueError(
-            f"read_table got '{path}'; give a file whose name ends in {', '.join((*CSV, *PARQUET, *NETCDF))}."
+            f"'{path}' is no table; give a file whose name ends in {', '.join((*CSV, *PARQUET, *NETCDF))}."
         )
     if not path.is_file():
         what = "is a folder" if path.is_dir() else "does not exist"

@@ -10,6 +10,7 @@ import numpy as np
 from numpyro_diffusion_da.arguments import is_number, require_number, shown
 from numpyro_diffusion_da.observation.tables.flags import Flag
 from numpyro_diffusion_da.observation.tables.table import where
+from numpyro_diffusion_da.spelling import spelled
 
 if TYPE_CHECKING:
     import pandas
@@ -73,7 +74,7 @@ def groups_of(
     if "group" not in rows:
         raise ValueError(
             "a correlation of errors was given, but the table has no column group; leave the correlation out, or say "
-            "which column it is: columns={'your name': 'group'}."
+            f"which column it is: {spelled('read_table.columns', {'your name': 'group'})}."
         )
     some = rows[grouped(rows)]
     found = [(int(key[0]), part) for key, part in some.groupby(["cycle", "group"], sort=True)]

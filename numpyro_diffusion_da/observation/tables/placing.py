@@ -29,6 +29,7 @@ from numpyro_diffusion_da.observation.tables.rows import (
 )
 from numpyro_diffusion_da.observation.tables.weights import Placer, apply, set_apart
 from numpyro_diffusion_da.observation.tables.windows import cycles, step_times, windows
+from numpyro_diffusion_da.spelling import spelled
 
 if TYPE_CHECKING:
     import pandas
@@ -79,7 +80,10 @@ def place(table: ObservationTable, layout: Layout, times: Any, options: Options)
     refuse_no_error(rows)
     apart = int(grouped(rows).sum())
     if apart and options.correlation is None:
-        notes.append(f"{apart} rows have a group; their errors count as independent, because no correlation was given.")
+        notes.append(
+            f"{apart} rows have a group; their errors count as independent, because no correlation is given "
+            f"({spelled('correlation', 0.5)} gives one)."
+        )
     return arrays_of(rows, targets, placer, at, (*table.notes, *notes), options)
 
 

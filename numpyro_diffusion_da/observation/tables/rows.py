@@ -16,6 +16,7 @@ from numpyro_diffusion_da.observation.tables.flags import Flag
 from numpyro_diffusion_da.observation.tables.names import Names, Target
 from numpyro_diffusion_da.observation.tables.quantities import LAYER_TOP
 from numpyro_diffusion_da.observation.tables.table import where
+from numpyro_diffusion_da.spelling import spelled
 
 if TYPE_CHECKING:
     import pandas
@@ -67,8 +68,9 @@ def resolved(table: ObservationTable, names: Names) -> tuple[pandas.DataFrame, d
             count = int(here.sum())
             raise ValueError(
                 f"{table.where(rows.index[int(np.flatnonzero(here)[0])])}: the variable is '{meant}' ({count} rows), "
-                f"which is not known{near} Give a name that it has here, variables={{'{own}': ...}} in read_table, of "
-                f"{names.words()}; or None to leave it out."
+                f"which is not known{near} Give a name that it has here, "
+                f"{spelled('read_table.variables', {own: ...})}, of {names.words()}; or leave it out with "
+                f"{spelled('read_table.variables', {own: None})}."
             ) from None
         if target is None:
             set_flag(rows, here, Flag.NOT_IN_MODEL)
@@ -160,7 +162,7 @@ def _check_unit(table: ObservationTable, rows: pandas.DataFrame, some: np.ndarra
         raise ValueError(
             f"{table.where(first)}: '{target.name}' has no unit, and the median of its {int(some.sum())} rows, "
             f"{median:.4g}, is not in '{target.units}', as the layout has it; give a column units, or "
-            f"units={{'{rows.at[first, 'variable']}': ...}} in read_table."
+            f"{spelled('read_table.units', {str(rows.at[first, 'variable']): ...})}."
         )
 
 
@@ -247,5 +249,5 @@ def refuse_no_error(rows: pandas.DataFrame) -> None:
         name = rows.at[first, "name"]
         raise ValueError(
             f"{where(rows, first)}: '{name}' has no error ({int(wrong.sum())} "
-            f"rows); give a column error, or errors={{'{name}': ...}} in {rows.at[first, 'unit']}."
+            f"rows); give a column error, or {spelled('errors', {name: ...})} in {rows.at[first, 'unit']}."
         )

@@ -12,6 +12,7 @@ from numpyro_diffusion_da.arguments import is_number, require, shown
 from numpyro_diffusion_da.fields.plausibility import FILL_VALUES, LARGEST
 from numpyro_diffusion_da.fields.units import conversion, same_unit
 from numpyro_diffusion_da.observation.tables.files import RawTable, read_raw
+from numpyro_diffusion_da.spelling import spelled
 
 if TYPE_CHECKING:
     import pandas
@@ -248,7 +249,10 @@ def _renamed(raw: RawTable, columns: dict[str, str]) -> pandas.DataFrame:
     """Frame with the names that this module knows."""
     has = list(raw.frame.columns)
     if unknown := [name for name in columns if name not in has]:
-        raise ValueError(f"{raw.source} has no column {unknown[0]!r}, which columns= names; it has {_list(has)}.")
+        raise ValueError(
+            f"{raw.source} has no column {unknown[0]!r}, which {spelled('read_table.columns')} names; it has "
+            f"{_list(has)}."
+        )
     names = {name: columns.get(name, name) for name in has}
     for own in dict.fromkeys((*NEEDED, *NUMBERS, *TEXTS)):
         if own in names.values():
@@ -257,17 +261,20 @@ def _renamed(raw: RawTable, columns: dict[str, str]) -> pandas.DataFrame:
         meant = [name for name in has if name not in columns and name.lower() in spellings]
         if len(meant) > 1:
             raise ValueError(
-                f"{raw.source} has {' and '.join(map(repr, meant))} for '{own}'; say which, columns="
-                f"{{'{meant[0]}': '{own}'}}."
+                f"{raw.source} has {' and '.join(map(repr, meant))} for '{own}'; say which, "
+                f"{spelled('read_table.columns', {meant[0]: own})}."
             )
         names |= dict.fromkeys(meant, own)
     new = list(names.values())
     if twice := sorted({name for name in new if new.count(name) > 1}):
-        raise ValueError(f"{raw.source} has two columns for {twice[0]!r}; name one of them otherwise with columns=.")
+        raise ValueError(
+            f"{raw.source} has two columns for {twice[0]!r}; name one of them otherwise with "
+            f"{spelled('read_table.columns')}."
+        )
     if missing := [name for name in NEEDED if name not in new]:
         raise ValueError(
-            f"{raw.source} has no column {missing[0]!r}; it has {_list(has)}. Name it: columns="
-            f"{{'your name': '{missing[0]}'}}."
+            f"{raw.source} has no column {missing[0]!r}; it has {_list(has)}. Name it: "
+            f"{spelled('read_table.columns', {'your name': missing[0]})}."
         )
     return raw.frame.set_axis(new, axis=1)
 

@@ -9,8 +9,13 @@ from jaxtyping import Int
 
 from numpyro_diffusion_da.arguments import shown
 from numpyro_diffusion_da.fields.times import check_increasing, utc_times
+from numpyro_diffusion_da.spelling import spelled
 
-ADVICE = 'give a width such as "3h", or a pair of the parts before and after each time, such as ("3h", "0h")'
+
+def _advice() -> str:
+    """What to give."""
+    one, pair = (spelled("window", value) for value in ("3h", ("3h", "0h")))
+    return f"give a width such as {one}, or a pair of the parts before and after each time, such as {pair}"
 
 
 def step_times(times: Any) -> np.ndarray:
@@ -39,13 +44,13 @@ def windows(window: Any, times: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """
     if window is None:
         if len(times) == 1:
-            raise ValueError(f"with one time a window is needed; {ADVICE}.")
+            raise ValueError(f"with one time a window is needed; {_advice()}.")
         half = np.diff(times) / 2
         return np.append(half[:1], half), np.append(half, half[-1:])
     pair = window if isinstance(window, (tuple, list)) and len(window) == 2 else None
     before, after = (_length(part) for part in pair) if pair is not None else (_length(window) / 2,) * 2
     if before < np.timedelta64(0, "us") or after < np.timedelta64(0, "us") or before + after == np.timedelta64(0, "us"):
-        raise ValueError(f"got window={shown(window)}, which has no length; {ADVICE}.")
+        raise ValueError(f"got window={shown(window)}, which has no length; {_advice()}.")
     return np.repeat(before, len(times)), np.repeat(after, len(times))
 
 
@@ -58,9 +63,9 @@ def _length(value: Any) -> np.timedelta64:
             raise TypeError
         found = pandas.Timedelta(value)
     except (ValueError, TypeError, OverflowError):
-        raise TypeError(f"got window={shown(value)}; {ADVICE}.") from None
+        raise TypeError(f"got window={shown(value)}; {_advice()}.") from None
     if found is pandas.NaT:
-        raise TypeError(f"got window={shown(value)}; {ADVICE}.")
+        raise TypeError(f"got window={shown(value)}; {_advice()}.")
     return found.to_timedelta64().astype("timedelta64[us]")
 
 

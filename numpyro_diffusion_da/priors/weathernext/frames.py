@@ -33,6 +33,7 @@ from numpyro_diffusion_da.fields.plausibility import check_against_statistics
 from numpyro_diffusion_da.fields.times import check_spacing, utc_times
 from numpyro_diffusion_da.priors.weathernext.package import FORCINGS, STATIC, TracedNetwork, is_atmospheric
 from numpyro_diffusion_da.priors.weathernext.statistics import channel_statistics
+from numpyro_diffusion_da.spelling import spelled
 
 if TYPE_CHECKING:
     import xarray
@@ -383,11 +384,14 @@ def _regular_grid(resolution: float) -> tuple[np.ndarray, np.ndarray]:
         ValueError: the resolution does not divide 180 degrees.
     """
     if isinstance(resolution, bool) or not isinstance(resolution, numbers.Real) or not 0.0 < resolution <= 90.0:
-        raise ValueError(f"resolution={resolution!r}; give the resolution of the checkpoint in degrees, 1.0 or 0.25.")
+        raise ValueError(
+            f"{spelled('prior.resolution', resolution)}; give the resolution of the checkpoint in degrees, 1.0 or 0.25."
+        )
     rows = round(180.0 / resolution)
     if rows < 2 or abs(rows * resolution - 180.0) > 1e-6:
         raise ValueError(
-            f"resolution={resolution} does not divide 180 degrees; give the resolution of the checkpoint, 1.0 or 0.25."
+            f"{spelled('prior.resolution', resolution)} does not divide 180 degrees; give the resolution of the "
+            "checkpoint, 1.0 or 0.25."
         )
     return np.linspace(-90.0, 90.0, rows + 1), np.arange(2 * rows) * 180.0 / rows
 

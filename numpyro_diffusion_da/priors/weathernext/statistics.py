@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from numpyro_diffusion_da.fields.layout import Layout, Variable
+from numpyro_diffusion_da.spelling import spelled
 
 if TYPE_CHECKING:
     import xarray
@@ -61,15 +62,15 @@ def read_gencast_statistics(directory: str | os.PathLike[str]) -> dict[str, xarr
         existing = [path for path in paths if os.path.exists(path)]
         if not existing:
             raise FileNotFoundError(
-                f"there is no {names[0]} in {os.fspath(directory)!r}; give stats= the directory of the published "
-                "statistics."
+                f"there is no {names[0]} in {os.fspath(directory)!r}; give {spelled('prior.stats')} the "
+                "directory of the published statistics."
             )
         try:
             found[what] = xarray.load_dataset(existing[0], engine="h5netcdf")
         except (OSError, ValueError) as error:
             raise ValueError(
-                f"the file '{existing[0]}' of stats= cannot be read as netCDF ({str(error).splitlines()[0]}); download "
-                "the published statistics again."
+                f"the file '{existing[0]}' of {spelled('prior.stats')} cannot be read as netCDF "
+                f"({str(error).splitlines()[0]}); download the published statistics again."
             ) from None
     return found
 

@@ -28,6 +28,7 @@ from numpyro_diffusion_da.priors.weathernext.package import (
     TracedNetwork,
     trace,
 )
+from numpyro_diffusion_da.spelling import spelled
 
 CONFIGURATIONS = ("WeatherNext2", "WeatherNextCyclones", "WeatherNextCyclones_Mini")
 NETWORK = "noisy_function_kwargs"
@@ -49,8 +50,8 @@ def open_configuration(wn: SimpleNamespace, config: str | os.PathLike[str]) -> A
         opened = wn.configurations.get_fiddle_config_by_name(f"weathernext2/configs/{name}")
     elif not os.path.exists(name):
         raise FileNotFoundError(
-            f"config={name!r} is neither a published configuration ({', '.join(CONFIGURATIONS)}) nor a file; give the "
-            "one that belongs to the checkpoint."
+            f"{spelled('prior.config', name)} is neither a published configuration ({', '.join(CONFIGURATIONS)}) nor a "
+            "file; give the one that belongs to the checkpoint."
         )
     else:
         with open(name) as file:
@@ -59,8 +60,8 @@ def open_configuration(wn: SimpleNamespace, config: str | os.PathLike[str]) -> A
             json.loads(text)
         except ValueError as error:
             raise ValueError(
-                f"the file '{name}' of config= cannot be read as JSON ({error}); give one of the package's "
-                "configurations."
+                f"the file '{name}' of {spelled('prior.config')} cannot be read as JSON ({error}); give one of the "
+                "package's configurations."
             ) from None
         opened = wn.configurations.get_fiddle_config(text)
     task = opened.task
@@ -206,7 +207,8 @@ def trace_network(
     except ValueError as error:
         raise ValueError(
             f"the parameters of '{names[0]}' do not fit the configuration '{names[1]}' "
-            f"({str(error).splitlines()[0]}); give the one that belongs to the checkpoint: config= one of "
+            f"({str(error).splitlines()[0]}); give the one that belongs to the checkpoint, "
+            f"{spelled('prior.config')} one of "
             f"{', '.join(map(repr, CONFIGURATIONS))}."
         ) from error
 
