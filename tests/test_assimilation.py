@@ -236,6 +236,26 @@ def test_what_does_not_fit_the_prior_is_refused(tmp_path, tables, message):
         prepare(configuration(tmp_path, **tables), prior=prior_of())
 
 
+def test_stations_that_are_numbers(tmp_path):
+    """A whole number names the station with this text, whatever the file makes of it, and what is not there is said."""
+    quality = {"withheld": [3, "4"], "blacklist": {"stations": [5, 77]}, "bounds": False}
+    for name, ids in (("a.csv", range(12)), ("b.csv", np.arange(12.0)), ("c.parquet", range(12))):
+        table = table_of().assign(station=lambda some, ids=ids: np.resize(np.array(ids), len(some)))
+        given = {"files": tmp_path / name, "window": "2h"}
+        config = configuration(tmp_path, quality=quality, observations=given)
+        getattr(table, "to_csv" if name.endswith("csv") else "to_parquet")(tmp_path / name, index=False)
+        run = prepare(RunConfig(**tomllib.loads(config.to_toml())), prior=prior_of())
+        flag = run.placed.rows.groupby("station")["flag"].agg(set)
+        assert (flag["3"], flag["4"], flag["5"]) == ({"withheld"}, {"withheld"}, {"blacklisted"})
+        assert "quality.blacklist names '77', but no row has it." in run.report()
+    table.assign(station="0" + table["station"].astype(str)).to_csv(tmp_path / "a.csv", index=False)
+    config = configuration(tmp_path, quality=quality, errors={"t2m": 1, "sp": 1, "ship/sp": 2})
+    table.assign(station="0" + table["station"].astype(str)).to_csv(tmp_path / "a.csv", index=False)
+    report = prepare(config, prior=prior_of()).report()
+    assert "quality.withheld names '3', but no row has it; is it '03'?" in report
+    assert "no row takes its error from errors['ship/sp']." in report
+
+
 @pytest.mark.parametrize(
     ("change", "tables", "message"),
     [

@@ -30,6 +30,7 @@ LARGEST_FILE = 2**20
 MOST_STEPS = 100_000
 """Largest number of steps of a run."""
 
+Whole = Annotated[int, Field(strict=True)]
 Count = Annotated[int, Field(ge=1, le=2**31 - 1, strict=True)]
 Seed = Annotated[int, Field(ge=0, le=2**31 - 1, strict=True)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False, strict=True)]
@@ -247,10 +248,10 @@ class ObservationSettings(Settings):
 class QualitySettings(Settings):
     """Table `[quality]`: checks of `ndda.observation`, in the order of these keys."""
 
-    accepted: tuple[Text | Annotated[int, Field(strict=True)], ...] = Field(
+    accepted: tuple[Text | Whole, ...] = Field(
         default=(), description="marks of good rows in the table's column `quality`"
     )
-    blacklist: dict[Literal["stations", "types", "variables"], tuple[Text, ...]] = Field(
+    blacklist: dict[Literal["stations", "types", "variables"], tuple[Text | Whole, ...]] = Field(
         default={}, description="rows that are known to be bad, by stations, types and variables"
     )
     bounds: Flagged = Field(
@@ -265,7 +266,7 @@ class QualitySettings(Settings):
     )
     thinning_km: Positive | None = Field(default=None, description="smallest distance of two rows of a variable")
     superobbing_km: Positive | None = Field(default=None, description="size of the cells whose rows are averaged")
-    withheld: Fraction | tuple[Text, ...] = Field(
+    withheld: Fraction | tuple[Text | Whole, ...] = Field(
         default=0.0, description="fraction of the stations, or their names, that are compared and not assimilated"
     )
     background_check: Positive | Literal[False] = Field(
@@ -275,7 +276,7 @@ class QualitySettings(Settings):
 
     @pydantic.field_validator("blacklist")
     @classmethod
-    def _some(cls, value: dict[str, tuple[str, ...]]) -> dict[str, tuple[str, ...]]:
+    def _some(cls, value: dict[str, tuple[str | int, ...]]) -> dict[str, tuple[str | int, ...]]:
         if value and not any(value.values()):
             raise ValueError("it names no stations, types or variables; name some, or leave it out.")
         return value
@@ -512,6 +513,9 @@ KEYS: Mapping[str, str | None] = {
     **{name: f"observations.{name}" for name in ("window", "correlation")},
     "errors": "errors",
     "accepted": "quality.accepted",
+    "Blacklist": "quality.blacklist",
+    "Withheld": "quality.withheld",
+    "height_difference": "quality.height_difference",
     "threshold": "quality.background_check",
     "inflation": "filter.inflation",
     "taper": "filter.taper_km",

@@ -20,7 +20,6 @@ from numpyro_diffusion_da.diffusion.prior import EmulatorPrior
 from numpyro_diffusion_da.filters.base import FilterAlgorithm
 from numpyro_diffusion_da.inference.filter import Filter
 from numpyro_diffusion_da.inference.keeping import Kept
-from numpyro_diffusion_da.observation.tables.flags import Flag
 from numpyro_diffusion_da.observation.tables.groups import grouped
 from numpyro_diffusion_da.observation.tables.placed import PlacedObservations
 from numpyro_diffusion_da.observation.tables.table import ObservationTable
@@ -60,7 +59,7 @@ class PreparedRun:
 
     def report(self) -> str:
         """Text with the number of rows by flag, and with what the run will cost."""
-        return "\n".join([self.placed.report(), *self._no_such_rows(), *self._groups(), "", *cost_of(self)])
+        return "\n".join([self.placed.report(), *self._groups(), "", *cost_of(self)])
 
     def _groups(self) -> list[str]:
         """Sentence about the rows with correlated errors."""
@@ -70,29 +69,6 @@ class PreparedRun:
         rows = self.placed.rows[grouped(self.placed.rows)]
         count = rows.groupby(["cycle", "group"]).ngroups if len(rows) else 0
         return [f"{len(rows)} rows in {count} groups have errors with the correlation {correlation:g}."]
-
-    def _no_such_rows(self) -> list[str]:
-        """Sentences about what `quality.blacklist` and `quality.withheld` name, and no row has."""
-        rows = self.placed.rows
-        found = []
-        for key, names in self.config.quality.blacklist.items():
-            columns = {"stations": ["station"], "types": ["type"], "variables": ["name", "variable"]}[key]
-            has = {value for column in columns if column in rows for value in rows[column]}
-            found += [f"quality.blacklist names {name!r}, but no row has it." for name in names if name not in has]
-        return [*found, *self._withheld_nothing()]
-
-    def _withheld_nothing(self) -> list[str]:
-        """Sentences about stations or a fraction of `quality.withheld` that withhold no row."""
-        given, rows = self.config.quality.withheld, self.placed.rows
-        apart = rows[rows["flag"] == Flag.WITHHELD]
-        if isinstance(given, tuple):
-            has = set(apart["station"]) if "station" in apart else set()
-            return [
-                f"quality.withheld names {name!r}, but withholds no row of it." for name in given if name not in has
-            ]
-        if given and apart.empty:
-            return [f"quality.withheld = {given:g} withholds nothing: fewer than two stations have rows to use."]
-        return []
 
     def filter(self, progress_bar: bool = True) -> Filter:
         """Filter that writes into the store of the run.

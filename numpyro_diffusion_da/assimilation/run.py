@@ -147,6 +147,7 @@ def identity(run: PreparedRun) -> dict[str, Any]:
         "members": run.config.output.members or settings.particles,
         "seed": run.config.output.seed,
         "tables": {str(file): _checksum(file) for file in run.config.observations.files if file.is_file()},
+        "notes": list(run.placed.notes),
         "versions": versions(),
     }
 

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+import difflib
 import hashlib
+import numbers
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -126,6 +128,14 @@ class QualityCheck(abc.ABC):
             context: layout, times and interpolation.
         """
 
+    def in_vain(self, rows: pandas.DataFrame) -> list[str]:
+        """Sentences about what the check asks for and the table does not have.
+
+        Args:
+            rows: all rows of the table, with their flags after all checks.
+        """
+        return []
+
     def apply(self, rows: pandas.DataFrame, context: Context) -> Outcome:
         """Flags of rows, and rows that the check adds.
 
@@ -139,11 +149,35 @@ class QualityCheck(abc.ABC):
 
 
 def _names(value: Any, owner: str, name: str) -> tuple[str, ...]:
-    """Several texts, given as a sequence or as one."""
+    """Several texts, given as a sequence or as one. Whole numbers, as stations may have, become texts."""
+    whole = numbers.Integral
     given = (value,) if isinstance(value, str) else value
-    if not isinstance(given, Sequence) or not all(isinstance(one, str) for one in given):
-        raise TypeError(f'{owner} got {name}={shown(value)}; give texts, as in {name}=("A12", "B7").')
-    return tuple(given)
+    right = isinstance(given, Sequence) and all(
+        isinstance(one, (str, whole)) and not isinstance(one, bool) for one in given
+    )
+    if not right:
+        raise TypeError(f'{owner} got {name}={shown(value)}; give texts or whole numbers, as in {name}=("A12", 6260).')
+    return tuple(map(str, given))
+
+
+def _unknown_names(owner: str, names: Sequence[str], rows: pandas.DataFrame, columns: Sequence[str]) -> list[str]:
+    """Sentences about names that none of some columns has, each with the nearest name that occurs.
+
+    Args:
+        owner: what names them, for the sentence.
+        names: the names.
+        rows: all rows of a table.
+        columns: columns in which a name may occur.
+    """
+    has = {str(value) for column in columns if column in rows for value in rows[column].dropna().unique()}
+    found = []
+    for name in names:
+        if name not in has:
+            # 1234 may be 01234, and "ship7" SHIP7.
+            same = [one for one in has if one.lower().lstrip("0") == name.lower().lstrip("0")]
+            near = same or difflib.get_close_matches(name, sorted(has), n=1, cutoff=0.75)
+            found.append(f"{owner} names {name!r}, but no row has it{f'; is it {near[0]!r}?' if near else '.'}")
+    return found
 
 
 def _of(rows: pandas.DataFrame, name: str, wanted: tuple[str, ...]) -> np.ndarray:
@@ -158,7 +192,7 @@ class Blacklist(QualityCheck):
     """Rows that are known to be bad. A row is on the list if it has one of the values of every argument given.
 
     Args:
-        stations: names in the column `station`.
+        stations: names in the column `station`; a whole number is the text that spells it.
         types: names in the column `type`.
         variables: names of variables or derived quantities, as the layout or the table has them.
 
@@ -183,6 +217,16 @@ class Blacklist(QualityCheck):
         of_station = _of(rows, "station", tuple(self.stations)) & _of(rows, "type", tuple(self.types))
         variables = tuple(self.variables)
         return of_station & (_of(rows, "name", variables) | _of(rows, "variable", variables))
+
+    def in_vain(self, rows: pandas.DataFrame) -> list[str]:
+        """Names that no row has, or that no row has together."""
+        owner = spelled("Blacklist", python="Blacklist")
+        found = _unknown_names(owner, self.stations, rows, ("station",))
+        found += _unknown_names(owner, self.types, rows, ("type",))
+        found += _unknown_names(owner, self.variables, rows, ("name", "variable"))
+        if found or not len(rows) or self.rejects(rows, None).any():  # type: ignore[arg-type]
+            return found
+        return [f"{owner} sets nothing aside: no row has one of its names in each of the columns that it names."]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -370,6 +414,13 @@ class HeightDifference(QualityCheck):
         apart = np.abs(rows["elev"].to_numpy(float) - surface) > self.limit
         return apart & np.isnan(rows["pres"].to_numpy(float))
 
+    def in_vain(self, rows: pandas.DataFrame) -> list[str]:
+        """A table without heights."""
+        if not len(rows) or ("elev" in rows and rows["elev"].notna().any()):
+            return []
+        owner = spelled("height_difference", python="HeightDifference")
+        return [f"{owner} checks nothing, because the table has no column elev with the heights of stations."]
+
 
 @dataclasses.dataclass(frozen=True)
 class Duplicates(QualityCheck):
@@ -476,6 +527,10 @@ class Thinning(QualityCheck):
                     wrong[order[near[near > i]]] = True
         return wrong
 
+    def in_vain(self, rows: pandas.DataFrame) -> list[str]:
+        """Types that no row has."""
+        return _unknown_names("Thinning", self.types, rows, ("type",))
+
 
 def _on_sphere(rows: pandas.DataFrame) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Cartesian coordinates of the places of rows on the unit sphere."""
@@ -555,6 +610,10 @@ class Superobbing(QualityCheck):
                     added.append(self._mean(rows.iloc[at], context, len(added) + 1))
         return Outcome(flags, pandas.DataFrame(added) if added else None, joined if added else None)
 
+    def in_vain(self, rows: pandas.DataFrame) -> list[str]:
+        """Types that no row has."""
+        return _unknown_names("Superobbing", self.types, rows, ("type",))
+
     def _cells(self, rows: pandas.DataFrame) -> np.ndarray:
         """Cell of each row: band of latitude, sector of longitude, layer, shape (row, 4)."""
         size = np.rad2deg(self.distance / EARTH_RADIUS)
@@ -616,7 +675,7 @@ class Withheld(QualityCheck):
 
     Args:
         fraction: fraction of the stations that is withheld, 0 to below 1.
-        stations: names of stations that are withheld beside them.
+        stations: names of stations that are withheld beside them; a whole number is the text that spells it.
         seed: seed of the choice.
 
     Raises:
@@ -643,7 +702,7 @@ class Withheld(QualityCheck):
 
         keys, of_row = np.unique(station_keys(rows), return_inverse=True)
         station = rows["station"].to_numpy(object) if "station" in rows else np.full(len(rows), None, object)
-        named = np.isin(station.astype(str), self.stations)
+        named = np.array([name in self.stations for name in station], bool)
         # What each station reports; those that are withheld by name are no part of the choice.
         name_of_row, names = pandas.factorize(rows["name"].to_numpy(object))
         reports = np.zeros((len(keys), len(names)), bool)
@@ -652,6 +711,21 @@ class Withheld(QualityCheck):
         chosen = np.zeros(len(keys), bool)
         chosen[others] = self._choice(reports[others], np.array([self._draw(key) for key in keys[others]]))
         return chosen[of_row] | named
+
+    def in_vain(self, rows: pandas.DataFrame) -> list[str]:
+        """Stations of which no row is withheld, and a fraction that withholds none."""
+        owner = spelled("Withheld", python="Withheld")
+        found = _unknown_names(owner, self.stations, rows, ("station",))
+        apart = rows[rows["flag"] == Flag.WITHHELD]
+        here, of = (set(some["station"].dropna()) if "station" in some else set() for some in (apart, rows))
+        found += [
+            f"{owner} names {name!r}, but withholds no row of it, because none is used."
+            for name in self.stations
+            if name in of and name not in here
+        ]
+        if self.fraction and apart.empty:
+            found.append(f"{owner} withholds nothing: fewer than two stations have rows to use.")
+        return found
 
     def _choice(self, reports: np.ndarray, draws: np.ndarray) -> np.ndarray:
         """Stations that the fraction withholds, as a mask.

@@ -22,6 +22,7 @@ from numpyro_diffusion_da.observation.tables.rows import (
     by_known_names,
     check_errors,
     converted,
+    errors_in_vain,
     errors_of,
     refuse_no_error,
     resolved,
@@ -78,6 +79,8 @@ def place(table: ObservationTable, layout: Layout, times: Any, options: Options)
     for check in checks:
         rows = _checked(rows, check, context)
     refuse_no_error(rows)
+    notes += errors_in_vain(rows, options.errors, names)
+    notes += [sentence for check in checks for sentence in check.in_vain(rows)]
     apart = int(grouped(rows).sum())
     if apart and options.correlation is None:
         notes.append(

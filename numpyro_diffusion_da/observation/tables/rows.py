@@ -187,6 +187,32 @@ def errors_of(rows: pandas.DataFrame, errors: float | Mapping[Any, float] | None
     return np.where(np.isnan(own), found, own)
 
 
+def errors_in_vain(rows: pandas.DataFrame, errors: float | Mapping[Any, float] | None, names: Names) -> list[str]:
+    """Sentence about errors that no row takes, because it has its own or there is no such row.
+
+    Args:
+        rows: rows with their names and errors.
+        errors: errors as the user gave them.
+        names: what a name means.
+    """
+    if not isinstance(errors, Mapping):
+        return []
+    known = by_known_names(errors, names)
+    assert isinstance(known, Mapping)
+    numbered = {key: float(i) for i, key in enumerate(known)}
+    taken = errors_of(rows.assign(error_given=np.where(rows["error_given"].isna(), np.nan, -1.0)), numbered)
+    here = {key for i, key in enumerate(known) if (taken == i).any()}
+    unused = []
+    for key in errors:
+        own = key if isinstance(key, str) else key[1]
+        meant = _known_names(own, names)
+        if not here & {name if isinstance(key, str) else (key[0], name) for name in meant}:
+            unused.append(key if isinstance(key, str) else "/".join(key))
+    if not unused:
+        return []
+    return [f"no row takes its error from {', '.join(f'errors[{key!r}]' for key in unused)}."]
+
+
 def by_known_names(errors: float | Mapping[Any, float] | None, names: Names) -> float | Mapping[Any, float] | None:
     """Errors by the names of the layout and the derived quantities: "t" is "temperature", "t850" a channel of it.
 

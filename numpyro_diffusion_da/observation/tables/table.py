@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -350,7 +351,7 @@ def _texts(column: pandas.Series, name: str, raw: RawTable) -> np.ndarray:
     def text(value: Any) -> str:
         if isinstance(value, float) and value.is_integer():
             return str(int(value))
-        return str(value).strip()
+        return re.sub(r"^(\d+)\.0$", r"\1", str(value).strip())
 
     return np.array([None if no else (text(value) or None) for value, no in zip(values, missing, strict=True)], object)
 
