@@ -124,7 +124,7 @@ def checks_of(quality: QualitySettings, config: RunConfig, prior: Any) -> list[Q
     if quality.accepted:
         found.append(QualityColumn(quality.accepted))
     if quality.blacklist:
-        found.append(Blacklist(**quality.blacklist))
+        found.append(Blacklist(**{key: tuple(map(str, names)) for key, names in quality.blacklist.items()}))
     if quality.bounds:
         bounds = bounds_of(prior, quality.bounds_factor)
         found.append(bounds)

@@ -160,7 +160,7 @@ def _names(value: Any, owner: str, name: str) -> tuple[str, ...]:
     return tuple(map(str, given))
 
 
-def _unknown_names(owner: str, names: Sequence[str], rows: pandas.DataFrame, columns: Sequence[str]) -> list[str]:
+def _unknown_names(owner: str, names: Sequence[str | int], rows: pandas.DataFrame, columns: Sequence[str]) -> list[str]:
     """Sentences about names that none of some columns has, each with the nearest name that occurs.
 
     Args:
@@ -171,7 +171,7 @@ def _unknown_names(owner: str, names: Sequence[str], rows: pandas.DataFrame, col
     """
     has = {str(value) for column in columns if column in rows for value in rows[column].dropna().unique()}
     found = []
-    for name in names:
+    for name in map(str, names):
         if name not in has:
             # 1234 may be 01234, and "ship7" SHIP7.
             same = [one for one in has if one.lower().lstrip("0") == name.lower().lstrip("0")]
@@ -201,7 +201,7 @@ class Blacklist(QualityCheck):
         ValueError: nothing is given.
     """
 
-    stations: Sequence[str] = ()
+    stations: Sequence[str | int] = ()
     types: Sequence[str] = ()
     variables: Sequence[str] = ()
     flag = Flag.BLACKLISTED
@@ -214,7 +214,7 @@ class Blacklist(QualityCheck):
 
     def rejects(self, rows: pandas.DataFrame, context: Context) -> Bool[np.ndarray, " row"]:
         """Rows with one of the stations, one of the types and one of the variables, of those that are given."""
-        of_station = _of(rows, "station", tuple(self.stations)) & _of(rows, "type", tuple(self.types))
+        of_station = _of(rows, "station", tuple(map(str, self.stations))) & _of(rows, "type", tuple(self.types))
         variables = tuple(self.variables)
         return of_station & (_of(rows, "name", variables) | _of(rows, "variable", variables))
 
@@ -684,7 +684,7 @@ class Withheld(QualityCheck):
     """
 
     fraction: float = 0.0
-    stations: Sequence[str] = ()
+    stations: Sequence[str | int] = ()
     seed: int = 0
     flag = Flag.WITHHELD
 
