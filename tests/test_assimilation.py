@@ -247,13 +247,35 @@ def test_stations_that_are_numbers(tmp_path):
         run = prepare(RunConfig(**tomllib.loads(config.to_toml())), prior=prior_of())
         flag = run.placed.rows.groupby("station")["flag"].agg(set)
         assert (flag["3"], flag["4"], flag["5"]) == ({"withheld"}, {"withheld"}, {"blacklisted"})
-        assert "quality.blacklist names '77', but no row has it." in run.report()
+        assert "the blacklist of [quality] names '77', but no row has it." in run.report()
     table.assign(station="0" + table["station"].astype(str)).to_csv(tmp_path / "a.csv", index=False)
     config = configuration(tmp_path, quality=quality, errors={"t2m": 1, "sp": 1, "ship/sp": 2})
     table.assign(station="0" + table["station"].astype(str)).to_csv(tmp_path / "a.csv", index=False)
     report = prepare(config, prior=prior_of()).report()
     assert "quality.withheld names '3', but no row has it; is it '03'?" in report
     assert "no row takes its error from errors['ship/sp']." in report
+
+
+def test_a_blacklist_in_a_file(tmp_path):
+    """A row of the file sets aside what has all of its values; a report writes such a file."""
+    path = tmp_path / "suspects.csv"
+    quality = {"blacklist_file": path, "bounds": False}
+    path.write_text("station,variable,why\nS1,2m_temperature,biased\n S2,,\n,surface_pressure,all\n")
+    rows = prepare(configuration(tmp_path, quality=quality), prior=prior_of()).placed.rows
+    listed = (rows["station"] == "S2") | (rows["name"] == "surface_pressure") | (rows["station"] == "S1")
+    assert (rows["flag"][rows["cycle"] >= 0] == "blacklisted").equals(listed[rows["cycle"] >= 0])
+    for text, message in (
+        ("station,type\nS1,a\n,\n", "suspects.csv, row 3: it names no station, type or variable; take it out"),
+        ("name\nS1\n", "suspects.csv' has the columns name; give one or more of station, type and variable"),
+        ("", "suspects.csv' cannot be read as CSV"),
+    ):
+        path.write_text(text)
+        with pytest.raises(ValueError, match=message):
+            prepare(configuration(tmp_path, quality=quality), prior=prior_of())
+    path.write_text("station,variable,why\n")  # a run without suspects
+    assert "blacklisted" not in set(
+        prepare(configuration(tmp_path, quality=quality), prior=prior_of()).placed.rows["flag"]
+    )
 
 
 @pytest.mark.parametrize(

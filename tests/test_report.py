@@ -138,6 +138,13 @@ def test_each_fault_is_named(fault):
     assert words in found.sentence
     assert all(one.p_value <= one.threshold for one in found)
     assert list(found.table()["kind"]) == [one.kind for one in found]
+    suspects = found.suspects()[["station", "variable"]].to_numpy().tolist()
+    of_station = {
+        biased_station: [["S05", "temperature"]],
+        noisy_station: [["L07", "surface_pressure"]],
+        rejected_station: [["S03", "temperature"]],
+    }
+    assert suspects == of_station.get(fault, [])
 
 
 @pytest.mark.slow

@@ -25,6 +25,7 @@ from numpyro_diffusion_da.observation import (
     QualityColumn,
     Superobbing,
     Thinning,
+    Tracks,
     Withheld,
     read_table,
 )
@@ -60,6 +61,28 @@ def place(table, *checks, **options):
 
 def flags(table, *checks, **options):
     return list(place(table, *checks, **options).rows["flag"])
+
+
+def test_tracks_of_ships():
+    """The longest track at 75 km/h stays, whichever report is off it; without a majority, everything does."""
+
+    def track(east, station="A", **more):
+        time = np.datetime64(TIMES[0]) + np.arange(len(east)) * np.timedelta64(1, "h")
+        return frame("lon", *((lon,) for lon in east), **{"station": station, "type": "SHIP", "time": time, **more})
+
+    used, off = "used", "off track"
+    steady = [179.0, 179.4, -180.2 + 360.0, 180.2, -179.4 + 360.0]  # 44 km an hour at the equator, over the date line
+    for wrong in range(5):
+        east = [lon + 10.0 * (i == wrong) for i, lon in enumerate(steady)]
+        assert flags(track(east), Tracks()) == [off if i == wrong else used for i in range(5)]
+    assert flags(track([0.0, 50.0]), Tracks()) == [used, used]
+    assert flags(track([0.0, 50.0, 100.0, 0.2]), Tracks()) == [used] * 4
+    assert flags(track([0.0, 50.0, 100.0], type="land"), Tracks()) == [used] * 3
+    # A ship whose position is that of the first report, and one at anchor for less than the time.
+    moves = track([0.0, 0.4, 0.8, 0.8, 0.8], station="B")
+    both = pandas.concat([track([3.0] * 5), moves], ignore_index=True)
+    assert flags(both, Tracks(still=3.0)) == [off] * 5 + [used] * 5
+    assert flags(both, Tracks()) == [used] * 10
 
 
 def test_bounds():
@@ -310,6 +333,8 @@ def test_a_filter_completes_the_record():
         (lambda: Thinning(0.0), "distance=0.0; give a positive distance in km"),
         (lambda: Superobbing(1.0, correlation=2.0), "correlation=2.0; give a number from 0 to 1"),
         (lambda: Superobbing(1.0, least=1), "least=1; give 2 or more"),
+        (lambda: Tracks({"ship": 0.0}), r"max_speed\['ship'\]=0.0; give a speed in km/h"),
+        (lambda: Tracks(still=0), "still=0; give a positive number of hours"),
         (lambda: Withheld(), "Withheld got nothing"),
         (lambda: Withheld(1.0), "fraction=1.0; give a fraction from 0 to below 1"),
     ],

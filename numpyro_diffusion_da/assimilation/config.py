@@ -254,11 +254,20 @@ class QualitySettings(Settings):
     blacklist: dict[Literal["stations", "types", "variables"], tuple[Text | Whole, ...]] = Field(
         default={}, description="rows that are known to be bad, by stations, types and variables"
     )
+    blacklist_file: Path | None = Field(
+        default=None, description="CSV file of such rows with the columns station, type and variable, or some of them"
+    )
     bounds: Flagged = Field(
         default=True, description="refuse values that are impossible, or far from the prior's climate"
     )
     bounds_factor: Positive = Field(
         default=8.0, description="largest distance from the climate, in standard deviations"
+    )
+    max_speed: dict[Text, Positive] = Field(
+        default={"ship": 75.0}, description="largest speed of stations by their type, km/h; {} for no check of tracks"
+    )
+    still_hours: Positive | None = Field(
+        default=None, description="time after which a station of these types that does not move is set aside"
     )
     duplicates: Flagged = Field(default=True, description="use one of several equal rows, and one report of a station")
     height_difference: Positive | None = Field(
@@ -282,8 +291,9 @@ class QualitySettings(Settings):
         return value
 
     def unused(self) -> dict[str, str]:
-        """The size of bounds, without bounds."""
-        return {} if self.bounds else {"bounds_factor": "with bounds = false"}
+        """The size of bounds without bounds, and a time without types."""
+        found = {} if self.bounds else {"bounds_factor": "with bounds = false"}
+        return found if self.max_speed else {**found, "still_hours": "with max_speed = {}"}
 
 
 LOCAL = ("fa_apf", "enkf")
@@ -513,7 +523,7 @@ KEYS: Mapping[str, str | None] = {
     **{name: f"observations.{name}" for name in ("window", "correlation")},
     "errors": "errors",
     "accepted": "quality.accepted",
-    "Blacklist": "quality.blacklist",
+    "Blacklist": "the blacklist of [quality]",
     "Withheld": "quality.withheld",
     "height_difference": "quality.height_difference",
     "threshold": "quality.background_check",

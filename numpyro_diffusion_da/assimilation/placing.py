@@ -27,6 +27,7 @@ from numpyro_diffusion_da.observation.tables.checks import (
 )
 from numpyro_diffusion_da.observation.tables.placed import PlacedObservations
 from numpyro_diffusion_da.observation.tables.table import ObservationTable, read_table
+from numpyro_diffusion_da.observation.tables.tracks import Tracks
 
 GRAVITY = 9.80665
 """Standard acceleration of gravity, m s-2."""
@@ -125,6 +126,8 @@ def checks_of(quality: QualitySettings, config: RunConfig, prior: Any) -> list[Q
         found.append(QualityColumn(quality.accepted))
     if quality.blacklist:
         found.append(Blacklist(**{key: tuple(map(str, names)) for key, names in quality.blacklist.items()}))
+    if quality.blacklist_file is not None:
+        found += blacklists_of(quality.blacklist_file)
     if quality.bounds:
         bounds = bounds_of(prior, quality.bounds_factor)
         found.append(bounds)
@@ -134,6 +137,8 @@ def checks_of(quality: QualitySettings, config: RunConfig, prior: Any) -> list[Q
                 f"quality.bounds_factor is {quality.bounds_factor:g}, but {type(prior).__name__} has no statistics of "
                 "its climate; leave it out."
             )
+    if quality.max_speed:
+        found.append(Tracks(quality.max_speed, quality.still_hours))
     if quality.height_difference is not None:
         found.append(HeightDifference(_orography(config, prior), quality.height_difference))
     if quality.duplicates:
@@ -145,6 +150,49 @@ def checks_of(quality: QualitySettings, config: RunConfig, prior: Any) -> list[Q
     if quality.withheld:
         by_fraction = isinstance(quality.withheld, float)
         found.append(Withheld(quality.withheld) if by_fraction else Withheld(stations=quality.withheld))  # type: ignore[arg-type]
+    return found
+
+
+def blacklists_of(file: pathlib.Path) -> list[Blacklist]:
+    """Checks of a list of bad rows, such as `suspects.csv` of a report.
+
+    Args:
+        file: CSV file with some of the columns `station`, `type` and `variable`. A row sets aside what has all of its
+            values; a value that is missing stands for any. Further columns are for the reader.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is no such list. The message names the row.
+    """
+    import pandas
+
+    if not file.is_file():
+        raise FileNotFoundError(f"there is no file '{file}'; give a list of bad rows as quality.blacklist_file.")
+    try:
+        table = pandas.read_csv(file, dtype=str, skipinitialspace=True, encoding="utf-8-sig")
+    except ValueError as error:
+        first = str(error).strip().splitlines()[0].rstrip(".")
+        raise ValueError(f"quality.blacklist_file '{file}' cannot be read as CSV ({first}).") from None
+    columns = [name for name in ("station", "type", "variable") if name in table]
+    if not columns:
+        raise ValueError(
+            f"quality.blacklist_file '{file}' has the columns {', '.join(map(str, table.columns))}; give one or "
+            "more of station, type and variable."
+        )
+    table = table[columns].apply(lambda column: column.str.strip()).replace("", None)
+    if len(empty := np.flatnonzero(table.isna().all(axis=1))):
+        raise ValueError(f"{file.name}, row {empty[0] + 2}: it names no station, type or variable; take it out.")
+    others = [name for name in columns if name != "station"]
+    groups = table.groupby(others, dropna=False, sort=False) if others else [((), table)]
+    found = []
+    for key, rows in groups:
+        values = dict(zip(others, key if isinstance(key, tuple) else (key,), strict=True))
+        names = {f"{name}s": (value,) for name, value in values.items() if isinstance(value, str)}
+        stations = rows["station"] if "station" in rows else pandas.Series([None] * len(rows))
+        if stations.notna().any():
+            found.append(Blacklist(tuple(stations.dropna()), **names))
+        if stations.isna().any():
+            found.append(Blacklist(**names))
     return found
 
 

@@ -120,6 +120,11 @@ def verify(
                 lead = [f"{row.lead_hours:g}"][:has_leads]
                 table.add_row(row.what, escape(name), *lead, str(row.count), *numbers)
             console.print(table)
+        suspects = ndda.report.Findings(ndda.assimilation.Run(folder).feedback()).suspects()
+        if len(suspects):
+            names = ", ".join(f'"{name}"' for name in suspects["station"].unique())
+            why = "biased, noisy or often rejected; ndda report says which, and lists them in suspects.csv"
+            console.print(f"Suspect stations: {escape(f'[{names}]')} are {why}.", soft_wrap=True)
         if left_out := int(scores.loc[scores["what"] == "analysis", "left_out"].sum()):
             console.print(f"{left_out} withheld rows are not scored: they are far from the background.", soft_wrap=True)
         console.print(f"Wrote {escape(str(folder / 'verification.csv'))}.", soft_wrap=True)
@@ -132,4 +137,5 @@ def report(folder: Folder) -> None:
     console = Console()
     with _in_sentences(console):
         ndda.assimilation.Run.open(folder)
-        console.print(f"Wrote {escape(str(ndda.report.write_report(folder)))}.", soft_wrap=True)
+        path = ndda.report.write_report(folder)
+        console.print(f"Wrote {escape(str(path))}, and suspect stations into suspects.csv beside it.", soft_wrap=True)

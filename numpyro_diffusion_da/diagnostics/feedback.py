@@ -42,7 +42,7 @@ REGIONS = {
 LEFT_OUT = "withheld, far from background"
 """Flag of withheld rows that are left out of scores."""
 
-REJECTIONS = ("bad quality", "out of bounds", "height difference", "far from background", LEFT_OUT)
+REJECTIONS = ("bad quality", "out of bounds", "off track", "height difference", "far from background", LEFT_OUT)
 """Flags of rows that a check of their quality rejected."""
 
 _CENTRAL_HALF = 0.6744897501960817

@@ -35,6 +35,7 @@ from numpyro_diffusion_da.observation.tables.operator import ObservationOperator
 from numpyro_diffusion_da.observation.tables.placed import PlacedObservations
 from numpyro_diffusion_da.observation.tables.quantities import DERIVED, DerivedQuantity, derived
 from numpyro_diffusion_da.observation.tables.table import ObservationTable, read_table
+from numpyro_diffusion_da.observation.tables.tracks import Tracks
 
 __all__ = [
     "DERIVED",
@@ -63,6 +64,7 @@ __all__ = [
     "Superobbing",
     "Swath",
     "Thinning",
+    "Tracks",
     "Withheld",
     "channel",
     "channel_names",

@@ -185,6 +185,19 @@ class Findings(Sequence[Finding]):
         columns = [field.name for field in dataclasses.fields(Finding)]
         return pandas.DataFrame([[getattr(one, name) for name in columns] for one in self], columns=columns)
 
+    def suspects(self) -> pandas.DataFrame:
+        """Stations with a finding of their own: biased, noisy, or with many rejections.
+
+        Returns:
+            A row for each station and variable, the gravest first, with the columns `station`, `variable` and `why`. As
+            a CSV file it is a list for the key `quality.blacklist_file` of `ndda assimilate`.
+        """
+        import pandas
+
+        found = [(one.group["station"], one.group["name"], one.text) for one in self if "station" in one.group]
+        table = pandas.DataFrame(found, columns=["station", "variable", "why"])
+        return table.drop_duplicates(["station", "variable"], ignore_index=True)
+
     def _sentence(self, count: int) -> str:
         if not count:
             rows = self.feedback.rows

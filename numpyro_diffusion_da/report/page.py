@@ -42,8 +42,12 @@ MOST_TIMES = 60
 """Number of cycles from which cycles are drawn in groups."""
 
 
+SUSPECTS = "suspects.csv"
+"""Name of the list of suspect stations in the folder of a run."""
+
+
 def write_report(folder: str | Path) -> Path:
-    """Write the report of a run, one HTML file that needs no network.
+    """Write the report of a run, one HTML file that needs no network, and the list of suspect stations.
 
     Args:
         folder: folder of a run. It needs `feedback.parquet`. What else it has is shown too: `cycles.csv`, `run.json`,
@@ -51,22 +55,24 @@ def write_report(folder: str | Path) -> Path:
             are those of the land-sea mask of the prior, if its file is still there.
 
     Returns:
-        The path of the file, `report.html` in the folder.
+        The path of the file, `report.html` in the folder. Beside it is `suspects.csv`, see `Findings.suspects`.
 
     Raises:
         FileNotFoundError: the folder has no feedback.
     """
     folder = Path(folder)
-    feedback = read_feedback(folder)
+    feedback = Feedback(read_feedback(folder))
+    rows = feedback.rows
     text = html(
         feedback,
         cycles=read_cycles(folder),
         facts=read_facts(folder),
         spectra=read_spectra(folder),
-        increments=read_increments(folder, feedback["name"][feedback["flag"] == "used"].value_counts().index),
+        increments=read_increments(folder, rows["name"][rows["flag"] == "used"].value_counts().index),
         coast=read_coast(folder),
         title=folder.resolve().name,
     )
+    Findings(feedback).suspects().to_csv(folder / SUSPECTS, index=False)
     path = folder / "report.html"
     path.write_text(text, encoding="utf-8")
     return path
@@ -613,8 +619,8 @@ def _math(text: str) -> str:
 
 
 _ROWS = """Each row of the table has one flag. <em>Rejected</em> is the share with the flags <em>bad quality</em>,
-<em>out of bounds</em>, <em>height difference</em> or <em>far from background</em>, also where it is withheld, among
-these and the rows that are used or withheld."""
+<em>out of bounds</em>, <em>off track</em>, <em>height difference</em> or <em>far from background</em>, also where it is
+withheld, among these and the rows that are used or withheld."""
 
 _DEPARTURES = """O is the observation, B its forecast before the filter saw it, A the analysis. <em>Expected</em> is the
 root of the mean of P + R. B is compared with used and withheld rows, A with used ones, which it has seen."""
@@ -638,7 +644,8 @@ are <em>left out</em>: they say more of themselves than of the analysis. Spread 
 too sure. The CRPS measures the whole distribution, lower is better. All include the error of the observation."""
 
 _STATIONS = """Sorted by how far the mean of O &minus; B is from that of other stations with this variable, in standard
-errors. <em>Others</em> is their median."""
+errors. <em>Others</em> is their median. Stations with a finding are in <em>suspects.csv</em>, a list for the key
+quality.blacklist_file."""
 
 _MAPS = """Boxes of nearly equal area. A mean within two standard errors of 0 is gray. Colors end at the 95th
 percentile."""

@@ -532,15 +532,19 @@ class Thinning(QualityCheck):
         return _unknown_names("Thinning", self.types, rows, ("type",))
 
 
-def _on_sphere(rows: pandas.DataFrame) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Cartesian coordinates of the places of rows on the unit sphere."""
+def on_sphere(rows: pandas.DataFrame) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Cartesian coordinates of the places of rows on the unit sphere.
+
+    Args:
+        rows: rows with `lat` and `lon` in degrees.
+    """
     north, east = np.deg2rad(rows["lat"].to_numpy(float)), np.deg2rad(rows["lon"].to_numpy(float))
     return np.cos(north) * np.cos(east), np.cos(north) * np.sin(east), np.sin(north)
 
 
 def _positions(rows: pandas.DataFrame, height_scale: float) -> np.ndarray:
     """Positions in km, on the sphere and with the logarithm of pressure as a fourth coordinate."""
-    sphere = _on_sphere(rows)
+    sphere = on_sphere(rows)
     height = height_scale * np.nan_to_num(np.log(rows["pres"].to_numpy(float) / 1e5))
     return np.stack([*(EARTH_RADIUS * part for part in sphere), height], axis=-1)
 
@@ -631,7 +635,7 @@ class Superobbing(QualityCheck):
     def _mean(self, rows: pandas.DataFrame, context: Context, number: int) -> dict[str, Any]:
         """Row with the mean of rows of one cell, quantity and step."""
         first = rows.iloc[0]
-        x, y, z = (coordinate.mean() for coordinate in _on_sphere(rows))
+        x, y, z = (coordinate.mean() for coordinate in on_sphere(rows))
         value = rows["value"].to_numpy(float)
         quantity = context.targets[first["name"]].quantity
         if quantity is not None and quantity.period is not None:

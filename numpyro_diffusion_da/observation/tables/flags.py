@@ -22,6 +22,7 @@ class Flag(enum.StrEnum):
         BAD_QUALITY: the table's own column `quality` rejects it.
         BLACKLISTED: it is on a list of rows that are not to be used.
         OUT_OF_BOUNDS: its value is impossible, or far from the climate.
+        OFF_TRACK: its place does not fit the other reports of its station, which moves.
         HEIGHT_DIFFERENCE: its station is much higher or lower than the model's surface.
         DUPLICATE: an earlier row is the same observation.
         REPEATED_REPORT: another report of the station in this window is nearer to the time of the analysis.
@@ -43,6 +44,7 @@ class Flag(enum.StrEnum):
     BAD_QUALITY = "bad quality"
     BLACKLISTED = "blacklisted"
     OUT_OF_BOUNDS = "out of bounds"
+    OFF_TRACK = "off track"
     HEIGHT_DIFFERENCE = "height difference"
     DUPLICATE = "duplicate"
     REPEATED_REPORT = "repeated report"

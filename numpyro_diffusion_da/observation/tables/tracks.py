@@ -1,0 +1,137 @@
+"""Quality control of the positions of stations that move."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import numpy as np
+from jaxtyping import Bool, Float
+
+from numpyro_diffusion_da.arguments import require, require_number
+from numpyro_diffusion_da.observation.tables.checks import Context, QualityCheck, on_sphere
+from numpyro_diffusion_da.observation.tables.flags import Flag
+from numpyro_diffusion_da.observation.tables.geometry import EARTH_RADIUS
+
+if TYPE_CHECKING:
+    import pandas
+
+SPEEDS: Mapping[str, float] = {"ship": 75.0}
+"""Largest speed of stations by their type, km/h: 40 knots for ships."""
+
+TOLERANCE = 50.0
+"""Distance in km that two reports may be further apart than the speed says, because times and places are rounded."""
+
+SAME_PLACE = 1.0
+"""Largest distance in km of two reports from one place."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Tracks(QualityCheck):
+    """Reports of moving stations whose positions do not fit together.
+
+    Of the reports of a station, in the order of their times, the largest number is kept that can follow each other
+    without a speed above the largest one. The others are set aside, whichever they are; the first one is not trusted
+    more than others. If those that fit are no more than half, nothing is set aside: then the name stands for several
+    stations, as "SHIP" does, or of two reports none can be told to be wrong.
+
+    With `still`, a station that reports one and the same position for that time or longer is set aside for this time,
+    as one whose position is not updated. So is a ship at anchor.
+
+    Args:
+        max_speed: largest speed in km/h by the text in the column `type`, upper or lower case. Stations of other types
+            are not checked, nor rows without a station.
+        still: time in hours; None for no such check.
+
+    Raises:
+        TypeError: `max_speed` is not a mapping, or a number is none.
+        ValueError: a number is not positive.
+    """
+
+    max_speed: Mapping[str, float] = dataclasses.field(default_factory=lambda: dict(SPEEDS))
+    still: float | None = None
+    flag = Flag.OFF_TRACK
+
+    def __post_init__(self) -> None:
+        require(self.max_speed, Mapping, self, "max_speed", '{"ship": 75.0}')
+        speeds = {}
+        for kind, given in self.max_speed.items():
+            name = f"max_speed[{kind!r}]"
+            speeds[str(kind).casefold()] = require_number(given, self, name, "give a speed in km/h.", above=0.0)
+        object.__setattr__(self, "max_speed", speeds)
+        if self.still is not None:
+            still = require_number(self.still, self, "still", "give a positive number of hours.", above=0.0)
+            object.__setattr__(self, "still", still)
+
+    def rejects(self, rows: pandas.DataFrame, context: Context) -> Bool[np.ndarray, " row"]:
+        """Rows of reports that are off the track of their station."""
+        wrong = np.zeros(len(rows), bool)
+        if "station" not in rows or "type" not in rows:
+            return wrong
+        kinds = rows["type"].astype(str).str.casefold()
+        moves = kinds.isin(self.max_speed) & rows["station"].notna()
+        moving = rows.assign(_kind=kinds, _at=np.arange(len(rows)))[moves]
+        for (kind, _), mine in moving.groupby(["_kind", "station"], sort=False):
+            reports = mine.groupby(["time", "lat", "lon"], sort=True)
+            first = mine.loc[~mine.duplicated(["time", "lat", "lon"])].sort_values(["time", "lat", "lon"])
+            hours = (first["time"] - first["time"].iloc[0]).to_numpy() / np.timedelta64(1, "h")
+            places = np.stack(on_sphere(first), axis=-1)
+            off = off_track(hours, places, self.max_speed[kind])
+            if self.still is not None:
+                off |= standing(hours, places, self.still)
+            wrong[mine["_at"].to_numpy()] = off[reports.ngroup().to_numpy()]
+        return wrong
+
+
+def _distance(places: np.ndarray, place: np.ndarray) -> np.ndarray:
+    """Distances in km along great circles of points on the unit sphere from one of them."""
+    chord = np.linalg.norm(places - place, axis=-1)
+    return 2.0 * EARTH_RADIUS * np.arcsin(np.minimum(0.5 * chord, 1.0))
+
+
+def off_track(
+    hours: Float[np.ndarray, " report"], places: Float[np.ndarray, "report 3"], speed: float
+) -> Bool[np.ndarray, " report"]:
+    """Reports outside the longest track; none if it holds no more than half of them.
+
+    Args:
+        hours: time of each report, not decreasing.
+        places: place of each report on the unit sphere.
+        speed: largest speed, km/h.
+    """
+    count = len(hours)
+    length, before = np.ones(count, int), np.full(count, -1)
+    for i in range(1, count):
+        fits = _distance(places[:i], places[i]) <= speed * (hours[i] - hours[:i]) + TOLERANCE
+        if fits.any():
+            best = int(np.argmax(np.where(fits, length[:i], 0)))
+            length[i], before[i] = length[best] + 1, best
+    off = np.ones(count, bool)
+    at = int(np.argmax(length))
+    if 2 * length[at] <= count:
+        return np.zeros(count, bool)
+    while at >= 0:
+        off[at], at = False, before[at]
+    return off
+
+
+def standing(
+    hours: Float[np.ndarray, " report"], places: Float[np.ndarray, "report 3"], still: float
+) -> Bool[np.ndarray, " report"]:
+    """Reports of stretches of time over which the position is the same.
+
+    Args:
+        hours: time of each report, not decreasing.
+        places: place of each report on the unit sphere.
+        still: shortest time of a stretch, hours.
+    """
+    found = np.zeros(len(hours), bool)
+    start = 0
+    for i in range(1, len(hours) + 1):
+        if i < len(hours) and _distance(places[i], places[start]) <= SAME_PLACE:
+            continue
+        if hours[i - 1] - hours[start] >= still:
+            found[start:i] = True
+        start = i
+    return found
