@@ -10,6 +10,7 @@ import os
 import shutil
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -44,6 +45,45 @@ if OWNS_COMPILED:
 COMPILED = os.environ["COMPILED_BY_TESTS"]
 jax.config.update("jax_compilation_cache_dir", COMPILED)
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+# For processes that a test starts: they compile as tests do, and read what tests have compiled.
+OF_PROCESSES = {
+    "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+    "JAX_COMPILATION_CACHE_DIR": COMPILED,
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2",
+}
+
+
+# About how many seconds of a core the slow tests of a file take, where they are many. Other files count by their tests.
+SECONDS = {
+    "test_assimilation": 115,
+    "test_assimilation_examples": 55,
+    "test_background": 85,
+    "test_backward_simulation": 55,
+    "test_conditioning": 70,
+    "test_density": 100,
+    "test_docs": 190,
+    "test_ensemble_smoother": 55,
+    "test_example_programs": 85,
+    "test_examples": 630,
+    "test_families": 60,
+    "test_filter": 80,
+    "test_fuzz": 110,
+    "test_gross_error_check": 60,
+    "test_held_suarez_demo": 110,
+    "test_inflation": 125,
+    "test_kalman_move": 90,
+    "test_likelihood": 125,
+    "test_lorenz96_demo": 380,
+    "test_moving_places": 80,
+    "test_network_prior": 75,
+    "test_numpyro_surface": 75,
+    "test_pmmh": 60,
+    "test_report": 50,
+    "test_sharding": 295,
+    "test_storage": 130,
+    "test_streaming": 185,
+}
+SECONDS_OF_OTHERS = 5  # for each test
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -51,13 +91,27 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out slow tests of other parts than that of `--part`: every third of them, so that parts take as long."""
+    """Leave out slow tests of other parts than that of `--part`, and run the files that take longest first.
+
+    The tests of a file are in one part, because they share fixtures and compiled programs. Parts take about as long:
+    each file, from the longest to the shortest, goes to the part that has least so far.
+    """
     part, parts = map(int, config.getoption("--part").split("/"))
-    slow = [item for item in items if item.get_closest_marker("slow")]
-    others = {item for i, item in enumerate(slow) if i % parts != part - 1}
+    slow = Counter(item.path.stem for item in items if item.get_closest_marker("slow"))
+    seconds = {file: SECONDS.get(file, SECONDS_OF_OTHERS * tests) for file, tests in slow.items()}
+    longest_first = sorted(seconds, key=lambda file: (-seconds[file], file))
+    in_all, part_of = [0] * parts, {}
+    for file in longest_first:
+        part_of[file] = in_all.index(min(in_all))
+        in_all[part_of[file]] += seconds[file]
+    ordered = [item for item in items if not item.get_closest_marker("slow")]
+    others = []
+    for file in longest_first:
+        of_file = [item for item in items if item.path.stem == file and item.get_closest_marker("slow")]
+        (ordered if part_of[file] == part - 1 else others).extend(of_file)
     if others:
-        config.hook.pytest_deselected(items=list(others))
-        items[:] = [item for item in items if item not in others]
+        config.hook.pytest_deselected(items=others)
+    items[:] = ordered
 
 
 # The garbage collector took a tenth of the time: it waits until all is imported, passes over that, and runs less often.

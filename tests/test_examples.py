@@ -5,9 +5,6 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import jax
@@ -24,15 +21,14 @@ from typer.testing import CliRunner
 import numpyro_diffusion_da as ndda
 
 
-def run_program(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """A benchmark as a user would run it; an unoptimized compilation, because nothing here runs long."""
-    return subprocess.run(
-        [sys.executable, str(BENCHMARKS / name), *arguments],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "COLUMNS": "160"},
-        check=False,
-    )
+def run_program(name: str, *arguments: str) -> str:
+    """Print of a benchmark with the arguments of its command line, in this process: a new one imports for seconds."""
+    program = typer.Typer()
+    program.command()(load(name).main)
+    with jax.numpy_rank_promotion("allow"):  # as for a user, and NumPyro's distributions rely on it
+        done = CliRunner().invoke(program, arguments, env={"COLUMNS": "160"}, catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    return done.output
 
 
 def load(name: str, directory: Path = BENCHMARKS):
@@ -40,22 +36,28 @@ def load(name: str, directory: Path = BENCHMARKS):
     return load_program(directory / f"{name}.py")
 
 
+def test_every_program_runs_its_main():
+    for path in (*EXAMPLES.glob("*.py"), *BENCHMARKS.glob("*.py")):
+        text = path.read_text()
+        assert ("def main(" in text) == text.endswith('if __name__ == "__main__":\n    typer.run(main)\n'), path
+
+
 @pytest.mark.slow
-def test_benchmarks_of_scale_run(tmp_path):
+def test_benchmarks_of_scale_run(tmp_path, monkeypatch):
+    monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")  # two of them run processes of their own
     sizes = {
-        "throughput.py": ("--particles", "20", "--dims", "2", "--steps", "5", "--repeats", "1"),
-        "overhead.py": ("--particles", "8", "--steps", "2", "--repeats", "1"),
-        "memory.py": ("--filters", "Bootstrap", "--particles", "8", "--kilobytes", "1", "--steps", "2", "--batch", "4"),
-        "first_step.py": ("--filters", "Bootstrap", "--particles", "8", "--repeats", "1"),
-        "large_local.py": (
+        "throughput": ("--particles", "20", "--dims", "2", "--steps", "5", "--repeats", "1"),
+        "overhead": ("--particles", "8", "--steps", "2", "--repeats", "1"),
+        "memory": ("--filters", "Bootstrap", "--particles", "8", "--kilobytes", "1", "--steps", "2", "--batch", "4"),
+        "first_step": ("--filters", "Bootstrap", "--particles", "8", "--repeats", "1"),
+        "large_local": (
             *("--latitudes", "19", "--longitudes", "36", "--observations", "500", "--members", "8"),
             *("--radius", "1500", "--block", "1000"),
         ),
     }
     for name, arguments in sizes.items():
         out = tmp_path / "table.json"
-        result = run_program(name, *arguments, "--out", str(out))
-        assert result.returncode == 0, result.stderr
+        run_program(name, *arguments, "--out", str(out))
         rows = json.loads(out.read_text())["rows"]
         assert all(value > 0 for row in rows for key, value in row.items() if key.endswith(("CPU s", ", s")))
     assert len(rows) == 6
@@ -85,8 +87,7 @@ def test_linear_gaussian_runs(tmp_path):
     tiny = ("--seeds", "1", "--steps", "5", "--particles", "32", "--dims", "4")
     names = ("exact weights", "ensemble Kalman")
     chosen = [part for name in names for part in ("--filters", name)]
-    done = run_program("linear_gaussian.py", *tiny, *chosen, "--out", str(out))
-    assert done.returncode == 0, done.stderr
+    printed = run_program("linear_gaussian", *tiny, *chosen, "--out", str(out))
     rows = json.loads(out.read_text())["rows"]
     assert [(row["d"], row["qs"], row["rs"], row["filter"]) for row in rows] == [(4, 0.5, 0.5, name) for name in names]
     for row in rows:
@@ -94,7 +95,7 @@ def test_linear_gaussian_runs(tmp_path):
         assert row["mean error SE"] is None
         assert 0.0 < row["mean error"] < 2.0
         assert 0.2 < row["variance ratio"] < 4.0
-        assert row["filter"] in done.stdout
+        assert row["filter"] in printed
     assert (rows[0]["log evidence"] is None, rows[1]["log evidence"] is None) == (False, True)
 
 
@@ -102,8 +103,7 @@ def test_linear_gaussian_runs(tmp_path):
 def test_linear_gaussian_through_a_diffusion(tmp_path):
     out = tmp_path / "table.json"
     tiny = ("--seeds", "2", "--steps", "3", "--spin-up", "0", "--particles", "32", "--dims", "4", "--diffusion")
-    done = run_program("linear_gaussian.py", *tiny, "--filters", "Dirac", "--out", str(out))
-    assert done.returncode == 0, done.stderr
+    run_program("linear_gaussian", *tiny, "--filters", "Dirac", "--out", str(out))
     (row,) = json.loads(out.read_text())["rows"]
     # The weight; then 16 levels of one forward pass and, for two observations, at most two products; the background
     # takes two at 16 of 32 particles.
@@ -144,8 +144,7 @@ def test_smoothing_runs(tmp_path):
         "--moved-lag",
         "4",
     )
-    done = run_program("smoothing.py", *tiny, "--out", str(out))
-    assert done.returncode == 0, done.stderr
+    printed = run_program("smoothing", *tiny, "--out", str(out))
     rows = json.loads(out.read_text())["rows"]
     names = ["0: the filter", "3", "genealogy", "backward simulation", "moved ancestors, lag 4", "EnKF, lag 4"]
     assert [row["lag"] for row in rows] == names
@@ -153,7 +152,7 @@ def test_smoothing_runs(tmp_path):
     assert rows[0]["mean error"] > max(rows[i]["mean error"] for i in (1, 4, 5))
     assert rows[1]["distinct lines at the first step"] > rows[2]["distinct lines at the first step"]
     assert rows[3]["distinct lines at the first step"] > rows[2]["distinct lines at the first step"]
-    assert "genealogy" in done.stdout
+    assert "genealogy" in printed
 
 
 @pytest.mark.slow
@@ -320,14 +319,13 @@ def test_published_settings_run(tmp_path):
         "--members",
         "24",
     )
-    done = run_program("published_settings.py", *tiny, "--out", str(out))
-    assert done.returncode == 0, done.stderr
+    printed = run_program("published_settings", *tiny, "--out", str(out))
     before, after = json.loads(out.read_text())["rows"]
     assert (before["as DAPPER"], after["as DAPPER"], before["published"]) == (False, True, 0.18)
     for row in (before, after):
         assert row["lost"] == 0
         assert abs(row["rmse.a"] - 0.18) < 0.03
-    assert "sakov2008" in done.stdout
+    assert "sakov2008" in printed
 
 
 @pytest.mark.slow
@@ -391,8 +389,7 @@ def test_kuramoto_sivashinsky_runs(tmp_path):
     """One observation of all values removes most of the error of the states that the members start from."""
     out = tmp_path / "table.json"
     tiny = ("--points", "512", "--particles", "4", "--cycles", "2", "--spin-up", "1", "--truths", "1")
-    done = run_program("kuramoto_sivashinsky.py", *tiny, "--only", "EnKF, square root", "--out", str(out))
-    assert done.returncode == 0, done.stderr
+    run_program("kuramoto_sivashinsky", *tiny, "--only", "EnKF, square root", "--out", str(out))
     (row,) = json.loads(out.read_text())["rows"]
     assert 0.0 < row["CRPS"] < row["RMSE"] < 0.5
     benchmark = load("kuramoto_sivashinsky")
@@ -555,10 +552,9 @@ def test_linear_gaussian_is_the_yardstick(setting, name, variance_ratio):
 def test_density_runs(tmp_path):
     out = tmp_path / "tables.json"
     tiny = ("--points", "4", "--levels", "4", "--levels", "24", "--keys", "2", "--probes", "3")
-    done = run_program("density.py", *tiny, "--out", str(out))
-    assert done.returncode == 0, done.stderr
+    printed = run_program("density", *tiny, "--out", str(out))
     tables = json.loads(out.read_text())
-    assert "two modes" in done.stdout
+    assert "two modes" in printed
     for coarse, fine in zip(tables["levels"][::2], tables["levels"][1::2], strict=True):
         assert (coarse["levels"], fine["levels"]) == (4, 24)
         assert fine["forward"] == 4 * 23 + 3
@@ -691,7 +687,7 @@ def test_one_pass_runs(tmp_path):
     """The benchmark, small: a guided draw of one pass takes fewer passes than that of the diffusion."""
     out = tmp_path / "one_pass.json"
     tiny = {"truths": 1, "particles": 8, "cycles": 4, "spin_up": 1, "paths": 16, "reference": 24}
-    load("one_pass").main(**tiny, out=out)
+    load("one_pass").main(["diffusion", "one pass"], **tiny, out=out)
     found = json.loads(out.read_text())
     ring = {row["draw"]: row for row in found["ring"]}
     one_pass = ring["one pass, products as needed"]
@@ -700,3 +696,5 @@ def test_one_pass_runs(tmp_path):
     passes = {(row["transition"], row["filter"]): row["passes"] for row in found["lorenz96"]}
     assert passes["one pass", "EnKF"] == 1.0
     assert passes["one pass", "FA-APF, moved"] < 0.5 * passes["diffusion", "FA-APF, moved"]
+    with pytest.raises(typer.BadParameter, match="no transition called two passes; give one of diffusion"):
+        load("one_pass").main(["two passes"])

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from numpyro_diffusion_da import commands
 from numpyro_diffusion_da.demos import lorenz96_demo as twin
 
-SIZES = {"truths": 6, "cycles": 90, "spin_up": 30, "particles": 256, "seed": 1000}
+SIZES = {"truths": 3, "cycles": 90, "spin_up": 30, "particles": 256, "seed": 1000}
 
 
 def load(name):

@@ -111,7 +111,7 @@ def largest(found):
 @pytest.mark.parametrize(
     ("names", "numbers"),
     [
-        ("FAAPF", (1, 2, 8)),
+        ("FAAPF", (1, 8)),
         ("Bootstrap;GuidedPF;local;moved", (8,)),
         ("moved, global;check;EnKF;EnKF, local;LETKF", (8,)),
     ],

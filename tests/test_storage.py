@@ -20,6 +20,7 @@ import numpyro
 import numpyro.distributions as dist
 import pytest
 import xarray
+from conftest import OF_PROCESSES
 from numpyro import handlers
 from numpyro.contrib.control_flow import scan
 from typer.testing import CliRunner
@@ -408,21 +409,17 @@ def test_kills_at_random_moments_lose_nothing(tmp_path):
     make_ = lambda directory: ndda.Filter(  # noqa: E731
         ndda.Bootstrap(_module_level), num_particles=50, progress_bar=False, directory=directory
     )
-    moments = np.random.default_rng(0)
+    lines = tmp_path / "run/.run/chain0/steps.jsonl"
     slowly = KILLED.replace("print(", "ndda.inference.chunks.SECONDS = 0.001; print(")
-    for _ in range(8):
-        command = [
-            sys.executable,
-            "-W",
-            "ignore",
-            "-c",
-            slowly,
-            str(tmp_path / "run"),
-            str(pathlib.Path(__file__).parent),
-        ]
-        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
-            assert process.stdout.readline() == b"begins\n"
-            time.sleep(moments.uniform(2.0, 6.0))
+    command = [sys.executable, "-W", "ignore", "-c", slowly, str(tmp_path / "run"), str(pathlib.Path(__file__).parent)]
+    for moment in np.random.default_rng(0).uniform(0.0, 0.2, 4):  # seconds after the first commit of each process
+        before = lines.stat().st_size if lines.exists() else 0
+        with subprocess.Popen(command, stdout=subprocess.DEVNULL, env={**os.environ, **OF_PROCESSES}) as process:
+            while not (lines.exists() and lines.stat().st_size > before):
+                assert process.poll() is None
+                time.sleep(0.001)
+            time.sleep(moment)
+            assert process.poll() is None
             process.kill()
     again, fresh = make_(tmp_path / "run"), make_(None)
     again.run(KEY, y)
