@@ -410,9 +410,9 @@ def test_kills_at_random_moments_lose_nothing(tmp_path):
         ndda.Bootstrap(_module_level), num_particles=50, progress_bar=False, directory=directory
     )
     lines = tmp_path / "run/.run/chain0/steps.jsonl"
-    slowly = KILLED.replace("print(", "ndda.inference.chunks.SECONDS = 0.001; print(")
+    slowly = KILLED.replace("print(", "ndda.inference.chunks.LONGEST = 1; print(")  # each step is a commit
     command = [sys.executable, "-W", "ignore", "-c", slowly, str(tmp_path / "run"), str(pathlib.Path(__file__).parent)]
-    for moment in np.random.default_rng(0).uniform(0.0, 0.2, 4):  # seconds after the first commit of each process
+    for moment in np.random.default_rng(0).uniform(0.0, 0.2, 4):  # seconds after the first commit of a process
         before = lines.stat().st_size if lines.exists() else 0
         with subprocess.Popen(command, stdout=subprocess.DEVNULL, env={**os.environ, **OF_PROCESSES}) as process:
             while not (lines.exists() and lines.stat().st_size > before):
