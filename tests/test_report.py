@@ -147,6 +147,19 @@ def test_each_fault_is_named(fault):
     assert suspects == of_station.get(fault, [])
 
 
+def test_a_station_with_two_suspect_variables_is_suspect_as_a_whole():
+    """A bias that is too small for a finding of its own is suspect where another variable has a finding."""
+    rows = feedback()
+    biased_station(rows)
+    rows.loc[of(rows, name="u_component_of_wind", station="S05"), "value"] += 1.5
+    found = Findings(rows)
+    assert [one.subject for one in found] == ["S05 (temperature)"]
+    listed = found.suspects()
+    assert listed["station"].tolist() == ["S05"]
+    assert listed["variable"].isna().all()
+    assert listed["why"][0].startswith("2 of its ")
+
+
 @pytest.mark.slow
 def test_false_alarms_are_as_rare_as_stated():
     """At a rate of 10 %, of 60 faultless runs; the bound holds with a probability of 99.9 %."""

@@ -83,6 +83,12 @@ def test_tracks_of_ships():
     both = pandas.concat([track([3.0] * 5), moves], ignore_index=True)
     assert flags(both, Tracks(still=3.0)) == [off] * 5 + [used] * 5
     assert flags(both, Tracks()) == [used] * 10
+    anchored = track([3.0] * 5).assign(time=lambda some: some["time"] + 12 * (some["time"] - some["time"][0]))
+    said = place(anchored, Tracks(), window="200h").notes[-1]
+    assert said == (
+        "'A' should move, but gave one position for 48 hours or longer: it is at anchor, or its position is not "
+        "updated; still=48.0 sets such rows aside."
+    )
 
 
 def test_bounds():

@@ -2,8 +2,9 @@
 
 Stations observe surface pressure, temperature and winds at 850 hPa of the mini weather, in a table. Each fault is put
 into the table, and the table is assimilated by an ensemble Kalman filter: once as it is, with no checks at all, and
-once with `Bounds`, `Duplicates` and `GrossErrorCheck`. Biases are also removed, as a first run estimates them. A fault
-is caught if its row is not used; good rows that are not used are false alarms.
+once with `Bounds`, `Tracks`, `Duplicates` and `GrossErrorCheck`. There are three second runs with these checks: without
+the suspect stations of the first run, without ships that do not move for two days, and with biases removed, as the
+first run estimates them. A fault is caught if its row is not used; good rows that are not used are false alarms.
 
     python examples/benchmarks/table_faults.py --out table_faults.json
 """
@@ -27,7 +28,8 @@ from rich.progress import track
 
 import numpyro_diffusion_da as ndda
 from numpyro_diffusion_da.demos import held_suarez_demo, held_suarez_truth
-from numpyro_diffusion_da.observation import Bounds, Duplicates, InstrumentBias, read_table
+from numpyro_diffusion_da.observation import Blacklist, Bounds, Duplicates, InstrumentBias, Tracks, read_table
+from numpyro_diffusion_da.report import Findings
 
 PART = 0.2
 """Error of an observation, in standard deviations of the climate."""
@@ -36,8 +38,11 @@ START = 0.5
 """Error of the first ensemble, in standard deviations of the climate."""
 
 OBSERVED = {"sp": None, "t": 850.0, "u": 850.0, "v": 850.0}
-COLUMNS = ("unchecked", "checked", "bias removed")
+COLUMNS = ("unchecked", "checked", "no suspects", "no still ships", "bias removed")
 """RMSE of the analysis after the spin-up, in standard deviations of the climate."""
+
+SHARES = {"caught": ".2f", "false alarms": ".4f"}
+"""Of the rows with a fault and of the others, how many are not used; with 2 and still in the second runs."""
 
 FAULTS = ("none", "gross errors", "degC as K", "Pa as hPa", "-999", "duplicates", "biased stations", "ships")
 
@@ -56,7 +61,13 @@ def clean_table(rng: np.random.Generator, prior: Any, states: np.ndarray, times:
             longitude = (east + 3.0 * t * is_ship) % 360.0
             station = [f"S{i}" for i in range(stations)]
             part = {"time": time, "lat": latitude, "lon": longitude, "variable": name, "level": level}
-            part |= {"station": station, "ship": is_ship, "error": PART * scale[names[name]], "observation": 0.0}
+            part |= {
+                "station": station,
+                "type": np.where(is_ship, "ship", "land"),
+                "ship": is_ship,
+                "error": PART * scale[names[name]],
+                "observation": 0.0,
+            }
             parts.append(pandas.DataFrame(part))
     frame = pandas.concat(parts, ignore_index=True)
     frame["units"] = frame["variable"].map({"sp": "hPa", "t": "K"}).fillna("m s-1")
@@ -109,7 +120,7 @@ class Runs:
     def __init__(self, prior: Any, times: np.ndarray, particles: int, spin_up: int) -> None:
         self.prior, self.times, self.spin_up = prior, times, spin_up
         self.experiment = held_suarez_demo.WeatherExperiment(cycles=len(times), spin_up=spin_up, start_error=START)
-        self.checks = [Bounds.of(prior), Duplicates()]
+        self.checks = [Bounds.of(prior), Tracks(), Duplicates()]
         self.sizes: Any = None
         climate = prior.climatology()
         self.operator = read_table(_nothing()).on(prior.layout, times, quality=[]).operator
@@ -149,9 +160,19 @@ class Runs:
         bias = InstrumentBias.estimate(feedback, self.times, "station", stddev=2.0)
         again = read.on(self.prior.layout, self.times, quality=self.checks, sizes=self.sizes, bias=bias)
         rmse["bias removed"], _ = self._run("checked", again, states, seed)
-        bad, used = feedback["bad"].to_numpy(bool), (feedback["flag"] == "used").to_numpy()
-        caught = float(np.mean(~used[bad])) if bad.any() else float("nan")
-        return {"caught": caught, "false alarms": float(np.mean(~used[~bad])), **rmse}
+        found = _caught(feedback)
+        still = [*self.checks, Tracks(still=48.0)]
+        for name, checks, ending in (
+            ("no suspects", [*_blacklists(feedback), *self.checks], " 2"),
+            ("no still ships", still, " still"),
+        ):
+            again = read.on(self.prior.layout, self.times, quality=checks, sizes=self.sizes)
+            if again.rows["flag"].equals(checked.rows["flag"]):  # the same run
+                rmse[name], second = rmse["checked"], feedback
+            else:
+                rmse[name], second = self._run("checked", again, states, seed)
+            found |= {f"{key}{ending}": value for key, value in _caught(second).items()}
+        return {**found, **rmse}
 
     def _run(self, name: str, placed: Any, states: np.ndarray, seed: int) -> tuple[float, Any]:
         guess_key, run_key = jax.random.split(jax.random.key(seed))
@@ -164,11 +185,31 @@ class Runs:
         feedback = placed.feedback(
             rejected=rejected, background=background.mean[0], background_variance=background.variance[0]
         )
+        feedback["background_spread"] = np.sqrt(feedback["background_variance"])
         error = result.posterior["x"][0].mean(0) - states[1:]
         squares = (error / np.asarray(self.prior.state_scale))[self.spin_up :] ** 2
         weights = held_suarez_demo.area_weights(self.prior)[..., None]
         mean = np.sum(squares * weights, axis=(1, 2)) / (weights.sum() * squares.shape[2])
         return float(np.sqrt(mean.mean())), feedback
+
+
+def _caught(feedback: Any) -> dict[str, float]:
+    """Share of the faults that are caught, and share of good rows that are not used."""
+    bad, used = feedback["bad"].to_numpy(bool), (feedback["flag"] == "used").to_numpy()
+    return {
+        "caught": float(np.mean(~used[bad])) if bad.any() else float("nan"),
+        "false alarms": float(np.mean(~used[~bad])),
+    }
+
+
+def _blacklists(feedback: Any) -> list[Blacklist]:
+    """Suspect stations of a run, as `quality.blacklist_file` of a second run takes them."""
+    suspects = Findings(feedback.drop(columns="background_variance")).suspects()
+    found = []
+    for variable, rows in suspects.groupby("variable", dropna=False):
+        variables = (variable,) if isinstance(variable, str) else ()
+        found.append(Blacklist(tuple(rows["station"]), variables=variables))
+    return found
 
 
 def _nothing() -> Any:
@@ -210,7 +251,8 @@ def main(
         ]
         write_json(out, {"stations": stations, "cycles": cycles, "particles": particles, "truths": truths}, rows=rows)
     title = f"{stations} stations, {cycles} steps, N = {particles}, {truths} truths"
-    columns = {"fault": "", "caught": ".2f", "false alarms": ".4f", **dict.fromkeys(COLUMNS, ".3f")}
+    shares = {f"{name}{run}": form for run in ("", " 2", " still") for name, form in SHARES.items()}
+    columns = {"fault": "", **shares, **dict.fromkeys(COLUMNS, ".3f")}
     print_table(console, title, rows, columns)
 
 

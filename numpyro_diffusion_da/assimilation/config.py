@@ -525,6 +525,7 @@ KEYS: Mapping[str, str | None] = {
     "accepted": "quality.accepted",
     "Blacklist": "the blacklist of [quality]",
     "Withheld": "quality.withheld",
+    "still": "quality.still_hours",
     "height_difference": "quality.height_difference",
     "threshold": "quality.background_check",
     "inflation": "filter.inflation",

@@ -31,6 +31,9 @@ WRONG_STATION = 0.5
 NOISY_STATION = 2.0
 """Factor by which the ratio of a station is above 1, and above that of the other stations, to be a finding."""
 
+SUSPECT = 0.05
+"""p-value below which the mean departure of a variable is suspect, at a station that has a finding."""
+
 MANY_REJECTIONS = 0.02
 """Share of rejections that is no finding: tables of real observations have some gross errors."""
 
@@ -144,6 +147,7 @@ class Findings(Sequence[Finding]):
         self.cycles = int(rows["cycle"][here].nunique())
         self.judged = self.cycles >= LEAST_CYCLES
         self.tests = 0
+        self._station_biases: dict[tuple[str, str], float] = {}
         self._alpha = rate / 7
         found = list(self._rejections())
         self._rest = self.feedback
@@ -188,15 +192,33 @@ class Findings(Sequence[Finding]):
     def suspects(self) -> pandas.DataFrame:
         """Stations with a finding of their own: biased, noisy, or with many rejections.
 
+        The background follows a biased station, which hides a part of its biases. So where a station has a finding, its
+        other variables are suspect at a p-value of `SUSPECT`, without a correction for the number of tests. If half of
+        its variables or more are suspect, and at least two, the whole station is.
+
         Returns:
-            A row for each station and variable, the gravest first, with the columns `station`, `variable` and `why`. As
-            a CSV file it is a list for the key `quality.blacklist_file` of `ndda assimilate`.
+            A row for each station and variable, the gravest first, with the columns `station`, `variable` (missing for
+            a whole station) and `why`. As a CSV file it is a list for the key `quality.blacklist_file` of `ndda
+            assimilate`.
         """
         import pandas
 
-        found = [(one.group["station"], one.group["name"], one.text) for one in self if "station" in one.group]
-        table = pandas.DataFrame(found, columns=["station", "variable", "why"])
-        return table.drop_duplicates(["station", "variable"], ignore_index=True)
+        found: dict[str, dict[str | None, str]] = {}
+        for one in self:
+            if "station" in one.group:
+                found.setdefault(one.group["station"], {}).setdefault(one.group["name"], one.text)
+        rows = self.feedback.rows
+        observed = rows[rows["station"].isin(list(found))].groupby("station")["name"].unique()
+        for station, why in found.items():
+            for name in observed[station]:
+                p_value = self._station_biases.get((name, station), 1.0)
+                if name not in why and p_value < SUSPECT:
+                    why[name] = f"O - B of {name} has a mean with a p-value of {p_value:.1g}, and the station a finding"
+            if 2 <= len(why) >= 0.5 * len(observed[station]):
+                words = f"{len(why)} of its {len(observed[station])} variables are suspect; {next(iter(why.values()))}"
+                found[station] = {None: words}
+        table = [(station, name, text) for station, why in found.items() for name, text in why.items()]
+        return pandas.DataFrame(table, columns=["station", "variable", "why"])
 
     def _sentence(self, count: int) -> str:
         if not count:
@@ -278,6 +300,7 @@ class Findings(Sequence[Finding]):
         se, freedom = _pooled(table)
         with np.errstate(divide="ignore", invalid="ignore"):
             p_bias = 2.0 * t.sf((off / se).to_numpy(float), freedom.to_numpy(float))
+        self._station_biases = dict(zip(table.index, p_bias.tolist(), strict=True))
         usual = table.groupby("name")["ratio"].transform("median").clip(lower=1.0)
         # A bias is no noise.
         noisy = table["ratio"] - table["bias"] ** 2 > NOISY_STATION * usual

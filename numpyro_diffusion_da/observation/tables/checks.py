@@ -128,8 +128,8 @@ class QualityCheck(abc.ABC):
             context: layout, times and interpolation.
         """
 
-    def in_vain(self, rows: pandas.DataFrame) -> list[str]:
-        """Sentences about what the check asks for and the table does not have.
+    def remarks(self, rows: pandas.DataFrame) -> list[str]:
+        """Sentences about the table for its user, such as what the check asks for and the table does not have.
 
         Args:
             rows: all rows of the table, with their flags after all checks.
@@ -218,7 +218,7 @@ class Blacklist(QualityCheck):
         variables = tuple(self.variables)
         return of_station & (_of(rows, "name", variables) | _of(rows, "variable", variables))
 
-    def in_vain(self, rows: pandas.DataFrame) -> list[str]:
+    def remarks(self, rows: pandas.DataFrame) -> list[str]:
         """Names that no row has, or that no row has together."""
         owner = spelled("Blacklist", python="Blacklist")
         found = _unknown_names(owner, self.stations, rows, ("station",))
@@ -414,7 +414,7 @@ class HeightDifference(QualityCheck):
         apart = np.abs(rows["elev"].to_numpy(float) - surface) > self.limit
         return apart & np.isnan(rows["pres"].to_numpy(float))
 
-    def in_vain(self, rows: pandas.DataFrame) -> list[str]:
+    def remarks(self, rows: pandas.DataFrame) -> list[str]:
         """A table without heights."""
         if not len(rows) or ("elev" in rows and rows["elev"].notna().any()):
             return []
@@ -527,7 +527,7 @@ class Thinning(QualityCheck):
                     wrong[order[near[near > i]]] = True
         return wrong
 
-    def in_vain(self, rows: pandas.DataFrame) -> list[str]:
+    def remarks(self, rows: pandas.DataFrame) -> list[str]:
         """Types that no row has."""
         return _unknown_names("Thinning", self.types, rows, ("type",))
 
@@ -614,7 +614,7 @@ class Superobbing(QualityCheck):
                     added.append(self._mean(rows.iloc[at], context, len(added) + 1))
         return Outcome(flags, pandas.DataFrame(added) if added else None, joined if added else None)
 
-    def in_vain(self, rows: pandas.DataFrame) -> list[str]:
+    def remarks(self, rows: pandas.DataFrame) -> list[str]:
         """Types that no row has."""
         return _unknown_names("Superobbing", self.types, rows, ("type",))
 
@@ -716,7 +716,7 @@ class Withheld(QualityCheck):
         chosen[others] = self._choice(reports[others], np.array([self._draw(key) for key in keys[others]]))
         return chosen[of_row] | named
 
-    def in_vain(self, rows: pandas.DataFrame) -> list[str]:
+    def remarks(self, rows: pandas.DataFrame) -> list[str]:
         """Stations of which no row is withheld, and a fraction that withholds none."""
         owner = spelled("Withheld", python="Withheld")
         found = _unknown_names(owner, self.stations, rows, ("station",))

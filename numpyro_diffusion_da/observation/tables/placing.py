@@ -80,7 +80,7 @@ def place(table: ObservationTable, layout: Layout, times: Any, options: Options)
         rows = _checked(rows, check, context)
     refuse_no_error(rows)
     notes += errors_in_vain(rows, options.errors, names)
-    notes += [sentence for check in checks for sentence in check.in_vain(rows)]
+    notes += [sentence for check in checks for sentence in check.remarks(rows)]
     apart = int(grouped(rows).sum())
     if apart and options.correlation is None:
         notes.append(

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from jaxtyping import Bool, Float
@@ -13,6 +13,7 @@ from numpyro_diffusion_da.arguments import require, require_number
 from numpyro_diffusion_da.observation.tables.checks import Context, QualityCheck, on_sphere
 from numpyro_diffusion_da.observation.tables.flags import Flag
 from numpyro_diffusion_da.observation.tables.geometry import EARTH_RADIUS
+from numpyro_diffusion_da.spelling import spelled
 
 if TYPE_CHECKING:
     import pandas
@@ -22,6 +23,9 @@ SPEEDS: Mapping[str, float] = {"ship": 75.0}
 
 TOLERANCE = 50.0
 """Distance in km that two reports may be further apart than the speed says, because times and places are rounded."""
+
+STILL = 48.0
+"""Time in hours after which a station that does not move is worth a remark."""
 
 SAME_PLACE = 1.0
 """Largest distance in km of two reports from one place."""
@@ -67,21 +71,42 @@ class Tracks(QualityCheck):
     def rejects(self, rows: pandas.DataFrame, context: Context) -> Bool[np.ndarray, " row"]:
         """Rows of reports that are off the track of their station."""
         wrong = np.zeros(len(rows), bool)
-        if "station" not in rows or "type" not in rows:
-            return wrong
-        kinds = rows["type"].astype(str).str.casefold()
-        moves = kinds.isin(self.max_speed) & rows["station"].notna()
-        moving = rows.assign(_kind=kinds, _at=np.arange(len(rows)))[moves]
-        for (kind, _), mine in moving.groupby(["_kind", "station"], sort=False):
-            reports = mine.groupby(["time", "lat", "lon"], sort=True)
-            first = mine.loc[~mine.duplicated(["time", "lat", "lon"])].sort_values(["time", "lat", "lon"])
-            hours = (first["time"] - first["time"].iloc[0]).to_numpy() / np.timedelta64(1, "h")
-            places = np.stack(on_sphere(first), axis=-1)
+        for (kind, _), (at, hours, places) in self._reports(rows):
             off = off_track(hours, places, self.max_speed[kind])
             if self.still is not None:
                 off |= standing(hours, places, self.still)
-            wrong[mine["_at"].to_numpy()] = off[reports.ngroup().to_numpy()]
+            for some, is_off in zip(at, off, strict=True):
+                wrong[some] = is_off
         return wrong
+
+    def remarks(self, rows: pandas.DataFrame) -> list[str]:
+        """Stations that do not move for a long time, if they are not set aside."""
+        if self.still is not None:
+            return []
+        used = rows[rows["flag"].isin([Flag.USED, Flag.WITHHELD])]
+        tracks = self._reports(used)
+        still = [name for (_, name), (_, hours, places) in tracks if standing(hours, places, STILL).any()]
+        if not still:
+            return []
+        names = ", ".join(map(repr, still[:5])) + (f" and {len(still) - 5} more" if len(still) > 5 else "")
+        return [
+            f"{names} should move, but gave one position for {STILL:g} hours or longer: it is at anchor, or its "
+            f"position is not updated; {spelled('still', STILL)} sets such rows aside."
+        ]
+
+    def _reports(self, rows: pandas.DataFrame) -> Iterator[tuple[tuple[str, str], Any]]:
+        """Yield type and name of each station that moves, with the rows, hours and places of its reports in order."""
+        if "station" not in rows or "type" not in rows:
+            return
+        kinds = rows["type"].astype(str).str.casefold()
+        moving = rows.assign(_kind=kinds, _at=np.arange(len(rows)))
+        moving = moving[kinds.isin(self.max_speed) & rows["station"].notna()]
+        for key, mine in moving.groupby(["_kind", "station"], sort=False):
+            reports = mine.groupby(["time", "lat", "lon"], sort=True)
+            first = reports.head(1).sort_values(["time", "lat", "lon"])
+            hours = (first["time"] - first["time"].iloc[0]).to_numpy() / np.timedelta64(1, "h")
+            at = [mine["_at"].to_numpy()[found] for found in reports.indices.values()]
+            yield key, (at, hours, np.stack(on_sphere(first), axis=-1))
 
 
 def _distance(places: np.ndarray, place: np.ndarray) -> np.ndarray:
