@@ -199,6 +199,9 @@ def test_groups_have_correlated_errors(tmp_path):
     """The key `correlation` makes one event of each group, with a covariance of half the variance."""
     run = prepare(correlated(tmp_path), prior=prior_of())
     assert "30 rows in 12 groups have errors with the correlation 0.5." in run.report()
+    config = correlated(tmp_path)
+    table_of().assign(group="G").to_csv(tmp_path / "a.csv", index=False)
+    assert "rows are used at 3 times, 0 of them without any." in prepare(config, prior=prior_of()).report()
     program = assimilation_program(run.emulator, run.placed.operator, run.first_guess, run.config.filter)
     trace = numpyro.handlers.trace(numpyro.handlers.seed(program, 0)).get_trace(run.inputs)
     at = {name: trace[name]["fn"].base_dist for name in ("y", "y_groups")}

@@ -60,7 +60,8 @@ def cost_of(run: PreparedRun) -> list[str]:
     conditioning = (2 if moves else 1) * emulator.prior.conditioning_passes
     plus = f", and {conditioning} of the conditioning network" if conditioning else ""
     return [
-        f"{steps} steps of {hours(emulator.step)}, from {run.times[0]} to {run.times[-1]}, with {particles} particles.",
+        f"{steps} step{'s' * (steps != 1)} of {hours(emulator.step)}, from {run.times[0]} to {run.times[-1]}, with "
+        f"{particles} particles.",
         f"About {passes:.0f} network passes per particle and step{plus}: "
         f"{(passes + conditioning) * particles * steps:,.0f} in all.",
         f"The ensemble takes {_bytes(state * particles * emulator.frames)} of memory, and the folder up to "

@@ -95,9 +95,10 @@ class PlacedObservations:
 
     def report(self) -> str:
         """Text with the number of rows by name and flag, what is withheld, and the notes."""
-        empty = int(np.sum(~np.isfinite(self.xs["y"]).any(axis=1)))
-        used = int(np.sum(self.rows["flag"] == Flag.USED))
-        lines = [f"{used} of {len(self.rows)} rows are used at {len(self.times)} times, {empty} of them without any."]
+        used, times = self.rows["flag"] == Flag.USED, len(self.times)
+        empty = times - self.rows.loc[used, "cycle"].nunique()
+        when = f"{times} time{'s' * (times != 1)}"
+        lines = [f"{used.sum()} of {len(self.rows)} rows are used at {when}, {empty} of them without any."]
         if len(self.rows):
             lines.append(self.counts().to_string())
         if (self.rows["flag"] == Flag.WITHHELD).any():
