@@ -55,7 +55,7 @@ OF_PROCESSES = {
 
 # About how many seconds of a core the slow tests of a file take, where they are many. Other files count by their tests.
 SECONDS = {
-    "test_assimilation": 115,
+    "test_assimilation": 45,
     "test_assimilation_examples": 55,
     "test_background": 85,
     "test_backward_simulation": 55,
@@ -66,7 +66,7 @@ SECONDS = {
     "test_example_programs": 85,
     "test_examples": 630,
     "test_families": 60,
-    "test_filter": 80,
+    "test_filter": 65,
     "test_fuzz": 110,
     "test_gross_error_check": 60,
     "test_held_suarez_demo": 110,
@@ -81,7 +81,7 @@ SECONDS = {
     "test_report": 50,
     "test_sharding": 295,
     "test_storage": 130,
-    "test_streaming": 185,
+    "test_streaming": 160,
 }
 SECONDS_OF_OTHERS = 5  # for each test
 

@@ -115,7 +115,7 @@ def test_same_key_same_result_and_chains_are_independent(program, reference, com
 def test_jit_and_no_jit_agree(program):
     model, y = program
     # Without jit every operation is dispatched by itself.
-    few = {"sampler": ndda.Sampler(schedule=ndda.KarrasSchedule(3)), "guidance": ndda.MMPS.cheap()}
+    few = {"sampler": ndda.Sampler(schedule=ndda.KarrasSchedule(2)), "guidance": ndda.MMPS.cheap()}
     jitted, plain = (make(model, lambda m: ndda.FAAPF(m, **few)) for _ in range(2))
     jitted.run(KEY, y[:1])
     with jax.disable_jit():

@@ -132,7 +132,7 @@ test.run_of_one_by_one(sys.argv[1])
 
 def run_of_one_by_one(directory):
     """Run with each particle moved by itself, so that a step takes a while."""
-    make(ndda.Bootstrap(model), directory, num_chains=1, batch_size=1).run(KEY, np.tile(Y, (2, 1)))
+    make(ndda.Bootstrap(model), directory, num_particles=16, num_chains=1, batch_size=1).run(KEY, np.tile(Y, (2, 1)))
 
 
 @pytest.mark.slow
