@@ -76,6 +76,15 @@ def test_backward_bytes_counts_what_is_kept_and_not_what_is_there():
     assert memory.device_memory() > 2**28
 
 
+@pytest.mark.parametrize(
+    ("cores", "number", "batch"),
+    [(None, 4096, None), (2, 128, None), (2, 256, 128), (2, 4096, 128), (2, 300, 100), (2, 257, None), (1, 66, 33)],
+)
+def test_batches_of_a_cpu_divide_the_particles(monkeypatch, cores, number, batch):
+    monkeypatch.setattr(batching, "device_cores", lambda: cores)
+    assert batching.fast_batch(number) == batch
+
+
 @pytest.mark.slow
 def test_particles_move_in_batches_that_fit(small, monkeypatch):
     y = small.simulate(1, 2)[1].astype(np.float32)

@@ -510,3 +510,19 @@ def test_map_particles():
     x = jnp.arange(10.0)
     for size in (0, 1, 3, 10, 100):
         np.testing.assert_array_equal(map_particles(lambda a, b: a * b, size)(x, x), x**2)
+
+
+def test_map_particles_in_batches_takes_arrays_without_elements():
+    """The conditioning of the weather emulator has one; JAX alone cannot divide it."""
+    key, x, nothing = jax.random.split(jax.random.key(0), 7), jnp.arange(7.0), jnp.zeros((7, 2, 0))
+
+    def of_one(given):
+        key, x, nothing = given
+        return {"sum": x + nothing.sum() + jax.random.normal(key), "key": key, "nothing": nothing.T, "flag": x > 2}
+
+    whole = map_particles(of_one)((key, x, nothing))
+    for size in (2, 3, 7):
+        parts = map_particles(of_one, size)((key, x, nothing))
+        assert jax.tree.map(jax.typeof, parts) == jax.tree.map(jax.typeof, whole)
+        np.testing.assert_array_equal(parts["sum"], whole["sum"])
+        np.testing.assert_array_equal(parts["flag"], whole["flag"])

@@ -1,4 +1,4 @@
-"""Memory that a backward pass keeps and that the device has, to choose how many particles run at a time."""
+"""Memory that a backward pass keeps, and what the device has, to choose how many particles run at a time."""
 
 from __future__ import annotations
 
@@ -35,3 +35,12 @@ def device_memory() -> int:
 def host_memory() -> int:
     """Return how many bytes of memory the machine has."""
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def device_cores() -> int | None:
+    """Return how many cores a device of JAX has if it is a part of the CPU; None for an accelerator."""
+    if jax.default_backend() != "cpu":
+        return None
+    # The cores that this process may use, where the system says so.
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(cores // jax.local_device_count(), 1)

@@ -41,7 +41,7 @@ class ParameterInference(HoldsCompiled, abc.ABC):
         num_particles: number of particles N of the filter.
         num_chains: number of independent chains.
         batch_size: number of particles moved at a time, over all filters; None for as many as fit into half of the
-            device's memory.
+            device's memory, and on a CPU for no more than its cores move fastest.
         progress_bar: whether to show a progress bar.
         mesh: devices that share the particles of each filter; None for one device.
         **numbers: other arguments that must be whole numbers of 1 or more (`num_warmup`: 0 or more), by name.

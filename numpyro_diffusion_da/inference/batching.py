@@ -1,4 +1,4 @@
-"""Number of particles that a run moves at a time, given by `batch_size` or chosen by memory."""
+"""Number of particles that a run moves at a time, given by `batch_size` or chosen by memory and speed."""
 
 from __future__ import annotations
 
@@ -8,8 +8,11 @@ from typing import Any
 from jax.sharding import Mesh
 
 from numpyro_diffusion_da.arguments import shown
-from numpyro_diffusion_da.diffusion.memory import device_memory
+from numpyro_diffusion_da.diffusion.memory import device_cores, device_memory
 from numpyro_diffusion_da.program.state_space import StateSpaceModel
+
+FAST_ON_A_CORE = 64
+"""Particles of an emulator that one core of a CPU moves at a time: many more no longer fit into its cache."""
 
 BATCH_ADVICE = "give a whole number of 1 or more, or None for as many particles as memory allows."
 """Advice in the messages about a wrong batch size."""
@@ -53,7 +56,8 @@ def particles_at_a_time(
     """Number of particles of a program to move at a time.
 
     Args:
-        batch_size: argument of the user; None for as many as fit into half of the device's memory.
+        batch_size: argument of the user; None for as many as fit into half of the device's memory, and on a CPU for
+            about as many as its cores move fastest.
         number: number of particles in total.
         program: state-space model of the program, which estimates the working memory of one particle.
         mesh: devices that share the particles; None for one device.
@@ -64,7 +68,30 @@ def particles_at_a_time(
     number = number if mesh is None else number // mesh.size
     if batch_size is not None:
         return batch_in_memory(batch_size, number, 1)
-    return batch_in_memory(None, number, program.working_bytes())
+    bytes_each = program.working_bytes()
+    fits = batch_in_memory(None, number, bytes_each)
+    fast = fast_batch(number) if bytes_each else None
+    return min((size for size in (fits, fast) if size is not None), default=None)
+
+
+def fast_batch(number: int) -> int | None:
+    """Number of particles of an emulator that a CPU moves at a time because that is faster than all at once.
+
+    It divides the number of particles, because a rest would be compiled once more.
+
+    Args:
+        number: number of particles in total.
+
+    Returns:
+        Number of particles at a time; None for all at once: on an accelerator, for few particles, and if no number near
+        `FAST_ON_A_CORE` for each core is a divisor.
+    """
+    cores = device_cores()
+    if cores is None:
+        return None
+    most = FAST_ON_A_CORE * cores
+    divisors = (size for size in range(most, most // 2, -1) if number % size == 0)
+    return next(divisors, None) if number > most else None
 
 
 def split_batch(batch: int | None, num_particles: int) -> tuple[int | None, int | None]:

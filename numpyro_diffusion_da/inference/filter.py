@@ -76,7 +76,8 @@ class Filter(HasFilterResult):
         num_particles: number of particles N of each chain.
         num_chains: number of independent runs of the filter; they become the chains of the result.
         batch_size: number of particles moved at a time, which bounds the memory; None for as many as fit into half of
-            the device's memory. The result does not depend on it.
+            the device's memory, and on a CPU for no more than its cores move fastest. The result does not depend on
+            it.
         progress_bar: whether to show a progress bar over the steps.
         keep_forecasts: whether to keep the one-step forecast mean E[x' | c] of each particle's ancestor c, in
             `FilterResult.forecast` and in the group `prior` of a `DataTree`. The weights must compute it: `FAAPF` with

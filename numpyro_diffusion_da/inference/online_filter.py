@@ -67,7 +67,7 @@ class OnlineFilter(HasFilterResult):
             them in a `GrossErrorCheck`.
         num_particles: number of particles N.
         batch_size: number of particles moved at a time, which bounds the memory; None for as many as fit into half of
-            the device's memory.
+            the device's memory, and on a CPU for no more than its cores move fastest.
         keep_steps: number of last steps that `result`, `to_datatree`, `to_arviz` and `print_summary` hold; 0 keeps
             none, so that the memory does not grow.
         mesh: devices that share the particles, as for `Filter`; None for one device.

@@ -50,7 +50,8 @@ class PMMH(ParameterInference):
         num_samples: number of draws of each chain.
         num_chains: number of independent chains.
         batch_size: number of particles moved at a time, over all chains, which bounds the memory; None for as many as
-            fit into half of the device's memory. Below N, one chain moves at a time.
+            fit into half of the device's memory, and on a CPU for no more than its cores move fastest. Below N, one
+            chain moves at a time.
         progress_bar: whether to show a progress bar over the iterations.
         mesh: devices that share the particles of each filter, as for `Filter`; None for one device.
 

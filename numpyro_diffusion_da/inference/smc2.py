@@ -45,8 +45,8 @@ class SMC2(ParameterInference):
             [0, 1].
         num_chains: number of independent runs; they become the chains of the result.
         batch_size: number of state particles moved at a time, over all parameter particles, which bounds the memory;
-            None for as many as fit into half of the device's memory. Below N, one parameter particle is handled at a
-            time.
+            None for as many as fit into half of the device's memory, and on a CPU for no more than its cores move
+            fastest. Below N, one parameter particle is handled at a time.
         progress_bar: whether to show a progress bar over the steps.
         mesh: devices that share the state particles of each filter, as for `Filter`; None for one device. Resampling of
             the parameters then moves nothing between devices.

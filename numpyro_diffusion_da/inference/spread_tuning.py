@@ -92,7 +92,7 @@ def tune_spread(
         tolerance: largest accepted distance of the ratio from 1.
         max_runs: largest number of runs, 2 or more.
         batch_size: number of particles moved at a time, which bounds the memory; None for as many as fit into half of
-            the device's memory.
+            the device's memory, and on a CPU for no more than its cores move fastest.
         block: number of consecutive times that the standard error of the ratio treats as dependent.
 
     Returns:

@@ -155,7 +155,33 @@ def map_particles(fn: Callable[..., Any], batch_size: int | None = None) -> Call
     load_blackjax()
     from blackjax.smc.base import map_kernel
 
-    return map_kernel(fn, batch_size or 0)
+    return jax.vmap(fn) if batch_size is None else _without_empty_leaves(fn, lambda f: map_kernel(f, batch_size))
+
+
+def _without_empty_leaves(fn: Callable[..., Any], mapped: Callable[..., Any]) -> Callable[..., Any]:
+    """Map a function of one particle by `mapped`, which gets no empty array: JAX cannot divide one in batches.
+
+    Args:
+        fn: a function of one particle.
+        mapped: map of a function of one particle over the leading axis of its arguments, which are not empty.
+    """
+
+    def over_particles(*args: Any) -> Any:
+        leaves, structure = jax.tree.flatten(args)
+        outputs: list[Any] = []
+
+        def of_one(*full: Array) -> list[Array]:
+            rest = iter(full)
+            whole = [next(rest) if x.size else jnp.zeros(x.shape[1:], x.dtype) for x in leaves]
+            out = fn(*jax.tree.unflatten(structure, whole))
+            outputs.append(jax.tree.map(jax.typeof, out))
+            return [x for x in jax.tree.leaves(out) if jnp.size(x)]
+
+        found = iter(mapped(of_one)(*(x for x in leaves if x.size)))
+        n = len(leaves[0])
+        return jax.tree.map(lambda x: next(found) if x.size else jnp.zeros((n, *x.shape), x.dtype), outputs[-1])
+
+    return over_particles
 
 
 def relative_to_highest(log_weights: Float[Array, " n"]) -> Float[Array, " n"]:
