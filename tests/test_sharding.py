@@ -68,6 +68,21 @@ def test_kernel_does_not_depend_on_the_devices(parts, name):
     assert parts[f"{name}, 0"]["traffic"] == []
 
 
+@pytest.mark.slow
+def test_an_ensemble_update_gathers_no_states(parts):
+    """Each device updates its part of all members: parts travel there and back, for the update and for the inflation.
+
+    Of what is gathered, only the mean has the size of a state.
+    """
+    found = parts["update"]
+    assert found["state"] < 1e-5
+    moved, needed, gathered = found["traffic"]
+    ways = 2 + 3
+    assert moved == pytest.approx(ways * 7 / 8)
+    assert needed == 0
+    assert 7 / 64 < gathered < 0.13
+
+
 REFUSED = """
 import json, jax, numpyro_diffusion_da as ndda
 meshes = {"axis": jax.make_mesh((8,), ("x",)), "share": jax.make_mesh((8,), ("particles",)), "kind": 8}
@@ -113,7 +128,7 @@ def largest(found):
     [
         ("FAAPF", (1, 8)),
         ("Bootstrap;GuidedPF;local;moved", (8,)),
-        ("moved, global;check;EnKF;EnKF, local;LETKF", (8,)),
+        ("moved, global;check;EnKF;EnKF with V;EnKF, local;LETKF", (8,)),
     ],
 )
 def test_runs_do_not_depend_on_the_devices(names, numbers):

@@ -24,9 +24,15 @@ from numpyro_diffusion_da.program.state_space import StateSpaceModel
 from numpyro_diffusion_da.smc import enkf
 from numpyro_diffusion_da.smc.base import Info, Kernel, State, map_particles, particle_keys, total_particles
 from numpyro_diffusion_da.smc.ensemble_update import EnsembleUpdate, PerturbedObservations, TransitionSpread
-from numpyro_diffusion_da.smc.inflation import Inflation, Multiplicative, check_inflation, forecast_factor
+from numpyro_diffusion_da.smc.inflation import (
+    Inflation,
+    Multiplicative,
+    check_inflation,
+    forecast_factor,
+    inflated_particles,
+)
 from numpyro_diffusion_da.smc.localization import PlacedTaper, Taper
-from numpyro_diffusion_da.smc.sharding import first, own, whole
+from numpyro_diffusion_da.smc.sharding import first, own
 from numpyro_diffusion_da.transition.base import DrawRecord
 from numpyro_diffusion_da.transition.departure import transition_spread
 from numpyro_diffusion_da.transition.weights import WeightRecord
@@ -129,7 +135,7 @@ class EnKF(FilterAlgorithm):
                 lambda key, carry, given: program.draw(key, carry, inputs, self.sampler, centering, given), batch_size
             )
             x, record = draw(own(keys), state.particles, conditioning)
-            forecast = own(widened(jax.random.key(0), whole(x), None))
+            forecast = inflated_particles([widened], jax.random.key(0), x, None)
             sites = background_of_draws(program, forecast, state.particles, inputs, n, batch_size)
             used, said = screened(screen, program, sites, state.particles, inputs)
             particles = Drawn(state.particles, x, record, conditioning, state.past)

@@ -23,7 +23,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, PRNGKeyArray, PyTree
+from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 from numpyro_diffusion_da.smc.base import (
     Info,
@@ -42,10 +42,10 @@ from numpyro_diffusion_da.smc.ensemble_update import (
     TransitionSpread,
     with_transition_spread,
 )
-from numpyro_diffusion_da.smc.inflation import Inflation, check_inflation, forecast_factor, inflated
+from numpyro_diffusion_da.smc.inflation import Inflation, check_inflation, forecast_factor, inflated_particles
 from numpyro_diffusion_da.smc.localization import PlacedTaper
 from numpyro_diffusion_da.smc.probing import class_vectors
-from numpyro_diffusion_da.smc.sharding import own, whole
+from numpyro_diffusion_da.smc.sharding import ensemble_mean, from_parts, own, to_parts, whole
 
 __all__ = ["Info", "State", "as_top_level_api", "build_kernel", "init"]
 
@@ -99,42 +99,40 @@ def build_kernel(
         # Forecast each member, and widen the forecast.
         forecast = map_particles(lambda key, particle: forecast_fn(key, particle, observation), batch_size)
         x, record = forecast(own(particle_keys(forecast_key, n)), state.particles)
-        x = whole(x)
-        mean = x.mean(0, keepdims=True)
-        x = mean + factor * (x - mean)
-        # Update all members together.
-        residual = whole(jax.vmap(lambda x, particle: residual_fn(x, particle, observation))(own(x), state.particles))
-        prior = x
         placed = taper(observation) if callable(taper) else taper
         leaves, form = jax.tree.flatten(state.particles)
-        moving = [x, *(whole(leaves[i]) for i in carried)]
+        arrays = [x, *(leaves[i] for i in carried)]
+        # Each device updates its places of the state in all members. Only what has the size of the observations is
+        # gathered, and the mean.
+        divided = _Divided(placed, arrays)
+        parts = divided.parts()
+        mean = divided.mean(parts[0])
+        x = prior = arrays[0] = mean + factor * (x - mean)
+        residual = whole(jax.vmap(lambda x, particle: residual_fn(x, particle, observation))(x, state.particles))
+        # Update all members together.
         spreading: PyTree = ()
         if spread_fn is None:
-            moved, error = _moved(
-                lambda anomalies: update.solve(error_key, anomalies, residual, placed), moving, moving, placed
-            )
+            parts[0] = _widened(parts[0], factor)
+            increments, error = update.solve(error_key, divided.anomalies(parts), residual, placed)
         else:
             of = map_particles(lambda vectors, particle: spread_fn(vectors, particle, observation), batch_size)
             # A fifth key leaves the others the same with and without the transition's covariance.
             vectors = class_vectors(jax.random.split(rng_key, 5)[4], n, residual.shape[1], placed)
             spread, spreading = of(own(vectors), state.particles)
-            spread = _widened(whole(spread), factor)
-            none = [jnp.zeros((n * spread.vectors.shape[1], *a.shape[1:]), a.dtype) for a in moving[1:]]
-            products = spread.state_products.reshape(-1, *x.shape[1:])
-            columns = _columns([products, *none], placed).reshape(n, -1, sum(a[0].size for a in moving))
-            spread = spread._replace(state_products=columns)
-            moved, error = _moved(
-                lambda anomalies: with_transition_spread(error_key, anomalies, residual, spread, placed),
-                moving,
-                [spread.mean, *moving[1:]],
-                placed,
+            parts[0] = _widened(divided.part(spread.mean), factor)
+            spread = spread._replace(
+                residual=_widened(whole(spread.residual), factor),
+                vectors=whole(spread.vectors),
+                state_products=factor**2 * divided.products(spread.state_products, parts),
+                products=factor**2 * whole(spread.products),
             )
-        x = moved[0]
-        for i, leaf in zip(carried, moved[1:], strict=True):
-            leaves[i] = own(leaf)
+            increments, error = with_transition_spread(error_key, divided.anomalies(parts), residual, spread, placed)
+        x, *along = divided.moved(increments, parts)
+        for i, leaf in zip(carried, along, strict=True):
+            leaves[i] = leaf
         analyzed = jax.tree.unflatten(form, leaves)
         # The key of the inflation is a fourth one, so that the other three are the same with and without inflation.
-        x = own(inflated(after, jax.random.split(rng_key, 4)[3], x, prior))
+        x = inflated_particles(after, jax.random.split(rng_key, 4)[3], x, prior)
 
         # Turn the analyzed states into particles.
         advance = map_particles(
@@ -148,62 +146,78 @@ def build_kernel(
     return kernel
 
 
-def _columns(arrays: list[Array], taper: PlacedTaper | None) -> Array:
-    """Join arrays with a leading axis of N to one of shape (N, values), place by place if there is a taper.
+class _Divided:
+    """Division of the values of all members over the devices of a mesh, place by place.
+
+    Without a taper each value is a place. Without a mesh one device has all places.
 
     Args:
-        arrays: the state and what moves along with it.
         taper: localization; None for none. Its points run over the last axes of every array.
+        arrays: the state and what moves along with it, each with a leading axis of this device's members.
     """
-    n, places = len(arrays[0]), 1 if taper is None else len(taper.points)
-    size = arrays[0][0].size
-    parts = []
-    for array in arrays:
-        values = array.reshape(n, -1)
-        if taper is not None:  # an array of several states has them side by side at each point
-            values = jnp.moveaxis(values.reshape(n, -1, places, size // places), 1, 2)
-        parts.append(values.reshape(n, places, -1))
-    return jnp.concatenate(parts, axis=2).reshape(n, -1)
+
+    def __init__(self, taper: PlacedTaper | None, arrays: list[Array]) -> None:
+        self._arrays = arrays
+        self._taper = taper
+        self._size = arrays[0][0].size
+        self._axis = 1 if taper is None else 2  # axis on which parts of several arrays are joined
+
+    def _places(self, array: Array) -> tuple[int, int]:
+        """Number of places of an array, and how many values of one state are at a place."""
+        if self._taper is None:
+            return array[0].size, 1
+        return len(self._taper.points), self._size // len(self._taper.points)
+
+    def part(self, array: Array) -> Array:
+        """Places of this device in all members, shape (N, places, values)."""
+        places, width = self._places(array)
+        # An array of several states has them side by side at each place.
+        values = jnp.moveaxis(array.reshape(len(array), -1, places, width), 1, 2)
+        return to_parts(values.reshape(len(array), places, -1))
+
+    def parts(self) -> list[Array]:
+        """Places of this device in all members, of every array."""
+        return [self.part(array) for array in self._arrays]
+
+    def mean(self, part: Array) -> Array:
+        """Mean state of the ensemble, with a leading axis of 1, on each device."""
+        return ensemble_mean(part, self._places(self._arrays[0])[0]).reshape(1, *self._arrays[0].shape[1:])
+
+    def anomalies(self, parts: list[Array]) -> Array:
+        """Anomalies of all members at the places of this device, with those of all arrays joined, flattened."""
+        joined = jnp.concatenate([part - part.mean(0, keepdims=True) for part in parts], axis=self._axis)
+        return joined.reshape(len(joined), -1)
+
+    def products(self, products: Array, parts: list[Array]) -> Array:
+        """Vectors of the state of each member, of shape (n, q, *state), as `anomalies` has them: (N, q, values).
+
+        They are zero for the arrays that move along.
+        """
+        n, q = products.shape[:2]
+        places, width = self._places(self._arrays[0])
+        values = jnp.moveaxis(products.reshape(n, q, places, width), 1, 2)
+        found = to_parts(values.reshape(n, places, q * width))
+        mine = jnp.moveaxis(found.reshape(*found.shape[:2], q, width), 2, 1)
+        along = [jnp.zeros((len(mine), q, *part.shape[1:]), mine.dtype) for part in parts[1:]]
+        return jnp.concatenate([mine, *along], axis=1 + self._axis).reshape(len(mine), q, -1)
+
+    def moved(self, increments: Array, parts: list[Array]) -> list[Array]:
+        """Arrays of this device's members, moved by increments of the shape of `anomalies`."""
+        shape = (-1, 1) if self._taper is None else (parts[0].shape[1], -1)
+        ends = np.cumsum([part.shape[self._axis] for part in parts])[:-1]
+        moved = []
+        split = jnp.split(increments.reshape(len(increments), *shape), ends, axis=self._axis)
+        for array, part in zip(self._arrays, split, strict=True):
+            places, width = self._places(array)
+            values = from_parts(part, places).reshape(len(array), places, -1, width)
+            moved.append(array + jnp.moveaxis(values, 2, 1).reshape(array.shape).astype(array.dtype))
+        return moved
 
 
-def _moved(
-    increments_of: Callable[[Array], tuple[Array, Array]],
-    arrays: list[Array],
-    around: list[Array],
-    taper: PlacedTaper | None,
-) -> tuple[list[Array], Array]:
-    """Move several arrays of an ensemble by one update.
-
-    Args:
-        increments_of: function from anomalies to increments, both of shape (N, values), and the residual of the solve.
-        arrays: the state and what moves along with it, each with a leading axis of N.
-        around: arrays of the same shapes whose anomalies the update takes.
-        taper: localization; None for none. Its points run over the last axes of every array.
-
-    Returns:
-        (the moved arrays, relative residual of the linear solve).
-    """
-    n, places = len(arrays[0]), 1 if taper is None else len(taper.points)
-    size = arrays[0].size // n
-    increments, error = increments_of(_columns([x - x.mean(0, keepdims=True) for x in around], taper))
-    ends = np.cumsum([x.size // n // places for x in arrays])[:-1]
-    moved = []
-    for array, part in zip(arrays, jnp.split(increments.reshape(n, places, -1), ends, axis=2), strict=True):
-        if taper is not None:
-            part = jnp.moveaxis(part.reshape(n, places, -1, size // places), 2, 1)
-        moved.append(array + part.reshape(array.shape).astype(array.dtype))
-    return moved, error
-
-
-def _widened(spread: TransitionSpread, factor: Array | float) -> TransitionSpread:
-    """Spread of an ensemble whose forecast is widened by a factor around its mean."""
-    mean, residual = spread.mean.mean(0, keepdims=True), spread.residual.mean(0, keepdims=True)
-    return spread._replace(
-        mean=mean + factor * (spread.mean - mean),
-        residual=residual + factor * (spread.residual - residual),
-        state_products=factor**2 * spread.state_products,
-        products=factor**2 * spread.products,
-    )
+def _widened(x: Float[Array, "n ..."], factor: Array | float) -> Float[Array, "n ..."]:
+    """Members widened around their mean by a factor."""
+    mean = x.mean(0, keepdims=True)
+    return mean + factor * (x - mean)
 
 
 as_top_level_api = top_level_api(build_kernel)

@@ -6,7 +6,8 @@ $Y^T Y / (N - 1)$, and the Kalman gain is
 
 $$K = X^T Y \, (Y^T Y + (N - 1) I)^{-1}.$$
 
-An update returns the increment of each member. A taper $\rho$ enters each update in its own way.
+An update returns the increment of each member. A taper $\rho$ enters each update in its own way. The columns of $X$ are
+updated apart from each other, given $Y$. So on a mesh each device updates a part of the state, of all members.
 
 With many observations, no array of all pairs of them is made: the system is then solved by conjugate gradients, and its
 rows hold near observations only.
@@ -27,7 +28,7 @@ from numpyro_diffusion_da.smc.base import particle_keys
 from numpyro_diffusion_da.smc.correlations import Correlation
 from numpyro_diffusion_da.smc.localization import PlacedTaper
 from numpyro_diffusion_da.smc.probing import Products, pool
-from numpyro_diffusion_da.smc.sharding import map_divided
+from numpyro_diffusion_da.smc.sharding import own
 
 PointUpdate = Callable[[Float[Array, "n c"], Float[Array, "n k"], Float[Array, " k"], Int[Array, " k"]], Array]
 """Update of one point of the state from the observations near it.
@@ -66,7 +67,7 @@ class EnsembleUpdate(eqx.Module):
 
         Args:
             rng_key: random key of the step.
-            anomalies: members minus their mean, flattened.
+            anomalies: members minus their mean, flattened; on a mesh a part of the state (see `sharding.to_parts`).
             residual: whitened residual R^{-1/2} (y - h(x)) of each member, zero where missing.
             taper: localization at the positions of these values; None for no localization.
         """
@@ -84,7 +85,7 @@ class EnsembleUpdate(eqx.Module):
 
         Args:
             rng_key: random key of the step.
-            anomalies: members minus their mean, flattened.
+            anomalies: members minus their mean, flattened; on a mesh a part of the state (see `sharding.to_parts`).
             residual: whitened residual R^{-1/2} (y - h(x)) of each member, zero where missing.
             taper: localization at the positions of these values; None for no localization.
 
@@ -411,11 +412,11 @@ def _at_each_point(
 
     Args:
         update: update of one point.
-        anomalies: anomalies of the n members; the update may take further rows.
+        anomalies: anomalies of the n members; the update may take further rows. On a mesh, at this device's points.
         predicted: anomalies of the predicted observations.
         taper: localization.
     """
-    which, weights = taper.neighborhoods()
+    which, weights = own(taper.neighborhoods())
     (points, k), n = which.shape, len(anomalies)
     x = jnp.moveaxis(anomalies.reshape(n, points, -1), 1, 0)
 
@@ -425,5 +426,5 @@ def _at_each_point(
 
     batch = LARGEST_BLOCK // (n * (2 * k + x.shape[2]) + min(n, k) ** 2)
     inputs = (x, jnp.asarray(which), jnp.asarray(weights, anomalies.dtype))
-    moved = map_divided(at_point, inputs, min(max(batch, 1), points))
+    moved = jax.lax.map(at_point, inputs, batch_size=min(max(batch, 1), points))
     return jnp.moveaxis(moved, 0, 1).reshape(len(predicted), -1)

@@ -53,7 +53,7 @@ from numpyro_diffusion_da.smc.base import (
     top_level_api,
     total_particles,
 )
-from numpyro_diffusion_da.smc.inflation import Inflation, check_inflation, inflated, need_forecast
+from numpyro_diffusion_da.smc.inflation import Inflation, check_inflation, inflated_particles, need_forecast
 from numpyro_diffusion_da.smc.kalman_move import PlacedMove, Predicted
 from numpyro_diffusion_da.smc.local_ancestors import LocalAncestors
 from numpyro_diffusion_da.smc.sharding import own, take_ancestors, traffic_of, whole
@@ -163,8 +163,7 @@ def build_kernel(
         if inflation:
             assert advance_fn is not None
             # The key of the inflation is a third one, so that the other two are the same with and without inflation.
-            ensemble, ahead = whole(particles), None if forecast is None else whole(forecast)
-            x = own(inflated(inflation, jax.random.split(rng_key, 3)[2], ensemble, ahead))
+            x = inflated_particles(inflation, jax.random.split(rng_key, 3)[2], particles, forecast)
             advance = map_particles(
                 lambda key, x, particle, record: advance_fn(key, x, particle, observation, record), batch_size
             )

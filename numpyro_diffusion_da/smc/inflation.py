@@ -31,6 +31,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from numpyro_diffusion_da.arguments import broadcasts, is_number, real_array, require_number, shown
 from numpyro_diffusion_da.smc.base import particle_keys
+from numpyro_diffusion_da.smc.sharding import from_parts, num_devices, own, to_parts, whole
 
 
 def is_traced(value: Any) -> bool:
@@ -85,6 +86,11 @@ class Inflation(eqx.Module):
     """Whether the inflation assumes that member i of the analysis was made from member i of the forecast."""
     acts_on_forecast: ClassVar[bool] = False
     """Whether the inflation widens the forecast before the update instead of the analysis after it."""
+    by_component: ClassVar[bool] = False
+    """Whether the inflation of a component of the state depends on this component alone, and on no random number.
+
+    On a mesh each device then inflates a part of the state. Otherwise it inflates all of it, of all particles.
+    """
 
     @abc.abstractmethod
     def __call__(
@@ -117,6 +123,7 @@ class RTPS(Inflation):
     """
 
     needs_forecast: ClassVar[bool] = True
+    by_component: ClassVar[bool] = True
 
     alpha: float | Float[Array, ""] = eqx.field(
         converter=_amount("RTPS", "alpha", "give 0.0 (none) to 1.0 (the forecast's whole spread).", least=0.0, most=1.0)
@@ -151,6 +158,7 @@ class RTPP(Inflation):
 
     needs_forecast: ClassVar[bool] = True
     pairs_members: ClassVar[bool] = True
+    by_component: ClassVar[bool] = True
 
     alpha: float | Float[Array, ""] = eqx.field(
         converter=_amount(
@@ -178,6 +186,8 @@ class Multiplicative(Inflation):
         ValueError: `factor` is below 1 or infinite.
     """
 
+    by_component: ClassVar[bool] = True
+
     factor: float | Float[Array, ""] = eqx.field(
         converter=_amount("Multiplicative", "factor", "give 1.0 (none) or more.", least=1.0)
     )
@@ -204,6 +214,7 @@ class ForecastMultiplicative(Inflation):
     """
 
     acts_on_forecast: ClassVar[bool] = True
+    by_component: ClassVar[bool] = True
 
     factor: float | Float[Array, ""] = eqx.field(
         converter=_amount("ForecastMultiplicative", "factor", "give 1.0 (none) or more.", least=1.0)
@@ -271,6 +282,37 @@ def inflated(
     for i, inflation in enumerate(inflations):
         analysis = inflation(jax.random.fold_in(rng_key, i), analysis, forecast)
     return analysis
+
+
+def inflated_particles(
+    inflations: Sequence[Inflation],
+    rng_key: PRNGKeyArray,
+    analysis: Float[Array, "n ..."],
+    forecast: Float[Array, "n ..."] | None,
+) -> Float[Array, "n ..."]:
+    """Apply a sequence of inflations to particles that may be divided over the devices of a mesh.
+
+    Args:
+        inflations: the inflations, in order.
+        rng_key: random key of the step.
+        analysis: this device's particles of the analysis, equally weighted.
+        forecast: this device's particles of the forecast; None if no inflation needs them.
+
+    Returns:
+        This device's inflated particles.
+    """
+    if num_devices() == 1:
+        return inflated(inflations, rng_key, analysis, forecast)
+    if not all(inflation.by_component for inflation in inflations):
+        return own(inflated(inflations, rng_key, *whole((analysis, forecast))))
+
+    def parts(x: Array) -> Array:
+        # A particle counts in the mean if all of its components are finite, wherever they are.
+        finite = jnp.all(jnp.isfinite(x.reshape(len(x), -1)), axis=1, keepdims=True)
+        return to_parts(jnp.where(finite, x.reshape(len(x), -1), jnp.nan))
+
+    found = inflated(inflations, rng_key, parts(analysis), None if forecast is None else parts(forecast))
+    return from_parts(found, analysis[0].size).reshape(analysis.shape)
 
 
 def forecast_factor(inflations: Sequence[Inflation]) -> float | Float[Array, ""]:

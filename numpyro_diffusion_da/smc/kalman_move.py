@@ -293,9 +293,10 @@ class PlacedMove:
             log_weights, alpha = tempering.exponent(nearby, taper, target_ess)
             tempered = tempering.tempered(nearby, taper, alpha)
             power = alpha * rho * observed[which]
-            d = _non_gaussianity(
-                tempered, tested(block), residual[:, which], weight_error[which] / jnp.maximum(power, 1e-30), power > 0
-            )
+            error = weight_error[which] / jnp.maximum(power, 1e-30)
+            terms, valid = _non_gaussianity(tempered, tested(block), residual[:, which], error, power > 0)
+            terms, valid = blocks.of_columns((terms, valid))
+            d = jnp.sum(jnp.where(valid, terms, 0.0)) / jnp.maximum(jnp.sum(valid), 1)
             return log_weights, alpha, d, jnp.any(power > 0), jnp.any((rho > 0) & selects_only[which])
 
         log_weights, alpha, d, seen, selects = blocks.map(weigh, n, sizes[0], present)
@@ -346,7 +347,7 @@ class PlacedMove:
     def traffic(self, particles: PyTree, ancestors: Array) -> Traffic | tuple[()]:
         """Bytes of ancestors that the particles of a device need from other devices; () without a mesh.
 
-        Without blocks the moved arrays are gathered, and only the others are exchanged.
+        Without blocks the moved arrays travel by parts of the state, and only the others with their ancestors.
 
         Args:
             particles: particles as for `select_and_move`.
@@ -453,8 +454,10 @@ def _non_gaussianity(
     residual: Float[Array, "n k"],
     error: Float[Array, " k"],
     used: Bool[Array, " k"],
-) -> Float[Array, ""]:
-    """Statistic D of one block: weighted moments of c against those of a Kalman step with the same errors.
+) -> tuple[Float[Array, " c"], Bool[Array, " c"]]:
+    """Terms of the statistic D: weighted moments of c against those of a Kalman step with the same errors.
+
+    D of a block is the mean over its values.
 
     Args:
         tempered: tempered log-weights.
@@ -462,6 +465,9 @@ def _non_gaussianity(
         residual: residuals of the observations near the block, in units of R.
         error: error variances of these observations at the power of the weights.
         used: whether an observation has a part in the weights.
+
+    Returns:
+        (term of each value, whether it counts).
     """
     n = len(c)
     w = jax.nn.softmax(tempered)[:, None]
@@ -483,8 +489,7 @@ def _non_gaussianity(
         (mean - kalman_mean) ** 2 / jnp.where(of_mean > 0, of_mean, jnp.inf)
         + (variance - kalman_variance) ** 2 / jnp.where(of_variance > 0, of_variance, jnp.inf)
     )
-    valid = jnp.isfinite(terms) & (of_mean > 0)
-    return jnp.sum(jnp.where(valid, terms, 0.0)) / jnp.maximum(jnp.sum(valid), 1)
+    return terms, jnp.isfinite(terms) & (of_mean > 0)
 
 
 def _move(
@@ -623,6 +628,14 @@ class _Blocks:
         """Observations near a block, or near several with a leading axis."""
         return Near(*(jnp.asarray(x)[block] for x in (self.which, self.rho, self.wide)))
 
+    def of_columns(self, found: PyTree) -> PyTree:
+        """Results of all values of a block, from those of the values that `columns` gives on this device.
+
+        Args:
+            found: arrays with a leading axis of values.
+        """
+        return whole(found) if self.whole else found
+
     def between(self, which: Array) -> Array | None:
         """Taper between some observations; None without localization."""
         if self.positions is None:
@@ -632,12 +645,14 @@ class _Blocks:
     def columns(self, arrays: list[Array]) -> Any:
         """Build the function from a block to the values of several arrays in it, shape (N, values).
 
+        A mesh divides blocks over its devices, or without a taper the values of the one block, filled up with zeros.
+
         Args:
             arrays: arrays of particles; on a mesh of those of this device.
         """
         n = len(arrays[0])
         if self.whole:
-            flat = whole(jnp.concatenate([x.reshape(n, -1) for x in arrays], axis=1))
+            flat = to_parts(jnp.concatenate([x.reshape(n, -1) for x in arrays], axis=1))
             return lambda block: flat
         places = len(self.of_point)
         by_point = jnp.concatenate([self._by_point(x, places) for x in arrays], axis=2)
@@ -658,13 +673,13 @@ class _Blocks:
         """Turn moved values back into arrays.
 
         Args:
-            moved: values of this device's blocks in all particles, shape (b, N, values).
+            moved: values as of `columns` for this device's blocks, shape (b, N, values).
             arrays: arrays as for `columns`, for their shapes.
         """
         n = len(arrays[0])
         if self.whole:
             ends = np.cumsum([x.size // n for x in arrays])[:-1]
-            parts = jnp.split(own(moved[0]), ends, axis=1)
+            parts = jnp.split(from_parts(moved[0], sum(x.size // n for x in arrays)), ends, axis=1)
             return [part.reshape(x.shape).astype(x.dtype) for part, x in zip(parts, arrays, strict=True)]
         places = len(self.of_point)
         if num_devices() > 1:

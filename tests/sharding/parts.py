@@ -14,7 +14,7 @@ import numpy as np
 from jax.sharding import PartitionSpec
 
 import numpyro_diffusion_da as ndda
-from numpyro_diffusion_da.smc import bootstrap, fa_apf, init, mesh, sharding
+from numpyro_diffusion_da.smc import bootstrap, enkf, fa_apf, init, mesh, sharding
 
 N, DEVICES = 64, 8
 ROWS, SAME = PartitionSpec("particles"), PartitionSpec()
@@ -150,10 +150,31 @@ def kernels() -> None:
             }
 
 
+def updates() -> None:
+    """Traffic of an ensemble update with a large state and few observations, on 8 devices, in bytes of the ensemble."""
+    large = jnp.asarray(np.random.default_rng(4).normal(size=(N, 1000)), jnp.float32)
+    kernel = enkf.build_kernel(
+        lambda key, x, y: (0.9 * x + 0.3 * jax.random.normal(key, x.shape), ()),
+        lambda x, old, y: y - x[::500],
+        lambda key, x, old, y, record: (x, record),
+        inflation=(ndda.ForecastMultiplicative(1.1), ndda.RTPS(0.3)),
+    )
+    found = []
+    for number in (0, DEVICES):
+        step = mesh.on_mesh(kernel, made(number) if number else None)
+        found.append(jax.jit(step)(jax.random.key(0), init(large, 1.0), jnp.ones(2)))
+    (plain, _), (state, info) = found
+    FOUND["update"] = {
+        "state": float(np.max(np.abs(state.particles - plain.particles))),
+        "traffic": [float(v) / large.nbytes for v in info.traffic],
+    }
+
+
 if __name__ == "__main__":
     jax.config.update("jax_numpy_rank_promotion", "raise")
     jax.config.update("jax_disable_most_optimizations", True)
     exchanges()
     parts()
     kernels()
+    updates()
     print(json.dumps(FOUND, indent=1))

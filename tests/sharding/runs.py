@@ -60,9 +60,12 @@ FILTERS: dict[str, Callable[[], Any]] = {
     "moved, global": lambda: ndda.FAAPF(model, move=True),
     "Bootstrap": lambda: ndda.Bootstrap(model),
     "GuidedPF": lambda: ndda.GuidedPF(model, resample_below=0.5),
-    "EnKF": lambda: ndda.EnKF(model, inflation=(ndda.ForecastMultiplicative(1.05),)),
-    "EnKF, local": lambda: ndda.EnKF(model, taper=taper(), transition_covariance=True),
-    "LETKF": lambda: ndda.EnKF(model, taper=taper(), update=ndda.smc.SquareRoot()),
+    "EnKF": lambda: ndda.EnKF(model, inflation=(ndda.ForecastMultiplicative(1.05), ndda.RTPS(0.3)), lag=2),
+    "EnKF with V": lambda: ndda.EnKF(model, transition_covariance=True, inflation=(ndda.smc.RTPP(0.3),)),
+    "EnKF, local": lambda: ndda.EnKF(model, taper=taper(), transition_covariance=True, lag=2),
+    "LETKF": lambda: ndda.EnKF(
+        model, taper=taper(), update=ndda.smc.SquareRoot(), inflation=(ndda.RTPS(0.3), ndda.smc.Jitter(0.1))
+    ),
     "check": lambda: ndda.GrossErrorCheck(ndda.FAAPF(model), members=6),
 }
 
