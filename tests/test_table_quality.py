@@ -75,6 +75,20 @@ def test_tracks_of_ships():
     for wrong in range(5):
         east = [lon + 10.0 * (i == wrong) for i, lon in enumerate(steady)]
         assert flags(track(east), Tracks()) == [off if i == wrong else used for i in range(5)]
+    # Every 3 hours 5 degrees do not fit the next report, but the one after it; and a ship that goes over the pole.
+    three = np.datetime64(TIMES[0]) + np.arange(6) * np.timedelta64(3, "h")
+    shape = {"time": three, "lat": 90.0 - np.abs(np.linspace(-2.0, 2.0, 6)), "type": "ship"}
+    over = track([0.0] * 3 + [180.0] * 3, **shape)
+    for wrong in range(6):
+        moved = over.assign(lat=over["lat"] - 5.0 * (over.index == wrong))
+        # In another order, each report still has its own flag.
+        found = place(moved[::-1].reset_index(drop=True), Tracks(), window="200h").rows["flag"]
+        assert list(found)[::-1] == [off if i == wrong else used for i in range(6)]
+    # Two ships of one name at the same times, of which one stops; and a report that was sent twice, once wrong.
+    other = over.assign(lat=over["lat"] - 60.0)
+    for count, expected in ((3, [used] * 9), (1, [used] * 6 + [off])):
+        both = pandas.concat([over, other[:count]], ignore_index=True)
+        assert list(place(both, Tracks(), window="200h").rows["flag"]) == expected
     assert flags(track([0.0, 50.0]), Tracks()) == [used, used]
     assert flags(track([0.0, 50.0, 100.0, 0.2]), Tracks()) == [used] * 4
     assert flags(track([0.0, 50.0, 100.0], type="land"), Tracks()) == [used] * 3

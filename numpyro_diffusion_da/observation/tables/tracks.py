@@ -27,6 +27,9 @@ TOLERANCE = 50.0
 STILL = 48.0
 """Time in hours after which a station that does not move is worth a remark."""
 
+MEETINGS = 3
+"""Number of times with reports that do not fit each other, from which on a name stands for several stations."""
+
 SAME_PLACE = 1.0
 """Largest distance in km of two reports from one place."""
 
@@ -37,8 +40,13 @@ class Tracks(QualityCheck):
 
     Of the reports of a station, in the order of their times, the largest number is kept that can follow each other
     without a speed above the largest one. The others are set aside, whichever they are; the first one is not trusted
-    more than others. If those that fit are no more than half, nothing is set aside: then the name stands for several
-    stations, as "SHIP" does, or of two reports none can be told to be wrong.
+    more than others. Of several such tracks the one with the slowest ways counts. Nothing is set aside if those that
+    fit are no more than half, or if others are at the same times as they are three times or more: then the name stands
+    for several stations, as "SHIP" does, or of two reports none can be told to be wrong. Of two stations of one name
+    that never report at the same time, only the one with more reports stays.
+
+    A wrong position is found only if it is further away than a station moves between reports: at 75 km/h and every six
+    hours, 500 km.
 
     With `still`, a station that reports one and the same position for that time or longer is set aside for this time,
     as one whose position is not updated. So is a ship at anchor.
@@ -111,14 +119,14 @@ class Tracks(QualityCheck):
 
 def _distance(places: np.ndarray, place: np.ndarray) -> np.ndarray:
     """Distances in km along great circles of points on the unit sphere from one of them."""
-    chord = np.linalg.norm(places - place, axis=-1)
+    chord = np.sqrt(np.maximum(2.0 - 2.0 * (places @ place), 0.0))
     return 2.0 * EARTH_RADIUS * np.arcsin(np.minimum(0.5 * chord, 1.0))
 
 
 def off_track(
     hours: Float[np.ndarray, " report"], places: Float[np.ndarray, "report 3"], speed: float
 ) -> Bool[np.ndarray, " report"]:
-    """Reports outside the longest track; none if it holds no more than half of them.
+    """Reports outside the longest track; none if it holds no more than half of them, or several stations report.
 
     Args:
         hours: time of each report, not decreasing.
@@ -126,18 +134,27 @@ def off_track(
         speed: largest speed, km/h.
     """
     count = len(hours)
-    length, before = np.ones(count, int), np.full(count, -1)
+    length, before, effort = np.ones(count, int), np.full(count, -1), np.zeros(count)
     for i in range(1, count):
-        fits = _distance(places[:i], places[i]) <= speed * (hours[i] - hours[:i]) + TOLERANCE
-        if fits.any():
-            best = int(np.argmax(np.where(fits, length[:i], 0)))
-            length[i], before[i] = length[best] + 1, best
-    off = np.ones(count, bool)
-    at = int(np.argmax(length))
+        reach = speed * (hours[i] - hours[:i]) + TOLERANCE
+        distance = _distance(places[:i], places[i])
+        fits = np.flatnonzero(distance <= reach)
+        if fits.size:
+            longest = fits[length[fits] == length[fits].max()]
+            # A wrong report may fit those two before or after it. Such a track is as long as the right one, and faster.
+            efforts = effort[longest] + distance[longest] ** 2 / reach[longest]
+            best = int(np.argmin(efforts))
+            length[i], before[i], effort[i] = length[longest[best]] + 1, longest[best], efforts[best]
+    longest = np.flatnonzero(length == length.max())
+    at = int(longest[np.argmin(effort[longest])])
     if 2 * length[at] <= count:
         return np.zeros(count, bool)
+    off = np.ones(count, bool)
     while at >= 0:
         off[at], at = False, before[at]
+    # One station is not at two places at one time, so several names are one, if that happens again and again.
+    if len(np.intersect1d(hours[off], hours[~off])) >= MEETINGS:
+        return np.zeros(count, bool)
     return off
 
 
