@@ -19,10 +19,15 @@ class Spelling(NamedTuple):
     Attributes:
         keys: key by the name of an argument; "" if a configuration has none; None for the argument as it is.
         value: function from a value to its text.
+        observation: function from site, step and index of an observed value to words for what the user gave; None if
+            the user gave sites.
+        step: function from the number of a step to words for it; None if the user knows steps by their numbers.
     """
 
     keys: Mapping[str, str | None]
     value: Callable[[Any], str]
+    observation: Callable[[str, int, tuple[int, ...]], str] | None = None
+    step: Callable[[int], str] | None = None
 
 
 _current: contextvars.ContextVar[Spelling | None] = contextvars.ContextVar("spelling", default=None)
@@ -33,10 +38,17 @@ def spelled_as(spelling: Spelling) -> Iterator[None]:
     """Spell arguments as keys in the messages of everything that is called within.
 
     Args:
-        spelling: the keys. Those of a surrounding `spelled_as` that it lacks stay.
+        spelling: the keys. What it lacks stays as a surrounding `spelled_as` has it.
     """
     around = _current.get()
-    token = _current.set(spelling if around is None else Spelling({**around.keys, **spelling.keys}, spelling.value))
+    if around is not None:
+        spelling = Spelling(
+            {**around.keys, **spelling.keys},
+            spelling.value,
+            spelling.observation or around.observation,
+            spelling.step or around.step,
+        )
+    token = _current.set(spelling)
     try:
         yield
     finally:
@@ -63,6 +75,31 @@ def spelled(argument: str, value: Any = None, *, python: str | None = None) -> s
         return python
     name = argument.rpartition(".")[-1]
     return f"{name}=" if value is None else f"{name}={_python(value)}"
+
+
+def spelled_observation(site: str, step: int, index: tuple[int, ...]) -> str:
+    """Words for an observed value: "site 'y[3]'", or the row of a table that the user gave.
+
+    Args:
+        site: name of the site.
+        step: number of the step.
+        index: index of the value in the site's value.
+    """
+    current = _current.get()
+    if current is not None and current.observation is not None:
+        return current.observation(site, step, index)
+    place = f"[{', '.join(map(str, index))}]" if index else ""
+    return f"site '{site}{place}'"
+
+
+def spelled_step(step: int) -> str:
+    """Words for a step of a filter: "step 3", or its time.
+
+    Args:
+        step: number of the step.
+    """
+    current = _current.get()
+    return f"step {step}" if current is None or current.step is None else current.step(step)
 
 
 def _python(value: Any) -> str:

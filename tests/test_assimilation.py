@@ -30,9 +30,11 @@ from numpyro_diffusion_da.assimilation import (
     first_guess,
     forecast,
     prepare,
+    run_prepared,
     verify,
 )
 from numpyro_diffusion_da.fields import Layout, Variable
+from numpyro_diffusion_da.spelling import spelled_observation, spelled_step
 
 MEAN = np.array([280.0, 1000.0], np.float32)
 LAYOUT = Layout(
@@ -360,6 +362,47 @@ def test_first_guesses_that_a_file_does_not_have(tmp_path):
     states_of(1, ["2026-01-01T00"]).isel(number=0).to_netcdf(path, engine="h5netcdf")
     with pytest.raises(ValueError, match=r"no state at 2025-12-31T18:00:00.* or start at 2026-01-01T06:00:00"):
         guess_of(tmp_path, prior, kind="frames")
+
+
+def test_advice_on_forecasts_in_a_file_is_a_program_that_mends_it(tmp_path, monkeypatch):
+    """Files with an axis of steps, or of versions, become ones that are read by what the message says."""
+    prior, path = prior_of(), tmp_path / "b.nc"
+    monkeypatch.chdir(tmp_path)
+    whole = states_of(5, ["2025-12-31T12", "2025-12-31T18"])
+    steps = whole.assign_coords(time=np.array([0, 6], "m8[h]")).rename(time="step")
+    steps = steps.assign_coords(time=np.datetime64("2025-12-31T12", "ns"))
+    final = whole.time < np.datetime64("2025-12-31T18")
+    versions = xarray.concat([whole.where(final), whole.where(~final)], "expver").assign_coords(expver=["1", "5"])
+    expected = np.broadcast_to(MEAN + 12.0, LAYOUT.shape)
+    for dataset in (steps, versions):
+        dataset.to_netcdf(path, engine="h5netcdf")
+        with pytest.raises(ValueError, match="by Python, and give that one: import xarray; dataset = ") as caught:
+            guess_of(tmp_path, prior, kind="ensemble")
+        exec(str(caught.value).split("give that one: ")[1].removesuffix("."), {})
+        (tmp_path / "changed.nc").replace(path)
+        np.testing.assert_allclose(guess_of(tmp_path, prior, kind="ensemble").mean, expected)
+
+
+def test_messages_of_a_run_name_rows_and_times(tmp_path, monkeypatch):
+    """A program has sites and steps; a user of a configuration has rows, and times of the analyses."""
+    run = prepare(correlated(tmp_path), prior=prior_of())
+    ids, groups, said = run.placed.xs["id"], run.placed.xs["groups"], []
+
+    def failing(*_):
+        own = next(m for m, row in enumerate(ids[1]) if row == 26)  # without a group
+        group, k = np.argwhere((ids[1][groups["rows"][1]] == 38) & np.isfinite(groups["y"][1]))[0]
+        said.extend((spelled_observation("y", 1, (own,)), spelled_observation("y_groups", 1, (group, k))))
+        raise FloatingPointError(spelled_step(1))
+
+    monkeypatch.setattr(ndda.Filter, "run", failing)
+    with pytest.raises(FloatingPointError, match="2026-01-01T06:00:00"):
+        run_prepared(run)
+    assert said == [
+        "a.csv, row 28 ('2m_temperature' of station 'S2')",
+        "a.csv, row 40 ('surface_pressure' of station 'S2')",
+    ]
+    assert spelled_observation("y", 1, (3,)) == "site 'y[3]'"
+    assert spelled_step(1) == "step 1"
 
 
 @pytest.mark.slow

@@ -80,6 +80,10 @@ def test_all_forms_give_the_same_table(tmp_path):
         table.frame.drop(columns=drop)[sorted(set(table.frame) - set(drop))],
         rtol=1e-12,
     )
+    # One text for all rows, as bytes, without the dimension.
+    one = filled.drop_vars("variable").assign_coords(variable=np.bytes_(b"t2m"))
+    one.to_netcdf(tmp_path / "d.nc", engine="h5netcdf")
+    assert list(read_table(tmp_path / "d.nc").frame["variable"]) == ["t2m"] * 3
     joined = read_table([path, frame])
     assert list(joined.frame["source"]) == ["a.csv"] * 3 + ["the table"] * 3
     assert list(joined.frame.index) == list(range(6))

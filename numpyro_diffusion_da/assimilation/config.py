@@ -13,7 +13,7 @@ import json
 import os
 import pathlib
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Annotated, Any, Literal, Self
 
 import numpy as np
@@ -538,17 +538,27 @@ KEYS: Mapping[str, str | None] = {
     "prior.config": "prior.configuration",
     "interpolate": "",
     "without_precipitation": "",
+    "missing value": "leave a missing value empty",
+    "gross errors": "leave gross errors out with quality.background_check = 5.0",
+    "site y": "of the rows",
+    "site y_groups": "of the rows of groups",
 }
 """Keys by the argument that they give, for messages; "" for an argument that no key gives."""
 
 
-def in_keys(keys: Mapping[str, str | None] = KEYS) -> contextlib.AbstractContextManager[None]:
+def in_keys(
+    keys: Mapping[str, str | None] = KEYS,
+    observation: Callable[[str, int, tuple[int, ...]], str] | None = None,
+    step: Callable[[int], str] | None = None,
+) -> contextlib.AbstractContextManager[None]:
     """Name keys of a configuration, not arguments, in the messages of what is called within.
 
     Args:
         keys: keys by the argument that they give.
+        observation: words for an observed value by its site, step and index.
+        step: words for a step.
     """
-    return spelled_as(Spelling(keys, _toml))
+    return spelled_as(Spelling(keys, _toml, observation, step))
 
 
 # --- messages ---------------------------------------------------------------------------------------------------------

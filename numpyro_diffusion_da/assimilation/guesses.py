@@ -164,7 +164,7 @@ def first_guess(settings: FirstGuessSettings, emulator: Emulator, start: np.date
     times = start - emulator.step * np.arange(emulator.frames, 0, -1)
     with open_dataset(settings.file) as dataset:
         try:
-            with in_keys({"interpolate": "first_guess.interpolate"}):
+            with in_keys({"interpolate": "first_guess.interpolate", "dataset": in_python(settings.file)}):
                 members = _members(dataset, emulator, times, settings)
         except ValueError as error:
             raise ValueError(f"first_guess.file '{settings.file}': {error}") from None
@@ -211,6 +211,15 @@ def open_dataset(path: pathlib.Path) -> xarray.Dataset:
     except Exception as error:  # each engine has errors of its own
         why = (str(error) or type(error).__name__).splitlines()[0]
         raise ValueError(f"'{path}' cannot be opened ({why}); give NetCDF-4 or Zarr.") from None
+
+
+def in_python(path: pathlib.Path) -> str:
+    """Python that opens a dataset, for messages.
+
+    Args:
+        path: the file or folder.
+    """
+    return f"xarray.open_{'zarr' if path.is_dir() else 'dataset'}({str(path)!r})"
 
 
 def _members(

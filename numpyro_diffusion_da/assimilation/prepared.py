@@ -15,7 +15,7 @@ from numpyro_diffusion_da.assimilation.cost import cost_of
 from numpyro_diffusion_da.assimilation.emulator import Emulator, open_prior
 from numpyro_diffusion_da.assimilation.guesses import first_guess
 from numpyro_diffusion_da.assimilation.placing import place_observations
-from numpyro_diffusion_da.assimilation.program import PREVIOUS, STATE, assimilation_program, filter_of
+from numpyro_diffusion_da.assimilation.program import GROUPS, PREVIOUS, STATE, assimilation_program, filter_of
 from numpyro_diffusion_da.diffusion.prior import EmulatorPrior
 from numpyro_diffusion_da.filters.base import FilterAlgorithm
 from numpyro_diffusion_da.inference.filter import Filter
@@ -56,6 +56,17 @@ class PreparedRun:
     def folder(self) -> pathlib.Path:
         """Folder of the run."""
         return self.config.output.folder
+
+    def row_of(self, site: str, step: int, index: tuple[int, ...]) -> str:
+        """Words for the row that an observed value is from.
+
+        Args:
+            site: name of the site of the program.
+            step: number of the step.
+            index: index of the value in the site's value.
+        """
+        position = self.placed.xs["groups"]["rows"][(step, *index)] if site == GROUPS else index[0]
+        return self.placed.where(step, int(position))
 
     def report(self) -> str:
         """Text with the number of rows by flag, and with what the run will cost."""

@@ -122,7 +122,7 @@ def run_prepared(run: PreparedRun, progress_bar: bool = True) -> Run:
     """
     claim_folder(run)
     started = time.perf_counter()
-    with in_keys():
+    with in_keys(observation=run.row_of, step=lambda step: str(run.times[step])):
         run.filter(progress_bar).run(jax.random.key(run.config.output.seed), run.inputs)
     filtered = time.perf_counter()
     facts = write_outputs(run, run.folder / STORE)

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from numpyro_diffusion_da.assimilation.config import in_keys
+from numpyro_diffusion_da.assimilation.config import KEYS, in_keys
 from numpyro_diffusion_da.assimilation.emulator import open_prior
 from numpyro_diffusion_da.assimilation.files import replacing
 from numpyro_diffusion_da.assimilation.forecasting import FORECAST, LEAD, emulator_of
-from numpyro_diffusion_da.assimilation.guesses import open_dataset
+from numpyro_diffusion_da.assimilation.guesses import in_python, open_dataset
 from numpyro_diffusion_da.assimilation.run import Run
 from numpyro_diffusion_da.diagnostics.feedback import nearest_level
 from numpyro_diffusion_da.diagnostics.verification import area_weights, crps, rmse, spread
@@ -63,7 +63,7 @@ def verify(
     run = Run.open(folder)
     rows = list(_of_rows(run.feedback(), run.analysis("mean")))
     if against is not None:
-        with in_keys():
+        with in_keys({**KEYS, "dataset": in_python(pathlib.Path(against))}):
             rows += _of_truth(run, pathlib.Path(against), prior)
     if not rows:
         raise ValueError(

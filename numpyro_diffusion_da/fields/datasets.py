@@ -260,7 +260,7 @@ def dataset_times(dataset: xarray.Dataset) -> np.ndarray:
     """Times of a dataset, in UTC.
 
     They are read from the coordinate `datetime` if there is one, because `time` is then relative, as in GenCast's
-    files, and from `time` otherwise.
+    files, and from `time` otherwise, or `valid_time` if there is no `time`.
 
     Args:
         dataset: a dataset with one time axis.
@@ -274,12 +274,15 @@ def dataset_times(dataset: xarray.Dataset) -> np.ndarray:
     import xarray
 
     require(dataset, (xarray.Dataset, xarray.DataArray), "dataset_times", "dataset", "xarray.open_dataset(path)")
+    dataset = _renamed(dataset)
     coords = dataset.coords
     name = "datetime" if "datetime" in coords else "time"
     if name not in coords:
         raise ValueError("the dataset has no coordinate time; add one of type datetime64, in UTC.")
     values = np.asarray(coords[name].values)
     _refuse_lead_times(dataset)
+    if dataset.sizes.get("step", 1) > 1 and {"time", "step"} <= set(coords):
+        raise ValueError(f"the dataset has an axis step; {_advice_on_steps(dataset)}.")
     if values.dtype.kind != "M":
         raise ValueError(
             f"the dataset's {name} is of type {values.dtype}, expected datetime64; decode the times first."
@@ -287,11 +290,16 @@ def dataset_times(dataset: xarray.Dataset) -> np.ndarray:
     if values.size != dataset.sizes.get("time", 1):
         raise ValueError(
             f"the dataset's {name} has shape {values.shape}, expected one value for each of the "
-            f"{dataset.sizes.get('time', 1)} times; select one batch, as in dataset.isel(batch=0)."
+            f"{dataset.sizes.get('time', 1)} times; select one batch"
+            f"{_changed('dataset.isel(batch=0)', ', as in ')}."
         )
     found = values.reshape(-1).astype("datetime64[ns]")
     if np.isnat(found).any():
-        raise ValueError(f"the dataset's {name} has a missing date (NaT); drop it, as in dataset.dropna('{name}').")
+        raise ValueError(
+            f"the dataset's {name} has a missing date (NaT); drop it"
+            + _changed(f"dataset.dropna('{name}')", ", as in ")
+            + "."
+        )
     return found
 
 
@@ -309,8 +317,8 @@ def _refuse_lead_times(dataset: xarray.Dataset) -> None:
         if not coords["time"].dims:
             do = "dataset.drop_vars('time')"
         raise ValueError(
-            "the dataset's time is when its forecasts start, which differs from valid_time; keep the latter: "
-            f"dataset = {do}."
+            "the dataset's time is when its forecasts start, which differs from valid_time; keep the latter"
+            f"{_changed(do)}."
         )
 
 
@@ -557,19 +565,38 @@ def _advice_on_axes(dataset: xarray.Dataset, array: xarray.DataArray, missing: l
         # Preliminary and final data: each time has values in one of the versions, and NaN in the other.
         parts = [f"isel(expver={i}, drop=True)" for i in range(array.sizes["expver"])]
         joined = f"dataset.{parts[0]}" + "".join(f".combine_first(dataset.{part})" for part in parts[1:])
-        return f"these are the preliminary and the final data, of which each time has one: dataset = {joined}"
+        return f"these are the preliminary and the final data, of which each time has one{_changed(joined)}"
     if "step" in extra:
-        first = "" if "valid_time" in dataset.coords else ".assign_coords(valid_time=dataset.time + dataset.step)"
-        if "time" not in dataset.dims:
-            return (
-                "step is the time since the start of a forecast; name its times: "
-                f"dataset = dataset{first}.swap_dims(step='valid_time').drop_vars('time')"
-            )
-        return (
-            "step is the time since the start of a forecast; join start and step to one axis of times: dataset = "
-            f"dataset{first}.stack(at=('time', 'step')).drop_vars(['at', 'time', 'step']).swap_dims(at='valid_time')"
+        return _advice_on_steps(dataset)
+    return f"select one{_changed(f'dataset.isel({extra[0]}=0)', ', as in ')}" if extra else f"add {', '.join(missing)}"
+
+
+def _advice_on_steps(dataset: xarray.Dataset) -> str:
+    """Advice on forecasts with an axis of steps."""
+    first = "" if "valid_time" in dataset.coords else ".assign_coords(valid_time=dataset.time + dataset.step)"
+    if "time" not in dataset.dims:
+        return "step is the time since the start of a forecast; name its times" + _changed(
+            f"dataset{first}.swap_dims(step='valid_time').drop_vars('time')"
         )
-    return f"select one, as in dataset.isel({extra[0]}=0)" if extra else f"add {', '.join(missing)}"
+    return "step is the time since the start of a forecast; join start and step to one axis of times" + _changed(
+        f"dataset{first}.stack(at=('time', 'step')).drop_vars(['at', 'time', 'step']).swap_dims(at='valid_time')"
+    )
+
+
+def _changed(dataset: str, before: str = ": dataset = ") -> str:
+    """Advice to change a dataset; a user who has no program writes another file.
+
+    Args:
+        dataset: the changed dataset, in Python.
+        before: what stands before it if a program has the dataset.
+    """
+    opened = spelled("dataset", python="")
+    if not opened:
+        return before + dataset
+    return (
+        f"; write another file by Python, and give that one: import xarray; dataset = {opened}; "
+        f"dataset = {dataset}; dataset.to_netcdf('changed.nc')"
+    )
 
 
 def _axis_values(data: xarray.Dataset | xarray.DataArray, name: str) -> np.ndarray:

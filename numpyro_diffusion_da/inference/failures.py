@@ -12,6 +12,7 @@ from jaxtyping import Array, PyTree
 from numpyro_diffusion_da.program.structure import Structure
 from numpyro_diffusion_da.results.background import FAR, FarValue
 from numpyro_diffusion_da.smc.base import Info, finite_leaves, map_particles
+from numpyro_diffusion_da.spelling import spelled_step
 
 
 def count_failures(structure: Structure, info: Info, before: PyTree, after: PyTree) -> dict[str, Any]:
@@ -66,9 +67,9 @@ def why(failures: dict[str, Any], what: str, step: int, num_particles: int, guid
     def every(counts: dict[str, Any]) -> list[str]:
         return [name for name, count in counts.items() if count >= num_particles]
 
-    beginning = f"all {num_particles} {what} are non-finite at step {step}"
+    beginning = f"all {num_particles} {what} are non-finite at {spelled_step(step)}"
     if broken := every(failures["before"]):
-        start = "the initial state" if step == 0 else f"the carry after step {step - 1}"
+        start = "the initial state" if step == 0 else f"the carry after {spelled_step(step - 1)}"
         return (
             f"{beginning}, because {start} is not finite in any particle (carry{broken[0]}); give the program finite "
             "first values, and carry only values that are finite where an observation is missing."

@@ -20,6 +20,7 @@ from numpyro_diffusion_da.program.structure import Structure
 from numpyro_diffusion_da.results.result import PER_PARTICLE, Background, FilterResult
 from numpyro_diffusion_da.smc.base import Info
 from numpyro_diffusion_da.smc.sharding import first
+from numpyro_diffusion_da.spelling import spelled_step
 
 MOST_OF_BLOCKS = 2**20
 """Largest number of particles times blocks up to which a record holds weights and ancestors of blocks: 8 MB a step."""
@@ -247,11 +248,13 @@ def check_record(
     for name, site in record["observations"].items():
         if site["bad_error"]:
             raise ValueError(
-                f"the observation error of site '{name}' at step {step} is not positive and finite; "
+                f"the observation error of site '{name}' at {spelled_step(step)} is not positive and finite; "
                 "give a standard deviation above zero (mark a missing value by NaN in the observation)."
             )
         if np.any(np.isinf(site["value"])):
-            raise ValueError(f"site '{name}' has an infinite observation at step {step}; mark missing values by NaN.")
+            raise ValueError(
+                f"site '{name}' has an infinite observation at {spelled_step(step)}; mark missing values by NaN."
+            )
     check_places(record.get("unplaced", {}), sources, step)
     for what, count in (("weights", record["nonfinite_weights"]), ("particles", record["nonfinite_particles"])):
         if count < num_particles:
@@ -259,13 +262,15 @@ def check_record(
         for name, site in record["observations"].items():
             if site["undefined"]:
                 raise ValueError(
-                    f"site '{name}' at step {step} compares {site['undefined']} observed values with NaN: the state "
-                    "has no value there (sea surface temperature over land, for example); mark these observations "
-                    "as missing by NaN, or leave them out."
+                    f"site '{name}' at {spelled_step(step)} compares {site['undefined']} observed values with NaN: the "
+                    "state has no value there (sea surface temperature over land, for example); mark these "
+                    "observations as missing by NaN, or leave them out."
                 )
         if (far := far_observation(record, step)) is not None:
             words = far.words(with_step=False)
-            raise FloatingPointError(f"all {num_particles} {what} are non-finite at step {step}, where {words}")
+            raise FloatingPointError(
+                f"all {num_particles} {what} are non-finite at {spelled_step(step)}, where {words}"
+            )
         raise FloatingPointError(why(record["failures"], what, step, num_particles, guided))
 
 

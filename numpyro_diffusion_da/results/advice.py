@@ -84,7 +84,11 @@ def lost_advice(ratios: Mapping[str, Ratio]) -> str | None:
     Args:
         ratios: result of `departure_ratios`.
     """
-    lost = [f"{r.value:.3g} +- {r.standard_error:.2g} at site '{n}'" for n, r in ratios.items() if is_lost(r)]
+
+    def of_site(name: str) -> str:
+        return spelled(f"site {name}", python=f"at site '{name}'")
+
+    lost = [f"{r.value:.3g} +- {r.standard_error:.2g} {of_site(n)}" for n, r in ratios.items() if is_lost(r)]
     if not lost:
         return None
     return (

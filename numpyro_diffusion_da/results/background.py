@@ -8,15 +8,13 @@ from typing import NamedTuple
 import numpy as np
 
 from numpyro_diffusion_da.results.result import FilterResult
+from numpyro_diffusion_da.spelling import spelled, spelled_observation, spelled_step
 
 BLOCKS = 20
 """Number of blocks of consecutive times from which the standard error of a whole run is computed, if it is long."""
 
 FAR = 30.0
 """Distance from the background, in expected standard deviations, that no filter explains by chance."""
-
-FAR_ADVICE = "mark a missing value by NaN, leave gross errors out with ndda.GrossErrorCheck(...), or check the unit."
-"""What to do about a far value."""
 
 JUMP = 10.0
 """How many times farther than all earlier values a far value is, if it is wrong and not the filter."""
@@ -109,12 +107,14 @@ class FarValue:
         Args:
             with_step: whether the sentence names the step.
         """
-        place = f"[{', '.join(map(str, self.index))}]" if self.index else ""
-        step = f" at step {self.step}" if with_step else ""
+        of = spelled_observation(self.site, self.step, self.index)
+        step = f" at {spelled_step(self.step)}" if with_step else ""
         others = f" ({self.count} observations have this value)" if self.count > 1 else ""
+        missing = spelled("missing value", python="mark a missing value by NaN")
+        check = spelled("gross errors", python="leave gross errors out with ndda.GrossErrorCheck(...)")
         return (
-            f"observation {self.value:.6g} of site '{self.site}{place}'{step} is {self.distance:.3g} predictive "
-            f"standard deviations from its forecast, {self.background:.4g}{others}; {FAR_ADVICE}"
+            f"observation {self.value:.6g} of {of}{step} is {self.distance:.3g} predictive standard deviations from "
+            f"its forecast, {self.background:.4g}{others}; {missing}, {check}, or check the unit."
         )
 
 

@@ -206,7 +206,7 @@ def _from_xarray(dataset: xarray.Dataset, source: str) -> RawTable:
     units: dict[str, str] = {}
     for name, variable in dataset.variables.items():
         if not variable.dims:
-            columns[str(name)] = np.repeat(np.asarray(variable.values)[None], dataset.sizes[DIMENSION])
+            columns[str(name)] = _decoded(np.repeat(np.asarray(variable.values)[None], dataset.sizes[DIMENSION]))
         elif name != DIMENSION:
             columns[str(name)] = _decoded(variable.values)
         if isinstance(variable.attrs.get("units"), str):

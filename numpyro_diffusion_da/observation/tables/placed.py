@@ -15,6 +15,7 @@ from numpyro_diffusion_da.fields.layout import Layout
 from numpyro_diffusion_da.observation.tables.checks import station_keys
 from numpyro_diffusion_da.observation.tables.flags import Flag
 from numpyro_diffusion_da.observation.tables.operator import ObservationOperator
+from numpyro_diffusion_da.observation.tables.table import where
 
 if TYPE_CHECKING:
     import pandas
@@ -126,6 +127,22 @@ class PlacedObservations:
         flat = jax.numpy.reshape(jax.numpy.asarray(states), (-1, *self.layout.shape))
         found = _observe(self.operator, flat, at)
         return found.reshape(*np.shape(states)[: -len(self.layout.shape)], -1)
+
+    def where(self, step: int, position: int) -> str:
+        """Text that names file and row of an observation, with its variable and station.
+
+        Args:
+            step: number of the step.
+            position: position along ``xs["y"]``.
+        """
+        index = self.xs["id"][step, position]
+        row = self.rows.loc[index]
+        parts = list(self.rows.index[self.rows["superob"] == index]) if "superob" in self.rows else []
+        what = where(self.rows, index)
+        if parts:
+            what = f"the mean of {len(parts)} rows, the first of them {where(self.rows, parts[0])}"
+        station = f" of station '{row['station']}'" if isinstance(row.get("station"), str) else ""
+        return f"{what} ('{row['name']}'{station})"
 
     def by_row(self, values: Any) -> pandas.Series:
         """Values of the axes (time, row) as a column: one value for each row of `rows`, missing where it has none.
