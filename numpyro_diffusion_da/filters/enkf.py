@@ -24,13 +24,7 @@ from numpyro_diffusion_da.program.state_space import StateSpaceModel
 from numpyro_diffusion_da.smc import enkf
 from numpyro_diffusion_da.smc.base import Info, Kernel, State, map_particles, particle_keys, total_particles
 from numpyro_diffusion_da.smc.ensemble_update import EnsembleUpdate, PerturbedObservations, TransitionSpread
-from numpyro_diffusion_da.smc.inflation import (
-    Inflation,
-    Multiplicative,
-    check_inflation,
-    forecast_factor,
-    inflated_particles,
-)
+from numpyro_diffusion_da.smc.inflation import Inflation, check_inflation, inflated_particles
 from numpyro_diffusion_da.smc.localization import PlacedTaper, Taper
 from numpyro_diffusion_da.smc.sharding import first, own
 from numpyro_diffusion_da.transition.base import DrawRecord
@@ -119,7 +113,7 @@ class EnKF(FilterAlgorithm):
                 taper = functools.partial(place_taper, self.taper, program)
         if self.transition_covariance:
             program.check(needs_dynamics=True, gaussian_errors=True)
-        widened = Multiplicative(forecast_factor(self.inflation))
+        widening = [inflation for inflation in self.inflation if inflation.acts_on_forecast]
         carried = carried_along(program.structure, localized=self.taper is not None)
 
         def kernel(rng_key: PRNGKeyArray, state: State, inputs: TimeInputs) -> tuple[State, Info]:
@@ -135,7 +129,7 @@ class EnKF(FilterAlgorithm):
                 lambda key, carry, given: program.draw(key, carry, inputs, self.sampler, centering, given), batch_size
             )
             x, record = draw(own(keys), state.particles, conditioning)
-            forecast = inflated_particles([widened], jax.random.key(0), x, None)
+            forecast = inflated_particles(widening, jax.random.key(0), x, None)
             sites = background_of_draws(program, forecast, state.particles, inputs, n, batch_size)
             used, said = screened(screen, program, sites, state.particles, inputs)
             particles = Drawn(state.particles, x, record, conditioning, state.past)

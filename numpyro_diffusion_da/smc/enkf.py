@@ -45,7 +45,7 @@ from numpyro_diffusion_da.smc.ensemble_update import (
 from numpyro_diffusion_da.smc.inflation import Inflation, check_inflation, forecast_factor, inflated_particles
 from numpyro_diffusion_da.smc.localization import PlacedTaper
 from numpyro_diffusion_da.smc.probing import class_vectors
-from numpyro_diffusion_da.smc.sharding import ensemble_mean, from_parts, own, to_parts, whole
+from numpyro_diffusion_da.smc.sharding import from_parts, own, to_parts, whole
 
 __all__ = ["Info", "State", "as_top_level_api", "build_kernel", "init"]
 
@@ -181,7 +181,8 @@ class _Divided:
 
     def mean(self, part: Array) -> Array:
         """Mean state of the ensemble, with a leading axis of 1, on each device."""
-        return ensemble_mean(part, self._places(self._arrays[0])[0]).reshape(1, *self._arrays[0].shape[1:])
+        mean: Array = whole(part.mean(0), self._places(self._arrays[0])[0])
+        return mean.reshape(1, *self._arrays[0].shape[1:])
 
     def anomalies(self, parts: list[Array]) -> Array:
         """Anomalies of all members at the places of this device, with those of all arrays joined, flattened."""

@@ -301,7 +301,7 @@ def inflated_particles(
     Returns:
         This device's inflated particles.
     """
-    if num_devices() == 1:
+    if num_devices() == 1 or not inflations:
         return inflated(inflations, rng_key, analysis, forecast)
     if not all(inflation.by_component for inflation in inflations):
         return own(inflated(inflations, rng_key, *whole((analysis, forecast))))
@@ -311,7 +311,8 @@ def inflated_particles(
         finite = jnp.all(jnp.isfinite(x.reshape(len(x), -1)), axis=1, keepdims=True)
         return to_parts(jnp.where(finite, x.reshape(len(x), -1), jnp.nan))
 
-    found = inflated(inflations, rng_key, parts(analysis), None if forecast is None else parts(forecast))
+    ahead = parts(forecast) if forecast is not None and need_forecast(inflations) else None
+    found = inflated(inflations, rng_key, parts(analysis), ahead)
     return from_parts(found, analysis[0].size).reshape(analysis.shape)
 
 

@@ -195,12 +195,6 @@ def to_parts(values: Float[Array, "n p ..."]) -> Float[Array, "N s ..."]:
     return jax.lax.all_to_all(padded, AXIS, split_axis=1, concat_axis=0, tiled=True)
 
 
-def ensemble_mean(parts: Float[Array, "N s ..."], p: int) -> Float[Array, "p ..."]:
-    """Mean over all particles of all p parts, from this device's parts of all particles; the same on all devices."""
-    mean: Array = whole(parts.mean(0), p)
-    return mean
-
-
 def from_parts(values: Float[Array, "N s ..."], p: int) -> Float[Array, "n p ..."]:
     """Change back from this device's parts of all particles to all p parts of this device's particles.
 

@@ -13,7 +13,7 @@ from numpyro_diffusion_da.spelling import spelled
 
 
 def _advice() -> str:
-    """What to give."""
+    """Advice on the window to give, with two examples."""
     one, pair = (spelled("window", value) for value in ("3h", ("3h", "0h")))
     return f"give a width such as {one}, or a pair of the parts before and after each time, such as {pair}"
 
