@@ -83,6 +83,20 @@ def test_an_ensemble_update_gathers_no_states(parts):
     assert 7 / 64 < gathered < 0.13
 
 
+@pytest.mark.slow
+def test_devices_share_the_filters_of_parameters(parts):
+    """A device holds its share of them, and a filter moves with its parameter; what is gathered has no filter."""
+    found = parts["parameters"]
+    assert found["state"] < 1e-6
+    assert found["filters"] == 0  # each holds its parameter
+    assert found["rows"] == [8] * 8
+    assert found["memory"] < 0.2
+    assert found["moves"] > 0
+    moved, needed, gathered = found["traffic"]
+    assert moved >= needed > 0
+    assert 0 < gathered < 64
+
+
 REFUSED = """
 import json, jax, numpyro_diffusion_da as ndda
 meshes = {"axis": jax.make_mesh((8,), ("x",)), "share": jax.make_mesh((8,), ("particles",)), "kind": 8}
@@ -93,6 +107,10 @@ for name, mesh in meshes.items():
             make(ndda.Bootstrap(lambda: None), num_particles=30, mesh=mesh)
         except (TypeError, ValueError) as error:
             found[f"{make.__name__}, {name}"] = str(error)
+try:
+    ndda.SMC2(ndda.Bootstrap(lambda: None), num_particles=30, num_parameter_particles=60, mesh=meshes["share"])
+except ValueError as error:
+    found["SMC2"] = str(error)
 print(json.dumps(found))
 """
 
@@ -111,6 +129,7 @@ def test_unfit_meshes_are_refused(tmp_path):
             ("kind", "got mesh=8; expected a Mesh: write mesh=jax.make_mesh"),
         ):
             assert f"{owner} {sentence}" in found[f"{owner}, {kind}"]
+    assert "num_parameter_particles=60 and a mesh of 8 devices, which cannot share them equally" in found["SMC2"]
 
 
 # Rounding of what is done with one particle depends on how many of them are done together; the rest has one order.
@@ -142,11 +161,20 @@ def test_runs_do_not_depend_on_the_devices(names, numbers):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("names", ["OnlineFilter;PMMH", "SMC2"])
-def test_other_inference_does_not_depend_on_the_devices(names):
-    found = run_on_devices("runs.py", names, "4")
-    for name in names.split(";"):
+def test_other_inference_does_not_depend_on_the_devices():
+    found = run_on_devices("runs.py", "OnlineFilter;PMMH", "4")
+    for name in ("OnlineFilter", "PMMH"):
         assert largest(found[f"{name}, 4"]) < NEAR, found
+
+
+@pytest.mark.slow
+def test_parameter_particles_do_not_depend_on_the_devices():
+    found = run_on_devices("runs.py", "SMC2", "1,2,8")
+    for number in (1, 2, 8):
+        of_run = found[f"SMC2, {number}"]
+        assert largest(of_run) < NEAR, (number, of_run)
+        assert of_run["bytes_moved"] >= of_run["bytes_needed"]
+        assert (of_run["bytes_needed"] > 0) == (of_run["bytes_gathered"] > 0) == (number > 1)
 
 
 @pytest.mark.slow
@@ -156,8 +184,8 @@ def test_two_processes_are_as_one():
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     with ThreadPoolExecutor(2) as pool:
-        both = [pool.submit(run_on_devices, "runs.py", "FAAPF;moved", "4", i, port, devices=2) for i in range(2)]
+        both = [pool.submit(run_on_devices, "runs.py", "FAAPF;moved;SMC2", "4", i, port, devices=2) for i in range(2)]
         first, second = (process.result() for process in both)
     assert first == second
-    for name in ("FAAPF", "moved"):
+    for name in ("FAAPF", "moved", "SMC2"):
         assert largest(first[f"{name}, 4"]) < NEAR, first

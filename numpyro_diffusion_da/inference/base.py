@@ -21,7 +21,7 @@ from numpyro_diffusion_da.inference.evidence import EvidenceEstimator, FilterEvi
 from numpyro_diffusion_da.program.parameters import GlobalParameters
 from numpyro_diffusion_da.program.state_space import StateSpaceModel
 from numpyro_diffusion_da.results.result import ParameterResult
-from numpyro_diffusion_da.smc.base import map_particles
+from numpyro_diffusion_da.smc.mesh import check_mesh, map_filters
 
 if TYPE_CHECKING:
     import xarray
@@ -43,7 +43,7 @@ class ParameterInference(HoldsCompiled, abc.ABC):
         batch_size: number of particles moved at a time, over all filters; None for as many as fit into half of the
             device's memory, and on a CPU for no more than its cores move fastest.
         progress_bar: whether to show a progress bar.
-        mesh: devices that share the particles of each filter; None for one device.
+        mesh: devices that share the particles of each filter, or whole filters; None for one device.
         **numbers: other arguments that must be whole numbers of 1 or more (`num_warmup`: 0 or more), by name.
 
     Raises:
@@ -52,6 +52,9 @@ class ParameterInference(HoldsCompiled, abc.ABC):
     """
 
     without_compiled: ClassVar[Mapping[str, Any]] = {"_compiled": {}}
+
+    divided: ClassVar[str] = "num_particles"
+    """Name of the number that the devices of a mesh divide. If it is another one, each filter is on one device."""
 
     def __init__(
         self,
@@ -64,14 +67,21 @@ class ParameterInference(HoldsCompiled, abc.ABC):
         **numbers: int,
     ) -> None:
         check_batch_size(batch_size, type(self).__name__)
-        for name, value in {"num_particles": num_particles, "num_chains": num_chains, **numbers}.items():
+        numbers = {"num_particles": num_particles, "num_chains": num_chains, **numbers}
+        for name, value in numbers.items():
             require_count(value, self, name, least=0 if name == "num_warmup" else 1)
         self.algorithm = algorithm
         self.num_particles = int(num_particles)
         self.num_chains = int(num_chains)
         self.batch_size = batch_size
         self.progress_bar = require_flag(progress_bar, self, "progress_bar")
-        self.mesh = usable_mesh(mesh, type(self).__name__, algorithm, num_particles)
+        owner, divided = type(self).__name__, self.divided
+        self._within: Mesh | None = None  # devices that share the particles of each filter
+        self._across: Mesh | None = None  # devices that share whole filters
+        if divided == "num_particles":
+            self.mesh = self._within = usable_mesh(mesh, owner, algorithm, num_particles)
+        else:
+            self.mesh = self._across = check_mesh(mesh, owner, numbers[divided], divided)
         self._estimator = EvidenceEstimator(algorithm, num_particles)
         self._filters_at_a_time: int | None = None
         self._compiled: dict[str, Compiled] = {}
@@ -92,9 +102,9 @@ class ParameterInference(HoldsCompiled, abc.ABC):
         known = parameters.placeholder()
         bias_reasons = check_evidence(self.algorithm, known, name)
         batch = particles_at_a_time(self.batch_size, self.num_particles * self._num_filters(), known, self.mesh)
-        share = self.num_particles if self.mesh is None else self.num_particles // self.mesh.size
+        share = self.num_particles if self._within is None else self.num_particles // self._within.size
         self._filters_at_a_time, of_filter = split_batch(batch, share)
-        self._estimator = EvidenceEstimator(self.algorithm, self.num_particles, of_filter, self.mesh)
+        self._estimator = EvidenceEstimator(self.algorithm, self.num_particles, of_filter, self._within)
         for part, fn in self._parts(parameters).items():
             self._compiled.setdefault(part, Compiled(fn)).read_anew(fn)
         return parameters, {
@@ -105,6 +115,10 @@ class ParameterInference(HoldsCompiled, abc.ABC):
             "evidence_bias_reasons": "; ".join(bias_reasons),
         }
 
+    def _map_filters(self, fn: Callable[..., Any]) -> Callable[..., Any]:
+        """Map a function that runs a filter over the leading axis of its arguments, as batches and devices allow."""
+        return map_filters(fn, self._across, self._filters_at_a_time)
+
     @abc.abstractmethod
     def _num_filters(self) -> int:
         """Largest number of filters that run at the same time."""
@@ -114,7 +128,7 @@ class ParameterInference(HoldsCompiled, abc.ABC):
 
         def evaluate(rng_key: Any, positions: Array, given: Any) -> FilterEvidence:
             keys = jax.random.split(rng_key, BATCH)
-            evidence = map_particles(self._evidence(parameters.at(*given)), self._filters_at_a_time)(keys, positions)
+            evidence = self._map_filters(self._evidence(parameters.at(*given)))(keys, positions)
             return FilterEvidence(evidence.state._replace(particles=()), evidence.passes)
 
         def values(positions: Array, given: Any) -> dict[str, Array]:

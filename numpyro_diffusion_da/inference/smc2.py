@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import numpy as np
@@ -20,7 +20,6 @@ from numpyro_diffusion_da.inference.threads import lapack_on_one_thread
 from numpyro_diffusion_da.program.parameters import GlobalParameters
 from numpyro_diffusion_da.results.result import ParameterResult
 from numpyro_diffusion_da.smc import smc2
-from numpyro_diffusion_da.smc.base import map_particles
 
 
 class SMC2(ParameterInference):
@@ -48,14 +47,17 @@ class SMC2(ParameterInference):
             None for as many as fit into half of the device's memory, and on a CPU for no more than its cores move
             fastest. Below N, one parameter particle is handled at a time.
         progress_bar: whether to show a progress bar over the steps.
-        mesh: devices that share the state particles of each filter, as for `Filter`; None for one device. Resampling of
-            the parameters then moves nothing between devices.
+        mesh: devices that share the parameter particles, `jax.make_mesh((8,), ("particles",))`; None for one device.
+            The state filter of a parameter particle is on its device, and resampling moves whole filters. The result
+            does not depend on it, up to rounding (docs/scale.md).
 
     Raises:
         ValueError: a number is below 1, `target_ess` is outside [0, 1], `mesh` has another axis than "particles", or
-            its devices cannot share the state particles equally.
+            its devices cannot share the parameter particles equally.
         TypeError: `algorithm` is not a filter, or a number is not a whole number.
     """
+
+    divided: ClassVar[str] = "num_parameter_particles"
 
     @takes_algorithm("num_particles=256, num_parameter_particles=128")
     def __init__(
@@ -84,8 +86,9 @@ class SMC2(ParameterInference):
 
         `result` holds the result afterwards. With M parameter particles, `posterior` has the shapes (num_chains, M,
         ...) and `over_time` (num_chains, M, time, ...). The statistics `ess`, `log_evidence_increment`,
-        `acceptance_rate` and `filter_steps` have the shape (num_chains, time). The keys of chains and steps are folded
-        from `rng_key` by their indices, so `num_chains` does not change the draws of a chain.
+        `acceptance_rate` and `filter_steps` have the shape (num_chains, time); with a mesh also `bytes_moved`,
+        `bytes_needed` and `bytes_gathered`, as of a `Filter`. The keys of chains and steps are folded from `rng_key` by
+        their indices, so `num_chains` does not change the draws of a chain.
 
         Each run reads anew what the program reads from outside its arguments, as `Filter.run` does.
 
@@ -131,6 +134,7 @@ class SMC2(ParameterInference):
                 "log_evidence_increment": infos_.log_evidence_increment,
                 "acceptance_rate": infos_.acceptance_rate,
                 "filter_steps": steps,
+                **({} if self.mesh is None else {f"bytes_{n}": v for n, v in infos_.traffic._asdict().items()}),
             },
             over_time=over_time,
             attributes={
@@ -160,8 +164,9 @@ class SMC2(ParameterInference):
             def begin(key: Any, position: Array) -> Any:
                 return self._estimator.start(key, at.filterable(position))
 
-            filters = map_particles(begin, self._filters_at_a_time)(jax.random.split(filter_key, m), positions)
-            return smc2.init(positions, filters, jax.vmap(at.log_prior)(positions), jax.vmap(at.log_outside)(positions))
+            filters = self._map_filters(begin)(jax.random.split(filter_key, m), positions)
+            logs = jax.vmap(at.log_prior)(positions), jax.vmap(at.log_outside)(positions)
+            return smc2.init(positions, filters, *logs, mesh=self.mesh)
 
         def step(rng_key: Any, state: smc2.SMC2State, t: Array, given: Any) -> tuple[smc2.SMC2State, smc2.SMC2Info]:
             at = parameters.at(*given)
@@ -174,7 +179,13 @@ class SMC2(ParameterInference):
                 return evidence.state.log_evidence, evidence
 
             kernel = smc2.build_kernel(
-                at.log_prior, advance, restart, self.num_moves, self.target_ess, self._filters_at_a_time
+                at.log_prior,
+                advance,
+                restart,
+                self.num_moves,
+                self.target_ess,
+                self._filters_at_a_time,
+                mesh=self.mesh,
             )
             return kernel(rng_key, state, t)
 

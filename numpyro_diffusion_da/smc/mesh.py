@@ -7,13 +7,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.interpreters import partial_eval
-from jax.sharding import AxisType, Mesh, PartitionSpec
-from jaxtyping import PRNGKeyArray, PyTree
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Int, PRNGKeyArray, PyTree
 
 from numpyro_diffusion_da.arguments import require
-from numpyro_diffusion_da.smc.base import Info, Kernel, State
-from numpyro_diffusion_da.smc.sharding import AXIS, Traffic, collective_bytes
+from numpyro_diffusion_da.smc.base import Info, Kernel, State, map_particles
+from numpyro_diffusion_da.smc.sharding import AXIS, Traffic, collective_bytes, take_ancestors, traffic_of
 
 SHARES: Any = PartitionSpec(AXIS)
 SAME: Any = PartitionSpec()
@@ -103,3 +104,76 @@ def started_on_mesh(start: Callable[[PRNGKeyArray], State], mesh: Mesh | None) -
         mesh: mesh of devices; None returns the function itself.
     """
     return start if mesh is None else per_device(start, mesh, (SAME,), STATE)
+
+
+# --- rows that are filters --------------------------------------------------------------------------------------------
+
+FILTERS = "filters"
+"""Name of the axis over which whole filters are divided. It is not `AXIS`, so a filter there is as without a mesh."""
+
+
+def map_filters(fn: Callable[..., Any], mesh: Mesh | None, batch_size: int | None = None) -> Callable[..., Any]:
+    """Map a function that runs a filter over the leading axis of its arguments, whose rows are divided over devices.
+
+    Args:
+        fn: function of one row. Each call runs on one device.
+        mesh: devices that share the rows; None for one device. If they cannot share them equally, the last row fills up
+            the last shares.
+        batch_size: number of rows mapped at a time on each device, which bounds the memory; None maps all at once.
+
+    Returns:
+        Function of the same arguments, each with a leading axis of rows. What it returns is where its row is.
+    """
+    mapped = map_particles(fn, batch_size)
+    if mesh is None:
+        return mapped
+    rows = PartitionSpec(FILTERS)
+    devices = Mesh(mesh.devices, (FILTERS,), axis_types=(AxisType.Auto,))
+    of_device = per_device(mapped, devices, rows, rows)
+
+    def over_rows(*args: Any) -> Any:
+        n = len(jax.tree.leaves(args)[0])
+        missing = -n % devices.size
+        if not missing:
+            return of_device(*args)
+        filled = np.minimum(np.arange(n + missing), n - 1)
+        found = of_device(*jax.tree.map(lambda x: x[filled], args))
+        return jax.tree.map(lambda x: x[:n], found)
+
+    return over_rows
+
+
+def on_all_devices(values: PyTree, mesh: Mesh | None) -> PyTree:
+    """Arrays that are whole on each device, so that sums over them have one order.
+
+    Args:
+        values: arrays, which may be divided.
+        mesh: mesh of devices; None returns the arrays.
+    """
+    return values if mesh is None else jax.lax.with_sharding_constraint(values, NamedSharding(mesh, SAME))
+
+
+def gathered_bytes(values: PyTree, mesh: Mesh) -> float:
+    """Bytes that `on_all_devices` moves of divided arrays, summed over the devices."""
+    return float((mesh.size - 1) * sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(values)))
+
+
+def take_filters(filters: PyTree, ancestors: Int[Array, " m"], mesh: Mesh | None) -> tuple[PyTree, PyTree]:
+    """Ancestor of each new filter, whose arrays move to its device as one.
+
+    Args:
+        filters: filters, with a leading axis of m.
+        ancestors: index of each new filter's ancestor.
+        mesh: devices that share the filters equally; None for one device.
+
+    Returns:
+        (new filters, `Traffic` of their moves; () without a mesh).
+    """
+
+    def take(filters: PyTree, ancestors: Int[Array, " m"]) -> tuple[PyTree, PyTree]:
+        return take_ancestors(filters, ancestors), traffic_of(filters, ancestors)
+
+    if mesh is None:
+        return take(filters, ancestors)
+    taken, traffic = per_device(take, mesh, (SHARES, SAME), (SHARES, SAME))(filters, ancestors)
+    return taken, Traffic(jnp.zeros(()), jnp.zeros(())) if traffic == () else traffic

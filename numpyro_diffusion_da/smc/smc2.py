@@ -16,6 +16,9 @@ kernel needs three functions of a model:
   `step`,
 - ``restart_fn(rng_key, parameters, number) -> (log-evidence, filter)`` after the first `number` observations; `number`
   is traced.
+
+On a mesh of devices each holds M / D of the parameters' filters and runs them as without a mesh. Parameters and weights
+are whole on all devices, a few numbers for each. Resampling moves whole filters, and only those that a device lacks.
 """
 
 from __future__ import annotations
@@ -26,6 +29,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
 
 from numpyro_diffusion_da.smc import pmmh
@@ -33,10 +37,11 @@ from numpyro_diffusion_da.smc.base import (
     Resampling,
     guarded,
     load_blackjax,
-    map_particles,
     particle_keys,
     relative_to_highest,
 )
+from numpyro_diffusion_da.smc.mesh import gathered_bytes, map_filters, on_all_devices, take_filters
+from numpyro_diffusion_da.smc.sharding import Traffic
 
 
 class SMC2State(NamedTuple):
@@ -62,6 +67,7 @@ class SMC2Info(NamedTuple):
         moved: whether the parameters were resampled and moved.
         acceptance_rate: acceptance rate of the moves; NaN if there were none.
         draws: equally weighted parameters, resampled if the weights are not equal, shape (M, d).
+        traffic: `Traffic` between devices, if they share the filters; () if there is one device.
     """
 
     ess: Float[Array, ""]
@@ -69,10 +75,15 @@ class SMC2Info(NamedTuple):
     moved: Bool[Array, ""]
     acceptance_rate: Float[Array, ""]
     draws: Float[Array, "m d"]
+    traffic: Traffic | tuple[()] = ()
 
 
 def init(
-    parameters: Float[Array, "m d"], filters: PyTree, log_prior: Float[Array, " m"], log_weights: Float[Array, " m"]
+    parameters: Float[Array, "m d"],
+    filters: PyTree,
+    log_prior: Float[Array, " m"],
+    log_weights: Float[Array, " m"],
+    mesh: Mesh | None = None,
 ) -> SMC2State:
     """State before the first observation.
 
@@ -81,8 +92,10 @@ def init(
         filters: filter of each draw before the first observation, leading axis M.
         log_prior: log p(theta) of each draw.
         log_weights: zeros, or the log-likelihood of each draw for observations of the parameters outside the series.
+        mesh: devices that share the filters; None for one device.
     """
-    positions = pmmh.Position(parameters, log_prior, jnp.zeros(len(parameters)), filters)
+    positions = _whole(pmmh.Position(parameters, log_prior, jnp.zeros(len(parameters)), filters), mesh)
+    log_weights = on_all_devices(log_weights, mesh)
     return SMC2State(positions, log_weights, jax.nn.logsumexp(log_weights) - math.log(len(log_weights)))
 
 
@@ -94,6 +107,7 @@ def build_kernel(
     target_ess: float,
     batch_size: int | None = None,
     resampling_fn: Resampling | None = None,
+    mesh: Mesh | None = None,
 ) -> Callable[[PRNGKeyArray, SMC2State, Int[Array, ""]], tuple[SMC2State, SMC2Info]]:
     """Build the kernel of SMC^2.
 
@@ -104,8 +118,11 @@ def build_kernel(
         restart_fn: (rng_key, parameters, number) -> (log-evidence, filter), after the first `number` observations.
         num_moves: number of steps of `pmmh` after each resampling.
         target_ess: parameters are resampled and moved if the effective sample size is below this fraction of M.
-        batch_size: number of parameters mapped at a time, which bounds the memory; None maps all at once.
+        batch_size: number of parameters mapped at a time on each device, which bounds the memory; None maps all at
+            once.
         resampling_fn: resampling function from `blackjax.smc.resampling`; None for systematic resampling.
+        mesh: devices that share the parameters equally, each with its filter, with one axis "particles"; None for one
+            device.
 
     Returns:
         kernel(rng_key, state, step) -> (SMC2State, SMC2Info).
@@ -115,13 +132,17 @@ def build_kernel(
 
     resample = guarded(resampling_fn)
 
-    def move(rng_key: PRNGKeyArray, state: SMC2State, number: Int[Array, ""]) -> tuple[SMC2State, Float[Array, ""]]:
+    def move(
+        rng_key: PRNGKeyArray, state: SMC2State, number: Int[Array, ""]
+    ) -> tuple[SMC2State, Float[Array, ""], Traffic | tuple[()]]:
         m = len(state.log_weights)
         resampling_key, move_key = jax.random.split(rng_key)
         weights = jax.nn.softmax(relative_to_highest(state.log_weights))
         factor = _proposal_factor(state.positions.parameters, weights)
         ancestors = resample(resampling_key, weights, m)
-        chains = jax.vmap(pmmh.at)(jax.tree.map(lambda x: x[ancestors], state.positions))
+        filters, traffic = take_filters(state.positions.record, ancestors, mesh)
+        of_ancestors = jax.tree.map(lambda x: x[ancestors], state.positions._replace(record=()))
+        chains = jax.vmap(pmmh.at)(of_ancestors._replace(record=filters))
         kernel = pmmh.build_kernel(log_prior_fn, lambda key, theta: restart_fn(key, theta, number))
 
         def one(key: PRNGKeyArray, chain: Any) -> tuple[Any, Float[Array, ""]]:
@@ -132,8 +153,12 @@ def build_kernel(
             chain, rates = jax.lax.scan(step, chain, jnp.arange(num_moves))
             return chain, jnp.mean(rates)
 
-        chains, rates = map_particles(one, batch_size)(particle_keys(move_key, m), chains)
-        return SMC2State(chains.position, jnp.zeros(m), state.log_evidence), jnp.mean(rates)
+        chains, rates = map_filters(one, mesh, batch_size)(particle_keys(move_key, m), chains)
+        positions, rates = _whole(chains.position, mesh), on_all_devices(rates, mesh)
+        if mesh is not None:
+            gathered = gathered_bytes((positions._replace(record=()), rates), mesh)
+            traffic = traffic._replace(gathered=jnp.asarray(gathered))
+        return SMC2State(positions, jnp.zeros(m), state.log_evidence), jnp.mean(rates), traffic
 
     def kernel(rng_key: PRNGKeyArray, state: SMC2State, step: Int[Array, ""]) -> tuple[SMC2State, SMC2Info]:
         m = len(state.log_weights)
@@ -145,7 +170,8 @@ def build_kernel(
 
         # Let each filter assimilate the observation, and reweight the parameters.
         keys = particle_keys(advance_key, m)
-        filters, increments = map_particles(advance, batch_size)(keys, old.parameters, old.record)
+        filters, increments = map_filters(advance, mesh, batch_size)(keys, old.parameters, old.record)
+        increments = on_all_devices(increments, mesh)
         log_weights = state.log_weights + increments
         increment = jax.nn.logsumexp(log_weights) - jax.nn.logsumexp(state.log_weights)
         positions = pmmh.Position(old.parameters, old.log_prior, old.log_evidence + increments, filters)
@@ -153,15 +179,25 @@ def build_kernel(
         low = ~(ess >= target_ess * m)
         state = SMC2State(positions, log_weights, state.log_evidence + increment)
         # Resample and move the parameters if the effective sample size is low.
-        state, rate = jax.lax.cond(
-            low, lambda s: move(move_key, s, step + 1), lambda s: (s, jnp.full((), jnp.nan)), state
+        unmoved = () if mesh is None else Traffic(*jnp.zeros(3))
+        state, rate, traffic = jax.lax.cond(
+            low, lambda s: move(move_key, s, step + 1), lambda s: (s, jnp.full((), jnp.nan), unmoved), state
         )
+        if mesh is not None:
+            traffic = traffic._replace(gathered=traffic.gathered + gathered_bytes(increments, mesh))
+            state = SMC2State(_whole(state.positions, mesh), *on_all_devices(state[1:], mesh))
         # Draw equally weighted parameters for the output; after a move they are so already.
         chosen = resample(draw_key, jax.nn.softmax(relative_to_highest(state.log_weights)), m)
         chosen = jnp.where(low, jnp.arange(m), chosen)
-        return state, SMC2Info(ess, increment, low, rate, state.positions.parameters[chosen])
+        return state, SMC2Info(ess, increment, low, rate, state.positions.parameters[chosen], traffic)
 
     return kernel
+
+
+def _whole(positions: pmmh.Position, mesh: Mesh | None) -> pmmh.Position:
+    """Positions that are whole on each device of a mesh, all but their filters, which stay where they are."""
+    small: pmmh.Position = on_all_devices(positions._replace(record=()), mesh)
+    return small._replace(record=positions.record)
 
 
 def _proposal_factor(parameters: Float[Array, "m d"], weights: Float[Array, " m"]) -> Float[Array, "d d"]:

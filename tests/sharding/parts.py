@@ -14,7 +14,7 @@ import numpy as np
 from jax.sharding import PartitionSpec
 
 import numpyro_diffusion_da as ndda
-from numpyro_diffusion_da.smc import bootstrap, enkf, fa_apf, init, mesh, sharding
+from numpyro_diffusion_da.smc import bootstrap, enkf, fa_apf, init, mesh, sharding, smc2
 
 N, DEVICES = 64, 8
 ROWS, SAME = PartitionSpec("particles"), PartitionSpec()
@@ -170,6 +170,53 @@ def updates() -> None:
     }
 
 
+def parameters() -> None:
+    """SMC^2 with large filters, each of which holds its parameter, without a mesh and on 8 devices."""
+    seen = jnp.asarray([0.5, 1.4, 0.2])
+
+    def held(theta: jax.Array) -> jax.Array:
+        return jnp.full(1000, theta[0])
+
+    def log_likelihood(theta: jax.Array, t: jax.Array) -> jax.Array:
+        return -2.0 * (seen[t] - theta[0]) ** 2
+
+    def restart(key: jax.Array, theta: jax.Array, number: jax.Array) -> tuple[jax.Array, jax.Array]:
+        logs = jax.vmap(lambda t: log_likelihood(theta, t))(jnp.arange(3))
+        return jnp.sum(jnp.where(jnp.arange(3) < number, logs, 0.0)), held(theta)
+
+    theta = jnp.asarray(np.random.default_rng(5).normal(size=(N, 1)), jnp.float32)
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(0), jnp.arange(3))
+    found = []
+    for number in (0, DEVICES):
+        devices = made(number) if number else None
+        kernel = smc2.build_kernel(
+            lambda theta: -0.5 * theta[0] ** 2,
+            lambda key, theta, filter, t: (filter, log_likelihood(theta, t)),
+            restart,
+            num_moves=2,
+            target_ess=0.9,
+            mesh=devices,
+        )
+
+        @jax.jit
+        def run(theta: jax.Array, keys: jax.Array, kernel: Any = kernel, devices: Any = devices) -> Any:
+            start = smc2.init(theta, jax.vmap(held)(theta), -0.5 * theta[:, 0] ** 2, jnp.zeros(N), mesh=devices)
+            return jax.lax.scan(lambda old, at: kernel(at[0], old, at[1]), start, (keys, jnp.arange(3)))
+
+        compiled = run.lower(theta, keys).compile()
+        found.append((*compiled(theta, keys), compiled.memory_analysis().temp_size_in_bytes))
+    (plain, _, whole), (state, info, share) = found
+    filters = state.positions.record
+    FOUND["parameters"] = {
+        "state": float(np.max(np.abs(state.positions.parameters - plain.positions.parameters))),
+        "filters": float(np.max(np.abs(filters - state.positions.parameters))),
+        "rows": sorted(shard.data.shape[0] for shard in filters.addressable_shards),
+        "memory": share / whole,
+        "moves": int(np.sum(info.moved)),
+        "traffic": [float(np.sum(v)) / filters[0].nbytes for v in info.traffic],
+    }
+
+
 if __name__ == "__main__":
     jax.config.update("jax_numpy_rank_promotion", "raise")
     jax.config.update("jax_disable_most_optimizations", True)
@@ -177,4 +224,5 @@ if __name__ == "__main__":
     parts()
     kernels()
     updates()
+    parameters()
     print(json.dumps(FOUND, indent=1))

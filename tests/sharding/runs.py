@@ -115,9 +115,11 @@ def parameters(kind: str, number: int) -> tuple[dict[str, np.ndarray], dict[str,
     if kind == "PMMH":
         run = ndda.PMMH(filter_, num_warmup=2, num_samples=4, num_chains=2, **common)
     else:
-        run = ndda.SMC2(filter_, num_parameter_particles=4, num_moves=1, target_ess=0.9, **common)
+        run = ndda.SMC2(filter_, num_parameter_particles=16, num_moves=1, target_ess=0.9, **common)
     run.run(jax.random.key(0), OBSERVATIONS)
-    return {**run.result.posterior, **run.result.sample_stats}, {}
+    stats = {n: v for n, v in run.result.sample_stats.items() if not n.startswith("bytes")}
+    arrays = {**run.result.posterior, **run.result.over_time, **stats}
+    return arrays, {n: v.sum() for n, v in run.result.sample_stats.items() if n.startswith("bytes")}
 
 
 def result_of(name: str, number: int) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
