@@ -1,5 +1,6 @@
 """The command `ndda`, as a user types it."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -48,11 +49,22 @@ def test_help(arguments):
     assert "Usage" in result.output
 
 
-def test_info_names_versions_and_card():
-    result = CliRunner().invoke(commands.app, ["info"], catch_exceptions=False)
-    assert ndda.__version__ in result.output
-    assert "lorenz96" in result.output
-    assert "noise_variance" in result.output
+def test_info_has_a_few_lines_for_each_prior_and_the_card_of_one():
+    def output(*arguments):
+        return CliRunner().invoke(commands.app, ["info", *arguments], env={"COLUMNS": "80"}).output
+
+    lines = output().splitlines()
+    assert len(lines) < 50
+    assert max(map(len, lines)) <= 80
+    assert f"│ numpyro-diffusion-da │ {ndda.__version__}" in "\n".join(lines)
+    for name in ndda.priors.SHIPPED:
+        at = next(i for i, line in enumerate(lines) if line.startswith(f"{name}: "))
+        assert any("CRPS of one step" in line for line in lines[at : at + 10])
+    assert json.loads(output("lorenz96")) == ndda.load_prior("lorenz96").card
+    # The box of the message breaks its sentence into lines.
+    said = " ".join(output("lorenz69").replace("│", " ").split())
+    assert "no prior named 'lorenz69' ships with this package" in said
+    assert "'lorenz96' is the nearest name." in said
 
 
 def test_wrong_experiments():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib.resources
 from typing import Literal, overload
 
@@ -52,9 +53,11 @@ def load_prior(name: str, num_sites: int | None = None) -> RingEmulator | RingOn
     """
     require(name, str, "load_prior", "name", '"lorenz96"')
     if name not in SHIPPED:
+        near = difflib.get_close_matches(name, SHIPPED, n=1, cutoff=0.4)
+        nearest = f"; {near[0]!r} is the nearest name" if near else ""
         raise ValueError(
-            f"no prior named '{name}' ships with this package; load_prior takes "
-            f"{', '.join(map(repr, SHIPPED[:-1]))} or {SHIPPED[-1]!r}."
+            f"no prior named '{name}' ships with this package; give {', '.join(map(repr, SHIPPED[:-1]))} or "
+            f"{SHIPPED[-1]!r}{nearest}."
         )
     folder = importlib.resources.files("numpyro_diffusion_da").joinpath("data")
     if name != "held_suarez":
