@@ -39,7 +39,7 @@ from numpyro_diffusion_da.program.scan import ObservedSite, TimeInputs
 from numpyro_diffusion_da.program.sites import has_mean_and_variance, mean_and_variance
 from numpyro_diffusion_da.program.state_space import StateSpaceModel
 from numpyro_diffusion_da.smc.base import map_particles, particle_keys, total_particles
-from numpyro_diffusion_da.smc.rows import sum_rows
+from numpyro_diffusion_da.smc.rows import are_rows_apart, sum_rows
 from numpyro_diffusion_da.smc.sharding import first, own, rows_at, whole
 from numpyro_diffusion_da.transition.base import DrawRecord
 from numpyro_diffusion_da.transition.gaussian import GaussianDynamics
@@ -345,14 +345,27 @@ def _summarized(means: Float[Array, "m ..."], variances: Float[Array, "m ..."], 
 
     Members that are not finite are left out. One member alone has no variance, which is NaN then.
     """
-    usable = map_particles(jnp.isfinite)(means)
-    count = sum_rows(usable)
-    mean = _finite_mean(means, usable)
-    squares = sum_rows(map_particles(lambda used, seen: jnp.where(used, (seen - mean) ** 2, 0.0))(usable, means))
+
+    def of_usable() -> tuple[Array, Array, Array, Array]:
+        usable = map_particles(jnp.isfinite)(means)
+        mean = _finite_mean(means, usable)
+        squares = sum_rows(map_particles(lambda used, seen: jnp.where(used, (seen - mean) ** 2, 0.0))(usable, means))
+        return sum_rows(usable), mean, squares, _finite_mean(variances, usable)
+
+    def of_all(totals: tuple[Array, Array]) -> tuple[Array, Array, Array, Array]:
+        mean, error_variance = (total / members for total in totals)
+        return jnp.full(mean.shape, members), mean, jnp.sum((means - mean[None]) ** 2, axis=0), error_variance
+
+    if are_rows_apart():
+        count, mean, squares, error_variance = of_usable()
+    else:  # sums are finite if all members are, and need no mask, which takes several times as long
+        totals = jnp.sum(means, axis=0), jnp.sum(variances, axis=0)
+        finite = jnp.all(jnp.isfinite(jnp.stack(totals)))
+        count, mean, squares, error_variance = jax.lax.cond(finite, of_all, lambda _: of_usable(), totals)
     unbiased = jnp.where(count > 1, squares / jnp.maximum(count - 1, 1), jnp.nan)
     return SiteBackground(
         mean=mean,
         variance=(1.0 + 1.0 / jnp.maximum(count, 1)) * unbiased,
-        error_variance=_finite_mean(variances, usable),
+        error_variance=error_variance,
         members=jnp.asarray(members),
     )
