@@ -34,7 +34,7 @@ from numpyro_diffusion_da.assimilation import (
     verify,
 )
 from numpyro_diffusion_da.fields import Layout, Variable
-from numpyro_diffusion_da.spelling import spelled_observation, spelled_step
+from numpyro_diffusion_da.spelling import spelled, spelled_observation, spelled_step
 
 MEAN = np.array([280.0, 1000.0], np.float32)
 LAYOUT = Layout(
@@ -91,6 +91,10 @@ TABLES = {
             'filter: guidance is not used with method = "enkf", only with "fa_apf" or "guided_pf"; leave it out',
         ),
         ({"filter": {"method": "bootstrap", "taper_km": 2500.0}}, 'taper_km is not used with method = "bootstrap", o'),
+        (
+            {"filter": {"method": "enkf", "likelihood": "huber"}},
+            'filter: likelihood = "huber" has errors that are not Gaussian, which method = "enkf" needs; give likelih',
+        ),
         ({"filter": {"huber_threshold": 2}}, 'threshold is not used with likelihood = "normal", only with "huber"; l'),
         ({"quality": {"bounds": False, "bounds_factor": 9}}, "bounds_factor is not used with bounds = false; leave"),
         ({"observations": {"files": "a", "bias_by": ["type"]}}, "bias_by is not used without bias_from; leave it out"),
@@ -203,7 +207,13 @@ def test_groups_have_correlated_errors(tmp_path):
     assert "30 rows in 12 groups have errors with the correlation 0.5." in run.report()
     config = correlated(tmp_path)
     table_of().assign(group="G").to_csv(tmp_path / "a.csv", index=False)
-    assert "rows are used at 3 times, 0 of them without any." in prepare(config, prior=prior_of()).report()
+    said = prepare(config, prior=prior_of()).report()
+    assert "rows are used at 3 times, 0 of them without any." in said
+    # The whole group has one place for the taper.
+    assert "row 2: rows of the group 'G' are up to" in said
+    assert (
+        "(3 groups are so wide), but the filter takes all of a group to be there, and filter.taper_km is 3000;" in said
+    )
     program = assimilation_program(run.emulator, run.placed.operator, run.first_guess, run.config.filter)
     trace = numpyro.handlers.trace(numpyro.handlers.seed(program, 0)).get_trace(run.inputs)
     at = {name: trace[name]["fn"].base_dist for name in ("y", "y_groups")}
@@ -269,10 +279,19 @@ def test_a_blacklist_in_a_file(tmp_path):
     rows = prepare(configuration(tmp_path, quality=quality), prior=prior_of()).placed.rows
     listed = (rows["station"] == "S2") | (rows["name"] == "surface_pressure") | (rows["station"] == "S1")
     assert (rows["flag"][rows["cycle"] >= 0] == "blacklisted").equals(listed[rows["cycle"] >= 0])
+    # Separators and formats are those of tables of observations.
+    for listing, name in (("# bad\nStation_ID;variable\nS1;\n", "list.csv"), (None, "list.parquet")):
+        other = tmp_path / name
+        if listing is None:
+            pandas.DataFrame({"station": ["S1"], "type": [None]}).to_parquet(other)
+        else:
+            other.write_text(listing)
+        of_other = prepare(configuration(tmp_path, quality={**quality, "blacklist_file": other}), prior=prior_of())
+        assert set(of_other.placed.rows["station"][of_other.placed.rows["flag"] == "blacklisted"]) == {"S1"}
     for text, message in (
-        ("station,type\nS1,a\n,\n", "suspects.csv, row 3: it names no station, type or variable; take it out"),
+        ("station,type,why\nS1,a,\n,,b\n", "suspects.csv, row 3: it names no station, type or variable; take it out"),
         ("name\nS1\n", "suspects.csv' has the columns name; give one or more of station, type and variable"),
-        ("", "suspects.csv' cannot be read as CSV"),
+        ("", "quality.blacklist_file: suspects.csv is empty"),
     ):
         path.write_text(text)
         with pytest.raises(ValueError, match=message):
@@ -397,6 +416,15 @@ def test_messages_of_a_run_name_rows_and_times(tmp_path, monkeypatch):
     monkeypatch.setattr(ndda.Filter, "run", failing)
     with pytest.raises(FloatingPointError, match="2026-01-01T06:00:00"):
         run_prepared(run)
+
+    def lost(*_):
+        raise FloatingPointError(f"no draw of site 'x', given site 'y', is finite; use {spelled('inflation')}")
+
+    monkeypatch.setattr(ndda.Filter, "run", lost)
+    for method, key in (("enkf", "filter.inflation"), ("bootstrap", "filter.error_factor")):
+        config = configuration(tmp_path, filter={"method": method}, output={"folder": tmp_path / method})
+        with pytest.raises(FloatingPointError, match=f"^no draw of the state, given the table, is finite; use {key}$"):
+            run_prepared(prepare(config, prior=prior_of()))
     assert said == [
         "a.csv, row 28 ('2m_temperature' of station 'S2')",
         "a.csv, row 40 ('surface_pressure' of station 'S2')",
@@ -567,6 +595,12 @@ def test_commands_say_errors_in_a_sentence(tmp_path):
     found = output("assimilate", tmp_path / "run.toml", "--check")
     assert "20 of 72 rows are used" in found  # surface pressure at two times, without two stations
     assert f"Error: output.folder '{tmp_path / 'a.csv'}' is no folder" in found
+    # Errors of the operating system have a number in Python's words.
+    config = config.model_copy(update={"output": RunConfig(**TABLES, output={"folder": tmp_path / ("a" * 300)}).output})
+    (tmp_path / "run.toml").write_text(config.to_toml())
+    found = output("assimilate", tmp_path / "run.toml")
+    assert "(File name too long)" in found
+    assert "Errno" not in found
 
 
 def keys():

@@ -364,6 +364,12 @@ def test_errors_by_row_variable_channel_and_type():
     ):
         with pytest.raises((ValueError, TypeError), match=message):
             read_table(frame).on(layout, TIMES, errors=errors, quality=[])
+    # The square of an error, and of a departure over it, must be a number of single precision.
+    frame["error"] = [0.5, 1e-30, 1e14, 1.0, 1.0]
+    with pytest.raises(
+        ValueError, match="the table, row 1: the error of 'temperature' is 1e-30 K; give a standard dev"
+    ):
+        read_table(frame).on(layout, TIMES, quality=[])
 
 
 def test_sizes_and_ids():

@@ -483,12 +483,43 @@ def test_groups_have_correlated_errors():
         (1.0, "correlation=1.0; give a number from 0 to below 1"),
         ("x", "correlation='x'; give the correlation of two errors"),
         (lambda rows: np.eye(2), r"the table, row 0: the group 'sonde 1' of 4 rows got correlations of shape \(2, 2\)"),
-        (lambda rows: np.ones((len(rows), len(rows))), "row 0: .* a matrix that is not one of correlations"),
+        (lambda rows: 2.0 * np.eye(len(rows)), "row 0: .* a matrix that is not one of correlations"),
+        (lambda rows: np.ones((len(rows), len(rows))), "row 0: .* eigenvalue is .*, but single precision needs more "),
+        (0.99997, r"row 0: .* of 4 rows has correlations whose smallest eigenvalue is 3e-05, .* more than 4e-05 for"),
     ):
         with pytest.raises((ValueError, TypeError), match=message):
             read_table(table).on(LAYOUT, TIMES, correlation=bad)
     with pytest.raises(ValueError, match="but there are no groups"):
         read_table(table).on(LAYOUT, TIMES).ungroup(np.zeros(3))
+
+
+def test_groups_at_the_limit_of_their_correlation_have_a_density():
+    """A Cholesky factor in single precision of a thousand rows is NaN at a tenth of the limit."""
+    count = 1000
+    table = frame("observation", *[(280.0 + 1e-3 * i,) for i in range(count)]).assign(group="swath", error=1.0)
+    table["lon"] = np.linspace(0.0, 20.0, count)
+    groups = read_table(table).on(LAYOUT, TIMES, correlation=0.98, quality=[]).xs["groups"]
+    covariance, y = groups["covariance"][0, 0], groups["y"][0, 0]
+    root = np.asarray(jnp.linalg.cholesky(covariance), float)[:count, :count]
+    y = y[:count].astype(float) - 280.0
+    exact = y @ np.linalg.solve(covariance[:count, :count].astype(float), y)
+    assert np.sum(np.linalg.solve(root, y) ** 2) == pytest.approx(exact, rel=2e-3)
+    with pytest.raises(ValueError, match="the group 'swath' of 1000 rows has correlations whose"):
+        read_table(table).on(LAYOUT, TIMES, correlation=0.995, quality=[])
+
+
+def test_means_leave_rows_with_correlated_errors_alone():
+    """A mean over rows of two groups would have errors that are correlated with those of both."""
+    table = frame("group observation", ("a", 280.0), ("a", 281.0), (None, 282.0), (None, 284.0)).assign(
+        error=1.0, lon=[20.0, 20.1, 20.2, 20.3]
+    )
+    averaged = [Superobbing(500.0)]
+    placed = read_table(table).on(LAYOUT, TIMES, correlation=0.5, quality=averaged)
+    assert list(placed.rows["flag"]) == ["used", "used", "superobbed", "superobbed", "used"]
+    assert placed.rows["value"].iloc[-1] == 283.0
+    np.testing.assert_allclose(placed.xs["groups"]["covariance"][0, 0, :2, :2], [[1.0, 0.5], [0.5, 1.0]])
+    assert "Superobbing averages no rows of groups, because their errors are correlated." in placed.report()
+    assert list(read_table(table).on(LAYOUT, TIMES, quality=averaged).rows["flag"][:4]) == ["superobbed"] * 4
 
 
 @pytest.mark.slow

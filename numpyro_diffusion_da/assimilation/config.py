@@ -255,7 +255,8 @@ class QualitySettings(Settings):
         default={}, description="rows that are known to be bad, by stations, types and variables"
     )
     blacklist_file: Path | None = Field(
-        default=None, description="CSV file of such rows with the columns station, type and variable, or some of them"
+        default=None,
+        description="CSV or Parquet file of such rows with the columns station, type and variable, or some of them",
     )
     bounds: Flagged = Field(
         default=True, description="refuse values that are impossible, or far from the prior's climate"
@@ -332,6 +333,15 @@ class FilterSettings(Settings):
         description="products of the guidance's solver: two at each level (cheap, by default), or as many as it needs",
     )
     batch_size: Count | None = Field(default=None, description="particles moved at a time; by default as memory allows")
+
+    @pydantic.model_validator(mode="after")
+    def _likelihood(self) -> FilterSettings:
+        if self.likelihood == "huber" and self.method == "enkf":
+            raise ValueError(
+                'likelihood = "huber" has errors that are not Gaussian, which method = "enkf" needs; give '
+                'likelihood = "normal" or another method.'
+            )
+        return self
 
     def unused(self) -> dict[str, str]:
         """Keys of other methods, and of another likelihood."""
@@ -527,6 +537,7 @@ KEYS: Mapping[str, str | None] = {
     "Withheld": "quality.withheld",
     "still": "quality.still_hours",
     "height_difference": "quality.height_difference",
+    "Superobbing": "quality.superobbing_km",
     "threshold": "quality.background_check",
     "inflation": "filter.inflation",
     "taper": "filter.taper_km",

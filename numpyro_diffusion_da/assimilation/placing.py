@@ -26,7 +26,7 @@ from numpyro_diffusion_da.observation.tables.checks import (
     Withheld,
 )
 from numpyro_diffusion_da.observation.tables.placed import PlacedObservations
-from numpyro_diffusion_da.observation.tables.table import ObservationTable, read_table
+from numpyro_diffusion_da.observation.tables.table import ObservationTable, read_table, read_texts
 from numpyro_diffusion_da.observation.tables.tracks import Tracks
 
 GRAVITY = 9.80665
@@ -157,8 +157,8 @@ def blacklists_of(file: pathlib.Path) -> list[Blacklist]:
     """Checks of a list of bad rows, such as `suspects.csv` of a report.
 
     Args:
-        file: CSV file with some of the columns `station`, `type` and `variable`. A row sets aside what has all of its
-            values; a value that is missing stands for any. Further columns are for the reader.
+        file: CSV or Parquet file with some of the columns `station`, `type` and `variable`. A row sets aside what has
+            all of its values; a value that is missing stands for any. Further columns are for the reader.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -169,19 +169,18 @@ def blacklists_of(file: pathlib.Path) -> list[Blacklist]:
     if not file.is_file():
         raise FileNotFoundError(f"there is no file '{file}'; give a list of bad rows as quality.blacklist_file.")
     try:
-        table = pandas.read_csv(file, dtype=str, skipinitialspace=True, encoding="utf-8-sig")
+        table, raw = read_texts(file, ("station", "type", "variable"))
     except ValueError as error:
-        first = str(error).strip().splitlines()[0].rstrip(".")
-        raise ValueError(f"quality.blacklist_file '{file}' cannot be read as CSV ({first}).") from None
-    columns = [name for name in ("station", "type", "variable") if name in table]
+        raise ValueError(f"quality.blacklist_file: {error}") from None
+    columns = list(table.columns)
     if not columns:
         raise ValueError(
-            f"quality.blacklist_file '{file}' has the columns {', '.join(map(str, table.columns))}; give one or "
+            f"quality.blacklist_file '{file}' has the columns {', '.join(map(str, raw.frame.columns))}; give one or "
             "more of station, type and variable."
         )
-    table = table[columns].apply(lambda column: column.str.strip()).replace("", None)
     if len(empty := np.flatnonzero(table.isna().all(axis=1))):
-        raise ValueError(f"{file.name}, row {empty[0] + 2}: it names no station, type or variable; take it out.")
+        row = raw.rows[empty[0]]
+        raise ValueError(f"{raw.source}, row {row}: it names no station, type or variable; take it out.")
     others = [name for name in columns if name != "station"]
     groups = table.groupby(others, dropna=False, sort=False) if others else [((), table)]
     found = []

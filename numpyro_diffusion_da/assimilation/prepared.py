@@ -10,7 +10,7 @@ import numpy as np
 import numpyro.distributions as dist
 
 from numpyro_diffusion_da.arguments import require
-from numpyro_diffusion_da.assimilation.config import NEEDED_BY, RunConfig, in_keys
+from numpyro_diffusion_da.assimilation.config import LOCAL, NEEDED_BY, RunConfig, in_keys
 from numpyro_diffusion_da.assimilation.cost import cost_of
 from numpyro_diffusion_da.assimilation.emulator import Emulator, open_prior
 from numpyro_diffusion_da.assimilation.guesses import first_guess
@@ -20,9 +20,9 @@ from numpyro_diffusion_da.diffusion.prior import EmulatorPrior
 from numpyro_diffusion_da.filters.base import FilterAlgorithm
 from numpyro_diffusion_da.inference.filter import Filter
 from numpyro_diffusion_da.inference.keeping import Kept
-from numpyro_diffusion_da.observation.tables.groups import grouped
+from numpyro_diffusion_da.observation.tables.groups import extent, grouped
 from numpyro_diffusion_da.observation.tables.placed import PlacedObservations
-from numpyro_diffusion_da.observation.tables.table import ObservationTable
+from numpyro_diffusion_da.observation.tables.table import ObservationTable, where
 
 STORE = "store.zarr"
 """Name of the filter's directory in the folder of a run."""
@@ -78,8 +78,21 @@ class PreparedRun:
         if not correlation:
             return []
         rows = self.placed.rows[grouped(self.placed.rows)]
-        count = rows.groupby(["cycle", "group"]).ngroups if len(rows) else 0
-        return [f"{len(rows)} rows in {count} groups have errors with the correlation {correlation:g}."]
+        groups = [part for _, part in rows.groupby(["cycle", "group"])] if len(rows) else []
+        found = [f"{len(rows)} rows in {len(groups)} groups have errors with the correlation {correlation:g}."]
+        radius = self.config.filter.taper_km
+        if self.config.filter.method not in LOCAL or radius is False:
+            return found
+        widths = [extent(part) for part in groups]
+        if wide := [i for i, width in enumerate(widths) if width > radius]:
+            first = groups[wide[0]]
+            name, row = first["group"].iloc[0], where(first, first.index[0])
+            found.append(
+                f"{row}: rows of the group '{name}' are up to {widths[wide[0]]:.0f} km from its middle ({len(wide)} "
+                f"groups are so wide), but the filter takes all of a group to be there, and filter.taper_km is "
+                f"{radius:g}; give smaller groups."
+            )
+        return found
 
     def filter(self, progress_bar: bool = True) -> Filter:
         """Filter that writes into the store of the run.

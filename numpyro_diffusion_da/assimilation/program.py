@@ -31,6 +31,17 @@ STATE, OBSERVATION, PLACE, PREVIOUS = "x", "y", "y_place", "previous"
 GROUPS, GROUPS_PLACE = "y_groups", "y_groups_place"
 """Names of sites of the program: observations with correlated errors, and the places of their groups."""
 
+WORDS = {
+    "x0": "the first guess",
+    STATE: "the state",
+    PREVIOUS: "the state before",
+    OBSERVATION: "the table",
+    GROUPS: "the table's groups",
+    PLACE: "the places of the table",
+    GROUPS_PLACE: "the places of the table's groups",
+}
+"""Words for the sites of the program, for messages: a user of a configuration has not written them."""
+
 RELAXATION = 0.5
 """Relaxation of the EnKF's spread to its prior for the shipped weather (docs/mini_weather.md)."""
 

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
 import os
 import pathlib
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import jax
 import numpy as np
 
-from numpyro_diffusion_da.assimilation.config import RunConfig, in_keys
+from numpyro_diffusion_da.assimilation.config import KEYS, LOCAL, RunConfig, in_keys
 from numpyro_diffusion_da.assimilation.files import FACTS, FEEDBACK, replace_text
 from numpyro_diffusion_da.assimilation.outputs import ANALYSIS, write_outputs
 from numpyro_diffusion_da.assimilation.prepared import STORE, PreparedRun, prepare
+from numpyro_diffusion_da.assimilation.program import WORDS
 from numpyro_diffusion_da.diffusion.prior import EmulatorPrior
 from numpyro_diffusion_da.inference.identity import versions
 from numpyro_diffusion_da.observation.tables.table import ObservationTable
@@ -122,13 +125,34 @@ def run_prepared(run: PreparedRun, progress_bar: bool = True) -> Run:
     """
     claim_folder(run)
     started = time.perf_counter()
-    with in_keys(observation=run.row_of, step=lambda step: str(run.times[step])):
+    with _in_words(run):
         run.filter(progress_bar).run(jax.random.key(run.config.output.seed), run.inputs)
     filtered = time.perf_counter()
     facts = write_outputs(run, run.folder / STORE)
     facts["seconds"] = {"filter": filtered - started, "outputs": time.perf_counter() - filtered}
     replace_text(run.folder / FACTS, json.dumps({**identity(run), **facts}, indent=1) + "\n")
     return Run(run.folder)
+
+
+NOT_LOCAL = {"inflation": "filter.error_factor", "taper": 'filter.method = "fa_apf"'}
+"""Keys in place of those that filters without a taper do not take."""
+
+
+@contextlib.contextmanager
+def _in_words(run: PreparedRun) -> Iterator[None]:
+    """Name keys, rows and times in the messages of a filter, not arguments, sites and steps."""
+    keys = KEYS if run.config.filter.method in LOCAL else {**KEYS, **NOT_LOCAL}
+    with in_keys(keys, observation=run.row_of, step=lambda step: str(run.times[step])):
+        try:
+            yield
+        except (ValueError, FloatingPointError) as error:
+            # Errors of a filter come from all of its parts, which know the program's sites only.
+            said = str(error)
+            for site, words in WORDS.items():
+                said = said.replace(f"site '{site}'", words)
+            if said != str(error):
+                error.args = (said,)
+            raise
 
 
 def identity(run: PreparedRun) -> dict[str, Any]:

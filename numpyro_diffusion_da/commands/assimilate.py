@@ -36,8 +36,16 @@ def _in_sentences(console: Console) -> Iterator[None]:
             console.print("Interrupted. The same command goes on after the last step that is on disk.", soft_wrap=True)
             raise typer.Exit(130) from None
         except (ValueError, OSError, ImportError, FloatingPointError, MemoryError) as error:
-            console.print(f"[red]Error:[/red] {escape(str(error))}", soft_wrap=True)
+            console.print(f"[red]Error:[/red] {escape(_sentence(error))}", soft_wrap=True)
             raise typer.Exit(2) from None
+
+
+def _sentence(error: Exception) -> str:
+    """Sentence that says an error; those of the operating system have the name of a file and a few words."""
+    if isinstance(error, OSError) and error.strerror:
+        what = f"'{error.filename}' cannot be used" if error.filename else "a file cannot be used"
+        return f"{what} ({error.strerror}); see that there is room for it, and that you may read and write it."
+    return str(error) or type(error).__name__
 
 
 def _cache_compiled(folder: Path) -> None:

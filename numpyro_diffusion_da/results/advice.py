@@ -106,11 +106,11 @@ def wide_advice(ratios: Mapping[str, Ratio]) -> str | None:
     Args:
         ratios: result of `departure_ratios`.
     """
-    wide = [site for site, ratio in ratios.items() if is_wide(ratio)]
+    wide = [spelled(f"site {site}", python=f"of {site}") for site, ratio in ratios.items() if is_wide(ratio)]
     if not wide:
         return None
     return (
-        f"observations of {', '.join(wide)} are far closer to the forecast than the filter expects; use less "
+        f"observations {' and '.join(wide)} are far closer to the forecast than the filter expects; use less "
         f"{spelled('inflation', python='inflation')}, or check whether the observation errors or the noise of the "
         "transition are too large."
     )

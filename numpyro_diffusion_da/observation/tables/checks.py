@@ -81,12 +81,14 @@ class Context:
         interpolate: function of (rows, field of the shape of a state) that gives the field at rows that observe a
             variable, and NaN at rows of derived quantities.
         targets: what each name of the column `name` is.
+        correlated: whether rows with the same `group` have correlated errors.
     """
 
     layout: Layout
     times: np.ndarray
     interpolate: Callable[[pandas.DataFrame, np.ndarray], np.ndarray]
     targets: Mapping[str, Target]
+    correlated: bool = False
 
     def offset(self, rows: pandas.DataFrame) -> np.ndarray:
         """Distance of each row's time from the time of its step, timedelta64, not negative."""
@@ -565,7 +567,8 @@ class Superobbing(QualityCheck):
 
     Cells are about `distance` wide in both directions. A mean over n rows of errors $s$ with the correlation $r$ has
     the error $s \sqrt{(1 + (n - 1) r) / n}$. It is a row of its own, at the mean place and time, from the source
-    "superob"; the column `superob` of the others names it.
+    "superob"; the column `superob` of the others names it. If rows of a group have correlated errors
+    (``table.on(correlation=...)``), they stay as they are.
 
     Args:
         distance: size of a cell, km.
@@ -604,7 +607,10 @@ class Superobbing(QualityCheck):
         joined = np.full(len(rows), -1)
         cell = self._cells(rows)
         added: list[dict[str, Any]] = []
-        for group in _groups(rows, _of(rows, "type", tuple(self.types))):
+        mine = _of(rows, "type", tuple(self.types))
+        if context.correlated and "group" in rows:
+            mine &= rows["group"].isna().to_numpy()
+        for group in _groups(rows, mine):
             _, inverse = np.unique(cell[group], axis=0, return_inverse=True)
             order = np.argsort(inverse.reshape(-1), kind="stable")
             ends = np.cumsum(np.bincount(inverse.reshape(-1)))[:-1]

@@ -11,7 +11,7 @@ from numpyro_diffusion_da.arguments import require, shown
 from numpyro_diffusion_da.fields.layout import Layout
 from numpyro_diffusion_da.observation.tables.arrays import arrays_of
 from numpyro_diffusion_da.observation.tables.bias import check_bias
-from numpyro_diffusion_da.observation.tables.checks import Context, Duplicates, QualityCheck
+from numpyro_diffusion_da.observation.tables.checks import Context, Duplicates, QualityCheck, Superobbing
 from numpyro_diffusion_da.observation.tables.flags import Flag
 from numpyro_diffusion_da.observation.tables.groups import check_correlation, grouped
 from numpyro_diffusion_da.observation.tables.names import Names
@@ -24,7 +24,7 @@ from numpyro_diffusion_da.observation.tables.rows import (
     converted,
     errors_in_vain,
     errors_of,
-    refuse_no_error,
+    refuse_errors,
     resolved,
     set_flag,
 )
@@ -75,14 +75,18 @@ def place(table: ObservationTable, layout: Layout, times: Any, options: Options)
         rows["value"] = rows["value"] - rows["bias_removed"]
     set_apart(rows, targets, placer)
     rows["error_used"] = errors_of(rows, by_known_names(options.errors, names))
-    context = Context(layout, at, lambda some, field: apply(some, targets, placer, field), targets)
+    correlated = options.correlation is not None
+    context = Context(layout, at, lambda some, field: apply(some, targets, placer, field), targets, correlated)
     for check in checks:
         rows = _checked(rows, check, context)
-    refuse_no_error(rows)
+    refuse_errors(rows)
     notes += errors_in_vain(rows, options.errors, names)
     notes += [sentence for check in checks for sentence in check.remarks(rows)]
     apart = int(grouped(rows).sum())
-    if apart and options.correlation is None:
+    if apart and correlated and any(isinstance(check, Superobbing) for check in checks):
+        owner = spelled("Superobbing", python="Superobbing")
+        notes.append(f"{owner} averages no rows of groups, because their errors are correlated.")
+    if apart and not correlated:
         notes.append(
             f"{apart} rows have a group; their errors count as independent, because no correlation is given "
             f"({spelled('correlation', 0.5)} gives one)."

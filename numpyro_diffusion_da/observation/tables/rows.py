@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 
     from numpyro_diffusion_da.observation.tables.table import ObservationTable
 
+SMALLEST_ERROR, LARGEST_ERROR = 1e-15, 1e15
+"""Range of the standard deviations of errors in the unit of the layout, whose squares single precision holds."""
+
 
 def column(rows: pandas.DataFrame, name: str) -> np.ndarray:
     """Column of numbers of rows; NaN if the table has no such column.
@@ -267,13 +270,27 @@ def check_errors(errors: Any) -> None:
         require_number(value, "ObservationTable.on", of, advice, above=0.0)
 
 
-def refuse_no_error(rows: pandas.DataFrame) -> None:
-    """Refuse rows that are used and have no error."""
-    wrong = rows["flag"].isin([Flag.USED, Flag.WITHHELD]).to_numpy() & rows["error_used"].isna().to_numpy()
-    if wrong.any():
-        first = rows.index[int(np.flatnonzero(wrong)[0])]
-        name = rows.at[first, "name"]
+def refuse_errors(rows: pandas.DataFrame) -> None:
+    """Refuse rows that are used and have no error, or one whose square single precision cannot hold.
+
+    Raises:
+        ValueError: a row has no such error. The message names the first one.
+    """
+    compared = rows["flag"].isin([Flag.USED, Flag.WITHHELD]).to_numpy()
+    error = rows["error_used"].to_numpy(float)
+    for wrong in (np.isnan(error), (error < SMALLEST_ERROR) | (error > LARGEST_ERROR)):
+        if not (wrong & compared).any():
+            continue
+        first = rows.index[int(np.flatnonzero(wrong & compared)[0])]
+        name, unit, has = rows.at[first, "name"], rows.at[first, "unit"], rows.at[first, "error_used"]
+        count = int((wrong & compared).sum())
+        others = "" if count == 1 else f" ({count} rows)"
+        advice = spelled("errors", {name: ...})
+        if np.isnan(has):
+            raise ValueError(
+                f"{where(rows, first)}: '{name}' has no error{others}; give a column error, or {advice} in {unit}."
+            )
         raise ValueError(
-            f"{where(rows, first)}: '{name}' has no error ({int(wrong.sum())} "
-            f"rows); give a column error, or {spelled('errors', {name: ...})} in {rows.at[first, 'unit']}."
+            f"{where(rows, first)}: the error of '{name}' is {has:g} {unit}{others}; give a standard deviation from "
+            f"{SMALLEST_ERROR:g} to {LARGEST_ERROR:g}, in the column error or as {advice}."
         )

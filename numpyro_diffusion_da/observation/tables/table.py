@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -244,6 +245,32 @@ def _checked(raw: RawTable, columns: dict[str, str], codes: np.ndarray) -> tuple
         _refuse(found["layer_top"] <= 0, found["layer_top"], "layer_top", "a pressure in hPa", raw)
         found["layer_top"] = 100.0 * found["layer_top"]  # in Pa, as `pres`
     return pandas.DataFrame(found), notes
+
+
+def read_texts(path: str | os.PathLike[str], names: Sequence[str]) -> tuple[pandas.DataFrame, RawTable]:
+    """Some columns of texts of a file that is no table of observations, such as a list of stations.
+
+    Args:
+        path: CSV, Parquet or NetCDF file, as `read_table` takes it.
+        names: columns of `TEXTS`; a file may have some of them, and further ones.
+
+    Returns:
+        (columns that the file has, with None where a value is missing; the file as it is, for the numbers of its rows).
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it cannot be read. The message names the file.
+    """
+    import pandas
+
+    raw = read_raw(os.fspath(path))
+    found = {}
+    for own in names:
+        spellings = (own, *SPELLINGS.get(own, ()))
+        for name in raw.frame.columns:
+            if name.lower() in spellings and own not in found:
+                found[own] = _texts(raw.frame[name], own, raw)
+    return pandas.DataFrame(found, index=raw.frame.index), raw
 
 
 def _renamed(raw: RawTable, columns: dict[str, str]) -> pandas.DataFrame:
