@@ -13,7 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 
 if TYPE_CHECKING:
-    from numpyro_diffusion_da.fields.layout import Layout
+    import numpyro_diffusion_da as ndda
 
 SYSTEMS = {
     "lorenz96": "stochastic Lorenz-96, forcing 8, steps of 0.1 time units",
@@ -78,7 +78,7 @@ def _lines(prior: Any) -> list[str]:
     return found
 
 
-def _state(layout: Layout) -> list[str]:
+def _state(layout: ndda.Layout) -> list[str]:
     """Lines about the shape of a state and its variables."""
     sizes = " x ".join(
         f"{size} {dim}s" for size, dim in zip(layout.shape, layout.dims, strict=True) if dim != "channel"
