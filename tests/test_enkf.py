@@ -348,12 +348,18 @@ def test_without_all_pairs_an_update_is_the_same(monkeypatch):
 
     def updates():
         """Each compiled by itself: LAPACK's solves at the same time can wait for each other."""
-        taper = two_kinds(m, moving=False)
-        of = (
-            lambda: ndda.smc.PerturbedObservations().solve(jax.random.key(0), x, residual, taper),
-            lambda: ensemble_update.with_transition_spread(jax.random.key(0), x, residual, spread, taper),
-            lambda: ensemble_update.with_transition_spread(jax.random.key(0), x, residual, spread),
-        )
+        taper, key = two_kinds(m, moving=False), jax.random.key(0)
+        products = spread.state_products.reshape(-1, d)
+
+        def perturbed():
+            increments, error = ndda.smc.PerturbedObservations().prepared(key, residual, taper)
+            return increments(x, None), error
+
+        def with_spread(taper):
+            increments, error = ensemble_update.with_transition_spread(key, residual, spread, taper)
+            return increments(x, products, None), error
+
+        of = (perturbed, lambda: with_spread(taper), lambda: with_spread(None))
         return [jax.tree.map(np.asarray, jax.jit(update)()) for update in of]
 
     direct = updates()
@@ -402,6 +408,7 @@ def test_many_observations_make_no_array_of_all_pairs(moving):
 
     def run(x, residual):
         taper = two_kinds(m, moving, radius=0.05, state=d, room=100)
-        return ndda.smc.PerturbedObservations().solve(jax.random.key(0), x, residual, taper)
+        increments, error = ndda.smc.PerturbedObservations().prepared(jax.random.key(0), residual, taper)
+        return increments(x, None), error
 
     assert largest_array(jax.make_jaxpr(run)(x, residual).jaxpr) < (2 * m) ** 2 * 4 / 10

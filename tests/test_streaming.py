@@ -54,7 +54,7 @@ def assert_same_trees(a, b):
         for name, values in a[group].data_vars.items():
             rounded = values.dtype.kind == "f"
             same = np.testing.assert_allclose if rounded else np.testing.assert_array_equal
-            same(values.values, b[group][name].values, **({"rtol": 1e-5, "atol": 1e-6} if rounded else {}))
+            same(values.values, b[group][name].values, **({"rtol": 1e-4, "atol": 1e-5} if rounded else {}))
         assert {n: list(v.values) for n, v in a[group].coords.items()} == {
             n: list(v.values) for n, v in b[group].coords.items()
         }
@@ -83,19 +83,34 @@ def test_streamed_particles_are_those_in_memory(tmp_path):
     assert streamed.result.posterior["x"].shape == (2, PARTICLES, 8, 20)
 
 
+TAPER = ndda.Taper(3.0, ndda.Ring(20), {"y": np.arange(0, 20, 2)}, state=np.arange(20))
+WIDER = (ndda.ForecastMultiplicative(1.05), ndda.RTPS(0.3), ndda.smc.Jitter(0.1), ndda.smc.RTPP(0.1))
 ALGORITHMS = {
     "guided": lambda: ndda.GuidedPF(model),
     "moment": lambda: ndda.FAAPF(model),
     "tempered": lambda: ndda.FAAPF(model, weight=ndda.Dirac(), target_ess=0.5),
     "checked guided": lambda: ndda.GrossErrorCheck(ndda.FAAPF(model), 2.0, members=8),
+    "carried weights": lambda: ndda.Bootstrap(model, resample_below=0.5),
+    "blocks": lambda: ndda.FAAPF(model, taper=TAPER, move=False, inflation=[ndda.RTPS(0.3)]),
+    "moved blocks": lambda: ndda.FAAPF(model, taper=TAPER),
+    "moved": lambda: ndda.FAAPF(model, move=True, lag=2),
+    "EnKF": lambda: ndda.EnKF(model, lag=2),
+    "LETKF": lambda: ndda.EnKF(model, update=ndda.smc.SquareRoot(), taper=TAPER, inflation=WIDER),
+    "EnKF with V": lambda: ndda.EnKF(model, transition_covariance=True, inflation=WIDER[:1]),
+    "EnKF with V and taper": lambda: ndda.EnKF(model, transition_covariance=True, taper=TAPER),
 }
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ALGORITHMS)
 def test_all_filters_stream(name, tmp_path):
+    """Batches of 16 of 40 particles, and of 8 of 20 places: neither divides the whole."""
     settings = {"keep_forecasts": True} if name in ("moment", "tempered") else {}
-    compare(ALGORITHMS[name](), tmp_path, num_chains=1, **settings)
+    if name == "carried weights":
+        settings = {"keep": {"x": Kept(quantiles=(0.1, 0.5)), "largest": Kept(quantiles=(0.1, 0.5))}}
+    streamed, whole = compare(ALGORITHMS[name](), tmp_path, num_chains=1, **settings)
+    if streamed.algorithm.lag:
+        np.testing.assert_allclose(streamed.result.lagged, whole.result.lagged, atol=1e-5)
 
 
 @pytest.mark.slow
@@ -171,21 +186,12 @@ def test_damaged_rows_are_named_and_the_step_is_made_again(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("algorithm", "settings", "message"),
-    [
-        (ndda.Bootstrap(model), {"directory": None}, "no directory"),
-        (ndda.EnKF(model), {}, "EnKF needs all particles at once: its update"),
-        (ndda.FAAPF(model, move=True), {}, "its move is a regression"),
-        (ndda.FAAPF(model, inflation=[ndda.Multiplicative(1.1)]), {}, "its inflation"),
-        (ndda.GrossErrorCheck(ndda.FAAPF(model, lag=2)), {}, "its lag"),
-        (ndda.Bootstrap(model, resample_below=0.5), {}, "resample_below=0.5"),
-        (ndda.Bootstrap(model), {"keep": {"x": Kept(quantiles=(0.5,))}}, "quantiles"),
-        (ndda.Bootstrap(model), {"mesh": jax.make_mesh((1,), ("particles",))}, "a mesh"),
-    ],
+    ("settings", "message"),
+    [({"directory": None}, "no directory"), ({"mesh": jax.make_mesh((1,), ("particles",))}, "a mesh")],
 )
-def test_what_needs_all_particles_is_refused(algorithm, settings, message, tmp_path):
+def test_streaming_that_has_no_place_is_refused(settings, message, tmp_path):
     with pytest.raises(ValueError, match=message):
-        make(algorithm, settings.pop("directory", tmp_path), **settings)
+        make(ndda.Bootstrap(model), **{"directory": tmp_path, **settings})
 
 
 def test_row_files_read_rows_in_any_order(tmp_path):
@@ -195,6 +201,11 @@ def test_row_files_read_rows_in_any_order(tmp_path):
         file.write(start, rows[start : start + 3])
     for indices in (np.arange(9), np.array([8, 1, 1, 2, 5]), np.array([4])):
         np.testing.assert_array_equal(file.read(indices), rows[indices])
+        np.testing.assert_array_equal(file.read_columns(1, 3, indices), rows[indices, 1:])
+    by_columns = row_files.RowFile(tmp_path / "columns", 9, (3,), rows.dtype)
+    for first, stop in ((1, 3), (0, 1)):
+        by_columns.write_columns(first, rows[:, first:stop])
+    assert by_columns.checksum() == file.checksum()
 
 
 @pytest.mark.slow

@@ -1,8 +1,9 @@
 """How much memory does a run take with N particles, and what does it cost to stream them?
 
-Each row is a new process that runs a bootstrap filter or an FA-APF on a stand-in for an emulator: a state of random
-numbers with a cheap transition, of which 20 numbers are observed. So reading and writing weigh as much as they can. The
-process says its peak resident memory before the run, when everything is imported, and after it.
+Each row is a new process that runs a filter on a stand-in for an emulator: a state of random numbers on a ring with a
+cheap transition, of which 20 numbers are observed. So reading and writing weigh as much as they can. The process says
+its peak resident memory before the run, when everything is imported, and after it. Bootstrap and FAAPF read particles
+row by row; the others also by columns, which are changed in all particles together.
 
     python examples/benchmarks/memory.py
 
@@ -42,12 +43,24 @@ def model(y):
     scan(step, numpyro.sample("x0", dist.Normal(jnp.zeros(size), 1.0).to_event(1)), y)
 
 
+places = np.arange(size)
+taper = ndda.Taper(size / 40, ndda.Ring(size), {"y": places[:: size // 20][:20]}, state=places)
+filters = {
+    "Bootstrap": lambda: ndda.Bootstrap(model),
+    "FAAPF": lambda: ndda.FAAPF(model),
+    "FAAPF, moved": lambda: ndda.FAAPF(model, move=True),
+    "FAAPF, moved, taper": lambda: ndda.FAAPF(model, taper=taper, block_radius=size / 512),
+    "EnKF": lambda: ndda.EnKF(model, inflation=[ndda.RTPS(0.3)]),
+    "LETKF": lambda: ndda.EnKF(model, update=ndda.smc.SquareRoot(), taper=taper),
+}
+
+
 def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 run = ndda.Filter(
-    getattr(ndda, name)(model),
+    filters[name](),
     num_particles=int(particles),
     batch_size=int(batch),
     directory=directory,
@@ -67,6 +80,9 @@ print(json.dumps({
     "seconds": float(np.median([note["seconds"] for note in notes[1:]])),
 }))
 """
+
+
+FILTERS = ("Bootstrap", "FAAPF", "FAAPF, moved", "FAAPF, moved, taper", "EnKF", "LETKF")
 
 
 def run(
@@ -93,7 +109,7 @@ def run(
 
 
 def main(
-    filters: Annotated[list[str] | None, typer.Option(help="Filter; may be repeated [Bootstrap, FAAPF].")] = None,
+    filters: Annotated[list[str] | None, typer.Option(help=f"Filter; may be repeated [{', '.join(FILTERS)}].")] = None,
     particles: Annotated[list[int] | None, typer.Option(help="N; may be repeated [256, 1024, 4096].")] = None,
     kilobytes: Annotated[int, typer.Option(min=1, help="Size of a state.")] = 64,
     steps: Annotated[int, typer.Option(min=2, help="Number of steps.")] = 4,
@@ -105,7 +121,7 @@ def main(
 ) -> None:
     """Print peak memory and seconds a step, streamed and in memory."""
     console, rows, long = Console(), [], []
-    for name in filters or ["Bootstrap", "FAAPF"]:
+    for name in filters or FILTERS:
         for n in sorted(particles or [256, 1024, 4096]):
             row: dict[str, str | int | float | None] = {"filter": name, "N": n, "particles, MB": n * kilobytes / 1024}
             kinds = {"streamed": True} | ({"in memory": False} if n <= in_memory_up_to else {})

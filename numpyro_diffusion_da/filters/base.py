@@ -86,7 +86,7 @@ def with_past(state: State, info: Info) -> State:
         info: diagnostics of the step.
     """
     line = info.proposal.line
-    return state if isinstance(line, tuple) else state._replace(past=line[:, 1:])
+    return state if isinstance(line, tuple) else state._replace(past=map_particles(lambda of_one: of_one[1:])(line))
 
 
 class FilterAlgorithm(abc.ABC):
@@ -153,7 +153,7 @@ class FilterAlgorithm(abc.ABC):
         if self.lag == 0:
             return state
         like = program.structure.shapes.state[program.structure.latent_name]
-        return state._replace(past=jnp.zeros((len(keys), self.lag, *like.shape), like.dtype))
+        return state._replace(past=map_particles(lambda _: jnp.zeros((self.lag, *like.shape), like.dtype))(keys))
 
     def has_evidence(self) -> bool:
         """Whether the filter estimates the evidence log p(y)."""

@@ -37,6 +37,7 @@ from numpyro_diffusion_da.inference.records import (
     join,
     record_step,
 )
+from numpyro_diffusion_da.inference.row_files import StoredRows
 from numpyro_diffusion_da.inference.storage import RunStore, Span
 from numpyro_diffusion_da.inference.stored_run import StoredResult, tree_of_steps
 from numpyro_diffusion_da.inference.streamed_run import (
@@ -45,7 +46,6 @@ from numpyro_diffusion_da.inference.streamed_run import (
     fits_in_memory,
     large_leaves,
     make_step,
-    needs_all_at_once,
     rows_at_a_time,
 )
 from numpyro_diffusion_da.inference.streaming import NotStreamable
@@ -108,8 +108,8 @@ class Filter(HasFilterResult):
 
     Raises:
         ValueError: `num_particles`, `num_chains` or `batch_size` is below 1, `keep` names no site, `mesh` has another
-            axis than "particles", its devices cannot share the particles equally, or particles cannot be streamed:
-            without a directory, with a mesh, with quantiles in `keep`, or with a filter that needs all of them at once.
+            axis than "particles", its devices cannot share the particles equally, or particles are to be streamed
+            without a directory or with a mesh.
         TypeError: `algorithm` is not a filter, or a number is not a whole number.
     """
 
@@ -149,7 +149,7 @@ class Filter(HasFilterResult):
         if stream_particles is not None:
             stream_particles = require_flag(stream_particles, "Filter", "stream_particles")
         if stream_particles:
-            _check_streaming(algorithm, directory, mesh, kept)
+            _check_streaming(directory, mesh)
         self.stream_particles = stream_particles
         self.algorithm = algorithm
         self.num_particles = int(num_particles)
@@ -265,9 +265,11 @@ class Filter(HasFilterResult):
                             store.save(chain, first, tree, template, inputs[first : first + count], notes, state)
                         past[-1] = state.past
                         advance(count, records["stats"])
-                if store is not None and not spans and self.algorithm.lag:
+                if store is not None and trees is not None and self.algorithm.lag:
+                    past[-1] = store.streamed_state(chain, length, initial, large_leaves(initial)).past
+                elif store is not None and not spans and self.algorithm.lag:
                     past[-1] = store.state(chain, length, initial).past
-                past[-1] = to_host(past[-1])
+                past[-1] = past[-1] if isinstance(past[-1], StoredRows) else to_host(past[-1])
         batch = self._batch if self._streamed is None else self._streamed.batch
         sizes = {"num_chains": self.num_chains, "batch_size": batch or self.num_particles}
         attributes = {**attributes, **sizes}
@@ -515,9 +517,8 @@ class Filter(HasFilterResult):
         """
         streams = self.stream_particles
         if streams is None:
-            alone = self.directory is not None and self.mesh is None and not _quantiles(self.keep)
+            alone = self.directory is not None and self.mesh is None
             streams = alone and not fits_in_memory(program.structure, self.num_particles)
-            streams = streams and needs_all_at_once(self.algorithm) is None
         if not streams:
             self._streamed = None
             return
@@ -680,21 +681,12 @@ def _at_time(xs: PyTree, t: int | Array) -> TimeInputs:
     return TimeInputs(jnp.asarray(t), jax.tree.map(lambda x: x[t], xs))
 
 
-def _quantiles(keep: Mapping[str, Kept] | None) -> bool:
-    """Whether a run keeps quantiles of a site."""
-    return any(kept.quantiles for kept in (keep or {}).values())
-
-
-def _check_streaming(
-    algorithm: FilterAlgorithm, directory: Any, mesh: Mesh | None, keep: Mapping[str, Kept] | None
-) -> None:
+def _check_streaming(directory: Any, mesh: Mesh | None) -> None:
     """Check that the particles of a run can be streamed.
 
     Args:
-        algorithm: filter of a program.
         directory: directory of the run.
         mesh: devices of the run.
-        keep: what to keep of each site.
 
     Raises:
         ValueError: they cannot; the message says why and what to do.
@@ -706,17 +698,6 @@ def _check_streaming(
     if mesh is not None:
         raise ValueError(
             "Filter got stream_particles=True and a mesh, whose devices hold all particles together; give one of them."
-        )
-    if _quantiles(keep):
-        raise ValueError(
-            "Filter got stream_particles=True and quantiles in keep, which need all particles of a site at once; keep "
-            "mean=True and std=True, or compute quantiles from the directory: "
-            'xarray.open_datatree("run.zarr")["posterior/x"].quantile(0.9, "draw").'
-        )
-    if (reason := needs_all_at_once(algorithm)) is not None:
-        raise ValueError(
-            f"Filter got stream_particles=True, but {type(algorithm).__name__} needs all particles at once: {reason}; "
-            "use FAAPF, GuidedPF or Bootstrap without this option, or leave stream_particles out."
         )
 
 

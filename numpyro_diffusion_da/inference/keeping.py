@@ -12,6 +12,7 @@ from jaxtyping import Array, Float
 
 from numpyro_diffusion_da.arguments import require, require_count, require_flag, require_number, shown
 from numpyro_diffusion_da.smc.base import map_particles
+from numpyro_diffusion_da.smc.columns import map_columns
 from numpyro_diffusion_da.smc.rows import sum_rows
 
 MANTISSA_BITS = 23
@@ -156,7 +157,7 @@ class Keep(NamedTuple):
             if kept.std:
                 found["std"][name] = _std(values)
             if kept.quantiles:
-                found["quantile"][name] = jnp.quantile(values, jnp.asarray(kept.quantiles), axis=0)
+                found["quantile"][name] = _quantiles(values, kept.quantiles)
         return {kind: sites for kind, sites in found.items() if sites}
 
 
@@ -170,6 +171,14 @@ def _std(values: Float[Array, "n ..."]) -> Float[Array, ...]:
     mean = _mean(values)
     squares = map_particles(lambda value: (value - mean) ** 2)(values)
     return jnp.sqrt(sum_rows(squares) / (len(values) - 1))
+
+
+def _quantiles(values: Float[Array, "n ..."], levels: Sequence[float]) -> Float[Array, "q ..."]:
+    """Quantiles over particles, with a leading axis of levels."""
+    flat = map_particles(lambda value: value.reshape(-1))(values)
+    at = jnp.asarray(levels)
+    _, found = map_columns(lambda parts, _: ([], jnp.quantile(parts[0], at, axis=0).T), [flat])
+    return jnp.asarray(found.T).reshape(len(levels), *values.shape[1:])
 
 
 def kept_sites(keep: Any) -> dict[str, Kept] | None:

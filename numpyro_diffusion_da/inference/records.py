@@ -18,7 +18,7 @@ from numpyro_diffusion_da.program.scan import TimeInputs
 from numpyro_diffusion_da.program.state_space import StateSpaceModel
 from numpyro_diffusion_da.program.structure import Structure
 from numpyro_diffusion_da.results.result import PER_PARTICLE, Background, FilterResult
-from numpyro_diffusion_da.smc.base import Info
+from numpyro_diffusion_da.smc.base import Info, map_particles
 from numpyro_diffusion_da.smc.sharding import first
 from numpyro_diffusion_da.spelling import spelled_step
 
@@ -87,7 +87,7 @@ def record_step(
         **({"unplaced": unplaced} if unplaced else {}),
         **({} if info.check == () else {"rejected": info.check.rejected}),
         **_background(info),
-        **({} if isinstance(line, tuple) else {"lagged": line[:, 0]}),
+        **({} if isinstance(line, tuple) else {"lagged": map_particles(lambda of_one: of_one[0])(line)}),
         "nonfinite_weights": info.nonfinite_weights,
         "nonfinite_particles": info.nonfinite_particles,
         "failures": count_failures(program.structure, info, particles, new),

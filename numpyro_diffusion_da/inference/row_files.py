@@ -53,13 +53,9 @@ class RowFile:
         Raises:
             OSError: they could not be written.
         """
-        left = bytes_of(np.ascontiguousarray(rows, self.dtype))
         opened = os.open(self.path, os.O_WRONLY | os.O_CREAT, 0o644)
         try:
-            offset = start * self.row_bytes
-            while left:
-                written = os.pwrite(opened, left, offset)
-                left, offset = left[written:], offset + written
+            _write_at(opened, bytes_of(np.ascontiguousarray(rows, self.dtype)), start * self.row_bytes)
         finally:
             os.close(opened)
 
@@ -79,15 +75,64 @@ class RowFile:
         try:
             for first, stop in _runs(wanted):
                 part = into[first * self.row_bytes : stop * self.row_bytes]
-                offset = int(wanted[first]) * self.row_bytes
-                while part:
-                    count = os.preadv(opened, [part], offset)
-                    if count == 0:
-                        raise ValueError(f"{os.fspath(self.path)!r} is shorter than it should be.")
-                    part, offset = part[count:], offset + count
+                self._read_at(opened, part, int(wanted[first]) * self.row_bytes)
         finally:
             os.close(opened)
         return found if np.array_equal(place, np.arange(len(wanted))) else found[place]
+
+    def write_columns(self, first: int, columns: np.ndarray) -> None:
+        """Write consecutive columns of all rows.
+
+        Args:
+            first: index of the first column, on the first axis of a row.
+            columns: the columns, shape (n, columns, ...).
+
+        Raises:
+            OSError: they could not be written.
+        """
+        values = np.ascontiguousarray(columns, self.dtype)
+        offset = first * self._column_bytes
+        opened = os.open(self.path, os.O_WRONLY | os.O_CREAT, 0o644)
+        try:
+            for row in range(self.n):
+                _write_at(opened, bytes_of(values[row]), row * self.row_bytes + offset)
+        finally:
+            os.close(opened)
+
+    def read_columns(self, first: int, stop: int, indices: np.ndarray | None = None) -> np.ndarray:
+        """Read consecutive columns of rows, shape (rows, columns, ...).
+
+        Args:
+            first: index of the first column, on the first axis of a row.
+            stop: index after the last column.
+            indices: indices of the rows; None for all rows.
+
+        Raises:
+            ValueError: the file ends before a row. The message names the file.
+        """
+        rows = np.arange(self.n) if indices is None else indices
+        wanted, place = np.unique(rows, return_inverse=True)
+        found = np.empty((len(wanted), stop - first, *self.shape[1:]), self.dtype)
+        opened = os.open(self.path, os.O_RDONLY)
+        try:
+            for i, row in enumerate(wanted.tolist()):
+                self._read_at(opened, bytes_of(found[i]), row * self.row_bytes + first * self._column_bytes)
+        finally:
+            os.close(opened)
+        return found if np.array_equal(place, np.arange(len(wanted))) else found[place]
+
+    @property
+    def _column_bytes(self) -> int:
+        """Number of bytes of a column of one row."""
+        return self.row_bytes // self.shape[0]
+
+    def _read_at(self, opened: int, into: memoryview, offset: int) -> None:
+        """Fill a buffer from a place of the opened file."""
+        while into:
+            count = os.preadv(opened, [into], offset)
+            if count == 0:
+                raise ValueError(f"{os.fspath(self.path)!r} is shorter than it should be.")
+            into, offset = into[count:], offset + count
 
     def checksum(self) -> int:
         """CRC-32 of the file."""
@@ -104,6 +149,13 @@ class RowFile:
             os.fsync(opened)
         finally:
             os.close(opened)
+
+
+def _write_at(opened: int, values: memoryview, offset: int) -> None:
+    """Write bytes at a place of the opened file."""
+    while values:
+        written = os.pwrite(opened, values, offset)
+        values, offset = values[written:], offset + written
 
 
 def _runs(indices: np.ndarray) -> Iterator[tuple[int, int]]:
@@ -130,6 +182,10 @@ class StoredRows:
     def read(self, indices: np.ndarray) -> np.ndarray:
         """Read some of the rows."""
         return self.file.read(indices if self.indices is None else self.indices[indices])
+
+    def read_columns(self, first: int, stop: int) -> np.ndarray:
+        """Read consecutive columns of all rows; see `RowFile.read_columns`."""
+        return self.file.read_columns(first, stop, self.indices)
 
     def whole(self) -> np.ndarray:
         """Read all rows into memory."""

@@ -12,6 +12,7 @@ import numpy as np
 
 from numpyro_diffusion_da.diffusion.memory import host_memory
 from numpyro_diffusion_da.inference.records import collect, with_later_states
+from numpyro_diffusion_da.inference.row_files import StoredRows
 from numpyro_diffusion_da.program.structure import Structure
 from numpyro_diffusion_da.results import convert, stored
 from numpyro_diffusion_da.results.result import FilterResult
@@ -53,7 +54,7 @@ class StoredResult:
         path: the directory.
         structure: structure of the program.
         attributes: attributes of the result.
-        past: states of a lag after the last step of each chain; empty for a filter without a lag.
+        past: states of a lag after the last step of each chain, in memory or in files; empty without a lag.
         chains: number of chains.
         steps: number of steps; the directory may hold more.
     """
@@ -102,5 +103,6 @@ class StoredResult:
             for name, values in found.observed_data.items()
             if structure.observed[name].is_discrete and found.observed_mask[name].all()
         }
-        lagged = with_later_states(left, self.past) if left is not None and self.past else None
+        past = [x.whole() if isinstance(x, StoredRows) else x for x in self.past] if left is not None else []
+        lagged = with_later_states(left, past) if left is not None and past else None
         return dataclasses.replace(found, observed_data={**found.observed_data, **discrete}, lagged=lagged)

@@ -12,8 +12,6 @@ import numpy as np
 from jaxtyping import PRNGKeyArray, PyTree
 
 from numpyro_diffusion_da.diffusion.memory import device_memory, host_memory
-from numpyro_diffusion_da.filters.base import FilterAlgorithm
-from numpyro_diffusion_da.filters.gross_error_check import GrossErrorCheck
 from numpyro_diffusion_da.inference.devices import to_host
 from numpyro_diffusion_da.inference.storage import Crcs, RunStore
 from numpyro_diffusion_da.inference.stored_run import tree_of_steps
@@ -27,7 +25,7 @@ if TYPE_CHECKING:
 BATCH_BYTES = 2**26
 """Number of bytes of a batch of particles, if the user gives no number of particles: 64 MB."""
 
-OF_PARTICLES = ("posterior", "prior", "posterior_predictive", "log_likelihood")
+OF_PARTICLES = ("posterior", "prior", "posterior_predictive", "log_likelihood", "lagged")
 """Groups of a result that hold values of particles only."""
 
 
@@ -66,29 +64,6 @@ def rows_at_a_time(batch_size: int | None, batch: int | None, structure: Structu
     """
     most = n if batch is None else min(batch, n)
     return most if batch_size is not None else max(1, min(most, BATCH_BYTES // max(sum(particle_bytes(structure)), 1)))
-
-
-def needs_all_at_once(algorithm: FilterAlgorithm) -> str | None:
-    """Why a filter of this package needs all particles at once, as the end of a sentence; None if it does not.
-
-    Args:
-        algorithm: filter of a program.
-    """
-    inner = algorithm.algorithm if isinstance(algorithm, GrossErrorCheck) else algorithm
-    options = {
-        "taper": "its taper glues blocks of all particles together",
-        "moves": "its move is a regression over all particles",
-        "inflation": "its inflation widens all particles together",
-        "lag": "its lag makes each particle as large as its last states together",
-    }
-    for name, reason in options.items():
-        if getattr(inner, name, None):
-            return reason
-    if inner.resample_below < 1.0:
-        return f"resample_below={inner.resample_below:g} chooses between old and new particles at each step"
-    if getattr(inner, "update", None) is not None:
-        return "its update regresses all members together"
-    return None
 
 
 class StreamedFilter:
@@ -170,7 +145,7 @@ def large_leaves(shapes: PyTree) -> list[bool]:
 
 def _of_particles(record: Any) -> PyTree:
     """Parts of a record that hold values of particles only."""
-    return {name: record[name] for name in ("sites", "forecast") if name in record} if record else {}
+    return {name: record[name] for name in ("sites", "forecast", "lagged") if name in record} if record else {}
 
 
 class StepTrees(NamedTuple):
@@ -293,7 +268,7 @@ def make_step(
 
     with store.writing(chain, t, 1):
         new, record = filter.step(folder, sink, state, key, t, xs, given)
-    own = {name: part for name, part in record.items() if name not in ("sites", "forecast")}
+    own = {name: part for name, part in record.items() if name not in ("sites", "forecast", "lagged")}
     records = jax.tree.map(lambda x: np.asarray(x)[None], own)
     notes = ready(t, records, time.perf_counter() - began)
     new = store.save_streamed(chain, t, trees.of_rest(record), template, inputs, notes, new, folder, crcs)

@@ -32,11 +32,13 @@ from numpyro_diffusion_da.inference.identity import same_operations
 from numpyro_diffusion_da.inference.row_files import RowFile, StoredRows, bytes_of
 from numpyro_diffusion_da.smc.rows import (
     is_key,
+    map_columns_p,
     map_rows_p,
     mapped,
     rows_apart,
     sum_rows_p,
     take_rows_p,
+    whole_rows_p,
 )
 
 IN_MEMORY = 64
@@ -100,6 +102,29 @@ class _Pass:
 
 
 @dataclasses.dataclass
+class _ColumnPass:
+    """Map over columns: `jaxpr` of (shared, indices of some columns, these columns) -> new columns, what they have.
+
+    `made` are its outputs with rows, and `of_columns` those that have columns only.
+    """
+
+    level: int
+    number: int
+    jaxpr: Any
+    columns: int
+    shared: list[Any]
+    rows: list[_Rows]
+    made: list[Any]
+    of_columns: list[Any]
+    function: Any = None
+
+    @property
+    def at_a_time(self) -> int:
+        """Number of columns that are mapped at a time."""
+        return int(self.jaxpr.invars[0].aval.shape[0])
+
+
+@dataclasses.dataclass
 class _Segment:
     """Equations on whole arrays, after the pass of the same level."""
 
@@ -129,6 +154,8 @@ class _Plan:
         self._rows: dict[Any, _Rows] = {}
         self._made: dict[Any, int] = {}  # of each base, the pass that makes it; 0 for an input
         self._passes: dict[tuple[int, int], _Pass] = {}
+        self._columns: list[_ColumnPass] = []
+        self._by_columns: set[Any] = set()  # bases that passes over columns make
         self._segments: dict[int, _Segment] = {}
         self.whole: set[Any] = set()  # values with rows that an equation uses as a whole
         for v, has_rows in zip(self.inputs, rows_in, strict=True):
@@ -150,16 +177,21 @@ class _Plan:
             self._rows[eqn.outvars[0]] = rows._replace(indices=(*rows.indices, at))
         elif eqn.primitive is map_rows_p:
             self._add_map(eqn)
+        elif eqn.primitive is map_columns_p:
+            self._add_columns(eqn)
         elif eqn.primitive is sum_rows_p and eqn.invars[0] in self._rows:
             base = self._straight(self._rows[eqn.invars[0]], eqn.invars[0].aval)
             made = self._made[base]
             at = max(made, 1)
-            if made == 0:
-                base = self._copied(_Rows(base), base.aval, 1)
+            if made == 0 or base in self._by_columns:
+                at = made + 1
+                base = self._copied(_Rows(base), base.aval, at)
             self._pass(at, base.aval.shape[0]).parts.append(_Sum(base, eqn.outvars[0]))
             self._level[eqn.outvars[0]] = at
         else:
-            level = max((self._as_whole(v, eqn) for v in eqn.invars if not isinstance(v, core.Literal)), default=0)
+            largest = None if eqn.primitive is whole_rows_p else USABLE_WHOLE
+            given = [v for v in eqn.invars if not isinstance(v, core.Literal)]
+            level = max((self._as_whole(v, eqn, largest) for v in given), default=0)
             self._segment(level).equations.append(eqn)
             self._level.update(dict.fromkeys(eqn.outvars, level))
 
@@ -180,7 +212,7 @@ class _Plan:
                 least = max(least, self._level[r.base] + 1)
             elif r.indices:
                 least = max(least, self._made[r.base] + 1, *(self._level[v] + 1 for v in r.indices))
-            elif r.base.aval.shape[0] == n:
+            elif r.base.aval.shape[0] == n and r.base not in self._by_columns:
                 least = max(least, self._made[r.base], 1)
             else:
                 least = max(least, self._made[r.base] + 1)
@@ -192,6 +224,24 @@ class _Plan:
             self._made[v] = least
             new = _Rows(v, indices)
             self._rows[v] = new if isinstance(inner, core.Literal) else known.setdefault(inner, new)
+
+    def _add_columns(self, eqn: Any) -> None:
+        """Add a map over columns, which needs all rows of what it is given."""
+        count = eqn.params["shared"]
+        shared, given = list(eqn.invars[:count]), eqn.invars[count:]
+        level = max((self._as_whole(v, eqn) + 1 for v in shared if not isinstance(v, core.Literal)), default=1)
+        rows = [self._rows.get(v, _Rows(v)) for v in given]
+        for r in rows:
+            of_base = self._made[r.base] if r.base in self._made else self._level[r.base]
+            level = max(level, of_base + 1, *(self._level[v] + 1 for v in r.indices))
+        made, of_columns = eqn.outvars[: eqn.params["rows"]], eqn.outvars[eqn.params["rows"] :]
+        for v in made:
+            self._made[v], self._rows[v] = level, _Rows(v)
+        self._by_columns |= set(made)
+        self._level.update(dict.fromkeys(of_columns, level))
+        columns = eqn.params["columns"]
+        number = len(self._columns)
+        self._columns.append(_ColumnPass(level, number, eqn.params["jaxpr"], columns, shared, rows, made, of_columns))
 
     def _straight(self, rows: _Rows, aval: Any) -> Any:
         """Base of rows without indices: that of a copy, if they have indices."""
@@ -208,13 +258,19 @@ class _Plan:
         self._pass(level, aval.shape[0]).parts.append(_Map(jaxpr, [], [rows], [new]))
         return new
 
-    def _as_whole(self, v: Any, eqn: Any) -> int:
-        """Use a value as a whole array, and return the stage after which it is there."""
+    def _as_whole(self, v: Any, eqn: Any, largest: int | None = USABLE_WHOLE) -> int:
+        """Use a value as a whole array, and return the stage after which it is there.
+
+        Args:
+            v: the value.
+            eqn: equation that uses it.
+            largest: largest number of bytes of a row; None for any.
+        """
         if isinstance(v, core.Literal):
             return 0
         if v in self._rows:
             rows = self._rows[v]
-            if v.aval.shape[0] > 1 and _row_bytes(v.aval) > USABLE_WHOLE:
+            if largest is not None and v.aval.shape[0] > 1 and _row_bytes(v.aval) > largest:
                 raise NotStreamable(f"it computes with an array of shape {v.aval.shape} by '{eqn.primitive.name}'")
             self.whole.add(v)
             # Indices that a segment makes are there after it.
@@ -252,11 +308,11 @@ class _Plan:
                 if one.base not in self._made:
                     last = max(last, self._level[v] + 1)
                 else:
-                    behind = bool(one.indices) or self._made[one.base] == 0
+                    behind = bool(one.indices) or self._made[one.base] == 0 or one.base in self._by_columns
                     last = max(last, self._made[one.base] + behind, *(self._level[j] + 1 for j in one.indices))
             for i, v in waiting:
                 one = self._rows.get(v, _Rows(v))
-                copied = bool(one.indices) or self._made.get(one.base) != last
+                copied = bool(one.indices) or self._made.get(one.base) != last or one.base in self._by_columns
                 base = self._copied(one, v.aval, last) if copied else one.base
                 self._pass(last, v.aval.shape[0]).emitted[i] = base
         return files, arrays
@@ -271,7 +327,8 @@ class _Plan:
 
     def _close(self) -> None:
         """Find what each stage hands on to later ones."""
-        self.levels = 1 + max([*self._segments, *(level for level, _ in self._passes)], default=0)
+        of_columns = [one.level for one in self._columns]
+        self.levels = 1 + max([*self._segments, *(level for level, _ in self._passes), *of_columns], default=0)
         made_in: dict[Any, _Pass] = {}
         for one in self._passes.values():
             for part in one.parts:
@@ -283,7 +340,7 @@ class _Plan:
                 for rows in part.rows if isinstance(part, _Map) else ():
                     if rows.base in made_in and (rows.indices or made_in[rows.base] is not one):
                         needed[rows.base] = None
-        for rows in self.states.values():
+        for rows in (*self.states.values(), *(rows for one in self._columns for rows in one.rows)):
             needed[rows.base] = None
         in_memory: dict[Any, None] = {}
         for base in (self._rows[v].base for v in self.whole):
@@ -291,6 +348,8 @@ class _Plan:
                 # A few rows may be taken from an array that is too large as a whole.
                 (in_memory if _row_bytes(base.aval) <= USABLE_WHOLE else needed)[base] = None
         for v in needed:
+            if v not in made_in:  # an array of the state before, a whole one, or one that a pass over columns makes
+                continue
             if is_large(v.aval):
                 made_in[v].written.append(v)
             else:
@@ -304,6 +363,9 @@ class _Plan:
                 if isinstance(part, _Map):
                     used.update(v for v in part.shared if not isinstance(v, core.Literal))
                     used.update(v for rows in part.rows for v in (rows.base, *rows.indices))
+        for over in self._columns:
+            used.update(v for v in over.shared if not isinstance(v, core.Literal))
+            used.update(v for rows in over.rows for v in (rows.base, *rows.indices))
         for rows in self._rows.values():
             used.update(rows.indices)
         for segment in self._segments.values():
@@ -314,12 +376,16 @@ class _Plan:
         for segment in self._segments.values():
             segment.outputs = [v for eqn in segment.equations for v in eqn.outvars if v in used]
 
-    def stages(self) -> list[tuple[list[_Pass], _Segment | None]]:
+    def stages(self) -> list[tuple[list[_Pass | _ColumnPass], _Segment | None]]:
         """Stages in their order: passes, and then equations on whole arrays."""
-        passes = sorted(self._passes.values(), key=lambda one: (one.level, one.n))
+        passes: list[_Pass | _ColumnPass] = [*self._passes.values(), *self._columns]
         return [
             ([one for one in passes if one.level == level], self._segments.get(level)) for level in range(self.levels)
         ]
+
+    def is_made_by_columns(self, base: Any) -> bool:
+        """Whether a base is made by a pass over columns."""
+        return base in self._by_columns
 
     def has_rows(self, base: Any) -> bool:
         """Whether a base is not a whole array."""
@@ -384,7 +450,7 @@ class StreamedStep:
             return self._shapes
         given = jax.tree.map(_shape, (state, *others))
         leaves, form = jax.tree.flatten(given)
-        with rows_apart(), jax.debug_key_reuse(False):
+        with rows_apart(self._batch), jax.debug_key_reuse(False):
             traced, shapes = jax.make_jaxpr(lambda *x: self._fn(*jax.tree.unflatten(form, x)), return_shape=True)(
                 *leaves
             )
@@ -456,7 +522,10 @@ class _Run:
         with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(1) as writer:
             for passes, segment in plan.stages():
                 for one in passes:
-                    self._make_pass(one, reader, writer)
+                    if isinstance(one, _ColumnPass):
+                        self._make_columns(one, reader, writer)
+                    else:
+                        self._make_pass(one, reader, writer)
                 if segment is not None:
                     self._compute(segment)
         found: list[Any] = [None] * len(plan.jaxpr.outvars)
@@ -464,7 +533,9 @@ class _Run:
             found[i] = jnp.asarray(v.val) if isinstance(v, core.Literal) else self._whole(v)
         for i, rows in plan.states.items():
             stored = self.files[rows.base]
-            found[i] = dataclasses.replace(stored, indices=self._host_indices(rows.indices))
+            # Columns are written in another order than the bytes of the file.
+            checksum = stored.file.checksum() if plan.is_made_by_columns(rows.base) else stored.checksum
+            found[i] = dataclasses.replace(stored, indices=self._host_indices(rows.indices), checksum=checksum)
         return found
 
     def _whole(self, v: Any) -> Any:
@@ -552,21 +623,77 @@ class _Run:
         self.held |= {v: (jnp if is_key(v.aval) else np).concatenate(parts) for v, parts in pieces.items()}
         self.values.update(zip(work.sums, sums, strict=True))
 
+    def _make_columns(self, one: _ColumnPass, reader: ThreadPoolExecutor, writer: ThreadPoolExecutor) -> None:
+        """Make a pass over columns: read some, compute with those before, and write those before, at the same time."""
+        if one.function is None:
+            one.function = jax.jit(lambda shared, *given: jax.core.eval_jaxpr(one.jaxpr, shared, *given))
+        shared = [v.val if isinstance(v, core.Literal) else self._whole(v) for v in one.shared]
+        size, columns = one.at_a_time, one.columns
+        files: dict[Any, RowFile] = {}
+        held: dict[Any, np.ndarray] = {v: np.empty(v.aval.shape, v.aval.dtype) for v in one.of_columns}
+        for v in one.made:
+            if is_large(v.aval):
+                path = self.folder / f"columns-{one.level}-{one.number}-{len(files)}"
+                files[v] = RowFile(path, v.aval.shape[0], v.aval.shape[1:], np.dtype(v.aval.dtype))
+            else:
+                held[v] = np.empty(v.aval.shape, v.aval.dtype)
+
+        sources = [self._source(rows, rows.base in self.files) for rows in one.rows]
+
+        def read(start: int) -> tuple[np.ndarray, list[Any]]:
+            stop = min(start + size, columns)
+            at = np.minimum(np.arange(start, start + size), columns - 1)
+            found = []
+            for source in sources:
+                stored = isinstance(source, StoredRows)
+                values = source.read_columns(start, stop) if stored else np.asarray(source)[:, start:stop]
+                found.append(jax.device_put(values if stop - start == size else values[:, at - start]))
+            return at.astype(np.int32), found
+
+        def write(start: int, found: list[Any]) -> None:
+            count = min(size, columns - start)
+            for v, x in zip((*one.made, *one.of_columns), found, strict=True):
+                if v in files:
+                    files[v].write_columns(start, np.asarray(x)[:, :count])
+                elif v in one.made:
+                    held[v][:, start : start + count] = np.asarray(x)[:, :count]
+                else:
+                    held[v][start : start + count] = np.asarray(x)[:count]
+
+        waiting: deque[Future[None]] = deque()
+        coming = reader.submit(read, 0)
+        for start in range(0, columns, size):
+            at, parts = coming.result()
+            if start + size < columns:
+                coming = reader.submit(read, start + size)
+            with jax.debug_key_reuse(False), jax.debug_nans(False):
+                found = one.function(shared, at, *parts)
+            del parts
+            if waiting:
+                waiting.popleft().result()
+            waiting.append(writer.submit(write, start, found))
+            del found
+        while waiting:
+            waiting.popleft().result()
+        self.files |= {v: StoredRows(file) for v, file in files.items()}
+        self.held |= {v: held[v] for v in one.made if v in held}
+        self.values.update({v: jnp.asarray(held[v]) for v in one.of_columns})
+
     def _sources(self, work: _Batch) -> tuple[list[Any], list[StoredRows]]:
         """Whole arrays of rows in memory, and rows in files, that the batches of a pass read."""
-        small, large = [], []
-        for rows, in_file in work.reads.items():
-            at = self._host_indices(rows.indices)
-            if in_file:
-                stored = self.files[rows.base]
-                if at is not None:
-                    at = at if stored.indices is None else stored.indices[at]
-                    stored = dataclasses.replace(stored, indices=at)
-                large.append(stored)
-            else:
-                base = self.held[rows.base] if rows.base in self.held else self._whole(rows.base)
-                small.append(base if at is None else base[at])
-        return small, large
+        small = [self._source(rows, False) for rows, in_file in work.reads.items() if not in_file]
+        return small, [self._source(rows, True) for rows, in_file in work.reads.items() if in_file]
+
+    def _source(self, rows: _Rows, in_file: bool) -> Any:
+        """Rows that a pass reads: `StoredRows` in a file, or a whole array."""
+        at = self._host_indices(rows.indices)
+        if in_file:
+            stored = self.files[rows.base]
+            if at is None:
+                return stored
+            return dataclasses.replace(stored, indices=at if stored.indices is None else stored.indices[at])
+        base = self.held[rows.base] if rows.base in self.held else self._whole(rows.base)
+        return base if at is None else base[at]
 
 
 class _Batch:

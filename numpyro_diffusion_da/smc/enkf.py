@@ -36,6 +36,7 @@ from numpyro_diffusion_da.smc.base import (
     top_level_api,
     total_particles,
 )
+from numpyro_diffusion_da.smc.columns import Index, by_place, from_places, map_columns
 from numpyro_diffusion_da.smc.ensemble_update import (
     EnsembleUpdate,
     PerturbedObservations,
@@ -45,7 +46,7 @@ from numpyro_diffusion_da.smc.ensemble_update import (
 from numpyro_diffusion_da.smc.inflation import Inflation, check_inflation, forecast_factor, inflated_particles
 from numpyro_diffusion_da.smc.localization import PlacedTaper
 from numpyro_diffusion_da.smc.probing import class_vectors
-from numpyro_diffusion_da.smc.sharding import from_parts, own, to_parts, whole
+from numpyro_diffusion_da.smc.sharding import own, together
 
 __all__ = ["Info", "State", "as_top_level_api", "build_kernel", "init"]
 
@@ -90,6 +91,16 @@ def build_kernel(
     factor = forecast_factor(inflation)
     after = [member for member in inflation if not member.acts_on_forecast]
 
+    def widened(x: Array) -> Array:
+        """Members widened around their mean by the factor of the forecast."""
+        if len(after) == len(inflation):
+            return x
+        flat = map_particles(lambda x: x.reshape(-1))(x)
+        _, mean = map_columns(lambda parts, _: ([], parts[0].mean(0)), [flat])
+        mean = mean.reshape(x.shape[1:])
+        found: Array = map_particles(lambda x: mean + factor * (x - mean))(x)
+        return found
+
     def kernel(rng_key: PRNGKeyArray, state: State, observation: PyTree) -> tuple[State, Info]:
         n = total_particles(state.particles)
         if n < 2:
@@ -101,33 +112,47 @@ def build_kernel(
         x, record = forecast(own(particle_keys(forecast_key, n)), state.particles)
         placed = taper(observation) if callable(taper) else taper
         leaves, form = jax.tree.flatten(state.particles)
+        x = prior = widened(x)
+        residual_of = map_particles(lambda x, particle: residual_fn(x, particle, observation))
+        residual = together(residual_of(x, state.particles))
+        # Update the columns of all members. What has the size of the observations is in one place, and nothing else.
         arrays = [x, *(leaves[i] for i in carried)]
-        # Each device updates its places of the state in all members. Only what has the size of the observations is
-        # gathered, and the mean.
-        divided = _Divided(placed, arrays)
-        parts = divided.parts()
-        mean = divided.mean(parts[0])
-        x = prior = arrays[0] = mean + factor * (x - mean)
-        residual = whole(jax.vmap(lambda x, particle: residual_fn(x, particle, observation))(x, state.particles))
-        # Update all members together.
+        columns = _Columns(placed, arrays)
         spreading: PyTree = ()
         if spread_fn is None:
-            parts[0] = _widened(parts[0], factor)
-            increments, error = update.solve(error_key, divided.anomalies(parts), residual, placed)
+            of_columns, error = update.prepared(error_key, residual, placed)
+
+            def moved(parts: list[Array], index: Index) -> tuple[list[Array], tuple[()]]:
+                (values,) = parts
+                increments = of_columns(_anomalies(values), index)
+                return [values + increments.reshape(values.shape)], ()
+
+            found, _ = map_columns(moved, [columns.joined(arrays)])
         else:
             of = map_particles(lambda vectors, particle: spread_fn(vectors, particle, observation), batch_size)
             # A fifth key leaves the others the same with and without the transition's covariance.
             vectors = class_vectors(jax.random.split(rng_key, 5)[4], n, residual.shape[1], placed)
             spread, spreading = of(own(vectors), state.particles)
-            parts[0] = _widened(divided.part(spread.mean), factor)
-            spread = spread._replace(
-                residual=_widened(whole(spread.residual), factor),
-                vectors=whole(spread.vectors),
-                state_products=factor**2 * divided.products(spread.state_products, parts),
-                products=factor**2 * whole(spread.products),
+            seen = spread._replace(
+                mean=(),
+                residual=_widened(together(spread.residual), factor),
+                vectors=together(spread.vectors),
+                state_products=(),
+                products=factor**2 * together(spread.products),
             )
-            increments, error = with_transition_spread(error_key, divided.anomalies(parts), residual, spread, placed)
-        x, *along = divided.moved(increments, parts)
+            with_spread, error = with_transition_spread(error_key, residual, seen, placed)
+
+            def moved(parts: list[Array], index: Index) -> tuple[list[Array], tuple[()]]:
+                values, means, products = parts
+                # The products of each member are rows of their own, (N q, values).
+                rows = jnp.moveaxis(products, 2, 1).reshape(-1, values[0].size)
+                increments = with_spread(_anomalies(means), factor**2 * rows, index)
+                return [values + increments.reshape(values.shape)], ()
+
+            means = [widened(spread.mean), *arrays[1:]]
+            joined = columns.joined(arrays), columns.joined(means), columns.products(spread)
+            found, _ = map_columns(moved, [*joined])
+        x, *along = columns.arrays(found[0])
         for i, leaf in zip(carried, along, strict=True):
             leaves[i] = leaf
         analyzed = jax.tree.unflatten(form, leaves)
@@ -146,73 +171,62 @@ def build_kernel(
     return kernel
 
 
-class _Divided:
-    """Division of the values of all members over the devices of a mesh, place by place.
-
-    Without a taper each value is a place. Without a mesh one device has all places.
+class _Columns:
+    """Columns of the state and of what moves along with it: its places, or without a taper each value.
 
     Args:
         taper: localization; None for none. Its points run over the last axes of every array.
-        arrays: the state and what moves along with it, each with a leading axis of this device's members.
+        arrays: the state and what moves along with it, each with a leading axis of members.
     """
 
     def __init__(self, taper: PlacedTaper | None, arrays: list[Array]) -> None:
-        self._arrays = arrays
-        self._taper = taper
-        self._size = arrays[0][0].size
-        self._axis = 1 if taper is None else 2  # axis on which parts of several arrays are joined
+        self._like = [jax.ShapeDtypeStruct(x.shape[1:], x.dtype) for x in arrays]
+        size = arrays[0][0].size
+        self._by_place = taper is not None
+        self._places = size if taper is None else len(taper.points)
+        self._width = size // self._places
+        self._axis = int(self._by_place)  # axis on which values of several arrays are joined
 
-    def _places(self, array: Array) -> tuple[int, int]:
-        """Number of places of an array, and how many values of one state are at a place."""
-        if self._taper is None:
-            return array[0].size, 1
-        return len(self._taper.points), self._size // len(self._taper.points)
+    def _columns_of(self, x: Any) -> Array:
+        """Values of an array of one member, shape (columns, values)."""
+        return by_place(x, self._places, self._width) if self._by_place else x.reshape(-1, 1)
 
-    def part(self, array: Array) -> Array:
-        """Places of this device in all members, shape (N, places, values)."""
-        places, width = self._places(array)
-        # An array of several states has them side by side at each place.
-        values = jnp.moveaxis(array.reshape(len(array), -1, places, width), 1, 2)
-        return to_parts(values.reshape(len(array), places, -1))
+    def joined(self, arrays: list[Array]) -> Array:
+        """Values of all arrays and members, joined, shape (N, columns, values)."""
+        return map_particles(lambda *xs: jnp.concatenate([self._columns_of(x) for x in xs], axis=self._axis))(*arrays)
 
-    def parts(self) -> list[Array]:
-        """Places of this device in all members, of every array."""
-        return [self.part(array) for array in self._arrays]
+    def products(self, spread: TransitionSpread) -> Array:
+        """Vectors V H^T v of the state as `joined` has it, and zero for the other arrays: (N, columns, q, values)."""
+        others = [jax.eval_shape(self._columns_of, x).shape for x in self._like[1:]]
 
-    def mean(self, part: Array) -> Array:
-        """Mean state of the ensemble, with a leading axis of 1, on each device."""
-        mean: Array = whole(part.mean(0), self._places(self._arrays[0])[0])
-        return mean.reshape(1, *self._arrays[0].shape[1:])
+        def of_one(products: Array) -> Array:
+            def with_zeros(product: Array) -> Array:
+                mine = self._columns_of(product)
+                zeros = [jnp.zeros(shape, mine.dtype) for shape in others]
+                return jnp.concatenate([mine, *zeros], axis=self._axis)
 
-    def anomalies(self, parts: list[Array]) -> Array:
-        """Anomalies of all members at the places of this device, with those of all arrays joined, flattened."""
-        joined = jnp.concatenate([part - part.mean(0, keepdims=True) for part in parts], axis=self._axis)
-        return joined.reshape(len(joined), -1)
+            return jnp.moveaxis(jax.vmap(with_zeros)(products), 0, 1)
 
-    def products(self, products: Array, parts: list[Array]) -> Array:
-        """Vectors of the state of each member, of shape (n, q, *state), as `anomalies` has them: (N, q, values).
+        return map_particles(of_one)(spread.state_products)
 
-        They are zero for the arrays that move along.
-        """
-        n, q = products.shape[:2]
-        places, width = self._places(self._arrays[0])
-        values = jnp.moveaxis(products.reshape(n, q, places, width), 1, 2)
-        found = to_parts(values.reshape(n, places, q * width))
-        mine = jnp.moveaxis(found.reshape(*found.shape[:2], q, width), 2, 1)
-        along = [jnp.zeros((len(mine), q, *part.shape[1:]), mine.dtype) for part in parts[1:]]
-        return jnp.concatenate([mine, *along], axis=1 + self._axis).reshape(len(mine), q, -1)
+    def arrays(self, joined: Array) -> list[Array]:
+        """Arrays of all members, of their joined values."""
 
-    def moved(self, increments: Array, parts: list[Array]) -> list[Array]:
-        """Arrays of this device's members, moved by increments of the shape of `anomalies`."""
-        shape = (-1, 1) if self._taper is None else (parts[0].shape[1], -1)
-        ends = np.cumsum([part.shape[self._axis] for part in parts])[:-1]
-        moved = []
-        split = jnp.split(increments.reshape(len(increments), *shape), ends, axis=self._axis)
-        for array, part in zip(self._arrays, split, strict=True):
-            places, width = self._places(array)
-            values = from_parts(part, places).reshape(len(array), places, -1, width)
-            moved.append(array + jnp.moveaxis(values, 2, 1).reshape(array.shape).astype(array.dtype))
-        return moved
+        def of_one(values: Array) -> list[Array]:
+            shapes = [jax.eval_shape(self._columns_of, x).shape for x in self._like]
+            ends = np.cumsum([shape[self._axis] for shape in shapes])[:-1]
+            parts = jnp.split(values, ends, axis=self._axis)
+            return [
+                from_places(part, like, self._width) if self._by_place else part.reshape(like.shape).astype(like.dtype)
+                for part, like in zip(parts, self._like, strict=True)
+            ]
+
+        return map_particles(of_one)(joined)
+
+
+def _anomalies(values: Float[Array, "n c w"]) -> Float[Array, "n d"]:
+    """Anomalies of all members in some columns, flattened."""
+    return (values - values.mean(0, keepdims=True)).reshape(len(values), -1)
 
 
 def _widened(x: Float[Array, "n ..."], factor: Array | float) -> Float[Array, "n ..."]:

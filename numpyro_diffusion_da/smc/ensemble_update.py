@@ -7,7 +7,8 @@ $Y^T Y / (N - 1)$, and the Kalman gain is
 $$K = X^T Y \, (Y^T Y + (N - 1) I)^{-1}.$$
 
 An update returns the increment of each member. A taper $\rho$ enters each update in its own way. The columns of $X$ are
-updated apart from each other, given $Y$. So on a mesh each device updates a part of the state, of all members.
+updated apart from each other, given $Y$. So they may be divided (`smc/columns.py`): on a mesh each device updates a
+part of the state, of all members, and particles in files are read by columns.
 
 With many observations, no array of all pairs of them is made: the system is then solved by conjugate gradients, and its
 rows hold near observations only.
@@ -25,10 +26,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from numpyro_diffusion_da.smc.base import particle_keys
+from numpyro_diffusion_da.smc.columns import Index, at_columns
 from numpyro_diffusion_da.smc.correlations import Correlation
 from numpyro_diffusion_da.smc.localization import PlacedTaper
 from numpyro_diffusion_da.smc.probing import Products, pool
-from numpyro_diffusion_da.smc.sharding import own
 
 PointUpdate = Callable[[Float[Array, "n c"], Float[Array, "n k"], Float[Array, " k"], Int[Array, " k"]], Array]
 """Update of one point of the state from the observations near it.
@@ -52,6 +53,10 @@ LARGEST_GATHER = 2**22
 """Largest number of values held at a time in a product with sparse rows: 16 MB."""
 
 
+ColumnUpdate = Callable[[Float[Array, "n d"], Index | None], Float[Array, "n d"]]
+"""Increments of some columns: (anomalies of the members there, flattened; their places, None for all) -> increments."""
+
+
 class EnsembleUpdate(eqx.Module):
     """Update that turns the members of a forecast into those of the analysis."""
 
@@ -67,32 +72,34 @@ class EnsembleUpdate(eqx.Module):
 
         Args:
             rng_key: random key of the step.
-            anomalies: members minus their mean, flattened; on a mesh a part of the state (see `sharding.to_parts`).
+            anomalies: members minus their mean, flattened; where columns are divided a part of the state.
             residual: whitened residual R^{-1/2} (y - h(x)) of each member, zero where missing.
             taper: localization at the positions of these values; None for no localization.
         """
 
-    def solve(
-        self,
-        rng_key: PRNGKeyArray,
-        anomalies: Float[Array, "n d"],
-        residual: Float[Array, "n m"],
-        taper: PlacedTaper | None = None,
-    ) -> tuple[Float[Array, "n d"], Float[Array, ""]]:
-        """Compute the increment of each member, and how exact it is.
+    def prepared(
+        self, rng_key: PRNGKeyArray, residual: Float[Array, "n m"], taper: PlacedTaper | None = None
+    ) -> tuple[ColumnUpdate, Float[Array, ""]]:
+        """Compute what all columns share, and how exact it is.
 
-        An update that solves its equations by iterations overrides this; others are exact to rounding.
+        An update overrides this if some of its work is the same for all columns, such as a linear solve; by default
+        there is none.
 
         Args:
             rng_key: random key of the step.
-            anomalies: members minus their mean, flattened; on a mesh a part of the state (see `sharding.to_parts`).
             residual: whitened residual R^{-1/2} (y - h(x)) of each member, zero where missing.
-            taper: localization at the positions of these values; None for no localization.
+            taper: localization at the positions of all values of the state; None for no localization.
 
         Returns:
-            (increments, relative residual of the linear solve; 0 if it is solved directly).
+            (function from anomalies of some columns and the indices of their places to their increments, relative
+            residual of the linear solve; 0 if it is solved directly).
         """
-        return self(rng_key, anomalies, residual, taper), jnp.zeros(())
+
+        def increments(anomalies: Array, index: Index | None) -> Array:
+            here = taper if taper is None or index is None else taper.at_places(index)
+            return self(rng_key, anomalies, residual, here)
+
+        return increments, jnp.zeros(())
 
     def check_correlation(self, correlation: Correlation) -> None:
         """Check that the update can use a taper with this correlation function; any is right by default.
@@ -100,6 +107,26 @@ class EnsembleUpdate(eqx.Module):
         Raises:
             ValueError: the update needs another correlation function.
         """
+
+
+class _Prepared(EnsembleUpdate):
+    """Update that is defined by what it prepares."""
+
+    def __call__(
+        self,
+        rng_key: PRNGKeyArray,
+        anomalies: Float[Array, "n d"],
+        residual: Float[Array, "n m"],
+        taper: PlacedTaper | None = None,
+    ) -> Float[Array, "n d"]:
+        """Increments of the members; `EnsembleUpdate.__call__` explains the arguments."""
+        return self.prepared(rng_key, residual, taper)[0](anomalies, None if taper is None else taper.part)
+
+    @abc.abstractmethod
+    def prepared(
+        self, rng_key: PRNGKeyArray, residual: Float[Array, "n m"], taper: PlacedTaper | None = None
+    ) -> tuple[ColumnUpdate, Float[Array, ""]]:
+        """Compute what all columns share; see `EnsembleUpdate.prepared`."""
 
 
 def kalman_coefficients(predicted: Float[Array, "n m"], right: Float[Array, "m c"]) -> Float[Array, "n c"]:
@@ -125,7 +152,7 @@ def kalman_coefficients(predicted: Float[Array, "n m"], right: Float[Array, "m c
     return solved(predicted @ predicted.T, predicted @ right)
 
 
-class PerturbedObservations(EnsembleUpdate):
+class PerturbedObservations(_Prepared):
     r"""Stochastic update (Burgers, van Leeuwen & Evensen 1998): each member gets its own perturbed observations.
 
     The perturbations are centered, so that the update of the mean is exactly that of the Kalman gain. A taper
@@ -150,28 +177,10 @@ class PerturbedObservations(EnsembleUpdate):
                 "correlation=ndda.smc.GaspariCohn(), or update=ndda.smc.SquareRoot()."
             )
 
-    def __call__(
-        self,
-        rng_key: PRNGKeyArray,
-        anomalies: Float[Array, "n d"],
-        residual: Float[Array, "n m"],
-        taper: PlacedTaper | None = None,
-    ) -> Float[Array, "n d"]:
-        """Increments K (r_i + e_i) of the members, with residuals r_i and centered perturbations e_i.
-
-        Raises:
-            ValueError: the correlation of the taper is not positive definite.
-        """
-        return self.solve(rng_key, anomalies, residual, taper)[0]
-
-    def solve(
-        self,
-        rng_key: PRNGKeyArray,
-        anomalies: Float[Array, "n d"],
-        residual: Float[Array, "n m"],
-        taper: PlacedTaper | None = None,
-    ) -> tuple[Float[Array, "n d"], Float[Array, ""]]:
-        """Compute the increments, and the relative residual of the linear solve.
+    def prepared(
+        self, rng_key: PRNGKeyArray, residual: Float[Array, "n m"], taper: PlacedTaper | None = None
+    ) -> tuple[ColumnUpdate, Float[Array, ""]]:
+        """Solve for the residuals r_i + e_i with centered perturbations e_i, to which K is applied column by column.
 
         Raises:
             ValueError: the correlation of the taper is not positive definite.
@@ -181,22 +190,23 @@ class PerturbedObservations(EnsembleUpdate):
         n, m = residual.shape
         innovation = _perturbed(rng_key, residual)
         predicted = residual.mean(0, keepdims=True) - residual
-        if taper is not None:
-            if m > MOST_DENSE:
-                solved, error = _solved_sparse(predicted, predicted, n - 1.0, innovation.T, taper)
-            else:
-                covariance = taper.between_observations().astype(residual.dtype) * (predicted.T @ predicted)
-                solved = jnp.linalg.solve(covariance + (n - 1) * jnp.eye(m), innovation.T)
-                error = jnp.zeros(())
+        if taper is None:
+            coefficients = kalman_coefficients(predicted, innovation.T)
+            return lambda anomalies, _: coefficients.T @ anomalies, jnp.zeros(())
+        if m > MOST_DENSE:
+            solved, error = _solved_sparse(predicted, predicted, n - 1.0, innovation.T, taper)
+        else:
+            covariance = taper.between_observations().astype(residual.dtype) * (predicted.T @ predicted)
+            solved = jnp.linalg.solve(covariance + (n - 1) * jnp.eye(m), innovation.T)
+            error = jnp.zeros(())
 
-            def at_point(x: Array, nearby: Array, weights: Array, which: Array) -> Array:
-                return solved[which].T @ (weights[:, None] * (nearby.T @ x))
+        def at_point(x: Array, nearby: Array, weights: Array, which: Array) -> Array:
+            return solved[which].T @ (weights[:, None] * (nearby.T @ x))
 
-            return _at_each_point(at_point, anomalies, predicted, taper), error
-        return kalman_coefficients(predicted, innovation.T).T @ anomalies, jnp.zeros(())
+        return _at_each_point(at_point, predicted, taper), error
 
 
-class SquareRoot(EnsembleUpdate):
+class SquareRoot(_Prepared):
     r"""Deterministic update by the symmetric square root: the ETKF, or with a taper the LETKF.
 
     Mean and covariance become exactly those of a Kalman update with the ensemble's covariances (Bishop, Etherton &
@@ -211,24 +221,21 @@ class SquareRoot(EnsembleUpdate):
     near the point or N, whichever is smaller.
     """
 
-    def __call__(
-        self,
-        rng_key: PRNGKeyArray,
-        anomalies: Float[Array, "n d"],
-        residual: Float[Array, "n m"],
-        taper: PlacedTaper | None = None,
-    ) -> Float[Array, "n d"]:
-        """Increments of the members: the update of the mean, and (T - I) X. The random key is not used."""
+    def prepared(
+        self, rng_key: PRNGKeyArray, residual: Float[Array, "n m"], taper: PlacedTaper | None = None
+    ) -> tuple[ColumnUpdate, Float[Array, ""]]:
+        """Decompose Y for the update of the mean, and (T - I) X. The random key is not used."""
         innovation = residual.mean(0)
         predicted = innovation[None] - residual
         if taper is None:
-            return _square_root_increments(anomalies, predicted, innovation)
+            increments = _square_root_increments(predicted, innovation)
+            return lambda anomalies, _: increments(anomalies), jnp.zeros(())
 
         def at_point(x: Array, nearby: Array, weights: Array, which: Array) -> Array:
             root = jnp.sqrt(weights)
-            return _square_root_increments(x, nearby * root[None], innovation[which] * root)
+            return _square_root_increments(nearby * root[None], innovation[which] * root)(x)
 
-        return _at_each_point(at_point, anomalies, predicted, taper)
+        return _at_each_point(at_point, predicted, taper), jnp.zeros(())
 
 
 class TransitionSpread(NamedTuple):
@@ -254,14 +261,17 @@ class TransitionSpread(NamedTuple):
         return self.vectors.shape[-2] == self.vectors.shape[-1] > 1
 
 
+SpreadUpdate = Callable[[Float[Array, "n d"], Float[Array, "r d"], Index | None], Float[Array, "n d"]]
+"""Increments of some columns: (anomalies of the means there, products with V there, indices of the places)."""
+
+
 def with_transition_spread(
     rng_key: PRNGKeyArray,
-    arrays: Float[Array, "n d"],
     residual: Float[Array, "n m"],
     spread: TransitionSpread,
     taper: PlacedTaper | None = None,
-) -> tuple[Float[Array, "n d"], Float[Array, ""]]:
-    r"""Increments of a stochastic update whose covariances are those of the means plus the transition's own.
+) -> tuple[SpreadUpdate, Float[Array, ""]]:
+    r"""Prepare a stochastic update whose covariances are those of the means plus the transition's own.
 
     Let A and Y be the anomalies of the means $m_i = E[x' | c_i]$ and of $h(m_i)$, and V the mean covariance of the
     transition over the members. The gain is
@@ -273,20 +283,19 @@ def with_transition_spread(
 
     Args:
         rng_key: random key of the perturbations.
-        arrays: anomalies of the means, with those of arrays that move along, flattened; what V adds is zero for these.
         residual: whitened residual of each member, zero where missing.
-        spread: spread of each member, leading axis N, with `state_products` of shape (N, q, d).
-        taper: localization; None for none.
+        spread: spread of each member, leading axis N; its means and its products with V of the state are not used.
+        taper: localization at the positions of all values of the state; None for none.
 
     Returns:
-        (increments, relative residual of the linear solve). Up to `MOST_DENSE` observations the solve is direct, and
-        its residual is 0.
+        (function from anomalies A of some columns, V H^T v of each member there, flattened with a leading axis of N q,
+        and the indices of their places to the increments; relative residual of the linear solve). What V adds is zero
+        for arrays that move along. Up to `MOST_DENSE` observations the solve is direct, and its residual is 0.
     """
     n, m = residual.shape
     innovation = _perturbed(rng_key, residual)
     predicted = spread.residual.mean(0, keepdims=True) - spread.residual
     made = pool(Products(spread.vectors, spread.products, jnp.ones((n, m))), jnp.ones(n, bool))
-    state = spread.state_products.reshape(len(made.left), -1)
     error = jnp.zeros(())
     if m > MOST_DENSE:
         # Rows of two arrays whose products are the covariance, as its symmetric part.
@@ -303,7 +312,8 @@ def with_transition_spread(
             between = between if spread.is_exact else rho * between
         solved = jnp.linalg.solve(sampled + between + jnp.eye(m), innovation.T)
     if taper is None:
-        return (arrays.T @ (predicted @ solved) / (n - 1) + state.T @ (made.right @ solved)).T, error
+        of_means, of_products = predicted @ solved / (n - 1), made.right @ solved
+        return lambda means, state, _: (means.T @ of_means + state.T @ of_products).T, error
 
     def at_point(x: Array, nearby: Array, weights: Array, which: Array) -> Array:
         sampled, own = x[:n].T @ nearby / (n - 1), x[n:].T @ made.right[:, which]
@@ -311,7 +321,8 @@ def with_transition_spread(
         damped = (weights > 0.0).astype(x.dtype) if spread.is_exact else weights
         return ((weights[None] * sampled + damped[None] * own) @ solved[which]).T
 
-    return _at_each_point(at_point, jnp.concatenate([arrays, state]), predicted, taper), error
+    update = _at_each_point(at_point, predicted, taper)
+    return lambda means, state, index: update(jnp.concatenate([means, state]), index), error
 
 
 def _solved_sparse(
@@ -373,8 +384,8 @@ def _perturbed(rng_key: PRNGKeyArray, residual: Float[Array, "n m"]) -> Float[Ar
 
 
 def _square_root_increments(
-    anomalies: Float[Array, "n d"], predicted: Float[Array, "n m"], innovation: Float[Array, " m"]
-) -> Float[Array, "n d"]:
+    predicted: Float[Array, "n m"], innovation: Float[Array, " m"]
+) -> Callable[[Float[Array, "n d"]], Float[Array, "n d"]]:
     """Increments of the square root update: the mean's by the Kalman gain, and (T - I) X.
 
     They are computed from the eigenvalues l of Y Y^T / (N - 1) or Y^T Y / (N - 1), whichever is smaller. T - I has the
@@ -382,9 +393,11 @@ def _square_root_increments(
     not divide by l.
 
     Args:
-        anomalies: anomalies X of the members.
         predicted: anomalies Y of the predicted observations.
         innovation: whitened residual of the mean.
+
+    Returns:
+        Function from anomalies X of the members to their increments.
     """
     n, m = predicted.shape
     root = (n - 1) ** 0.5
@@ -393,38 +406,42 @@ def _square_root_increments(
         values, vectors = jnp.linalg.eigh(scaled.T @ scaled)
         values = jnp.maximum(values, 0.0)
         left = scaled @ vectors
-        projected = left.T @ anomalies / root
         mean = (innovation @ vectors) / (1.0 + values)
         moved = root * left / (1.0 + values + jnp.sqrt(1.0 + values))[None]
-    else:
-        values, vectors = jnp.linalg.eigh(scaled @ scaled.T)
-        values = jnp.maximum(values, 0.0)
-        projected = vectors.T @ anomalies
-        mean = (innovation @ scaled.T @ vectors) / (root * (1.0 + values))
-        moved = vectors * (values / (1.0 + values + jnp.sqrt(1.0 + values)))[None]
-    return (mean[None] - moved) @ projected
+        return lambda anomalies: (mean[None] - moved) @ (left.T @ anomalies / root)
+    values, vectors = jnp.linalg.eigh(scaled @ scaled.T)
+    values = jnp.maximum(values, 0.0)
+    mean = (innovation @ scaled.T @ vectors) / (root * (1.0 + values))
+    moved = vectors * (values / (1.0 + values + jnp.sqrt(1.0 + values)))[None]
+    return lambda anomalies: (mean[None] - moved) @ (vectors.T @ anomalies)
 
 
-def _at_each_point(
-    update: PointUpdate, anomalies: Float[Array, "r d"], predicted: Float[Array, "n m"], taper: PlacedTaper
-) -> Float[Array, "n d"]:
-    """Update each point of the state from the observations near it, in batches that bound the memory.
+def _at_each_point(update: PointUpdate, predicted: Float[Array, "n m"], taper: PlacedTaper) -> ColumnUpdate:
+    """Update of each point of the state from the observations near it, in batches that bound the memory.
 
     Args:
         update: update of one point.
-        anomalies: anomalies of the n members; the update may take further rows. On a mesh, at this device's points.
         predicted: anomalies of the predicted observations.
-        taper: localization.
+        taper: localization at the positions of all points.
+
+    Returns:
+        Function of anomalies of the n members at some points, flattened, and the indices of these points. It may take
+        further rows if the update does.
     """
-    which, weights = own(taper.neighborhoods())
-    (points, k), n = which.shape, len(anomalies)
-    x = jnp.moveaxis(anomalies.reshape(n, points, -1), 1, 0)
+    near = taper.neighborhoods()
 
-    def at_point(inputs: tuple[Array, Array, Array]) -> Array:
-        x, which, weights = inputs
-        return update(x, predicted[:, which], weights, which)
+    def increments(anomalies: Array, index: Index | None) -> Array:
+        which, weights = (at_columns(x, index) for x in near)
+        (points, k), n = which.shape, len(anomalies)
+        x = jnp.moveaxis(anomalies.reshape(n, points, -1), 1, 0)
 
-    batch = LARGEST_BLOCK // (n * (2 * k + x.shape[2]) + min(n, k) ** 2)
-    inputs = (x, jnp.asarray(which), jnp.asarray(weights, anomalies.dtype))
-    moved = jax.lax.map(at_point, inputs, batch_size=min(max(batch, 1), points))
-    return jnp.moveaxis(moved, 0, 1).reshape(len(predicted), -1)
+        def at_point(inputs: tuple[Array, Array, Array]) -> Array:
+            x, which, weights = inputs
+            return update(x, predicted[:, which], weights, which)
+
+        batch = LARGEST_BLOCK // (n * (2 * k + x.shape[2]) + min(n, k) ** 2)
+        inputs = (x, jnp.asarray(which), jnp.asarray(weights, anomalies.dtype))
+        moved = jax.lax.map(at_point, inputs, batch_size=min(max(batch, 1), points))
+        return jnp.moveaxis(moved, 0, 1).reshape(len(predicted), -1)
+
+    return increments

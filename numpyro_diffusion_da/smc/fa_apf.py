@@ -56,7 +56,7 @@ from numpyro_diffusion_da.smc.base import (
 from numpyro_diffusion_da.smc.inflation import Inflation, check_inflation, inflated_particles, need_forecast
 from numpyro_diffusion_da.smc.kalman_move import PlacedMove, Predicted
 from numpyro_diffusion_da.smc.local_ancestors import LocalAncestors
-from numpyro_diffusion_da.smc.sharding import own, take_ancestors, traffic_of, whole
+from numpyro_diffusion_da.smc.sharding import own, take_ancestors, together, traffic_of
 from numpyro_diffusion_da.smc.tempering import Tempering, WeightTempering
 
 __all__ = ["Info", "State", "as_top_level_api", "build_kernel", "init"]
@@ -123,7 +123,7 @@ def build_kernel(
         # Weigh every particle.
         weigh = map_particles(lambda particle: log_predictive_fn(particle, observation), batch_size)
         predictive, weighing = weigh(state.particles)
-        predictive = whole(predictive)
+        predictive = together(predictive)
         departure: Any = None
         if move is not None:
             predictive, departure = predictive

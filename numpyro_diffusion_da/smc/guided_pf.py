@@ -29,6 +29,7 @@ from numpyro_diffusion_da.smc.base import (
     State,
     check_resample_below,
     check_target_ess,
+    finite_leaves,
     init,
     make_info,
     map_particles,
@@ -85,16 +86,20 @@ def build_kernel(
         if resample_below < 1.0:
             log_weights = log_weights + state.log_weights
         ancestors, alpha = select(resampling_key, log_weights, resampling_fn, target_ess)
-        particles, record = take_ancestors((moved, record), ancestors)
         traffic = traffic_of((moved, record), ancestors)
-        info = make_info(log_weights, ancestors, alpha, particles, (), record, traffic=traffic)
-        log_evidence = state.log_evidence + info.log_evidence_increment
         if resample_below == 1.0:
-            return State(particles, log_evidence), info
+            particles, record = take_ancestors((moved, record), ancestors)
+            info = make_info(log_weights, ancestors, alpha, particles, (), record, traffic=traffic)
+            return State(particles, state.log_evidence + info.log_evidence_increment), info
+        # The records are those of resampled particles in any case, and so is the number that are not finite.
+        record = take_ancestors(record, ancestors)
+        info = make_info(log_weights, ancestors, alpha, moved, (), record, traffic=traffic)
+        finite = whole(map_particles(finite_leaves)(moved))
         resample = info.ess < resample_below * n
-        particles = jax.tree.map(lambda new, old: jnp.where(resample, new, old), particles, moved)
+        particles = take_ancestors(moved, jnp.where(resample, ancestors, jnp.arange(n)))
         carried = jnp.where(resample, 0.0, log_weights - info.log_evidence_increment)
-        return State(particles, log_evidence, carried), info._replace(resampled=resample)
+        new = State(particles, state.log_evidence + info.log_evidence_increment, carried)
+        return new, info._replace(resampled=resample, nonfinite_particles=jnp.sum(~finite[ancestors]))
 
     return kernel
 

@@ -30,8 +30,10 @@ import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from numpyro_diffusion_da.arguments import broadcasts, is_number, real_array, require_number, shown
-from numpyro_diffusion_da.smc.base import particle_keys
-from numpyro_diffusion_da.smc.sharding import from_parts, num_devices, own, to_parts, whole
+from numpyro_diffusion_da.smc.base import map_particles, particle_keys
+from numpyro_diffusion_da.smc.columns import Index, are_columns_divided, map_columns
+from numpyro_diffusion_da.smc.rows import are_rows_apart, sum_rows
+from numpyro_diffusion_da.smc.sharding import own, whole
 
 
 def is_traced(value: Any) -> bool:
@@ -251,7 +253,7 @@ class Jitter(Inflation):
     ) -> Float[Array, "n ..."]:
         """Add centered noise to the members; the forecast is not used."""
         n, shape = len(analysis), analysis.shape[1:]
-        draw = jax.vmap(lambda key: jax.random.normal(key, shape, analysis.dtype))
+        draw = map_particles(lambda key: jax.random.normal(key, shape, analysis.dtype))
         noise = draw(particle_keys(rng_key, n))
         scale = jnp.asarray(self.scale, analysis.dtype)
         if not broadcasts(scale.shape, shape):
@@ -259,7 +261,9 @@ class Jitter(Inflation):
                 f"Jitter got scale of shape {scale.shape}, but a state has shape {shape}; give one number, or an array "
                 "that broadcasts to one state."
             )
-        return analysis + jnp.broadcast_to(scale, shape)[None] * (noise - noise.mean(0, keepdims=True))
+        mean, scale = sum_rows(noise) / n, jnp.broadcast_to(scale, shape)
+        widened: Array = map_particles(lambda x, noise: x + scale * (noise - mean))(analysis, noise)
+        return widened
 
 
 def inflated(
@@ -301,19 +305,34 @@ def inflated_particles(
     Returns:
         This device's inflated particles.
     """
-    if num_devices() == 1 or not inflations:
+    if not are_columns_divided() or not inflations:
         return inflated(inflations, rng_key, analysis, forecast)
     if not all(inflation.by_component for inflation in inflations):
+        if are_rows_apart():  # one after the other, as each may stream or not
+            for i, inflation in enumerate(inflations):
+                key = jax.random.fold_in(rng_key, i)
+                if inflation.by_component:
+                    analysis = inflated_particles([inflation], key, analysis, forecast)
+                else:
+                    analysis = inflation(key, analysis, forecast)
+            return analysis
         return own(inflated(inflations, rng_key, *whole((analysis, forecast))))
 
-    def parts(x: Array) -> Array:
+    def columns(x: Array) -> Array:
         # A particle counts in the mean if all of its components are finite, wherever they are.
-        finite = jnp.all(jnp.isfinite(x.reshape(len(x), -1)), axis=1, keepdims=True)
-        return to_parts(jnp.where(finite, x.reshape(len(x), -1), jnp.nan))
+        return map_particles(lambda x: jnp.where(jnp.all(jnp.isfinite(x)), x.reshape(-1), jnp.nan))(x)
 
-    ahead = parts(forecast) if forecast is not None and need_forecast(inflations) else None
-    found = inflated(inflations, rng_key, parts(analysis), ahead)
-    return from_parts(found, analysis[0].size).reshape(analysis.shape)
+    given = [columns(analysis)]
+    if forecast is not None and need_forecast(inflations):
+        given.append(columns(forecast))
+
+    def of_columns(parts: list[Array], index: Index) -> tuple[list[Array], tuple[()]]:
+        return [inflated(inflations, rng_key, parts[0], parts[1] if len(parts) > 1 else None)], ()
+
+    found, _ = map_columns(of_columns, given)
+    shape = analysis.shape[1:]
+    restored: Array = map_particles(lambda x: x.reshape(shape))(found[0])
+    return restored
 
 
 def forecast_factor(inflations: Sequence[Inflation]) -> float | Float[Array, ""]:

@@ -43,8 +43,9 @@ $p(c | y)$ as N grows. With $\lambda = \alpha = 1$ there is no move, and the fil
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -52,21 +53,13 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
 
 from numpyro_diffusion_da.arguments import numbers_by_name, require_count, require_number, shown
-from numpyro_diffusion_da.smc.base import Resampling, particle_keys
+from numpyro_diffusion_da.smc.base import Resampling, map_particles, particle_keys, total_particles
+from numpyro_diffusion_da.smc.columns import are_columns_divided, by_place, from_places, map_columns
 from numpyro_diffusion_da.smc.ensemble_update import kalman_coefficients
 from numpyro_diffusion_da.smc.local_ancestors import LARGEST_BATCH, LocalAncestors, keep_places
 from numpyro_diffusion_da.smc.localization import PlacedTaper
 from numpyro_diffusion_da.smc.probing import Products, pool
-from numpyro_diffusion_da.smc.sharding import (
-    Traffic,
-    from_parts,
-    num_devices,
-    own,
-    take_ancestors,
-    to_parts,
-    traffic_of,
-    whole,
-)
+from numpyro_diffusion_da.smc.sharding import Traffic, own, take_ancestors, traffic_of, whole
 from numpyro_diffusion_da.smc.tempering import Tempering
 
 FEW_PRODUCTS = 4
@@ -83,6 +76,10 @@ WORTH_LEAVING_OUT = 128
 
 MOST_SHARED_OUT = 100_000
 """Number of operations of a batch of factorizations up to which jaxlib keeps it on one thread, with a margin of 2."""
+
+
+Terms = Callable[[Float[Array, "n c"]], tuple[Float[Array, " c"], Bool[Array, " c"]]]
+"""Function from values of a block to the terms of D: (term of each value, whether it counts)."""
 
 
 class Departure(NamedTuple):
@@ -284,22 +281,23 @@ class PlacedMove:
         spread_between = _pooled(spread, usable, observed, scale, blocks.between)
         leaves, form = jax.tree.flatten(particles)
         moving = (*self.carried, *self.along)
-        tested, columns = (blocks.columns([leaves[i] for i in which]) for which in (self.carried, moving))
-        sizes = [jax.eval_shape(of, 0).shape[1] for of in (tested, columns)]
+        tested, moved = (_Values(blocks, [leaves[i] for i in which]) for which in (self.carried, moving))
 
-        def weigh(block: Array, near: Near) -> tuple[Array, Array, Array, Array, Array]:
+        def weigh(block: Array, near: Near) -> tuple[tuple[Array, ...], Terms]:
             which, rho, _ = near
             nearby, taper = _near(weights, which, rho, blocks.whole)
             log_weights, alpha = tempering.exponent(nearby, taper, target_ess)
             tempered = tempering.tempered(nearby, taper, alpha)
             power = alpha * rho * observed[which]
             error = weight_error[which] / jnp.maximum(power, 1e-30)
-            terms, valid = _non_gaussianity(tempered, tested(block), residual[:, which], error, power > 0)
-            terms, valid = blocks.of_columns((terms, valid))
-            d = jnp.sum(jnp.where(valid, terms, 0.0)) / jnp.maximum(jnp.sum(valid), 1)
-            return log_weights, alpha, d, jnp.any(power > 0), jnp.any((rho > 0) & selects_only[which])
 
-        log_weights, alpha, d, seen, selects = blocks.map(weigh, n, sizes[0], present)
+            def terms(values: Array) -> tuple[Array, Array]:
+                return _non_gaussianity(tempered, values, residual[:, which], error, power > 0)
+
+            found = log_weights, alpha, jnp.any(power > 0), jnp.any((rho > 0) & selects_only[which])
+            return found, terms
+
+        (log_weights, alpha, seen, selects), d = tested.weighed(weigh, present)
         if self.selection_share is None:
             mean = jnp.sum(jnp.where(seen, d, 0.0)) / jnp.maximum(jnp.sum(seen), 1)
             share = jnp.maximum(0.0, 1.0 - 1.0 / jnp.maximum(mean, 1.0))
@@ -316,18 +314,19 @@ class PlacedMove:
 
         ancestors = blocks.map(select, n, 0, present)
 
-        def move(block: Array, near: Near) -> tuple[Array, Array]:
+        def move(block: Array, near: Near) -> tuple[Array, Callable[[Array], Array]]:
             which, rho, wide = near
             keep = observed[which]
             power = jnp.where(keep, jnp.maximum(wide - used_alpha[block] * rho, 0.0), 0.0)
             of = ancestors[block]
-            moved = _move(columns(block)[of], residual[of][:, which], noise[:, which], spread_between(which), power)
-            total = jnp.sum(jnp.where(keep, wide, 0.0))
-            return moved, jnp.where(total > 0, jnp.sum(power) / jnp.where(total > 0, total, 1.0), 0.0)
 
-        moved, used = blocks.map_mine(move, n, sizes[1], present)
-        used = blocks.of_all(used)
-        arrays = blocks.restore(moved, [leaves[i] for i in moving])
+            def moved(values: Array) -> Array:
+                return _move(values[of], residual[of][:, which], noise[:, which], spread_between(which), power)
+
+            total = jnp.sum(jnp.where(keep, wide, 0.0))
+            return jnp.where(total > 0, jnp.sum(power) / jnp.where(total > 0, total, 1.0), 0.0), moved
+
+        used, arrays = moved.moved(move, present)
         ancestors = ancestors.T
         if self.local is None:
             log_weights, alpha, ancestors = log_weights[0], alpha[0], ancestors[:, 0]
@@ -340,8 +339,9 @@ class PlacedMove:
             parents[i] = array
         if self.bounds is not None:
             for i in self.bounded:
-                lowest, highest = (b.reshape(*[1] * (parents[i].ndim - b.ndim), *b.shape) for b in self.bounds)
-                parents[i] = jnp.clip(parents[i], lowest, highest)
+                lowest, highest = (b.reshape(*[1] * (parents[i].ndim - 1 - b.ndim), *b.shape) for b in self.bounds)
+                clipped = map_particles(lambda x, low=lowest, high=highest: jnp.clip(x, low, high))
+                parents[i] = clipped(parents[i])
         return log_weights, ancestors, alpha, jax.tree.unflatten(form, parents), MoveRecord(d, share, used)
 
     def traffic(self, particles: PyTree, ancestors: Array) -> Traffic | tuple[()]:
@@ -568,25 +568,29 @@ class _Blocks:
         rho, wide = rho.astype(dtype), wide.astype(dtype)
         return _Blocks(which, rho, wide, points, slot, of_point, len(local.state_shape), False, taper)
 
-    @property
-    def mine(self) -> Int[Array, " b"]:
-        """Blocks of this device; the last shares are filled up with the last block. All blocks without a mesh."""
-        return own(jnp.arange(len(self.which)))
-
-    def of_all(self, found: PyTree) -> PyTree:
-        """Results of all blocks, from those of this device's blocks.
+    def map(self, fn: Callable[[Array, Near], Any], n: int, values: int, present: Bool[Array, " m"]) -> Any:
+        """Map a function over all blocks, on a mesh divided over its devices.
 
         Args:
-            found: arrays with a leading axis of this device's blocks.
+            fn: function of the index of a block and the observations near it.
+            n: number of particles.
+            values: number of values of one particle in a block that the function takes.
+            present: False where an observation is missing.
         """
-        return found if self.whole else whole(found, len(self.which))
+        count = len(self.which)
+        if self.whole:
+            return jax.tree.map(lambda x: x[None], fn(jnp.zeros((), int), self.near(jnp.zeros((), int))))
+        return whole(self.map_some(lambda _, *args: fn(*args), own(jnp.arange(count)), n, values, present), count)
 
-    def map(self, fn: Callable[[Array, Near], Any], n: int, values: int, present: Bool[Array, " m"]) -> Any:
-        """Map a function over all blocks; see `map_mine`."""
-        return self.of_all(self.map_mine(fn, n, values, present))
-
-    def map_mine(self, fn: Callable[[Array, Near], Any], n: int, values: int, present: Bool[Array, " m"]) -> Any:
-        """Map a function over the blocks of this device, in batches that bound the memory.
+    def map_some(
+        self,
+        fn: Callable[[Array, Array, Near], Any],
+        some: Int[Array, " c"],
+        n: int,
+        values: int,
+        present: Bool[Array, " m"],
+    ) -> Any:
+        """Map a function over some blocks, in batches that bound the memory.
 
         On a CPU, LAPACK's routines share out a large batch over the threads and wait for them. Two of them at the same
         time can wait forever, so batches stay so small that none is shared out.
@@ -595,32 +599,32 @@ class _Blocks:
         satellite sees a part of its places at a time.
 
         Args:
-            fn: function of the index of a block and the observations near it.
+            fn: function of the place of a block among these, its index, and the observations near it.
+            some: indices of the blocks.
             n: number of particles.
             values: number of values of one particle in a block that the function takes.
             present: False where an observation is missing.
         """
-        mine = jnp.zeros(1, int) if self.whole else self.mine
-        b, k = len(mine), self.which.shape[1]
+        b, k = len(some), self.which.shape[1]
         batch = LARGEST_BATCH // (n * (4 * k + 4 * values + 8) + 6 * k * k)
         if jax.default_backend() == "cpu":
             batch = min(batch, MOST_SHARED_OUT // (k * k * max(k, n)))
         batch = min(max(1, batch), b)
-        if self.whole or k < WORTH_LEAVING_OUT:
-            return jax.lax.map(lambda block: fn(block, self.near(block)), mine, batch_size=batch)
+        if k < WORTH_LEAVING_OUT:
+            return jax.lax.map(lambda at: fn(at, some[at], self.near(some[at])), jnp.arange(b), batch_size=batch)
         sizes = (k // 10, k // 3, k)
 
         def with_size(size: int) -> Callable[[Array], Any]:
             if size == k:
-                return jax.vmap(lambda block: fn(block, self.near(block)))
-            return jax.vmap(lambda block: fn(block, _leave_out(self.near(block), present, size)))
+                return jax.vmap(lambda at: fn(at, some[at], self.near(some[at])))
+            return jax.vmap(lambda at: fn(at, some[at], _leave_out(self.near(some[at]), present, size)))
 
-        def batch_of(blocks: Array) -> Any:
-            most = jnp.max(jnp.sum(_counting(self.near(blocks), present), axis=1))
-            return jax.lax.switch(jnp.searchsorted(jnp.asarray(sizes), most), [with_size(s) for s in sizes], blocks)
+        def batch_of(at: Array) -> Any:
+            most = jnp.max(jnp.sum(_counting(self.near(some[at]), present), axis=1))
+            return jax.lax.switch(jnp.searchsorted(jnp.asarray(sizes), most), [with_size(s) for s in sizes], at)
 
         # The last batch is filled up with the last block.
-        batches = mine[jnp.minimum(jnp.arange(-(-b // batch) * batch), b - 1)].reshape(-1, batch)
+        batches = jnp.minimum(jnp.arange(-(-b // batch) * batch), b - 1).reshape(-1, batch)
         found = jax.lax.map(batch_of, batches)
         return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:b], found)
 
@@ -628,68 +632,144 @@ class _Blocks:
         """Observations near a block, or near several with a leading axis."""
         return Near(*(jnp.asarray(x)[block] for x in (self.which, self.rho, self.wide)))
 
-    def of_columns(self, found: PyTree) -> PyTree:
-        """Results of all values of a block, from those of the values that `columns` gives on this device.
-
-        Args:
-            found: arrays with a leading axis of values.
-        """
-        return whole(found) if self.whole else found
-
     def between(self, which: Array) -> Array | None:
         """Taper between some observations; None without localization."""
         if self.positions is None:
             return None
         return self.positions.between_some(which)
 
-    def columns(self, arrays: list[Array]) -> Any:
-        """Build the function from a block to the values of several arrays in it, shape (N, values).
 
-        A mesh divides blocks over its devices, or without a taper the values of the one block, filled up with zeros.
+class _Values:
+    """Values of some arrays of all particles, by block, or without localization one by one.
 
-        Args:
-            arrays: arrays of particles; on a mesh of those of this device.
-        """
-        n = len(arrays[0])
-        if self.whole:
-            flat = to_parts(jnp.concatenate([x.reshape(n, -1) for x in arrays], axis=1))
-            return lambda block: flat
-        places = len(self.of_point)
-        by_point = jnp.concatenate([self._by_point(x, places) for x in arrays], axis=2)
-        if num_devices() > 1:
-            blocks = to_parts(by_point[:, self.points])
-            first = self.mine[0]
-            return lambda block: blocks[:, block - first].reshape(len(blocks), -1)
-        points = jnp.asarray(self.points)
-        return lambda block: by_point[:, points[block]].reshape(n, -1)
+    They are the columns of `smc/columns.py`: blocks are divided, or without localization the values of the one block.
 
-    def _by_point(self, array: Array, places: int) -> Array:
-        """Values of an array of one or more states, by place: shape (N, places, values)."""
-        lead = array.shape[1 : array.ndim - self.state_size]
-        values = array.reshape(len(array), int(np.prod(lead, dtype=int)), places, -1)
-        return jnp.moveaxis(values, 1, 2).reshape(len(array), places, -1)
+    Args:
+        blocks: the blocks.
+        arrays: arrays of particles; on a mesh of those of this device.
+    """
 
-    def restore(self, moved: Array, arrays: list[Array]) -> list[Array]:
-        """Turn moved values back into arrays.
+    def __init__(self, blocks: _Blocks, arrays: list[Array]) -> None:
+        self._blocks = blocks
+        self._n = total_particles(arrays)
+        self._like = [jax.ShapeDtypeStruct(x.shape[1:], x.dtype) for x in arrays]
+        self._arrays = arrays
+        places = len(blocks.of_point)
+        self._width = 1 if blocks.whole else math.prod(arrays[0].shape[arrays[0].ndim - blocks.state_size :]) // places
+        each = [math.prod(x.shape) for x in self._like]
+        self._each = each if blocks.whole else [size // places for size in each]
+        self._sum = sum(self._each) * (1 if blocks.whole else blocks.points.shape[1])
+
+    def weighed(
+        self, weigh: Callable[[Array, Near], tuple[tuple[Array, ...], Terms]], present: Bool[Array, " m"]
+    ) -> tuple[tuple[Array, ...], Float[Array, " b"]]:
+        """Weigh all blocks, and test how far from Gaussian their values are.
 
         Args:
-            moved: values as of `columns` for this device's blocks, shape (b, N, values).
-            arrays: arrays as for `columns`, for their shapes.
+            weigh: function (index of a block, observations near it) -> (what it finds there; function from values of
+                the block to their terms of D).
+            present: False where an observation is missing.
+
+        Returns:
+            (what it finds in each block; D of each block), each with a leading axis of blocks.
         """
-        n = len(arrays[0])
-        if self.whole:
-            ends = np.cumsum([x.size // n for x in arrays])[:-1]
-            parts = jnp.split(from_parts(moved[0], sum(x.size // n for x in arrays)), ends, axis=1)
-            return [part.reshape(x.shape).astype(x.dtype) for part, x in zip(parts, arrays, strict=True)]
-        places = len(self.of_point)
-        if num_devices() > 1:
-            moved = jnp.moveaxis(from_parts(jnp.moveaxis(moved, 0, 1), len(self.which)), 1, 0)
-        by_block = moved.reshape(len(moved), n, self.points.shape[1], -1)
-        by_point = jnp.moveaxis(by_block[self.of_point, :, self.slot], 0, 1)  # (n, places, values)
-        ends = np.cumsum([x.size // n // places for x in arrays])[:-1]
-        found = []
-        for part, x in zip(jnp.split(by_point, ends, axis=2), arrays, strict=True):
-            lead = x.shape[1 : x.ndim - self.state_size]
-            values = part.reshape(n, places, int(np.prod(lead, dtype=int)), -1)
-            found.append(jnp.moveaxis(values, 2, 1).reshape(x.shape).astype(x.dtype))
+
+        def mean(terms: Array, valid: Array) -> Array:
+            return jnp.sum(jnp.where(valid, terms, 0.0)) / jnp.maximum(jnp.sum(valid), 1)
+
+        if self._blocks.whole:
+            found, of = weigh(jnp.zeros((), int), self._blocks.near(jnp.zeros((), int)))
+            _, terms = map_columns(lambda parts, _: ([], of(parts[0])), [self._joined()])
+            return jax.tree.map(lambda x: x[None], (found, mean(*terms)))
+
+        def of_block(values: Array, block: Array, near: Near) -> tuple[tuple[()], Any]:
+            found, of = weigh(block, near)
+            return (), (found, mean(*of(values)))
+
+        _, found = self._map(of_block, present)
+        return cast(tuple[tuple[Array, ...], Array], found)
+
+    def moved(
+        self, move: Callable[[Array, Near], tuple[Array, Callable[[Array], Array]]], present: Bool[Array, " m"]
+    ) -> tuple[Float[Array, " b"], list[Array]]:
+        """Move the values of all blocks.
+
+        Args:
+            move: function (index of a block, observations near it) -> (a number; function from values of the block to
+                moved ones).
+            present: False where an observation is missing.
+
+        Returns:
+            (the number of each block; the arrays with moved values).
+        """
+        blocks = self._blocks
+        if blocks.whole:
+            used, of = move(jnp.zeros((), int), blocks.near(jnp.zeros((), int)))
+            (found,), _ = map_columns(lambda parts, _: ([of(parts[0])], ()), [self._joined()])
+            return used[None], self._split(found)
+
+        def of_block(values: Array, block: Array, near: Near) -> tuple[Array, Array]:
+            used, of = move(block, near)
+            return of(values), used
+
+        found, used = self._map(of_block, present)
+        return used, self._split(found)
+
+    def _map(self, fn: Callable[[Array, Array, Near], tuple[Any, Any]], present: Bool[Array, " m"]) -> tuple[Any, Any]:
+        """Map a function over blocks.
+
+        Args:
+            fn: function (values of the block, shape (N, values), its index, observations near it) -> (moved values or
+                (), what the block has).
+            present: False where an observation is missing.
+
+        Returns:
+            (moved values, shape (N, b, places, values), or (); what the blocks have, with a leading axis of blocks).
+        """
+        blocks, n = self._blocks, self._n
+
+        def of_some(values_at: Callable[[Array], Array], some: Array) -> tuple[list[Array], Any]:
+            def of_one(at: Array, block: Array, near: Near) -> tuple[Any, Any]:
+                return fn(values_at(at).reshape(n, -1), block, near)
+
+            moved, found = blocks.map_some(of_one, some, n, self._sum, present)
+            if isinstance(moved, tuple):
+                return [], found
+            # A block is a column, which has its places one after the other.
+            return [jnp.moveaxis(moved, 0, 1).reshape(n, len(some), blocks.points.shape[1], -1)], found
+
+        if are_columns_divided():
+            divided = map_particles(lambda x: x[blocks.points])(self._joined())
+            moved, found = map_columns(
+                lambda parts, some: of_some(lambda at: parts[0][:, at], jnp.asarray(some)), [divided]
+            )
+        else:  # places that fill up smaller blocks are not copied
+            by_point, points = self._joined(), jnp.asarray(blocks.points)
+            moved, found = of_some(lambda at: by_point[:, points[at]], jnp.arange(len(points)))
+        return (moved[0] if moved else ()), found
+
+    def _joined(self) -> Array:
+        """Values of all arrays by place, shape (N, places, values); without localization all in a row, (N, values)."""
+
+        def of_one(*arrays: Array) -> Array:
+            if self._blocks.whole:
+                return jnp.concatenate([x.reshape(-1) for x in arrays])
+            places = len(self._blocks.of_point)
+            return jnp.concatenate([by_place(x, places, self._width) for x in arrays], axis=1)
+
+        joined: Array = map_particles(of_one)(*self._arrays)
+        return joined
+
+    def _split(self, moved: Array) -> list[Array]:
+        """Arrays of all particles, of their joined values by block."""
+        blocks, ends = self._blocks, np.cumsum(self._each)[:-1]
+
+        def of_one(values: Array) -> list[Array]:
+            if blocks.whole:
+                parts = jnp.split(values, ends)
+                return [x.reshape(like.shape).astype(like.dtype) for x, like in zip(parts, self._like, strict=True)]
+            parts = jnp.split(values[blocks.of_point, blocks.slot], ends, axis=1)
+            return [from_places(x, like, self._width) for x, like in zip(parts, self._like, strict=True)]
+
+        found: list[Array] = map_particles(of_one)(moved)
         return found

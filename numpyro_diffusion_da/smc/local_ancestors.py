@@ -28,9 +28,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
-from numpyro_diffusion_da.smc.base import Resampling, num_particles
+from numpyro_diffusion_da.smc.base import Resampling, map_particles, num_particles
+from numpyro_diffusion_da.smc.columns import Index, at_columns, by_place, from_places, map_columns
 from numpyro_diffusion_da.smc.localization import Neighborhoods, PlacedTaper
-from numpyro_diffusion_da.smc.sharding import Traffic, block_traffic, bytes_each, from_parts, map_divided, own, to_parts
+from numpyro_diffusion_da.smc.sharding import Traffic, block_traffic, bytes_each, map_divided
 from numpyro_diffusion_da.smc.tempering import Tempering, WeightTempering
 
 LARGEST_BATCH = 2**24
@@ -136,25 +137,28 @@ class LocalAncestors:
         Raises:
             ValueError: another array does not end with the axes of a state.
         """
-        # On a mesh each device glues some places of all particles.
-        of_point = ancestors[:, own(self.block_of_point)]
         places, size = len(self.block_of_point), len(self.state_shape)
-
-        def glued(leaf: Array) -> Array:
+        width = math.prod(self.state_shape) // places
+        leaves, form = jax.tree.flatten(particles)
+        glued = [i for i in range(len(leaves)) if i not in self.shared]
+        for leaf in (leaves[i] for i in glued):
             if leaf.ndim <= size or leaf.shape[leaf.ndim - size :] != self.state_shape:
                 raise ValueError(
                     f"localized resampling has to glue states of shape {self.state_shape}, but a particle has an array "
                     f"of shape {leaf.shape[1:]} without places of the state; leave it out of the particle, or name it "
                     "in `shared` if it is the same for all particles."
                 )
-            lead = leaf.shape[1 : leaf.ndim - size]
-            values = jnp.moveaxis(leaf.reshape(len(leaf), math.prod(lead), places, -1), 2, 1)
-            parts = to_parts(values)
-            found = jnp.take_along_axis(parts, of_point.reshape(len(parts), -1, 1, 1), axis=0)
-            return jnp.moveaxis(from_parts(found, places), 1, 2).reshape(leaf.shape)
 
-        leaves, form = jax.tree.flatten(particles)
-        return jax.tree.unflatten(form, [x if i in self.shared else glued(x) for i, x in enumerate(leaves)])
+        def of_places(parts: list[Array], index: Index) -> tuple[list[Array], tuple[()]]:
+            chosen = ancestors[:, at_columns(self.block_of_point, index)][:, :, None]
+            return [jnp.take_along_axis(part, chosen, axis=0) for part in parts], ()
+
+        parts = [map_particles(lambda x: by_place(x, places, width))(leaves[i]) for i in glued]
+        found = map_columns(of_places, parts)[0] if parts else []
+        for i, part in zip(glued, found, strict=True):
+            like = jax.ShapeDtypeStruct(leaves[i].shape[1:], leaves[i].dtype)
+            leaves[i] = map_particles(lambda x, like=like: from_places(x, like, width))(part)
+        return jax.tree.unflatten(form, leaves)
 
     def traffic(self, particles: PyTree, ancestors: Int[Array, "n b"]) -> Traffic | tuple[()]:
         """Bytes that `glue` needs from other devices; () without a mesh.

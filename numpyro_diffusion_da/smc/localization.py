@@ -27,6 +27,7 @@ from jaxtyping import Array, ArrayLike, Bool, Float, Int
 
 from numpyro_diffusion_da.arguments import numbers_by_name, real_array, require, require_count, shown
 from numpyro_diffusion_da.checksums import checksum
+from numpyro_diffusion_da.smc.columns import Index
 from numpyro_diffusion_da.smc.correlations import Correlation, GaspariCohn
 from numpyro_diffusion_da.smc.distances import Distance, Numbers, array_module
 from numpyro_diffusion_da.smc.moving_search import check_room, near_each
@@ -81,6 +82,7 @@ class PlacedTaper:
             that are not finite; their taper is 0.
         correlation: correlation as a function of the distance over c.
         most_near: room for the observations near a place if positions move; see `Taper`.
+        part: indices of the places that an update of some columns has to do with (`smc.columns`); None for all.
     """
 
     radii: Float[np.ndarray, " m"]
@@ -90,6 +92,7 @@ class PlacedTaper:
     correlation: Correlation = dataclasses.field(default_factory=GaspariCohn)
     most_near: int | None = None
     _found: dict[Any, Any] = dataclasses.field(default_factory=dict, repr=False)
+    part: Index | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         """Everything but what searches have found."""
@@ -103,6 +106,14 @@ class PlacedTaper:
         if key not in self._found:
             self._found[key] = search()
         return self._found[key]
+
+    def at_places(self, index: Index) -> PlacedTaper:
+        """Taper for some places of the state, in whose order an update has their values.
+
+        Args:
+            index: indices of the places, as `smc.columns.map_columns` gives them.
+        """
+        return dataclasses.replace(self, part=index)
 
     def placed(self) -> Bool[Numbers, " m"]:
         """Whether the position of each observation is finite."""

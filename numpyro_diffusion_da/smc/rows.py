@@ -1,10 +1,11 @@
 """Rows of arrays, one for each particle, which a run may hold on disk and load some at a time.
 
-A kernel touches the arrays of all particles in four ways: it maps a function over their rows, it takes rows by their
-indices, it sums over rows, and it computes with arrays that have a few numbers for each row, such as weights. The
-functions of this module are the first three. They compute at once, as one would write it. Inside `rows_apart` they are
-recorded as they are, as equations of the trace (`map_rows_p`, `take_rows_p`, `sum_rows_p`). A run whose particles do
-not fit into memory traces its step this way, and makes the maps in batches of rows that it reads and writes
+A kernel touches the arrays of all particles in five ways: it maps a function over their rows, it takes rows by their
+indices, it sums over rows, it maps a function over some columns of all rows (`smc/columns.py`), and it computes with
+arrays that have a few numbers for each row, such as weights and predicted observations. The functions of this module
+are the first four. They compute at once, as one would write it. Inside `rows_apart` they are recorded as they are, as
+equations of the trace (`map_rows_p`, `take_rows_p`, `sum_rows_p`, `map_columns_p`). A run whose particles do not fit
+into memory traces its step this way, and makes the maps in batches of rows or of columns that it reads and writes
 (`inference/streaming.py`). So there is one kernel for both, and it knows nothing of files.
 """
 
@@ -13,7 +14,7 @@ from __future__ import annotations
 import contextlib
 import contextvars
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -22,13 +23,17 @@ from jax.extend import core
 from jax.interpreters import mlir, partial_eval
 from jaxtyping import Array, Int, PyTree
 
-_APART: contextvars.ContextVar[bool] = contextvars.ContextVar("rows are apart", default=False)
+_APART: contextvars.ContextVar[int] = contextvars.ContextVar("number of rows of a batch", default=0)
 
 
 @contextlib.contextmanager
-def rows_apart() -> Iterator[None]:
-    """Context in which functions are traced whose operations on rows stay equations of their own."""
-    token = _APART.set(True)
+def rows_apart(batch: int) -> Iterator[None]:
+    """Context in which functions are traced whose operations on rows stay equations of their own.
+
+    Args:
+        batch: number of rows that are in memory at a time; of columns, as many are as hold the same number of values.
+    """
+    token = _APART.set(batch)
     try:
         yield
     finally:
@@ -37,7 +42,7 @@ def rows_apart() -> Iterator[None]:
 
 def are_rows_apart() -> bool:
     """Whether operations on rows are recorded, so that their rows may be on disk."""
-    return _APART.get()
+    return _APART.get() > 0
 
 
 # --- maps -------------------------------------------------------------------------------------------------------------
@@ -168,6 +173,71 @@ def _sum_now(x: Any) -> Array:
 
 sum_rows_p.def_impl(_sum_now)
 mlir.register_lowering(sum_rows_p, mlir.lower_fun(_sum_now, multiple_results=False))
+
+whole_rows_p = core.Primitive("whole_rows")
+"""Array of all rows that is to be in memory as a whole, whatever its size."""
+
+
+def whole_rows(values: PyTree) -> PyTree:
+    """Arrays that are to be in memory as a whole, although each row has many numbers: predicted observations.
+
+    Args:
+        values: arrays with a leading axis of rows.
+    """
+    return jax.tree.map(whole_rows_p.bind, values) if are_rows_apart() else values
+
+
+whole_rows_p.def_abstract_eval(lambda x: x)
+whole_rows_p.def_impl(lambda x: x)
+mlir.register_lowering(whole_rows_p, lambda _, x: [x])
+
+# --- columns ----------------------------------------------------------------------------------------------------------
+
+map_columns_p = core.Primitive("map_columns")
+"""Map of a function of some columns of all rows. Operands: what all columns share, then arrays of shape (rows, columns,
+...). Parameters: `jaxpr` of (shared, indices of `size` columns, these columns) -> (new columns, what each column has),
+`shared`, `columns`, their number, and `rows`, the number of outputs that have rows: the others have columns only."""
+map_columns_p.multiple_results = True
+
+
+def map_columns_apart(
+    fn: Callable[[list[Array], Array], tuple[list[Array], PyTree]], arrays: list[Array]
+) -> tuple[list[Array], PyTree]:
+    """Map a function over the columns of arrays, some at a time, as one equation; for use inside `rows_apart`.
+
+    Args:
+        fn: function (some columns of all rows of each array, their indices) -> (new columns of all rows, what each of
+            these columns has, with a leading axis of columns).
+        arrays: arrays of shape (rows, columns, ...).
+
+    Returns:
+        (arrays of new columns, shape (rows, columns, ...); what the columns have, leading axis of columns).
+    """
+    n, columns = arrays[0].shape[:2]
+    size = max(1, min(columns, _APART.get() * columns // n))
+    some = [jax.ShapeDtypeStruct((len(x), size, *x.shape[2:]), x.dtype) for x in arrays]
+    index = jax.ShapeDtypeStruct((size,), np.int32)
+    traced, shapes = jax.make_jaxpr(lambda index, *some: fn(list(some), index), return_shape=True)(index, *some)
+    found = map_columns_p.bind(
+        *traced.consts,
+        *arrays,
+        jaxpr=traced.jaxpr,
+        shared=len(traced.consts),
+        columns=columns,
+        rows=len(jax.tree.leaves(shapes[0])),
+    )
+    return cast(tuple[list[Array], PyTree], jax.tree.unflatten(jax.tree.structure(shapes), found))
+
+
+@map_columns_p.def_abstract_eval
+def _shapes_of_columns(*operands: Any, jaxpr: Any, shared: int, columns: int, rows: int) -> list[Any]:
+    found = []
+    for i, v in enumerate(jaxpr.outvars):
+        lead = (v.aval.shape[0], columns) if i < rows else (columns,)
+        shape = (*lead, *v.aval.shape[len(lead) :])
+        found.append(v.aval.update(shape=shape, weak_type=False))
+    return found
+
 
 # --- random keys as numbers -------------------------------------------------------------------------------------------
 

@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
-from numpyro_diffusion_da.smc.rows import are_rows_apart, like, plain, take_rows
+from numpyro_diffusion_da.smc.rows import are_rows_apart, like, plain, take_rows, whole_rows
 
 AXIS = "particles"
 """Name of the mesh's axis over which particles are sharded."""
@@ -110,6 +110,17 @@ def whole(values: PyTree, n: int | None = None) -> PyTree:
         return jax.lax.all_gather(x, AXIS, tiled=True)[:n]
 
     return _on_plain(gather, values)
+
+
+def together(values: PyTree) -> PyTree:
+    """Rows of all particles in one place: on each device of a mesh, and in memory where rows are on disk.
+
+    It is for what an analysis needs of all particles at once, such as their predictions of the observations.
+
+    Args:
+        values: arrays whose leading axis is that of a device's rows.
+    """
+    return whole_rows(whole(values))
 
 
 def first(particles: PyTree) -> PyTree:
