@@ -1,5 +1,7 @@
 """From a table to a program: windows, names, units, interpolation on every grid, footprints, derived quantities."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -304,10 +306,10 @@ def test_units():
     np.testing.assert_allclose(placed.rows["value"], [253.15, 253.0, 1000.0, 2.0])
     np.testing.assert_allclose(placed.rows["error_used"], [1.0, 1.0, 0.01, 1000.0])
     assert placed.notes == (
-        "1 rows of 'temperature' were converted from degC to K.",
-        "1 rows of 'temperature' have no unit and are taken to be in K.",
-        "1 rows of 'surface_pressure' were converted from Pa to hPa.",
-        "1 rows of 'specific_humidity' were converted from kg/kg to g kg-1.",
+        "1 row of 'temperature' was converted from degC to K.",
+        "1 row of 'temperature' has no unit and is taken to be in K.",
+        "1 row of 'surface_pressure' was converted from Pa to hPa.",
+        "1 row of 'specific_humidity' was converted from kg/kg to g kg-1.",
     )
     own = read_table(frame.assign(units=None, observation=[-20.0, -19.0, 1e5, 2.0]), units={"t": "degC", "sp": "Pa"})
     np.testing.assert_allclose(own.on(layout, TIMES).rows["value"], [253.15, 254.15, 1000.0, 2.0])
@@ -345,6 +347,22 @@ def test_windows():
         cycles(at, None, TIMES[:1])
     with pytest.raises(ValueError, match="times goes back"):
         cycles(at, "3h", TIMES[::-1])
+
+
+def test_counts_fit_a_console_and_lose_nothing():
+    """Every flag has a column, with a heading of several lines, in as many tables as it needs."""
+    flags = [str(flag) for flag in Flag]
+    frame = rows(np.zeros(len(flags)), np.arange(len(flags)) * 10.0, "sp").assign(observation=1000.0)
+    placed = read_table(frame).on(layout_on(NORTH[::8], EAST[::8]), TIMES, quality=[])
+    placed = dataclasses.replace(placed, rows=placed.rows.assign(flag=flags), notes=())
+    _, *lines, _ = placed.report().split("\n")  # a summary, and what is withheld
+    assert max(map(len, lines)) <= 80
+    headings = [line for line in lines if not line.startswith("surface_pressure")]
+    assert sorted(" ".join(headings).split()) == sorted(" ".join(flags).split())
+    counted = [word for line in lines if line not in headings for word in line.split()[1:]]
+    assert counted == ["1"] * len(flags)
+    one = dataclasses.replace(placed, rows=placed.rows.assign(flag="not in model"))
+    assert one.report().split("\n")[1:] == [" " * 16 + "  not in", " " * 16 + "   model", f"surface_pressure{20:8}"]
 
 
 def test_errors_by_row_variable_channel_and_type():

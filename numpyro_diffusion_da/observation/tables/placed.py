@@ -16,6 +16,7 @@ from numpyro_diffusion_da.observation.tables.checks import station_keys
 from numpyro_diffusion_da.observation.tables.flags import Flag
 from numpyro_diffusion_da.observation.tables.operator import ObservationOperator
 from numpyro_diffusion_da.observation.tables.table import where
+from numpyro_diffusion_da.observation.tables.text import columns_of
 
 if TYPE_CHECKING:
     import pandas
@@ -101,7 +102,7 @@ class PlacedObservations:
         when = f"{times} time{'s' * (times != 1)}"
         lines = [f"{used.sum()} of {len(self.rows)} rows are used at {when}, {empty} of them without any."]
         if len(self.rows):
-            lines.append(self.counts().to_string())
+            lines.append(columns_of(self.counts()))
         if (self.rows["flag"] == Flag.WITHHELD).any():
             lines += [
                 f"{name}: {row.stations} of {row.of_stations} stations are withheld, {row.rows} of {row.of_rows} rows."

@@ -134,21 +134,29 @@ def converted(table: ObservationTable, rows: pandas.DataFrame, targets: dict[str
             if found is None:
                 first = rows.index[int(np.flatnonzero(some)[0])]
                 raise ValueError(
-                    f"{table.where(first)}: '{name}' is in '{text}' ({int(some.sum())} rows), which does not become "
+                    f"{table.where(first)}: '{name}' is in '{text}' ({_rows(some)}), which does not become "
                     f"'{target.units}'; correct the unit, or the name of the variable."
                 )
             value[some] = found.factor * value[some] + found.offset
             error[some] *= abs(found.factor)
             if found != (1.0, 0.0):
-                notes.append(f"{int(some.sum())} rows of '{name}' were converted from {text} to {target.units}.")
+                verb = "was" if some.sum() == 1 else "were"
+                notes.append(f"{_rows(some)} of '{name}' {verb} converted from {text} to {target.units}.")
         silent = here & (unit == None)  # noqa: E711 - an array of objects
         if silent.any():
-            notes.append(f"{int(silent.sum())} rows of '{name}' have no unit and are taken to be in {target.units}.")
+            verbs = "has no unit and is" if silent.sum() == 1 else "have no unit and are"
+            notes.append(f"{_rows(silent)} of '{name}' {verbs} taken to be in {target.units}.")
             used = silent & (rows["flag"].to_numpy() == Flag.USED)
             if used.any():
                 _check_unit(table, rows, used, target)
     rows["value"], rows["error_given"] = value, error
     return notes
+
+
+def _rows(some: np.ndarray) -> str:
+    """Number of rows in words."""
+    count = int(some.sum())
+    return f"{count} row{'s' * (count != 1)}"
 
 
 def _check_unit(table: ObservationTable, rows: pandas.DataFrame, some: np.ndarray, target: Target) -> None:
@@ -163,7 +171,7 @@ def _check_unit(table: ObservationTable, rows: pandas.DataFrame, some: np.ndarra
     if wrong:
         first = rows.index[int(np.flatnonzero(some)[0])]
         raise ValueError(
-            f"{table.where(first)}: '{target.name}' has no unit, and the median of its {int(some.sum())} rows, "
+            f"{table.where(first)}: '{target.name}' has no unit, and the median of its {_rows(some)}, "
             f"{median:.4g}, is not in '{target.units}', as the layout has it; give a column units, or "
             f"{spelled('read_table.units', {str(rows.at[first, 'variable']): ...})}."
         )
