@@ -23,7 +23,7 @@ def example(name, **options):
 
 def run(*arguments):
     """Output of a command of `ndda` that succeeds."""
-    done = CliRunner().invoke(app, [str(argument) for argument in arguments], env={"COLUMNS": "200"})
+    done = CliRunner().invoke(app, [str(argument) for argument in arguments], env={"COLUMNS": "80"})
     assert done.exit_code == 0, done.output
     return done.output
 
@@ -85,11 +85,16 @@ def test_ten_minutes_from_a_table_to_a_report(tmp_path):
     small = {"end": ('end = "2026-01-04T12"', 'end = "2026-01-02T00"')}
     small["filter"] = ("[output]", '[filter]\nmethod = "enkf"\nparticles = 4\n\n[output]')
     path = configuration("ten_minutes", tmp_path, **small)
-    assert "out of bounds" in run("assimilate", path, "--check")
+    check = run("assimilate", path, "--check")
+    assert "bounds" in check  # the heading of a column
     assert not (tmp_path / "run").exists()
     run("assimilate", path)
     scores = run("verify", tmp_path / "run", "--against", tmp_path / "truth.nc")
-    assert "surface_pressure" in scores
+    # Each score is a line of its own that fits a console.
+    known = pandas.read_csv(tmp_path / "run" / "verification.csv")
+    rows = [line for line in scores.splitlines() if line.split()[:1] and line.split()[0] in set(known["variable"])]
+    assert len(rows) == len(known) > 0
+    assert max(map(len, rows)) <= 80
     run("report", tmp_path / "run")
     assert "<svg" in (tmp_path / "run" / "report.html").read_text()
     feedback = pandas.read_parquet(tmp_path / "run" / "feedback.parquet")

@@ -1,5 +1,6 @@
 """The command `ndda`, as a user types it."""
 
+import itertools
 import json
 from pathlib import Path
 
@@ -42,11 +43,19 @@ def test_demo_refuses_at_once_a_folder_that_it_cannot_write_to(which, tmp_path, 
     assert not (tmp_path / "gone").exists()
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["demo", "--help"], ["info", "--help"]])
+COMMANDS = ("demo", "info", "assimilate", "forecast", "verify", "report", "watch")
+
+
+@pytest.mark.parametrize("arguments", [[], *([name] for name in COMMANDS)], ids=lambda a: " ".join(a) or "ndda")
 def test_help(arguments):
-    result = CliRunner().invoke(commands.app, arguments)
+    """Paragraphs fill their lines: only the last line of one is shorter than the word after it allows."""
+    result = CliRunner().invoke(commands.app, [*arguments, "--help"], env={"COLUMNS": "80"})
     assert result.exit_code == 0
     assert "Usage" in result.output
+    prose = result.output.split("Usage")[1].split("╭")[0].splitlines()[1:]
+    for line, following in itertools.pairwise(prose):
+        if line.strip() and following.strip():
+            assert len(line.rstrip()) + 1 + len(following.split()[0]) > 78, line
 
 
 def test_info_has_a_few_lines_for_each_prior_and_the_card_of_one():

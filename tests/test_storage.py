@@ -382,7 +382,8 @@ def test_a_run_can_be_watched(whole, kept_run, tmp_path):
     np.testing.assert_allclose(progress.series("departure_ratio.y")[1][1], ratio, rtol=1e-5)
     shown = CliRunner().invoke(commands.app, ["watch", str(kept_run), "--figure", str(tmp_path / "run.png")])
     assert shown.exit_code == 0, shown.output
-    assert "4 of 4 steps" in shown.output
+    assert re.search(r"^4 of 4 steps, [\d,]+ particles per second *$", shown.output, re.MULTILINE), shown.output
+    assert shown.output.endswith("\n")
     assert (tmp_path / "run.png").stat().st_size > 10_000
     refused = CliRunner().invoke(commands.app, ["watch", str(tmp_path)], env={"COLUMNS": "300"})
     assert refused.exit_code == 2

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -64,8 +65,9 @@ def assimilate(
 ) -> None:
     """Assimilate tables of observations as a configuration says, and write the analyses into its folder.
 
-    A run that was interrupted goes on when it is started again. docs/assimilate.md describes the configuration and the
-    files that are written.
+    A run that was interrupted goes on when it is started again.
+
+    docs/assimilate.md describes the configuration and the files that are written.
     """
     import numpyro_diffusion_da as ndda
 
@@ -117,17 +119,8 @@ def verify(
     console = Console()
     with _in_sentences(console):
         scores = ndda.assimilation.verify(folder, against=against)
-        for against_what, some in scores.groupby("against", sort=False):
-            has_leads = bool(some["lead_hours"].any())
-            heads = ("", "variable", *["hours"][:has_leads], "n", "RMSE", "spread", "ratio", "CRPS")
-            table = Table(*heads, title=f"against {against_what}")
-            for row in some.itertuples(index=False):
-                level = "" if math.isnan(row.level) else f" {row.level:g} hPa"
-                numbers = (f"{score:.3g}" for score in (row.rmse, row.spread, row.spread_skill, row.crps))
-                name = f"{row.variable}{level} [{row.unit}]"
-                lead = [f"{row.lead_hours:g}"][:has_leads]
-                table.add_row(row.what, escape(name), *lead, str(row.count), *numbers)
-            console.print(table)
+        for (against_what, what), some in scores.groupby(["against", "what"], sort=False):
+            console.print(_scores(some, f"{what} against {against_what}"))
         suspects = ndda.report.Findings(ndda.assimilation.Run(folder).feedback()).suspects()
         if len(suspects):
             names = ", ".join(f'"{name}"' for name in suspects["station"].unique())
@@ -136,6 +129,20 @@ def verify(
         if left_out := int(scores.loc[scores["what"] == "analysis", "left_out"].sum()):
             console.print(f"{left_out} withheld rows are not scored: they are far from the background.", soft_wrap=True)
         console.print(f"Wrote {escape(str(folder / 'verification.csv'))}.", soft_wrap=True)
+
+
+def _scores(scores: Any, title: str) -> Table:
+    """Table of scores that fits 80 columns with the names of the weather models."""
+    has_leads = bool(scores["lead_hours"].any())
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 0, 0, 1))
+    for name in ("variable", "hPa", "unit", *["hours"][:has_leads], "n", "RMSE", "spread", "ratio", "CRPS"):
+        table.add_column(name, justify="left" if name in ("variable", "unit") else "right", overflow="fold")
+    for row in scores.itertuples(index=False):
+        level = "" if math.isnan(row.level) else f"{row.level:g}"
+        numbers = (f"{score:.3g}" for score in (row.rmse, row.spread, row.spread_skill, row.crps))
+        lead = [f"{row.lead_hours:g}"][:has_leads]
+        table.add_row(escape(row.variable), level, escape(row.unit), *lead, str(row.count), *numbers)
+    return table
 
 
 def report(folder: Folder) -> None:

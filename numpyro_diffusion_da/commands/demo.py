@@ -48,9 +48,11 @@ def demo(
 ) -> None:
     """Run a twin experiment: simulate observations of a known truth, and score filters against the truth.
 
-    lorenz96: every second site of Lorenz-96 is observed; runs FA-APF with moved ancestors and five controls.
-    held_suarez: global weather observed by 200 stations near the ground; runs FA-APF with moved ancestors and six
-    controls. Compiled programs are kept in the user's cache directory, so that a second demo begins sooner.
+    lorenz96: every second site of Lorenz-96 is observed; FA-APF and five controls.
+
+    held_suarez: 200 stations observe global weather; FA-APF and six controls.
+
+    Compiled programs are kept in the user's cache: a second demo begins sooner.
     """
     import numpyro_diffusion_da as ndda
 

@@ -45,5 +45,7 @@ def watch(
             time.sleep(every)
             found = look()
             live.update(run_panel(found), refresh=True)
+    if not console.is_terminal:
+        console.print()  # only a terminal gets the end of the last line
     if figure is not None and found.done:
         console.print(f"Wrote the figure {figure}.")

@@ -38,7 +38,10 @@ def rows(run: ndda.inference.RunProgress) -> list[tuple[str, str, float, float]]
     return [
         ("ESS", "ess", 0.0, particles),
         ("tempering", "tempering", 0.0, 1.0),
-        *((f"(O-B)²/(P+R) {site}", f"departure_ratio.{site}", 0.0, 2.0) for site in sites),
+        *(
+            (f"(O-B)²/(P+R) {site if len(sites) > 1 else ''}".rstrip(), f"departure_ratio.{site}", 0.0, 2.0)
+            for site in sites
+        ),
     ]
 
 
@@ -51,9 +54,11 @@ def run_panel(run: ndda.inference.RunProgress) -> RenderableType:
     total = run.chains * run.steps
     particles = int(run.settings.get("num_particles", 0))
     what = f"{run.settings.get('algorithm', 'filter')} of '{run.settings.get('model', '?')}', {particles} particles"
+    bar = Table.grid()  # a bar by itself does not end its line
+    bar.add_row(ProgressBar(total=total, completed=run.done, width=60))
     lines: list[RenderableType] = [
         Text(f"{run.directory}: {what}, {run.chains} chain{'s' if run.chains > 1 else ''} of {run.steps} steps"),
-        ProgressBar(total=total, completed=run.done, width=60),
+        bar,
     ]
     if not run.notes:
         return Group(*lines, Text("no step yet"))
