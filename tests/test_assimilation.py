@@ -466,7 +466,8 @@ def test_biases_of_an_earlier_run_are_removed(tmp_path):
     first.mkdir()
     with pytest.raises(ValueError, match="first' holds no finished run; give the folder of one"):
         bias_of(first, ("station",))
-    (first / "run.json").write_text(json.dumps({"times": ["2026-01-01T00", "2026-01-01T06", "2026-01-01T12"]}))
+    times = ["2026-01-01T00", "2026-01-01T06", "2026-01-01T12"]
+    (first / "run.json").write_text(json.dumps({"times": times, "prior_checksum": "a", "members": 4}))
     rows.to_parquet(first / "feedback.parquet")
     with pytest.raises(ValueError, match=r"bias_by names 'satellite', but the rows of .*first' have no such column"):
         bias_of(first, ("satellite",))
@@ -518,6 +519,15 @@ def test_a_run_from_a_table_to_a_forecast(tmp_path):
     changed = correlated(tmp_path, output={"folder": tmp_path / "run", "background": True, "seed": 1})
     with pytest.raises(ValueError, match=r"holds a run with output.seed = 0, but now it is 1; give another folder"):
         assimilate(changed, prior=prior)
+
+    # What the message advises mends a damaged file: the steps are in the store, and outputs are written anew.
+    (run.folder / "feedback.parquet").write_text("")
+    with pytest.raises(
+        ValueError, match=r"feedback.parquet' is damaged or missing .*; remove '.*run.json' and run ndda"
+    ):
+        assimilate(config, prior=prior)
+    (run.folder / "run.json").unlink()
+    pandas.testing.assert_frame_equal(assimilate(config, prior=prior, progress_bar=False).feedback(), feedback)
 
     forecast(run.folder, steps=2, prior=prior)
     made = xarray.open_zarr(run.folder / "forecast.zarr").load()
@@ -601,6 +611,43 @@ def test_commands_say_errors_in_a_sentence(tmp_path):
     found = output("assimilate", tmp_path / "run.toml")
     assert "(File name too long)" in found
     assert "Errno" not in found
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        (
+            "run.json",
+            "",
+            r"run.json' is damaged or missing \(Expecting value.*\); remove '.*run.json' and run ndda assim",
+        ),
+        ("run.json", "[1]", "run.json' is damaged or missing"),
+        ("run.json", "{}", "it has not the facts of a run"),
+        ("run.toml", "[times", "run.toml: it is not TOML"),
+        (
+            "feedback.parquet",
+            "abc",
+            "feedback.parquet' is damaged or missing .* writes the outputs anew from store.zarr",
+        ),
+        ("feedback.parquet", None, "feedback.parquet' is damaged or missing"),
+        ("cycles.csv", "a,b\n1,2\n", "cycles.csv' is damaged or missing"),
+        ("analysis.zarr/members/zarr.json", "{", "analysis.zarr' is damaged or missing"),
+        ("store.zarr/zarr.json", "{", "store.zarr' is damaged or missing .* make the run again in another folder"),
+    ],
+)
+def test_a_damaged_file_of_a_run_is_named(tmp_path, name, content, message):
+    (tmp_path / "run.toml").write_text(RunConfig(**TABLES).to_toml())
+    facts = {"times": ["2026-01-01T00:00:00"], "prior_checksum": "a", "members": 2}
+    (tmp_path / "run.json").write_text(json.dumps(facts))
+    pandas.DataFrame({"flag": ["used"]}).to_parquet(tmp_path / "feedback.parquet")
+    (tmp_path / "cycles.csv").write_text("time,used\n2026-01-01,1\n")
+    assert ndda.assimilation.Run.open(tmp_path).facts["members"] == 2
+    (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / name).unlink(missing_ok=True)
+    if content is not None:
+        (tmp_path / name).write_text(content)
+    with pytest.raises(ValueError, match=message):
+        ndda.assimilation.Run.open(tmp_path)
 
 
 def keys():

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from numpyro_diffusion_da.fields import Layout, Variable
-from numpyro_diffusion_da.observation import Blacklist, Flag, read_table
+from numpyro_diffusion_da.observation import Blacklist, Duplicates, Flag, Superobbing, read_table
 
 CSV = """# stations of a winter
 time,lat,lon,variable,level,observation,units,error,station,Type,wmo block
@@ -240,7 +240,8 @@ CELLS = {
     "observation": ["280", "8.5", "", "-999", "nan", "1e20", "a", "28O", "inf", "-inf"],
     "level": ["850", "", "700.5", "1000", "100", "0", "-5", "-999", "85000"],
     "units": ["K", "degC", "degF", "", "hPa", "nonsense", "°C"],
-    "error": ["1", "", "0.5", "-1", "0", "x", "1e400"],
+    "error": ["1", "", "0.5", "-1", "0", "x", "1e400", "1e-30"],
+    "group": ["G", "", "H", "1"],
     "station": ["A", "", "01", 'a "quoted" name', "é"],
     "type": ["sonde", "", "ship"],
     "footprint": ["", "10", "300", "-1", "1e6"],
@@ -268,17 +269,22 @@ def check_fuzzed(path, text):
     path.write_text(text)
     try:
         table = read_table(path)
-        placed = table.on(LAYOUT, ["2019-03-29T00", "2019-03-29T12"], window="12h", errors={"temperature": 1.0})
+        given = {"errors": {"temperature": 1.0}}
+        if "group" in table.frame:
+            given |= {"correlation": 0.5, "quality": [Duplicates(), Superobbing(3000.0)]}
+        placed = table.on(LAYOUT, ["2019-03-29T00", "2019-03-29T12"], window="12h", **given)
     except ValueError as error:
         message = str(error)
         assert "\n" not in message, message
         assert message.endswith(".") or message.endswith("?"), message
         assert path.name in message, message
         return
-    assert len(placed.rows) == len(table)
+    assert len(placed.rows) == len(table) + placed.rows.get("superobbed_rows", pandas.Series()).notna().sum()
+    assert max(map(len, placed.report().split("\n")[1:3])) <= 80  # headings of the counts
     assert placed.rows["flag"].isin(list(map(str, Flag))).all()
     used = placed.rows["flag"] == Flag.USED
-    assert np.isfinite(placed.xs["y"]).sum() == used.sum()
+    apart = np.isfinite(placed.xs["groups"]["y"]).sum() if "groups" in placed.xs else 0
+    assert np.isfinite(placed.xs["y"]).sum() + apart == used.sum()
     assert sorted(placed.xs["id"][placed.xs["id"] >= 0]) == list(placed.rows.index[used])
     for t in range(2):
         y = placed.operator(np.full(LAYOUT.shape, 250.0, np.float32), at_step(placed.xs, t))

@@ -11,9 +11,8 @@ import numpy as np
 from numpyro_diffusion_da.arguments import require_count
 from numpyro_diffusion_da.assimilation.config import RunConfig, in_keys
 from numpyro_diffusion_da.assimilation.emulator import Emulator, open_prior
-from numpyro_diffusion_da.assimilation.files import replacing
+from numpyro_diffusion_da.assimilation.files import STORE, replacing
 from numpyro_diffusion_da.assimilation.outputs import append, last_states, spread_evenly
-from numpyro_diffusion_da.assimilation.prepared import STORE
 from numpyro_diffusion_da.assimilation.run import Run
 from numpyro_diffusion_da.diffusion.prior import EmulatorPrior
 from numpyro_diffusion_da.fields.datasets import to_dataset

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 
 from numpyro_diffusion_da.assimilation.emulator import Emulator
-from numpyro_diffusion_da.assimilation.files import FEEDBACK, replacing
+from numpyro_diffusion_da.assimilation.files import ANALYSIS, BACKGROUND, CYCLES, FEEDBACK, replacing
 from numpyro_diffusion_da.assimilation.prepared import PreparedRun
 from numpyro_diffusion_da.assimilation.program import GROUPS, OBSERVATION, PREVIOUS
 from numpyro_diffusion_da.diagnostics.feedback import gaussian_crps
@@ -28,9 +28,6 @@ from numpyro_diffusion_da.observation.tables.placed import PlacedObservations
 if TYPE_CHECKING:
     import pandas
     import xarray
-
-ANALYSIS, BACKGROUND, CYCLES = "analysis.zarr", "background.zarr", "cycles.csv"
-"""Names in the folder of a run."""
 
 BATCH_BYTES = 2**27
 """Number of bytes of the members of a batch of cycles: 128 MB."""

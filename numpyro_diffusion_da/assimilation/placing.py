@@ -10,7 +10,7 @@ import numpy as np
 
 from numpyro_diffusion_da.assimilation.config import KEYS, QualitySettings, RunConfig, in_keys
 from numpyro_diffusion_da.assimilation.emulator import Emulator
-from numpyro_diffusion_da.assimilation.files import FACTS, FEEDBACK
+from numpyro_diffusion_da.assimilation.files import FACTS, FEEDBACK, check_files
 from numpyro_diffusion_da.assimilation.guesses import open_dataset
 from numpyro_diffusion_da.fields.datasets import static_field
 from numpyro_diffusion_da.observation.tables.bias import InstrumentBias
@@ -87,12 +87,13 @@ def bias_of(folder: pathlib.Path, by: tuple[str, ...]) -> InstrumentBias:
         by: columns that tell instruments apart.
 
     Raises:
-        ValueError: the folder holds no finished run, or its rows have no such column.
+        ValueError: the folder holds no finished run, a file of it is damaged, or its rows have no such column.
     """
     import pandas
 
     if not (folder / FACTS).is_file():
         raise ValueError(f"observations.bias_from '{folder}' holds no finished run; give the folder of one.")
+    check_files(folder, (FACTS, FEEDBACK))
     times = json.loads((folder / FACTS).read_text())["times"]
     rows = pandas.read_parquet(folder / FEEDBACK)
     if missing := [name for name in by if name not in rows]:

@@ -13,6 +13,7 @@ from numpyro_diffusion_da.arguments import require
 from numpyro_diffusion_da.assimilation.config import LOCAL, NEEDED_BY, RunConfig, in_keys
 from numpyro_diffusion_da.assimilation.cost import cost_of
 from numpyro_diffusion_da.assimilation.emulator import Emulator, open_prior
+from numpyro_diffusion_da.assimilation.files import STORE
 from numpyro_diffusion_da.assimilation.guesses import first_guess
 from numpyro_diffusion_da.assimilation.placing import place_observations
 from numpyro_diffusion_da.assimilation.program import GROUPS, PREVIOUS, STATE, assimilation_program, filter_of
@@ -23,9 +24,6 @@ from numpyro_diffusion_da.inference.keeping import Kept
 from numpyro_diffusion_da.observation.tables.groups import extent, grouped
 from numpyro_diffusion_da.observation.tables.placed import PlacedObservations
 from numpyro_diffusion_da.observation.tables.table import ObservationTable, where
-
-STORE = "store.zarr"
-"""Name of the filter's directory in the folder of a run."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -16,16 +16,21 @@ import jax
 import numpy as np
 
 from numpyro_diffusion_da.assimilation.config import KEYS, LOCAL, RunConfig, in_keys
-from numpyro_diffusion_da.assimilation.files import FACTS, FEEDBACK, replace_text
-from numpyro_diffusion_da.assimilation.outputs import ANALYSIS, write_outputs
-from numpyro_diffusion_da.assimilation.prepared import STORE, PreparedRun, prepare
+from numpyro_diffusion_da.assimilation.files import (
+    ANALYSIS,
+    CONFIGURATION,
+    FACTS,
+    FEEDBACK,
+    STORE,
+    check_files,
+    replace_text,
+)
+from numpyro_diffusion_da.assimilation.outputs import write_outputs
+from numpyro_diffusion_da.assimilation.prepared import PreparedRun, prepare
 from numpyro_diffusion_da.assimilation.program import WORDS
 from numpyro_diffusion_da.diffusion.prior import EmulatorPrior
 from numpyro_diffusion_da.inference.identity import versions
 from numpyro_diffusion_da.observation.tables.table import ObservationTable
-
-CONFIGURATION = "run.toml"
-"""Name of the configuration in the folder of a run."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,13 +77,15 @@ class Run:
             folder: the folder.
 
         Raises:
-            ValueError: it holds no run, or one that has not finished.
+            ValueError: it holds no run, one that has not finished, or one with a damaged file. The message names it.
         """
         path = pathlib.Path(folder)
         if not (path / CONFIGURATION).is_file():
             raise ValueError(f"'{path}' holds no run; give the folder of `ndda assimilate`.")
         if not (path / FACTS).is_file():
             raise ValueError(f"the run in '{path}' has not finished; run ndda assimilate {path / CONFIGURATION} again.")
+        RunConfig.read(path / CONFIGURATION)
+        check_files(path)
         return Run(path)
 
 
@@ -188,12 +195,13 @@ def is_finished(run: PreparedRun) -> bool:
         run: the prepared run.
 
     Raises:
-        ValueError: the folder holds another run.
+        ValueError: the folder holds another run, or a file of it is damaged.
     """
     check_same(run)
     facts = run.folder / FACTS
     if not facts.is_file():
         return False
+    check_files(run.folder)
     before, now = json.loads(facts.read_text()), identity(run)
     for name in ("prior_checksum", "tables"):
         if before.get(name) != now[name]:
