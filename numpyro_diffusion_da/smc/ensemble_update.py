@@ -139,17 +139,37 @@ def kalman_coefficients(predicted: Float[Array, "n m"], right: Float[Array, "m c
         right: the columns r.
     """
     n, m = predicted.shape
-
-    def solved(gram: Array, right: Array) -> Array:
-        # With observations much more accurate than the ensemble, rounding of the gram matrix exceeds N - 1, and it is
-        # not positive definite any more. So the diagonal is at least this rounding.
-        least = n - 1 + jnp.finfo(gram.dtype).eps * jnp.trace(gram)
-        factor = jax.lax.linalg.cholesky(gram + least * jnp.eye(len(gram), dtype=gram.dtype), symmetrize_input=False)
-        return jax.scipy.linalg.cho_solve((factor, True), right)
-
     if m <= n:
-        return predicted @ solved(predicted.T @ predicted, right)
-    return solved(predicted @ predicted.T, predicted @ right)
+        return predicted @ _solved(predicted.T @ predicted, right, n)
+    return _solved(predicted @ predicted.T, predicted @ right, n)
+
+
+def kalman_increments(
+    predicted: Float[Array, "n m"], right: Float[Array, "m c"]
+) -> Callable[[Float[Array, "n d"]], Float[Array, "c d"]]:
+    """Function from anomalies X of the members to increments: `kalman_coefficients` transposed, times X.
+
+    With fewer observations than members it makes no array of all pairs of members.
+
+    Args:
+        predicted: anomalies of the predicted observations, in units of their errors.
+        right: innovations as columns, one for each increment.
+    """
+    n, m = predicted.shape
+    if m <= n:
+        solved = _solved(predicted.T @ predicted, right, n)
+        return lambda anomalies: solved.T @ (predicted.T @ anomalies)
+    coefficients = kalman_coefficients(predicted, right)
+    return lambda anomalies: coefficients.T @ anomalies
+
+
+def _solved(gram: Float[Array, "k k"], right: Float[Array, "k c"], n: int) -> Float[Array, "k c"]:
+    """Solve (G + (n - 1) I) z = r for columns r, with a gram matrix G."""
+    # With observations much more accurate than the ensemble, rounding of the gram matrix exceeds N - 1, and it is not
+    # positive definite any more. So the diagonal is at least this rounding.
+    least = n - 1 + jnp.finfo(gram.dtype).eps * jnp.trace(gram)
+    factor = jax.lax.linalg.cholesky(gram + least * jnp.eye(len(gram), dtype=gram.dtype), symmetrize_input=False)
+    return jax.scipy.linalg.cho_solve((factor, True), right)
 
 
 class PerturbedObservations(_Prepared):
@@ -191,8 +211,8 @@ class PerturbedObservations(_Prepared):
         innovation = _perturbed(rng_key, residual)
         predicted = residual.mean(0, keepdims=True) - residual
         if taper is None:
-            coefficients = kalman_coefficients(predicted, innovation.T)
-            return lambda anomalies, _: coefficients.T @ anomalies, jnp.zeros(())
+            increments = kalman_increments(predicted, innovation.T)
+            return lambda anomalies, _: increments(anomalies), jnp.zeros(())
         if m > MOST_DENSE:
             solved, error = _solved_sparse(predicted, predicted, n - 1.0, innovation.T, taper)
         else:
@@ -312,6 +332,12 @@ def with_transition_spread(
             between = between if spread.is_exact else rho * between
         solved = jnp.linalg.solve(sampled + between + jnp.eye(m), innovation.T)
     if taper is None:
+        if m <= n:  # no array of all pairs of members
+
+            def increments(means: Array, state: Array, index: Index | None) -> Array:
+                return ((means.T @ predicted / (n - 1) + state.T @ made.right) @ solved).T
+
+            return increments, error
         of_means, of_products = predicted @ solved / (n - 1), made.right @ solved
         return lambda means, state, _: (means.T @ of_means + state.T @ of_products).T, error
 

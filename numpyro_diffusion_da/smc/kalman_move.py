@@ -55,7 +55,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
 from numpyro_diffusion_da.arguments import numbers_by_name, require_count, require_number, shown
 from numpyro_diffusion_da.smc.base import Resampling, map_particles, particle_keys, total_particles
 from numpyro_diffusion_da.smc.columns import are_columns_divided, by_place, from_places, map_columns
-from numpyro_diffusion_da.smc.ensemble_update import kalman_coefficients
+from numpyro_diffusion_da.smc.ensemble_update import kalman_coefficients, kalman_increments
 from numpyro_diffusion_da.smc.local_ancestors import LARGEST_BATCH, LocalAncestors, keep_places
 from numpyro_diffusion_da.smc.localization import PlacedTaper
 from numpyro_diffusion_da.smc.probing import Products, pool
@@ -518,8 +518,7 @@ def _move(
         factor = jnp.where(jnp.all(jnp.isfinite(jnp.diagonal(better))), better, factor)
     white = jax.scipy.linalg.solve_triangular(factor, (residual * root[None]).T, lower=True).T
     z = white.mean(0, keepdims=True) - white
-    coefficients = kalman_coefficients(z, (white - noise).T)
-    return c + coefficients.T @ (c - c.mean(0, keepdims=True))
+    return c + kalman_increments(z, (white - noise).T)(c - c.mean(0, keepdims=True))
 
 
 @dataclasses.dataclass(frozen=True)
