@@ -355,7 +355,9 @@ class Sampler(eqx.Module):
             return (z, history, guidance_state), None
 
         constants = self.constants(noise_range, z.dtype, first)
-        (z, history, guidance_state), _ = jax.lax.scan(body, (z, self.step.init(z), guidance_state), constants)
+        history = self.step.init(z)
+        if len(constants["index"]):  # with two levels no step may be left, and JAX without jit has no loop of none
+            (z, history, guidance_state), _ = jax.lax.scan(body, (z, history, guidance_state), constants)
         # Last step, from the lowest level to zero noise.
         levels = self.schedule.levels(noise_range)
         started = self._starts(levels)[first:-1]
