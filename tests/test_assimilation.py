@@ -522,9 +522,7 @@ def test_a_run_from_a_table_to_a_forecast(tmp_path):
 
     # What the message advises mends a damaged file: the steps are in the store, and outputs are written anew.
     (run.folder / "feedback.parquet").write_text("")
-    with pytest.raises(
-        ValueError, match=r"feedback.parquet' is damaged or missing .*; remove '.*run.json' and run ndda"
-    ):
+    with pytest.raises(ValueError, match=r"feedback.parquet' is damaged .*; remove '.*run.json' and run ndda"):
         assimilate(config, prior=prior)
     (run.folder / "run.json").unlink()
     pandas.testing.assert_frame_equal(assimilate(config, prior=prior, progress_bar=False).feedback(), feedback)
@@ -619,20 +617,20 @@ def test_commands_say_errors_in_a_sentence(tmp_path):
         (
             "run.json",
             "",
-            r"run.json' is damaged or missing \(Expecting value.*\); remove '.*run.json' and run ndda assim",
+            r"run.json' is damaged \(Expecting value.*\); remove '.*run.json' and run ndda assim",
         ),
-        ("run.json", "[1]", "run.json' is damaged or missing"),
+        ("run.json", "[1]", "run.json' is damaged"),
         ("run.json", "{}", "it has not the facts of a run"),
         ("run.toml", "[times", "run.toml: it is not TOML"),
         (
             "feedback.parquet",
             "abc",
-            "feedback.parquet' is damaged or missing .* writes the outputs anew from store.zarr",
+            "feedback.parquet' is damaged .* writes the outputs anew from store.zarr",
         ),
-        ("feedback.parquet", None, "feedback.parquet' is damaged or missing"),
-        ("cycles.csv", "a,b\n1,2\n", "cycles.csv' is damaged or missing"),
-        ("analysis.zarr/members/zarr.json", "{", "analysis.zarr' is damaged or missing"),
-        ("store.zarr/zarr.json", "{", "store.zarr' is damaged or missing .* make the run again in another folder"),
+        ("feedback.parquet", None, "feedback.parquet' is missing; remove"),
+        ("cycles.csv", "a,b\n1,2\n", "cycles.csv' is damaged"),
+        ("analysis.zarr/members/zarr.json", "{}", r"analysis.zarr' is damaged \(it has no group mean\)"),
+        ("store.zarr/sample_stats/zarr.json", "{", "store.zarr' is damaged .* make the run again in another folder"),
     ],
 )
 def test_a_damaged_file_of_a_run_is_named(tmp_path, name, content, message):
@@ -641,7 +639,10 @@ def test_a_damaged_file_of_a_run_is_named(tmp_path, name, content, message):
     (tmp_path / "run.json").write_text(json.dumps(facts))
     pandas.DataFrame({"flag": ["used"]}).to_parquet(tmp_path / "feedback.parquet")
     (tmp_path / "cycles.csv").write_text("time,used\n2026-01-01,1\n")
-    assert ndda.assimilation.Run.open(tmp_path).facts["members"] == 2
+    run = ndda.assimilation.Run.open(tmp_path)
+    assert run.facts["members"] == 2
+    with pytest.raises(ValueError, match=r"analysis.zarr' is missing; remove"):
+        run.analysis()
     (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
     (tmp_path / name).unlink(missing_ok=True)
     if content is not None:

@@ -314,7 +314,8 @@ class FilterSettings(Settings):
         default=2500.0, description="half-width of the localization of fa_apf and enkf; false for none"
     )
     likelihood: Literal["normal", "huber"] = Field(
-        default="normal", description="distribution of errors; huber limits the influence of rows that are far off"
+        default="normal",
+        description="distribution of errors; huber, not for enkf, limits the influence of rows that are far off",
     )
     huber_threshold: Positive = Field(default=1.345, description="where Huber's tails begin, in standard deviations")
     error_factor: Positive | None = Field(

@@ -6,7 +6,7 @@ import json
 import os
 import pathlib
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 CONFIGURATION, FACTS, FEEDBACK, CYCLES = "run.toml", "run.json", "feedback.parquet", "cycles.csv"
@@ -50,43 +50,51 @@ def _remove(path: pathlib.Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def check_files(folder: pathlib.Path, names: Sequence[str] = (FACTS, FEEDBACK, CYCLES, ANALYSIS, STORE)) -> None:
+GROUPS = {ANALYSIS: ("members", "mean", "spread"), STORE: ("sample_stats",)}
+"""Zarr groups of each store of a finished run that are read."""
+
+
+def check_files(folder: pathlib.Path, names: Sequence[str] | None = None) -> None:
     """Check that the files of a finished run can be opened, without reading what is in them.
 
     Args:
         folder: folder of the run.
-        names: names of the files.
+        names: names of the files; by default those that each command needs, and the stores that are there.
 
     Raises:
-        ValueError: one cannot. The message names it.
+        ValueError: one cannot. The message names it, and what mends it.
     """
-    import pandas
-
-    def facts() -> None:
-        if not {"times", "prior_checksum", "members"} <= json.loads((folder / FACTS).read_text()).keys():
-            raise ValueError("it has not the facts of a run")
-
-    def metadata(store: str) -> None:
-        if (folder / store).is_dir():
-            for file in (folder / store).glob("**/zarr.json"):
-                json.loads(file.read_text())
-
-    checks: dict[str, Callable[[], object]] = {
-        FACTS: facts,
-        FEEDBACK: lambda: pandas.read_parquet(folder / FEEDBACK, columns=["flag"]),
-        CYCLES: lambda: pandas.read_csv(folder / CYCLES, usecols=["time"]),
-        ANALYSIS: lambda: metadata(ANALYSIS),
-        STORE: lambda: metadata(STORE),
-    }
+    if names is None:
+        names = (FACTS, FEEDBACK, CYCLES, *(name for name in GROUPS if (folder / name).exists()))
     for name in names:
         try:
-            checks[name]()
+            _open(folder, name)
         except (OSError, ValueError, AttributeError, KeyError, NotImplementedError) as error:
             why = (str(error) or type(error).__name__).splitlines()[0].rstrip(".")
+            what = f"is damaged ({why})" if (folder / name).exists() else "is missing"
             mend = f"make the run again in another folder, from '{folder / CONFIGURATION}'"
             if name != STORE:
                 mend = (
                     f"remove '{folder / FACTS}' and run ndda assimilate {folder / CONFIGURATION} again, which writes "
                     f"the outputs anew from {STORE}"
                 )
-            raise ValueError(f"'{folder / name}' is damaged or missing ({why}); {mend}.") from None
+            raise ValueError(f"'{folder / name}' {what}; {mend}.") from None
+
+
+def _open(folder: pathlib.Path, name: str) -> None:
+    """Open a file of a finished run."""
+    import pandas
+
+    if name == FACTS:
+        if not {"times", "prior_checksum", "members"} <= json.loads((folder / FACTS).read_text()).keys():
+            raise ValueError("it has not the facts of a run")
+    elif name == FEEDBACK:
+        pandas.read_parquet(folder / FEEDBACK, columns=["flag"])
+    elif name == CYCLES:
+        pandas.read_csv(folder / CYCLES, usecols=["time"])
+    else:
+        for group in GROUPS[name]:
+            if not (folder / name / group / "zarr.json").is_file():
+                raise ValueError(f"it has no group {group}")
+        for file in (folder / name).glob("**/zarr.json"):
+            json.loads(file.read_text())

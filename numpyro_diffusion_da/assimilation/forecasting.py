@@ -11,7 +11,7 @@ import numpy as np
 from numpyro_diffusion_da.arguments import require_count
 from numpyro_diffusion_da.assimilation.config import RunConfig, in_keys
 from numpyro_diffusion_da.assimilation.emulator import Emulator, open_prior
-from numpyro_diffusion_da.assimilation.files import STORE, replacing
+from numpyro_diffusion_da.assimilation.files import STORE, check_files, replacing
 from numpyro_diffusion_da.assimilation.outputs import append, last_states, spread_evenly
 from numpyro_diffusion_da.assimilation.run import Run
 from numpyro_diffusion_da.diffusion.prior import EmulatorPrior
@@ -59,6 +59,7 @@ def forecast(
     import xarray
 
     run = Run.open(folder)
+    check_files(run.folder, (STORE,))
     config, facts = run.config, run.facts
     emulator = emulator_of(config, facts, prior)
     last = np.datetime64(facts["times"][-1])

@@ -58,9 +58,13 @@ class Run:
 
         Args:
             group: "members", "mean" or "spread".
+
+        Raises:
+            ValueError: they are missing or damaged.
         """
         import xarray
 
+        check_files(self.folder, (ANALYSIS,))
         return xarray.open_zarr(self.folder / ANALYSIS, group=group, chunks=None)
 
     def feedback(self) -> Any:
