@@ -19,6 +19,9 @@ from rich.table import Table
 COMPILED = ".compiled"
 """Name of the folder of compiled programs in the folder of a run."""
 
+EXHAUSTED = "RESOURCE_EXHAUSTED"
+"""Beginning of the message of JAX's error if the memory of a device is full."""
+
 Folder = Annotated[Path, typer.Argument(help="Folder of a run of `ndda assimilate`.", metavar="FOLDER")]
 
 
@@ -39,13 +42,26 @@ def _in_sentences(console: Console) -> Iterator[None]:
         except (ValueError, OSError, ImportError, FloatingPointError, MemoryError) as error:
             console.print(f"[red]Error:[/red] {escape(_sentence(error))}", soft_wrap=True)
             raise typer.Exit(2) from None
+        except RuntimeError as error:  # JAX has no class of its own for the memory of a device
+            if EXHAUSTED not in str(error):
+                raise
+            console.print(f"[red]Error:[/red] {escape(_sentence(MemoryError(error)))}", soft_wrap=True)
+            raise typer.Exit(2) from None
 
 
 def _sentence(error: Exception) -> str:
     """Sentence that says an error; those of the operating system have the name of a file and a few words."""
+    said = (str(error).removeprefix(EXHAUSTED).strip(": ").splitlines() or [""])[0].rstrip(".")
+    if isinstance(error, MemoryError):
+        return (
+            f"the memory does not suffice ({said or 'no more is said'}); take fewer particles, or a smaller batch_size."
+        )
     if isinstance(error, OSError) and error.strerror:
-        what = f"'{error.filename}' cannot be used" if error.filename else "a file cannot be used"
-        return f"{what} ({error.strerror}); see that there is room for it, and that you may read and write it."
+        if error.filename is None:  # the library's own words
+            return f"{error.strerror.rstrip('.')}."
+        return (
+            f"'{error.filename}' cannot be used ({error.strerror}); see that there is room, and that you may write it."
+        )
     return str(error) or type(error).__name__
 
 
