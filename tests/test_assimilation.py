@@ -612,6 +612,31 @@ def test_commands_say_errors_in_a_sentence(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (
+            OSError(28, "No space left", "a.zarr"),
+            "'a.zarr' cannot be used (No space left); see that there is room, and",
+        ),
+        (OSError(28, "the step could not be written; make room"), "Error: the step could not be written; make room.\n"),
+        (MemoryError("Unable to allocate 9 GiB"), "the memory does not suffice (Unable to allocate 9 GiB); take fewer"),
+        (
+            RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.\nmore"),
+            "the memory does not suffice (Out of memory allocating 9 bytes); take fewer particles, or a smaller batch",
+        ),
+    ],
+)
+def test_errors_of_the_machine_are_said_in_a_sentence(monkeypatch, error, said):
+    def failing(*_):
+        raise error
+
+    monkeypatch.setattr(RunConfig, "read", failing)
+    result = CliRunner().invoke(commands.app, ["assimilate", "run.toml"], env={"COLUMNS": "300"})
+    assert result.exit_code == 2
+    assert said in result.output
+
+
+@pytest.mark.parametrize(
     ("name", "content", "message"),
     [
         (
