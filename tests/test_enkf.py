@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import jax
 import jax.extend
 import jax.numpy as jnp
@@ -412,3 +415,31 @@ def test_many_observations_make_no_array_of_all_pairs(moving):
         return increments(x, None), error
 
     assert largest_array(jax.make_jaxpr(run)(x, residual).jaxpr) < (2 * m) ** 2 * 4 / 10
+
+
+LARGE = """
+import jax, jax.numpy as jnp, numpy as np, numpyro, numpyro.distributions as dist, numpyro_diffusion_da as ndda
+from numpyro.contrib.control_flow import scan
+size = 16384
+
+def model(y):
+    def step(x, y_t):
+        x = numpyro.sample("x", dist.Normal(0.95 * x, 0.3).to_event(1))
+        numpyro.sample("y", dist.Normal(x[at], 1.0).to_event(1), obs=y_t)
+        return x, None
+
+    scan(step, numpyro.sample("x0", dist.Normal(jnp.zeros(size), 1.0).to_event(1)), y)
+
+at = np.arange(0, size, size // 20)[:20]
+taper = ndda.Taper(size / 40, ndda.Ring(size), {"y": at}, state=np.arange(size))
+algorithm = ndda.EnKF(model, update=ndda.smc.SquareRoot(), taper=taper)
+run = ndda.Filter(algorithm, num_particles=256, progress_bar=False, keep_observed=False)
+run.run(jax.random.key(0), np.ones((3, 20), np.float32))
+assert np.isfinite(run.result.posterior["x"]).all()
+"""
+
+
+@pytest.mark.slow
+def test_a_large_square_root_does_not_wait_for_itself():
+    """Decompositions that share out their batches over threads can wait for each other forever on two cores."""
+    subprocess.run([sys.executable, "-c", LARGE], check=True, timeout=300)

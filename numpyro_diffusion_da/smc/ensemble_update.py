@@ -28,6 +28,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from numpyro_diffusion_da.smc.base import particle_keys
 from numpyro_diffusion_da.smc.columns import Index, at_columns
 from numpyro_diffusion_da.smc.correlations import Correlation
+from numpyro_diffusion_da.smc.factorizations import most_at_a_time
 from numpyro_diffusion_da.smc.localization import PlacedTaper
 from numpyro_diffusion_da.smc.probing import Products, pool
 
@@ -255,7 +256,7 @@ class SquareRoot(_Prepared):
             root = jnp.sqrt(weights)
             return _square_root_increments(nearby * root[None], innovation[which] * root)(x)
 
-        return _at_each_point(at_point, predicted, taper), jnp.zeros(())
+        return _at_each_point(at_point, predicted, taper, factorizes=True), jnp.zeros(())
 
 
 class TransitionSpread(NamedTuple):
@@ -442,13 +443,16 @@ def _square_root_increments(
     return lambda anomalies: (mean[None] - moved) @ (vectors.T @ anomalies)
 
 
-def _at_each_point(update: PointUpdate, predicted: Float[Array, "n m"], taper: PlacedTaper) -> ColumnUpdate:
+def _at_each_point(
+    update: PointUpdate, predicted: Float[Array, "n m"], taper: PlacedTaper, factorizes: bool = False
+) -> ColumnUpdate:
     """Update of each point of the state from the observations near it, in batches that bound the memory.
 
     Args:
         update: update of one point.
         predicted: anomalies of the predicted observations.
         taper: localization at the positions of all points.
+        factorizes: whether the update of a point factorizes a matrix.
 
     Returns:
         Function of anomalies of the n members at some points, flattened, and the indices of these points. It may take
@@ -466,6 +470,7 @@ def _at_each_point(update: PointUpdate, predicted: Float[Array, "n m"], taper: P
             return update(x, predicted[:, which], weights, which)
 
         batch = LARGEST_BLOCK // (n * (2 * k + x.shape[2]) + min(n, k) ** 2)
+        batch = min(batch, most_at_a_time(min(n, k), max(n, k))) if factorizes else batch
         inputs = (x, jnp.asarray(which), jnp.asarray(weights, anomalies.dtype))
         moved = jax.lax.map(at_point, inputs, batch_size=min(max(batch, 1), points))
         return jnp.moveaxis(moved, 0, 1).reshape(len(predicted), -1)

@@ -56,6 +56,7 @@ from numpyro_diffusion_da.arguments import numbers_by_name, require_count, requi
 from numpyro_diffusion_da.smc.base import Resampling, map_particles, particle_keys, total_particles
 from numpyro_diffusion_da.smc.columns import are_columns_divided, by_place, from_places, map_columns
 from numpyro_diffusion_da.smc.ensemble_update import kalman_coefficients, kalman_increments
+from numpyro_diffusion_da.smc.factorizations import most_at_a_time
 from numpyro_diffusion_da.smc.local_ancestors import LARGEST_BATCH, LocalAncestors, keep_places
 from numpyro_diffusion_da.smc.localization import PlacedTaper
 from numpyro_diffusion_da.smc.probing import Products, pool
@@ -72,10 +73,6 @@ MOST_BETWEEN = 2048
 
 WORTH_LEAVING_OUT = 128
 """Number of observations near a block from which on the missing ones are left out of its solves."""
-
-
-MOST_SHARED_OUT = 100_000
-"""Number of operations of a batch of factorizations up to which jaxlib keeps it on one thread, with a margin of 2."""
 
 
 Terms = Callable[[Float[Array, "n c"]], tuple[Float[Array, " c"], Bool[Array, " c"]]]
@@ -591,9 +588,6 @@ class _Blocks:
     ) -> Any:
         """Map a function over some blocks, in batches that bound the memory.
 
-        On a CPU, LAPACK's routines share out a large batch over the threads and wait for them. Two of them at the same
-        time can wait forever, so batches stay so small that none is shared out.
-
         With many observations near each block, missing ones are left out, as far as all blocks of a batch allow it. A
         satellite sees a part of its places at a time.
 
@@ -606,9 +600,7 @@ class _Blocks:
         """
         b, k = len(some), self.which.shape[1]
         batch = LARGEST_BATCH // (n * (4 * k + 4 * values + 8) + 6 * k * k)
-        if jax.default_backend() == "cpu":
-            batch = min(batch, MOST_SHARED_OUT // (k * k * max(k, n)))
-        batch = min(max(1, batch), b)
+        batch = min(max(1, batch), most_at_a_time(k, n), b)
         if k < WORTH_LEAVING_OUT:
             return jax.lax.map(lambda at: fn(at, some[at], self.near(some[at])), jnp.arange(b), batch_size=batch)
         sizes = (k // 10, k // 3, k)
