@@ -103,8 +103,9 @@ ALGORITHMS = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ALGORITHMS)
-def test_all_filters_stream(name, tmp_path):
+def test_all_filters_stream(name, tmp_path, monkeypatch):
     """Batches of 16 of 40 particles, and of 8 of 20 places: neither divides the whole."""
+    monkeypatch.setattr("numpyro_diffusion_da.smc.rows.LEAST_OF_COLUMNS", 1)
     settings = {"keep_forecasts": True} if name in ("moment", "tempered") else {}
     if name == "carried weights":
         settings = {"keep": {"x": Kept(quantiles=(0.1, 0.5)), "largest": Kept(quantiles=(0.1, 0.5))}}

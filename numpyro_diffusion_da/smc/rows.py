@@ -31,7 +31,8 @@ def rows_apart(batch: int) -> Iterator[None]:
     """Context in which functions are traced whose operations on rows stay equations of their own.
 
     Args:
-        batch: number of rows that are in memory at a time; of columns, as many are as hold the same number of values.
+        batch: number of rows that are in memory at a time; of columns, as many are as hold the same number of values,
+            or `LEAST_OF_COLUMNS`.
     """
     token = _APART.set(batch)
     try:
@@ -193,6 +194,9 @@ mlir.register_lowering(whole_rows_p, lambda _, x: [x])
 
 # --- columns ----------------------------------------------------------------------------------------------------------
 
+LEAST_OF_COLUMNS = 2**23
+"""Number of bytes of columns that may be in memory in any case: 8 MB. Narrow columns are slow to read from a file."""
+
 map_columns_p = core.Primitive("map_columns")
 """Map of a function of some columns of all rows. Operands: what all columns share, then arrays of shape (rows, columns,
 ...). Parameters: `jaxpr` of (shared, indices of `size` columns, these columns) -> (new columns, what each column has),
@@ -214,7 +218,8 @@ def map_columns_apart(
         (arrays of new columns, shape (rows, columns, ...); what the columns have, leading axis of columns).
     """
     n, columns = arrays[0].shape[:2]
-    size = max(1, min(columns, _APART.get() * columns // n))
+    of_column = sum(x.size // columns * x.dtype.itemsize for x in arrays)
+    size = max(1, min(columns, max(_APART.get() * columns // n, LEAST_OF_COLUMNS // max(of_column, 1))))
     some = [jax.ShapeDtypeStruct((len(x), size, *x.shape[2:]), x.dtype) for x in arrays]
     index = jax.ShapeDtypeStruct((size,), np.int32)
     traced, shapes = jax.make_jaxpr(lambda index, *some: fn(list(some), index), return_shape=True)(index, *some)
