@@ -79,9 +79,9 @@ SECONDS = {
     "test_numpyro_surface": 75,
     "test_pmmh": 60,
     "test_report": 50,
-    "test_sharding": 295,
+    "test_sharding": 320,
     "test_storage": 130,
-    "test_streaming": 160,
+    "test_streaming": 210,
 }
 SECONDS_OF_OTHERS = 5  # for each test
 

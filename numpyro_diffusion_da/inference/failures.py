@@ -83,8 +83,8 @@ def why(failures: dict[str, Any], what: str, step: int, num_particles: int, guid
         if guided:
             return (
                 f"{beginning}, because no guided draw of site '{drawn[0]}' is finite; check the observations and their "
-                "errors at that step, or make the guidance more stable by fewer products of its solver or a larger "
-                "observation error."
+                "errors at that step, and that the prior gives finite draws without them (as ndda.Bootstrap makes), or "
+                "make the guidance more stable by fewer products of its solver or a larger observation error."
             )
         return (
             f"{beginning}, because no draw of site '{drawn[0]}' is finite; check the parameters of its transition, and "
