@@ -69,6 +69,12 @@ def test_kernel_does_not_depend_on_the_devices(parts, name):
 
 
 @pytest.mark.slow
+def test_particles_that_carry_their_weights_on_do_not_move(parts):
+    assert parts["kept"]
+    assert not any(parts["kept"])
+
+
+@pytest.mark.slow
 def test_an_ensemble_update_gathers_no_states(parts):
     """Each device updates its part of all members: parts travel there and back, for the update and for the inflation.
 

@@ -38,7 +38,7 @@ from numpyro_diffusion_da.smc.base import (
     top_level_api,
     total_particles,
 )
-from numpyro_diffusion_da.smc.sharding import own, take_ancestors, traffic_of, whole
+from numpyro_diffusion_da.smc.sharding import added, own, take_ancestors, traffic_of, whole
 
 __all__ = ["Info", "State", "as_top_level_api", "build_kernel", "init"]
 
@@ -86,20 +86,24 @@ def build_kernel(
         if resample_below < 1.0:
             log_weights = log_weights + state.log_weights
         ancestors, alpha = select(resampling_key, log_weights, resampling_fn, target_ess)
-        traffic = traffic_of((moved, record), ancestors)
         if resample_below == 1.0:
+            traffic = traffic_of((moved, record), ancestors)
             particles, record = take_ancestors((moved, record), ancestors)
             info = make_info(log_weights, ancestors, alpha, particles, (), record, traffic=traffic)
             return State(particles, state.log_evidence + info.log_evidence_increment), info
         # The records are those of resampled particles in any case, and so is the number that are not finite.
+        traffic = traffic_of(record, ancestors)
         record = take_ancestors(record, ancestors)
-        info = make_info(log_weights, ancestors, alpha, moved, (), record, traffic=traffic)
+        info = make_info(log_weights, ancestors, alpha, moved, (), record)
         finite = whole(map_particles(finite_leaves)(moved))
         resample = info.ess < resample_below * n
-        particles = take_ancestors(moved, jnp.where(resample, ancestors, jnp.arange(n)))
+        chosen = jnp.where(resample, ancestors, jnp.arange(n))
+        traffic = added(traffic, traffic_of(moved, chosen))
+        particles = take_ancestors(moved, chosen)
         carried = jnp.where(resample, 0.0, log_weights - info.log_evidence_increment)
         new = State(particles, state.log_evidence + info.log_evidence_increment, carried)
-        return new, info._replace(resampled=resample, nonfinite_particles=jnp.sum(~finite[ancestors]))
+        lost = jnp.sum(~finite[ancestors])
+        return new, info._replace(resampled=resample, nonfinite_particles=lost, traffic=traffic)
 
     return kernel
 

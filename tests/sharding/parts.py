@@ -148,6 +148,8 @@ def kernels() -> None:
                 "devices": len(state.particles.sharding.device_set),
                 "traffic": [float(np.sum(v)) for v in info.traffic],
             }
+            if name == "carried" and number:
+                FOUND["kept"] = np.asarray(info.traffic.needed)[~np.asarray(info.resampled)].tolist()
 
 
 def updates() -> None:
