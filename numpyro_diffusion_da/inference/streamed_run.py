@@ -28,6 +28,9 @@ BATCH_BYTES = 2**26
 OF_PARTICLES = ("posterior", "prior", "posterior_predictive", "log_likelihood", "lagged")
 """Groups of a result that hold values of particles only."""
 
+PARTS_OF_PARTICLES = ("sites", "forecast", "lagged")
+"""Parts of a record that hold values of particles only."""
+
 
 def particle_bytes(structure: Structure) -> tuple[int, int]:
     """Bytes of the carry of a particle, and of its latent sites.
@@ -145,7 +148,7 @@ def large_leaves(shapes: PyTree) -> list[bool]:
 
 def _of_particles(record: Any) -> PyTree:
     """Parts of a record that hold values of particles only."""
-    return {name: record[name] for name in ("sites", "forecast", "lagged") if name in record} if record else {}
+    return {name: record[name] for name in PARTS_OF_PARTICLES if name in record} if record else {}
 
 
 class StepTrees(NamedTuple):
@@ -268,7 +271,7 @@ def make_step(
 
     with store.writing(chain, t, 1):
         new, record = filter.step(folder, sink, state, key, t, xs, given)
-    own = {name: part for name, part in record.items() if name not in ("sites", "forecast", "lagged")}
+    own = {name: part for name, part in record.items() if name not in PARTS_OF_PARTICLES}
     records = jax.tree.map(lambda x: np.asarray(x)[None], own)
     notes = ready(t, records, time.perf_counter() - began)
     new = store.save_streamed(chain, t, trees.of_rest(record), template, inputs, notes, new, folder, crcs)

@@ -181,10 +181,8 @@ class _Plan:
             self._add_columns(eqn)
         elif eqn.primitive is sum_rows_p and eqn.invars[0] in self._rows:
             base = self._straight(self._rows[eqn.invars[0]], eqn.invars[0].aval)
-            made = self._made[base]
-            at = max(made, 1)
-            if made == 0 or base in self._by_columns:
-                at = made + 1
+            at = self._first_read(base)
+            if self._is_in_no_pass(base):
                 base = self._copied(_Rows(base), base.aval, at)
             self._pass(at, base.aval.shape[0]).parts.append(_Sum(base, eqn.outvars[0]))
             self._level[eqn.outvars[0]] = at
@@ -212,8 +210,8 @@ class _Plan:
                 least = max(least, self._level[r.base] + 1)
             elif r.indices:
                 least = max(least, self._made[r.base] + 1, *(self._level[v] + 1 for v in r.indices))
-            elif r.base.aval.shape[0] == n and r.base not in self._by_columns:
-                least = max(least, self._made[r.base], 1)
+            elif r.base.aval.shape[0] == n:
+                least = max(least, self._first_read(r.base))
             else:
                 least = max(least, self._made[r.base] + 1)
         self._pass(least, n).parts.append(_Map(eqn.params["jaxpr"], list(shared), rows, list(eqn.outvars)))
@@ -242,6 +240,14 @@ class _Plan:
         columns = eqn.params["columns"]
         number = len(self._columns)
         self._columns.append(_ColumnPass(level, number, eqn.params["jaxpr"], columns, shared, rows, made, of_columns))
+
+    def _is_in_no_pass(self, base: Any) -> bool:
+        """Whether no pass over rows makes a base: it is of the state before, or a pass over columns makes it."""
+        return self._made[base] == 0 or base in self._by_columns
+
+    def _first_read(self, base: Any) -> int:
+        """First pass over as many rows that can use the rows of a base: that which makes it, or the next."""
+        return self._made[base] + self._is_in_no_pass(base)
 
     def _straight(self, rows: _Rows, aval: Any) -> Any:
         """Base of rows without indices: that of a copy, if they have indices."""
@@ -308,11 +314,11 @@ class _Plan:
                 if one.base not in self._made:
                     last = max(last, self._level[v] + 1)
                 else:
-                    behind = bool(one.indices) or self._made[one.base] == 0 or one.base in self._by_columns
+                    behind = bool(one.indices) or self._is_in_no_pass(one.base)
                     last = max(last, self._made[one.base] + behind, *(self._level[j] + 1 for j in one.indices))
             for i, v in waiting:
                 one = self._rows.get(v, _Rows(v))
-                copied = bool(one.indices) or self._made.get(one.base) != last or one.base in self._by_columns
+                copied = bool(one.indices) or self._made.get(one.base) != last
                 base = self._copied(one, v.aval, last) if copied else one.base
                 self._pass(last, v.aval.shape[0]).emitted[i] = base
         return files, arrays
@@ -604,21 +610,14 @@ class _Run:
             if one.emitted and self.sink is not None:
                 self.sink(start, start + count, {i: rows[v] for i, v in one.emitted.items()})
 
-        waiting: deque[Future[None]] = deque()
-        coming = reader.submit(read, 0)
-        for start in range(0, one.n, batch):
-            at, rows = coming.result()
-            if start + batch < one.n:
-                coming = reader.submit(read, start + batch)
-            with jax.debug_key_reuse(False), jax.debug_nans(False):
-                found, sums = work.function(shared, small, rows, at, np.arange(start, start + batch) < one.n, sums)
-            del rows
-            if waiting:
-                waiting.popleft().result()
-            waiting.append(writer.submit(write, start, found))
-            del found
-        while waiting:
-            waiting.popleft().result()
+        def compute(start: int, taken: tuple[np.ndarray, list[Any]]) -> list[Any]:
+            nonlocal sums
+            at, rows = taken
+            is_new = np.arange(start, start + batch) < one.n
+            found, sums = work.function(shared, small, rows, at, is_new, sums)
+            return found
+
+        _overlapped(range(0, one.n, batch), read, compute, write, reader, writer)
         self.files |= {v: StoredRows(file, None, checksums[v]) for v, file in outputs.items()}
         self.held |= {v: (jnp if is_key(v.aval) else np).concatenate(parts) for v, parts in pieces.items()}
         self.values.update(zip(work.sums, sums, strict=True))
@@ -633,7 +632,7 @@ class _Run:
         held: dict[Any, np.ndarray] = {v: np.empty(v.aval.shape, v.aval.dtype) for v in one.of_columns}
         for v in one.made:
             if is_large(v.aval):
-                path = self.folder / f"columns-{one.level}-{one.number}-{len(files)}"
+                path = self.folder / f"columns-{one.number}-{len(files)}"
                 files[v] = RowFile(path, v.aval.shape[0], v.aval.shape[1:], np.dtype(v.aval.dtype))
             else:
                 held[v] = np.empty(v.aval.shape, v.aval.dtype)
@@ -660,21 +659,12 @@ class _Run:
                 else:
                     held[v][start : start + count] = np.asarray(x)[:count]
 
-        waiting: deque[Future[None]] = deque()
-        coming = reader.submit(read, 0)
-        for start in range(0, columns, size):
-            at, parts = coming.result()
-            if start + size < columns:
-                coming = reader.submit(read, start + size)
-            with jax.debug_key_reuse(False), jax.debug_nans(False):
-                found = one.function(shared, at, *parts)
-            del parts
-            if waiting:
-                waiting.popleft().result()
-            waiting.append(writer.submit(write, start, found))
-            del found
-        while waiting:
-            waiting.popleft().result()
+        def compute(_: int, taken: tuple[np.ndarray, list[Any]]) -> list[Any]:
+            at, parts = taken
+            found: list[Any] = one.function(shared, at, *parts)
+            return found
+
+        _overlapped(range(0, columns, size), read, compute, write, reader, writer)
         self.files |= {v: StoredRows(file) for v, file in files.items()}
         self.held |= {v: held[v] for v in one.made if v in held}
         self.values.update({v: jnp.asarray(held[v]) for v in one.of_columns})
@@ -694,6 +684,41 @@ class _Run:
             return dataclasses.replace(stored, indices=at if stored.indices is None else stored.indices[at])
         base = self.held[rows.base] if rows.base in self.held else self._whole(rows.base)
         return base if at is None else base[at]
+
+
+def _overlapped(
+    starts: range,
+    read: Callable[[int], Any],
+    compute: Callable[[int, Any], list[Any]],
+    write: Callable[[int, list[Any]], None],
+    reader: ThreadPoolExecutor,
+    writer: ThreadPoolExecutor,
+) -> None:
+    """Read a batch, compute with the one before, and write the one before that, at the same time.
+
+    Args:
+        starts: where the batches begin.
+        read: function of a start -> what is read.
+        compute: function (start, what was read) -> what is to be written.
+        write: function (start, what is to be written).
+        reader: thread that reads.
+        writer: thread that writes.
+    """
+    waiting: deque[Future[None]] = deque()
+    coming = reader.submit(read, starts[0])
+    for start in starts:
+        taken = coming.result()
+        if start != starts[-1]:
+            coming = reader.submit(read, start + starts.step)
+        with jax.debug_key_reuse(False), jax.debug_nans(False):
+            found = compute(start, taken)
+        del taken
+        if waiting:
+            waiting.popleft().result()
+        waiting.append(writer.submit(write, start, found))
+        del found
+    while waiting:
+        waiting.popleft().result()
 
 
 class _Batch:

@@ -20,6 +20,7 @@ a value that is not finite is left out of means and spreads.
 from __future__ import annotations
 
 import abc
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
@@ -34,6 +35,9 @@ from numpyro_diffusion_da.smc.base import map_particles, particle_keys
 from numpyro_diffusion_da.smc.columns import Index, are_columns_divided, map_columns
 from numpyro_diffusion_da.smc.rows import are_rows_apart, sum_rows
 from numpyro_diffusion_da.smc.sharding import own, whole
+
+Inflate = Callable[[PRNGKeyArray, Float[Array, "n ..."], Any], Float[Array, "n ..."]]
+"""Function (rng_key, analysis, forecast) -> inflated members, such as an `Inflation`."""
 
 
 def is_traced(value: Any) -> bool:
@@ -267,7 +271,7 @@ class Jitter(Inflation):
 
 
 def inflated(
-    inflations: Sequence[Inflation],
+    inflations: Sequence[Inflate],
     rng_key: PRNGKeyArray,
     analysis: Float[Array, "n ..."],
     forecast: Float[Array, "n ..."] | None,
@@ -307,16 +311,21 @@ def inflated_particles(
     """
     if not are_columns_divided() or not inflations:
         return inflated(inflations, rng_key, analysis, forecast)
-    if not all(inflation.by_component for inflation in inflations):
-        if are_rows_apart():  # one after the other, as each may stream or not
-            for i, inflation in enumerate(inflations):
-                key = jax.random.fold_in(rng_key, i)
-                if inflation.by_component:
-                    analysis = inflated_particles([inflation], key, analysis, forecast)
-                else:
-                    analysis = inflation(key, analysis, forecast)
-            return analysis
-        return own(inflated(inflations, rng_key, *whole((analysis, forecast))))
+    if all(inflation.by_component for inflation in inflations):
+        return _inflated_columns(inflations, rng_key, analysis, forecast)
+    if are_rows_apart():  # each by itself, because some may need whole rows
+        each = [functools.partial(_inflated_columns, [one]) if one.by_component else one for one in inflations]
+        return inflated(each, rng_key, analysis, forecast)
+    return own(inflated(inflations, rng_key, *whole((analysis, forecast))))
+
+
+def _inflated_columns(
+    inflations: Sequence[Inflation],
+    rng_key: PRNGKeyArray,
+    analysis: Float[Array, "n ..."],
+    forecast: Float[Array, "n ..."] | None,
+) -> Float[Array, "n ..."]:
+    """Apply inflations that are by component to columns of the state; the arguments are those of `inflated`."""
 
     def columns(x: Array) -> Array:
         # A particle counts in the mean if all of its components are finite, wherever they are.

@@ -575,8 +575,13 @@ class _Blocks:
         """
         count = len(self.which)
         if self.whole:
-            return jax.tree.map(lambda x: x[None], fn(jnp.zeros((), int), self.near(jnp.zeros((), int))))
+            return jax.tree.map(lambda x: x[None], self.of_whole(fn))
         return whole(self.map_some(lambda _, *args: fn(*args), own(jnp.arange(count)), n, values, present), count)
+
+    def of_whole(self, fn: Callable[[Array, Near], Any]) -> Any:
+        """Apply a function as that of `map` to the only block, if there is no localization."""
+        only = jnp.zeros((), int)
+        return fn(only, self.near(only))
 
     def map_some(
         self,
@@ -669,7 +674,7 @@ class _Values:
             return jnp.sum(jnp.where(valid, terms, 0.0)) / jnp.maximum(jnp.sum(valid), 1)
 
         if self._blocks.whole:
-            found, of = weigh(jnp.zeros((), int), self._blocks.near(jnp.zeros((), int)))
+            found, of = self._blocks.of_whole(weigh)
             _, terms = map_columns(lambda parts, _: ([], of(parts[0])), [self._joined()])
             return jax.tree.map(lambda x: x[None], (found, mean(*terms)))
 
@@ -695,7 +700,7 @@ class _Values:
         """
         blocks = self._blocks
         if blocks.whole:
-            used, of = move(jnp.zeros((), int), blocks.near(jnp.zeros((), int)))
+            used, of = blocks.of_whole(move)
             (found,), _ = map_columns(lambda parts, _: ([of(parts[0])], ()), [self._joined()])
             return used[None], self._split(found)
 

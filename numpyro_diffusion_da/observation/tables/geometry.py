@@ -126,6 +126,12 @@ def around(
     return np.rad2deg(np.stack([np.arcsin(np.clip(sine, -1.0, 1.0)), east + along], axis=-1))
 
 
+def distances(places: np.ndarray, place: np.ndarray) -> np.ndarray:
+    """Distances in km along great circles of points on the unit sphere from one of them."""
+    chord = np.sqrt(np.maximum(2.0 - 2.0 * (places @ place), 0.0))
+    return 2.0 * EARTH_RADIUS * np.arcsin(np.minimum(0.5 * chord, 1.0))
+
+
 class Horizontal:
     """Weights of the points of a grid for places and their footprints.
 

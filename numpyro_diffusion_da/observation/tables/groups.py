@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from numpyro_diffusion_da.arguments import is_number, require_number, shown
+from numpyro_diffusion_da.observation.tables.checks import on_sphere
 from numpyro_diffusion_da.observation.tables.flags import Flag
-from numpyro_diffusion_da.observation.tables.geometry import EARTH_RADIUS
+from numpyro_diffusion_da.observation.tables.geometry import distances
 from numpyro_diffusion_da.observation.tables.table import where
 from numpyro_diffusion_da.spelling import spelled
 
@@ -122,10 +123,11 @@ def extent(part: pandas.DataFrame) -> float:
     Args:
         part: rows of the group.
     """
-    north, east = (np.deg2rad(part[name].to_numpy(float)) for name in ("lat", "lon"))
-    lat, lon = np.deg2rad(_middle(part))
-    square = np.sin(0.5 * (north - lat)) ** 2 + np.cos(north) * np.cos(lat) * np.sin(0.5 * (east - lon)) ** 2
-    return float(2.0 * EARTH_RADIUS * np.arcsin(np.sqrt(np.minimum(square, 1.0))).max())
+    import pandas
+
+    middle = pandas.DataFrame([_middle(part)], columns=["lat", "lon"])
+    places, place = (np.stack(on_sphere(rows), axis=-1) for rows in (part, middle))
+    return float(distances(places, place[0]).max())
 
 
 def _correlations(part: pandas.DataFrame, correlation: Any) -> np.ndarray:

@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float
 from numpyro_diffusion_da.arguments import require, require_number
 from numpyro_diffusion_da.observation.tables.checks import Context, QualityCheck, on_sphere
 from numpyro_diffusion_da.observation.tables.flags import Flag
-from numpyro_diffusion_da.observation.tables.geometry import EARTH_RADIUS
+from numpyro_diffusion_da.observation.tables.geometry import distances
 from numpyro_diffusion_da.spelling import spelled
 
 if TYPE_CHECKING:
@@ -117,12 +117,6 @@ class Tracks(QualityCheck):
             yield key, (at, hours, np.stack(on_sphere(first), axis=-1))
 
 
-def _distance(places: np.ndarray, place: np.ndarray) -> np.ndarray:
-    """Distances in km along great circles of points on the unit sphere from one of them."""
-    chord = np.sqrt(np.maximum(2.0 - 2.0 * (places @ place), 0.0))
-    return 2.0 * EARTH_RADIUS * np.arcsin(np.minimum(0.5 * chord, 1.0))
-
-
 def off_track(
     hours: Float[np.ndarray, " report"], places: Float[np.ndarray, "report 3"], speed: float
 ) -> Bool[np.ndarray, " report"]:
@@ -137,7 +131,7 @@ def off_track(
     length, before, effort = np.ones(count, int), np.full(count, -1), np.zeros(count)
     for i in range(1, count):
         reach = speed * (hours[i] - hours[:i]) + TOLERANCE
-        distance = _distance(places[:i], places[i])
+        distance = distances(places[:i], places[i])
         fits = np.flatnonzero(distance <= reach)
         if fits.size:
             longest = fits[length[fits] == length[fits].max()]
@@ -171,7 +165,7 @@ def standing(
     found = np.zeros(len(hours), bool)
     start = 0
     for i in range(1, len(hours) + 1):
-        if i < len(hours) and _distance(places[i], places[start]) <= SAME_PLACE:
+        if i < len(hours) and distances(places[i], places[start]) <= SAME_PLACE:
             continue
         if hours[i - 1] - hours[start] >= still:
             found[start:i] = True
